@@ -136,6 +136,11 @@ class Endpoint:
     headers: tuple[tuple[str, str], ...] = ()
     key_variable: str = ""                                     # named in advice; "" where no key is needed
 
+    @property
+    def lacks_key(self) -> bool:
+        """Whether it wants a key that is not configured."""
+        return bool(self.key_variable) and not self.key
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -424,6 +429,11 @@ def _at_least_zero(kind: type[int] | type[float], high: float) -> Callable[[str]
     return number
 
 
+def shown(field: dataclasses.Field[Any]) -> str:
+    """A default as --help and the README show it."""
+    return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+
+
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
@@ -432,7 +442,7 @@ class _OneLineParser(argparse.ArgumentParser):
 def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
     """The command line, from the declarations."""
     parser = _OneLineParser(
-        prog="oblix.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        prog="oblix.py", usage="python oblix.py [flags]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="One OpenAI-compatible endpoint that answers from the local model while the device can and from "
                     "the cloud\nwhen it cannot, and says which and why.",
@@ -441,14 +451,14 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"oblix {__version__}")
     for field in filter(flag_of, dataclasses.fields(cls)):
         text = f"{field.metadata['help']} [{variable_of(field)}" + (
-            "]" if field.default in ("", (), False) else f", default {field.default}]")
+            "]" if field.default in ("", (), False) else f", default {shown(field)}]")
         how: Json = {"help": text.replace("%", "%%")}
         if isinstance(field.default, bool):
             how["action"] = "store_true"
         elif isinstance(field.default, tuple):
             how.update(action="append", metavar="MODEL")
         else:
-            how["metavar"] = field.name.rsplit("_", 1)[-1].upper()
+            how["metavar"] = "N" if isinstance(field.default, (int, float)) else field.name.rsplit("_", 1)[-1].upper()
             kinds: dict[Any, Any] = {int: _at_least_zero(int, 65535), float: _at_least_zero(float, 1e9)}
             how["type"] = kinds.get(type(field.default), str)
             how["choices"] = field.metadata["choices"]
@@ -742,7 +752,8 @@ class ResourceMonitor(Monitor):
 
     def sample(self) -> Json:
         import psutil  # 31 ms to import: not on the way to the first answer, and the server starts without it
-        return {"cpu_percent": psutil.cpu_percent(), "memory_percent": psutil.virtual_memory().percent,
+        interval_s = None if self.reading.known else 0.1    # the first reading has no earlier one to compare with
+        return {"cpu_percent": psutil.cpu_percent(interval_s), "memory_percent": psutil.virtual_memory().percent,
                 "load_per_core": round(psutil.getloadavg()[0] / (psutil.cpu_count() or 1), 2)}
 
     def judge(self, facts: Json) -> Reading:
@@ -795,9 +806,9 @@ class ConnectivityMonitor(Monitor):
     def _verdict(self, facts: Json) -> tuple[Level, str]:
         assert self.endpoint
         if "error" in facts:
-            return Level.OUT, facts["error"]
+            return Level.OUT, f"{self.endpoint.base_url.split('//')[1]}: {facts['error']}"
         if facts["status"] in (401, 403):
-            return Level.OUT, f"{self.endpoint.base_url} refused its key ({facts['status']})"
+            return Level.OUT, f"{self.endpoint.base_url.split('//')[1]}: its key was refused ({facts['status']})"
         if self.side is Side.LOCAL:     # on the device neither latency nor loss says anything about the network
             return Level.GOOD, ""
         if facts["latency_ms"] > self._settings.latency_degraded_ms:
@@ -813,7 +824,7 @@ class ConnectivityMonitor(Monitor):
 
     @classmethod
     def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
-        sides = {target.endpoint: target.side for target in targets if not lacks_key(target.endpoint)}
+        sides = {target.endpoint: target.side for target in targets if not target.endpoint.lacks_key}
         return [cls(settings, side, endpoint, fetch) for endpoint, side in sides.items()]
 
 
@@ -846,7 +857,10 @@ class Watch:
             sampled.wait(max(0.0, deadline - time.monotonic()))
 
     def stop(self) -> None:
+        """End the threads; one that is stuck in a probe ends when its probe does."""
         self._stop.set()
+        for thread in self._threads:
+            thread.join(0.2)
 
     def _run(self, monitor: Monitor, sampled: threading.Event) -> None:
         failing = False
@@ -860,11 +874,6 @@ class Watch:
                 failing = True
             sampled.set()
             self._stop.wait(monitor.every_s())
-
-
-def lacks_key(endpoint: Endpoint) -> bool:
-    """Whether the endpoint wants a key that is not configured."""
-    return bool(endpoint.key_variable) and not endpoint.key
 
 
 # === 5. Policy ========================================================================================================
@@ -919,7 +928,7 @@ def reading_of(target: Target, readings: Iterable[Reading]) -> Reading | None:
 def obstacle(target: Target, readings: Iterable[Reading]) -> tuple[str, str] | None:
     """Why a target can't answer as (state, advice), or None: what no order of targets can make good."""
     endpoint, reading = target.endpoint, reading_of(target, readings)
-    if endpoint.key_variable and not endpoint.key:
+    if endpoint.lacks_key:
         return "no key", f"no key: set {endpoint.key_variable}"
     if endpoint.provider == "ollama" and reading and reading.models is not None and not any(
             same_model(target.model, model.name) for model in reading.models):
@@ -1727,7 +1736,7 @@ def configured_targets(settings: Settings) -> tuple[Target, ...]:
     if not cloud:
         usual = [_target(settings, f"{provider.name}:{provider.default_model}", Side.CLOUD, "")
                  for provider in PROVIDERS.values() if provider.default_model]
-        cloud = [target for target in usual if target.endpoint.key or not target.endpoint.key_variable]
+        cloud = [target for target in usual if not target.endpoint.lacks_key]
     return tuple(dict.fromkeys(local + cloud))
 
 
@@ -1745,7 +1754,7 @@ def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
     usual = PROVIDERS[provider].endpoint(settings)
     # Another server than the usual one: the usual key is not meant for it.
     endpoint = Endpoint(provider, url.rstrip("/"), key) if at else dataclasses.replace(usual, key=key or usual.key)
-    if not re.fullmatch(r"https?://[!-~]+", endpoint.base_url) or not urllib.parse.urlsplit(endpoint.base_url).hostname:
+    if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[!-~]*)?", endpoint.base_url):
         raise UsageError(f"{endpoint.base_url} is no address like https://host/v1")
     return Target(endpoint, model, side)
 
@@ -1888,15 +1897,15 @@ class _KeptAlive(urllib.request.AbstractHTTPHandler):
                     raise
 
     def _ask(self, upstream: socket.socket, raw: bytes, request: Any, place: Any) -> Answer:
-        try:
+        with contextlib.ExitStack() as failing:
+            failing.callback(upstream.close)
             upstream.settimeout(request.limits.stall_s)
             upstream.sendall(raw)
             reader = _Reader(upstream, request.client, request.limits)
             response = http.client.HTTPResponse(reader, method=request.get_method())  # type: ignore[arg-type]
+            failing.callback(response.close)
             response.begin()
-        except BaseException:
-            upstream.close()
-            raise
+            failing.pop_all()
         return Answer(response, reader, upstream, lambda: self._give_back(place, upstream))
 
     def _take(self, place: Any) -> socket.socket | None:
@@ -2168,6 +2177,11 @@ PROBE_LIMITS = Limits(connect_s=5.0, first_byte_s=5.0, stall_s=5.0)
 MAX_REPAIRS = 4    # parameters of one request that a model may refuse, each in a 400 of its own
 
 
+def new_id(prefix: str) -> str:
+    """A fresh random id."""
+    return prefix + secrets.token_hex(12)
+
+
 @dataclasses.dataclass
 class Served:
     """An answer on its way to the client: either `whole`, or `chunks` whose first ones have content."""
@@ -2249,7 +2263,7 @@ class Gateway:
             refused = PROVIDERS[target.endpoint.provider].refusal(request)
             if refused:
                 raise refused
-            if lacks_key(target.endpoint):
+            if target.endpoint.lacks_key:
                 raise NoKey(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
                             retry=False)
             return Plan((target,), "the request named the model")
@@ -2269,7 +2283,7 @@ class Gateway:
         text = _listing([f"{target.id}: {reason}" for target, reason in plan.left_out])
         if refusals and len(refusals) == len(plan.left_out):
             return Unsupported(f"No model can take this request. {text}", param=refusals[0].param)
-        return NoTarget(f"No model can answer ({plan.reason}). {text or 'Nothing is configured'}. "
+        return NoTarget(f"No model can answer: {plan.reason}. {text or 'Nothing is configured'}. "
                         "Start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY.", retry=False)
 
     def answer(self, request: ChatRequest, client: socket.socket | None = None) -> Served:
@@ -2462,11 +2476,6 @@ def _all_failed(plan: Plan, failed: Sequence[tuple[Target, UpstreamError]]) -> O
 DONE = b"data: [DONE]\n\n"    # exactly so: the Node SDK does not bear a space more
 
 
-def new_id(prefix: str) -> str:
-    """A fresh random id."""
-    return prefix + secrets.token_hex(12)
-
-
 def sse(event: Json) -> bytes:
     """One server-sent event."""
     return b"data: " + dumps(event) + b"\n\n"
@@ -2548,7 +2557,7 @@ def models_body(models: Iterable[tuple[str, int, str]]) -> Json:
 
 
 # === 11. Server =======================================================================================================
-# uses: 1 2 9 10 12
+# uses: 1 2 3 9 10 12
 # How do clients reach the gateway?  HTTP on the stdlib's threading server: routes, bodies, one write per event.  It
 # knows nothing of targets.
 
@@ -2768,6 +2777,7 @@ class _Listener(http.server.ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], gateway: Gateway) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.gateway = gateway
+        self._open: set[socket.socket] = set()    # clients' connections; add and discard are atomic
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
@@ -2776,6 +2786,33 @@ class _Listener(http.server.ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self._open.discard(request)
+
+    def run(self) -> None:
+        """Serve until `shutdown`, which wakes the loop: it need not wake up by itself while nothing happens."""
+        self.serve_forever(poll_interval=60)
+
+    def shutdown(self) -> None:
+        stopping = threading.Thread(target=super().shutdown, name="stop", daemon=True)
+        stopping.start()
+        while stopping.is_alive():
+            with contextlib.suppress(OSError):
+                socket.create_connection((self.server_name, self.server_port), 0.2).close()
+            stopping.join(0.02)
+
+    def server_close(self) -> None:
+        """Stop listening and end every connection: threads that wait for a next request would wait on."""
+        super().server_close()
+        for connection in tuple(self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed")
@@ -2814,7 +2851,7 @@ def running(settings: Settings) -> Iterator[Server]:
     listeners = listen(settings, gateway)
     gateway.watch.start()
     for listener in listeners:
-        threading.Thread(target=listener.serve_forever, name="listen", daemon=True).start()
+        threading.Thread(target=listener.run, name="listen", daemon=True).start()
     try:
         yield Server(gateway, listeners)
     finally:
@@ -2930,7 +2967,7 @@ class _DemoOpenAI(_DemoHandler):
     listing = {"object": "list", "data": [{"id": "demo-cloud", "object": "model", "created": 0, "owned_by": "demo"}]}
 
     def script(self, asked: Json) -> tuple[str, Iterable[bytes]]:
-        head = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": asked["model"]}
+        head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": asked["model"]}
         words = list(self.words("cloud", "OpenAI", asked)) if not asked.get("stream") else []
         usage = {"prompt_tokens": 10 * len(asked["messages"]), "completion_tokens": len(words),
                  "total_tokens": 10 * len(asked["messages"]) + len(words)}
@@ -2984,8 +3021,8 @@ def start_text(settings: Settings, server: Server) -> str:
     lines = [f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""), ""]
     for side in Side:
         lines += _side_lines(side, health)
-    order = ", then ".join(health["plan"]["order"])
-    lines += [f"  auto    now: {order or 'nothing can answer'} ({health['plan']['reason']})", ""]
+    order = ", then ".join(health["plan"]["order"]) if health["status"] == "healthy" else "nothing"
+    lines += [f"  auto    {order} answers now: {health['plan']['reason']}", ""]
     lines += ["Fix:", *(f"  {advice}" for advice in advices(health)), ""] if advices(health) else []
     lines += ["Use it:", "  from openai import OpenAI", f'  client = OpenAI(base_url="{base}", api_key="placeholder")',
               '  print(client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "Hello"}])'
@@ -2993,26 +3030,30 @@ def start_text(settings: Settings, server: Server) -> str:
     return "\n".join(lines)
 
 
+FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_per_core": "load {} per core"}
+
+
 def _side_lines(side: Side, health: Json) -> list[str]:
-    facts = {name: value for name, value in health[side.value]["facts"].items() if name != "endpoints"}
-    seen = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
-    level = health[side.value]["level"] + (f": {health[side.value]['reason']}" if health[side.value]["reason"] else "")
-    lines = [f"  {side.value:<7} {level}" + (f" ({seen})" if seen else "")]
-    for target in health["targets"]:
-        if target["side"] == side.value:
-            why = f": {target['reason']}" if target["reason"] else ""
-            lines.append(f"          {target['id']} {target['state']}{why}")
-    return lines
+    report = health[side.value]
+    known = report["facts"]
+    facts = ", ".join(words.format(known[name]) for name, words in FACT_WORDS.items() if name in known)
+    level = report["level"] + (f": {report['reason']}" if report["reason"] else "")
+    lines = [f"  {side.value:<7} {level}" + (f" ({facts})" if facts else "")]
+    return lines + [f"          {target['id']} is {target['state']}" for target in health["targets"]
+                    if target["side"] == side.value]
 
 
 def advices(health: Json) -> list[str]:
-    """What a person could do to have both sides answer."""
-    sides = {side: [target for target in health["targets"] if target["side"] == side.value] for side in Side}
-    found = []
-    if not sides[Side.LOCAL]:
-        found.append("no local model: start Ollama (https://ollama.com) and run `ollama pull llama3.2`, "
-                     "or name one with --local-model")
-    if not sides[Side.CLOUD]:
+    """What a person could do to have both sides answer, a line each."""
+    found = [f"{target['id']} {target['state']}: {target['reason']}" for target in health["targets"]
+             if target["state"] not in ("ready", "unknown")]
+    sides = {target["side"] for target in health["targets"]}
+    if "local" not in sides:
+        silent = [endpoint for endpoint in health["local"]["facts"]["endpoints"] if "error" in endpoint]
+        found += [f"no local model: nothing answers at {endpoint['url']} ({endpoint['error']}); install Ollama "
+                  "(https://ollama.com), or name another server with --local-model" for endpoint in silent]
+        found += [] if silent else ["no local model: run `ollama pull llama3.2`"]
+    if "cloud" not in sides:
         found.append("no cloud model: set OPENAI_API_KEY or ANTHROPIC_API_KEY")
     if health["local"]["level"] != "unknown" and "cpu_percent" not in health["local"]["facts"]:
         found.append("the device's load is unknown: python -m pip install psutil")
