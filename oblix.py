@@ -359,8 +359,9 @@ class Settings:
     demo: bool = setting(False, "serve two built-in scripted models, one local and one cloud, to try Oblix with "
                                 "nothing installed")
     connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together")
-    first_byte_timeout_s: float = setting(300.0, "seconds until an answer begins; Ollama may load a model for minutes")
-    stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way")
+    first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; Ollama may load a model for "
+                                                 "minutes")
+    stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; pings don't count")
     probe_every_s: float = setting(30.0, "seconds between probes of a cloud that is well; sooner after trouble")
     cpu_constrained_percent: float = setting(80.0, "CPU use from which local is constrained")
     cpu_critical_percent: float = setting(95.0, "CPU use from which local is critical")
@@ -752,14 +753,14 @@ class ResourceMonitor(Monitor):
 
     def sample(self) -> Json:
         import psutil  # 31 ms to import: not on the way to the first answer, and the server starts without it
-        interval_s = None if self.reading.known else 0.1    # the first reading has no earlier one to compare with
-        return {"cpu_percent": psutil.cpu_percent(interval_s), "memory_percent": psutil.virtual_memory().percent,
+        cpu = {"cpu_percent": psutil.cpu_percent()}    # since the last call: the first one has nothing to tell
+        return {**(cpu if self.reading.known else {}), "memory_percent": psutil.virtual_memory().percent,
                 "load_per_core": round(psutil.getloadavg()[0] / (psutil.cpu_count() or 1), 2)}
 
     def judge(self, facts: Json) -> Reading:
         level, reasons = Level.GOOD, []
         for name, (unit, constrained, critical) in self._limits.items():
-            value = facts[name]
+            value = facts.get(name, 0.0)
             found = Level.OUT if value >= critical else Level.STRAINED if value >= constrained else Level.GOOD
             if found:
                 reasons.append(f"{name.split('_')[0]} {value:g}{unit}")
@@ -767,7 +768,7 @@ class ResourceMonitor(Monitor):
         return Reading(self.side, level, ", ".join(reasons), facts)
 
     def every_s(self) -> float:
-        return 1.0
+        return 1.0 if "cpu_percent" in self.reading.facts else 0.1
 
     @classmethod
     def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
@@ -1005,6 +1006,7 @@ class Provider:
     probe_path: ClassVar[str]               # free of cost, answers JSON, and lists the models
     always_streams: ClassVar[bool] = True
     refuses: ClassVar[dict[str, str]] = {}  # parameter -> why it can't be honoured
+    renames: ClassVar[dict[str, str]] = {}  # parameter -> what to call it for a model that refuses it by this name
 
     def endpoint(self, settings: Settings) -> Endpoint:
         """Where the provider is by default, with the key that belongs there."""
@@ -1043,17 +1045,9 @@ class Provider:
             return Unsupported(f"{self.label} supports tools of type function only.", param="tools")
         return None
 
-    def adapt(self, payload: Json, refused: Iterable[str]) -> Json:
+    def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
         """The payload without what the model is known to refuse."""
-        payload = dict(payload)
-        for param in refused:
-            if param == "max_tokens" and param in payload:
-                payload["max_completion_tokens"] = payload.pop(param)
-            elif param == "reasoning_effort" and "tools" in payload and payload.get(param) != "none":
-                payload[param] = "none"    # wire 2.6: these models take tools only without reasoning
-            else:
-                payload.pop(param, None)
-        return payload
+        return {name: value for name, value in payload.items() if name not in refused}
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
         """The parameter of our payload that a 400 complains of and that may be left out."""
@@ -1062,7 +1056,7 @@ class Provider:
         quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", error.message)
         named = [error.param or "", *quoted, error.message.split(":")[0]]
         for name in named:
-            if name in payload and (name not in ESSENTIAL or (name == "max_tokens" and "max_comp" in error.message)):
+            if name in payload and (name not in ESSENTIAL or name in self.renames):
                 return name
         return None
 
@@ -1225,6 +1219,7 @@ class OpenAI(Provider):
     key_variable, default_model = "OPENAI_API_KEY", "gpt-6-luna"
     chat_path, probe_path = "/chat/completions", "/models"
     always_streams = False
+    renames = {"max_tokens": "max_completion_tokens"}
     official = "https://api.openai.com/v1"
 
     def endpoint(self, settings: Settings) -> Endpoint:
@@ -1238,12 +1233,20 @@ class OpenAI(Provider):
 
     def encode(self, request: ChatRequest, target: Target) -> Json:
         payload = {"model": target.model, **request.body}
-        if target.endpoint.base_url == self.official and "max_tokens" in payload:
-            payload.setdefault("max_completion_tokens", payload.pop("max_tokens"))
-            payload.pop("max_tokens", None)
+        if target.endpoint.base_url == self.official:    # all of its models know the new name, not all the old one
+            payload = self.adapt(payload, frozenset(self.renames))
         if "tools" in payload and _NO_TOOLS_WHILE_REASONING.match(target.model):
             payload.setdefault("reasoning_effort", "none")
         return payload
+
+    def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
+        kept = super().adapt(payload, refused)
+        for old, new in self.renames.items():
+            if old in payload and old not in kept:
+                kept.setdefault(new, payload[old])
+        if "reasoning_effort" in payload.keys() - kept.keys() and "tools" in payload:
+            kept["reasoning_effort"] = "none"    # these models take tools only without reasoning, and would reason
+        return kept
 
     def decode(self, lines: Lines) -> Iterator[Chunk]:
         finished: dict[int, bool] = {}    # choice -> whether its finish_reason came
@@ -1460,6 +1463,10 @@ class Claude(Provider):
         form = body.get("response_format", {})
         if form.get("type") == "json_object":
             system = [*system, "Answer with one JSON object and nothing else: no prose, no Markdown fence."]
+        forced = chosen_tools(body)[1]
+        if forced not in ("auto", "none") and _NO_FORCED_TOOLS.match(target.model):
+            which = name_of(forced) if isinstance(forced, dict) else "that fits best"
+            system = [*system, f"Answer with a call of the tool {which}."]
         payload: Json = {
             "model": target.model, "messages": turns, "stream": True,
             "max_tokens": body.get("max_completion_tokens", body.get("max_tokens", _CLAUDE_MAX_TOKENS)),
@@ -1746,9 +1753,9 @@ def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
     provider, rest = split_id(spec)
     if not provider:
         raise UsageError(f"{flag}: start with one of {', '.join(name + ':' for name in PROVIDERS)}")
-    model, at, url = rest.rpartition("@") if re.search(r"@https?://", rest) else (rest, "", "")
+    model, at, url = rest.partition("@") if not rest.startswith("@") else (rest, "", "")
     if not model or not model.isprintable():
-        raise UsageError(f"{flag}: name a model, like {provider}:NAME")
+        raise UsageError(f"{flag}: name a model, like {provider}:NAME or {provider}:NAME@http://host:port/v1")
     if side is Side.LOCAL and provider == "ollama" and is_remote(model):
         raise UsageError(f"{flag}: ollama.com answers this model, so it is no local one: name it with --cloud-model")
     usual = PROVIDERS[provider].endpoint(settings)
@@ -1775,8 +1782,8 @@ DRAIN_S = 0.05                # wait for the few bytes behind an end mark, so th
 class Limits:
     """How long each phase of an exchange may take, in seconds."""
     connect_s: float        # DNS, TCP, TLS and a proxy's tunnel together
-    first_byte_s: float     # from the request's last byte to the answer's first
-    stall_s: float          # silence between two bytes
+    first_byte_s: float     # from the request's last byte to the answer's first content
+    stall_s: float          # silence between two events of a stream, or between two bytes of a whole answer
 
 
 class _Reader(io.RawIOBase):
@@ -1784,7 +1791,7 @@ class _Reader(io.RawIOBase):
 
     def __init__(self, upstream: socket.socket, client: socket.socket | None, limits: Limits) -> None:
         self._upstream, self._client, self._stall_s = upstream, client, limits.stall_s
-        self._first_byte_by: float | None = time.monotonic() + limits.first_byte_s
+        self._deadline, self._begun = time.monotonic() + limits.first_byte_s, False
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """What http.client.HTTPResponse calls on its socket.  Closing the result leaves the connection open."""
@@ -1793,13 +1800,19 @@ class _Reader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def begun(self) -> None:
-        """The answer has begun: from now on only silence is limited."""
-        self._first_byte_by = None
+    def begin(self) -> None:
+        """The answer has begun: from now on `progress` counts."""
+        self._begun = True
+        self.progress()
+
+    def progress(self) -> None:
+        """Something came that is not just a sign of life: only silence after it is limited."""
+        if self._begun:
+            self._deadline = time.monotonic() + self._stall_s
 
     def hurry(self, limit_s: float) -> None:
         """Wait no longer than this from now on."""
-        self._client, self._first_byte_by = None, time.monotonic() + limit_s
+        self._client, self._deadline = None, time.monotonic() + limit_s
 
     def readinto(self, buffer: Any) -> int:
         self._wait()
@@ -1809,9 +1822,8 @@ class _Reader(io.RawIOBase):
         """Return when the upstream can be read.  Raises UpstreamError at the deadline, ClientGone on a hang-up."""
         if isinstance(self._upstream, ssl.SSLSocket) and self._upstream.pending():
             return    # already decrypted: the socket itself would look silent
-        deadline = self._first_byte_by or time.monotonic() + self._stall_s
         while True:
-            left_s = deadline - time.monotonic()
+            left_s = self._deadline - time.monotonic()
             ready = _ready([self._upstream] + ([self._client] if self._client else []), max(0.0, left_s))
             if self._upstream in ready:
                 return
@@ -1819,8 +1831,8 @@ class _Reader(io.RawIOBase):
                 _check_client(self._client)
                 self._client = None    # it sent more bytes: alive, and no longer to be watched by readability
             elif left_s <= 0:
-                what = "no answer began" if self._first_byte_by else "silence"
-                raise UpstreamError(f"{what} within the time limit", status=504, code="upstream_timeout")
+                raise UpstreamError("the answer stalled" if self._begun else "no answer began within the time limit",
+                                    status=504, code="upstream_timeout")
 
 
 def _ready(sockets: list[socket.socket], timeout_s: float) -> list[socket.socket]:
@@ -1978,21 +1990,26 @@ class Answer:
         self.retry_after_s = _retry_after(response.headers)
         self._ended = False
 
-    def pieces(self) -> Iterator[bytes]:
+    def begin(self) -> None:
+        """The first content has come: the limit is no longer on its coming, but on silence."""
+        self._reader.begin()
+
+    def _pieces(self) -> Iterator[bytes]:
         """The body as it comes.  Raises UpstreamError where it breaks off."""
         with _upstream_faults():
-            piece = self._response.read1(1 << 16)
-            self._reader.begun()
-            while piece:
-                yield piece
+            while True:
                 piece = self._response.read1(1 << 16)
+                if not piece:
+                    break
+                yield piece
             if self._response.length:    # http.client lets a short body pass
                 raise UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
 
     def body(self) -> bytes:
         """The whole body.  Raises UpstreamError where it breaks off or is too large."""
         pieces, size = [], 0
-        for piece in self.pieces():
+        for piece in self._pieces():
+            self._reader.begin()
             pieces.append(piece)
             size += len(piece)
             if size > MAX_BODY_BYTES:
@@ -2000,21 +2017,28 @@ class Answer:
         return b"".join(pieces)
 
     def lines(self) -> Iterator[bytes]:
-        """The body's lines without their ends: LF, CRLF or CR, and no other (bytes.splitlines knows just these)."""
-        tail = b""
-        for piece in self.pieces():
-            if b"\n" not in piece and b"\r" not in piece and len(tail) < MAX_LINE_BYTES:
-                tail += piece
+        """The body's lines without their ends: LF, CRLF or CR, and no other (bytes.splitlines knows just these).
+
+        Empty lines and comments are no progress: a server that only pings has stalled.
+        """
+        held, size = [], 0    # the pieces of a line whose end has not come
+        for piece in self._pieces():
+            held.append(piece)
+            size += len(piece)
+            if size > MAX_LINE_BYTES + len(piece):
+                raise UpstreamError(f"a piece of the answer is larger than {MAX_LINE_BYTES >> 20} MiB")
+            if b"\n" not in piece and b"\r" not in piece:
                 continue
-            text = tail + piece
-            if len(text) > 2 * MAX_LINE_BYTES:
-                raise UpstreamError("a piece of the answer is too large")
+            text = b"".join(held)
             lines = text.splitlines(True)
             # the last line may go on, and so may a CR that an LF could follow
-            tail = lines.pop() if not text.endswith(b"\n") else b""
+            held = [lines.pop()] if not text.endswith(b"\n") else []
+            size = sum(map(len, held))
+            if any(line[:1] not in b":\r\n" for line in lines):
+                self._reader.progress()
             yield from (line.rstrip(b"\r\n") for line in lines)
-        if tail:
-            yield tail.rstrip(b"\r")
+        if held:
+            yield b"".join(held).rstrip(b"\r")
 
     def ended(self) -> None:
         """The protocol's end mark has come; only the end of the framing may still be missing."""
@@ -2273,16 +2297,16 @@ class Gateway:
         plan = rank(readings, targets, {id: refused.message for id, refused in refusals.items()},
                     None if request.model == "auto" else Side(request.model))
         if not plan.order:
-            raise self._nothing_left(plan, [refusals[target.id] for target, _ in plan.left_out
-                                            if target.id in refusals])
+            raise self._nothing_left(plan, refusals, [target for target in targets
+                                                      if request.model in ("auto", target.side.value)])
         return plan
 
     @staticmethod
-    def _nothing_left(plan: Plan, refusals: Sequence[Unsupported]) -> OblixError:
+    def _nothing_left(plan: Plan, refusals: Mapping[str, Unsupported], asked: Sequence[Target]) -> OblixError:
         """The error of a plan without a target: the client's, if it is the request that rules all of them out."""
-        text = _listing([f"{target.id}: {reason}" for target, reason in plan.left_out])
-        if refusals and len(refusals) == len(plan.left_out):
-            return Unsupported(f"No model can take this request. {text}", param=refusals[0].param)
+        text = _listing(f"{target.id}: {reason}" for target, reason in plan.left_out)
+        if asked and all(target.id in refusals for target in asked):
+            return Unsupported(f"No model can take this request: {text}.", param=refusals[asked[0].id].param)
         return NoTarget(f"No model can answer: {plan.reason}. {text or 'Nothing is configured'}. "
                         "Start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY.", retry=False)
 
@@ -2336,8 +2360,12 @@ class Gateway:
         """The chunks of a target's streamed answer, all with one id, time and model."""
         envelope = {"id": new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": int(time.time())}
         with self.ledger.flight(target), contextlib.closing(self._open(request, target, client)) as answer:
+            begun = False
             try:
                 for chunk in PROVIDERS[target.endpoint.provider].decode(answer.lines()):
+                    if not begun and has_content(chunk):
+                        begun = True
+                        answer.begin()
                     yield {**envelope, **chunk, "model": target.id}
                 answer.ended()
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -2902,8 +2930,7 @@ show(); setInterval(show, 3000);
 # What can a newcomer run who has neither Ollama nor a key?  Two upstreams that speak Ollama's and OpenAI's formats on
 # loopback ports, and answer from a script.
 
-DEMO_TEXT = "This is a scripted answer from the demo's {side} model. It speaks {dialect}'s wire format, but nothing " \
-            "here thinks: you sent {count} message(s)."
+DEMO_TEXT = "A scripted answer by the demo's {side} model, in {dialect}'s wire format, to {count} message(s)."
 DEMO_PAUSE_S = 0.02    # between words, so that a stream looks like one
 
 
@@ -3021,8 +3048,9 @@ def start_text(settings: Settings, server: Server) -> str:
     lines = [f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""), ""]
     for side in Side:
         lines += _side_lines(side, health)
-    order = ", then ".join(health["plan"]["order"]) if health["status"] == "healthy" else "nothing"
-    lines += [f"  auto    {order} answers now: {health['plan']['reason']}", ""]
+    first, *others = health["plan"]["order"] if health["status"] == "healthy" else ["nothing"]
+    order = " answers now, then ".join([first, ", ".join(others)]) if others else f"{first} answers now"
+    lines += [f"  auto    {order}: {health['plan']['reason']}", ""]
     lines += ["Fix:", *(f"  {advice}" for advice in advices(health)), ""] if advices(health) else []
     lines += ["Use it:", "  from openai import OpenAI", f'  client = OpenAI(base_url="{base}", api_key="placeholder")',
               '  print(client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "Hello"}])'
@@ -3055,7 +3083,7 @@ def advices(health: Json) -> list[str]:
         found += [] if silent else ["no local model: run `ollama pull llama3.2`"]
     if "cloud" not in sides:
         found.append("no cloud model: set OPENAI_API_KEY or ANTHROPIC_API_KEY")
-    if health["local"]["level"] != "unknown" and "cpu_percent" not in health["local"]["facts"]:
+    if "memory_percent" not in health["local"]["facts"]:
         found.append("the device's load is unknown: python -m pip install psutil")
     return found
 
