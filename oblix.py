@@ -228,29 +228,9 @@ class Unsupported(BadRequest):
     code = "unsupported_parameter"
 
 
-class NotFound(BadRequest):
-    """An unknown path or model."""
-    status = 404
-
-
-class WrongMethod(BadRequest):
-    """A known path asked for with a method it does not have."""
-    status = 405
-
-
-class TooLarge(BadRequest):
-    """A body over the limit."""
-    status, code = 413, "request_too_large"
-
-
-class NoKey(OblixError):
-    """A cloud model was asked for, and its key is not configured."""
-    status, type, code = 401, "authentication_error", "no_api_key"
-
-
 class NoTarget(OblixError):
     """Nothing that may answer can answer."""
-    status, type, code = 503, "server_error", "no_target_available"
+    status, code = 503, "no_target_available"
 
 
 class UpstreamError(OblixError):
@@ -768,7 +748,7 @@ class ResourceMonitor(Monitor):
         return Reading(self.side, level, ", ".join(reasons), facts)
 
     def every_s(self) -> float:
-        return 1.0 if "cpu_percent" in self.reading.facts else 0.1
+        return 0.1 if self.reading.known and "cpu_percent" not in self.reading.facts else 1.0
 
     @classmethod
     def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
@@ -782,15 +762,14 @@ class ConnectivityMonitor(Monitor):
 
     def __init__(self, settings: Settings, side: Side, endpoint: Endpoint, fetch: Fetch) -> None:
         super().__init__(side, endpoint)
-        self._settings, self._fetch = settings, fetch
+        self._settings, self._address, self._fetch = settings, endpoint, fetch
         self._lost: collections.deque[bool] = collections.deque(maxlen=self.window)
 
     def sample(self) -> Json:
-        facts: Json = {"url": self.endpoint.base_url if self.endpoint else ""}
+        facts: Json = {"url": self._address.base_url}
         started = time.monotonic()
         try:
-            assert self.endpoint
-            facts["status"], facts["models"] = self._fetch(self.endpoint)
+            facts["status"], facts["models"] = self._fetch(self._address)
         except UpstreamError as error:
             facts["error"] = error.message
         facts["latency_ms"] = round((time.monotonic() - started) * 1000, 1)
@@ -805,11 +784,11 @@ class ConnectivityMonitor(Monitor):
         return Reading(self.side, level, reason, facts, self.endpoint, models)
 
     def _verdict(self, facts: Json) -> tuple[Level, str]:
-        assert self.endpoint
+        where = self._address.base_url.split("//")[1]
         if "error" in facts:
-            return Level.OUT, f"{self.endpoint.base_url.split('//')[1]}: {facts['error']}"
+            return Level.OUT, f"{where}: {facts['error']}"
         if facts["status"] in (401, 403):
-            return Level.OUT, f"{self.endpoint.base_url.split('//')[1]}: its key was refused ({facts['status']})"
+            return Level.OUT, f"{where}: its key was refused ({facts['status']})"
         if self.side is Side.LOCAL:     # on the device neither latency nor loss says anything about the network
             return Level.GOOD, ""
         if facts["latency_ms"] > self._settings.latency_degraded_ms:
@@ -952,22 +931,23 @@ def rank(readings: Sequence[Reading], targets: Sequence[Target], refusals: Mappi
     """
     verdicts = {side: judge_side(side, readings, targets) for side in Side}
     sides = (only,) if only else TABLE[verdicts[Side.LOCAL].level, verdicts[Side.CLOUD].level]
-    left_out: list[tuple[Target, str]] = []
-    usable: list[Target] = []
-    for target in targets:
+
+    def why_not(target: Target) -> str:
+        if only and target.side is not only:
+            return f"{target.side.value} models were not asked for"
         blocked = obstacle(target, readings)
-        reason = (f"{target.side.value} models were not asked for" if only and target.side is not only
-                  else blocked[1] if blocked else refusals.get(target.id)
-                  or ("" if target.side in sides else verdicts[target.side].words(target.side)))
-        left_out.extend([(target, reason)] if reason else [])
-        usable.extend([] if reason else [target])
+        if blocked or target.id in refusals:
+            return blocked[1] if blocked else refusals[target.id]
+        return "" if target.side in sides else verdicts[target.side].words(target.side)
 
     def place(target: Target) -> tuple[int, int]:
         reading = reading_of(target, readings)
         return sides.index(target.side), int(reading.level if reading else Level.GOOD)
 
+    left_out = tuple((target, why_not(target)) for target in targets if why_not(target))
+    usable = [target for target in targets if not why_not(target)]
     why = ", ".join(f"{side.value} {verdicts[side].words(side)}" for side in Side if only in (None, side))
-    return Plan(tuple(sorted(usable, key=place)), why + (f"; kept to {only.value}" if only else ""), tuple(left_out))
+    return Plan(tuple(sorted(usable, key=place)), why + (f"; kept to {only.value}" if only else ""), left_out)
 
 
 # === 6. Providers =====================================================================================================
@@ -2261,7 +2241,7 @@ class Gateway:
         return (*local, *self._configured)
 
     def resolve(self, name: str, readings: Sequence[Reading]) -> Target:
-        """The one target that a model's name stands for.  Raises NotFound."""
+        """The one target that a model's name stands for.  Raises BadRequest (404)."""
         provider, model = split_id(name)
         known = self.targets(readings)
         for target in known:
@@ -2272,15 +2252,15 @@ class Gateway:
                                     if reading.endpoint == self._usual["ollama"] for found in reading.models or ())
         if not installed or not model:
             examples = ", ".join(["auto", "local", "cloud", *(target.id for target in known)])
-            raise NotFound(f"There is no model {name!r}. There are {examples}, and any other as provider:name with "
-                           f"{', '.join(PROVIDERS)} as the provider; see GET /v1/models.", param="model",
-                           code="model_not_found")
+            raise BadRequest(f"There is no model {name!r}. There are {examples}, and any other as provider:name with "
+                             f"{', '.join(PROVIDERS)} as the provider; see GET /v1/models.", param="model", status=404,
+                             code="model_not_found")
         endpoint = self._usual[provider or "ollama"]
         near = endpoint.provider == "ollama" and not is_remote(model)
         return Target(endpoint, model, Side.LOCAL if near else Side.CLOUD)
 
     def plan(self, request: ChatRequest) -> Plan:
-        """What to try for a request.  Raises NotFound, NoKey, Unsupported, NoTarget."""
+        """What to try for a request.  Raises OblixError: an unknown model, no key, nothing that can answer."""
         readings = self.watch.readings
         if request.model not in ("auto", "local", "cloud"):
             target = self.resolve(request.model, readings)
@@ -2288,8 +2268,8 @@ class Gateway:
             if refused:
                 raise refused
             if target.endpoint.lacks_key:
-                raise NoKey(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
-                            retry=False)
+                raise OblixError(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
+                                 status=401, type="authentication_error", code="no_api_key", retry=False)
             return Plan((target,), "the request named the model")
         targets = self.targets(readings)
         refusals = {target.id: refused for target in targets
@@ -2643,11 +2623,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "OPTIONS":
             return self._reply(204, b"", {"Allow": ", ".join([*(methods or ("GET", "HEAD", "POST")), "OPTIONS"])})
         if methods is None:
-            raise NotFound(f"There is nothing at {self.command} {path[:100]}. Oblix serves POST /v1/chat/completions, "
-                           "GET /v1/models and GET /health; use the chat completions API.", code="unknown_url")
+            raise BadRequest(f"There is nothing at {self.command} {path[:100]}. Oblix serves POST "
+                             "/v1/chat/completions, GET /v1/models and GET /health; use the chat completions API.",
+                             status=404, code="unknown_url")
         if self.command not in methods:
-            raise WrongMethod(f"{path[:100]} takes {' or '.join(methods)}, not {self.command[:20]}.",
-                              code="method_not_allowed")
+            raise BadRequest(f"{path[:100]} takes {' or '.join(methods)}, not {self.command[:20]}.",
+                             status=405, code="method_not_allowed")
         if path == "/chat/completions":
             return self._chat()
         if path == "/":
@@ -2663,8 +2644,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._json(200, models_body(models))
         found = [model for model in models if model[0] == wanted]
         if not found:
-            raise NotFound(f"There is no model {wanted[:100]!r}; GET /v1/models lists them.", param="model",
-                           code="model_not_found")
+            raise BadRequest(f"There is no model {wanted[:100]!r}; GET /v1/models lists them.", param="model",
+                             status=404, code="model_not_found")
         return self._json(200, models_body(found)["data"][0])
 
     def _chat(self) -> str:
@@ -2792,8 +2773,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 _STATUSES = frozenset(http.HTTPStatus)
 
 
-def _too_large() -> TooLarge:
-    return TooLarge(f"The body is larger than {MAX_REQUEST_BYTES >> 20} MiB.")
+def _too_large() -> BadRequest:
+    return BadRequest(f"The body is larger than {MAX_REQUEST_BYTES >> 20} MiB.", status=413, code="request_too_large")
 
 
 class _Listener(http.server.ThreadingHTTPServer):
