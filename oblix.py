@@ -243,8 +243,8 @@ class UpstreamError(OblixError):
 
     @property
     def brief(self) -> str:
-        """What may stand in a log: our own words, never an upstream's, which may quote the prompt."""
-        return self.message if self.fault is Fault.DOWN else f"{self.status} {self.code or self.fault.value}"
+        """What may stand in a log or a header: our own words, never an upstream's, which may quote the prompt."""
+        return self.message if self.fault is Fault.DOWN else f"{self.fault.value} ({self.status})"
 
 
 class ClientGone(Exception):
@@ -289,18 +289,18 @@ def is_empty(chunks: Iterable[Chunk]) -> bool:
 
 def text_of(message: Json, joint: str = "\n") -> str:
     """The text of a message's content, parts joined by `joint`; refusals count as text."""
-    return joint.join(part.get("text") or part.get("refusal") or "" for part in parts_of(message)
-                      if part["type"] in ("text", "refusal"))
+    return joint.join(part[part["type"]] for part in parts_of(message) if part["type"] in ("text", "refusal"))
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
+    """The number that a text means.  Raises ValueError, also for what is no finite one."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"number out of range: {text[:20]}")
     return number
 
 
-_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+_JSON = json.JSONDecoder(parse_float=finite, parse_constant=finite)
 
 
 def loads(text: str | bytes) -> Any:
@@ -314,6 +314,20 @@ def loads(text: str | bytes) -> Any:
 def dumps(value: Any) -> bytes:
     """Compact ASCII JSON on one line; non-ASCII is escaped, so that a lone surrogate can't break the encoding."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def deeper_than(value: Any, limit: int) -> bool:
+    """Whether JSON nests more than `limit` levels deep."""
+    level = [value]
+    for _ in range(limit):
+        level = [inner for outer in level if isinstance(outer, (dict, list))
+                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        if not level:
+            return False
+    return True
+
+
+MAX_JSON_DEPTH = 100    # tool schemas nest some 10-20 deep; json itself gives up near 1,000
 
 
 # === 2. Settings ======================================================================================================
@@ -454,11 +468,10 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
 
 Check = Callable[[Any], Optional[str]]    # a value -> what is wrong with it, or None
 
-MAX_JSON_DEPTH = 100             # tool schemas nest some 10-20 deep; json itself gives up near 1,000
-MAX_MODEL_NAME = 256             # the name goes into headers and logs
+MAX_MODEL_NAME = 256    # the name goes into headers and logs
 
 
-def _kind(kind: type | tuple[type, ...], words: str) -> Check:
+def _kind(kind: type, words: str) -> Check:
     return lambda value: None if isinstance(value, kind) else f"must be {words}"
 
 
@@ -503,17 +516,23 @@ def _response_format(value: Any) -> str | None:
         return f"must be an object whose type is one of {', '.join(kinds)}"
     schema = value.get("json_schema")
     if value["type"] == "json_schema" and not (isinstance(schema, dict) and isinstance(schema.get("name"), str)
-                                               and isinstance(schema.get("schema", {}), dict)):
+                                               and isinstance(schema.get("schema") or {}, dict)):
         return "needs json_schema: {name, schema}"
     return None
+
+
+def _inner(value: Any, usual: str = "") -> Json | None:
+    """What {"type": kind, kind: {...}} holds, or None for any other value."""
+    kind = value.get("type", usual) if isinstance(value, dict) else None
+    return value.get(kind) or None if isinstance(kind, str) and isinstance(value.get(kind), dict) else None
 
 
 def _tools(value: Any) -> str | None:
     if not isinstance(value, list):
         return "must be a list of tools"
     for tool in value:
-        inner = tool.get(tool.get("type")) if isinstance(tool, dict) and isinstance(tool.get("type"), str) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
+        inner = _inner(tool)
+        if not inner or not isinstance(inner.get("name"), str) or not inner["name"]:
             return 'must hold tools like {"type": "function", "function": {"name": …, "parameters": {…}}}'
         if not isinstance(inner.get("parameters") or {}, dict) or not isinstance(inner.get("description") or "", str):
             return f"has a tool {inner['name'][:64]!r} whose parameters are no object, or its description no string"
@@ -523,9 +542,10 @@ def _tools(value: Any) -> str | None:
 def _tool_choice(value: Any) -> str | None:
     if isinstance(value, str):
         return _one_of("none", "auto", "required")(value)
-    inner = value.get(value.get("type")) if isinstance(value, dict) and isinstance(value.get("type"), str) else None
-    if isinstance(inner, dict) and (isinstance(inner.get("name"), str) or _tools(inner.get("tools")) is None
-                                    and inner.get("mode") in ("auto", "required")):
+    kind, inner = value.get("type") if isinstance(value, dict) else None, _inner(value)
+    if kind == "allowed_tools" and inner and inner.get("mode") in ("auto", "required") and not _tools(inner.get("tools")):
+        return None
+    if kind != "allowed_tools" and inner and isinstance(inner.get("name"), str):
         return None
     return 'must be "none", "auto", "required" or name a tool'
 
@@ -546,7 +566,7 @@ FIELDS: dict[str, Check] = {
 }
 
 # Values that say the same as leaving the field out; many frameworks send them, and some upstreams refuse them.
-NO_OPS = {"n": 1, "stream": False, "logprobs": False, "stop": [], "tools": [], "functions": [], "logit_bias": {},
+NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop": [], "tools": [], "functions": [], "logit_bias": {},
           "modalities": ["text"], "response_format": {"type": "text"}}
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -564,7 +584,7 @@ PARTS: dict[str, Callable[[Json], bool]] = {    # part type -> does it hold what
 def parse_request(raw: bytes) -> ChatRequest:
     """The request that a client's bytes ask for.
 
-    Raises BadRequest, which names the parameter, for anything that OpenAI's reference would not allow.
+    Raises BadRequest, which names the parameter, for fields whose type or range is not that of OpenAI's reference.
     """
     body = _json_object(raw)
     model = _model_name(body.pop("model", None))
@@ -573,8 +593,8 @@ def parse_request(raw: bytes) -> ChatRequest:
     kept = {name: value for name, value in body.items()
             if value is not None and not (name in NO_OPS and value == NO_OPS[name])}
     kept["messages"] = _messages(body.get("messages"))
-    if "tools" not in kept:
-        for name in ("tool_choice", "parallel_tool_calls"):     # OpenAI refuses both without tools
+    for name, needed in (("tool_choice", "tools"), ("parallel_tool_calls", "tools"), ("function_call", "functions")):
+        if needed not in kept:    # OpenAI refuses the one without the other
             kept.pop(name, None)
     stream = kept.get("stream", False)
     options = kept.get("stream_options", {}) if stream else kept.pop("stream_options", {})
@@ -597,7 +617,7 @@ def _json_object(raw: bytes) -> Json:
     if not isinstance(body, dict):
         raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
     # The count of opening brackets bounds the depth, and is nearly free; only rich bodies are walked.
-    if raw.count(b"{") + raw.count(b"[") > MAX_JSON_DEPTH and _deeper_than(body, MAX_JSON_DEPTH):
+    if raw.count(b"{") + raw.count(b"[") > MAX_JSON_DEPTH and deeper_than(body, MAX_JSON_DEPTH):
         raise BadRequest(f"The body nests more than {MAX_JSON_DEPTH} levels deep.", code="invalid_json")
     return body
 
@@ -607,16 +627,6 @@ def _without_content(error: ValueError) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at line {error.lineno} column {error.colno}"
     return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else "it holds a number out of range"
-
-
-def _deeper_than(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [inner for outer in level if isinstance(outer, (dict, list))
-                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
-        if not level:
-            return False
-    return True
 
 
 def _model_name(model: Any) -> str:
@@ -650,8 +660,12 @@ def _message(where: str, message: Any) -> Json:
         told["content"] = [_part(f"{where}.content[{number}]", part) for number, part in enumerate(content)]
     elif content is not None:
         _refuse(f"{where}.content", _string(content) and "must be a string or a list of content parts")
-    if role == "tool":
+    if role == "tool" or "tool_call_id" in told:
         _refuse(f"{where}.tool_call_id", _string(told.get("tool_call_id")))
+    if "refusal" in told:
+        _refuse(f"{where}.refusal", _string(told["refusal"]))
+    if "function_call" in told:
+        _refuse(f"{where}.function_call", _tool_calls([{"id": "", "function": told["function_call"]}]))
     if "tool_calls" in told:
         _refuse(f"{where}.tool_calls", _tool_calls(told["tool_calls"]))
         if not told["tool_calls"]:
@@ -675,10 +689,8 @@ def _tool_calls(calls: Any) -> str | None:
     if not isinstance(calls, list):
         return "must be a list"
     for call in calls:
-        inner = call.get(call.get("type", "function")) if isinstance(call, dict) and isinstance(
-            call.get("type", "function"), str) else None
-        told = inner.get("arguments", inner.get("input")) if isinstance(inner, dict) else None
-        if not (isinstance(inner, dict) and isinstance(inner.get("name"), str) and isinstance(told, str)
+        inner = _inner(call, "function") or {}
+        if not (isinstance(inner.get("name"), str) and isinstance(inner.get("arguments", inner.get("input")), str)
                 and isinstance(call.get("id"), str)):
             return 'must hold calls like {"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
     return None
@@ -787,8 +799,8 @@ class ConnectivityMonitor(Monitor):
         where = self._address.base_url.split("//")[1]
         if "error" in facts:
             return Level.OUT, f"{where}: {facts['error']}"
-        if facts["status"] in (401, 403):
-            return Level.OUT, f"{where}: its key was refused ({facts['status']})"
+        if facts["status"] == 401:    # 403 may just mean that this key must not list models
+            return Level.OUT, f"{where}: its key was refused"
         if self.side is Side.LOCAL:     # on the device neither latency nor loss says anything about the network
             return Level.GOOD, ""
         if facts["latency_ms"] > self._settings.latency_degraded_ms:
@@ -839,7 +851,7 @@ class Watch:
     def stop(self) -> None:
         """End the threads; one that is stuck in a probe ends when its probe does."""
         self._stop.set()
-        for thread in self._threads:
+        for thread in filter(threading.Thread.is_alive, self._threads):
             thread.join(0.2)
 
     def _run(self, monitor: Monitor, sampled: threading.Event) -> None:
@@ -884,7 +896,11 @@ class Verdict:
 
     def words(self, side: Side) -> str:
         """The level as users know it, with the reason where there is one."""
-        return WORDS[side][self.level] + (f" ({self.reason})" if self.reason else "")
+        return self.word(side) + (f" ({self.reason})" if self.reason else "")
+
+    def word(self, side: Side) -> str:
+        """The level as users know it."""
+        return WORDS[side][self.level] if self.known else "unknown"
 
 
 def judge_side(side: Side, readings: Iterable[Reading], targets: Iterable[Target]) -> Verdict:
@@ -910,9 +926,13 @@ def obstacle(target: Target, readings: Iterable[Reading]) -> tuple[str, str] | N
     endpoint, reading = target.endpoint, reading_of(target, readings)
     if endpoint.lacks_key:
         return "no key", f"no key: set {endpoint.key_variable}"
-    if endpoint.provider == "ollama" and reading and reading.models is not None and not any(
-            same_model(target.model, model.name) for model in reading.models):
+    if endpoint.provider != "ollama" or reading is None or reading.models is None:
+        return None
+    found = [model for model in reading.models if same_model(target.model, model.name)]
+    if not found:
         return "not installed", f"not installed: run `ollama pull {target.model}`"
+    if found[0].remote and target.side is Side.LOCAL:
+        return "remote", "answered by ollama.com, so no local model: name it with --cloud-model"
     return None
 
 

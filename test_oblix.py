@@ -180,7 +180,7 @@ class OllamaDialect:
 class OpenAIDialect:
     """OpenAI's /v1/chat/completions: server-sent chunks and [DONE], or one JSON body."""
     name, side, model, path, probe_path = "openai", "cloud", "gpt-test", "/v1/chat/completions", "/v1/models"
-    key = "sk-openai-secret-key"
+    key = "a-secret-of-openai"  # looks like no key at all
     head = head(200, "Content-Type: text/event-stream; charset=utf-8", "Transfer-Encoding: chunked")
 
     def env(self, url):
@@ -548,8 +548,8 @@ def joined(deltas):
     return message
 
 
-def fetch(server, method, path, body=None, headers=None, timeout=10):
-    """One request on a connection of its own."""
+def fetch(server, method, path, body=None, headers=None, timeout=5):
+    """One request on a connection of its own.  It waits less long than Oblix does for an upstream (PATIENT)."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
     with contextlib.closing(connection):
         connection.request(method, path, body, headers or {})
@@ -562,7 +562,7 @@ def chat(model="auto", **fields):
     return {"model": model, "messages": [{"role": "user", "content": "Hi"}], **fields}
 
 
-def ask(server, model="auto", timeout=10, **fields):
+def ask(server, model="auto", timeout=5, **fields):
     """A chat request, and what the client gets."""
     return fetch(server, "POST", "/v1/chat/completions", json.dumps(chat(model, **fields)),
                  {"Content-Type": "application/json", "Authorization": "Bearer of-the-client"}, timeout)
@@ -704,7 +704,7 @@ class Case(unittest.TestCase):
         self.assertEqual(reply.status, 200, reply.body)
         self.assertFalse(reply.cut)
         self.assertIsNone(reply.error)
-        self.assertEqual((reply.text, reply.finish), (text, "stop"))
+        self.assertEqual((reply.message["role"], reply.text, reply.finish), ("assistant", text, "stop"))
         if reply.streamed:
             self.assertEqual(reply.events[-1], "[DONE]")
         if by:
@@ -1789,9 +1789,11 @@ class UpstreamErrors(Case):
                 self.refused(through(dialect, whole(status, body)), status, words)
 
     def test_the_gateways_key_is_in_no_error(self):
-        reply = through(OPENAI, whole(401, OPENAI.error("Incorrect API key: %s." % OPENAI.key, code="invalid_api_key")))
-        self.refused(reply, 401, "Incorrect API key")
-        self.assertNotIn(OPENAI.key, str(reply.headers) + reply.body.decode())
+        for dialect in (OPENAI, CLAUDE):
+            reply = through(dialect, whole(401, dialect.error("Incorrect API key: %s." % dialect.key)))
+            self.refused(reply, 401, "Incorrect API key", code="invalid_api_key")
+            self.assertIn("Oblix", reply.error["message"])  # whose key it is
+            self.assertNotIn(dialect.key, str(reply.headers) + reply.body.decode())
 
     def test_when_to_come_again_is_passed_on(self):
         busy = whole(429, OPENAI.error("Slow down.", "requests", "rate_limit_exceeded"), "Retry-After: 7")
@@ -1999,6 +2001,23 @@ class Phrases(Case):
         self.answered(reply, "Hello")
         self.assertNotIn([], [chunk["choices"] for chunk in reply.chunks])
 
+    def test_an_answer_may_end_with_its_connection_if_its_end_mark_came(self):
+        """HTTP/1.0, as small servers speak it: no length, no chunks."""
+        start = b"HTTP/1.0 200 OK\r\n\r\n"
+        for dialect in DIALECTS:
+            with self.subTest(dialect.name):
+                fine = [start, *dialect.events(HELLO, {}), CLOSE]
+                self.answered(through(dialect, fine, stream=True), "Hello")
+                hel = next(number for number, event in enumerate(fine) if b"Hel" in event)
+                self.broken_off(through(dialect, [*fine[:hel + 1], CLOSE], stream=True), "Hel")
+
+    def test_what_openai_says_beside_the_answer_is_passed_on(self):
+        own_fields = {"id": "chatcmpl-up1", "created": 1790000000, "system_fingerprint": "fp_1"}
+        for stream in (False, True):
+            reply = through(OPENAI, answer(Text("Hello")), stream=stream)
+            for body in reply.chunks if stream else [reply.json]:
+                self.assertLessEqual(own_fields.items(), body.items())
+
     def test_two_choices_of_openai_stay_two(self):
         def one(index, finish=None, **delta):
             choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
@@ -2079,8 +2098,10 @@ class Transport(Case):
         """A limit is a length of time, not the patience for one more byte."""
         def drip(start, drop):
             return itertools.chain(start, itertools.cycle([drop, 0.05]))
+        begun = [OPENAI.head, *map(chunk, OPENAI.events(HELLO, {})[:2])]
         rows = [("headers", drip([b"HTTP/1.1 200 OK\r\n", b"X-Drip: "], b"x")),
                 ("comments", drip([OPENAI.head], chunk(b": ping\n\n"))),
+                ("comments after content", drip(begun, chunk(b": ping\n\n"))),
                 ("one endless event", drip([OPENAI.head, chunk(b"data: {")], chunk(b" ")))]
 
         def dripped(name, steps):
@@ -2088,7 +2109,7 @@ class Transport(Case):
                 return through(OPENAI, lambda *_: steps, HASTY, stream=True), took
         for (name, _), (reply, took) in zip(rows, at_once(dripped, rows)):
             with self.subTest(name):
-                self.refused(reply, {502, 504})
+                self.broken_off(reply, "Hel") if "after" in name else self.refused(reply, {502, 504})
                 self.assertLess(took.seconds, 4)
 
 
@@ -2282,6 +2303,12 @@ class Auto(Case):
                 with self.subTest(name):
                     self.refused(ask(server, name), {400, 401, 404})
             self.refused(ask(server, "nobody-knows"), 404, "nobody-knows", code="model_not_found")
+
+    def test_a_model_that_ollama_only_passes_on_is_in_the_cloud(self):
+        with self.two_sides() as (server, local, _):
+            reply = ask(server, "ollama:gpt-oss:120b-cloud")
+            self.answered(reply, "local")
+            self.assertEqual(reply.headers["x-oblix-side"], "cloud")
 
     def test_a_local_server_may_speak_openai(self):
         """llama.cpp, LM Studio, vLLM: with an address of its own it is a local model like any other, without a key."""
@@ -2495,10 +2522,25 @@ class Server(Case):
                     body, _ = json.JSONDecoder().raw_decode(reply.partition(b"\r\n\r\n")[2].decode())
                     self.shaped(body["error"])
 
+    def test_large_bodies_are_taken_and_larger_ones_refused_so_that_the_client_learns_of_it(self):
+        for megabytes, status in ((20, 200), (40, 413)):
+            photo = "data:image/png;base64," + "A" * (megabytes << 20)
+            reply = ask(self.server, "auto", **talk(user(part("a"), image(photo))))
+            self.assertEqual(reply.status, status, reply.body[:99])
+
     def test_bodies_that_are_no_request(self):
         for body in (b"", b"null", b"[]", b"7", b"\"text\"", b"{", b"{}", b"\xff{}", b"{\"model\": \"auto\"}", b"\0"):
             with self.subTest(body):
                 self.refused(fetch(self.server, "POST", "/v1/chat/completions", body, JSON), 400)
+
+    def test_what_others_say_cannot_write_a_header(self):
+        """A model's name and an upstream's words stand in headers: without line ends, and in ASCII."""
+        self.refused(ask(self.server, "ollama:a\r\nX-Evil: 1"), 400, param="model")
+        self.assertTrue(ask(self.server, "ollama:grüße").headers["x-oblix-model"].isascii())
+        self.local.play(whole(500, OLLAMA.error("Grüße\r\nX-Evil: 1 \udead")))
+        reply = ask(self.server, "auto")
+        self.answered(reply, "Hello", by=self.cloud.target)
+        self.assertIsNone(reply.headers["X-Evil"])
 
     def test_both_loopback_addresses_answer(self):
         for host in ["127.0.0.1"] + ["::1"] * has_loopback_6():
@@ -2996,11 +3038,10 @@ class ClientContract:
     # --- errors ---
 
     def test_every_status_of_every_provider_raises_its_class(self):
-        for (status, seen, name), (model, upstream) in itertools.product(STATUSES, self.upstreams.items()):
-            upstream.play(failing(status))
-            with running(upstream) as self.server:
-                for job in ("whole", "streamed"):
-                    self.assertTrue(self.raises(name, job, model, seen, "the reason why")["request_id"])
+        for status, seen, name in STATUSES:
+            self.start(failing(status))
+            for model, job in itertools.product(EXPLICIT, ("whole", "streamed")):
+                self.assertTrue(self.raises(name, job, model, seen, "the reason why")["request_id"])
 
     def test_what_oblix_refuses_raises_its_class_and_says_why(self):
         self.start(env={"ANTHROPIC_BASE_URL": "", "ANTHROPIC_API_KEY": ""})  # without a key it is never called
@@ -3270,23 +3311,18 @@ class RealModel(Case):
         client = openai.OpenAI(base_url=server.url + "/v1", api_key="placeholder", max_retries=0)
         self.chat = stack.enter_context(client).chat.completions
 
-    def test_it_answers_auto_whole(self):
-        reply = self.chat.create(**self.question)
-        self.assertIn("Hello", reply.choices[0].message.content)
-        self.assertEqual(reply.model, "openai:smollm2")
-        self.assertGreater(reply.usage.completion_tokens, 3)
-
-    def test_it_answers_auto_streamed(self):
+    def test_it_answers_auto_whole_and_streamed_and_stops_where_told(self):
+        whole = self.chat.create(**self.question)
+        self.assertIn("Hello", whole.choices[0].message.content)
+        self.assertEqual((whole.model, whole.choices[0].finish_reason), ("openai:smollm2", "stop"))
         chunks = list(self.chat.create(**self.question, stream=True, **USAGE))
         texts = [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.delta.content]
         self.assertIn("Hello", "".join(texts))
         self.assertGreater(len(texts), 3)
         self.assertEqual({chunk.model for chunk in chunks}, {"openai:smollm2"})
         self.assertGreater(chunks[-1].usage.completion_tokens, 3)
-
-    def test_it_stops_at_max_tokens(self):
-        reply = self.chat.create(**{**self.question, "max_tokens": 3})
-        self.assertEqual((reply.choices[0].finish_reason, reply.usage.completion_tokens), ("length", 3))
+        short = self.chat.create(**{**self.question, "max_tokens": 3})
+        self.assertEqual((short.choices[0].finish_reason, short.usage.completion_tokens), ("length", 3))
 
     def test_the_cloud_answers_when_it_dies(self):
         self.process.kill()
@@ -3297,6 +3333,15 @@ class RealModel(Case):
 # === The run =========================================================================================================
 # Nothing may be left behind: an error that Python could only report ("Exception ignored", a thread that died) fails
 # the run, and so does a thread that is still there, and every warning (an unclosed socket is one).
+
+# What was broken in oblix.py on purpose, and noticed by these tests (do it again when rules change): EOF taken as the
+# end, in each dialect; [DONE] demanded, or sent after an error; the framing ended properly after an error; the client's
+# hang-up not looked for; usage shown always, or never; tool calls all numbered 0; a stale connection not replaced; a
+# connection not kept after a stream; a proxy asked for loopback; pings counted as progress; the limits for the first
+# byte and for silence dropped; no fallback; fallback after a client's error; content sent before it was there;
+# `local` asking the cloud; a refused parameter forgotten, or remembered for every model; an empty answer passed on;
+# the key in an error; line ends in a header; an unread body left in the pipe; a signed Content-Length; chunks for an
+# HTTP/1.0 client; events sent in batches; lines split at U+2028; a byte order mark, or no space after `data:`.
 
 LOST = []
 
