@@ -543,9 +543,8 @@ def _tool_choice(value: Any) -> str | None:
     if isinstance(value, str):
         return _one_of("none", "auto", "required")(value)
     kind, inner = value.get("type") if isinstance(value, dict) else None, _inner(value)
-    if kind == "allowed_tools" and inner and inner.get("mode") in ("auto", "required") and not _tools(inner.get("tools")):
-        return None
-    if kind != "allowed_tools" and inner and isinstance(inner.get("name"), str):
+    if inner and (inner.get("mode") in ("auto", "required") and _tools(inner.get("tools")) is None
+                  if kind == "allowed_tools" else isinstance(inner.get("name"), str)):
         return None
     return 'must be "none", "auto", "required" or name a tool'
 
@@ -566,8 +565,8 @@ FIELDS: dict[str, Check] = {
 }
 
 # Values that say the same as leaving the field out; many frameworks send them, and some upstreams refuse them.
-NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop": [], "tools": [], "functions": [], "logit_bias": {},
-          "modalities": ["text"], "response_format": {"type": "text"}}
+NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop": [], "tools": [], "functions": [],
+          "logit_bias": {}, "modalities": ["text"], "response_format": {"type": "text"}}
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -980,7 +979,8 @@ Lines = Iterable[bytes]
 
 # What may not be dropped to please a model: without it the answer would be to another question.
 ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_format", "format", "output_config", "n",
-                       "stream", "system", "max_tokens", "modalities", "functions", "function_call", "audio"})
+                       "stream", "system", "max_tokens", "max_completion_tokens", "modalities", "functions",
+                       "function_call", "audio"})
 
 # What several models have in common and no upstream can be asked for beforehand.  Anything else is learned from their
 # 400s at run time.  Source: wire formats of 2026-11; a model too new to be listed counts as the newest.
@@ -990,10 +990,20 @@ _THINKING_OFF = {"claude-haiku-5-5": "disabled", "claude-opus-5": "disabled", "c
 _THINKING_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 4096, "high": 8192, "xhigh": 16384, "max": 16384}
 _CLAUDE_MAX_TOKENS = 16384    # Claude wants a limit; thinking is taken from it, so a small one gives empty answers
 
-_CONTEXT_MARKS = ("prompt is too long", "maximum context length", "context_length_exceeded", "context size",
-                  "context length", "input tokens exceed")
-_MONEY_MARKS = ("insufficient_quota", "credit_balance", "credit balance", "api usage limits", "spend_limit", "billing")
-_UNABLE = re.compile(r"unsupported|not support|unrecognized|unknown parameter|not permitted|deprecated|cannot both")
+# Words by which upstreams' errors are told apart where status and code do not tell (wire 2.6, 5.6, 6.4).
+_CONTEXT_MARKS = ("prompt is too long", "context_length_exceeded", "context size", "context length",
+                  "input tokens exceed")
+_MONEY_MARKS = ("insufficient_quota", "credit_balance", "credit balance", "api usage limits", "spend_limit",
+                "billing_error")
+_UNABLE = re.compile(r"unsupported|not support|unrecognized|unknown.parameter|not permitted|deprecated")
+_FOR_GOOD = re.compile(r"unsupported_parameter|unsupported_value|unknown_parameter|deprecated|not permitted|"
+                       r"unrecognized|not support thinking")
+
+_NO_ANSWER_IN = {    # what neither Ollama nor Claude has
+    "n": "it gives one answer per request", "logit_bias": "it has no such option", "audio": "it answers in text",
+    "modalities": "it answers in text", "web_search_options": "it does not search",
+    "functions": "it is deprecated, send tools", "function_call": "it is deprecated, send tool_choice",
+}
 
 
 class Provider:
@@ -1002,6 +1012,7 @@ class Provider:
     label: ClassVar[str]
     key_variable: ClassVar[str] = ""
     default_model: ClassVar[str] = ""       # cheap and current; "" where only the endpoint knows
+    official: ClassVar[str]                 # the vendor's own address
     chat_path: ClassVar[str]
     probe_path: ClassVar[str]               # free of cost, answers JSON, and lists the models
     always_streams: ClassVar[bool] = True
@@ -1017,7 +1028,7 @@ class Provider:
         raise NotImplementedError
 
     def encode(self, request: ChatRequest, target: Target) -> Json:
-        """The body of the upstream request.  Raises Unsupported where `refusal` would."""
+        """The body of the upstream request, for a request that `refusal` has nothing against."""
         raise NotImplementedError
 
     def decode(self, lines: Lines) -> Iterator[Chunk]:
@@ -1050,15 +1061,21 @@ class Provider:
         return {name: value for name, value in payload.items() if name not in refused}
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
-        """The parameter of our payload that a 400 complains of and that may be left out."""
-        if error.status not in (400, 422) or not _UNABLE.search(error.message.lower() + str(error.code)):
+        """The parameter of our payload that an error complains of and that may be left out."""
+        if error.fault is not Fault.CAPABILITY:
             return None
         quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", error.message)
-        named = [error.param or "", *quoted, error.message.split(":")[0]]
-        for name in named:
+        rest: list[str] = re.findall(r"\w+", error.message.rpartition("supplied:")[2])    # "Unrecognized … supplied: x"
+        for name in [error.param] if error.param else [*quoted, error.message.split(":")[0], *rest]:
+            name = name.split(".")[0]
             if name in payload and (name not in ESSENTIAL or name in self.renames):
                 return name
         return None
+
+
+def is_for_good(param: str, error: UpstreamError) -> bool:
+    """Whether a model refuses a parameter as such.  Of efforts each model knows some, and fewer beside tools."""
+    return param != "reasoning_effort" and bool(_FOR_GOOD.search(f"{error.code} {error.message}".lower()))
 
 
 def classify(status: int, text: str, retry_after_s: float | None = None,
@@ -1066,21 +1083,23 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     """The error behind an upstream's answer of status >= 300, whichever vendor's shape it has."""
     if status < 400:
         return UpstreamError(f"redirected elsewhere ({status}), which is refused: configure the final address")
-    message, kind, code, param = _error_fields(text)
-    message = redact(message, endpoint.key if endpoint else "") or f"the upstream answered {status} without a message"
-    marks = f"{message} {code} {kind}".lower()
+    key = endpoint.key if endpoint else ""
+    told = _told(redact(text, key))
+    message, code = told.get("message") or f"the upstream answered {status} without a message", told.get("code")
+    marks = f"{message} {code} {told.get('type')}".lower()
     fault = _fault_of(status, marks)
     if fault is Fault.TOO_LONG:
         return UpstreamError(message, fault, status=413 if status == 413 else 400, type="invalid_request_error",
                              code="context_length_exceeded", param="messages", retry=False)
     if fault is Fault.ACCOUNT and any(mark in marks for mark in _MONEY_MARKS):
         code = "insufficient_quota"
-    elif fault is Fault.ACCOUNT:
+    elif status == 401 and key:
         message = f"The upstream refused the key that Oblix has for it: {message}"
     status = 400 if fault is Fault.CLIENT and status >= 500 else 503 if status == 529 else status
-    return UpstreamError(message, fault, status=status, param=param, code=code or _CODES.get(status),
-                         type=kind or _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
-                         retry=None if fault is Fault.BUSY else False, retry_after_s=retry_after_s)
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return UpstreamError(message, fault, status=status, param=told.get("param"), code=code or _CODES.get(status),
+                         type=told.get("type") or kind, retry=None if fault is Fault.BUSY else False,
+                         retry_after_s=retry_after_s)
 
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -1089,7 +1108,7 @@ _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_excee
 
 def _fault_of(status: int, marks: str) -> Fault:
     """The class of an upstream's error; by status first and by its words last (wire 2.8)."""
-    if status in (400, 413, 500) and any(mark in marks for mark in _CONTEXT_MARKS) or status == 413:
+    if status == 413 or status not in (401, 403, 429) and any(mark in marks for mark in _CONTEXT_MARKS):
         return Fault.TOO_LONG
     if status in (401, 402, 403) or status in (400, 429) and any(mark in marks for mark in _MONEY_MARKS):
         return Fault.ACCOUNT
@@ -1099,25 +1118,27 @@ def _fault_of(status: int, marks: str) -> Fault:
         return Fault.CAPABILITY if _UNABLE.search(marks) else Fault.CLIENT
     if status == 404:
         return Fault.MISSING
-    if status in (408, 409, 425, 429) or status >= 500:
-        return Fault.BUSY
-    return Fault.DOWN if status < 400 else Fault.CLIENT
+    return Fault.BUSY if status in (408, 409, 425, 429) or status >= 500 else Fault.DOWN
 
 
-def _error_fields(text: str) -> tuple[str, str | None, str | None, str | None]:
-    """(message, type, code, param) of an error body, in any of the shapes seen in the wild."""
+def _told(text: str) -> dict[str, str]:
+    """What there is of message, type, code and param in an error body, in any of the shapes seen in the wild."""
     try:
         body = loads(text)
     except (ValueError, RecursionError):
-        return ("" if "<" in text else text.strip()[:300]), None, None, None    # a page of HTML helps nobody
+        return {} if "<" in text else {"message": text.strip()[:300]}    # a page of HTML helps nobody
+    if isinstance(body, list) and len(body) == 1:
+        body = body[0]
     error = body.get("error", body) if isinstance(body, dict) else body
     if not isinstance(error, dict):
-        return (error if isinstance(error, str) else ""), None, None, None
-
-    def field(name: str) -> str | None:
-        value = error.get(name)
-        return str(value) if isinstance(value, (str, int)) and value != "" else None
-    return field("message") or field("detail") or "", field("type"), field("code"), field("param")
+        return {"message": error if isinstance(error, str) else text[:300]}
+    details = error.get("details")
+    inner = details.get("error_code") if isinstance(details, dict) else None
+    fields = {"type": error.get("type"), "code": error.get("code") or inner, "param": error.get("param")}
+    told = {name: str(value) for name, value in fields.items()
+            if re.fullmatch(r"[\w.\[\]-]{1,100}", str(value or ""))}    # a name, and no sentence that quotes a prompt
+    message = error.get("message", error.get("detail"))
+    return {**told, "message": message if isinstance(message, str) else text[:300]}
 
 
 def redact(text: str, key: str) -> str:
@@ -1126,7 +1147,9 @@ def redact(text: str, key: str) -> str:
 
 
 def chunk_of(finish_reason: str | None = None, logprobs: Json | None = None, **delta: Any) -> Chunk:
-    """A chunk of choice 0."""
+    """A chunk of choice 0.  Raises TypeError for text that is none, which only a broken upstream has to give."""
+    if not all(isinstance(text, str) for name, text in delta.items() if name != "tool_calls"):
+        raise TypeError("text expected")
     return {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]}
 
 
@@ -1137,7 +1160,9 @@ def usage_chunk(prompt: int, completion: int, **details: Any) -> Chunk:
 
 
 def tool_chunk(index: int, arguments: str, id: str = "", name: str = "") -> Chunk:
-    """A tool call's first chunk, which alone has id and name, or a later one."""
+    """A tool call's first chunk, which alone has id and name, or a later one.  Raises TypeError as `chunk_of` does."""
+    if not all(isinstance(text, str) for text in (arguments, id, name)) or bool(id) != bool(name):
+        raise TypeError("a tool call needs id and name")
     head: Json = {"id": id, "type": "function"} if name else {}
     return chunk_of(tool_calls=[{"index": index, **head,
                                  "function": {**({"name": name} if name else {}), "arguments": arguments}}])
@@ -1170,11 +1195,19 @@ def event_of(text: str | bytes) -> Json:
 
 
 def _error_event(event: Json) -> UpstreamError:
-    """An error sent inside an answer: its status is told by its words."""
-    kind = str(event["error"].get("type", "")) if isinstance(event["error"], dict) else ""
-    status = {"overloaded_error": 529, "rate_limit_error": 429, "invalid_request_error": 400, "billing_error": 402,
-              "authentication_error": 401, "permission_error": 403, "not_found_error": 404}.get(kind, 502)
+    """An error sent inside an answer: its status is told by its words, or by a code that is one."""
+    error = event["error"] if isinstance(event["error"], dict) else {}
+    words = {str(error.get("type")), str(error.get("code"))} & _STATUS_OF.keys()
+    number = error.get("code")
+    status = (_STATUS_OF[words.pop()] if words else
+              number if isinstance(number, int) and 400 <= number < 600 else 502)
     return classify(status, dumps(event).decode())
+
+
+_STATUS_OF = {"invalid_request_error": 400, "context_length_exceeded": 400, "authentication_error": 401,
+              "billing_error": 402, "permission_error": 403, "not_found_error": 404, "model_not_found": 404,
+              "rate_limit_error": 429, "rate_limit_exceeded": 429, "insufficient_quota": 429,
+              "server_is_overloaded": 503, "overloaded_error": 529}
 
 
 def cut() -> UpstreamError:
@@ -1184,11 +1217,26 @@ def cut() -> UpstreamError:
 
 def arguments_of(text: str) -> Json:
     """A tool call's arguments as the object that Ollama and Claude want, whatever the model once wrote."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         value = loads(text or "{}")
-    except (ValueError, RecursionError):
-        value = text
-    return value if isinstance(value, dict) else {"_raw": value}
+        if isinstance(value, dict) and not deeper_than(value, MAX_JSON_DEPTH):
+            return value
+    return {"_raw": text}
+
+
+def modern(messages: Sequence[Json]) -> list[Json]:
+    """The messages with what is deprecated said in today's words: function_call, role function, a refusal apart."""
+    told = []
+    for number, message in enumerate(messages):
+        message = dict(message)
+        if message.get("refusal") and not message.get("content"):
+            message["content"] = message["refusal"]
+        if "function_call" in message:    # it had no id; the message's place makes one
+            message["tool_calls"] = [{"id": f"call_{number}", "type": "function", "function": message["function_call"]}]
+        if message["role"] == "function":
+            message.update(role="tool", tool_call_id=f"call_{number - 1}")
+        told.append(message)
+    return told
 
 
 def name_of(tool: Json) -> str:
@@ -1219,7 +1267,7 @@ class OpenAI(Provider):
     key_variable, default_model = "OPENAI_API_KEY", "gpt-6-luna"
     chat_path, probe_path = "/chat/completions", "/models"
     always_streams = False
-    renames = {"max_tokens": "max_completion_tokens"}
+    renames = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
     official = "https://api.openai.com/v1"
 
     def endpoint(self, settings: Settings) -> Endpoint:
@@ -1233,8 +1281,8 @@ class OpenAI(Provider):
 
     def encode(self, request: ChatRequest, target: Target) -> Json:
         payload = {"model": target.model, **request.body}
-        if target.endpoint.base_url == self.official:    # all of its models know the new name, not all the old one
-            payload = self.adapt(payload, frozenset(self.renames))
+        if target.endpoint.base_url == self.official:    # its models all know the new name, and none of Ollama's fields
+            payload = self.adapt(payload, frozenset({"max_tokens", "options", "keep_alive", "think"}))
         if "tools" in payload and _NO_TOOLS_WHILE_REASONING.match(target.model):
             payload.setdefault("reasoning_effort", "none")
         return payload
@@ -1242,24 +1290,42 @@ class OpenAI(Provider):
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
         kept = super().adapt(payload, refused)
         for old, new in self.renames.items():
-            if old in payload and old not in kept:
+            if old in payload and old not in kept and new not in refused:
                 kept.setdefault(new, payload[old])
         if "reasoning_effort" in payload.keys() - kept.keys() and "tools" in payload:
             kept["reasoning_effort"] = "none"    # these models take tools only without reasoning, and would reason
         return kept
 
     def decode(self, lines: Lines) -> Iterator[Chunk]:
+        told: set[Any] = set()            # what must be said once: roles and tool calls
         finished: dict[int, bool] = {}    # choice -> whether its finish_reason came
         for data in sse_data(lines):
-            if data.startswith("[DONE]"):
+            if data.startswith("[DONE]") and finished:
                 return
             chunk = event_of(data)
-            for choice in choices_of(chunk):
+            chunk["choices"] = choices_of(chunk)
+            for choice in chunk["choices"]:
+                self._once(choice, told)
                 index = choice.get("index", 0)
                 finished[index] = finished.get(index, False) or bool(choice.get("finish_reason"))
             yield chunk
-        if not finished or not all(finished.values()):    # some compatible servers leave [DONE] out
+        if list(finished.values()) != [True]:    # some servers leave [DONE] out; with n > 1 one can't be sure without
             raise cut()
+
+    @staticmethod
+    def _once(choice: Json, told: set[Any]) -> None:
+        """Leave out what was told before: the SDKs' helpers join a role, id or name that is repeated (wire 2.5)."""
+        index, delta = choice.get("index", 0), choice.get("delta") or {}
+        role = {} if index in told else {"role": "assistant"}
+        told.add(index)
+        choice["delta"] = {**role, **{name: value for name, value in delta.items() if name != "role"}}
+        for place, call in enumerate(delta.get("tool_calls") or ()):
+            which = (index, call.setdefault("index", place))
+            if which in told:
+                for repeated in (call, call.get("function") or {}):
+                    for name in ("id", "type", "name"):
+                        repeated.pop(name, None)
+            told.add(which)
 
     def models(self, listing: Json) -> tuple[Model, ...] | None:
         items = listing["data"] if isinstance(listing.get("data"), list) else []
@@ -1270,11 +1336,8 @@ class Ollama(Provider):
     """Ollama's native API.  Its own /v1 can't set num_ctx, truncate or think, and takes images out of their message."""
     name, label = "ollama", "Ollama"
     chat_path, probe_path = "/api/chat", "/api/tags"
-    refuses = {
-        "n": "it gives one answer per request", "logit_bias": "it has no such option", "audio": "it answers in text",
-        "modalities": "it answers in text", "web_search_options": "it does not search",
-        "functions": "it is deprecated, send tools", "function_call": "it is deprecated, send tool_choice",
-    }
+    refuses = _NO_ANSWER_IN
+    official = "https://ollama.com:443"
     _options = {"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
                 "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
                 "max_tokens": "num_predict", "max_completion_tokens": "num_predict"}
@@ -1301,11 +1364,11 @@ class Ollama(Provider):
 
     def encode(self, request: ChatRequest, target: Target) -> Json:
         body = request.body
-        payload: Json = {"model": target.model, "messages": self._messages(request.messages), "stream": True,
+        payload: Json = {"model": target.model, "messages": self._messages(modern(request.messages)), "stream": True,
                          "truncate": False}    # without it the oldest messages are forgotten silently
         options = {theirs: body[ours] for ours, theirs in self._options.items() if ours in body}
-        if isinstance(options.get("stop"), str):
-            options["stop"] = [options["stop"]]
+        if "stop" in options:
+            options["stop"] = [stop for stop in listed(options["stop"]) if stop]
         options.update(body.get("options", {}))
         tools = chosen_tools(body)[0]
         payload.update({"options": options} if options else {})
@@ -1313,8 +1376,9 @@ class Ollama(Provider):
         payload.update({name: body[name] for name in self._as_they_are if name in body})
         if "reasoning_effort" in body:
             payload.setdefault("think", self._think[body["reasoning_effort"]])
-        if "response_format" in body:
-            payload["format"] = body["response_format"].get("json_schema", {}).get("schema", "json")
+        form = body.get("response_format", {"type": "text"})
+        if form["type"] != "text":
+            payload["format"] = form["type"] == "json_schema" and form["json_schema"].get("schema") or "json"
         return payload
 
     def _messages(self, messages: Sequence[Json]) -> list[Json]:
@@ -1322,7 +1386,7 @@ class Ollama(Provider):
         return [self._message(message, names) for message in messages]
 
     def _message(self, message: Json, names: dict[str, str]) -> Json:
-        role = {"developer": "system", "function": "tool"}.get(message["role"], message["role"])
+        role = "system" if message["role"] == "developer" else message["role"]
         told: Json = {"role": role, "content": text_of(message)}
         images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
         if images:
@@ -1344,7 +1408,7 @@ class Ollama(Provider):
         calls = 0
         for event in map(event_of, filter(None, lines)):
             message = event.get("message", {})
-            logprobs = {"content": event["logprobs"], "refusal": None} if event.get("logprobs") else None
+            logprobs = {"content": list(event["logprobs"]), "refusal": None} if event.get("logprobs") else None
             if message.get("thinking"):
                 yield chunk_of(reasoning_content=message["thinking"])
             if message.get("content"):
@@ -1380,7 +1444,7 @@ class Ollama(Provider):
 
 def is_remote(name: str) -> bool:
     """Whether an Ollama name is answered by ollama.com: tag `cloud`, or a tag that ends in `-cloud`."""
-    tag = name.rsplit("/", 1)[-1].partition(":")[2]
+    tag = name.lower().rsplit("/", 1)[-1].partition(":")[2]
     return tag == "cloud" or tag.endswith("-cloud")
 
 
@@ -1425,12 +1489,7 @@ class Claude(Provider):
     key_variable, default_model = "ANTHROPIC_API_KEY", "claude-haiku-5-5"
     chat_path, probe_path = "/v1/messages", "/v1/models?limit=1000"
     official = "https://api.anthropic.com"
-    refuses = {
-        "n": "it gives one answer per request", "logprobs": "it does not tell them",
-        "top_logprobs": "it does not tell them", "logit_bias": "it has no such option", "audio": "it answers in text",
-        "modalities": "it answers in text", "web_search_options": "it has no such option",
-        "functions": "it is deprecated, send tools", "function_call": "it is deprecated, send tool_choice",
-    }
+    refuses = {**_NO_ANSWER_IN, "logprobs": "it does not tell them", "top_logprobs": "it does not tell them"}
     _finish = {"max_tokens": "length", "model_context_window_exceeded": "length", "pause_turn": "length",
                "tool_use": "tool_calls", "refusal": "content_filter"}
 
@@ -1459,9 +1518,10 @@ class Claude(Provider):
 
     def encode(self, request: ChatRequest, target: Target) -> Json:
         body, version = request.body, claude_version(target.model)
-        system, turns = claude_conversation(request.messages, prefills=version < (4, 6))
+        system, turns = claude_conversation(modern(request.messages), prefills=version < (4, 6))
         form = body.get("response_format", {})
-        if form.get("type") == "json_object":
+        schema = form.get("type") == "json_schema" and form["json_schema"].get("schema")
+        if form.get("type", "text") != "text" and not schema:
             system = [*system, "Answer with one JSON object and nothing else: no prose, no Markdown fence."]
         forced = chosen_tools(body)[1]
         if forced not in ("auto", "none") and _NO_FORCED_TOOLS.match(target.model):
@@ -1469,24 +1529,24 @@ class Claude(Provider):
             system = [*system, f"Answer with a call of the tool {which}."]
         payload: Json = {
             "model": target.model, "messages": turns, "stream": True,
-            "max_tokens": body.get("max_completion_tokens", body.get("max_tokens", _CLAUDE_MAX_TOKENS)),
+            "max_tokens": min(body.get("max_completion_tokens") or body.get("max_tokens") or _CLAUDE_MAX_TOKENS,
+                              128_000 if version >= (4, 6) else 64_000),    # more is refused
             **({"system": "\n\n".join(system)} if system else {}), **self._sampling(body, version),
-            **self._identity(body), **self._tools(body, target.model),
+            **self._identity(body), **self._tools(body, turns, target.model),
         }
-        if form.get("type") == "json_schema":
-            payload["output_config"] = {"format": {"type": "json_schema",
-                                                   "schema": closed_schema(form["json_schema"].get("schema", {}))}}
+        if schema:
+            payload["output_config"] = {"format": {"type": "json_schema", "schema": closed_schema(schema)}}
         self._think(payload, body.get("reasoning_effort"), target.model, version)
         return payload
 
     @staticmethod
     def _sampling(body: Json, version: tuple[int, int]) -> Json:
-        stops = [stop for stop in _listed(body.get("stop", [])) if stop.strip()]
+        stops = [stop for stop in listed(body.get("stop", [])) if stop.strip()]
         told: Json = {"stop_sequences": stops} if stops else {}
         if version < (4, 7) and "temperature" in body:    # later models refuse both
             told["temperature"] = min(1.0, body["temperature"])
-        elif version < (4, 7) and "top_p" in body:        # 4.5 refuses the two together
-            told["top_p"] = body["top_p"]
+        if version < (4, 7) and "top_p" in body and ("temperature" not in told or version == (4, 6)):
+            told["top_p"] = body["top_p"]                 # 4.5 and earlier refuse the two together
         return told
 
     @staticmethod
@@ -1497,15 +1557,17 @@ class Claude(Provider):
         return {**({"metadata": {"user_id": user}} if opaque else {}), **({"service_tier": tier} if tier else {})}
 
     @staticmethod
-    def _tools(body: Json, model: str) -> Json:
-        if not body.get("tools"):
-            return {}
-        tools, choice = chosen_tools({**body, "tool_choice": "auto"} if body.get("tool_choice") == "none" else body)
-        told: Json = {"type": "none"} if body.get("tool_choice") == "none" else {"type": "auto"}
-        if not _NO_FORCED_TOOLS.match(model):
-            told = ({"type": "any"} if choice == "required" else
-                    {"type": "tool", "name": name_of(choice)} if isinstance(choice, dict) else told)
-        if body.get("parallel_tool_calls") is False and told["type"] != "none":
+    def _tools(body: Json, turns: Sequence[Json], model: str) -> Json:
+        tools, choice = chosen_tools(body)
+        if not tools:    # none offered or allowed; but those that the history calls must be known
+            used = {block["name"]: {"name": block["name"]} for turn in turns for block in turn["content"]
+                    if block["type"] == "tool_use"}
+            known = [tool["function"] for tool in body.get("tools", [])] or list(used.values())
+            return {"tools": list(map(claude_tool, known)), "tool_choice": {"type": "none"}} if known else {}
+        told: Json = {"type": "auto"}
+        if choice != "auto" and not _NO_FORCED_TOOLS.match(model):
+            told = {"type": "tool", "name": name_of(choice)} if isinstance(choice, dict) else {"type": "any"}
+        if body.get("parallel_tool_calls") is False:
             told["disable_parallel_tool_use"] = True
         return {"tools": [claude_tool(tool["function"]) for tool in tools],
                 **({"tool_choice": told} if told != {"type": "auto"} else {})}
@@ -1522,17 +1584,18 @@ class Claude(Provider):
             effort = {"minimal": "low", "xhigh": "xhigh" if version >= (4, 7) else "high"}.get(effort, effort)
             payload["thinking"] = {"type": "adaptive", "display": "summarized"}
             payload.setdefault("output_config", {})["effort"] = effort
-        else:
+        elif payload.get("tool_choice", {}).get("type") not in ("any", "tool"):    # a forced tool excludes thinking
             budget = _THINKING_BUDGETS[effort]
             payload["thinking"] = {"type": "enabled", "budget_tokens": budget}
             payload["max_tokens"] = max(payload["max_tokens"], budget + 1024)
-            for name in ("temperature", "top_p", "tool_choice"):    # none of them goes with manual thinking
+            for name in ("temperature", "top_p"):    # neither goes with thinking
                 payload.pop(name, None)
 
     def decode(self, lines: Lines) -> Iterator[Chunk]:
         usage: Json = {}
         stop: Json = {}
         calls, fresh = -1, False    # fresh: a tool call whose arguments have not begun
+        block: Json = {}            # the one that is open
         for event in map(event_of, sse_data(lines)):
             kind, delta = event.get("type"), event.get("delta") or {}
             if kind == "message_start":
@@ -1543,11 +1606,11 @@ class Claude(Provider):
                 if block["type"] == "tool_use":
                     calls, fresh = calls + 1, True
                     yield tool_chunk(calls, "", block["id"], block["name"])
-                elif block.get("text"):
+                elif block["type"] == "text" and block.get("text"):
                     yield chunk_of(content=block["text"])
             elif kind == "content_block_delta":
                 fresh = fresh and not delta.get("partial_json")
-                yield from self._delta(delta, calls)
+                yield from self._delta(delta, calls if block.get("type") == "tool_use" else None)
             elif kind == "content_block_stop" and fresh:
                 fresh = False
                 yield tool_chunk(calls, "{}")
@@ -1560,12 +1623,12 @@ class Claude(Provider):
         raise cut()
 
     @staticmethod
-    def _delta(delta: Json, call: int) -> Iterator[Chunk]:
+    def _delta(delta: Json, call: int | None) -> Iterator[Chunk]:
         if delta.get("text"):
             yield chunk_of(content=delta["text"])
         elif delta.get("thinking"):
             yield chunk_of(reasoning_content=delta["thinking"])
-        elif delta.get("partial_json"):
+        elif delta.get("partial_json") and call is not None:    # not of a block that is no call of ours
             yield tool_chunk(call, delta["partial_json"])
 
     def _end(self, stop: Json, usage: Json) -> Iterator[Chunk]:
@@ -1587,7 +1650,8 @@ class Claude(Provider):
 _CLAUDE_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 
 
-def _listed(value: str | list[str]) -> list[str]:
+def listed(value: str | list[str]) -> list[str]:
+    """One or several, as several."""
     return [value] if isinstance(value, str) else value
 
 
@@ -1610,14 +1674,20 @@ def closed_schema(schema: Any) -> Any:
         return [closed_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    names = {"oneOf": "anyOf"}
-    kept = {names.get(name, name): closed_schema(value) for name, value in schema.items()
-            if name not in _BOUNDS or isinstance(value, dict)}    # a property may well be called "pattern"
-    return {**kept, "additionalProperties": False} if kept.get("type") == "object" else kept
+    kept: Json = {}
+    for name, value in schema.items():
+        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
+            kept[name] = {inner: closed_schema(one) for inner, one in value.items()}
+        elif name not in _NOT_IN_SCHEMAS:
+            kept["anyOf" if name == "oneOf" else name] = closed_schema(value)
+    kind = kept.get("type")
+    is_object = kind == "object" or isinstance(kind, list) and "object" in kind or "properties" in kept
+    return {**kept, "additionalProperties": False} if is_object else kept
 
 
-_BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
-                     "maxLength", "pattern", "minItems", "maxItems", "minProperties", "maxProperties"})
+_NOT_IN_SCHEMAS = frozenset({
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "pattern",
+    "minItems", "maxItems", "minProperties", "maxProperties", "not", "if", "then", "else"})
 
 
 def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[str], list[Json]]:
@@ -1636,8 +1706,8 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
         elif role == "assistant":
             calls = message.get("tool_calls") or []
             turns.add("assistant", [*_text_block(text), *(turns.call(call) for call in calls)])
-        elif role in ("tool", "function"):
-            turns.result(message.get("tool_call_id", ""), message)
+        elif role == "tool":
+            turns.result(message["tool_call_id"], message)
         else:
             turns.add("user", [block for part in parts_of(message) for block in claude_blocks(part)])
     return system, turns.closed(prefills)
@@ -1653,6 +1723,8 @@ class _Turns:
         self._waiting: list[str] = []       # Claude's ids of calls without a result, in order
 
     def add(self, role: str, blocks: list[Json]) -> None:
+        if role == "assistant" and not blocks:
+            return
         if role == "assistant" or any(block["type"] != "tool_result" for block in blocks):
             self._answer_waiting()
         if not self._turns and role == "assistant":
@@ -1706,7 +1778,7 @@ def _text_block(text: str) -> list[Json]:
 def claude_blocks(part: Json) -> list[Json]:
     """The content blocks of one part.  Raises nothing: `refuse_part` has seen the part before."""
     if part["type"] in ("text", "refusal"):
-        return _text_block(part.get("text") or part.get("refusal") or "")
+        return _text_block(part[part["type"]])
     if part["type"] == "image_url":
         url = part["image_url"]["url"]
         media_type, data = data_url(url) or ("", "")
@@ -1756,14 +1828,21 @@ def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
     model, at, url = rest.partition("@") if not rest.startswith("@") else (rest, "", "")
     if not model or not model.isprintable():
         raise UsageError(f"{flag}: name a model, like {provider}:NAME or {provider}:NAME@http://host:port/v1")
-    if side is Side.LOCAL and provider == "ollama" and is_remote(model):
-        raise UsageError(f"{flag}: ollama.com answers this model, so it is no local one: name it with --cloud-model")
     usual = PROVIDERS[provider].endpoint(settings)
     # Another server than the usual one: the usual key is not meant for it.
     endpoint = Endpoint(provider, url.rstrip("/"), key) if at else dataclasses.replace(usual, key=key or usual.key)
     if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[!-~]*)?", endpoint.base_url):
         raise UsageError(f"{endpoint.base_url} is no address like https://host/v1")
+    if side is Side.LOCAL and not runs_here(endpoint, model):
+        raise UsageError(f"{flag}: a cloud answers this model; name it with --cloud-model, or say where it runs, like "
+                         f"{provider}:NAME@http://127.0.0.1:8080/v1")
     return Target(endpoint, model, side)
+
+
+def runs_here(endpoint: Endpoint, model: str) -> bool:
+    """Whether a model at an endpoint may count as local: it is not at its vendor's, nor passed on to there."""
+    return endpoint.base_url != PROVIDERS[endpoint.provider].official and not (
+        endpoint.provider == "ollama" and is_remote(model))
 
 
 # === 7. Transport =====================================================================================================
@@ -1942,7 +2021,7 @@ class _KeptAlive(urllib.request.AbstractHTTPHandler):
             except IndexError:
                 break
 
-    def close(self) -> None:    # also called by OpenerDirector.close()
+    def close(self) -> None:
         for idle in self._idle.values():
             while idle:
                 idle.popleft()[0].close()
@@ -2086,9 +2165,9 @@ def _retry_after(headers: Any) -> float | None:
     text = headers.get("retry-after", "")
     with contextlib.suppress(ValueError, TypeError):
         if headers.get("retry-after-ms"):
-            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+            return max(0.0, finite(headers["retry-after-ms"]) / 1000)
         if re.fullmatch(r"\s*[\d.]+\s*", text):
-            return float(text)
+            return finite(text)
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time()) if text else None
     return None
 
@@ -2111,17 +2190,13 @@ class Transport:
     """
 
     def __init__(self) -> None:
-        self._kept = _KeptAlive()
+        kept = _KeptAlive()
         self._direct, self._proxied = urllib.request.OpenerDirector(), urllib.request.OpenerDirector()
-        for handler in (self._kept, urllib.request.UnknownHandler()):
-            self._direct.add_handler(handler)
-        proxied = _KeptAlive()
         self._proxied.add_handler(urllib.request.ProxyHandler())
-        for handler in (proxied, urllib.request.UnknownHandler()):
-            self._proxied.add_handler(handler)
         for opener in (self._direct, self._proxied):
+            opener.add_handler(kept)
             opener.addheaders = [("User-Agent", f"oblix/{__version__}")]
-        self._handlers = (self._kept, proxied)
+        self._kept = kept
 
     def open(self, url: str, headers: Mapping[str, str], payload: Json | None, limits: Limits,
              client: socket.socket | None = None) -> Answer:
@@ -2138,8 +2213,7 @@ class Transport:
             return opener.open(call)  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        for handler in self._handlers:
-            handler.close()
+        self._kept.close()
 
 
 # === 8. Ledger ========================================================================================================
@@ -2155,26 +2229,26 @@ class Ledger:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._in_flight: dict[str, int] = {}                                      # guarded by _lock; no zeros
+        self._in_flight: dict[Target, int] = {}                                   # guarded by _lock; no zeros
         self._refused: collections.OrderedDict[Target, frozenset[str]] = collections.OrderedDict()    # guarded, too
 
     @contextlib.contextmanager
     def flight(self, target: Target) -> Iterator[None]:
         """Count a request as in flight while the block runs."""
-        self._count(target.id, 1)
+        self._count(target, 1)
         try:
             yield
         finally:
-            self._count(target.id, -1)
+            self._count(target, -1)
 
-    def _count(self, id: str, step: int) -> None:
+    def _count(self, target: Target, step: int) -> None:
         with self._lock:
-            self._in_flight[id] = self._in_flight.get(id, 0) + step
-            if not self._in_flight[id]:
-                del self._in_flight[id]
+            self._in_flight[target] = self._in_flight.get(target, 0) + step
+            if not self._in_flight[target]:
+                del self._in_flight[target]
 
-    def in_flight(self) -> dict[str, int]:
-        """Requests in flight by target id."""
+    def in_flight(self) -> dict[Target, int]:
+        """Requests in flight by target."""
         with self._lock:
             return dict(self._in_flight)
 
@@ -2198,7 +2272,6 @@ class Ledger:
 # until one has content, and tell why.  It knows nothing of the client's HTTP but the socket to watch.
 
 PROBE_LIMITS = Limits(connect_s=5.0, first_byte_s=5.0, stall_s=5.0)
-MAX_REPAIRS = 4    # parameters of one request that a model may refuse, each in a 400 of its own
 
 
 def new_id(prefix: str) -> str:
@@ -2210,8 +2283,8 @@ def new_id(prefix: str) -> str:
 class Served:
     """An answer on its way to the client: either `whole`, or `chunks` whose first ones have content."""
     target: Target
-    reason: str
-    attempts: int
+    reason: str = ""
+    attempts: int = 1
     whole: Json | None = None
     chunks: Iterator[Chunk] = iter(())
 
@@ -2244,19 +2317,21 @@ class Gateway:
             return answer.status, None
         try:
             listing = loads(text)
-            models = provider.models(listing) if answer.status == 200 else None
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-            raise UpstreamError(f"what answers at {endpoint.base_url} is no {provider.label} (a login page?)") from None
+        except (RecursionError, ValueError):
+            raise UpstreamError(f"what answers there is no {provider.label} (a login page?)") from None
         if answer.status >= 500 or 300 <= answer.status < 400:
             raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
-        return answer.status, models
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):    # a list in no shape we know
+            return answer.status, provider.models(listing) if answer.status == 200 else None
+        return answer.status, None
 
     def targets(self, readings: Sequence[Reading]) -> tuple[Target, ...]:
         """What `auto` may choose from, local first: what is configured, or else the newest model that Ollama has."""
         if self._settings.local_model:
             return self._configured
         found = [model for reading in readings if reading.endpoint == self._usual["ollama"]
-                 for model in reading.models or () if model.chats and not model.remote]
+                 for model in reading.models or ()
+                 if model.chats and not model.remote and runs_here(self._usual["ollama"], model.name)]
         local = [Target(self._usual["ollama"], _short(model.name), Side.LOCAL) for model in found[:1]]
         return (*local, *self._configured)
 
@@ -2276,7 +2351,9 @@ class Gateway:
                              f"{', '.join(PROVIDERS)} as the provider; see GET /v1/models.", param="model", status=404,
                              code="model_not_found")
         endpoint = self._usual[provider or "ollama"]
-        near = endpoint.provider == "ollama" and not is_remote(model)
+        near = endpoint.provider == "ollama" and runs_here(endpoint, model) and not any(
+            found.remote and same_model(model, found.name) for reading in readings
+            if reading.endpoint == endpoint for found in reading.models or ())
         return Target(endpoint, model, Side.LOCAL if near else Side.CLOUD)
 
     def plan(self, request: ChatRequest) -> Plan:
@@ -2337,54 +2414,66 @@ class Gateway:
 
         An empty answer is a fault as long as there is another target to ask.
         """
-        provider = PROVIDERS[target.endpoint.provider]
-        if not request.stream and not provider.always_streams:
-            whole = self._whole(request, target, client)
-            chunks = [whole]
-        else:
+        if request.stream:
             stream = self._stream(request, target, client)
-            if request.stream:
-                held = _until_content(stream)
-                if not last and is_empty(held):
-                    stream.close()
-                    raise UpstreamError("the answer was empty", code="empty_answer")
-                return Served(target, "", 0, chunks=_chained(held, stream))
-            chunks = list(stream)
-            whole = fold(chunks)
-        if not last and is_empty(chunks):
+            held = _until_content(stream)
+            served = Served(target, chunks=_chained(held, stream))
+        else:
+            if PROVIDERS[target.endpoint.provider].always_streams:
+                held = list(self._stream(request, target, client))
+                served = Served(target, whole=fold(held))
+            else:
+                held = [self._whole(request, target, client)]
+                served = Served(target, whole=held[0])
+        if not last and is_empty(held):
             raise UpstreamError("the answer was empty", code="empty_answer")
-        return Served(target, "", 0, whole=whole)
+        return served
 
     def _stream(self, request: ChatRequest, target: Target,
                 client: socket.socket | None) -> Generator[Chunk, None, None]:
         """The chunks of a target's streamed answer, all with one id, time and model."""
         envelope = {"id": new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": int(time.time())}
-        with self.ledger.flight(target), contextlib.closing(self._open(request, target, client)) as answer:
-            begun = False
-            try:
-                for chunk in PROVIDERS[target.endpoint.provider].decode(answer.lines()):
-                    if not begun and has_content(chunk):
-                        begun = True
-                        answer.begin()
-                    yield {**envelope, **chunk, "model": target.id}
-                answer.ended()
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
+        provider, begun = PROVIDERS[target.endpoint.provider], False
+        with self._attempting(request, target, client) as answer:
+            if answer.content_type == "application/json" and not provider.always_streams:
+                event_of(answer.body())
+                raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
+            for chunk in provider.decode(answer.lines()):
+                if not begun and has_content(chunk):
+                    begun = True
+                    answer.begin()
+                yield {**envelope, **chunk, "model": target.id}
+            answer.ended()
 
     def _whole(self, request: ChatRequest, target: Target, client: socket.socket | None) -> Json:
         """The whole answer of a target that was asked for one."""
-        with self.ledger.flight(target), contextlib.closing(self._open(request, target, client)) as answer:
+        with self._attempting(request, target, client) as answer:
             whole = event_of(answer.body())
-        if not choices_of(whole) or not isinstance(choices_of(whole)[0].get("message"), dict):
-            raise UpstreamError("the answer holds no message", code="bad_upstream_answer")
+            if not isinstance(choices_of(whole)[0]["message"], dict):
+                raise TypeError("message")
         return {**whole, "model": target.id}
 
+    @contextlib.contextmanager
+    def _attempting(self, request: ChatRequest, target: Target, client: socket.socket | None) -> Iterator[Answer]:
+        """The upstream's answer, in flight while the block reads it; whatever the block trips over is its fault."""
+        with self.ledger.flight(target), contextlib.closing(self._open(request, target, client)) as answer:
+            try:
+                yield answer
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
+            except UpstreamError as error:
+                error.message = redact(error.message, target.endpoint.key)
+                raise
+
     def _open(self, request: ChatRequest, target: Target, client: socket.socket | None) -> Answer:
-        """The upstream's answer of status 2xx.  A parameter that the model refuses is dropped, and remembered."""
+        """The upstream's answer of status 2xx.  A parameter that the model refuses is left out and the request tried
+        once more; if it is refused for good, that is remembered."""
         provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
         encoded = provider.encode(request, target)
-        for repair in itertools.count():
-            payload = provider.adapt(encoded, self.ledger.refused(target))
+        dropped: frozenset[str] = frozenset()
+        while True:
+            refused = self.ledger.refused(target) | dropped
+            payload = provider.adapt(encoded, refused)
             answer = self._transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint), payload,
                                           self._limits, client)
             if answer.status < 300 and answer.content_type != "text/html":
@@ -2396,11 +2485,12 @@ class Gateway:
                 text = answer.body().decode("utf-8", "replace")
             error = classify(answer.status, text, answer.retry_after_s, endpoint)
             param = provider.refused_parameter(error, payload)
-            if not param or repair >= MAX_REPAIRS or param in self.ledger.refused(target):
+            if not param or param in refused:
                 raise error
-            log.info("%s refuses %s: left out from now on", target.id, param)
-            self.ledger.learn(target, param)
-        raise AssertionError("unreachable")
+            log.info("%s refuses %s: left out", target.id, param)
+            dropped |= {param}
+            if is_for_good(param, error):
+                self.ledger.learn(target, param)
 
     def health(self) -> Json:
         """The state of everything, from memory alone."""
@@ -2416,7 +2506,7 @@ class Gateway:
             **{side.value: _side_report(side, readings, targets) for side in Side},
             "plan": {"order": [target.id for target in plan.order], "reason": plan.reason},
             "targets": [{"id": target.id, "side": target.side.value, "state": state, "reason": reason or None,
-                         "in_flight": flights.get(target.id, 0)} for target, state, reason in states],
+                         "in_flight": flights.get(target, 0)} for target, state, reason in states],
             **({} if able or waiting else {"reasons": reasons}),
         }
 
@@ -2453,7 +2543,7 @@ def _side_report(side: Side, readings: Sequence[Reading], targets: Sequence[Targ
         if reading.side is side and reading.endpoint is None:
             facts.update(reading.facts)
     endpoints = [reading.facts for reading in readings if reading.side is side and reading.endpoint and reading.facts]
-    return {"level": WORDS[side][verdict.level] if verdict.known else "unknown", "reason": verdict.reason,
+    return {"level": verdict.word(side), "reason": verdict.reason,
             "facts": {**facts, "endpoints": endpoints}}
 
 
@@ -2517,32 +2607,24 @@ def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
 
 
 def fold(chunks: Iterable[Chunk]) -> Json:
-    """One chat.completion out of a stream's chunks, as they come from the providers that translate."""
+    """One chat.completion out of a translated stream, which has at least one chunk and no choice but 0."""
+    message: Json = {"role": "assistant", "content": "", "refusal": None}
+    choice: Json = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
     whole: Json = {}
-    choices: dict[int, Json] = {}
     for chunk in chunks:
         whole = whole or {"id": chunk["id"], "object": "chat.completion", "created": chunk["created"],
-                          "model": chunk["model"], "choices": []}
-        for choice in chunk["choices"]:
-            _fold_choice(choices.setdefault(choice["index"], _empty_choice(choice["index"])), choice)
-        if chunk.get("usage"):
-            whole["usage"] = chunk["usage"]
-    for _, choice in sorted(choices.items()):
-        message = choice["message"]
-        if "tool_calls" in message and not message["content"]:
-            message["content"] = None
-        whole["choices"].append(choice)
+                          "model": chunk["model"], "choices": [choice]}
+        whole.update({"usage": chunk["usage"]} if "usage" in chunk else {})
+        for piece in chunk["choices"]:
+            _fold_piece(choice, piece)
+    if "tool_calls" in message:
+        message["content"] = message["content"] or None
     return whole
 
 
-def _empty_choice(index: int) -> Json:
-    return {"index": index, "message": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None,
-            "finish_reason": None}
-
-
-def _fold_choice(whole: Json, piece: Json) -> None:
-    """Add one chunk's choice to the choice that it belongs to."""
-    message, delta = whole["message"], piece["delta"]
+def _fold_piece(choice: Json, piece: Json) -> None:
+    """Add what a chunk says to the choice."""
+    message, delta = choice["message"], piece["delta"]
     for name in ("content", "reasoning_content", "refusal"):
         if delta.get(name):
             message[name] = (message.get(name) or "") + delta[name]
@@ -2552,10 +2634,10 @@ def _fold_choice(whole: Json, piece: Json) -> None:
             calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
         else:
             calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-    if piece.get("logprobs"):
-        whole["logprobs"] = whole["logprobs"] or {"content": [], "refusal": None}
-        whole["logprobs"]["content"].extend(piece["logprobs"]["content"])
-    whole["finish_reason"] = piece["finish_reason"] or whole["finish_reason"]
+    if piece["logprobs"]:
+        choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
+        choice["logprobs"]["content"].extend(piece["logprobs"]["content"])
+    choice["finish_reason"] = piece["finish_reason"] or choice["finish_reason"]
 
 
 def error_body(error: OblixError) -> Json:

@@ -888,7 +888,8 @@ class Settings(Case):
         for argv, says in (
             (["--local-model=llama3.2"], "ollama:"), (["--cloud-model=openai:"], "openai:NAME"),
             (["--cloud-model=gemini:x"], "claude:"), (["--local-model=openai:x@http://"], "no address"),
-            (["--local-model=ollama:gpt-oss:120b-cloud"], "ollama.com"), (["--cloud-api-key=k"], "--cloud-model"),
+            (["--local-model=ollama:gpt-oss:120b-CLOUD"], "--cloud-model"),
+            (["--local-model=openai:gpt-6-luna"], "say where it runs"), (["--cloud-api-key=k"], "--cloud-model"),
         ):
             with self.subTest(argv=argv), self.assertRaises(oblix.UsageError) as raised:
                 oblix.configured_targets(oblix.Settings.parse(argv, {}))
