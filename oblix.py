@@ -1031,8 +1031,12 @@ class Provider:
         """The body of the upstream request, for a request that `refusal` has nothing against."""
         raise NotImplementedError
 
-    def decode(self, lines: Lines) -> Iterator[Chunk]:
-        """Chunks of a streamed answer.  Raises UpstreamError for an error among the lines, and for an early end."""
+    def decode(self, lines: Lines, choices: int = 1) -> Iterator[Chunk]:
+        """Chunks of a streamed answer that was asked for so many choices.
+
+        Raises UpstreamError for an error among the lines and for an early end, and whatever a line that is not in the
+        provider's own format makes Python raise.
+        """
         raise NotImplementedError
 
     def models(self, listing: Json) -> tuple[Model, ...] | None:
@@ -1296,7 +1300,7 @@ class OpenAI(Provider):
             kept["reasoning_effort"] = "none"    # these models take tools only without reasoning, and would reason
         return kept
 
-    def decode(self, lines: Lines) -> Iterator[Chunk]:
+    def decode(self, lines: Lines, choices: int = 1) -> Iterator[Chunk]:
         told: set[Any] = set()            # what must be said once: roles and tool calls
         finished: dict[int, bool] = {}    # choice -> whether its finish_reason came
         for data in sse_data(lines):
@@ -1309,7 +1313,7 @@ class OpenAI(Provider):
                 index = choice.get("index", 0)
                 finished[index] = finished.get(index, False) or bool(choice.get("finish_reason"))
             yield chunk
-        if list(finished.values()) != [True]:    # some servers leave [DONE] out; with n > 1 one can't be sure without
+        if list(finished.values()) != [True] * choices:    # some servers leave [DONE] out
             raise cut()
 
     @staticmethod
@@ -1403,7 +1407,7 @@ class Ollama(Provider):
         names[call["id"]] = name
         return {"id": call["id"], "function": {"name": name, "arguments": arguments_of(arguments)}}
 
-    def decode(self, lines: Lines) -> Iterator[Chunk]:
+    def decode(self, lines: Lines, choices: int = 1) -> Iterator[Chunk]:
         yield chunk_of(role="assistant", content="")
         calls = 0
         for event in map(event_of, filter(None, lines)):
@@ -1591,7 +1595,7 @@ class Claude(Provider):
             for name in ("temperature", "top_p"):    # neither goes with thinking
                 payload.pop(name, None)
 
-    def decode(self, lines: Lines) -> Iterator[Chunk]:
+    def decode(self, lines: Lines, choices: int = 1) -> Iterator[Chunk]:
         usage: Json = {}
         stop: Json = {}
         calls, fresh = -1, False    # fresh: a tool call whose arguments have not begun
@@ -2438,7 +2442,7 @@ class Gateway:
             if answer.content_type == "application/json" and not provider.always_streams:
                 event_of(answer.body())
                 raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
-            for chunk in provider.decode(answer.lines()):
+            for chunk in provider.decode(answer.lines(), request.body.get("n", 1)):
                 if not begun and has_content(chunk):
                     begun = True
                     answer.begin()
