@@ -45,6 +45,7 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -61,7 +62,6 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import secrets
 import select
@@ -335,9 +335,11 @@ MAX_JSON_DEPTH = 100    # tool schemas nest some 10-20 deep; json itself gives u
 # What can a person set, and how?  Each setting is declared once; its flag, its variable, --help and the README's table
 # derive from the declaration.  Secrets never print.
 
-def setting(default: Any, help: str, *, env: str = "", secret: bool = False, choices: Any = None) -> Any:
+def setting(default: Any, help: str, *, env: str = "", secret: bool = False, choices: Any = None,
+            low: float = 0, high: float = 1e6) -> Any:
     """Declare a setting.  `env` names a variable that other tools share and that has no flag of its own."""
-    return dataclasses.field(default=default, repr=not secret, metadata={"help": help, "env": env, "choices": choices})
+    return dataclasses.field(default=default, repr=not secret, metadata={"help": help, "env": env, "choices": choices,
+                                                                             "low": low, "high": high})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,14 +351,17 @@ class Settings:
                                                "default: a cheap model of each provider with a key")
     cloud_api_key: str = setting("", "key for the first --cloud-model (the variable keeps it out of `ps`)", secret=True)
     host: str = setting("localhost", "address to listen on; localhost is 127.0.0.1 and ::1")
-    port: int = setting(62549, "port to listen on; 0 picks a free one")
+    port: int = setting(62549, "port to listen on; 0 picks a free one", high=65535)
     demo: bool = setting(False, "serve two built-in scripted models, one local and one cloud, to try Oblix with "
                                 "nothing installed")
-    connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together")
+    connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together", low=0.1,
+                                       high=3600)
     first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; Ollama may load a model for "
-                                                 "minutes")
-    stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; pings don't count")
-    probe_every_s: float = setting(30.0, "seconds between probes of a cloud that is well; sooner after trouble")
+                                                 "minutes", low=0.1, high=86_400)
+    stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; pings don't count",
+                                     low=0.1, high=86_400)
+    probe_every_s: float = setting(30.0, "seconds between probes of a cloud that is well; sooner after trouble", low=1,
+                                   high=86_400)
     cpu_constrained_percent: float = setting(80.0, "CPU use from which local is constrained")
     cpu_critical_percent: float = setting(95.0, "CPU use from which local is critical")
     memory_constrained_percent: float = setting(85.0, "memory use from which local is constrained")
@@ -378,11 +383,12 @@ class Settings:
     @classmethod
     def parse(cls, argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         """Settings from flags and variables.  Raises UsageError; SystemExit(0) after --help and --version."""
-        found = vars(_parser(cls).parse_args(argv))
+        parser = _parser(cls)
+        found = vars(parser.parse_args(argv))
         for field in dataclasses.fields(cls):
             text = env.get(variable_of(field), "").strip()
             if text and field.name not in found:
-                found.update(_from_variable(cls, field, text))
+                found.update(_from_variable(parser, field, text))
         found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
         settings = cls(**found)
         if any(not key.isascii() or not key.isprintable() for key in (
@@ -401,7 +407,7 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
     return "" if field.metadata["env"] else "--" + field.name.replace("_", "-")
 
 
-def _from_variable(cls: type[Settings], field: dataclasses.Field[Any], text: str) -> Json:
+def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], text: str) -> Json:
     """What a variable's text sets: read as if it were the flag's, lists by commas.  Raises UsageError."""
     if not flag_of(field):
         return {field.name: text}
@@ -409,18 +415,21 @@ def _from_variable(cls: type[Settings], field: dataclasses.Field[Any], text: str
         return {field.name: text.lower() in ("1", "true", "yes", "on")}
     values = [part.strip() for part in text.split(",")] if isinstance(field.default, tuple) else [text]
     try:
-        return vars(_parser(cls).parse_args([f"{flag_of(field)}={value}" for value in values if value]))
+        return vars(parser.parse_args([f"{flag_of(field)}={value}" for value in values if value]))
     except UsageError as error:
         raise UsageError(f"{variable_of(field)}: {error}") from None
 
 
-def _at_least_zero(kind: type[int] | type[float], high: float) -> Callable[[str], int | float]:
-    """A converter for argparse: text to a number from 0 to `high`."""
+def _number_of(field: dataclasses.Field[Any]) -> Callable[[str], int | float]:
+    """A converter for argparse: text to a number of the setting's type and range."""
+    kind: Any = type(field.default)
+    low, high = field.metadata["low"], field.metadata["high"]
+
     def number(text: str) -> int | float:
         with contextlib.suppress(ValueError):
-            if 0 <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to {high:g}")
+            if low <= kind(text) <= high:
+                return kind(text)  # type: ignore[no-any-return]
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from {low:g} to {high:g}")
     return number
 
 
@@ -453,10 +462,9 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
         elif isinstance(field.default, tuple):
             how.update(action="append", metavar="MODEL")
         else:
-            how["metavar"] = "N" if isinstance(field.default, (int, float)) else field.name.rsplit("_", 1)[-1].upper()
-            kinds: dict[Any, Any] = {int: _at_least_zero(int, 65535), float: _at_least_zero(float, 1e9)}
-            how["type"] = kinds.get(type(field.default), str)
-            how["choices"] = field.metadata["choices"]
+            number = isinstance(field.default, (int, float))
+            how.update(metavar="N" if number else field.name.rsplit("_", 1)[-1].upper(),
+                       type=_number_of(field) if number else str, choices=field.metadata["choices"])
         parser.add_argument(flag_of(field), **how)
     return parser
 
@@ -744,9 +752,16 @@ class ResourceMonitor(Monitor):
 
     def sample(self) -> Json:
         import psutil  # 31 ms to import: not on the way to the first answer, and the server starts without it
-        cpu = {"cpu_percent": psutil.cpu_percent()}    # since the last call: the first one has nothing to tell
-        return {**(cpu if self.reading.known else {}), "memory_percent": psutil.virtual_memory().percent,
-                "load_per_core": round(psutil.getloadavg()[0] / (psutil.cpu_count() or 1), 2)}
+        reads: dict[str, Callable[[], float]] = {
+            "cpu_percent": psutil.cpu_percent, "memory_percent": lambda: psutil.virtual_memory().percent,
+            "load_per_core": lambda: round(psutil.getloadavg()[0] / (psutil.cpu_count() or 1), 2)}
+        facts = {}
+        for name, read in reads.items():
+            with contextlib.suppress(Exception):  # Android and some containers deny one or the other
+                facts[name] = read()
+        if not self.reading.known:
+            facts.pop("cpu_percent", None)    # it is the use since the last call: the first has nothing to tell
+        return facts
 
     def judge(self, facts: Json) -> Reading:
         level, reasons = Level.GOOD, []
@@ -759,7 +774,7 @@ class ResourceMonitor(Monitor):
         return Reading(self.side, level, ", ".join(reasons), facts)
 
     def every_s(self) -> float:
-        return 0.1 if self.reading.known and "cpu_percent" not in self.reading.facts else 1.0
+        return 1.0
 
     @classmethod
     def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
@@ -815,7 +830,10 @@ class ConnectivityMonitor(Monitor):
 
     @classmethod
     def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
-        sides = {target.endpoint: target.side for target in targets if not target.endpoint.lacks_key}
+        sides: dict[Endpoint, Side] = {}    # one that serves both sides is watched as a local one
+        for target in targets:
+            if not target.endpoint.lacks_key:
+                sides.setdefault(target.endpoint, target.side)
         return [cls(settings, side, endpoint, fetch) for endpoint, side in sides.items()]
 
 
@@ -902,13 +920,13 @@ class Verdict:
         return WORDS[side][self.level] if self.known else "unknown"
 
 
-def judge_side(side: Side, readings: Iterable[Reading], targets: Iterable[Target]) -> Verdict:
+def judge_side(side: Side, readings: Sequence[Reading], targets: Iterable[Target]) -> Verdict:
     """One verdict on a side: as bad as its worst monitor, but its targets' endpoints stand in for one another."""
     used = {target.endpoint for target in targets if target.side is side}
     mine = [reading for reading in readings if reading.side is side]
-    endpoints = sorted((reading for reading in mine if reading.endpoint in used), key=lambda reading: reading.level)
     if not used:
         return Verdict(Level.OUT, f"no {side.value} model", all(reading.known for reading in mine if reading.endpoint))
+    endpoints = sorted((reading for reading in readings if reading.endpoint in used), key=lambda reading: reading.level)
     decisive = [reading for reading in mine if reading.endpoint is None] + endpoints[:1]
     level = max((reading.level for reading in decisive), default=Level.GOOD)
     reasons = [reading.reason for reading in decisive if reading.level == level and reading.reason]
@@ -1858,6 +1876,7 @@ MAX_LINE_BYTES = 32 << 20     # of an event: as much as a request may have; more
 MAX_BODY_BYTES = 64 << 20     # of a whole answer
 MAX_IDLE = 64                 # connections kept open to one host: as many as Oblix is meant to serve at once
 IDLE_S = 55.0                 # below the 60 s after which many load balancers drop an idle connection
+PIECE_BYTES = 1 << 16         # sent under one time limit
 DRAIN_S = 0.05                # wait for the few bytes behind an end mark, so that the connection can be kept
 
 
@@ -1873,7 +1892,8 @@ class _Reader(io.RawIOBase):
     """The upstream's bytes as http.client reads them: each wait has a deadline, and ends when the client hangs up."""
 
     def __init__(self, upstream: socket.socket, client: socket.socket | None, limits: Limits) -> None:
-        self._upstream, self._client, self._stall_s = upstream, client, limits.stall_s
+        self._upstream, self._stall_s = upstream, limits.stall_s
+        self._client = {client: _READABLE} if client else {}    # the client's socket -> what it is watched for
         self._deadline, self._begun = time.monotonic() + limits.first_byte_s, False
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -1895,11 +1915,13 @@ class _Reader(io.RawIOBase):
 
     def hurry(self, limit_s: float) -> None:
         """Wait no longer than this from now on."""
-        self._client, self._deadline = None, time.monotonic() + limit_s
+        self._client, self._deadline = {}, time.monotonic() + limit_s
 
     def readinto(self, buffer: Any) -> int:
-        self._wait()
-        return self._upstream.recv_into(buffer)
+        while True:
+            self._wait()
+            with contextlib.suppress(ssl.SSLWantReadError, BlockingIOError):    # TLS' own records are no bytes of ours
+                return self._upstream.recv_into(buffer)
 
     def _wait(self) -> None:
         """Return when the upstream can be read.  Raises UpstreamError at the deadline, ClientGone on a hang-up."""
@@ -1907,35 +1929,38 @@ class _Reader(io.RawIOBase):
             return    # already decrypted: the socket itself would look silent
         while True:
             left_s = self._deadline - time.monotonic()
-            ready = _ready([self._upstream] + ([self._client] if self._client else []), max(0.0, left_s))
+            ready = _ready({self._upstream: _READABLE, **self._client}, max(0.0, left_s))
             if self._upstream in ready:
                 return
-            if self._client and self._client in ready:
-                _check_client(self._client)
-                self._client = None    # it sent more bytes: alive, and no longer to be watched by readability
+            if ready:
+                self._client = _still_there(self._client)
             elif left_s <= 0:
                 raise UpstreamError("the answer stalled" if self._begun else "no answer began within the time limit",
                                     status=504, code="upstream_timeout")
 
 
-def _ready(sockets: list[socket.socket], timeout_s: float) -> list[socket.socket]:
-    """Those of the sockets that can be read (or are broken), after `timeout_s` at the latest."""
-    if not hasattr(select, "poll"):    # Windows; elsewhere poll, as select fails from descriptor 1,024 on
-        return select.select(sockets, [], [], timeout_s)[0]
+# poll, as select fails from descriptor 1,024 on; Windows has only select.  A client that has sent more than its request
+# stays readable, so it is watched for its hang-up alone, which Linux tells apart.
+_READABLE, _HUNG_UP = getattr(select, "POLLIN", 1), getattr(select, "POLLRDHUP", 0)
+
+
+def _ready(watched: Mapping[socket.socket, int], timeout_s: float) -> list[socket.socket]:
+    """Those of the sockets with something to tell of what they are watched for, after `timeout_s` at the latest."""
+    if not hasattr(select, "poll"):
+        return select.select([one for one, what in watched.items() if what], [], [], timeout_s)[0]
     poller = select.poll()
-    for one in sockets:
-        poller.register(one, select.POLLIN)
+    for one, what in watched.items():
+        poller.register(one, what)
     found = {descriptor for descriptor, _ in poller.poll(math.ceil(timeout_s * 1000))}
-    return [one for one in sockets if one.fileno() in found]
+    return [one for one in watched if one.fileno() in found]
 
 
-def _check_client(client: socket.socket) -> None:
-    """Raises ClientGone if a readable client socket has no bytes but an end."""
-    try:
-        if client.recv(1, socket.MSG_PEEK):
-            return
-    except OSError:
-        pass
+def _still_there(client: dict[socket.socket, int]) -> dict[socket.socket, int]:
+    """What to watch a client for that had something to tell.  Raises ClientGone if that was its end."""
+    for one, what in client.items():
+        with contextlib.suppress(OSError):
+            if what == _READABLE and one.recv(1, socket.MSG_PEEK):
+                return {one: _HUNG_UP}
     raise ClientGone
 
 
@@ -1982,24 +2007,27 @@ class _KeptAlive(urllib.request.AbstractHTTPHandler):
             connection.connect()
             return connection.sock  # type: ignore[no-any-return]
 
-        while True:
-            kept = self._take(place)
-            upstream = kept or (connect() if is_near(request.host) else _within(request.limits.connect_s, connect))
-            try:
-                return self._ask(upstream, raw, request, place)
-            except (http.client.RemoteDisconnected, ConnectionError):
-                if not kept:    # a kept connection may have died meanwhile: the next one, or a fresh one, will tell
-                    raise
+        kept = self._take(place)
+        if kept:
+            with contextlib.suppress(ConnectionError, ssl.SSLError):    # it died meanwhile: a fresh one will tell
+                return self._ask(kept, raw, request, place)
+        direct = is_near(request.host) and not tunnel
+        return self._ask(connect() if direct else _within(request.limits.connect_s, connect), raw, request, place)
 
     def _ask(self, upstream: socket.socket, raw: bytes, request: Any, place: Any) -> Answer:
         with contextlib.ExitStack() as failing:
             failing.callback(upstream.close)
             upstream.settimeout(request.limits.stall_s)
-            upstream.sendall(raw)
+            for start in range(0, len(raw), PIECE_BYTES):    # sendall's timeout counts for all of its bytes together
+                upstream.sendall(raw[start:start + PIECE_BYTES])
+            upstream.settimeout(0)    # from here on _Reader waits
             reader = _Reader(upstream, request.client, request.limits)
             response = http.client.HTTPResponse(reader, method=request.get_method())  # type: ignore[arg-type]
             failing.callback(response.close)
             response.begin()
+            while response.status < 200:    # 102, 103: the answer is still to come (http.client skips 100 only)
+                response.headers = None  # type: ignore[assignment]
+                response.begin()
             failing.pop_all()
         return Answer(response, reader, upstream, lambda: self._give_back(place, upstream))
 
@@ -2011,7 +2039,7 @@ class _KeptAlive(urllib.request.AbstractHTTPHandler):
                 upstream, since = idle.pop()
             except IndexError:    # another thread was quicker
                 break
-            if time.monotonic() - since < IDLE_S and not _ready([upstream], 0):
+            if time.monotonic() - since < IDLE_S and not _ready({upstream: _READABLE}, 0):
                 return upstream
             upstream.close()
         return None
@@ -2019,11 +2047,9 @@ class _KeptAlive(urllib.request.AbstractHTTPHandler):
     def _give_back(self, place: Any, upstream: socket.socket) -> None:
         idle = self._idle.setdefault(place, collections.deque())
         idle.append((upstream, time.monotonic()))
-        while len(idle) > MAX_IDLE or (idle and time.monotonic() - idle[0][1] > IDLE_S):
-            try:
+        with contextlib.suppress(IndexError):    # another thread was quicker
+            while len(idle) > MAX_IDLE or time.monotonic() - idle[0][1] > IDLE_S:
                 idle.popleft()[0].close()
-            except IndexError:
-                break
 
     def close(self) -> None:
         for idle in self._idle.values():
@@ -2036,30 +2062,20 @@ def _within(limit_s: float, connect: Callable[[], socket.socket]) -> socket.sock
 
     A thread is the only bound there is on the resolver, which has no timeout of its own.
     """
-    box: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    late = threading.Event()
+    made: concurrent.futures.Future[socket.socket] = concurrent.futures.Future()
 
     def run() -> None:
         try:
-            made: Any = connect()
+            made.set_result(connect())
         except Exception as error:
-            made = error
-        box.put(made)
-        if late.is_set() and isinstance(made, socket.socket):
-            made.close()
+            made.set_exception(error)
 
     threading.Thread(target=run, name="connect", daemon=True).start()
     try:
-        made = box.get(timeout=limit_s)
-    except queue.Empty:
-        late.set()
-        with contextlib.suppress(queue.Empty):    # it may have come between the two
-            made = box.get_nowait()
-            made.close()
+        return made.result(limit_s)
+    except concurrent.futures.TimeoutError:
+        made.add_done_callback(lambda late: None if late.exception() else late.result().close())
         raise UpstreamError("no connection within the time limit", status=504, code="upstream_timeout") from None
-    if isinstance(made, Exception):
-        raise made
-    return made  # type: ignore[no-any-return]
 
 
 class Answer:
@@ -2071,7 +2087,7 @@ class Answer:
         self.status = response.status
         self.content_type = response.headers.get_content_type()
         self.retry_after_s = _retry_after(response.headers)
-        self._ended = False
+        self._ended = self._complete = False
 
     def begin(self) -> None:
         """The first content has come: the limit is no longer on its coming, but on silence."""
@@ -2087,12 +2103,17 @@ class Answer:
                 yield piece
             if self._response.length:    # http.client lets a short body pass
                 raise UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
+        self._complete = True
 
-    def body(self) -> bytes:
-        """The whole body.  Raises UpstreamError where it breaks off or is too large."""
+    def body(self, hurry: bool = False) -> bytes:
+        """The whole body; in a hurry, all of it within the limit for the first byte.
+
+        Raises UpstreamError where it breaks off or is too large.
+        """
         pieces, size = [], 0
         for piece in self._pieces():
-            self._reader.begin()
+            if not hurry:
+                self._reader.begin()
             pieces.append(piece)
             size += len(piece)
             if size > MAX_BODY_BYTES:
@@ -2129,17 +2150,24 @@ class Answer:
 
     def close(self) -> None:
         """Keep the connection if the answer has been read to its end, else break it off, which stops the upstream."""
-        if self._ended and not self._finished():
+        if self._ended and not self._complete:
             self._reader.hurry(DRAIN_S)
-            with contextlib.suppress(OSError, ValueError, http.client.HTTPException, UpstreamError):
-                while self._response.read1(1 << 16):
-                    pass
-        keep = self._finished() and not self._response.will_close
+            with contextlib.suppress(UpstreamError):
+                collections.deque(self._pieces(), 0)
+        keep = self._complete and not self._response.will_close
         self._response.close()
         (self._give_back if keep else self._upstream.close)()
 
-    def _finished(self) -> bool:
-        return self._response.isclosed() or self._response.length == 0
+
+_FAULTS: tuple[tuple[Any, ...], ...] = (    # the first that fits; socket.timeout is TimeoutError since 3.10
+    (socket.timeout, "no connection, or nothing taken, within the time limit", 504, "upstream_timeout"),
+    (socket.gaierror, "its host name can't be resolved", 503, "upstream_unreachable"),
+    (ssl.SSLError, "TLS failed: {}", 502, "upstream_tls"),
+    (ConnectionRefusedError, "connection refused", 503, "upstream_unreachable"),
+    ((ConnectionError, http.client.IncompleteRead), "the connection broke off", 502, "upstream_cut"),
+    (OSError, "unreachable: {}", 503, "upstream_unreachable"),
+    ((http.client.HTTPException, ValueError), "it does not answer in HTTP", 502, "bad_upstream_answer"),
+)
 
 
 @contextlib.contextmanager
@@ -2147,21 +2175,10 @@ def _upstream_faults() -> Iterator[None]:
     """Everything that sockets, TLS, DNS and http.client raise becomes an UpstreamError, here and nowhere else."""
     try:
         yield
-    except socket.timeout as error:    # an alias of TimeoutError since 3.10
-        raise UpstreamError("no connection within the time limit", status=504, code="upstream_timeout") from error
-    except socket.gaierror as error:
-        raise UpstreamError("its host name can't be resolved", status=503, code="upstream_unreachable") from error
-    except ssl.SSLError as error:
-        raise UpstreamError(f"TLS failed: {error.reason or error}", status=502, code="upstream_tls") from error
-    except (ConnectionRefusedError, http.client.InvalidURL) as error:
-        raise UpstreamError("connection refused", status=503, code="upstream_unreachable") from error
-    except (ConnectionError, http.client.IncompleteRead) as error:
-        raise UpstreamError("the connection broke off", code="upstream_cut") from error
-    except OSError as error:
-        words = os.strerror(error.errno) if isinstance(error.errno, int) else str(error)
-        raise UpstreamError(f"unreachable: {words}", status=503, code="upstream_unreachable") from error
-    except (http.client.HTTPException, ValueError) as error:
-        raise UpstreamError("it does not answer in HTTP", code="bad_upstream_answer") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        words, status, code = next(told for kinds, *told in _FAULTS if isinstance(error, kinds))
+        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise UpstreamError(words.format(why), status=status, code=code) from error
 
 
 def _retry_after(headers: Any) -> float | None:
@@ -2177,7 +2194,7 @@ def _retry_after(headers: Any) -> float | None:
 
 
 def is_near(host: str) -> bool:
-    """Whether a host[:port] is the device itself or on a private network: no DNS and no proxy stands in between."""
+    """Whether a host[:port] is the device itself or a private address: nothing has to be looked up."""
     name = urllib.parse.urlsplit(f"//{host}").hostname or ""
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -2187,6 +2204,15 @@ def is_near(host: str) -> bool:
         return False
 
 
+class _Proxies(urllib.request.ProxyHandler):
+    """The environment's proxies, but not for hosts on the device or its own network."""
+
+    def proxy_open(self, req: Any, proxy: str, type: str) -> Any:
+        name = urllib.parse.urlsplit(f"//{req.host}").hostname or ""
+        ours = is_near(req.host) or "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa"))
+        return None if ours else super().proxy_open(req, proxy, type)
+
+
 class Transport:
     """Opens exchanges with upstreams.  Proxies are as in the environment, but never for hosts that are near.
 
@@ -2194,13 +2220,10 @@ class Transport:
     """
 
     def __init__(self) -> None:
-        kept = _KeptAlive()
-        self._direct, self._proxied = urllib.request.OpenerDirector(), urllib.request.OpenerDirector()
-        self._proxied.add_handler(urllib.request.ProxyHandler())
-        for opener in (self._direct, self._proxied):
-            opener.add_handler(kept)
-            opener.addheaders = [("User-Agent", f"oblix/{__version__}")]
-        self._kept = kept
+        self._kept, self._opener = _KeptAlive(), urllib.request.OpenerDirector()
+        for handler in (_Proxies(), self._kept, urllib.request.UnknownHandler()):
+            self._opener.add_handler(handler)
+        self._opener.addheaders = [("User-Agent", f"oblix/{__version__}")]
 
     def open(self, url: str, headers: Mapping[str, str], payload: Json | None, limits: Limits,
              client: socket.socket | None = None) -> Answer:
@@ -2213,8 +2236,7 @@ class Transport:
         with _upstream_faults():
             call = _Call(url, data, {**headers, **kind, "Accept": "*/*", "Accept-Encoding": "identity"})
             call.limits, call.client = limits, client
-            opener = self._direct if is_near(urllib.parse.urlsplit(url).netloc) else self._proxied
-            return opener.open(call)  # type: ignore[no-any-return]
+            return self._opener.open(call)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         self._kept.close()
@@ -2316,7 +2338,7 @@ class Gateway:
         answer = self._transport.open(endpoint.base_url + provider.probe_path, provider.headers(endpoint), None,
                                       PROBE_LIMITS)
         with contextlib.closing(answer):
-            text = answer.body()
+            text = answer.body(hurry=True)
         if answer.status in (404, 405):    # a compatible server without a list of models is there all the same
             return answer.status, None
         try:
@@ -2692,11 +2714,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: _Listener
 
     def handle(self) -> None:
-        with contextlib.suppress(ConnectionError, socket.timeout):    # the client left: nobody to tell
+        with contextlib.suppress(OSError):    # the client left: nobody to tell
             super().handle()
 
     def _serve(self) -> None:
-        self._id, started = new_id("req_"), time.monotonic()
+        self._id, self._sent, started = new_id("req_"), False, time.monotonic()
         self._unread = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
         try:
             told = self._route()
@@ -2704,14 +2726,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection, told = True, "client hung up"
         except OblixError as error:
             told = self._refuse(error)
-        except (ConnectionError, socket.timeout):
+        except OSError:
             raise
         except Exception:  # a bug of ours takes down one request and is told in the log
             log.exception("%s internal error", self._id)
-            told = self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self._id}."))
-        self._linger()
-        log.info("%s %s %s: %s, %.0f ms", self._id, self.command, self._path()[:64], told,
+            told = "internal error"
+            self.close_connection = True
+            if not self._sent:
+                self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self._id}."))
+        log.info("%s %s %s: %s, %.0f ms", self._id, self.command, re.sub("[^!-~]", "?", self._path()[:64]), told,
                  1000 * (time.monotonic() - started))
+        self._linger()
 
     do_GET = do_HEAD = do_POST = do_OPTIONS = do_PUT = do_PATCH = do_DELETE = do_TRACE = do_CONNECT = _serve
 
@@ -2775,6 +2800,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
         def send(event: bytes, end: bytes = b"") -> None:
             nonlocal head
+            self._sent = True
             self.wfile.write(head + (b"%x\r\n%s\r\n%s" % (len(event), event, end) if framed else event))
             head = b""
 
@@ -2845,12 +2871,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _refuse(self, error: OblixError) -> str:
         """Answer with an error."""
-        allow = {"Allow": ", ".join(ROUTES.get(self._path(), ROUTES["/models"]))} if error.status == 405 else {}
+        methods = ROUTES.get(self._path(), ("GET", "HEAD", "POST")) if error.status == 405 else ()
+        allow = {"Allow": ", ".join(methods)} if methods else {}
         self._json(error.status, error_body(error), {**error_headers(error), **allow})
         return f"{error.status} {error.code}"
 
     def _reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> str:
         """A whole reply in one write; returns its status."""
+        self._sent = True
         length = {} if status == 204 else {"Content-Length": str(len(body))}
         self.wfile.write(self._head(status, {**headers, **length}) + (b"" if self.command == "HEAD" else body))
         return str(status)
@@ -2866,11 +2894,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the stdlib says of requests that it can't read, in OpenAI's shape."""
-        self._id, self._unread, self.close_connection = new_id("req_"), False, True
+        self._id, self._unread, self.close_connection = new_id("req_"), True, True
         self.command = self.command or "GET"
-        status = 405 if code == 501 else code    # "Unsupported method"
-        self._json(status, error_body(BadRequest(f"{http.HTTPStatus(code).phrase}: {message or 'bad request'}.",
-                                                 code="bad_request")), {"Allow": "GET, HEAD, POST, OPTIONS"})
+        self._refuse(BadRequest(f"{http.HTTPStatus(code).phrase}: {message or 'bad request'}.", code="bad_request",
+                                status=405 if code == 501 else code))    # 501: "Unsupported method"
+        self._linger()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: `_serve` writes the one line of a request."""
@@ -2883,11 +2911,20 @@ def _too_large() -> BadRequest:
     return BadRequest(f"The body is larger than {MAX_REQUEST_BYTES >> 20} MiB.", status=413, code="request_too_large")
 
 
-class _Listener(http.server.ThreadingHTTPServer):
-    """One listening socket."""
+class QuickServer(http.server.ThreadingHTTPServer):
+    """The stdlib's server without its traps."""
     daemon_threads = True
     request_queue_size = 1024                   # the default of 5 drops bursts: clients then wait 1, 3, 7 s for TCP
     allow_reuse_address = os.name == "posix"    # on Windows it would let two programs share the port
+
+    def server_bind(self) -> None:
+        # Not the base class's: it looks its own name up in DNS, which takes seconds on an offline device.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+
+class _Listener(QuickServer):
+    """One listening socket, with the connections it has accepted."""
 
     def __init__(self, address: tuple[str, int], gateway: Gateway) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
@@ -2896,11 +2933,9 @@ class _Listener(http.server.ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        # Not the base class's: it looks its own name up in DNS, which takes seconds on an offline device.
         if self.address_family == socket.AF_INET6 and self.server_address[0] != "::":
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        super().server_bind()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._open.add(request)
@@ -2912,14 +2947,15 @@ class _Listener(http.server.ThreadingHTTPServer):
 
     def run(self) -> None:
         """Serve until `shutdown`, which wakes the loop: it need not wake up by itself while nothing happens."""
-        self.serve_forever(poll_interval=60)
+        self.serve_forever(poll_interval=5)
 
     def shutdown(self) -> None:
         stopping = threading.Thread(target=super().shutdown, name="stop", daemon=True)
         stopping.start()
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
         while stopping.is_alive():
             with contextlib.suppress(OSError):
-                socket.create_connection((self.server_name, self.server_port), 0.2).close()
+                socket.create_connection((host, self.server_port), 0.2).close()
             stopping.join(0.02)
 
     def server_close(self) -> None:
@@ -2930,23 +2966,35 @@ class _Listener(http.server.ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.exception("a connection failed")
+        if not isinstance(sys.exc_info()[1], OSError):    # a client that left while its connection was set up
+            log.exception("a connection failed")
 
 
 def listen(settings: Settings, gateway: Gateway) -> list[_Listener]:
     """Listening sockets: one, or for localhost one for each of its two addresses.  Raises UsageError."""
     host, port = settings.host.strip("[]"), settings.port
+    first = _listener("127.0.0.1" if host == "localhost" else host, port, gateway)
+    if host != "localhost":
+        return [first]
     try:
-        if host != "localhost":
-            return [_Listener((host, port), gateway)]
-        listeners = [_Listener(("127.0.0.1", port), gateway)]
-    except (OSError, OverflowError) as error:
+        return [first, _Listener(("::1", first.server_port), gateway)]
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:    # no IPv6 here
+            return [first]
+        first.server_close()
+        if not port:
+            return listen(settings, gateway)    # another free port
+        # Clients that try ::1 first for `localhost` would send their prompts to whoever that is.
+        raise UsageError(f"port {port} of ::1 is in use by another program: choose one with --port") from error
+
+
+def _listener(host: str, port: int, gateway: Gateway) -> _Listener:
+    try:
+        return _Listener((host, port), gateway)
+    except (OSError, OverflowError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise UsageError(f"port {port} is in use, perhaps by another Oblix: choose one with --port") from error
         raise UsageError(f"can't listen on {host} port {port}: {error}") from error
-    with contextlib.suppress(OSError):    # no IPv6 here, or somebody else has the port there
-        listeners.append(_Listener(("::1", listeners[0].server_port), gateway))
-    return listeners
 
 
 class Server:
@@ -3013,7 +3061,7 @@ show(); setInterval(show, 3000);
 
 
 # === 13. Demo =========================================================================================================
-# uses: 1 2
+# uses: 1 2 11
 # What can a newcomer run who has neither Ollama nor a key?  Two upstreams that speak Ollama's and OpenAI's formats on
 # loopback ports, and answer from a script.
 
@@ -3107,13 +3155,14 @@ def demo(settings: Settings) -> Iterator[Settings]:
     if not settings.demo:
         yield settings
         return
-    servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in (_DemoOllama, _DemoOpenAI)]
+    servers = [QuickServer(("127.0.0.1", 0), kind) for kind in (_DemoOllama, _DemoOpenAI)]
     for server in servers:
         threading.Thread(target=server.serve_forever, name="demo", daemon=True).start()
     local, cloud = (f"http://127.0.0.1:{server.server_port}" for server in servers)
     try:
         yield dataclasses.replace(settings, ollama_host=local, local_model=(),
-                                  cloud_model=(f"openai:demo-cloud@{cloud}/v1",), cloud_api_key="")
+                                  cloud_model=(f"openai:demo-cloud@{cloud}/v1",), cloud_api_key="",
+                                  openai_api_key="", anthropic_api_key="")    # nothing leaves the device
     finally:
         for server in servers:
             server.shutdown()
@@ -3135,7 +3184,7 @@ def start_text(settings: Settings, server: Server) -> str:
     lines = [f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""), ""]
     for side in Side:
         lines += _side_lines(side, health)
-    first, *others = health["plan"]["order"] if health["status"] == "healthy" else ["nothing"]
+    first, *others = (health["status"] == "healthy" and health["plan"]["order"]) or ["nothing"]
     order = " answers now, then ".join([first, ", ".join(others)]) if others else f"{first} answers now"
     lines += [f"  auto    {order}: {health['plan']['reason']}", ""]
     lines += ["Fix:", *(f"  {advice}" for advice in advices(health)), ""] if advices(health) else []
@@ -3164,10 +3213,12 @@ def advices(health: Json) -> list[str]:
              if target["state"] not in ("ready", "unknown")]
     sides = {target["side"] for target in health["targets"]}
     if "local" not in sides:
-        silent = [endpoint for endpoint in health["local"]["facts"]["endpoints"] if "error" in endpoint]
+        endpoints = health["local"]["facts"]["endpoints"]
+        silent = [endpoint for endpoint in endpoints if "error" in endpoint]
         found += [f"no local model: nothing answers at {endpoint['url']} ({endpoint['error']}); install Ollama "
                   "(https://ollama.com), or name another server with --local-model" for endpoint in silent]
-        found += [] if silent else ["no local model: run `ollama pull llama3.2`"]
+        found += [] if silent else ["no local model: run `ollama pull llama3.2`" if endpoints else
+                                    "no local model yet: Ollama has not answered so far"]
     if "cloud" not in sides:
         found.append("no cloud model: set OPENAI_API_KEY or ANTHROPIC_API_KEY")
     if "memory_percent" not in health["local"]["facts"]:
@@ -3185,6 +3236,8 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
             for name in ("SIGINT", "SIGTERM"):
                 signal.signal(getattr(signal, name), lambda *_: stop.set())
             server.gateway.watch.settle(SETTLE_S)
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
             print(start_text(settings, server), flush=True)
             while not stop.wait(0.5 if os.name == "nt" else None):    # on Windows a wait without end ignores Ctrl-C
                 pass
