@@ -1008,7 +1008,7 @@ _THINKING_OFF = {"claude-haiku-5-5": "disabled", "claude-opus-5": "disabled", "c
 _THINKING_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 4096, "high": 8192, "xhigh": 16384, "max": 16384}
 _CLAUDE_MAX_TOKENS = 16384    # Claude wants a limit; thinking is taken from it, so a small one gives empty answers
 
-# Words by which upstreams' errors are told apart where status and code do not tell (wire 2.6, 5.6, 6.4).
+# Words by which upstreams' errors are told apart where status and code do not tell: OpenAI's, Anthropic's, llama.cpp's.
 _CONTEXT_MARKS = ("prompt is too long", "context_length_exceeded", "context size", "context length",
                   "input tokens exceed")
 _MONEY_MARKS = ("insufficient_quota", "credit_balance", "credit balance", "api usage limits", "spend_limit",
@@ -1017,7 +1017,7 @@ _UNABLE = re.compile(r"unsupported|not support|unrecognized|unknown.parameter|no
 _FOR_GOOD = re.compile(r"unsupported_parameter|unsupported_value|unknown_parameter|deprecated|not permitted|"
                        r"unrecognized|not support thinking")
 
-_NO_ANSWER_IN = {    # what neither Ollama nor Claude has
+_NEITHER_HAS = {    # what neither Ollama nor Claude has
     "n": "it gives one answer per request", "logit_bias": "it has no such option", "audio": "it answers in text",
     "modalities": "it answers in text", "web_search_options": "it does not search",
     "functions": "it is deprecated, send tools", "function_call": "it is deprecated, send tool_choice",
@@ -1129,7 +1129,7 @@ _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_excee
 
 
 def _fault_of(status: int, marks: str) -> Fault:
-    """The class of an upstream's error; by status first and by its words last (wire 2.8)."""
+    """The class of an upstream's error; by status first and by its words last."""
     if status == 413 or status not in (401, 403, 429) and any(mark in marks for mark in _CONTEXT_MARKS):
         return Fault.TOO_LONG
     if status in (401, 402, 403) or status in (400, 429) and any(mark in marks for mark in _MONEY_MARKS):
@@ -1219,11 +1219,10 @@ def event_of(text: str | bytes) -> Json:
 def _error_event(event: Json) -> UpstreamError:
     """An error sent inside an answer: its status is told by its words, or by a code that is one."""
     error = event["error"] if isinstance(event["error"], dict) else {}
-    words = {str(error.get("type")), str(error.get("code"))} & _STATUS_OF.keys()
-    number = error.get("code")
-    status = (_STATUS_OF[words.pop()] if words else
-              number if isinstance(number, int) and 400 <= number < 600 else 502)
-    return classify(status, dumps(event).decode())
+    code = error.get("code")
+    number = code if isinstance(code, int) and 400 <= code < 600 else 502
+    return classify(_STATUS_OF.get(str(code)) or _STATUS_OF.get(str(error.get("type"))) or number,
+                    dumps(event).decode())
 
 
 _STATUS_OF = {"invalid_request_error": 400, "context_length_exceeded": 400, "authentication_error": 401,
@@ -1336,7 +1335,7 @@ class OpenAI(Provider):
 
     @staticmethod
     def _once(choice: Json, told: set[Any]) -> None:
-        """Leave out what was told before: the SDKs' helpers join a role, id or name that is repeated (wire 2.5)."""
+        """Leave out what was told before: the SDKs' helpers join a role, id or name that is repeated."""
         index, delta = choice.get("index", 0), choice.get("delta") or {}
         role = {} if index in told else {"role": "assistant"}
         told.add(index)
@@ -1358,7 +1357,7 @@ class Ollama(Provider):
     """Ollama's native API.  Its own /v1 can't set num_ctx, truncate or think, and takes images out of their message."""
     name, label = "ollama", "Ollama"
     chat_path, probe_path = "/api/chat", "/api/tags"
-    refuses = _NO_ANSWER_IN
+    refuses = _NEITHER_HAS
     official = "https://ollama.com:443"
     _options = {"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
                 "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
@@ -1511,7 +1510,7 @@ class Claude(Provider):
     key_variable, default_model = "ANTHROPIC_API_KEY", "claude-haiku-5-5"
     chat_path, probe_path = "/v1/messages", "/v1/models?limit=1000"
     official = "https://api.anthropic.com"
-    refuses = {**_NO_ANSWER_IN, "logprobs": "it does not tell them", "top_logprobs": "it does not tell them"}
+    refuses = {**_NEITHER_HAS, "logprobs": "it does not tell them", "top_logprobs": "it does not tell them"}
     _finish = {"max_tokens": "length", "model_context_window_exceeded": "length", "pause_turn": "length",
                "tool_use": "tool_calls", "refusal": "content_filter"}
 
@@ -1582,9 +1581,7 @@ class Claude(Provider):
     def _tools(body: Json, turns: Sequence[Json], model: str) -> Json:
         tools, choice = chosen_tools(body)
         if not tools:    # none offered or allowed; but those that the history calls must be known
-            used = {block["name"]: {"name": block["name"]} for turn in turns for block in turn["content"]
-                    if block["type"] == "tool_use"}
-            known = [tool["function"] for tool in body.get("tools", [])] or list(used.values())
+            known = [tool["function"] for tool in body.get("tools", [])] or [{"name": name} for name in _used(turns)]
             return {"tools": list(map(claude_tool, known)), "tool_choice": {"type": "none"}} if known else {}
         told: Json = {"type": "auto"}
         if choice != "auto" and not _NO_FORCED_TOOLS.match(model):
@@ -1606,7 +1603,8 @@ class Claude(Provider):
             effort = {"minimal": "low", "xhigh": "xhigh" if version >= (4, 7) else "high"}.get(effort, effort)
             payload["thinking"] = {"type": "adaptive", "display": "summarized"}
             payload.setdefault("output_config", {})["effort"] = effort
-        elif payload.get("tool_choice", {}).get("type") not in ("any", "tool"):    # a forced tool excludes thinking
+        elif payload.get("tool_choice", {}).get("type") not in ("any", "tool") and not _used(payload["messages"]):
+            # Thinking goes neither with a forced tool nor with calls whose own thinking is lost.
             budget = _THINKING_BUDGETS[effort]
             payload["thinking"] = {"type": "enabled", "budget_tokens": budget}
             payload["max_tokens"] = max(payload["max_tokens"], budget + 1024)
@@ -1667,6 +1665,12 @@ class Claude(Provider):
 
     def models(self, listing: Json) -> tuple[Model, ...] | None:
         return tuple(Model(item["id"], created_at(item.get("created_at"))) for item in listing.get("data") or [])
+
+
+def _used(turns: Sequence[Json]) -> list[str]:
+    """The names of the tools that the turns call, each once."""
+    return list(dict.fromkeys(block["name"] for turn in turns for block in turn["content"]
+                              if block["type"] == "tool_use"))
 
 
 _CLAUDE_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
