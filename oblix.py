@@ -1049,8 +1049,8 @@ class Provider:
         """The body of the upstream request, for a request that `refusal` has nothing against."""
         raise NotImplementedError
 
-    def decode(self, lines: Lines, choices: int = 1) -> Iterator[Chunk]:
-        """Chunks of a streamed answer that was asked for so many choices.
+    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Chunk]:
+        """Chunks of the streamed answer to a request.
 
         Raises UpstreamError for an error among the lines and for an early end, and whatever a line that is not in the
         provider's own format makes Python raise.
@@ -1190,6 +1190,42 @@ def tool_chunk(index: int, arguments: str, id: str = "", name: str = "") -> Chun
                                  "function": {**({"name": name} if name else {}), "arguments": arguments}}])
 
 
+class _Fence:
+    """Takes the Markdown fence away that models like to put around JSON, piece by piece."""
+
+    def __init__(self) -> None:
+        self._held = ""                       # text that may turn out to be fence
+        self._fenced: bool | None = None      # None: not known yet
+
+    def feed(self, text: str, last: bool = False) -> str:
+        """What of the text so far can be said now; with `last`, all that is left."""
+        self._held += text
+        start = self._held.lstrip()
+        if self._fenced is None:
+            if not last and "```".startswith(start[:3]) and "\n" not in start:
+                return ""
+            self._fenced = start.startswith("```") and "\n" in start
+            self._held = start.partition("\n")[2] if self._fenced else self._held
+        end = re.search(r"\s*(```)?\s*$" if last else r"\s*`{0,3}\s*$", self._held) if self._fenced else None
+        told, self._held = (self._held[:end.start()], self._held[end.start():]) if end else (self._held, "")
+        return told
+
+
+def unfenced(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """The chunks of a translated answer without a Markdown fence around their content."""
+    fence = _Fence()
+    for chunk in chunks:
+        for choice in choices_of(chunk):
+            rest = fence.feed(choice["delta"].pop("content", ""), last=bool(choice["finish_reason"]))
+            if rest or "role" in choice["delta"]:
+                yield chunk_of(**{**choice["delta"], "content": rest})
+                choice["delta"] = {}
+            if choice["delta"] or choice["finish_reason"]:
+                yield chunk
+        if not choices_of(chunk):    # usage
+            yield chunk
+
+
 def sse_data(lines: Lines) -> Iterator[str]:
     """The data of each server-sent event; one that the stream's end cuts off is dropped (WHATWG HTML, 9.2.6)."""
     data: list[str] = []
@@ -1317,7 +1353,7 @@ class OpenAI(Provider):
             kept["reasoning_effort"] = "none"    # these models take tools only without reasoning, and would reason
         return kept
 
-    def decode(self, lines: Lines, choices: int = 1) -> Iterator[Chunk]:
+    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Chunk]:
         told: set[Any] = set()            # what must be said once: roles and tool calls
         finished: dict[int, bool] = {}    # choice -> whether its finish_reason came
         for data in sse_data(lines):
@@ -1330,7 +1366,7 @@ class OpenAI(Provider):
                 index = choice.get("index", 0)
                 finished[index] = finished.get(index, False) or bool(choice.get("finish_reason"))
             yield chunk
-        if list(finished.values()) != [True] * choices:    # some servers leave [DONE] out
+        if list(finished.values()) != [True] * request.body.get("n", 1):    # some servers leave [DONE] out
             raise cut()
 
     @staticmethod
@@ -1424,7 +1460,7 @@ class Ollama(Provider):
         names[call["id"]] = name
         return {"id": call["id"], "function": {"name": name, "arguments": arguments_of(arguments)}}
 
-    def decode(self, lines: Lines, choices: int = 1) -> Iterator[Chunk]:
+    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Chunk]:
         yield chunk_of(role="assistant", content="")
         calls = 0
         for event in map(event_of, filter(None, lines)):
@@ -1611,7 +1647,12 @@ class Claude(Provider):
             for name in ("temperature", "top_p"):    # neither goes with thinking
                 payload.pop(name, None)
 
-    def decode(self, lines: Lines, choices: int = 1) -> Iterator[Chunk]:
+    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Chunk]:
+        chunks = self._chunks(lines)
+        by_instruction = request.body.get("response_format", {}).get("type") == "json_object"
+        return unfenced(chunks) if by_instruction else chunks
+
+    def _chunks(self, lines: Lines) -> Iterator[Chunk]:
         usage: Json = {}
         stop: Json = {}
         calls, fresh = -1, False    # fresh: a tool call whose arguments have not begun
@@ -2468,7 +2509,7 @@ class Gateway:
             if answer.content_type == "application/json" and not provider.always_streams:
                 event_of(answer.body())
                 raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
-            for chunk in provider.decode(answer.lines(), request.body.get("n", 1)):
+            for chunk in provider.decode(answer.lines(), request):
                 if not begun and has_content(chunk):
                     begun = True
                     answer.begin()
