@@ -483,19 +483,16 @@ def _kind(kind: type, words: str) -> Check:
     return lambda value: None if isinstance(value, kind) else f"must be {words}"
 
 
-def _number(low: float, high: float) -> Check:
+def _number(low: float, high: float, kinds: tuple[type, ...] = (int, float), words: str = "a number") -> Check:
     def check(value: Any) -> str | None:
-        # subtle: bool is an int in Python, and `"temperature": true` must not pass for 1
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-        return None if fits else f"must be a number from {low:g} to {high:g}"
+        # subtle: bool is an int in Python, and `"temperature": true` must not pass for 1; its type is another, though
+        fits = type(value) in kinds and low <= value <= high
+        return None if fits else f"must be {words} from {low} to {high}"
     return check
 
 
 def _integer(low: int, high: int) -> Check:
-    def check(value: Any) -> str | None:
-        fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-        return None if fits else f"must be an integer from {low} to {high}"
-    return check
+    return _number(low, high, (int,), "an integer")
 
 
 def _one_of(*words: str) -> Check:
@@ -1764,82 +1761,80 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
     need be by a placeholder; results of calls that nobody made become text.  `prefills`: whether the model may be
     handed the beginning of its own answer.
     """
-    system: list[str] = []
-    turns = _Turns()
-    for message in messages:
-        role, text = message["role"], text_of(message)
-        if role in ("system", "developer"):
-            system.extend([text] if text.strip() else [])
-        elif role == "assistant":
-            calls = message.get("tool_calls") or []
-            turns.add("assistant", [*_text_block(text), *(turns.call(call) for call in calls)])
-        elif role == "tool":
-            turns.result(message["tool_call_id"], message)
+    is_system = [message["role"] in ("system", "developer") for message in messages]
+    system = [text_of(message) for message, so in zip(messages, is_system) if so and text_of(message).strip()]
+    waiting = collections.deque(message for message, so in zip(messages, is_system) if not so)
+    turns: list[Json] = []
+    used: set[str] = set()
+    while waiting:
+        message = waiting.popleft()
+        if message["role"] == "assistant":
+            calls = [(call["id"], _claude_call(call, used)) for call in message.get("tool_calls") or ()]
+            _add_turn(turns, "assistant", [*_text_block(text_of(message)), *(block for _, block in calls)])
+            if calls:
+                _add_turn(turns, "user", _claude_results(calls, waiting))
         else:
-            turns.add("user", [block for part in parts_of(message) for block in claude_blocks(part)])
-    return system, turns.closed(prefills)
+            _add_turn(turns, "user", claude_content(message))
+    return system, _completed(turns, prefills)
 
 
-class _Turns:
-    """The turns of a conversation while they are put together."""
+def _add_turn(turns: list[Json], role: str, blocks: list[Json]) -> None:
+    """Add blocks to the last turn if its role is the same, else as a new one; an assistant without any says nothing."""
+    if turns and turns[-1]["role"] == role:
+        turns[-1]["content"].extend(blocks)
+    elif blocks or role == "user":
+        turns.append({"role": role, "content": blocks})
 
-    def __init__(self) -> None:
-        self._turns: list[Json] = []
-        self._ids: dict[str, str] = {}      # the client's id of a tool call -> the one that Claude sees
-        self._used: set[str] = set()        # every id that Claude sees
-        self._waiting: list[str] = []       # Claude's ids of calls without a result, in order
 
-    def add(self, role: str, blocks: list[Json]) -> None:
-        if role == "assistant" and not blocks:
-            return
-        if role == "assistant" or any(block["type"] != "tool_result" for block in blocks):
-            self._answer_waiting()
-        if not self._turns and role == "assistant":
-            self._turns.append({"role": "user", "content": _text_block(".")})
-        if self._turns and self._turns[-1]["role"] == role:
-            self._turns[-1]["content"].extend(blocks)
+def _claude_call(call: Json, used: set[str]) -> Json:
+    """A tool call as a block, under an id that Claude allows and that the conversation has not used before."""
+    name, arguments = called(call)
+    id = re.sub(r"[^A-Za-z0-9_-]", "_", call["id"]) or "call"
+    while id in used:
+        id += "_"
+    used.add(id)
+    return {"type": "tool_use", "id": id, "name": name, "input": arguments_of(arguments)}
+
+
+def _claude_results(calls: list[tuple[str, Json]], waiting: collections.deque[Json]) -> list[Json]:
+    """The blocks that answer (client's id, call)s, from the tool messages that come next; others' results go last."""
+    calls, results, others = list(calls), [], []
+    while waiting and waiting[0]["role"] == "tool":
+        message = waiting.popleft()
+        blocks = claude_content(message)
+        pair = next((pair for pair in calls if pair[0] == message["tool_call_id"]), None)
+        if pair:
+            calls.remove(pair)
+            plain = blocks[0]["text"] if len(blocks) == 1 and blocks[0]["type"] == "text" else blocks
+            results.append({"type": "tool_result", "tool_use_id": pair[1]["id"], "content": plain or ""})
         else:
-            self._turns.append({"role": role, "content": blocks})
-        self._waiting.extend(block["id"] for block in blocks if block["type"] == "tool_use")
+            others.extend(blocks)
+    return results + [{"type": "tool_result", "tool_use_id": call["id"], "content": "(no result)"}
+                      for _, call in calls] + others
 
-    def call(self, call: Json) -> Json:
-        name, arguments = called(call)
-        id = re.sub(r"[^A-Za-z0-9_-]", "_", call["id"]) or "call"
-        while id in self._used:              # Claude wants ids unique in the whole conversation
-            id += "_"
-        self._used.add(id)
-        self._ids[call["id"]] = id
-        return {"type": "tool_use", "id": id, "name": name, "input": arguments_of(arguments)}
 
-    def result(self, id: str, message: Json) -> None:
-        blocks = [block for part in parts_of(message) for block in claude_blocks(part)]
-        known = self._ids.get(id)
-        if known not in self._waiting:
-            return self.add("user", blocks)
-        self._waiting.remove(known)
-        plain = blocks[0]["text"] if len(blocks) == 1 and blocks[0]["type"] == "text" else blocks
-        self.add("user", [{"type": "tool_result", "tool_use_id": known, "content": plain or ""}])
-
-    def _answer_waiting(self) -> None:
-        missing, self._waiting = self._waiting, []
-        if missing:
-            self.add("user", [{"type": "tool_result", "tool_use_id": id, "content": "(no result)"} for id in missing])
-
-    def closed(self, prefills: bool) -> list[Json]:
-        self._answer_waiting()
-        for turn in self._turns:
-            turn["content"] = turn["content"] or _text_block(".")    # an empty turn is refused
-        if not self._turns or (self._turns[-1]["role"] == "assistant" and not prefills):
-            self._turns.append({"role": "user", "content": _text_block("Continue." if self._turns else ".")})
-        last = self._turns[-1]["content"][-1]
-        if self._turns[-1]["role"] == "assistant" and last["type"] == "text":
-            last["text"] = last["text"].rstrip() or "."
-        return self._turns
+def _completed(turns: list[Json], prefills: bool) -> list[Json]:
+    """The turns without what Claude refuses: an assistant to begin with, empty turns, a prefill that it can't take."""
+    if not turns or turns[0]["role"] == "assistant":
+        turns.insert(0, {"role": "user", "content": []})
+    for turn in turns:
+        turn["content"] = turn["content"] or _text_block(".")
+    last = turns[-1]
+    if last["role"] == "assistant" and not prefills:
+        turns.append({"role": "user", "content": _text_block("Continue.")})
+    elif last["role"] == "assistant" and last["content"][-1]["type"] == "text":
+        last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
+    return turns
 
 
 def _text_block(text: str) -> list[Json]:
     """A text block, or nothing: Claude refuses empty ones."""
     return [{"type": "text", "text": text}] if text.strip() else []
+
+
+def claude_content(message: Json) -> list[Json]:
+    """A message's parts as blocks."""
+    return [block for part in parts_of(message) for block in claude_blocks(part)]
 
 
 def claude_blocks(part: Json) -> list[Json]:
