@@ -3202,7 +3202,8 @@ def demo(settings: Settings) -> Iterator[Settings]:
     try:
         yield dataclasses.replace(settings, ollama_host=local, local_model=(),
                                   cloud_model=(f"openai:demo-cloud@{cloud}/v1",), cloud_api_key="",
-                                  openai_api_key="", anthropic_api_key="")    # nothing leaves the device
+                                  openai_api_key="", openai_base_url="", anthropic_api_key="",
+                                  anthropic_base_url="")    # without keys nothing can leave the device
     finally:
         for server in servers:
             server.shutdown()
@@ -3225,8 +3226,8 @@ def start_text(settings: Settings, server: Server) -> str:
     for side in Side:
         lines += _side_lines(side, health)
     first, *others = (health["status"] == "healthy" and health["plan"]["order"]) or ["nothing"]
-    order = " answers now, then ".join([first, ", ".join(others)]) if others else f"{first} answers now"
-    lines += [f"  auto    {order}: {health['plan']['reason']}", ""]
+    order = f"{first} answers now" + (f", and {' then '.join(others)} if it fails" if others else "")
+    lines += [f"  auto    {order}", ""]
     lines += ["Fix:", *(f"  {advice}" for advice in advices(health)), ""] if advices(health) else []
     lines += ["Use it:", "  from openai import OpenAI", f'  client = OpenAI(base_url="{base}", api_key="placeholder")',
               '  print(client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "Hello"}])'
