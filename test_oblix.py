@@ -32,11 +32,14 @@ import queue
 import random
 import re
 import select
+import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -345,29 +348,37 @@ class Request:
         return json.loads(self.body)
 
 
-def read_request(stream, connection):
-    """The next request on this connection, or None when there is no more."""
+def read_request(stream, connection, pace=0.0):
+    """The next request on this connection, or None when there is no more.  A pause precedes each 64 KB of its body."""
+    def piece(at):
+        time.sleep(pace)
+        return stream.read(min(1 << 16, size - at))
     line = stream.readline().decode("latin-1").strip()
     if not line:
         return None
     headers = http.client.parse_headers(stream)
-    return Request(line, headers, stream.read(int(headers.get("Content-Length") or 0)), connection)
+    size = int(headers.get("Content-Length") or 0)
+    return Request(line, headers, b"".join(map(piece, range(0, size, 1 << 16))), connection)
 
 
 class Upstream:
     """A listening socket that plays scripts: for each POST the next one, and the last one again and again.
 
     The GETs of the background probe are answered from `probe`, a script too, and kept apart in `probes`.
+    With `tls`, an ssl context, it is an https: server named localhost.
     """
 
-    def __init__(self, dialect, *scripts, side=None, target=None, probe=None):
-        self.dialect, self.side = dialect, side or dialect.side
+    def __init__(self, dialect, *scripts, side=None, target=None, probe=None, tls=None, pace=0.0):
+        self.dialect, self.side, self._tls, self._pace = dialect, side or dialect.side, tls, pace
         self.probe = probe or whole(200, dialect.probe())
         self.requests, self.probes, self.arrivals = [], [], queue.Queue()
         self._numbers, self._closing, self._threads = itertools.count(), threading.Event(), []
         self._connections = set()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.url = "http://127.0.0.1:%d" % self._listener.getsockname()[1]
+        if pace:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
+        self.port = self._listener.getsockname()[1]
+        self.url = "%s:%d" % ("https://localhost" if tls else "http://127.0.0.1", self.port)
         self.target = (target or "{0.name}:{0.model}").format(dialect, url=self.url)
         self.play(*scripts or [answer(Text("Hello"))])
         self._start(self._accept)
@@ -388,7 +399,7 @@ class Upstream:
         """Close every open connection, as a service does with idle ones."""
         for connection in list(self._connections):
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def close(self):
         """Stop listening and drop everything: from here on connections are refused."""
@@ -419,13 +430,16 @@ class Upstream:
                 self._start(self._serve, connection, next(self._numbers))
 
     def _serve(self, connection, number):
-        self._connections.add(connection)
-        with contextlib.suppress(OSError), connection, connection.makefile("rb") as stream:
+        with contextlib.suppress(OSError), self._secured(connection) as connection, connection.makefile("rb") as stream:
+            self._connections.add(connection)
             while not self._closing.is_set():
-                request = read_request(stream, number)
+                request = read_request(stream, number, self._pace)
                 if not request or not self._play(connection, request, self._script(request)):
                     break
         self._connections.discard(connection)
+
+    def _secured(self, connection):
+        return self._tls.wrap_socket(connection, server_side=True) if self._tls else connection
 
     def _script(self, request):
         if request.method == "GET":
@@ -444,6 +458,10 @@ class Upstream:
                 if isinstance(step, bytes):
                     connection.sendall(step)
                 elif step == CLOSE or step == RESET:
+                    if step == CLOSE and self._tls:    # TLS has a goodbye of its own
+                        connection.settimeout(0.05)
+                        with contextlib.suppress(OSError):
+                            connection.unwrap()
                     linger = struct.pack("ii", 1, 0) if step == RESET else struct.pack("ii", 0, 0)
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                     return False
@@ -462,7 +480,7 @@ class Upstream:
             if not isinstance(step, float) and step.wait(0.01):
                 return True
             readable = select.select([connection], [], [], min(0.01, max(0, until - time.monotonic())))[0]
-            if readable and not connection.recv(1, socket.MSG_PEEK):
+            if readable and not socket.socket.recv(connection, 1, socket.MSG_PEEK):    # TLS itself can't peek
                 return False
         return True
 
@@ -1065,6 +1083,12 @@ class Monitors(Case):
             watch.stop()
         self.assertEqual(watch.readings[0].level, OUT)
         self.assertEqual(len(logged.output), 1)
+
+    def test_a_probe_that_is_answered_in_drips_without_end_has_failed(self):
+        drips = itertools.chain([head(200, "Content-Length: 100000")], itertools.cycle([b" ", 0.01]))
+        with mock.patch.object(oblix, "PROBE_LIMITS", oblix.Limits(connect_s=5, first_byte_s=0.2, stall_s=0.2)), \
+                Upstream(OPENAI, probe=drips) as upstream, running(upstream) as server:
+            self.assertEqual(health(server)["cloud"]["level"], "disconnected")
 
 
 # === 5. Policy =======================================================================================================
@@ -1998,6 +2022,19 @@ class Phrases(Case):
                     script = answer(Text("Hello"), rewrite=swap(b"\"end_turn\"", b"\"%b\"" % reason.encode()))
                     self.assertEqual(through(CLAUDE, script, stream=stream).finish, finish)
 
+    def test_claudes_json_comes_without_the_fence_around_it(self):
+        json_object = {"response_format": {"type": "json_object"}}
+        for told, wanted in (
+            ('{"a":1}', '{"a":1}'), ('```json\n{"a":1}\n```', '{"a":1}'), ('\n```\n{"a":"```"}\n```\n', '{"a":"```"}'),
+            ('```json\n{"a":1}', '{"a":1}'), ('``', '``'), (' {"a":"`"} ', ' {"a":"`"} '),
+        ):
+            for size in (1, 3, 100):
+                pieces = [Text(told[at:at + size]) for at in range(0, len(told), size)]
+                with self.subTest(told, size=size), Upstream(CLAUDE, answer(*pieces)) as upstream, \
+                        running(upstream) as server:
+                    self.answered(ask(server, upstream.target, stream=size == 3, **json_object), wanted)
+        self.answered(through(CLAUDE, answer(Text("```x\n1\n```"))), "```x\n1\n```")    # no JSON was asked for
+
     def test_claudes_unknown_events_deltas_and_blocks_are_skipped(self):
         strange = [CLAUDE.event("content_block_start", index=0, content_block={"type": "server_tool_use", "id": "s"}),
                    CLAUDE.event("content_block_delta", index=0, delta={"type": "mystery_delta", "mystery": 1}),
@@ -2109,7 +2146,8 @@ class BrokenAnswers(Case):
                 lines = b"".join(stream).split(b"\n")
                 with self.subTest(dialect.name, stream=stream):
                     try:
-                        chunks = [{"id": "1", "created": 1, "model": "m", **chunk} for chunk in provider.decode(lines)]
+                        chunks = [{"id": "1", "created": 1, "model": "m", **chunk}
+                                  for chunk in provider.decode(lines, oblix.ChatRequest("m", {}))]
                         if dialect is not OPENAI:    # whose whole answers are no fold of chunks
                             self.sound(oblix.fold(chunks))
                     except (oblix.UpstreamError, AttributeError, IndexError, KeyError, TypeError, ValueError):
@@ -2173,26 +2211,30 @@ class BrokenAnswers(Case):
 
 # === 7. Transport ====================================================================================================
 
-class Transport(Case):
-    """Connections are kept, replaced when stale, never redirected, never sent through a proxy at home."""
+LAST_WORD = [*whole(200, OPENAI.probe(), "Connection: close"), CLOSE]    # after this probe no connection is kept
+
+
+class Connections:
+    """Connections are kept and replaced when stale, and what came on one of them reaches one client."""
+    tls = None
 
     def test_one_connection_serves_many_requests(self):
         for dialect in DIALECTS:
-            with self.subTest(dialect.name), Upstream(dialect) as upstream, running(upstream) as server:
+            with self.subTest(dialect.name), Upstream(dialect, tls=self.tls) as upstream, running(upstream) as server:
                 for stream in (False, True, True, False):
                     self.answered(ask(server, upstream.target, stream=stream), "Hello")
                 self.assertEqual(len({request.connection for request in upstream.requests}), 1)
 
     def test_an_error_does_not_cost_the_connection(self):
         no = whole(400, OPENAI.error("No."))
-        with Upstream(OPENAI, no, answer(Text("Hello"))) as upstream, running(upstream) as server:
+        with Upstream(OPENAI, no, answer(Text("Hello")), tls=self.tls) as upstream, running(upstream) as server:
             self.refused(ask(server, upstream.target), 400)
             self.answered(ask(server, upstream.target), "Hello")
             self.assertEqual(len({request.connection for request in upstream.requests}), 1)
 
     def test_a_connection_closed_while_idle_is_replaced_without_a_word(self):
         for dialect in DIALECTS:
-            with self.subTest(dialect.name), Upstream(dialect) as upstream, running(upstream) as server:
+            with self.subTest(dialect.name), Upstream(dialect, tls=self.tls) as upstream, running(upstream) as server:
                 self.answered(ask(server, upstream.target), "Hello")
                 upstream.drop_connections()
                 self.answered(ask(server, upstream.target), "Hello")
@@ -2201,10 +2243,99 @@ class Transport(Case):
     def test_a_connection_closed_as_the_request_arrives_is_replaced_without_a_word(self):
         """The race that every pool meets: the service closed at the moment at which we wrote."""
         for close in (CLOSE, RESET):
-            with self.subTest(close), Upstream(OLLAMA) as upstream, running(upstream) as server:
+            with self.subTest(close), Upstream(OLLAMA, tls=self.tls) as upstream, running(upstream) as server:
                 self.answered(ask(server, upstream.target), "Hello")
                 upstream.play([close], answer(Text("Hello again")))
                 self.answered(ask(server, upstream.target), "Hello again")
+
+    def test_a_connection_that_died_unseen_is_replaced_whatever_shows_it(self):
+        """It may be the sending that fails, or the reading."""
+        ready = oblix._ready
+
+        def blind(watched, timeout_s):
+            return ready(watched, timeout_s) if timeout_s else []
+        for end, size in itertools.product((CLOSE, RESET), (10, 300000)):
+            with self.subTest(end, size=size), Upstream(OPENAI, tls=self.tls) as upstream, running(upstream) as server:
+                upstream.play(lambda *asked: [*answer(Text("Hello"))(*asked), end], answer(Text("Hello again")))
+                self.answered(ask(server, upstream.target), "Hello")
+                eventually(lambda: not upstream._connections)
+                with mock.patch.object(oblix, "_ready", blind):
+                    self.answered(ask(server, upstream.target, **talk(user("x" * size))), "Hello again")
+
+    def test_a_prompt_that_kills_its_connection_is_sent_twice_at_most(self):
+        all_there = threading.Barrier(5)
+
+        def script(*asked):
+            all_there.wait(5)
+            return answer(Text("Hello"))(*asked)
+        with Upstream(OPENAI, script, tls=self.tls) as upstream, running(upstream) as server:
+            at_once(ask, [(server, upstream.target)] * 5)    # so many connections are idle now
+            upstream.play([RESET])
+            self.refused(ask(server, upstream.target), 502)
+            self.assertLessEqual(len(upstream.requests), 5 + 2)
+
+    def test_an_answer_on_a_fresh_connection_may_begin_later_than_the_stall_limit(self):
+        """TLS 1.3 begins with records of its own: they are no beginning of an answer."""
+        def late(*asked):
+            return [0.4, *answer(Text("Hello"))(*asked)]
+        with Upstream(OPENAI, late, tls=self.tls, probe=LAST_WORD) as upstream, \
+                running(upstream, flags=["--stall-timeout-s=0.2"]) as server:
+            for reply in at_once(lambda stream: ask(server, upstream.target, stream=stream), [(False,), (True,)]):
+                self.answered(reply, "Hello")
+            self.assertEqual(len({request.connection for request in upstream.probes + upstream.requests}), 3)
+
+    def test_a_client_that_leaves_ends_the_exchange_on_a_fresh_connection(self):
+        with Upstream(OPENAI, [HANG], tls=self.tls, probe=LAST_WORD) as upstream, running(upstream) as server:
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(post(chat(upstream.target)))
+                request = upstream.next_request()
+            self.assertTrue(request.hung_up.wait(1))
+
+    def test_hints_before_the_answer_are_passed_over(self):
+        def script(dialect, request):
+            text = request.json["messages"][0]["content"]
+            return [head(102), head(103, "Link: </x>; rel=preload"), *answer(Text("To " + text))(dialect, request)]
+        with Upstream(OPENAI, script, tls=self.tls) as upstream, running(upstream) as server:
+            for text, stream in (("Ada", False), ("Bob", True), ("Cy", False)):
+                self.answered(ask(server, upstream.target, stream=stream, **talk(user(text))), "To " + text)
+            self.assertEqual(len({request.connection for request in upstream.requests}), 1)
+
+    def test_late_bytes_of_a_broken_answer_reach_nobody(self):
+        late = whole(200, OPENAI.whole(Saying((Text("Not for you"),), "stop", 1, 1)))
+        json_head = head(200, "Content-Type: application/json", "Transfer-Encoding: chunked")
+        for name, *broken in (("in the middle", json_head, chunk(b'{"id":1,'), b"XYZ\r\n"),
+                              ("after the end mark", *streamed(OPENAI, OPENAI.events(HELLO, {}), end=b"XYZ\r\n"))):
+            with self.subTest(name), Upstream(OPENAI, [*broken, 0.5, *late], answer(Text("Hello")), tls=self.tls) as up:
+                with running(up) as server:
+                    ask(server, up.target, stream="after" in name)
+                    self.answered(ask(server, up.target), "Hello")
+                    self.assertTrue(up.requests[0].hung_up.wait(1), "the connection is still in use")
+
+
+class TransportOverTls(Connections, Case):
+    """The same in front of https: servers, with a certificate that is made and trusted here."""
+
+    @classmethod
+    def setUpClass(cls):
+        need(shutil.which("openssl"), "no openssl to make a certificate with")
+        pem = str(Path(cls.keep(tempfile.TemporaryDirectory()), "localhost.pem"))
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", pem,
+                        "-out", pem, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost",
+                        "-addext", "keyUsage=critical,digitalSignature,keyCertSign"], check=True, capture_output=True)
+        cls.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        cls.tls.minimum_version = ssl.TLSVersion.TLSv1_3
+        cls.tls.load_cert_chain(pem)
+        cls.keep(mock.patch.dict(os.environ, SSL_CERT_FILE=pem))
+
+    def test_a_certificate_that_nobody_vouches_for_is_refused(self):
+        with mock.patch.dict(os.environ, SSL_CERT_FILE=os.devnull, SSL_CERT_DIR=os.devnull), \
+                Upstream(OPENAI, tls=self.tls) as upstream, running(upstream) as server:
+            self.refused(ask(server, upstream.target), 502, "certificate")
+            self.assertEqual(upstream.probes + upstream.requests, [])
+
+
+class Transport(Connections, Case):
+    """The same without TLS; never redirected, never sent through a proxy at home."""
 
     def test_no_redirect_is_followed_with_a_key_or_without(self):
         for status in (301, 302, 303, 307, 308):
@@ -2223,6 +2354,29 @@ class Transport(Case):
                     with self.subTest(dialect.name), Upstream(dialect) as upstream, running(upstream) as server:
                         self.answered(ask(server, upstream.target), "Hello")
             self.assertEqual(proxy.requests + proxy.probes, [])
+
+    def test_names_of_the_own_network_are_not_given_to_a_proxy_and_others_are(self):
+        resolve = socket.getaddrinfo
+
+        def resolve_ours(host, *more, **options):
+            if host.endswith(".example"):
+                raise socket.gaierror(socket.EAI_NONAME, "not ours")
+            return resolve("127.0.0.1" if host.startswith("gpu") else host, *more, **options)
+        with Upstream(OLLAMA, answer(Text("directly"))) as upstream, \
+                Upstream(OLLAMA, answer(Text("by proxy"))) as proxy:
+            variables = {"http_proxy": proxy.url, "no_proxy": "", "NO_PROXY": ""}
+            with mock.patch.dict(os.environ, variables), mock.patch.object(socket, "getaddrinfo", resolve_ours):
+                for host, way in (("gpu-box", "directly"), ("gpu-box.local", "directly"), ("gpu.example", "by proxy")):
+                    env = {"OLLAMA_HOST": "http://%s:%d" % (host, upstream.port)}
+                    with self.subTest(host), running(upstream, env=env) as server:
+                        self.answered(ask(server, upstream.target), way)
+            self.assertEqual({request.path for request in proxy.requests}, {env["OLLAMA_HOST"] + OLLAMA.path})
+
+    def test_a_request_that_is_taken_slowly_but_steadily_is_not_cut(self):
+        with Upstream(OPENAI, pace=0.008) as upstream, running(upstream, flags=["--stall-timeout-s=0.3"]) as server:
+            with Took() as took:
+                self.answered(ask(server, upstream.target, **talk(user("x" * 7000000))), "Hello")
+            self.assertGreater(took.seconds, 0.3)
 
     def test_dripping_bytes_do_not_outlive_the_limits(self):
         """A limit is a length of time, not the patience for one more byte."""
@@ -2458,21 +2612,35 @@ class Auto(Case):
                 self.assertEqual([*states(server)], ["ollama:llama3.2", "ollama:hf.co/org/tiny:Q4", "openai:gpt-test"])
 
 
+    def test_an_ollama_that_serves_both_sides_is_judged_as_local(self):
+        with Upstream(OLLAMA) as ollama:
+            for level in ("available", "critical"):
+                with running(ollama, flags=["--cloud-model=ollama:big:1b-cloud", *DEGRADED]) as server:
+                    self.assertEqual(health(server)["local"]["level"], level)
+                ollama.close()
+
+
 class HangUp(Case):
     """When the client leaves, the upstream connection is closed within a second: nobody computes for nobody."""
 
-    def left(self, dialect, script, stream, begun):
-        """The upstream's request, for a client that left, once (`begun`) it had seen content."""
+    def left(self, dialect, script, stream, begun, extra=b""):
+        """Whether the upstream's request ended, for a client that left, once (`begun`) it had seen content."""
         with Upstream(dialect, script) as upstream, running(upstream) as server:
             with socket.create_connection(("127.0.0.1", server.port)) as client:
                 client.sendall(post(chat(upstream.target, stream=stream)))
                 request = upstream.next_request()
+                client.sendall(extra)
                 while begun and b"Hel" not in client.recv(65536):
                     pass
             return request.hung_up.wait(1)
 
     def test_while_nothing_has_come_yet(self):
         rows = [(dialect, [HANG], stream, False) for dialect in DIALECTS for stream in (False, True)]
+        self.assertEqual(at_once(self.left, rows), [True] * len(rows))
+
+    @unittest.skipUnless(hasattr(select, "POLLRDHUP"), "only Linux tells a hang-up behind unread bytes")
+    def test_after_bytes_that_belong_to_no_request(self):
+        rows = [(OLLAMA, [HANG], stream, False, extra) for stream in (False, True) for extra in (b"\r\n", b"GET / ")]
         self.assertEqual(at_once(self.left, rows), [True] * len(rows))
 
     def test_while_the_answer_is_being_made(self):
@@ -2553,7 +2721,33 @@ class Server(Case):
                     self.assertIn(word, reply.headers["Allow"])
 
     def test_a_method_that_nobody_knows(self):
-        self.refused(fetch(self.server, "BREW", "/v1/models"), {405, 501})
+        for body in (None, b"x" * 3000000):
+            self.refused(fetch(self.server, "BREW", "/v1/models", body), {405, 501})
+
+    def test_an_exception_of_our_own_ends_a_request_and_is_logged(self):
+        """Before the answer began it is a 500; in mid-stream nothing but the missing end can tell of it."""
+        for good, begins in ((0, b"HTTP/1.1 500 "), (1, b"HTTP/1.1 200 ")):
+            shown = [mock.DEFAULT] * good + [RuntimeError("a bug of ours")]
+            with self.subTest(begins), self.assertLogs("oblix", "ERROR") as logged, \
+                    mock.patch.object(oblix, "for_client", wraps=oblix.for_client, side_effect=shown):
+                reply = raw(self.server, post(chat(stream=True)))
+            self.assertTrue(reply.startswith(begins), reply)
+            self.assertEqual((reply.count(b"HTTP/1.1 "), reply.count(b'"role"')), (1, good))
+            self.assertFalse(reply.endswith(END))
+            self.assertIn("a bug of ours", "".join(logged.output))
+
+    def test_no_control_characters_reach_the_log(self):
+        with self.assertLogs("oblix", "INFO") as logged:
+            raw(self.server, b"GET /\x1b[31mred\x07\x7f\x9b HTTP/1.1\r\nConnection: close\r\n\r\n")
+        [line] = [record.getMessage() for record in logged.records if "[31mred" in record.getMessage()]
+        self.assertRegex(line, "^[ -~]+$")
+
+    def test_a_server_stops_at_once_wherever_it_listens(self):
+        for host in ["localhost", "127.0.0.1", "0.0.0.0"] + ["::"] * has_loopback_6():
+            with self.subTest(host), running(self.local, flags=["--host=" + host], probed=False) as server:
+                self.assertEqual(fetch(server, "GET", "/").status, 200)
+                begun = time.monotonic()
+            self.assertLess(time.monotonic() - begun, 1)
 
     def test_chat_with_and_without_v1_with_a_slash_and_a_query(self):
         for path in ("/v1/chat/completions", "/chat/completions", "/v1/chat/completions/", "/chat/completions?a=1"):
@@ -2863,6 +3057,8 @@ MISTAKES = [  # flags, environment, what the one line names
     (["--cloud-model", "gpt"], {}, "gpt"), ([], {"OBLIX_LOCAL_MODEL": "nobody:x"}, "nobody"),
     (["--local-model", "openai:x@nowhere"], {}, "nowhere"), (["--stall-timeout-s", "soon"], {}, "soon"),
     (["--stall-timeout-s", "nan"], {}, "nan"), (["--log-level", "loud"], {}, "loud"),
+    (["--probe-every-s", "0"], {}, "--probe-every-s"), (["--first-byte-timeout-s", "0"], {}, "--first-byte-timeout-s"),
+    (["--stall-timeout-s", "1e9"], {}, "1e9"), ([], {"OBLIX_CONNECT_TIMEOUT_S": "0"}, "OBLIX_CONNECT_TIMEOUT_S"),
 ]
 
 
@@ -2945,6 +3141,15 @@ class CommandLine(Case):
                     self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
                     self.assertIn(names, ran.stderr)
 
+    @unittest.skipUnless(has_loopback_6(), "no ::1 here")
+    def test_another_program_at_the_other_loopback_address_is_a_mistake_too(self):
+        """Clients that try ::1 first would tell it everything."""
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+            port = str(taken.getsockname()[1])
+            ran = command("--port", port)
+            self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
+            self.assertIn("port %s of ::1" % port, ran.stderr)
+
     def test_in_a_program_a_mistake_is_a_usage_error_of_one_line(self):
         for flags, env, names in MISTAKES:
             with self.subTest(flags=flags, env=env):
@@ -2965,6 +3170,14 @@ class CommandLine(Case):
                 self.assertEqual((reply.status, reply.finish, reply.cut), (200, "stop", False), reply.body)
                 self.assertIn("scripted", reply.text.lower())
 
+    def test_the_demo_asks_nobody_whose_address_and_key_are_in_the_environment(self):
+        with Upstream(OPENAI) as openai, Upstream(CLAUDE) as claude:
+            with Process("--demo", "--port=0", env=env_for(openai, claude)) as process:
+                eventually(lambda: looked_around(process))
+                for target in (openai.target, claude.target):
+                    self.refused(ask(process, target), range(400, 500))
+            self.assertEqual([*openai.probes, *openai.requests, *claude.probes, *claude.requests], [])
+
     def test_a_flag_is_stronger_than_the_environment_and_that_than_the_default(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             env = {"OBLIX_PORT": str(taken.getsockname()[1]), "OBLIX_DEMO": "1"}
@@ -2978,6 +3191,12 @@ class CommandLine(Case):
             for word in ("ollama", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
                 self.assertIn(word.lower(), process.said().lower())
         self.assertLess(took.seconds, 3)
+
+    def test_it_starts_beside_an_ollama_that_does_not_answer(self):
+        with Upstream(OLLAMA, probe=[HANG]) as silent, Process("--port=0", env=env_for(silent)) as process:
+            eventually(lambda: "Use it:" in process.said())
+            self.assertIn("Ollama has not answered", process.said())
+            self.assertNotIn("Traceback", process.said())
 
     def test_it_finds_what_there_is(self):
         """Ollama at its address with its models, and keys in the environment with a model for each."""
@@ -3471,7 +3690,9 @@ class RealModel(Case):
 # byte and for silence dropped; no fallback; fallback after a client's error; content sent before it was there;
 # `local` asking the cloud; a refused parameter forgotten, or remembered for every model; an empty answer passed on;
 # the key in an error; line ends in a header; an unread body left in the pipe; a signed Content-Length; chunks for an
-# HTTP/1.0 client; events sent in batches; lines split at U+2028; a byte order mark, or no space after `data:`.
+# HTTP/1.0 client; events sent in batches; lines split at U+2028; a byte order mark, or no space after `data:`; TLS
+# read without looking for its own records; a 103 taken for the answer; a connection kept after a malformed chunk; all
+# idle connections tried in turn; a large body sent under one time limit; a drip of a probe awaited to its end.
 
 LOST = []
 
