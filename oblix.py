@@ -3197,7 +3197,7 @@ def demo(settings: Settings) -> Iterator[Settings]:
         return
     servers = [QuickServer(("127.0.0.1", 0), kind) for kind in (_DemoOllama, _DemoOpenAI)]
     for server in servers:
-        threading.Thread(target=server.serve_forever, name="demo", daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.05,), name="demo", daemon=True).start()
     local, cloud = (f"http://127.0.0.1:{server.server_port}" for server in servers)
     try:
         yield dataclasses.replace(settings, ollama_host=local, local_model=(),

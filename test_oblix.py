@@ -3135,9 +3135,9 @@ class CommandLine(Case):
     def test_a_mistake_is_one_clear_line_and_status_2(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])
-            for flags, env, names in [*MISTAKES, (["--port", port], {}, port)]:
+            rows = [*MISTAKES, (["--port", port], {}, port)]
+            for (flags, env, names), ran in zip(rows, at_once(lambda flags, env, _: command(*flags, env=env), rows)):
                 with self.subTest(flags=flags, env=env):
-                    ran = command(*flags, env=env)
                     self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
                     self.assertIn(names, ran.stderr)
 
@@ -3710,7 +3710,26 @@ def tearDownModule():
         raise AssertionError("left behind: " + "; ".join(LOST))
 
 
+def load_tests(_loader, classes, _pattern):
+    """All tests, or in a part of the run every second class."""
+    part = os.environ.get("OBLIX_TEST_PART")
+    return unittest.TestSuite(tests for number, tests in enumerate(classes) if part in (None, str(number % 2)))
+
+
+def run_on_two_cores():
+    """Run both parts side by side: it saves a third of the time.  Print what they print, and their sums."""
+    command = [sys.executable, *("-W" + option for option in sys.warnoptions), str(HERE / "test_oblix.py")]
+    runs = at_once(lambda part: subprocess.run(command, env={**os.environ, "OBLIX_TEST_PART": part}, text=True,
+                                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT), ["0", "1"])
+    counts = [re.findall(r"^(\d+) passed, (\d+) failed, (\d+) skipped$", run.stdout, re.M)[-1:] for run in runs]
+    print("".join(run.stdout for run in runs))
+    print("%d passed, %d failed, %d skipped" % tuple(map(sum, zip(*(map(int, part) for part, in counts)))))
+    return max(abs(run.returncode) for run in runs)
+
+
 def main():
+    if len(sys.argv) == 1 and "OBLIX_TEST_PART" not in os.environ:
+        return run_on_two_cores()
     result = unittest.main(exit=False, warnings="error").result
     failed = len({str(getattr(test, "test_case", test)) for test, _ in result.failures + result.errors})
     skipped = len(result.skipped)
