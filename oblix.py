@@ -17,13 +17,14 @@ The life of a request
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
 `chat.completion.chunk` objects, so there is no third vocabulary.  Two providers translate (Ollama, Claude) and are
 always streamed; where the client wants a whole answer one function, `fold`, puts the chunks together.  OpenAI's own
-answers pass through but for the model's name.
+answers pass through, with the model's name replaced and their streams tidied (`OpenAI._once`).
 
 Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
   2. A cut answer is never reported as complete: a stream ends by its protocol's end mark, never by EOF.
   3. The same readings always give the same decision, and the response says why.
-  4. A prompt leaves the device only when it may: `auto`, `cloud` or a cloud model was asked for, with its key set.
+  4. A prompt goes to a cloud only when it may: `auto`, `cloud` or a cloud model was asked for, with its key set if it
+     needs one.
   5. No thread waits for another while it holds the lock.
   6. /health and /v1/models never wait for the network.
   7. Nothing non-finite ever appears in JSON.
@@ -31,7 +32,9 @@ Promises, each held by a test of its name
 Who owns which state
   monitors' readings     each monitor's own thread writes its one attribute; everybody reads it without a lock (4)
   idle connections       deques of the transport, whose append and pop are atomic (7)
+  TLS context            made by the first thread that needs it; a second one made at once is just dropped (7)
   ledger                 what is in flight, what each model refused; behind the only lock (8)
+  clients' connections   a set of each listener, whose add and discard are atomic (11)
   everything else        immutable, or local to the thread of one request
 
 Contents
@@ -116,7 +119,7 @@ class Fault(enum.Enum):
     DOWN = "transport"          # refused, reset, DNS, TLS, silence, no HTTP, a cut answer
     BUSY = "busy"               # 408 409 425 429 5xx: later it may work
     ACCOUNT = "account"         # 401 402 403, no money: a person must act
-    MISSING = "model missing"   # 404 of the model
+    MISSING = "not found"       # 404 of the model; 405, 410 and the like of the path
     CAPABILITY = "capability"   # this model can't do what the request needs
     TOO_LONG = "too long"       # only a larger window helps
     CLIENT = "client"           # the request itself is wrong: no other target would do better
@@ -237,8 +240,8 @@ class UpstreamError(OblixError):
     """An attempt that failed at a target."""
     status, code = 502, "upstream_error"
 
-    def __init__(self, message: str, fault: Fault = Fault.DOWN, **told: Any) -> None:
-        super().__init__(message, **told)
+    def __init__(self, message: str, fault: Fault = Fault.DOWN, **details: Any) -> None:
+        super().__init__(message, **details)
         self.fault = fault
 
     @property
@@ -272,8 +275,8 @@ def choices_of(chunk: Chunk) -> list[Json]:
 def has_content(chunk: Chunk) -> bool:
     """Whether a chunk, or a whole answer, says something that a client would miss."""
     for choice in choices_of(chunk):
-        told = choice.get("delta") or choice.get("message") or {}
-        if isinstance(told, dict) and any(told.get(name) for name in CONTENT):
+        delta = choice.get("delta") or choice.get("message") or {}
+        if isinstance(delta, dict) and any(delta.get(name) for name in CONTENT):
             return True
     return False
 
@@ -287,13 +290,13 @@ def is_empty(chunks: Iterable[Chunk]) -> bool:
                    for chunk in chunks for choice in choices_of(chunk))
 
 
-def text_of(message: Json, joint: str = "\n") -> str:
-    """The text of a message's content, parts joined by `joint`; refusals count as text."""
-    return joint.join(part[part["type"]] for part in parts_of(message) if part["type"] in ("text", "refusal"))
+def text_of(message: Json) -> str:
+    """The text of a message's content, its parts on lines of their own; refusals count as text."""
+    return "\n".join(part[part["type"]] for part in parts_of(message) if part["type"] in ("text", "refusal"))
 
 
 def finite(text: str) -> float:
-    """The number that a text means.  Raises ValueError, also for what is no finite one."""
+    """The finite number in a text.  Raises ValueError."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"number out of range: {text[:20]}")
@@ -358,7 +361,7 @@ class Settings:
                                        high=3600)
     first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; Ollama may load a model for "
                                                  "minutes", low=0.1, high=86_400)
-    stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; pings don't count",
+    stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; comments don't count",
                                      low=0.1, high=86_400)
     probe_every_s: float = setting(30.0, "seconds between probes of a cloud that is well; sooner after trouble", low=1,
                                    high=86_400)
@@ -391,9 +394,10 @@ class Settings:
                 found.update(_from_variable(parser, field, text))
         found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
         settings = cls(**found)
-        if any(not key.isascii() or not key.isprintable() for key in (
-                settings.cloud_api_key, settings.openai_api_key, settings.anthropic_api_key)):
-            raise UsageError("an API key holds characters that no key has: copy it again")
+        for field in dataclasses.fields(cls):
+            value = getattr(settings, field.name)
+            if not field.repr and not (value.isascii() and value.isprintable()):    # repr=False: a secret
+                raise UsageError(f"{variable_of(field)} holds characters that no key has: copy it again")
         return settings
 
 
@@ -407,12 +411,17 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
     return "" if field.metadata["env"] else "--" + field.name.replace("_", "-")
 
 
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
 def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], text: str) -> Json:
     """What a variable's text sets: read as if it were the flag's, lists by commas.  Raises UsageError."""
     if not flag_of(field):
         return {field.name: text}
     if isinstance(field.default, bool):
-        return {field.name: text.lower() in ("1", "true", "yes", "on")}
+        if text.lower() not in _BOOLEANS:
+            raise UsageError(f"{variable_of(field)}: {text!r} is neither true nor false")
+        return {field.name: _BOOLEANS[text.lower()]}
     values = [part.strip() for part in text.split(",")] if isinstance(field.default, tuple) else [text]
     try:
         return vars(parser.parse_args([f"{flag_of(field)}={value}" for value in values if value]))
@@ -429,7 +438,7 @@ def _number_of(field: dataclasses.Field[Any]) -> Callable[[str], int | float]:
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)  # type: ignore[no-any-return]
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from {low:g} to {high:g}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
     return number
 
 
@@ -471,8 +480,8 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
 
 # === 3. Request in ====================================================================================================
 # uses: 1; pure
-# What does the client want?  Client JSON is checked here and nowhere else: behind `parse_request` every known field has
-# its OpenAI type, null means absent, and unknown fields are kept for providers that know them.
+# What does the client want?  OpenAI's types and ranges are checked here and nowhere else: behind `parse_request` every
+# known field has them, null means absent, and unknown fields are kept.  What a provider can't take it says itself (6).
 
 Check = Callable[[Any], Optional[str]]    # a value -> what is wrong with it, or None
 
@@ -485,7 +494,7 @@ def _kind(kind: type, words: str) -> Check:
 
 def _number(low: float, high: float, kinds: tuple[type, ...] = (int, float), words: str = "a number") -> Check:
     def check(value: Any) -> str | None:
-        # subtle: bool is an int in Python, and `"temperature": true` must not pass for 1; its type is another, though
+        # subtle: type(), not isinstance(): True is an int, and `"temperature": true` must not pass for 1
         fits = type(value) in kinds and low <= value <= high
         return None if fits else f"must be {words} from {low} to {high}"
     return check
@@ -512,7 +521,9 @@ def _stop(value: Any) -> str | None:
 
 
 def _stream_options(value: Any) -> str | None:
-    return _object(value) or value.get("include_usage") is not None and _boolean(value["include_usage"]) or None
+    if not isinstance(value, dict):
+        return "must be an object"
+    return None if isinstance(value.get("include_usage") or False, bool) else "must have a boolean include_usage"
 
 
 def _response_format(value: Any) -> str | None:
@@ -540,18 +551,19 @@ def _tools(value: Any) -> str | None:
         if not inner or not isinstance(inner.get("name"), str) or not inner["name"]:
             return 'must hold tools like {"type": "function", "function": {"name": …, "parameters": {…}}}'
         if not isinstance(inner.get("parameters") or {}, dict) or not isinstance(inner.get("description") or "", str):
-            return f"has a tool {inner['name'][:64]!r} whose parameters are no object, or its description no string"
+            return f"has a tool {inner['name'][:64]!r} whose parameters are not an object, or description not a string"
     return None
 
 
 def _tool_choice(value: Any) -> str | None:
     if isinstance(value, str):
         return _one_of("none", "auto", "required")(value)
-    kind, inner = value.get("type") if isinstance(value, dict) else None, _inner(value)
-    if inner and (inner.get("mode") in ("auto", "required") and _tools(inner.get("tools")) is None
-                  if kind == "allowed_tools" else isinstance(inner.get("name"), str)):
-        return None
-    return 'must be "none", "auto", "required" or name a tool'
+    inner = _inner(value)
+    if inner and value["type"] == "allowed_tools":
+        valid = inner.get("mode") in ("auto", "required") and _tools(inner.get("tools")) is None
+    else:
+        valid = inner is not None and isinstance(inner.get("name"), str)
+    return None if valid else 'must be "none", "auto", "required" or name a tool'
 
 
 FIELDS: dict[str, Check] = {
@@ -656,25 +668,25 @@ def _message(where: str, message: Any) -> Json:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise BadRequest(f"{where} must be an object whose role is one of {', '.join(ROLES)}.", param=where,
                          code="invalid_value")
-    told: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
-    role, content = told["role"], told.get("content")
+    checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
+    role, content = checked["role"], checked.get("content")
     if content is None and role in ("system", "developer", "user"):
         raise BadRequest(f"{where}.content is missing.", param=f"{where}.content", code="missing_required_parameter")
     if isinstance(content, list):
-        told["content"] = [_part(f"{where}.content[{number}]", part) for number, part in enumerate(content)]
-    elif content is not None:
-        _refuse(f"{where}.content", _string(content) and "must be a string or a list of content parts")
-    if role == "tool" or "tool_call_id" in told:
-        _refuse(f"{where}.tool_call_id", _string(told.get("tool_call_id")))
-    if "refusal" in told:
-        _refuse(f"{where}.refusal", _string(told["refusal"]))
-    if "function_call" in told:
-        _refuse(f"{where}.function_call", _tool_calls([{"id": "", "function": told["function_call"]}]))
-    if "tool_calls" in told:
-        _refuse(f"{where}.tool_calls", _tool_calls(told["tool_calls"]))
-        if not told["tool_calls"]:
-            del told["tool_calls"]
-    return told
+        checked["content"] = [_part(f"{where}.content[{number}]", part) for number, part in enumerate(content)]
+    elif content is not None and not isinstance(content, str):
+        _refuse(f"{where}.content", "must be a string or a list of content parts")
+    if role == "tool" or "tool_call_id" in checked:
+        _refuse(f"{where}.tool_call_id", _string(checked.get("tool_call_id")))
+    if "refusal" in checked:
+        _refuse(f"{where}.refusal", _string(checked["refusal"]))
+    if "function_call" in checked:
+        _refuse(f"{where}.function_call", _tool_calls([{"id": "", "function": checked["function_call"]}]))
+    if "tool_calls" in checked:
+        _refuse(f"{where}.tool_calls", _tool_calls(checked["tool_calls"]))
+        if not checked["tool_calls"]:
+            del checked["tool_calls"]
+    return checked
 
 
 def _part(where: str, part: Any) -> Json:
@@ -683,10 +695,10 @@ def _part(where: str, part: Any) -> Json:
         raise BadRequest(f"{where} must be an object with a type.", param=where, code="invalid_value")
     if part["type"] == "image_url" and isinstance(part.get("image_url"), str):
         part = {**part, "image_url": {"url": part["image_url"]}}
-    told: Json = part
-    if told["type"] in PARTS and not PARTS[told["type"]](told):
-        raise BadRequest(f"{where} is not a well-formed {told['type']} part.", param=where, code="invalid_value")
-    return told
+    checked: Json = part
+    if checked["type"] in PARTS and not PARTS[checked["type"]](checked):
+        raise BadRequest(f"{where} is not a well-formed {checked['type']} part.", param=where, code="invalid_value")
+    return checked
 
 
 def _tool_calls(calls: Any) -> str | None:
@@ -785,16 +797,16 @@ class ConnectivityMonitor(Monitor):
 
     def __init__(self, settings: Settings, side: Side, endpoint: Endpoint, fetch: Fetch) -> None:
         super().__init__(side, endpoint)
-        self._settings, self._address, self._fetch = settings, endpoint, fetch
+        self._settings, self._watched, self._fetch = settings, endpoint, fetch
         self._lost: collections.deque[bool] = collections.deque(maxlen=self.window)
 
     def sample(self) -> Json:
-        facts: Json = {"url": self._address.base_url}
+        facts: Json = {"url": self._watched.base_url}
         started = time.monotonic()
         try:
-            facts["status"], facts["models"] = self._fetch(self._address)
+            facts["status"], facts["models"] = self._fetch(self._watched)
         except UpstreamError as error:
-            facts["error"] = error.message
+            facts["error"] = error.brief
         facts["latency_ms"] = round((time.monotonic() - started) * 1000, 1)
         self._lost.append("error" in facts)
         facts["loss_percent"] = round(100.0 * sum(self._lost) / len(self._lost), 1)
@@ -807,7 +819,7 @@ class ConnectivityMonitor(Monitor):
         return Reading(self.side, level, reason, facts, self.endpoint, models)
 
     def _verdict(self, facts: Json) -> tuple[Level, str]:
-        where = self._address.base_url.split("//")[1]
+        where = self._watched.base_url.split("//")[1]
         if "error" in facts:
             return Level.OUT, f"{where}: {facts['error']}"
         if facts["status"] == 401:    # 403 may just mean that this key must not list models
@@ -884,7 +896,8 @@ class Watch:
 
 # === 5. Policy ========================================================================================================
 # uses: 1; pure
-# Which target first?  Decides from readings alone.  It has no clock and no memory, so a decision can be replayed.
+# Which target first?  Decides from readings, targets and refusals alone.  It has no clock and no memory, so a decision
+# can be replayed.
 
 _LOCAL_FIRST, _CLOUD_FIRST, _LOCAL_ONLY = (Side.LOCAL, Side.CLOUD), (Side.CLOUD, Side.LOCAL), (Side.LOCAL,)
 
@@ -908,7 +921,7 @@ class Verdict:
     reason: str
     known: bool
 
-    def words(self, side: Side) -> str:
+    def describe(self, side: Side) -> str:
         """The level as users know it, with the reason where there is one."""
         return self.word(side) + (f" ({self.reason})" if self.reason else "")
 
@@ -918,7 +931,7 @@ class Verdict:
 
 
 def judge_side(side: Side, readings: Sequence[Reading], targets: Iterable[Target]) -> Verdict:
-    """One verdict on a side: as bad as its worst monitor, but its targets' endpoints stand in for one another."""
+    """One verdict on a side: that of its worst monitor, where of its targets' endpoints the best one counts."""
     used = {target.endpoint for target in targets if target.side is side}
     mine = [reading for reading in readings if reading.side is side]
     if not used:
@@ -946,7 +959,7 @@ def obstacle(target: Target, readings: Iterable[Reading]) -> tuple[str, str] | N
     if not found:
         return "not installed", f"not installed: run `ollama pull {target.model}`"
     if found[0].remote and target.side is Side.LOCAL:
-        return "remote", "answered by ollama.com, so no local model: name it with --cloud-model"
+        return "remote", "answered by ollama.com, so it is not a local model: name it with --cloud-model"
     return None
 
 
@@ -972,23 +985,31 @@ def rank(readings: Sequence[Reading], targets: Sequence[Target], refusals: Mappi
         blocked = obstacle(target, readings)
         if blocked or target.id in refusals:
             return blocked[1] if blocked else refusals[target.id]
-        return "" if target.side in sides else verdicts[target.side].words(target.side)
+        return "" if target.side in sides else verdicts[target.side].describe(target.side)
 
     def place(target: Target) -> tuple[int, int]:
         reading = reading_of(target, readings)
         return sides.index(target.side), int(reading.level if reading else Level.GOOD)
 
-    left_out = tuple((target, why_not(target)) for target in targets if why_not(target))
-    usable = [target for target in targets if not why_not(target)]
-    why = ", ".join(f"{side.value} {verdicts[side].words(side)}" for side in Side if only in (None, side))
-    return Plan(tuple(sorted(usable, key=place)), why + (f"; kept to {only.value}" if only else ""), left_out)
+    order: list[Target] = []
+    left_out: list[tuple[Target, str]] = []
+    for target in targets:
+        why = why_not(target)
+        if why:
+            left_out.append((target, why))
+        else:
+            order.append(target)
+    order.sort(key=place)
+    reason = ", ".join(f"{side.value} {verdicts[side].describe(side)}" for side in Side if only in (None, side))
+    return Plan(tuple(order), reason + (f"; kept to {only.value}" if only else ""), tuple(left_out))
 
 
 # === 6. Providers =====================================================================================================
 # uses: 1 2; pure
 # How does each vendor say it?  A provider turns a ChatRequest into its own words, its answer's lines into chunks, and
 # its errors into a Fault.  It never sees a socket: a list of byte lines is a full fake.
-# To add one: subclass Provider, fill what differs, and name it in PROVIDERS; the contract tests do the rest.
+# To add one: subclass Provider, fill what differs, declare its key in Settings, and name it in PROVIDERS; the contract
+# tests do the rest.
 
 Lines = Iterable[bytes]
 
@@ -1010,8 +1031,8 @@ _CONTEXT_MARKS = ("prompt is too long", "context_length_exceeded", "context size
                   "input tokens exceed")
 _MONEY_MARKS = ("insufficient_quota", "credit_balance", "credit balance", "api usage limits", "spend_limit",
                 "billing_error")
-_UNABLE = re.compile(r"unsupported|not support|unrecognized|unknown.parameter|not permitted|deprecated")
-_FOR_GOOD = re.compile(r"unsupported_parameter|unsupported_value|unknown_parameter|deprecated|not permitted|"
+_UNSUPPORTED = re.compile(r"unsupported|not support|unrecognized|unknown.parameter|not permitted|deprecated")
+_PERMANENT = re.compile(r"unsupported_parameter|unsupported_value|unknown_parameter|deprecated|not permitted|"
                        r"unrecognized|not support thinking")
 
 _NEITHER_HAS = {    # what neither Ollama nor Claude has
@@ -1030,7 +1051,7 @@ class Provider:
     official: ClassVar[str]                 # the vendor's own address
     chat_path: ClassVar[str]
     probe_path: ClassVar[str]               # free of cost, answers JSON, and lists the models
-    always_streams: ClassVar[bool] = True
+    translates: ClassVar[bool] = True       # and is then always asked for a stream
     refuses: ClassVar[dict[str, str]] = {}  # parameter -> why it can't be honoured
     renames: ClassVar[dict[str, str]] = {}  # parameter -> what to call it for a model that refuses it by this name
 
@@ -1071,7 +1092,7 @@ class Provider:
             why = self.refuse_part(part) or ""
             if why:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
-        if self.always_streams and any(tool["type"] != "function" for tool in request.body.get("tools", [])):
+        if self.translates and any(tool["type"] != "function" for tool in request.body.get("tools", [])):
             return Unsupported(f"{self.label} supports tools of type function only.", param="tools")
         return None
 
@@ -1092,9 +1113,9 @@ class Provider:
         return None
 
 
-def is_for_good(param: str, error: UpstreamError) -> bool:
+def is_permanent(param: str, error: UpstreamError) -> bool:
     """Whether a model refuses a parameter as such.  Of efforts each model knows some, and fewer beside tools."""
-    return param != "reasoning_effort" and bool(_FOR_GOOD.search(f"{error.code} {error.message}".lower()))
+    return param != "reasoning_effort" and bool(_PERMANENT.search(f"{error.code} {error.message}".lower()))
 
 
 def classify(status: int, text: str, retry_after_s: float | None = None,
@@ -1103,9 +1124,9 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     if status < 400:
         return UpstreamError(f"redirected elsewhere ({status}), which is refused: configure the final address")
     key = endpoint.key if endpoint else ""
-    told = _told(redact(text, key))
-    message, code = told.get("message") or f"the upstream answered {status} without a message", told.get("code")
-    marks = f"{message} {code} {told.get('type')}".lower()
+    fields = _error_fields(redact(text, key))
+    message, code = fields.get("message") or f"the upstream answered {status} without a message", fields.get("code")
+    marks = f"{message} {code} {fields.get('type')}".lower()
     fault = _fault_of(status, marks)
     if fault is Fault.TOO_LONG:
         return UpstreamError(message, fault, status=413 if status == 413 else 400, type="invalid_request_error",
@@ -1116,8 +1137,8 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
         message = f"The upstream refused the key that Oblix has for it: {message}"
     status = 400 if fault is Fault.CLIENT and status >= 500 else 503 if status == 529 else status
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return UpstreamError(message, fault, status=status, param=told.get("param"), code=code or _CODES.get(status),
-                         type=told.get("type") or kind, retry=None if fault is Fault.BUSY else False,
+    return UpstreamError(message, fault, status=status, param=fields.get("param"), code=code or _CODES.get(status),
+                         type=fields.get("type") or kind, retry=None if fault is Fault.BUSY else False,
                          retry_after_s=retry_after_s)
 
 
@@ -1134,13 +1155,11 @@ def _fault_of(status: int, marks: str) -> Fault:
     if status == 500 and re.search(r'option ".*" must be of type', marks):    # Ollama's status for a client's mistake
         return Fault.CLIENT
     if status in (400, 422):
-        return Fault.CAPABILITY if _UNABLE.search(marks) else Fault.CLIENT
-    if status == 404:
-        return Fault.MISSING
-    return Fault.BUSY if status in (408, 409, 425, 429) or status >= 500 else Fault.DOWN
+        return Fault.CAPABILITY if _UNSUPPORTED.search(marks) else Fault.CLIENT
+    return Fault.BUSY if status in (408, 409, 425, 429) or status >= 500 else Fault.MISSING
 
 
-def _told(text: str) -> dict[str, str]:
+def _error_fields(text: str) -> dict[str, str]:
     """What there is of message, type, code and param in an error body, in any of the shapes seen in the wild."""
     try:
         body = loads(text)
@@ -1154,10 +1173,10 @@ def _told(text: str) -> dict[str, str]:
     details = error.get("details")
     inner = details.get("error_code") if isinstance(details, dict) else None
     fields = {"type": error.get("type"), "code": error.get("code") or inner, "param": error.get("param")}
-    told = {name: str(value) for name, value in fields.items()
+    named = {name: str(value) for name, value in fields.items()
             if re.fullmatch(r"[\w.\[\]-]{1,100}", str(value or ""))}    # a name, and no sentence that quotes a prompt
     message = error.get("message", error.get("detail"))
-    return {**told, "message": message if isinstance(message, str) else text[:300]}
+    return {**named, "message": message if isinstance(message, str) else text[:300]}
 
 
 def redact(text: str, key: str) -> str:
@@ -1166,7 +1185,7 @@ def redact(text: str, key: str) -> str:
 
 
 def chunk_of(finish_reason: str | None = None, logprobs: Json | None = None, **delta: Any) -> Chunk:
-    """A chunk of choice 0.  Raises TypeError for text that is none, which only a broken upstream has to give."""
+    """A chunk of choice 0.  Raises TypeError where a broken upstream sent something else for text."""
     if not all(isinstance(text, str) for name, text in delta.items() if name != "tool_calls"):
         raise TypeError("text expected")
     return {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]}
@@ -1188,7 +1207,7 @@ def tool_chunk(index: int, arguments: str, id: str = "", name: str = "") -> Chun
 
 
 class _Fence:
-    """Takes the Markdown fence away that models like to put around JSON, piece by piece."""
+    """Strips, piece by piece, the Markdown fence that models like to put around JSON."""
 
     def __init__(self) -> None:
         self._held = ""                       # text that may turn out to be fence
@@ -1204,8 +1223,8 @@ class _Fence:
             self._fenced = start.startswith("```") and "\n" in start
             self._held = start.partition("\n")[2] if self._fenced else self._held
         end = re.search(r"\s*(```)?\s*$" if last else r"\s*`{0,3}\s*$", self._held) if self._fenced else None
-        told, self._held = (self._held[:end.start()], self._held[end.start():]) if end else (self._held, "")
-        return told
+        ready, self._held = (self._held[:end.start()], self._held[end.start():]) if end else (self._held, "")
+        return ready
 
 
 def unfenced(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
@@ -1237,13 +1256,13 @@ def sse_data(lines: Lines) -> Iterator[str]:
 
 
 def event_of(text: str | bytes) -> Json:
-    """The JSON object of one event.  Raises UpstreamError for what is none, and for an error among the answer."""
+    """The JSON object of one event.  Raises UpstreamError for anything else, and for an error inside the answer."""
     try:
         event = loads(text)
     except (ValueError, RecursionError):
         event = None
     if not isinstance(event, dict):
-        raise UpstreamError("a piece of the answer is no JSON object", code="bad_upstream_answer")
+        raise UpstreamError("a piece of the answer is not a JSON object", code="bad_upstream_answer")
     if event.get("error"):
         raise _error_event(event)
     return event
@@ -1278,9 +1297,9 @@ def arguments_of(text: str) -> Json:
     return {"_raw": text}
 
 
-def modern(messages: Sequence[Json]) -> list[Json]:
+def modernised(messages: Sequence[Json]) -> list[Json]:
     """The messages with what is deprecated said in today's words: function_call, role function, a refusal apart."""
-    told = []
+    converted = []
     for number, message in enumerate(messages):
         message = dict(message)
         if message.get("refusal") and not message.get("content"):
@@ -1289,8 +1308,8 @@ def modern(messages: Sequence[Json]) -> list[Json]:
             message["tool_calls"] = [{"id": f"call_{number}", "type": "function", "function": message["function_call"]}]
         if message["role"] == "function":
             message.update(role="tool", tool_call_id=f"call_{number - 1}")
-        told.append(message)
-    return told
+        converted.append(message)
+    return converted
 
 
 def name_of(tool: Json) -> str:
@@ -1320,7 +1339,7 @@ class OpenAI(Provider):
     name, label = "openai", "OpenAI"
     key_variable, default_model = "OPENAI_API_KEY", "gpt-6-luna"
     chat_path, probe_path = "/chat/completions", "/models"
-    always_streams = False
+    translates = False
     renames = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
     official = "https://api.openai.com/v1"
 
@@ -1351,7 +1370,7 @@ class OpenAI(Provider):
         return kept
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Chunk]:
-        told: set[Any] = set()            # what must be said once: roles and tool calls
+        seen: set[Any] = set()            # what must be said once: roles and tool calls
         finished: dict[int, bool] = {}    # choice -> whether its finish_reason came
         for data in sse_data(lines):
             if data.startswith("[DONE]") and finished:
@@ -1359,7 +1378,7 @@ class OpenAI(Provider):
             chunk = event_of(data)
             chunk["choices"] = choices_of(chunk)
             for choice in chunk["choices"]:
-                self._once(choice, told)
+                self._once(choice, seen)
                 index = choice.get("index", 0)
                 finished[index] = finished.get(index, False) or bool(choice.get("finish_reason"))
             yield chunk
@@ -1367,19 +1386,19 @@ class OpenAI(Provider):
             raise cut()
 
     @staticmethod
-    def _once(choice: Json, told: set[Any]) -> None:
-        """Leave out what was told before: the SDKs' helpers join a role, id or name that is repeated."""
+    def _once(choice: Json, seen: set[Any]) -> None:
+        """Leave out what was seen before: the SDKs' helpers join a role, id or name that is repeated."""
         index, delta = choice.get("index", 0), choice.get("delta") or {}
-        role = {} if index in told else {"role": "assistant"}
-        told.add(index)
+        role = {} if index in seen else {"role": "assistant"}
+        seen.add(index)
         choice["delta"] = {**role, **{name: value for name, value in delta.items() if name != "role"}}
         for place, call in enumerate(delta.get("tool_calls") or ()):
             which = (index, call.setdefault("index", place))
-            if which in told:
+            if which in seen:
                 for repeated in (call, call.get("function") or {}):
                     for name in ("id", "type", "name"):
                         repeated.pop(name, None)
-            told.add(which)
+            seen.add(which)
 
     def models(self, listing: Json) -> tuple[Model, ...] | None:
         items = listing["data"] if isinstance(listing.get("data"), list) else []
@@ -1418,21 +1437,25 @@ class Ollama(Provider):
 
     def encode(self, request: ChatRequest, target: Target) -> Json:
         body = request.body
-        payload: Json = {"model": target.model, "messages": self._messages(modern(request.messages)), "stream": True,
-                         "truncate": False}    # without it the oldest messages are forgotten silently
+        payload: Json = {"model": target.model, "messages": self._messages(modernised(request.messages)),
+                         "stream": True, "truncate": False}    # without it the oldest messages are forgotten silently
         options = {theirs: body[ours] for ours, theirs in self._options.items() if ours in body}
         if "stop" in options:
-            options["stop"] = [stop for stop in listed(options["stop"]) if stop]
+            options["stop"] = [stop for stop in as_list(options["stop"]) if stop]
         options.update(body.get("options", {}))
         tools = chosen_tools(body)[0]
-        payload.update({"options": options} if options else {})
-        payload.update({"tools": tools} if tools else {})
+        if options:
+            payload["options"] = options
+        if tools:
+            payload["tools"] = tools
         payload.update({name: body[name] for name in self._as_they_are if name in body})
         if "reasoning_effort" in body:
             payload.setdefault("think", self._think[body["reasoning_effort"]])
         form = body.get("response_format", {"type": "text"})
-        if form["type"] != "text":
-            payload["format"] = form["type"] == "json_schema" and form["json_schema"].get("schema") or "json"
+        if form["type"] == "json_schema":
+            payload["format"] = form["json_schema"].get("schema") or "json"
+        elif form["type"] == "json_object":
+            payload["format"] = "json"
         return payload
 
     def _messages(self, messages: Sequence[Json]) -> list[Json]:
@@ -1441,19 +1464,19 @@ class Ollama(Provider):
 
     def _message(self, message: Json, names: dict[str, str]) -> Json:
         role = "system" if message["role"] == "developer" else message["role"]
-        told: Json = {"role": role, "content": text_of(message)}
+        converted: Json = {"role": role, "content": text_of(message)}
         images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
         if images:
-            told["images"] = [image[1] for image in images if image]
+            converted["images"] = [image[1] for image in images if image]
         if message.get("tool_calls"):
-            told["tool_calls"] = [self._call(call, names) for call in message["tool_calls"]]
+            converted["tool_calls"] = [self._call(call, names) for call in message["tool_calls"]]
         if message["role"] == "tool":
-            told["tool_call_id"] = message["tool_call_id"]
-            told["tool_name"] = names.get(message["tool_call_id"], "")
-        return told
+            converted["tool_call_id"] = message["tool_call_id"]
+            converted["tool_name"] = names.get(message["tool_call_id"], "")
+        return converted
 
     def _call(self, call: Json, names: dict[str, str]) -> Json:
-        name, arguments = called(call)
+        name, arguments = name_and_arguments(call)
         names[call["id"]] = name
         return {"id": call["id"], "function": {"name": name, "arguments": arguments_of(arguments)}}
 
@@ -1531,7 +1554,7 @@ def ollama_url(host: str) -> str:
     return f"{scheme}://{f'[{name}]' if ':' in name else name}:{number}{slash}{path}".rstrip("/")
 
 
-def called(call: Json) -> tuple[str, str]:
+def name_and_arguments(call: Json) -> tuple[str, str]:
     """(name, arguments) of a message's tool call, function or custom."""
     inner = call[call.get("type", "function")]
     return inner["name"], inner.get("arguments", inner.get("input", ""))
@@ -1572,7 +1595,7 @@ class Claude(Provider):
 
     def encode(self, request: ChatRequest, target: Target) -> Json:
         body, version = request.body, claude_version(target.model)
-        system, turns = claude_conversation(modern(request.messages), prefills=version < (4, 6))
+        system, turns = claude_conversation(modernised(request.messages), prefills=version < (4, 6))
         form = body.get("response_format", {})
         schema = form.get("type") == "json_schema" and form["json_schema"].get("schema")
         if form.get("type", "text") != "text" and not schema:
@@ -1595,13 +1618,13 @@ class Claude(Provider):
 
     @staticmethod
     def _sampling(body: Json, version: tuple[int, int]) -> Json:
-        stops = [stop for stop in listed(body.get("stop", [])) if stop.strip()]
-        told: Json = {"stop_sequences": stops} if stops else {}
+        stops = [stop for stop in as_list(body.get("stop", [])) if stop.strip()]
+        sampling: Json = {"stop_sequences": stops} if stops else {}
         if version < (4, 7) and "temperature" in body:    # later models refuse both
-            told["temperature"] = min(1.0, body["temperature"])
-        if version < (4, 7) and "top_p" in body and ("temperature" not in told or version == (4, 6)):
-            told["top_p"] = body["top_p"]                 # 4.5 and earlier refuse the two together
-        return told
+            sampling["temperature"] = min(1.0, body["temperature"])
+        if version < (4, 7) and "top_p" in body and ("temperature" not in sampling or version == (4, 6)):
+            sampling["top_p"] = body["top_p"]                 # 4.5 and earlier refuse the two together
+        return sampling
 
     @staticmethod
     def _identity(body: Json) -> Json:
@@ -1614,15 +1637,16 @@ class Claude(Provider):
     def _tools(body: Json, turns: Sequence[Json], model: str) -> Json:
         tools, choice = chosen_tools(body)
         if not tools:    # none offered or allowed; but those that the history calls must be known
-            known = [tool["function"] for tool in body.get("tools", [])] or [{"name": name} for name in _used(turns)]
+            offered = [tool["function"] for tool in body.get("tools", [])]
+            known = offered or [{"name": name} for name in _tools_used(turns)]
             return {"tools": list(map(claude_tool, known)), "tool_choice": {"type": "none"}} if known else {}
-        told: Json = {"type": "auto"}
+        theirs: Json = {"type": "auto"}
         if choice != "auto" and not _NO_FORCED_TOOLS.match(model):
-            told = {"type": "tool", "name": name_of(choice)} if isinstance(choice, dict) else {"type": "any"}
+            theirs = {"type": "tool", "name": name_of(choice)} if isinstance(choice, dict) else {"type": "any"}
         if body.get("parallel_tool_calls") is False:
-            told["disable_parallel_tool_use"] = True
+            theirs["disable_parallel_tool_use"] = True
         return {"tools": [claude_tool(tool["function"]) for tool in tools],
-                **({"tool_choice": told} if told != {"type": "auto"} else {})}
+                **({"tool_choice": theirs} if theirs != {"type": "auto"} else {})}
 
     @staticmethod
     def _think(payload: Json, effort: str | None, model: str, version: tuple[int, int]) -> None:
@@ -1636,8 +1660,9 @@ class Claude(Provider):
             effort = {"minimal": "low", "xhigh": "xhigh" if version >= (4, 7) else "high"}.get(effort, effort)
             payload["thinking"] = {"type": "adaptive", "display": "summarized"}
             payload.setdefault("output_config", {})["effort"] = effort
-        elif payload.get("tool_choice", {}).get("type") not in ("any", "tool") and not _used(payload["messages"]):
-            # Thinking goes neither with a forced tool nor with calls whose own thinking is lost.
+        elif payload.get("tool_choice", {}).get("type") in ("any", "tool") or _tools_used(payload["messages"]):
+            return    # thinking goes neither with a forced tool nor with calls whose own thinking is lost
+        else:
             budget = _THINKING_BUDGETS[effort]
             payload["thinking"] = {"type": "enabled", "budget_tokens": budget}
             payload["max_tokens"] = max(payload["max_tokens"], budget + 1024)
@@ -1705,7 +1730,7 @@ class Claude(Provider):
         return tuple(Model(item["id"], created_at(item.get("created_at"))) for item in listing.get("data") or [])
 
 
-def _used(turns: Sequence[Json]) -> list[str]:
+def _tools_used(turns: Sequence[Json]) -> list[str]:
     """The names of the tools that the turns call, each once."""
     return list(dict.fromkeys(block["name"] for turn in turns for block in turn["content"]
                               if block["type"] == "tool_use"))
@@ -1714,7 +1739,7 @@ def _used(turns: Sequence[Json]) -> list[str]:
 _CLAUDE_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 
 
-def listed(value: str | list[str]) -> list[str]:
+def as_list(value: str | list[str]) -> list[str]:
     """One or several, as several."""
     return [value] if isinstance(value, str) else value
 
@@ -1788,7 +1813,7 @@ def _add_turn(turns: list[Json], role: str, blocks: list[Json]) -> None:
 
 def _claude_call(call: Json, used: set[str]) -> Json:
     """A tool call as a block, under an id that Claude allows and that the conversation has not used before."""
-    name, arguments = called(call)
+    name, arguments = name_and_arguments(call)
     id = re.sub(r"[^A-Za-z0-9_-]", "_", call["id"]) or "call"
     while id in used:
         id += "_"
@@ -1895,14 +1920,14 @@ def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
     endpoint = Endpoint(provider, url.rstrip("/"), key) if at else dataclasses.replace(usual, key=key or usual.key)
     if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[!-~]*)?", endpoint.base_url):
         raise UsageError(f"{endpoint.base_url} is no address like https://host/v1")
-    if side is Side.LOCAL and not runs_here(endpoint, model):
+    if side is Side.LOCAL and not may_be_local(endpoint, model):
         raise UsageError(f"{flag}: a cloud answers this model; name it with --cloud-model, or say where it runs, like "
                          f"{provider}:NAME@http://127.0.0.1:8080/v1")
     return Target(endpoint, model, side)
 
 
-def runs_here(endpoint: Endpoint, model: str) -> bool:
-    """Whether a model at an endpoint may count as local: it is not at its vendor's, nor passed on to there."""
+def may_be_local(endpoint: Endpoint, model: str) -> bool:
+    """Whether a model may count as local: its endpoint is not its vendor's own, and does not pass it on to there."""
     return endpoint.base_url != PROVIDERS[endpoint.provider].official and not (
         endpoint.provider == "ollama" and is_remote(model))
 
@@ -1944,23 +1969,23 @@ class _Reader(io.RawIOBase):
         return True
 
     def begin(self) -> None:
-        """The answer has begun: from now on `progress` counts."""
+        """The first content has come: from now on `progress` counts."""
         self._begun = True
         self.progress()
 
     def progress(self) -> None:
-        """Something came that is not just a sign of life: only silence after it is limited."""
+        """Something came that is more than a sign of life: only silence after it is limited."""
         if self._begun:
             self._deadline = time.monotonic() + self._stall_s
 
-    def hurry(self, limit_s: float) -> None:
+    def drain_within(self, limit_s: float) -> None:
         """Wait no longer than this from now on."""
         self._client, self._deadline = {}, time.monotonic() + limit_s
 
     def readinto(self, buffer: Any) -> int:
         while True:
             self._wait()
-            with contextlib.suppress(ssl.SSLWantReadError, BlockingIOError):    # TLS' own records are no bytes of ours
+            with contextlib.suppress(ssl.SSLWantReadError, BlockingIOError):    # a TLS record that carries no data
                 return self._upstream.recv_into(buffer)
 
     def _wait(self) -> None:
@@ -1985,7 +2010,7 @@ _READABLE, _HUNG_UP = getattr(select, "POLLIN", 1), getattr(select, "POLLRDHUP",
 
 
 def _ready(watched: Mapping[socket.socket, int], timeout_s: float) -> list[socket.socket]:
-    """Those of the sockets with something to tell of what they are watched for, after `timeout_s` at the latest."""
+    """The sockets on which a watched event has happened, within `timeout_s`."""
     if not hasattr(select, "poll"):
         return select.select([one for one, what in watched.items() if what], [], [], timeout_s)[0]
     poller = select.poll()
@@ -1996,7 +2021,7 @@ def _ready(watched: Mapping[socket.socket, int], timeout_s: float) -> list[socke
 
 
 def _still_there(client: dict[socket.socket, int]) -> dict[socket.socket, int]:
-    """What to watch a client for that had something to tell.  Raises ClientGone if that was its end."""
+    """The client, who sent more than its request, to be watched for its hang-up only.  Raises ClientGone if it left."""
     for one, what in client.items():
         with contextlib.suppress(OSError):
             if what == _READABLE and one.recv(1, socket.MSG_PEEK):
@@ -2010,7 +2035,7 @@ class _Call(urllib.request.Request):
     client: socket.socket | None
 
 
-class _KeptAlive(urllib.request.AbstractHTTPHandler):
+class _PoolingHandler(urllib.request.AbstractHTTPHandler):
     """urllib's handler for http: and https:, with connections that are used again."""
 
     def __init__(self) -> None:
@@ -2034,7 +2059,8 @@ class _KeptAlive(urllib.request.AbstractHTTPHandler):
         headers = {**request.headers, **request.unredirected_hdrs}
         tunnel = request._tunnel_host    # where urllib's ProxyHandler leaves an https: target's real host
         secret = {"Proxy-Authorization": headers.pop("Proxy-authorization")} if "Proxy-authorization" in headers else {}
-        headers.update({} if tunnel else secret)
+        if not tunnel:
+            headers.update(secret)
         head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n" + "".join(
             f"{name.title()}: {value}\r\n" for name, value in headers.items()) + "\r\n"
         raw = head.encode("latin-1") + (request.data or b"")
@@ -2047,14 +2073,14 @@ class _KeptAlive(urllib.request.AbstractHTTPHandler):
             connection.connect()
             return connection.sock  # type: ignore[no-any-return]
 
-        kept = self._take(place)
+        kept = self._acquire(place)
         if kept:
-            with contextlib.suppress(ConnectionError, ssl.SSLError):    # it died meanwhile: a fresh one will tell
-                return self._ask(kept, raw, request, place)
+            with contextlib.suppress(ConnectionError, ssl.SSLError):    # it died while idle; try a fresh one
+                return self._send(kept, raw, request, place)
         direct = is_near(request.host) and not tunnel
-        return self._ask(connect() if direct else _within(request.limits.connect_s, connect), raw, request, place)
+        return self._send(connect() if direct else _within(request.limits.connect_s, connect), raw, request, place)
 
-    def _ask(self, upstream: socket.socket, raw: bytes, request: Any, place: Any) -> Answer:
+    def _send(self, upstream: socket.socket, raw: bytes, request: Any, place: Any) -> Answer:
         with contextlib.ExitStack() as failing:
             failing.callback(upstream.close)
             upstream.settimeout(request.limits.stall_s)
@@ -2066,12 +2092,12 @@ class _KeptAlive(urllib.request.AbstractHTTPHandler):
             failing.callback(response.close)
             response.begin()
             while response.status < 200:    # 102, 103: the answer is still to come (http.client skips 100 only)
-                response.headers = None  # type: ignore[assignment]
+                response.headers = None  # type: ignore[assignment]  # begin() does nothing while there are headers
                 response.begin()
             failing.pop_all()
-        return Answer(response, reader, upstream, lambda: self._give_back(place, upstream))
+        return Answer(response, reader, upstream, lambda: self._release(place, upstream))
 
-    def _take(self, place: Any) -> socket.socket | None:
+    def _acquire(self, place: Any) -> socket.socket | None:
         """An idle connection that still looks alive: neither old nor readable (an end, or bytes nobody asked for)."""
         idle = self._idle.get(place)
         while idle:
@@ -2084,7 +2110,7 @@ class _KeptAlive(urllib.request.AbstractHTTPHandler):
             upstream.close()
         return None
 
-    def _give_back(self, place: Any, upstream: socket.socket) -> None:
+    def _release(self, place: Any, upstream: socket.socket) -> None:
         idle = self._idle.setdefault(place, collections.deque())
         idle.append((upstream, time.monotonic()))
         with contextlib.suppress(IndexError):    # another thread was quicker
@@ -2123,7 +2149,7 @@ class Answer:
 
     def __init__(self, response: http.client.HTTPResponse, reader: _Reader, upstream: socket.socket,
                  give_back: Callable[[], None]) -> None:
-        self._response, self._reader, self._upstream, self._give_back = response, reader, upstream, give_back
+        self._response, self._reader, self._upstream, self._release = response, reader, upstream, give_back
         self.status = response.status
         self.content_type = response.headers.get_content_type()
         self.retry_after_s = _retry_after(response.headers)
@@ -2145,14 +2171,14 @@ class Answer:
                 raise UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
         self._complete = True
 
-    def body(self, hurry: bool = False) -> bytes:
-        """The whole body; in a hurry, all of it within the limit for the first byte.
+    def body(self, within_first_byte: bool = False) -> bytes:
+        """The whole body; all of it `within_first_byte`'s limit if that is set.
 
         Raises UpstreamError where it breaks off or is too large.
         """
         pieces, size = [], 0
         for piece in self._pieces():
-            if not hurry:
+            if not within_first_byte:
                 self._reader.begin()
             pieces.append(piece)
             size += len(piece)
@@ -2163,7 +2189,7 @@ class Answer:
     def lines(self) -> Iterator[bytes]:
         """The body's lines without their ends: LF, CRLF or CR, and no other (bytes.splitlines knows just these).
 
-        Empty lines and comments are no progress: a server that only pings has stalled.
+        Comments and empty lines are no progress.  Claude's pings are: it thinks silently, and may do so for long.
         """
         held, size = [], 0    # the pieces of a line whose end has not come
         for piece in self._pieces():
@@ -2184,23 +2210,26 @@ class Answer:
         if held:
             yield b"".join(held).rstrip(b"\r")
 
-    def ended(self) -> None:
+    def mark_complete(self) -> None:
         """The protocol's end mark has come; only the end of the framing may still be missing."""
         self._ended = True
 
     def close(self) -> None:
         """Keep the connection if the answer has been read to its end, else break it off, which stops the upstream."""
         if self._ended and not self._complete:
-            self._reader.hurry(DRAIN_S)
+            self._reader.drain_within(DRAIN_S)
             with contextlib.suppress(UpstreamError):
                 collections.deque(self._pieces(), 0)
         keep = self._complete and not self._response.will_close
         self._response.close()
-        (self._give_back if keep else self._upstream.close)()
+        if keep:
+            self._release()
+        else:
+            self._upstream.close()
 
 
 _FAULTS: tuple[tuple[Any, ...], ...] = (    # the first that fits; socket.timeout is TimeoutError since 3.10
-    (socket.timeout, "no connection, or nothing taken, within the time limit", 504, "upstream_timeout"),
+    (socket.timeout, "no connection, or the request was not accepted, within the time limit", 504, "upstream_timeout"),
     (socket.gaierror, "its host name can't be resolved", 503, "upstream_unreachable"),
     (ssl.SSLError, "TLS failed: {}", 502, "upstream_tls"),
     (ConnectionRefusedError, "connection refused", 503, "upstream_unreachable"),
@@ -2216,9 +2245,11 @@ def _upstream_faults() -> Iterator[None]:
     try:
         yield
     except (OSError, http.client.HTTPException, ValueError) as error:
-        words, status, code = next(told for kinds, *told in _FAULTS if isinstance(error, kinds))
         why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise UpstreamError(words.format(why), status=status, code=code) from error
+        for kinds, words, status, code in _FAULTS:
+            if isinstance(error, kinds):
+                raise UpstreamError(words.format(why), status=status, code=code) from error
+        raise
 
 
 def _retry_after(headers: Any) -> float | None:
@@ -2260,7 +2291,7 @@ class Transport:
     """
 
     def __init__(self) -> None:
-        self._kept, self._opener = _KeptAlive(), urllib.request.OpenerDirector()
+        self._kept, self._opener = _PoolingHandler(), urllib.request.OpenerDirector()
         for handler in (_Proxies(), self._kept, urllib.request.UnknownHandler()):
             self._opener.add_handler(handler)
         self._opener.addheaders = [("User-Agent", f"oblix/{__version__}")]
@@ -2363,9 +2394,9 @@ class Gateway:
         self._limits = Limits(settings.connect_timeout_s, settings.first_byte_timeout_s, settings.stall_timeout_s)
         self.ledger, self._transport = Ledger(), Transport()
         self._configured = configured_targets(settings)
-        self._usual = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
+        self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         # Ollama is watched in any case: whatever it has installed can be asked for by name
-        watched = (Target(self._usual["ollama"], "", Side.LOCAL), *self._configured)
+        watched = (Target(self._default_endpoints["ollama"], "", Side.LOCAL), *self._configured)
         self.watch = Watch([monitor for kind in MONITORS for monitor in kind.needed(settings, watched, self._probe)])
 
     def close(self) -> None:
@@ -2378,7 +2409,7 @@ class Gateway:
         answer = self._transport.open(endpoint.base_url + provider.probe_path, provider.headers(endpoint), None,
                                       PROBE_LIMITS)
         with contextlib.closing(answer):
-            text = answer.body(hurry=True)
+            text = answer.body(within_first_byte=True)
         if answer.status in (404, 405):    # a compatible server without a list of models is there all the same
             return answer.status, None
         try:
@@ -2395,11 +2426,15 @@ class Gateway:
         """What `auto` may choose from, local first: what is configured, or else the newest model that Ollama has."""
         if self._settings.local_model:
             return self._configured
-        found = [model for reading in readings if reading.endpoint == self._usual["ollama"]
-                 for model in reading.models or ()
-                 if model.chats and not model.remote and runs_here(self._usual["ollama"], model.name)]
-        local = [Target(self._usual["ollama"], _short(model.name), Side.LOCAL) for model in found[:1]]
+        found = [model for model in self._installed(readings)
+                 if model.chats and not model.remote and may_be_local(self._default_endpoints["ollama"], model.name)]
+        local = [Target(self._default_endpoints["ollama"], _short(model.name), Side.LOCAL) for model in found[:1]]
         return (*local, *self._configured)
+
+    def _installed(self, readings: Iterable[Reading]) -> tuple[Model, ...]:
+        """Ollama's models; none while it has not listed them."""
+        return next((reading.models for reading in readings
+                     if reading.endpoint == self._default_endpoints["ollama"] and reading.models), ())
 
     def resolve(self, name: str, readings: Sequence[Reading]) -> Target:
         """The one target that a model's name stands for.  Raises BadRequest (404)."""
@@ -2409,18 +2444,16 @@ class Gateway:
             if (provider in ("", target.endpoint.provider)) and (
                     model == target.model or target.endpoint.provider == "ollama" and same_model(model, target.model)):
                 return target
-        installed = provider or any(same_model(model, found.name) for reading in readings
-                                    if reading.endpoint == self._usual["ollama"] for found in reading.models or ())
-        if not installed or not model:
+        installed = [found for found in self._installed(readings) if same_model(model, found.name)]
+        if not model or not (provider or installed):
             examples = ", ".join(["auto", "local", "cloud", *(target.id for target in known)])
-            raise BadRequest(f"There is no model {name!r}. There are {examples}, and any other as provider:name with "
-                             f"{', '.join(PROVIDERS)} as the provider; see GET /v1/models.", param="model", status=404,
-                             code="model_not_found")
-        endpoint = self._usual[provider or "ollama"]
-        near = endpoint.provider == "ollama" and runs_here(endpoint, model) and not any(
-            found.remote and same_model(model, found.name) for reading in readings
-            if reading.endpoint == endpoint for found in reading.models or ())
-        return Target(endpoint, model, Side.LOCAL if near else Side.CLOUD)
+            raise BadRequest(f"There is no model {name!r}. Choose one of {examples}, or any other as provider:name "
+                             f"with {', '.join(PROVIDERS)} as the provider; see GET /v1/models.", param="model",
+                             status=404, code="model_not_found")
+        endpoint = self._default_endpoints[provider or "ollama"]
+        local = endpoint.provider == "ollama" and may_be_local(endpoint, model) and not any(
+            found.remote for found in installed)
+        return Target(endpoint, model, Side.LOCAL if local else Side.CLOUD)
 
     def plan(self, request: ChatRequest) -> Plan:
         """What to try for a request.  Raises OblixError: an unknown model, no key, nothing that can answer."""
@@ -2484,13 +2517,12 @@ class Gateway:
             stream = self._stream(request, target, client)
             held = _until_content(stream)
             served = Served(target, chunks=_chained(held, stream))
+        elif PROVIDERS[target.endpoint.provider].translates:
+            held = list(self._stream(request, target, client))
+            served = Served(target, whole=fold(held))
         else:
-            if PROVIDERS[target.endpoint.provider].always_streams:
-                held = list(self._stream(request, target, client))
-                served = Served(target, whole=fold(held))
-            else:
-                held = [self._whole(request, target, client)]
-                served = Served(target, whole=held[0])
+            held = [self._whole(request, target, client)]
+            served = Served(target, whole=held[0])
         if not last and is_empty(held):
             raise UpstreamError("the answer was empty", code="empty_answer")
         return served
@@ -2500,8 +2532,8 @@ class Gateway:
         """The chunks of a target's streamed answer, all with one id, time and model."""
         envelope = {"id": new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": int(time.time())}
         provider, begun = PROVIDERS[target.endpoint.provider], False
-        with self._attempting(request, target, client) as answer:
-            if answer.content_type == "application/json" and not provider.always_streams:
+        with self._exchanging(request, target, client) as answer:
+            if answer.content_type == "application/json" and not provider.translates:
                 event_of(answer.body())
                 raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
             for chunk in provider.decode(answer.lines(), request):
@@ -2509,18 +2541,18 @@ class Gateway:
                     begun = True
                     answer.begin()
                 yield {**envelope, **chunk, "model": target.id}
-            answer.ended()
+            answer.mark_complete()
 
     def _whole(self, request: ChatRequest, target: Target, client: socket.socket | None) -> Json:
         """The whole answer of a target that was asked for one."""
-        with self._attempting(request, target, client) as answer:
+        with self._exchanging(request, target, client) as answer:
             whole = event_of(answer.body())
             if not isinstance(choices_of(whole)[0]["message"], dict):
                 raise TypeError("message")
         return {**whole, "model": target.id}
 
     @contextlib.contextmanager
-    def _attempting(self, request: ChatRequest, target: Target, client: socket.socket | None) -> Iterator[Answer]:
+    def _exchanging(self, request: ChatRequest, target: Target, client: socket.socket | None) -> Iterator[Answer]:
         """The upstream's answer, in flight while the block reads it; whatever the block trips over is its fault."""
         with self.ledger.flight(target), contextlib.closing(self._open(request, target, client)) as answer:
             try:
@@ -2532,8 +2564,10 @@ class Gateway:
                 raise
 
     def _open(self, request: ChatRequest, target: Target, client: socket.socket | None) -> Answer:
-        """The upstream's answer of status 2xx.  A parameter that the model refuses is left out and the request tried
-        once more; if it is refused for good, that is remembered."""
+        """The upstream's answer of status 2xx.
+
+        Parameters that the model refuses are left out one by one; those that it refuses as such are remembered.
+        """
         provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
         encoded = provider.encode(request, target)
         dropped: frozenset[str] = frozenset()
@@ -2555,7 +2589,7 @@ class Gateway:
                 raise error
             log.info("%s refuses %s: left out", target.id, param)
             dropped |= {param}
-            if is_for_good(param, error):
+            if is_permanent(param, error):
                 self.ledger.learn(target, param)
 
     def health(self) -> Json:
@@ -2581,8 +2615,8 @@ class Gateway:
         readings = self.watch.readings
         found = dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
         found.update({target.id: (0, target.endpoint.provider) for target in self.targets(readings)})
-        found.update({f"ollama:{_short(model.name)}": (model.created, "ollama") for reading in readings
-                      if reading.endpoint == self._usual["ollama"] for model in reading.models or ()})
+        found.update({f"ollama:{_short(model.name)}": (model.created, "ollama")
+                      for model in self._installed(readings)})
         return [(id, *rest) for id, rest in found.items()]
 
 
@@ -2647,17 +2681,17 @@ def _all_failed(plan: Plan, failed: Sequence[tuple[Target, UpstreamError]]) -> O
         attempts + [f"{target.id}: {reason}" for target, reason in plan.left_out])
     if all(error.fault is Fault.TOO_LONG for _, error in failed):
         return BadRequest(text, code="context_length_exceeded", param="messages")
-    alike = {error.status for _, error in failed} == {last.status}
-    return NoTarget(text, status=last.status if alike and last.fault is not Fault.DOWN else None,
-                    type=last.type if alike and last.fault is not Fault.DOWN else None,
-                    retry=None if waits else False, retry_after_s=min(waits, default=None))
+    again: Json = {"retry": None if waits else False, "retry_after_s": min(waits, default=None)}
+    if last.fault is not Fault.DOWN and {error.status for _, error in failed} == {last.status}:
+        return NoTarget(text, status=last.status, type=last.type, **again)
+    return NoTarget(text, **again)
 
 
 # === 10. Response out =================================================================================================
 # uses: 1; pure
 # What does the client read?  Chunks become server-sent events or one completion, errors become OpenAI's error object.
 
-DONE = b"data: [DONE]\n\n"    # exactly so: the Node SDK does not bear a space more
+DONE = b"data: [DONE]\n\n"    # exactly so: some clients reject an extra space
 
 
 def sse(event: Json) -> bytes:
@@ -2680,7 +2714,8 @@ def fold(chunks: Iterable[Chunk]) -> Json:
     for chunk in chunks:
         whole = whole or {"id": chunk["id"], "object": "chat.completion", "created": chunk["created"],
                           "model": chunk["model"], "choices": [choice]}
-        whole.update({"usage": chunk["usage"]} if "usage" in chunk else {})
+        if "usage" in chunk:
+            whole["usage"] = chunk["usage"]
         for piece in chunk["choices"]:
             _fold_piece(choice, piece)
     if "tool_calls" in message:
@@ -2761,20 +2796,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._id, self._sent, started = new_id("req_"), False, time.monotonic()
         self._unread = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
         try:
-            told = self._route()
+            outcome = self._route()
         except ClientGone:
-            self.close_connection, told = True, "client hung up"
+            self.close_connection, outcome = True, "client hung up"
         except OblixError as error:
-            told = self._refuse(error)
+            outcome = self._refuse(error)
         except OSError:
             raise
-        except Exception:  # a bug of ours takes down one request and is told in the log
+        except Exception:  # a bug of ours takes down one request and is outcome in the log
             log.exception("%s internal error", self._id)
-            told = "internal error"
+            outcome = "internal error"
             self.close_connection = True
             if not self._sent:
                 self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self._id}."))
-        log.info("%s %s %s: %s, %.0f ms", self._id, self.command, re.sub("[^!-~]", "?", self._path()[:64]), told,
+        log.info("%s %s %s: %s, %.0f ms", self._id, self.command, re.sub("[^!-~]", "?", self._path()[:64]), outcome,
                  1000 * (time.monotonic() - started))
         self._linger()
 
@@ -2925,7 +2960,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """The head of a reply; values are made safe for a header line."""
-        self.close_connection = self.close_connection or self._unread    # what is left is no next request
+        self.close_connection = self.close_connection or self._unread    # the unread bytes are not a next request
         fields = {**headers, "x-request-id": self._id, "Server": self.server_version, "Date": self.date_time_string(),
                   "Connection": "close" if self.close_connection else "keep-alive"}
         lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase if status in _STATUSES else 'Status'}"]
@@ -3041,7 +3076,7 @@ class Server:
     """A running gateway with its listeners."""
 
     def __init__(self, gateway: Gateway, listeners: Sequence[_Listener]) -> None:
-        self.gateway, self._listeners = gateway, listeners
+        self.gateway = gateway
         self.port = listeners[0].server_port
         host = listeners[0].server_name
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
@@ -3240,7 +3275,7 @@ FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_pe
 
 def _side_lines(side: Side, health: Json) -> list[str]:
     report = health[side.value]
-    known = report["facts"]
+    known = {name: value for name, value in report["facts"].items() if name.split("_")[0] not in report["reason"]}
     facts = ", ".join(words.format(known[name]) for name, words in FACT_WORDS.items() if name in known)
     level = report["level"] + (f": {report['reason']}" if report["reason"] else "")
     lines = [f"  {side.value:<7} {level}" + (f" ({facts})" if facts else "")]

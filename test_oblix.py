@@ -893,6 +893,7 @@ class Settings(Case):
     def test_every_mistake_is_told_in_one_line_that_names_it(self):
         for argv, env, says in (
             (["--port", "x"], {}, "--port"), (["--port=70000"], {}, "65535"), (["--nix"], {}, "--nix"),
+            ([], {"OBLIX_DEMO": "ture"}, "OBLIX_DEMO"),
             ([], {"OBLIX_PORT": "-1"}, "OBLIX_PORT"), (["--log-level=loud"], {}, "--log-level"),
             (["--connect-timeout-s=inf"], {}, "--connect-timeout-s"), (["--connect-timeout-s=nan"], {}, "nan"),
             ([], {"OPENAI_API_KEY": "sk-\u00e9"}, "key"), ([], {"OPENAI_API_KEY": "sk-a\nb"}, "key"),
@@ -2201,6 +2202,17 @@ class BrokenAnswers(Case):
             self.assertNotIn(OPENAI.key, reply.body.decode())
             self.assertNotIn("sentence", reply.body.decode())
 
+    def test_an_upstreams_words_are_in_no_header_and_no_log(self):
+        """They may quote the prompt."""
+        for status in (401, 404, 429, 451, 500, 503):
+            with self.subTest(status), Upstream(OLLAMA, whole(status, OLLAMA.error("my secret diary"))) as local, \
+                    Upstream(OPENAI) as cloud, running(local, cloud) as server, \
+                    self.assertLogs("oblix", "INFO") as logged:
+                reply = ask(server, "auto")
+                self.answered(reply, "Hello", by=cloud.target)
+                self.assertIn(str(status), reply.headers["x-oblix-reason"])
+                self.assertNotIn("diary", reply.headers["x-oblix-reason"] + str(logged.output))
+
     def test_a_delay_beyond_measure_is_none(self):
         for header in ("retry-after-ms: inf", "retry-after: " + "9" * 400, "retry-after-ms: nan", "retry-after: soon"):
             with self.subTest(header[:30]):
@@ -2549,7 +2561,7 @@ class Auto(Case):
                 self.refused(ask(server, "auto"), 503, local.target, code="no_target_available")
                 self.assertEqual(fetch(server, "GET", "/health").status, 503)
 
-    def test_a_prompt_leaves_the_device_only_when_it_may(self):
+    def test_a_prompt_goes_to_a_cloud_only_when_it_may(self):
         """Whatever happens at home: critical, broken, gone, or unable to do it."""
         with self.two_sides(flags=CRITICAL) as (server, local, cloud):
             self.answered(ask(server, "local"), "local")
