@@ -172,11 +172,11 @@ class Reading:
     """A monitor's verdict on one side, or on one endpoint of it, with the facts behind it."""
     side: Side
     level: Level
-    reason: str                                    # "" while all is well
+    reason: str                                 # "" while all is well
     facts: Json
     endpoint: Endpoint | None = None            # None: it speaks about the whole side
     models: tuple[Model, ...] | None = None     # what the endpoint has; None where it does not say
-    known: bool = True                             # False before the first sample: optimism, not evidence
+    known: bool = True                          # False before the first sample: optimism, not evidence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2326,8 +2326,8 @@ class Ledger:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._in_flight: dict[Target, int] = {}                                   # guarded by _lock; no zeros
-        self._refused: collections.OrderedDict[Target, frozenset[str]] = collections.OrderedDict()    # guarded, too
+        self._in_flight: dict[Target, int] = {}    # guarded by _lock; no zeros
+        self._refused: collections.OrderedDict[Target, frozenset[str]] = collections.OrderedDict()    # guarded by _lock
 
     @contextlib.contextmanager
     def flight(self, target: Target) -> Iterator[None]:
@@ -2803,7 +2803,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             outcome = self._refuse(error)
         except OSError:
             raise
-        except Exception:  # a bug of ours takes down one request and is outcome in the log
+        except Exception:  # a bug of ours takes down one request and is told in the log
             log.exception("%s internal error", self._id)
             outcome = "internal error"
             self.close_connection = True
