@@ -1395,9 +1395,9 @@ class OpenAI(Provider):
         for place, call in enumerate(delta.get("tool_calls") or ()):
             which = (index, call.setdefault("index", place))
             if which in seen:
-                for repeated in (call, call.get("function") or {}):
-                    for name in ("id", "type", "name"):
-                        repeated.pop(name, None)
+                for name in ("id", "type"):
+                    call.pop(name, None)
+                (call.get("function") or {}).pop("name", None)
             seen.add(which)
 
     def models(self, listing: Json) -> tuple[Model, ...] | None:
