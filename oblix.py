@@ -3304,19 +3304,19 @@ def advices(health: Json) -> list[str]:
 
 def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> int:
     """Run the server until SIGTERM or Ctrl-C.  Returns the exit status: 2 for a mistake in flags or variables."""
-    stop = threading.Event()
+    stops: list[int] = []    # no Event: a second signal in the first's handler would wait for its lock for ever
     try:
         settings = Settings.parse(sys.argv[1:] if argv is None else argv, os.environ if env is None else env)
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
         with demo(settings) as settings, running(settings) as server:
             for name in ("SIGINT", "SIGTERM"):
-                signal.signal(getattr(signal, name), lambda *_: stop.set())
+                signal.signal(getattr(signal, name), lambda number, _: stops.append(number))
             server.gateway.watch.settle(SETTLE_S)
             if isinstance(sys.stdout, io.TextIOWrapper):
                 sys.stdout.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
             print(start_text(settings, server), flush=True)
-            while not stop.wait(0.5 if os.name == "nt" else None):    # on Windows a wait without end ignores Ctrl-C
-                pass
+            while not stops:
+                time.sleep(0.25)
     except UsageError as error:
         print(f"oblix: {error}", file=sys.stderr)
         return 2
