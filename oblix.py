@@ -33,7 +33,9 @@ Who owns which state
   monitors' readings     each monitor's own thread writes its one attribute; everybody reads it without a lock (4)
   idle connections       deques of the transport, whose append and pop are atomic (7)
   TLS context            made by the first thread that needs it; a second one made at once is just dropped (7)
-  ledger                 what is in flight, what each model refused; behind the only lock (8)
+  evidence of requests   a monitor's deque of losses and its wake-up, whose operations are atomic (4)
+  loads under way        a dict of the loader, whose setdefault and del are atomic (9)
+  ledger                 what is in flight, and what requests have shown of each target; behind the only lock (8)
   clients' connections   a set of each listener, whose add and discard are atomic (11)
   everything else        immutable, or local to the thread of one request
 
@@ -50,11 +52,13 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import datetime
 import email.utils
 import enum
 import errno
+import glob
 import http
 import http.client
 import http.server
@@ -68,10 +72,12 @@ import os
 import re
 import secrets
 import select
+import shutil
 import signal
 import socket
 import socketserver
 import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -82,6 +88,7 @@ from typing import (
     Any,
     Callable,
     ClassVar,
+    NamedTuple,
     NoReturn,
     Optional,
 )
@@ -122,12 +129,14 @@ class Fault(enum.Enum):
     MISSING = "not found"       # 404 of the model; 405, 410 and the like of the path
     CAPABILITY = "capability"   # this model can't do what the request needs
     TOO_LONG = "too long"       # only a larger window helps
+    LOADING = "loading"         # the model is on its way into memory, which is no fault of anybody's
     CLIENT = "client"           # the request itself is wrong: no other target would do better
+    LATE = "late"               # the time for the whole request is over
 
     @property
     def moves_on(self) -> bool:
         """Whether another target may do better."""
-        return self is not Fault.CLIENT
+        return self not in (Fault.CLIENT, Fault.LATE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +152,11 @@ class Endpoint:
     def lacks_key(self) -> bool:
         """Whether it wants a key that is not configured."""
         return bool(self.key_variable) and not self.key
+
+    @property
+    def on_device(self) -> bool:
+        """Whether it runs on this device, as far as its address tells: then the device's load is its own."""
+        return bool(re.match(r"https?://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", self.base_url))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +174,20 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model that an endpoint says it has."""
+    """A model that an endpoint says it has.  Zero and None mean that it does not say."""
     name: str
-    created: int = 0        # unix seconds
-    chats: bool = True      # False for embedding models
-    remote: bool = False    # an Ollama name that is answered by ollama.com
+    created: int = 0                    # unix seconds
+    chats: bool = True                  # False for embedding models
+    remote: bool = False                # an Ollama name that is answered by ollama.com
+    digest: str = ""
+    size: int = 0                       # bytes on disk: about what its weights take in memory
+    can: frozenset[str] | None = None   # "tools", "vision", …
+    max_context: int = 0                # tokens that it was trained for
+    token_bytes: int = 0                # memory that one token of context takes
+    cold: bool = False                  # not in memory: the next request would wait for its load
+    context: int = 0                    # tokens that it is loaded for
+    gpu_share: float | None = None      # of a loaded model, 0 to 1
+    spilled: bool = False               # mostly on the CPU now, and was on the GPU before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +214,10 @@ class ChatRequest:
     def messages(self) -> list[Json]:
         return self.body["messages"]  # type: ignore[no-any-return]
 
+    def most_tokens(self, usual: int) -> int:
+        """How long the answer may be, in tokens."""
+        return int(self.body.get("max_completion_tokens") or self.body.get("max_tokens") or usual)
+
     def parts(self) -> Iterator[tuple[str, Json]]:
         """Every content part with the path that an error should name."""
         for m, message in enumerate(self.messages):
@@ -198,12 +225,28 @@ class ChatRequest:
                 yield f"messages[{m}].content[{p}]", part
 
 
+class Use(enum.Enum):
+    """Whether a target may be asked."""
+    YES, LAST_HOPE, NO = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """How a target is, in a word and in a line, and what that means for its use."""
+    state: str
+    reason: str = ""
+    level: Level = Level.GOOD
+    use: Use = Use.YES
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which targets to try in which order, what was left out, and why."""
+    """Which targets to try in which order, which more when all of these have failed, what was left out, and why."""
     order: tuple[Target, ...]
     reason: str
+    last_hope: tuple[Target, ...] = ()
     left_out: tuple[tuple[Target, str], ...] = ()
+    conditions: Mapping[Target, Condition] = dataclasses.field(default_factory=dict)    # of all of them
 
 
 class OblixError(Exception):
@@ -359,18 +402,36 @@ class Settings:
                                 "nothing installed")
     connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together", low=0.1,
                                        high=3600)
+    prefer: str = setting("local", "what auto prefers while both sides are well: local, cloud, or whichever is "
+                                   "measured to answer sooner", choices=("local", "cloud", "fast"))
+    local_slots: int = setting(1, "requests that the local model answers at once (Ollama's OLLAMA_NUM_PARALLEL); more "
+                                  "overflow to the cloud", low=1)
+    warm_up: str = setting("auto", "whether to load the local model at start, while the cloud is not well, and when "
+                                   "the cloud answers in its place", choices=("auto", "never"))
+    on_cut: str = setting("error", "what follows when a plain text stream breaks off: an error, or another model that "
+                                   "continues it", choices=("error", "continue"))
     first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; Ollama may load a model for "
                                                  "minutes", low=0.1, high=86_400)
+    patience_s: float = setting(60.0, "seconds until a local answer's first content while another model could answer",
+                                low=0.1, high=86_400)
     stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; comments don't count",
                                      low=0.1, high=86_400)
+    request_timeout_s: float = setting(900.0, "seconds that a whole request may take, all attempts together", low=0.1,
+                                       high=86_400)
     probe_every_s: float = setting(30.0, "seconds between probes of a cloud that is well; sooner after trouble", low=1,
                                    high=86_400)
+    better_after_s: float = setting(10.0, "seconds that better readings must last before they count; a flapping link "
+                                          "counts as down", high=86_400)
     cpu_constrained_percent: float = setting(80.0, "CPU use from which local is constrained")
     cpu_critical_percent: float = setting(95.0, "CPU use from which local is critical")
     memory_constrained_percent: float = setting(85.0, "memory use from which local is constrained")
     memory_critical_percent: float = setting(95.0, "memory use from which local is critical")
     load_constrained: float = setting(1.5, "load per core from which local is constrained")
     load_critical: float = setting(3.0, "load per core from which local is critical")
+    gpu_constrained_percent: float = setting(85.0, "GPU or GPU memory use by others from which local is constrained")
+    gpu_critical_percent: float = setting(95.0, "GPU or GPU memory use by others from which local is critical")
+    battery_constrained_percent: float = setting(25.0, "charge down to which local is constrained while unplugged")
+    battery_critical_percent: float = setting(10.0, "charge down to which local is critical while unplugged")
     latency_degraded_ms: float = setting(200.0, "probe latency above which a cloud is degraded")
     loss_degraded_percent: float = setting(10.0, "share of failed probes above which a cloud is degraded")
     log_level: str = setting("info", "what is logged; info is a line per request",
@@ -455,10 +516,11 @@ class _OneLineParser(argparse.ArgumentParser):
 def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
     """The command line, from the declarations."""
     parser = _OneLineParser(
-        prog="oblix.py", usage="python oblix.py [flags]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="oblix.py", usage="python oblix.py [check] [flags]", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="One OpenAI-compatible endpoint that answers from the local model while the device can and from "
-                    "the cloud\nwhen it cannot, and says which and why.",
+                    "the cloud\nwhen it cannot, and says which and why.\n\n`check` prints what Oblix finds, what it "
+                    "would do and what to fix, and exits: 0 if a request\nwould be answered, 1 if not.",
         epilog="More variables:\n" + "\n".join(f"  {variable_of(field):<20} {field.metadata['help']}"
                                                for field in dataclasses.fields(cls) if not flag_of(field)))
     parser.add_argument("--version", action="version", version=f"oblix {__version__}")
@@ -712,22 +774,71 @@ def _tool_calls(calls: Any) -> str | None:
     return None
 
 
+def needs_of(request: ChatRequest) -> frozenset[str]:
+    """What a model must be able to do for a request, in Ollama's words for it (/api/show, capabilities)."""
+    pictures = any(part["type"] == "image_url" for _, part in request.parts())
+    return frozenset({"vision"} if pictures else ()) | frozenset({"tools"} if "tools" in request.body else ())
+
+
+def prompt_bytes(request: ChatRequest) -> int:
+    """The prompt's length in bytes of UTF-8, an image counted as the 4 KB of text that a thousand tokens are."""
+    texts = sum(len(text_of(message).encode("utf-8", "replace")) + 4 for message in request.messages)
+    calls = [message["tool_calls"] for message in request.messages if "tool_calls" in message]
+    images = sum(1 for _, part in request.parts() if part["type"] == "image_url")
+    return texts + 4096 * images + len(dumps([calls, request.body.get("tools", [])]))
+
+
 # === 4. Monitors ======================================================================================================
 # uses: 1 2
 # How are the device and the network?  A monitor samples facts (IO) and judges them (pure); it knows nothing of requests
 # or of what its verdict leads to.  Each runs on a thread of its own, so that a probe which hangs delays no other.
 # To add one: subclass Monitor, fill sample and judge, and name it in MONITORS; policy folds it in by its side.
 
-Fetch = Callable[[Endpoint], tuple[int, Any]]    # an endpoint -> status and JSON of its probe; raises UpstreamError
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What the probe of an endpoint found."""
+    status: int
+    models: tuple[Model, ...] | None
+    latency_ms: float    # from request to answer, without the time that the server says it worked
+
+
+Fetch = Callable[[Endpoint], Probe]    # probes an endpoint; raises UpstreamError
+
+
+class Steady:
+    """A level that turns worse after `worse_after` samples in a row, and better only after `better_after_s` seconds of
+    better ones: a spike reads as nothing, and a link that flaps as one that is down."""
+
+    def __init__(self, worse_after: int, better_after_s: float) -> None:
+        self._worse_after, self._better_after_s = worse_after, better_after_s
+        self._level: Level | None = None
+        self._worse: list[Level] = []                # the samples in a row that were worse than the level
+        self._better: tuple[float, Level] | None = None    # since when all were better, and the worst of them
+
+    def feed(self, level: Level, now: float) -> Level:
+        """The level that counts after one more sample, taken at `now` (seconds of any clock)."""
+        if self._level is None:
+            self._level = level
+        self._worse = [*self._worse, level] if level > self._level else []
+        since, worst = self._better or (now, level)
+        self._better = (since, max(worst, level)) if level < self._level else None
+        if len(self._worse) >= self._worse_after:
+            self._level, self._worse = min(self._worse), []
+        elif self._better and now - since >= self._better_after_s:
+            self._level, self._better = self._better[1], None
+        return self._level
 
 
 class Monitor:
     """One thing that is watched.  `reading` is written by the monitor's own thread only."""
     name: ClassVar[str] = ""
+    worse_after: ClassVar[int] = 2    # samples in a row
 
-    def __init__(self, side: Side, endpoint: Endpoint | None = None) -> None:
-        self.side, self.endpoint = side, endpoint
+    def __init__(self, settings: Settings, side: Side, endpoint: Endpoint | None = None) -> None:
+        self.settings, self.side, self.endpoint = settings, side, endpoint
         self.reading = Reading(side, Level.GOOD, "", {}, endpoint, known=False)
+        self.wake = threading.Event()    # set it to have the next sample at once
+        self._steady, self._fresh = Steady(self.worse_after, settings.better_after_s), self.reading
 
     def sample(self) -> Json:
         """Facts of now.  May block; any exception keeps the last reading."""
@@ -741,76 +852,471 @@ class Monitor:
         """Seconds until the next sample."""
         raise NotImplementedError
 
+    def tell(self, lost: bool) -> None:
+        """A real request to the endpoint found it gone, or there: evidence as good as a sample's."""
+
+    def step(self, now: float) -> None:
+        """Sample, judge, and publish a reading whose level is steady."""
+        fresh, before = self.judge(self.sample()), self.reading.reason
+        level = self._steady.feed(fresh.level, now)
+        reason = fresh.reason if level else ""
+        if level > fresh.level:
+            reason = before if before.startswith("recovering") else f"recovering: {before}"
+        self._fresh, self.reading = fresh, dataclasses.replace(fresh, level=level, reason=reason)
+
     @classmethod
     def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
         """The monitors of this kind that a server with these targets wants."""
         raise NotImplementedError
 
 
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """The values of a fact from which local is constrained and critical, and how a reason says it."""
+    fact: str
+    words: str
+    constrained: float
+    critical: float
+    falling: bool = False    # low values are the bad ones
+
+    def level(self, value: float) -> Level:
+        sign = -1 if self.falling else 1
+        return (Level.OUT if sign * value >= sign * self.critical else
+                Level.STRAINED if sign * value >= sign * self.constrained else Level.GOOD)
+
+
+def worst(facts: Json, limits: Iterable[Threshold]) -> tuple[Level, str]:
+    """The worst level that a limit gives, and all that is not well.  A fact that is missing is no trouble."""
+    found = [(limit.level(facts[limit.fact]), limit.words.format(facts[limit.fact]))
+             for limit in limits if limit.fact in facts]
+    return max((level for level, _ in found), default=Level.GOOD), ", ".join(words for level, words in found if level)
+
+
+def local_is_here(targets: Iterable[Target]) -> bool:
+    """Whether the state of this device matters: some local model runs on it."""
+    return any(target.side is Side.LOCAL and target.endpoint.on_device for target in targets)
+
+
+class ServerProcesses:
+    """The processes of local model servers: what they use for our answers must not read as a busy machine.
+
+    Those that the system does not let us see, as other users' on macOS, are not counted.
+    """
+    names = ("ollama", "llama", "lm studio", "lms", "vllm")
+    afresh_s = 60.0    # until all are looked at again: exec changes a name, and so do vLLM's workers; pids are reused
+
+    def __init__(self) -> None:
+        self._pids: set[int] = set()                    # all there were at the last call
+        self._found: dict[int, tuple[Any, float]] = {}  # pid -> its psutil.Process, its CPU seconds at the last call
+        self._afresh_at = -math.inf
+
+    @property
+    def pids(self) -> frozenset[int]:
+        """Those that the last cpu_s() found."""
+        return frozenset(self._found)
+
+    def cpu_s(self) -> float:
+        """CPU seconds that they used since the last call."""
+        import psutil
+        self._look()
+        used_s = 0.0
+        for pid, (process, before_s) in self._found.items():
+            with contextlib.suppress(psutil.Error):
+                now_s = sum(process.cpu_times()[:2])    # user and system
+                used_s += max(0.0, now_s - before_s)    # less: another process has got its pid
+                self._found[pid] = process, now_s
+        return used_s
+
+    def private_bytes(self) -> int:
+        """Memory of theirs alone.  Mapped weights are not: they are page cache (Linux), so available anyway."""
+        import psutil
+        total = 0
+        for process, _ in self._found.values():
+            with contextlib.suppress(psutil.Error):
+                memory = process.memory_info()
+                total += memory.rss - getattr(memory, "shared", 0)
+        return total
+
+    def _look(self) -> None:
+        """Find new ones and forget the ended.  Only new pids are asked for their names: 60 us each, 300 a desktop."""
+        import psutil
+        pids, now = set(psutil.pids()), time.monotonic()
+        afresh = now >= self._afresh_at
+        kept = {pid: server for pid, server in self._found.items()
+                if pid in pids and not (afresh and not server[0].is_running())}    # not running: its pid was given away
+        before = (self._pids or pids) - (self._found.keys() - kept.keys())
+        for pid in pids - (kept.keys() if afresh else before):
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                if process.name().lower().startswith(self.names):
+                    # All that a new process used counts; one that was there before under another name counts from now.
+                    kept[pid] = process, sum(process.cpu_times()[:2]) if pid in before else 0.0
+        self._pids, self._found = pids, kept
+        self._afresh_at = now + self.afresh_s if afresh else self._afresh_at
+
+
 class ResourceMonitor(Monitor):
-    """CPU, memory and load of the device, by psutil; without psutil nothing is known and local counts as available."""
+    """CPU, memory and load of the device, less what the model servers use, by psutil.
+
+    Without psutil nothing is known and local counts as available.
+    """
     name = "resources"
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(Side.LOCAL)
-        self._limits = {    # fact: (unit, constrained from, critical from)
-            "cpu_percent": ("%", settings.cpu_constrained_percent, settings.cpu_critical_percent),
-            "memory_percent": ("%", settings.memory_constrained_percent, settings.memory_critical_percent),
-            "load_per_core": ("", settings.load_constrained, settings.load_critical),
-        }
+        super().__init__(settings, Side.LOCAL)
+        self._limits = (
+            Threshold("cpu_percent", "cpu {:.0f}%", settings.cpu_constrained_percent, settings.cpu_critical_percent),
+            Threshold("memory_percent", "memory {:.0f}%", settings.memory_constrained_percent,
+                  settings.memory_critical_percent),
+            Threshold("load_per_core", "load {:g}", settings.load_constrained, settings.load_critical))
+        self._servers = ServerProcesses()
+        self._cpu_before: tuple[float, float] | None = None
+        self._load_ours, self._load_at = 0.0, time.monotonic()
 
     def sample(self) -> Json:
-        import psutil  # 31 ms to import: not on the way to the first answer, and the server starts without it
-        reads: dict[str, Callable[[], float]] = {
-            "cpu_percent": psutil.cpu_percent, "memory_percent": lambda: psutil.virtual_memory().percent,
-            "load_per_core": lambda: round(psutil.getloadavg()[0] / (psutil.cpu_count() or 1), 2)}
-        facts = {}
-        for name, read in reads.items():
+        import psutil  # noqa: F401 - 31 ms to import: not on the way to the first answer; the server starts without it
+        facts: Json = {}
+        ours_s = 0.0
+        with contextlib.suppress(Exception):
+            ours_s = self._servers.cpu_s()
+        for read in (self._cpu, self._memory, self._load):
             with contextlib.suppress(Exception):  # Android and some containers deny one or the other
-                facts[name] = read()
-        if not self.reading.known:
-            facts.pop("cpu_percent", None)    # it is the use since the last call: the first has nothing to tell
+                facts.update(read(ours_s))
         return facts
 
+    def _cpu(self, ours_s: float) -> Json:
+        """CPU use since the last call.  Not psutil.cpu_percent(): its idea of the last call is its own."""
+        import psutil
+        times = psutil.cpu_times()._asdict()
+        total = sum(times.values()) - times.get("guest", 0.0) - times.get("guest_nice", 0.0)    # in user and nice too
+        busy = total - times["idle"] - times.get("iowait", 0.0)
+        before, self._cpu_before = self._cpu_before, (busy, total)
+        if before is None:
+            return {}
+        return {"cpu_percent": round(max(0.0, 100 * (busy - before[0] - ours_s) / (total - before[1])), 1)}
+
+    def _memory(self, _: float) -> Json:
+        import psutil
+        memory = psutil.virtual_memory()
+        used = memory.total - memory.available
+        ours = min(self._servers.private_bytes(), used)
+        return {"memory_percent": round(100 * (used - ours) / (memory.total - ours), 1),
+                "memory_free_mb": memory.available >> 20}
+
+    def _load(self, ours_s: float) -> Json:
+        """The load of one minute, less the cores that the servers used, damped as the kernel damps it."""
+        import psutil
+        passed_s = time.monotonic() - self._load_at
+        self._load_at += passed_s
+        keep = math.exp(-passed_s / 60)
+        self._load_ours = keep * self._load_ours + (1 - keep) * ours_s / max(passed_s, 0.01)
+        others = max(0.0, psutil.getloadavg()[0] - self._load_ours)
+        return {"load_per_core": round(others / (psutil.cpu_count() or 1), 2)}
+
     def judge(self, facts: Json) -> Reading:
-        level, reasons = Level.GOOD, []
-        for name, (unit, constrained, critical) in self._limits.items():
-            value = facts.get(name, 0.0)
-            found = Level.OUT if value >= critical else Level.STRAINED if value >= constrained else Level.GOOD
-            if found:
-                reasons.append(f"{name.split('_')[0]} {value:g}{unit}")
-            level = max(level, found)
-        return Reading(self.side, level, ", ".join(reasons), facts)
+        return Reading(self.side, *worst(facts, self._limits), facts)
 
     def every_s(self) -> float:
         return 1.0
 
     @classmethod
     def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
-        return [cls(settings)]
+        return [cls(settings)] if local_is_here(targets) else []
+
+
+class PowerMonitor(Monitor):
+    """Battery and temperature, where the device has a battery and tells temperatures."""
+    name = "power"
+    worse_after = 1
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings, Side.LOCAL)
+        self._battery = Threshold("battery_percent", "battery {:.0f}%", settings.battery_constrained_percent,
+                              settings.battery_critical_percent, falling=True)
+
+    def sample(self) -> Json:
+        import psutil
+        facts: Json = {}
+        with contextlib.suppress(Exception):    # functions that not every platform has, and files that it denies
+            battery = psutil.sensors_battery()
+            if battery is not None and has_battery():
+                facts.update(battery_percent=round(battery.percent, 1), battery_plugged=battery.power_plugged)
+        with contextlib.suppress(Exception):
+            facts.update(hottest(psutil.sensors_temperatures()))
+        return facts
+
+    def judge(self, facts: Json) -> Reading:
+        limits = [self._battery] if facts.get("battery_plugged") is False else []    # None: the system does not say
+        if "temperature_c" in facts:
+            limits.append(Threshold("temperature_c", "temperature {:.0f} C", facts["temperature_high_c"],
+                                facts["temperature_critical_c"]))
+        return Reading(self.side, *worst(facts, limits), facts)
+
+    def every_s(self) -> float:
+        return 10.0
+
+    @classmethod
+    def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
+        return [cls(settings)] if local_is_here(targets) else []
+
+
+def has_battery(folder: str = "/sys/class/power_supply") -> bool:
+    """False on a PC whose only battery is its mouse's: psutil takes it for the PC's, but Linux tells its scope."""
+    scopes = [text_in(f"{path[:-len('capacity')]}scope") for path in glob.glob(f"{folder}/*/capacity")]
+    return scopes == [] or any(scope != "Device" for scope in scopes)
+
+
+_CPU_SENSOR = re.compile("cpu|soc|core|package", re.I)
+
+
+def temperature_limits(chip: str, sensor: Any) -> tuple[float, float] | None:
+    """From where a sensor of psutil's is high and critical; None for one that can't be judged."""
+    high, critical = sensor.high or 0.0, sensor.critical or 0.0
+    if chip == "acpitz":    # whatever the firmware's author wrote: 8.3 degrees of 31.3 in bpytop's issue 185
+        return None
+    if critical >= high >= 50:
+        return high, critical
+    if chip in ("k10temp", "zenpower"):    # AMD's desktop chips boost up to 95 degrees by design
+        return 95.0, 100.0
+    return (80.0, 90.0) if _CPU_SENSOR.search(f"{chip} {sensor.label}") else None
+
+
+def hottest(sensors: Mapping[str, Iterable[Any]]) -> Json:
+    """Facts of the sensor that is nearest to its limit, or past it the farthest; none where none can be judged."""
+    found = []
+    for chip, group in sensors.items():
+        for sensor in group:
+            limits = temperature_limits(chip, sensor)
+            if limits and 0 < sensor.current < 150:    # beyond that it is broken
+                level = Threshold("", "", *limits).level(sensor.current)
+                found.append((level, sensor.current - limits[0], sensor.current, *limits))
+    if not found:
+        return {}
+    _, _, current, high, critical = max(found)
+    return {"temperature_c": round(current, 1), "temperature_high_c": high, "temperature_critical_c": critical}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What is known of a GPU; of memory only where it has its own."""
+    busy_percent: float | None = None
+    used_mb: float | None = None
+    total_mb: float | None = None
+
+
+# The pids of model servers -> the GPUs, and the MB of their memory that those pids hold, None where that is unknown
+GpuSource = Callable[[frozenset[int]], tuple[list[Gpu], Optional[float]]]
+
+
+class GpuMonitor(Monitor):
+    """Use of the GPU and of its memory by others than the model servers."""
+    name = "gpu"
+    window_s = 0.3        # in which the servers' work tells whose the GPU's use is
+    own_cores = 0.2       # servers that use more are at work
+    share = 0.002         # of a core, that sampling may cost
+
+    def __init__(self, settings: Settings, sources: Sequence[GpuSource]) -> None:
+        super().__init__(settings, Side.LOCAL)
+        limits = settings.gpu_constrained_percent, settings.gpu_critical_percent
+        self._limits = (Threshold("gpu_percent", "gpu {:.0f}%", *limits),
+                        Threshold("gpu_memory_percent", "gpu memory {:.0f}%", *limits))
+        self._sources, self._servers, self._took_s = sources, ServerProcesses(), 0.0
+
+    def sample(self) -> Json:
+        self._servers.cpu_s()
+        begun = time.monotonic()
+        if self._servers.pids:
+            time.sleep(self.window_s)
+        asked = time.monotonic()
+        gpus, own_mb = self._ask(self._servers.pids)
+        done = time.monotonic()
+        self._took_s = done - asked
+        return gpu_facts(gpus, own_mb, self._servers.cpu_s() > self.own_cores * (done - begun))
+
+    def _ask(self, servers: frozenset[int]) -> tuple[list[Gpu], float | None]:
+        """What the first source says that knows anything."""
+        for source in self._sources:
+            gpus, own_mb = source(servers)
+            if any(gpu != Gpu() for gpu in gpus):
+                return gpus, own_mb
+        return [], None
+
+    def judge(self, facts: Json) -> Reading:
+        return Reading(self.side, *worst(facts, self._limits), facts)
+
+    def every_s(self) -> float:
+        # nvidia-smi takes from 30 ms to seconds, most of them in the driver, so it paces itself: even if all of its
+        # time were work, it would be 0.2% of a core.  One that hangs is asked again after 40 minutes.
+        return max(5.0, self._took_s / self.share)
+
+    @classmethod
+    def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
+        sources = gpu_sources() if local_is_here(targets) else []
+        return [cls(settings, sources)] if sources else []
+
+
+def gpu_facts(gpus: Iterable[Gpu], own_mb: float | None, own_use: bool) -> Json:
+    """Facts of GPUs: the use of the least busy one, which is the model servers' own where they are at work."""
+    facts: Json = {}
+    busy = [gpu.busy_percent for gpu in gpus if gpu.busy_percent is not None]
+    if busy:
+        facts["gpu_own_percent" if own_use else "gpu_percent"] = min(busy)
+    memory = [(gpu.used_mb, gpu.total_mb) for gpu in gpus if gpu.used_mb is not None and gpu.total_mb]
+    if memory:
+        used_mb, total_mb = (sum(column) for column in zip(*memory))
+        facts["gpu_memory_free_mb"] = round(total_mb - used_mb)
+        if own_mb is not None:
+            facts["gpu_memory_percent"] = round(100 * max(0.0, used_mb - own_mb) / total_mb, 1)
+    return facts
+
+
+# Where Jetsons tell their GPU's load (jetson_stats' issue 360 and its gpu.py: Nano, Xavier, Orin; a devfreq otherwise).
+JETSON_LOADS = ("sys/devices/gpu.0/load", "sys/devices/platform/*gpu*/load", "sys/class/devfreq/*gpu*/device/load",
+                "sys/class/devfreq/*.g[apv]1*b/device/load")
+WSL = "/usr/lib/wsl/lib"    # where nvidia-smi is on WSL, on PATH or not; it knows of no processes there
+APU_MB = 2048               # AMD's built-in GPUs have less of their own: a part of RAM, which models do not use
+
+
+def gpu_sources(root: str = "/") -> list[GpuSource]:
+    """How the GPUs of this device can be asked, best way first; empty where there is none."""
+    sources: list[GpuSource] = []
+    loads = [path for pattern in JETSON_LOADS for path in glob.glob(root + pattern)]
+    if loads:    # before nvidia-smi, which is there too and says [N/A]
+        sources.append(lambda _: (jetson_gpus(text_in(loads[0])), None))
+    smi = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=root + WSL[1:])
+    if smi:
+        sources.append(lambda servers: ask_nvidia(smi, root, servers))
+    cards = [os.path.dirname(path) for path in glob.glob(root + "sys/class/drm/card*/device/gpu_busy_percent")]
+    if cards:
+        sources.append(lambda _: (amd_gpus(map(ask_amd, cards)), None))
+    if sys.platform == "darwin":
+        sources.append(lambda _: (apple_gpus(output_of(*"ioreg -r -d 1 -w 0 -c IOAccelerator".split())), None))
+    return sources
+
+
+def ask_nvidia(smi: str, root: str, servers: frozenset[int]) -> tuple[list[Gpu], float | None]:
+    """NVIDIA's GPUs by nvidia-smi, and what the servers hold of their memory."""
+    devices = glob.glob(root + "sys/bus/pci/drivers/nvidia/*:*")
+    if devices and all(map(asleep, devices)):
+        return [Gpu(0.0)], None
+    as_csv = "--format=csv,noheader,nounits"
+    gpus = nvidia_gpus(output_of(smi, "--query-gpu=utilization.gpu,memory.used,memory.total", as_csv))
+    if not servers or WSL in smi:    # one that we don't know, in a container say, may hold what is in use
+        return gpus, None
+    return gpus, nvidia_share(output_of(smi, "--query-compute-apps=pid,used_gpu_memory", as_csv), servers)
+
+
+def ask_amd(device: str) -> Gpu:
+    """One of AMD's GPUs by the files of its driver, which count memory in bytes."""
+    if asleep(device):
+        return Gpu(0.0)
+    busy, used, total = (number_in(text_in(f"{device}/{name}"))
+                         for name in ("gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total"))
+    return Gpu(busy, None if used is None else used / 2**20, None if total is None else total / 2**20)
+
+
+def asleep(device: str) -> bool:
+    """Whether a PCI device is switched off until it is needed: then it is idle, and a question would wake it."""
+    return text_in(f"{device}/power/runtime_status") == "suspended"
+
+
+def nvidia_gpus(text: str | None) -> list[Gpu]:
+    """GPUs from lines like "37, 2048, 24564"; DGX Spark: "0, [N/A], [N/A]" (nvitop's pull request 208)."""
+    rows = [[number_in(cell) for cell in line.split(",")] for line in (text or "").splitlines()]
+    return [Gpu(*row) for row in rows if len(row) == 3]
+
+
+def nvidia_share(text: str | None, servers: frozenset[int]) -> float | None:
+    """MB that these processes hold, from lines like "1234, 4096"; None where it does not say (Windows: "[N/A]")."""
+    held_mb = 0.0
+    for line in ("?" if text is None else text).splitlines():
+        pid, _, used_mb = map(number_in, line.partition(","))
+        if pid is None or pid in servers and used_mb is None:
+            return None
+        held_mb += used_mb if used_mb and pid in servers else 0.0
+    return held_mb
+
+
+def amd_gpus(gpus: Iterable[Gpu]) -> list[Gpu]:
+    """Those that models run on: built-in ones only where there is no other, and without their memory."""
+    found = list(gpus)
+    return [gpu for gpu in found if (gpu.total_mb or 0.0) >= APU_MB] or [Gpu(gpu.busy_percent) for gpu in found]
+
+
+def jetson_gpus(text: str) -> list[Gpu]:
+    """The GPU from its load per mille.  Other boards write "45@800000000Hz", and run no models on theirs."""
+    return [Gpu(int(text) / 10)] if text.isdigit() and int(text) <= 1000 else []
+
+
+def apple_gpus(text: str | None) -> list[Gpu]:
+    """GPUs from what ioreg shows of IOAccelerators: {…,"Device Utilization %"=31,…}."""
+    return [Gpu(float(percent)) for percent in re.findall(r'"Device Utilization %"\s*=\s*(\d+)', text or "")]
+
+
+def number_in(text: str) -> float | None:
+    """The number that a tool or a driver wrote, or None for "[N/A]", "[Not Supported]" and whatever else."""
+    with contextlib.suppress(ValueError):
+        return finite(text) if finite(text) >= 0 else None
+    return None
+
+
+def text_in(path: str) -> str:
+    """What a small file says, "" where it can't be read."""
+    with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as file:
+        return file.read(4096).strip()
+    return ""
+
+
+COMMAND_S = 5.0    # and a command that takes longer is killed
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints, or None where it fails or hangs."""
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=COMMAND_S, creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode("ascii", "replace") if done.returncode == 0 else None
 
 
 class ConnectivityMonitor(Monitor):
-    """Whether an endpoint answers, how fast and how surely, and which models it says it has."""
+    """Whether an endpoint answers, how fast and how surely, and which models it says it has, in which state."""
     name = "connectivity"
-    window = 10    # probes that the share of losses is taken from
+    window = 10         # probes and requests that the share of losses is taken from
+    outage = 2          # lost in a row are no loss but an outage
+    soonest_s = 1.0     # the first probe after trouble; each further one waits twice as long,
+    latest_s = 15.0     # up to this
 
     def __init__(self, settings: Settings, side: Side, endpoint: Endpoint, fetch: Fetch) -> None:
-        super().__init__(side, endpoint)
-        self._settings, self._watched, self._fetch = settings, endpoint, fetch
+        super().__init__(settings, side, endpoint)
+        self._watched, self._fetch = endpoint, fetch
         self._lost: collections.deque[bool] = collections.deque(maxlen=self.window)
+        self._models: tuple[Model, ...] | None = None    # kept while it does not answer
+        self._best_share: dict[str, float] = {}          # model -> the most of it that was seen on the GPU
+        self._pause_s = self.soonest_s
 
     def sample(self) -> Json:
         facts: Json = {"url": self._watched.base_url}
-        started = time.monotonic()
         try:
-            facts["status"], facts["models"] = self._fetch(self._watched)
+            probe = self._fetch(self._watched)
+            facts.update(status=probe.status, latency_ms=round(probe.latency_ms, 1))
+            models = self._with_spills(probe.models)
+            self._models = self._models if models is None else models
         except UpstreamError as error:
             facts["error"] = error.brief
-        facts["latency_ms"] = round((time.monotonic() - started) * 1000, 1)
-        self._lost.append("error" in facts)
-        facts["loss_percent"] = round(100.0 * sum(self._lost) / len(self._lost), 1)
-        return facts
+        self._count("error" in facts)
+        facts["loss_percent"] = round(100.0 * sum(self._lost) / self.window, 1)
+        return {**facts, "models": self._models}
+
+    def _with_spills(self, models: tuple[Model, ...] | None) -> tuple[Model, ...] | None:
+        """The models, those marked that were on the GPU and have quietly gone to the CPU (Ollama does so)."""
+        marked = []
+        for model in models or ():
+            share = model.gpu_share if model.gpu_share is not None else self._best_share.get(model.name, 0.0)
+            best = self._best_share[model.name] = max(share, self._best_share.get(model.name, 0.0))
+            marked.append(dataclasses.replace(model, spilled=share < best / 2))
+        return None if models is None else tuple(marked)
 
     def judge(self, facts: Json) -> Reading:
         facts = dict(facts)
@@ -826,16 +1332,31 @@ class ConnectivityMonitor(Monitor):
             return Level.OUT, f"{where}: its key was refused"
         if self.side is Side.LOCAL:     # on the device neither latency nor loss says anything about the network
             return Level.GOOD, ""
-        if facts["latency_ms"] > self._settings.latency_degraded_ms:
+        if facts["latency_ms"] > self.settings.latency_degraded_ms:
             return Level.STRAINED, f"latency {facts['latency_ms']:.0f} ms"
-        if facts["loss_percent"] > self._settings.loss_degraded_percent:
+        if facts["loss_percent"] > self.settings.loss_degraded_percent:
             return Level.STRAINED, f"{facts['loss_percent']:.0f}% of probes lost"
         return Level.GOOD, ""
 
+    def _count(self, lost: bool) -> None:
+        if not lost and [*self._lost][-self.outage:] == [True] * self.outage:
+            self._lost.clear()    # an outage is over: how long it was says nothing of the link that is back
+        self._lost.append(lost)
+
+    def tell(self, lost: bool) -> None:
+        self._count(lost)
+        if lost or self._fresh.level is Level.OUT:
+            self._pause_s = self.soonest_s
+            self.wake.set()
+
     def every_s(self) -> float:
         # The local server is asked often: it is near, and may be started or get a new model at any moment.
-        usual = 5.0 if self.side is Side.LOCAL else self._settings.probe_every_s
-        return usual if self.reading.level is Level.GOOD else min(3.0, usual)
+        usual = 5.0 if self.side is Side.LOCAL else self.settings.probe_every_s
+        if self._fresh.level is Level.GOOD:
+            self._pause_s = self.soonest_s
+            return usual if self.reading.level is Level.GOOD else min(self.soonest_s, usual)
+        pause, self._pause_s = self._pause_s, min(2 * self._pause_s, self.latest_s)
+        return min(pause, usual)
 
     @classmethod
     def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
@@ -846,14 +1367,16 @@ class ConnectivityMonitor(Monitor):
         return [cls(settings, side, endpoint, fetch) for endpoint, side in sides.items()]
 
 
-MONITORS: tuple[type[Monitor], ...] = (ResourceMonitor, ConnectivityMonitor)
+MONITORS: tuple[type[Monitor], ...] = (ResourceMonitor, PowerMonitor, GpuMonitor, ConnectivityMonitor)
 
 
 class Watch:
     """Runs the monitors, each on its own thread."""
+    apart_s = 0.25    # between two samples at least, however often one is woken
 
-    def __init__(self, monitors: Sequence[Monitor]) -> None:
-        self.monitors = tuple(monitors)
+    def __init__(self, monitors: Sequence[Monitor], probed: Callable[[], None] = lambda: None) -> None:
+        """`probed` is called after each probe of an endpoint, on its monitor's thread."""
+        self.monitors, self._probed = tuple(monitors), probed
         self._stop = threading.Event()
         self._sampled = [threading.Event() for _ in self.monitors]
         self._threads = [threading.Thread(target=self._run, args=pair, name=f"watch-{pair[0].name}", daemon=True)
@@ -863,6 +1386,18 @@ class Watch:
     def readings(self) -> tuple[Reading, ...]:
         """What is known now; never waits."""
         return tuple(monitor.reading for monitor in self.monitors)
+
+    def tell(self, endpoint: Endpoint, lost: bool) -> None:
+        """Pass on what a real request found at an endpoint; never waits."""
+        for monitor in self.monitors:
+            if monitor.endpoint == endpoint:
+                monitor.tell(lost)
+
+    def look(self, endpoint: Endpoint) -> None:
+        """Have an endpoint probed at once; never waits."""
+        for monitor in self.monitors:
+            if monitor.endpoint == endpoint:
+                monitor.wake.set()
 
     def start(self) -> None:
         for thread in self._threads:
@@ -877,27 +1412,244 @@ class Watch:
     def stop(self) -> None:
         """End the threads; one that is stuck in a probe ends when its probe does."""
         self._stop.set()
+        for monitor in self.monitors:
+            monitor.wake.set()
         for thread in filter(threading.Thread.is_alive, self._threads):
             thread.join(0.2)
 
     def _run(self, monitor: Monitor, sampled: threading.Event) -> None:
         failing = False
         while not self._stop.is_set():
+            monitor.wake.clear()
             try:
-                monitor.reading = monitor.judge(monitor.sample())
+                monitor.step(time.monotonic())
+                if monitor.endpoint:
+                    self._probed()
                 failing = False
             except Exception as error:  # whatever psutil or a platform comes up with: the last reading stays
                 if not failing:
                     log.warning("monitor %s can't read: %s: %s", monitor.name, type(error).__name__, error)
                 failing = True
             sampled.set()
-            self._stop.wait(monitor.every_s())
+            if not self._stop.wait(self.apart_s):
+                monitor.wake.wait(max(0.0, monitor.every_s() - self.apart_s))
 
 
 # === 5. Policy ========================================================================================================
 # uses: 1; pure
-# Which target first?  Decides from readings, targets and refusals alone.  It has no clock and no memory, so a decision
-# can be replayed.
+# Which target first?  Decides from a snapshot of the readings and of what requests have shown.  It has no clock and no
+# memory, so a decision can be replayed; what it decides from is remembered elsewhere (8), as the values defined here.
+
+REST_S, MAX_REST_S = 1.0, 60.0                      # after a fault, doubled for each further one in a row
+ACCOUNT_REST_S, MAX_ACCOUNT_REST_S = 600.0, 3600.0    # a person must act: not soon
+MISSING_REST_S = 60.0                               # the model may be pulled or named rightly at any time
+MAX_RETRY_AFTER_S = 600.0                           # a service that asks for more is looked at once in a while
+
+_RESTS = {Fault.DOWN: (REST_S, MAX_REST_S), Fault.BUSY: (REST_S, MAX_REST_S),
+          Fault.ACCOUNT: (ACCOUNT_REST_S, MAX_ACCOUNT_REST_S), Fault.MISSING: (MISSING_REST_S, MISSING_REST_S)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Breaker:
+    """A target's circuit breaker: closed; open while it rests; then half-open, until a trial has shown how it is."""
+    failures: int = 0         # in a row
+    until: float = 0.0        # when its rest ends, in the seconds of the ledger's clock
+    reason: str = ""
+    fault: Fault | None = None    # the last one
+    last_hope: bool = True    # whether it may be tried even while it rests, when everything else has failed
+
+    def rest_s(self, now: float) -> float:
+        """Seconds that it rests from now on."""
+        return max(0.0, self.until - now)
+
+    def failed(self, error: UpstreamError, now: float) -> Breaker:
+        """The breaker after a fault.  Only what tells of the target's health counts (`_RESTS`).
+
+        Requests that fail together count as one: those that come in while it rests don't make the rest longer.
+        """
+        if error.fault not in _RESTS:
+            return self
+        first_s, most_s = _RESTS[error.fault]
+        resting = self.rest_s(now) > 0
+        failures = self.failures if resting else self.failures + 1
+        rest_s = min(first_s * 2.0 ** min(failures - 1, 60), most_s)
+        asked_s = min(error.retry_after_s or 0.0, MAX_RETRY_AFTER_S)
+        hopeless = error.fault is Fault.ACCOUNT or asked_s > 0 or resting and not self.last_hope
+        return Breaker(failures, max(self.until, now + max(rest_s, asked_s)), error.brief, error.fault, not hopeless)
+
+    def succeeded(self) -> Breaker:
+        """The breaker after an answer: closed."""
+        return Breaker()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How fast a target has answered lately."""
+    firsts_s: tuple[float, ...] = ()    # seconds to the first content
+    tokens_per_s: float = 0.0           # after it, a moving average
+    load_s: float = 0.0                 # the model's last load into memory
+
+    def learned(self, first_s: float | None, tokens: int, seconds: float) -> Pace:
+        """The pace after one more answer: its first content came after `first_s`, its tokens took `seconds` more."""
+        firsts = (*self.firsts_s, first_s)[-20:] if first_s is not None else self.firsts_s
+        rate = tokens / seconds if tokens > 1 and seconds > 0.001 else self.tokens_per_s
+        rate = 0.7 * self.tokens_per_s + 0.3 * rate if self.tokens_per_s else rate
+        return dataclasses.replace(self, firsts_s=firsts, tokens_per_s=rate)
+
+    def first_s(self, share: float) -> float:
+        """The time within which this share of the first contents came, in seconds."""
+        return sorted(self.firsts_s)[int(share * (len(self.firsts_s) - 1) + 0.5)] if self.firsts_s else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What requests have shown of a target."""
+    breaker: Breaker = Breaker()
+    trial: bool = False                      # a request is finding out whether it is well again
+    refused: frozenset[str] = frozenset()    # parameters that the model refuses
+    pace: Pace = Pace()
+    context: int = 0                         # the context that it was last asked to load, in tokens; 0: its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """All that a decision is made from."""
+    readings: tuple[Reading, ...]
+    targets: tuple[Target, ...]
+    records: Mapping[Target, Record] = dataclasses.field(default_factory=dict)
+    in_flight: Mapping[Target, int] = dataclasses.field(default_factory=dict)
+    loading: frozenset[Target] = frozenset()
+    now: float = 0.0              # of the clock by which breakers rest
+    prefer: str = "local"
+    slots: int = 1                # requests that a local target answers at once
+
+    def record(self, target: Target) -> Record:
+        """What requests have shown of a target."""
+        return self.records.get(target, Record())
+
+
+def condition(target: Target, snapshot: Snapshot) -> Condition:
+    """How a target is, from all that speaks of it."""
+    reading, breaker = reading_of(target, snapshot.readings), snapshot.record(target).breaker
+    model = model_of(target, reading)
+    blocked = _obstacle(target, reading, model, snapshot.readings)
+    if blocked:
+        return Condition(*blocked, Level.OUT, Use.NO)
+    resting = breaker.rest_s(snapshot.now) > 0
+    if resting or snapshot.record(target).trial:
+        return Condition("resting", f"rests after: {breaker.reason}", Level.OUT,
+                         Use.LAST_HOPE if breaker.last_hope or not resting else Use.NO)
+    speaking = [one for one in snapshot.readings if _speaks_of(one, target)]
+    level = max((one.level for one in speaking), default=Level.GOOD)
+    reasons = [one.reason for one in speaking if one.level == level and one.reason]
+    if reading and reading.level is Level.OUT:
+        return Condition("unreachable", reading.reason, level)
+    state, burden = _burden(target, model, snapshot)
+    if burden:
+        return Condition(state, "; ".join([*reasons, burden]), Level(min(level + 1, Level.OUT)))
+    known = reading is not None and reading.known
+    return Condition("ready" if known else "unknown", "; ".join(reasons), level)
+
+
+def reading_of(target: Target, readings: Iterable[Reading]) -> Reading | None:
+    """The reading of the target's endpoint."""
+    return next((reading for reading in readings if reading.endpoint == target.endpoint), None)
+
+
+def _speaks_of(reading: Reading, target: Target) -> bool:
+    """Whether a reading counts for a target: the device's load says nothing of a model on another machine."""
+    if reading.endpoint:
+        return reading.endpoint == target.endpoint
+    return reading.side is target.side and (target.side is Side.CLOUD or target.endpoint.on_device)
+
+
+def model_of(target: Target, reading: Reading | None) -> Model | None:
+    """What its endpoint says of a target's model."""
+    return next((model for model in (reading and reading.models) or () if same_model(target.model, model.name)), None)
+
+
+def same_model(asked: str, installed: str) -> bool:
+    """Whether two Ollama names mean one model: case does not count, and `:latest` is implied."""
+    def full(name: str) -> str:
+        return name.lower() if ":" in name.rsplit("/", 1)[-1] else name.lower() + ":latest"
+    return asked == installed or full(asked) == full(installed)
+
+
+def _obstacle(target: Target, reading: Reading | None, model: Model | None,
+              readings: Sequence[Reading]) -> tuple[str, str] | None:
+    """Why a target can't answer as (state, advice), or None: what no order of targets can make good."""
+    if target.endpoint.lacks_key:
+        return "no key", f"no key: set {target.endpoint.key_variable}"
+    if target.endpoint.provider != "ollama" or reading is None or reading.models is None:
+        return None
+    if not model:
+        return "not installed", f"not installed: run `ollama pull {target.model}`"
+    if model.remote and target.side is Side.LOCAL:
+        return "remote", "answered by ollama.com, so it is not a local model: name it with --cloud-model"
+    free = free_bytes(target, readings) if model.cold else None
+    if free is not None and model.size > free:
+        return "too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return None
+
+
+def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
+    """Memory that a target's model could be loaded into; None where nothing is known of it.
+
+    The GPU's counts too, and what Ollama's other models take, as it makes room for one that is asked for.
+    """
+    facts: Json = {}
+    for reading in readings:
+        if reading.side is Side.LOCAL and reading.endpoint is None:
+            facts.update(reading.facts)
+    if not target.endpoint.on_device or "memory_free_mb" not in facts:
+        return None
+    own = reading_of(target, readings)
+    loaded = [model.size for model in (own and own.models) or () if not model.cold]
+    return float(facts["memory_free_mb"] + facts.get("gpu_memory_free_mb", 0)) * 2**20 + sum(loaded)
+
+
+def _burden(target: Target, model: Model | None, snapshot: Snapshot) -> tuple[str, str]:
+    """(state, why a local target now acts one level worse than its readings, or "")."""
+    if target.side is Side.CLOUD:
+        return "ready", ""
+    if target in snapshot.loading:
+        return "loading", f"{target.model} is loading"
+    if model and model.cold:
+        return "cold", f"{target.model} is not loaded"
+    if snapshot.in_flight.get(target, 0) >= snapshot.slots:
+        return "busy", "busy"
+    if model and model.spilled:
+        return "ready", f"{target.model} went from GPU to CPU"
+    return "ready", ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How well a side can answer: as well as the best of its targets."""
+    level: Level
+    reason: str
+    known: bool = True
+
+    def describe(self, side: Side) -> str:
+        """The level as users know it, with the reason where there is one."""
+        return self.word(side) + (f" ({self.reason})" if self.reason else "")
+
+    def word(self, side: Side) -> str:
+        """The level as users know it."""
+        return WORDS[side][self.level] if self.known else "unknown"
+
+
+def judge_side(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition]) -> Verdict:
+    """One verdict on a side."""
+    mine = [target for target in conditions if target.side is side]
+    if not mine:
+        awaited = [reading for reading in snapshot.readings if reading.side is side and reading.endpoint]
+        return Verdict(Level.OUT, f"no {side.value} model", all(reading.known for reading in awaited))
+    best = min(mine, key=lambda target: (conditions[target].use is Use.NO, conditions[target].level))
+    known = all(reading.known for reading in snapshot.readings if _speaks_of(reading, best))
+    found = conditions[best]
+    return Verdict(found.level, found.reason if known or found.level else "", known or bool(found.level))
+
 
 _LOCAL_FIRST, _CLOUD_FIRST, _LOCAL_ONLY = (Side.LOCAL, Side.CLOUD), (Side.CLOUD, Side.LOCAL), (Side.LOCAL,)
 
@@ -912,96 +1664,76 @@ TABLE: dict[tuple[Level, Level], tuple[Side, ...]] = {    # (local, cloud) -> th
     (Level.OUT, Level.STRAINED): _CLOUD_FIRST,
     (Level.OUT, Level.OUT): _LOCAL_ONLY,    # the last resort
 }
+PREFER_CLOUD = {**TABLE, (Level.GOOD, Level.GOOD): _CLOUD_FIRST, (Level.STRAINED, Level.STRAINED): _CLOUD_FIRST}
+
+TYPICAL_TOKENS = 200    # of an answer whose length nobody knows
+SWITCH_BELOW = 0.75     # --prefer fast leaves the table's order only for less than this share of the time
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What all readings say of one side together."""
-    level: Level
-    reason: str
-    known: bool
+def predicted_s(target: Target, found: Condition, snapshot: Snapshot, tokens: int) -> float:
+    """Seconds to a whole answer of so many tokens; 0 where nothing is measured: asking is how to find out.
 
-    def describe(self, side: Side) -> str:
-        """The level as users know it, with the reason where there is one."""
-        return self.word(side) + (f" ({self.reason})" if self.reason else "")
-
-    def word(self, side: Side) -> str:
-        """The level as users know it."""
-        return WORDS[side][self.level] if self.known else "unknown"
-
-
-def judge_side(side: Side, readings: Sequence[Reading], targets: Iterable[Target]) -> Verdict:
-    """One verdict on a side: that of its worst monitor, where of its targets' endpoints the best one counts."""
-    used = {target.endpoint for target in targets if target.side is side}
-    mine = [reading for reading in readings if reading.side is side]
-    if not used:
-        return Verdict(Level.OUT, f"no {side.value} model", all(reading.known for reading in mine if reading.endpoint))
-    endpoints = sorted((reading for reading in readings if reading.endpoint in used), key=lambda reading: reading.level)
-    decisive = [reading for reading in mine if reading.endpoint is None] + endpoints[:1]
-    level = max((reading.level for reading in decisive), default=Level.GOOD)
-    reasons = [reading.reason for reading in decisive if reading.level == level and reading.reason]
-    return Verdict(level, "; ".join(reasons), all(reading.known for reading in decisive))
+    Of a cloud the slow tail counts, as its usual time is not what makes people wait.  A local model loads and works off
+    its queue first, and a constrained device is about half as fast as it was measured.
+    """
+    pace = snapshot.record(target).pace
+    writing_s = tokens / pace.tokens_per_s if pace.tokens_per_s else 0.0
+    if target.side is Side.CLOUD:
+        return pace.first_s(0.9) + writing_s
+    waves = snapshot.in_flight.get(target, 0) // snapshot.slots
+    load_s = pace.load_s if found.state in ("cold", "loading") else 0.0
+    return load_s + (1 + waves) * (1 + found.level) * (pace.first_s(0.5) + writing_s)
 
 
-def reading_of(target: Target, readings: Iterable[Reading]) -> Reading | None:
-    """The reading of the target's endpoint."""
-    return next((reading for reading in readings if reading.endpoint == target.endpoint), None)
-
-
-def obstacle(target: Target, readings: Iterable[Reading]) -> tuple[str, str] | None:
-    """Why a target can't answer as (state, advice), or None: what no order of targets can make good."""
-    endpoint, reading = target.endpoint, reading_of(target, readings)
-    if endpoint.lacks_key:
-        return "no key", f"no key: set {endpoint.key_variable}"
-    if endpoint.provider != "ollama" or reading is None or reading.models is None:
-        return None
-    found = [model for model in reading.models if same_model(target.model, model.name)]
-    if not found:
-        return "not installed", f"not installed: run `ollama pull {target.model}`"
-    if found[0].remote and target.side is Side.LOCAL:
-        return "remote", "answered by ollama.com, so it is not a local model: name it with --cloud-model"
-    return None
-
-
-def same_model(asked: str, installed: str) -> bool:
-    """Whether two Ollama names mean one model: case does not count, and `:latest` is implied."""
-    def full(name: str) -> str:
-        return name.lower() if ":" in name.rsplit("/", 1)[-1] else name.lower() + ":latest"
-    return full(asked) == full(installed)
-
-
-def rank(readings: Sequence[Reading], targets: Sequence[Target], refusals: Mapping[str, str],
-         only: Side | None = None) -> Plan:
+def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None = None, tokens: int = TYPICAL_TOKENS,
+         last: Target | None = None) -> Plan:
     """The order in which to try targets, and why.
 
-    `refusals` maps target ids to what they can't do of this request; `only` keeps to one side, whatever its level.
+    `refusals` says what targets can't do of this request; `only` keeps to one side, whatever its level; `tokens` may
+    be answered at most; `last` answered this conversation before, so that its prompt may still be in a cache.
     """
-    verdicts = {side: judge_side(side, readings, targets) for side in Side}
-    sides = (only,) if only else TABLE[verdicts[Side.LOCAL].level, verdicts[Side.CLOUD].level]
+    conditions = {target: condition(target, snapshot) for target in snapshot.targets}
+    able = {target: found for target, found in conditions.items() if target not in refusals}
+    verdicts = {side: judge_side(side, snapshot, able if any(target.side is side for target in able) else conditions)
+                for side in Side}    # who refuses the request says nothing for a side that has others
+    table = PREFER_CLOUD if snapshot.prefer == "cloud" else TABLE
+    sides = (only,) if only else table[verdicts[Side.LOCAL].level, verdicts[Side.CLOUD].level]
+    fast = snapshot.prefer == "fast"
+    seconds = {target: predicted_s(target, conditions[target], snapshot, tokens) if fast else 0.0
+               for target in snapshot.targets}
+    first_names = {(target.side, target.model): place for place, target in reversed([*enumerate(snapshot.targets)])}
+
+    def place(target: Target) -> tuple[Any, ...]:
+        """Within its side: how well it is; then its time or its turn, shared by replicas; then its cache."""
+        turn = seconds[target] if fast else first_names[target.side, target.model]
+        return sides.index(target.side), conditions[target].level, turn, target != last
+
+    usable = [target for target in snapshot.targets if target not in refusals and only in (None, target.side)]
+    ready = [target for target in usable if conditions[target].use is Use.YES and target.side in sides]
+    order = sorted(ready, key=place)
+    if fast and verdicts[Side.LOCAL].level is not Level.OUT:
+        order = _sooner_first(order, seconds)
+    hope = [target for target in usable if target not in order and conditions[target].use is not Use.NO]
+    reason = ", ".join(f"{side.value} {verdicts[side].describe(side)}" for side in Side if only in (None, side))
+    times = ", ".join(f"{target.id} {seconds[target]:.1f} s" for target in order if seconds[target])
 
     def why_not(target: Target) -> str:
         if only and target.side is not only:
             return f"{target.side.value} models were not asked for"
-        blocked = obstacle(target, readings)
-        if blocked or target.id in refusals:
-            return blocked[1] if blocked else refusals[target.id]
-        return "" if target.side in sides else verdicts[target.side].describe(target.side)
+        blocked = conditions[target]
+        return blocked.reason if blocked.use is Use.NO else refusals[target]
 
-    def place(target: Target) -> tuple[int, int]:
-        reading = reading_of(target, readings)
-        return sides.index(target.side), int(reading.level if reading else Level.GOOD)
+    return Plan(tuple(order), reason + (f"; kept to {only.value}" if only else "") + (f"; {times}" if times else ""),
+                tuple(hope), tuple((target, why_not(target)) for target in snapshot.targets
+                                   if target not in order and target not in hope), conditions)
 
-    order: list[Target] = []
-    left_out: list[tuple[Target, str]] = []
-    for target in targets:
-        why = why_not(target)
-        if why:
-            left_out.append((target, why))
-        else:
-            order.append(target)
-    order.sort(key=place)
-    reason = ", ".join(f"{side.value} {verdicts[side].describe(side)}" for side in Side if only in (None, side))
-    return Plan(tuple(order), reason + (f"; kept to {only.value}" if only else ""), tuple(left_out))
+
+def _sooner_first(order: list[Target], seconds: Mapping[Target, float]) -> list[Target]:
+    """The order with the other side first where its first target is clearly sooner."""
+    other = next((target for target in order if target.side is not order[0].side), None)
+    if other and seconds[other] < SWITCH_BELOW * seconds[order[0]]:
+        return sorted(order, key=lambda target: target.side is not other.side)
+    return order
 
 
 # === 6. Providers =====================================================================================================
@@ -1051,6 +1783,8 @@ class Provider:
     official: ClassVar[str]                 # the vendor's own address
     chat_path: ClassVar[str]
     probe_path: ClassVar[str]               # free of cost, answers JSON, and lists the models
+    state_path: ClassVar[str] = ""          # says which models are in memory; "" where nobody does
+    details_path: ClassVar[str] = ""        # says more of one model
     translates: ClassVar[bool] = True       # and is then always asked for a stream
     refuses: ClassVar[dict[str, str]] = {}  # parameter -> why it can't be honoured
     renames: ClassVar[dict[str, str]] = {}  # parameter -> what to call it for a model that refuses it by this name
@@ -1063,8 +1797,11 @@ class Provider:
         """Headers that every request to the endpoint carries beside its content type."""
         raise NotImplementedError
 
-    def encode(self, request: ChatRequest, target: Target) -> Json:
-        """The body of the upstream request, for a request that `refusal` has nothing against."""
+    def encode(self, request: ChatRequest, target: Target, context: int = 0) -> Json:
+        """The body of the upstream request, for a request that `refusal` has nothing against.
+
+        `context`: the window to load the model for, in tokens, where the provider can; 0 leaves it as it is.
+        """
         raise NotImplementedError
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Chunk]:
@@ -1078,6 +1815,26 @@ class Provider:
     def models(self, listing: Json) -> tuple[Model, ...] | None:
         """The models that the probe's answer lists; None where it lists none."""
         return None
+
+    def load(self, target: Target, context: int) -> Json:
+        """The body of a request to `chat_path` that has the model loaded and nothing said; only where models load."""
+        raise NotImplementedError
+
+    def context_for(self, request: ChatRequest, size: int, model: Model, asked: int, free: float | None) -> int:
+        """The window to have the model loaded for, in tokens, or 0 to leave it as it is.  Raises Unsupported.
+
+        `size` is the prompt's, in bytes; `asked` was asked for last; `free` bytes of memory could hold a larger one,
+        None where nobody knows.
+        """
+        return 0
+
+    def with_state(self, models: Sequence[Model], state: Json) -> tuple[Model, ...]:
+        """The models with what `state_path` answered."""
+        return tuple(models)
+
+    def with_details(self, model: Model, details: Json) -> Model:
+        """The model with what `details_path` answered."""
+        return model
 
     def refuse_part(self, part: Json) -> str | None:
         """Why a content part can't be sent, or None."""
@@ -1352,7 +2109,7 @@ class OpenAI(Provider):
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         return {**({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}), **dict(endpoint.headers)}
 
-    def encode(self, request: ChatRequest, target: Target) -> Json:
+    def encode(self, request: ChatRequest, target: Target, context: int = 0) -> Json:
         payload = {"model": target.model, **request.body}
         if target.endpoint.base_url == self.official:    # its models all know the new name, and none of Ollama's fields
             payload = self.adapt(payload, frozenset({"max_tokens", "options", "keep_alive", "think"}))
@@ -1408,7 +2165,7 @@ class OpenAI(Provider):
 class Ollama(Provider):
     """Ollama's native API.  Its own /v1 can't set num_ctx, truncate or think, and takes images out of their message."""
     name, label = "ollama", "Ollama"
-    chat_path, probe_path = "/api/chat", "/api/tags"
+    chat_path, probe_path, state_path, details_path = "/api/chat", "/api/tags", "/api/ps", "/api/show"
     refuses = _NEITHER_HAS
     official = "https://ollama.com:443"
     _options = {"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
@@ -1435,13 +2192,15 @@ class Ollama(Provider):
             refused = Unsupported("Ollama can't be made to call a tool: only auto and none work.", param="tool_choice")
         return refused
 
-    def encode(self, request: ChatRequest, target: Target) -> Json:
+    def encode(self, request: ChatRequest, target: Target, context: int = 0) -> Json:
         body = request.body
         payload: Json = {"model": target.model, "messages": self._messages(modernised(request.messages)),
                          "stream": True, "truncate": False}    # without it the oldest messages are forgotten silently
         options = {theirs: body[ours] for ours, theirs in self._options.items() if ours in body}
         if "stop" in options:
             options["stop"] = [stop for stop in as_list(options["stop"]) if stop]
+        if context:
+            options["num_ctx"] = context
         options.update(body.get("options", {}))
         tools = chosen_tools(body)[0]
         if options:
@@ -1509,14 +2268,75 @@ class Ollama(Provider):
 
     def models(self, listing: Json) -> tuple[Model, ...] | None:
         found = [Model(str(item["name"]), created_at(item.get("modified_at")), self._chats(item),
-                       is_remote(str(item["name"])) or bool(item.get("remote_host")))
+                       is_remote(str(item["name"])) or bool(item.get("remote_host")), str(item.get("digest") or ""),
+                       int(item.get("size") or 0), _able(item))
                  for item in listing.get("models") or []]
         return tuple(sorted(found, key=lambda model: -model.created))
 
+    def with_state(self, models: Sequence[Model], state: Json) -> tuple[Model, ...]:
+        loaded = {str(item["name"]).lower(): item for item in state["models"]}
+
+        def stated(model: Model) -> Model:
+            item = loaded.get(model.name.lower())
+            if item is None:
+                return dataclasses.replace(model, cold=not model.remote)
+            size, on_gpu = int(item.get("size") or 0), int(item.get("size_vram") or 0)
+            return dataclasses.replace(model, context=int(item.get("context_length") or 0), size=size or model.size,
+                                       gpu_share=min(1.0, on_gpu / size) if size else None)
+        return tuple(map(stated, models))
+
+    def with_details(self, model: Model, details: Json) -> Model:
+        info = details.get("model_info") or {}
+        kind = info.get("general.architecture")
+
+        def fact(name: str) -> int:
+            value = info.get(f"{kind}.{name}")
+            return value if isinstance(value, int) else 0    # some are lists, one number a layer
+        heads = fact("attention.head_count")
+        usual = fact("embedding_length") // heads if heads else 0
+        row = (fact("attention.key_length") or usual) + (fact("attention.value_length") or usual)
+        # a key and a value of 16 bits each for every layer and head, as llama.cpp keeps them
+        token_bytes = 2 * fact("block_count") * fact("attention.head_count_kv") * row
+        return dataclasses.replace(model, can=_able(details) or model.can, max_context=fact("context_length"),
+                                   token_bytes=token_bytes)
+
+    def load(self, target: Target, context: int) -> Json:
+        return {"model": target.model, "messages": [], **({"options": {"num_ctx": context}} if context else {})}
+
+    def context_for(self, request: ChatRequest, size: int, model: Model, asked: int, free: float | None) -> int:
+        """As in Provider.  The steps are few, since each change reloads the model; one that was asked for is asked for
+        again, as leaving it out would reload it too."""
+        if "num_ctx" in request.body.get("options", {}) or not model.max_context:
+            return 0
+        if size // 8 > model.max_context:    # no language has 8 bytes a token
+            raise Unsupported(f"the prompt has over {size // 8} tokens, and its context {model.max_context}",
+                              param="messages", code="context_length_exceeded")
+        answer = min(request.most_tokens(512), 4096)
+        now = model.context or DEFAULT_CONTEXT
+        if size // 3 + answer <= now:    # English has 4 bytes a token, code and other languages about 3
+            return now if now == asked else 0
+        wanted = min(next((step for step in CONTEXTS if step >= size // 3 + answer), CONTEXTS[-1]),
+                     model.max_context)
+        if free is None or (wanted - now) * model.token_bytes <= free:
+            return wanted if wanted > now or wanted == asked else 0
+        if size // 5 + answer <= now:    # it may fit all the same; Ollama counts exactly, and refuses if not
+            return 0
+        raise Unsupported(f"a context of {wanted} tokens does not fit in memory", param="messages",
+                          code="context_length_exceeded")
+
     @staticmethod
     def _chats(item: Json) -> bool:
-        able = item.get("capabilities")
+        able = _able(item)
         return "completion" in able if able else "embed" not in item["name"]
+
+
+DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
+CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
+
+
+def _able(item: Json) -> frozenset[str] | None:
+    """The capabilities that Ollama lists; None from one that lists none."""
+    return frozenset(map(str, item["capabilities"])) if item.get("capabilities") else None
 
 
 def is_remote(name: str) -> bool:
@@ -1593,7 +2413,7 @@ class Claude(Provider):
             return "files must be sent as base64 data: URLs of a PDF or of text"
         return None if part["type"] in ("text", "refusal") else f"parts of type {part['type']} are not supported"
 
-    def encode(self, request: ChatRequest, target: Target) -> Json:
+    def encode(self, request: ChatRequest, target: Target, context: int = 0) -> Json:
         body, version = request.body, claude_version(target.model)
         system, turns = claude_conversation(modernised(request.messages), prefills=version < (4, 6))
         form = body.get("response_format", {})
@@ -1951,14 +2771,41 @@ class Limits:
     connect_s: float        # DNS, TCP, TLS and a proxy's tunnel together
     first_byte_s: float     # from the request's last byte to the answer's first content
     stall_s: float          # silence between two events of a stream, or between two bytes of a whole answer
+    until: float = math.inf    # when the time for the whole request is over, by time.monotonic
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """Who waits for an answer: its socket is watched, and `beat` is called every BEAT_S seconds or sooner meanwhile.
+
+    Both raise ClientGone when the client has left.
+    """
+    socket: socket.socket
+    beat: Callable[[], None]
+
+    def wait(self, event: threading.Event, limit_s: float) -> bool:
+        """Whether something of ours has happened within the limit; the client may leave meanwhile."""
+        deadline, watched = time.monotonic() + limit_s, {self.socket: _READABLE}
+        while not event.wait(min(HANG_UP_S, max(0.0, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline:
+                return False
+            if _ready(watched, 0):
+                watched = _still_there(watched)
+            self.beat()
+        return True
+
+
+BEAT_S = 2.0       # often enough for keep-alives
+HANG_UP_S = 0.25   # within which a client's leaving is noticed where its socket can't be polled for it
 
 
 class _Reader(io.RawIOBase):
     """The upstream's bytes as http.client reads them: each wait has a deadline, and ends when the client hangs up."""
 
-    def __init__(self, upstream: socket.socket, client: socket.socket | None, limits: Limits) -> None:
-        self._upstream, self._stall_s = upstream, limits.stall_s
-        self._client = {client: _READABLE} if client else {}    # the client's socket -> what it is watched for
+    def __init__(self, upstream: socket.socket, client: Client | None, limits: Limits) -> None:
+        self._upstream, self._stall_s, self._until = upstream, limits.stall_s, limits.until
+        self._client = {client.socket: _READABLE} if client else {}    # the client's socket -> what it is watched for
+        self._beat = client.beat if client else None
         self._deadline, self._begun = time.monotonic() + limits.first_byte_s, False
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -1980,7 +2827,7 @@ class _Reader(io.RawIOBase):
 
     def drain_within(self, limit_s: float) -> None:
         """Wait no longer than this from now on."""
-        self._client, self._deadline = {}, time.monotonic() + limit_s
+        self._client, self._beat, self._deadline = {}, None, time.monotonic() + limit_s
 
     def readinto(self, buffer: Any) -> int:
         while True:
@@ -1993,15 +2840,29 @@ class _Reader(io.RawIOBase):
         if isinstance(self._upstream, ssl.SSLSocket) and self._upstream.pending():
             return    # already decrypted: the socket itself would look silent
         while True:
-            left_s = self._deadline - time.monotonic()
-            ready = _ready({self._upstream: _READABLE, **self._client}, max(0.0, left_s))
+            left_s = min(self._deadline, self._until) - time.monotonic()
+            ready = _ready({self._upstream: _READABLE, **self._client},
+                           max(0.0, min(left_s, BEAT_S) if self._beat else left_s))
+            if self._beat:
+                self._beat()
             if self._upstream in ready:
                 return
             if ready:
                 self._client = _still_there(self._client)
             elif left_s <= 0:
-                raise UpstreamError("the answer stalled" if self._begun else "no answer began within the time limit",
-                                    status=504, code="upstream_timeout")
+                raise self._late()
+
+    def _late(self) -> UpstreamError:
+        if time.monotonic() >= self._until:
+            return time_is_up()
+        return UpstreamError("the answer stalled" if self._begun else "no answer began within the time limit",
+                             status=504, code="upstream_timeout")
+
+
+def time_is_up() -> UpstreamError:
+    """The error of a request that has taken all the time that it may."""
+    return UpstreamError("the time limit of the whole request is over (--request-timeout-s)", Fault.LATE, status=504,
+                         code="request_timeout", retry=False)
 
 
 # poll, as select fails from descriptor 1,024 on; Windows has only select.  A client that has sent more than its request
@@ -2032,7 +2893,7 @@ def _still_there(client: dict[socket.socket, int]) -> dict[socket.socket, int]:
 class _Call(urllib.request.Request):
     """A request with what urllib has no place for."""
     limits: Limits
-    client: socket.socket | None
+    client: Client | None
 
 
 class _PoolingHandler(urllib.request.AbstractHTTPHandler):
@@ -2071,6 +2932,7 @@ class _PoolingHandler(urllib.request.AbstractHTTPHandler):
             if tunnel:
                 connection.set_tunnel(tunnel, headers=secret)
             connection.connect()
+            _notice_death(connection.sock)
             return connection.sock  # type: ignore[no-any-return]
 
         kept = self._acquire(place)
@@ -2078,7 +2940,8 @@ class _PoolingHandler(urllib.request.AbstractHTTPHandler):
             with contextlib.suppress(ConnectionError, ssl.SSLError):    # it died while idle; try a fresh one
                 return self._send(kept, raw, request, place)
         direct = is_near(request.host) and not tunnel
-        return self._send(connect() if direct else _within(request.limits.connect_s, connect), raw, request, place)
+        upstream = connect() if direct else _within(request.limits.connect_s, connect, request.client)
+        return self._send(upstream, raw, request, place)
 
     def _send(self, upstream: socket.socket, raw: bytes, request: Any, place: Any) -> Answer:
         with contextlib.ExitStack() as failing:
@@ -2087,6 +2950,7 @@ class _PoolingHandler(urllib.request.AbstractHTTPHandler):
             for start in range(0, len(raw), PIECE_BYTES):    # sendall's timeout counts for all of its bytes together
                 upstream.sendall(raw[start:start + PIECE_BYTES])
             upstream.settimeout(0)    # from here on _Reader waits
+            sent = time.monotonic()
             reader = _Reader(upstream, request.client, request.limits)
             response = http.client.HTTPResponse(reader, method=request.get_method())  # type: ignore[arg-type]
             failing.callback(response.close)
@@ -2095,7 +2959,7 @@ class _PoolingHandler(urllib.request.AbstractHTTPHandler):
                 response.headers = None  # type: ignore[assignment]  # begin() does nothing while there are headers
                 response.begin()
             failing.pop_all()
-        return Answer(response, reader, upstream, lambda: self._release(place, upstream))
+        return Answer(response, reader, upstream, time.monotonic() - sent, lambda: self._release(place, upstream))
 
     def _acquire(self, place: Any) -> socket.socket | None:
         """An idle connection that still looks alive: neither old nor readable (an end, or bytes nobody asked for)."""
@@ -2117,40 +2981,64 @@ class _PoolingHandler(urllib.request.AbstractHTTPHandler):
             while len(idle) > MAX_IDLE or time.monotonic() - idle[0][1] > IDLE_S:
                 idle.popleft()[0].close()
 
-    def close(self) -> None:
-        for idle in self._idle.values():
-            while idle:
-                idle.popleft()[0].close()
+    def forget(self, host: str = "") -> None:
+        """Close the idle connections to a host[:port], or all of them."""
+        for place, idle in tuple(self._idle.items()):
+            with contextlib.suppress(IndexError):    # another thread was quicker
+                while idle and (not host or host in place):
+                    idle.popleft()[0].close()
 
 
-def _within(limit_s: float, connect: Callable[[], socket.socket]) -> socket.socket:
-    """What `connect` returns or raises.  Raises UpstreamError after `limit_s` seconds.
+DEAD_S = 15    # after which a silent network has failed, and not a slow model: the peer's kernel answers at once
+
+
+def _notice_death(upstream: socket.socket) -> None:
+    """Have the kernel fail a connection whose other end has vanished, as it does when a device changes networks.
+
+    Else a request on a kept connection would wait there for as long as a model may think.
+    """
+    upstream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPALIVE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2),
+                        ("TCP_USER_TIMEOUT", 1000 * DEAD_S)):    # each where the system has it
+        with contextlib.suppress(AttributeError, OSError):
+            upstream.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _within(limit_s: float, connect: Callable[[], socket.socket], client: Client | None) -> socket.socket:
+    """What `connect` returns or raises.  Raises UpstreamError after `limit_s` seconds, ClientGone on a hang-up.
 
     A thread is the only bound there is on the resolver, which has no timeout of its own.
     """
     made: concurrent.futures.Future[socket.socket] = concurrent.futures.Future()
+    done, wanted = threading.Event(), False
 
     def run() -> None:
         try:
             made.set_result(connect())
         except Exception as error:
             made.set_exception(error)
+        done.set()
 
     threading.Thread(target=run, name="connect", daemon=True).start()
     try:
-        return made.result(limit_s)
-    except concurrent.futures.TimeoutError:
-        made.add_done_callback(lambda late: None if late.exception() else late.result().close())
-        raise UpstreamError("no connection within the time limit", status=504, code="upstream_timeout") from None
+        wanted = client.wait(done, limit_s) if client else done.wait(limit_s)
+        if wanted:
+            return made.result()
+    finally:
+        if not wanted:
+            made.add_done_callback(lambda late: None if late.exception() else late.result().close())
+    raise UpstreamError("no connection within the time limit", status=504, code="upstream_timeout")
 
 
 class Answer:
     """An upstream's answer: status and headers have come, the body is still to be read.  To be closed."""
 
-    def __init__(self, response: http.client.HTTPResponse, reader: _Reader, upstream: socket.socket,
+    def __init__(self, response: http.client.HTTPResponse, reader: _Reader, upstream: socket.socket, waited_s: float,
                  give_back: Callable[[], None]) -> None:
         self._response, self._reader, self._upstream, self._release = response, reader, upstream, give_back
         self.status = response.status
+        self.waited_s = waited_s    # from the request's last byte to the head: neither connecting nor TLS
+        self.worked_s = _worked(response.headers)
         self.content_type = response.headers.get_content_type()
         self.retry_after_s = _retry_after(response.headers)
         self._ended = self._complete = False
@@ -2264,6 +3152,13 @@ def _retry_after(headers: Any) -> float | None:
     return None
 
 
+def _worked(headers: Any) -> float:
+    """Seconds that the server says it worked on the request, as OpenAI does; 0 where it does not say."""
+    with contextlib.suppress(ValueError):
+        return max(0.0, finite(headers.get("openai-processing-ms", "0")) / 1000)
+    return 0.0
+
+
 def is_near(host: str) -> bool:
     """Whether a host[:port] is the device itself or a private address: nothing has to be looked up."""
     name = urllib.parse.urlsplit(f"//{host}").hostname or ""
@@ -2297,7 +3192,7 @@ class Transport:
         self._opener.addheaders = [("User-Agent", f"oblix/{__version__}")]
 
     def open(self, url: str, headers: Mapping[str, str], payload: Json | None, limits: Limits,
-             client: socket.socket | None = None) -> Answer:
+             client: Client | None = None) -> Answer:
         """Send a request (POST with a payload, else GET) and return the answer, whatever its status.
 
         `client` is watched while waiting.  Raises UpstreamError, and ClientGone when the client hangs up.
@@ -2309,71 +3204,227 @@ class Transport:
             call.limits, call.client = limits, client
             return self._opener.open(call)  # type: ignore[no-any-return]
 
+    def forget(self, url: str) -> None:
+        """Use no idle connection to this server again: one of its kind was found dead."""
+        self._kept.forget(urllib.parse.urlsplit(url).netloc)
+
     def close(self) -> None:
-        self._kept.close()
+        self._kept.forget()
 
 
 # === 8. Ledger ========================================================================================================
-# uses: 1
+# uses: 1 5
 # What does the process remember from one request to the next?  The only shared mutable state behind a lock, which is
 # held for a few dictionary operations and never while anything slow happens.
 
-MAX_REMEMBERED = 256    # models whose refusals are kept: clients name models, so it must have an end
+MAX_REMEMBERED = 256    # targets and conversations: clients name the ones and begin the others, so it must have an end
 
 
 class Ledger:
-    """Requests in flight per target, and the parameters that models have refused."""
+    """Requests in flight, what requests have shown of each target, and who answered which conversation."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
         self._lock = threading.Lock()
         self._in_flight: dict[Target, int] = {}    # guarded by _lock; no zeros
-        self._refused: collections.OrderedDict[Target, frozenset[str]] = collections.OrderedDict()    # guarded by _lock
+        self._records: collections.OrderedDict[Target, Record] = collections.OrderedDict()    # guarded by _lock
+        self._last: collections.OrderedDict[int, Target] = collections.OrderedDict()    # guarded by _lock
 
     @contextlib.contextmanager
-    def flight(self, target: Target) -> Iterator[None]:
-        """Count a request as in flight while the block runs."""
-        self._count(target, 1)
+    def flight(self, target: Target) -> Iterator[int]:
+        """Count a request as in flight while the block runs; gives how many there are with it."""
+        number = self._count(target, 1)
         try:
-            yield
+            yield number
         finally:
             self._count(target, -1)
 
-    def _count(self, target: Target, step: int) -> None:
+    def _count(self, target: Target, step: int) -> int:
         with self._lock:
-            self._in_flight[target] = self._in_flight.get(target, 0) + step
-            if not self._in_flight[target]:
+            number = self._in_flight[target] = self._in_flight.get(target, 0) + step
+            if not number:
                 del self._in_flight[target]
+        return number
 
     def in_flight(self) -> dict[Target, int]:
         """Requests in flight by target."""
         with self._lock:
             return dict(self._in_flight)
 
-    def refused(self, target: Target) -> frozenset[str]:
-        """Parameters of the upstream's dialect that this model is known to refuse."""
+    def records(self) -> dict[Target, Record]:
+        """What is known of each target."""
         with self._lock:
-            return self._refused.get(target, frozenset())
+            return dict(self._records)
 
-    def learn(self, target: Target, param: str) -> None:
-        """Remember that this model refuses a parameter."""
+    def record(self, target: Target) -> Record:
+        """What is known of one target."""
         with self._lock:
-            self._refused[target] = self._refused.get(target, frozenset()) | {param}
-            self._refused.move_to_end(target)
-            while len(self._refused) > MAX_REMEMBERED:
-                self._refused.popitem(last=False)
+            return self._records.get(target) or Record()
+
+    def _update(self, target: Target, change: Callable[[Record], Record]) -> tuple[Record, Record]:
+        """Replace a target's record; returns (before, after).  `change` does nothing but make a value."""
+        with self._lock:
+            before = self._records.get(target) or Record()
+            after = self._records[target] = change(before)
+            self._records.move_to_end(target)
+            while len(self._records) > MAX_REMEMBERED:
+                self._records.popitem(last=False)
+        return before, after
+
+    def admit(self, target: Target) -> tuple[bool, bool]:
+        """(may this request try it, as the one trial after a rest).  A trial must be settled or released."""
+        before, after = self._update(target, lambda record: dataclasses.replace(
+            record, trial=record.trial or bool(record.breaker.failures)))
+        return not before.trial, after.trial and not before.trial
+
+    def release(self, target: Target) -> None:
+        """A trial has ended without a verdict."""
+        self._update(target, lambda record: dataclasses.replace(record, trial=False))
+
+    def settle(self, target: Target, error: UpstreamError | None) -> Breaker:
+        """An attempt has failed, or with None succeeded; returns the target's breaker of before."""
+        now = self.clock()
+        before, _ = self._update(target, lambda record: dataclasses.replace(
+            record, breaker=record.breaker.failed(error, now) if error else record.breaker.succeeded()))
+        return before.breaker
+
+    def learn_refusal(self, target: Target, param: str) -> None:
+        """Remember that this model refuses a parameter of the upstream's dialect."""
+        self._update(target, lambda record: dataclasses.replace(record, refused=record.refused | {param}))
+
+    def learn_pace(self, target: Target, first_s: float | None, tokens: int, seconds: float) -> None:
+        """Remember how fast an answer was."""
+        self._update(target, lambda record: dataclasses.replace(
+            record, pace=record.pace.learned(first_s, tokens, seconds)))
+
+    def learn_load(self, target: Target, load_s: float) -> None:
+        """Remember how long the model took to load."""
+        self._update(target, lambda record: dataclasses.replace(
+            record, pace=dataclasses.replace(record.pace, load_s=load_s)))
+
+    def learn_context(self, target: Target, context: int) -> None:
+        """Remember which context the model was asked to load."""
+        self._update(target, lambda record: dataclasses.replace(record, context=context))
+
+    def last_of(self, conversation: int) -> Target | None:
+        """Who answered this conversation last."""
+        with self._lock:
+            return self._last.get(conversation)
+
+    def learn_last(self, conversation: int, target: Target) -> None:
+        """Remember who answered this conversation."""
+        with self._lock:
+            self._last[conversation] = target
+            self._last.move_to_end(conversation)
+            while len(self._last) > MAX_REMEMBERED:
+                self._last.popitem(last=False)
 
 
 # === 9. Gateway =======================================================================================================
-# uses: 1 2 4 5 6 7 8 10
+# uses: 1 2 3 4 5 6 7 8 10
 # How does one request become one answer?  Composes the sections above: resolve the model, rank the targets, try them
 # until one has content, and tell why.  It knows nothing of the client's HTTP but the socket to watch.
 
 PROBE_LIMITS = Limits(connect_s=5.0, first_byte_s=5.0, stall_s=5.0)
+SECOND_TRY_S = 0.5           # sooner nothing will have changed
+LAST_HOPE_CONNECT_S = 1.5    # where nobody else is left to answer, but hardly this one either
+LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
+DETAILS_AT_ONCE = 4          # models that one probe asks the details of: each takes Ollama some milliseconds
 
 
 def new_id(prefix: str) -> str:
     """A fresh random id."""
     return prefix + secrets.token_hex(12)
+
+
+class Prober:
+    """Asks endpoints how they are, on the same way that requests take: same proxy, same TLS."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._details: dict[Endpoint, dict[str, Json]] = {}    # by digest; each endpoint has one thread that asks
+
+    def __call__(self, endpoint: Endpoint) -> Probe:
+        """Raises UpstreamError: a captive portal's page is not a cloud."""
+        provider = PROVIDERS[endpoint.provider]
+        answer, text = self._ask(endpoint, provider.probe_path)
+        latency_ms = 1000 * max(0.0, answer.waited_s - answer.worked_s)
+        if answer.status in (404, 405):    # a compatible server without a list of models is there all the same
+            return Probe(answer.status, None, latency_ms)
+        try:
+            listing = loads(text)
+        except (RecursionError, ValueError):
+            raise UpstreamError(f"what answers there is no {provider.label} (a login page?)") from None
+        if answer.status >= 500 or 300 <= answer.status < 400:
+            raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
+        models = None
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):    # a list in no shape we know
+            models = provider.models(listing) if answer.status == 200 else None
+        return Probe(answer.status, self._described(endpoint, provider, models) if models else models, latency_ms)
+
+    def _ask(self, endpoint: Endpoint, path: str, payload: Json | None = None) -> tuple[Answer, bytes]:
+        """(the answer, its body); the answer is closed."""
+        answer = self._transport.open(endpoint.base_url + path, PROVIDERS[endpoint.provider].headers(endpoint), payload,
+                                      PROBE_LIMITS)
+        with contextlib.closing(answer):
+            return answer, answer.body(within_first_byte=True)
+
+    def _described(self, endpoint: Endpoint, provider: Provider, models: Sequence[Model]) -> tuple[Model, ...]:
+        """The models with what the endpoint says of their state, and of a few new ones in detail."""
+        with contextlib.suppress(UpstreamError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            if provider.state_path:
+                models = provider.with_state(models, loads(self._ask(endpoint, provider.state_path)[1]))
+        known, current = self._details.get(endpoint, {}), {model.digest for model in models}
+        details = self._details[endpoint] = {digest: known[digest] for digest in known.keys() & current}
+        new = [model for model in models if model.digest not in details and not model.remote]
+        for model in new[:DETAILS_AT_ONCE] if provider.details_path else ():
+            with contextlib.suppress(UpstreamError, AttributeError, ValueError, RecursionError):
+                said = loads(self._ask(endpoint, provider.details_path, {"model": model.name})[1])
+                details[model.digest] = {name: said.get(name) for name in ("model_info", "capabilities")}
+        described = []
+        for model in models:
+            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+                model = provider.with_details(model, details.get(model.digest, {}))
+            described.append(model)
+        return tuple(described)
+
+
+class Load:
+    """A model on its way into memory: `done` is set at its end, and `error` tells of one that failed."""
+
+    def __init__(self) -> None:
+        self.done, self.error = threading.Event(), UpstreamError("the load was given up")
+        self.failed = False
+
+
+class Loader:
+    """Loads models by requests of its own, so that no client that hangs up can abort a load."""
+
+    def __init__(self, load: Callable[[Target, int], None]) -> None:
+        self._load = load
+        self._loads: dict[Target, Load] = {}    # setdefault and pop are atomic
+
+    @property
+    def loading(self) -> frozenset[Target]:
+        """What is being loaded."""
+        return frozenset(tuple(self._loads))
+
+    def begin(self, target: Target, context: int) -> Load:
+        """Load a target's model for a context (0: its own), or join the load that is under way.  Does not wait."""
+        fresh = Load()
+        load = self._loads.setdefault(target, fresh)
+        if load is fresh:
+            threading.Thread(target=self._run, args=(target, context, load), name="load", daemon=True).start()
+        return load
+
+    def _run(self, target: Target, context: int, load: Load) -> None:
+        try:
+            self._load(target, context)
+        except UpstreamError as error:
+            load.error, load.failed = error, True
+        finally:
+            del self._loads[target]
+            load.done.set()
 
 
 @dataclasses.dataclass
@@ -2387,48 +3438,80 @@ class Served:
 
 
 class Gateway:
-    """One per process.  Its methods may run on any number of threads."""
+    """One per process: what is configured and known, and what to do with a request.  Any thread may call it."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._limits = Limits(settings.connect_timeout_s, settings.first_byte_timeout_s, settings.stall_timeout_s)
-        self.ledger, self._transport = Ledger(), Transport()
+        self.settings = settings
+        self.ledger, self.transport, self.loader = Ledger(), Transport(), Loader(self._load)
+        self._warmed = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._configured = configured_targets(settings)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         # Ollama is watched in any case: whatever it has installed can be asked for by name
         watched = (Target(self._default_endpoints["ollama"], "", Side.LOCAL), *self._configured)
-        self.watch = Watch([monitor for kind in MONITORS for monitor in kind.needed(settings, watched, self._probe)])
+        prober = Prober(self.transport)
+        self.watch = Watch([monitor for kind in MONITORS for monitor in kind.needed(settings, watched, prober)],
+                           probed=self._stand_by)
 
     def close(self) -> None:
         self.watch.stop()
-        self._transport.close()
+        self.transport.close()
 
-    def _probe(self, endpoint: Endpoint) -> tuple[int, Any]:
-        """(status, models) of an endpoint.  Raises UpstreamError: a captive portal's page is not a cloud."""
-        provider = PROVIDERS[endpoint.provider]
-        answer = self._transport.open(endpoint.base_url + provider.probe_path, provider.headers(endpoint), None,
-                                      PROBE_LIMITS)
-        with contextlib.closing(answer):
-            text = answer.body(within_first_byte=True)
-        if answer.status in (404, 405):    # a compatible server without a list of models is there all the same
-            return answer.status, None
+    def snapshot(self) -> Snapshot:
+        """All that a decision is made from, as it is now; never waits."""
+        readings = self.watch.readings
+        return Snapshot(readings, self.targets(readings), self.ledger.records(), self.ledger.in_flight(),
+                        self.loader.loading, self.ledger.clock(), self.settings.prefer, self.settings.local_slots)
+
+    def _stand_by(self) -> None:
+        """Load the local model if it is cold and may soon be needed: once at start, and while a cloud is not well."""
+        if self.settings.warm_up == "never":
+            return
+        snapshot = self.snapshot()
+        conditions = {target: condition(target, snapshot) for target in snapshot.targets}
+        clouds = [found.level for target, found in conditions.items() if target.side is Side.CLOUD]
+        local = next((target for target in conditions if target.side is Side.LOCAL), None)
+        if local and conditions[local].state in ("cold", "ready"):
+            wanted = not self._warmed or min(clouds, default=Level.GOOD) > Level.GOOD
+            self._warmed = True
+            if wanted and conditions[local].state == "cold" and conditions[local].level < Level.OUT:
+                self.loader.begin(local, 0)
+
+    def _load(self, target: Target, context: int) -> None:
+        """Have a model loaded.  Raises UpstreamError."""
+        log.info("%s is loading", target.id)
+        provider, endpoint, started = PROVIDERS[target.endpoint.provider], target.endpoint, time.monotonic()
+        limits = dataclasses.replace(self.limits(), first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
         try:
-            listing = loads(text)
-        except (RecursionError, ValueError):
-            raise UpstreamError(f"what answers there is no {provider.label} (a login page?)") from None
-        if answer.status >= 500 or 300 <= answer.status < 400:
-            raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):    # a list in no shape we know
-            return answer.status, provider.models(listing) if answer.status == 200 else None
-        return answer.status, None
+            answer = self.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
+                                         provider.load(target, context), limits)
+            with contextlib.closing(answer):
+                text = answer.body(within_first_byte=True).decode("utf-8", "replace")
+            if answer.status >= 300:
+                raise classify(answer.status, text, answer.retry_after_s, endpoint)
+        except UpstreamError as error:
+            log.info("%s was not loaded: %s", target.id, error.brief)
+            self.ledger.settle(target, error)    # it rests before it is tried again
+            raise
+        load_s = time.monotonic() - started
+        log.info("%s is loaded, %.1f s", target.id, load_s)
+        self.ledger.learn_load(target, load_s)
+        self.ledger.learn_context(target, context)
+        self.watch.look(endpoint)
+
+    def limits(self, until: float = math.inf) -> Limits:
+        """The configured limits of an exchange."""
+        return Limits(self.settings.connect_timeout_s, self.settings.first_byte_timeout_s,
+                      self.settings.stall_timeout_s, until)
 
     def targets(self, readings: Sequence[Reading]) -> tuple[Target, ...]:
-        """What `auto` may choose from, local first: what is configured, or else the newest model that Ollama has."""
-        if self._settings.local_model:
+        """What `auto` may choose from, local first: what is configured, or else Ollama's newest model that fits."""
+        if self.settings.local_model:
             return self._configured
-        found = [model for model in self._installed(readings)
-                 if model.chats and not model.remote and may_be_local(self._default_endpoints["ollama"], model.name)]
-        local = [Target(self._default_endpoints["ollama"], _short(model.name), Side.LOCAL) for model in found[:1]]
+        ollama = self._default_endpoints["ollama"]
+        found = [Target(ollama, _short(model.name), Side.LOCAL) for model in self._installed(readings)
+                 if model.chats and not model.remote and may_be_local(ollama, model.name)]
+        fitting = (target for target in found if condition(target, Snapshot(tuple(readings), ())).use is Use.YES)
+        local = [next(fitting, found[0])] if found else []
         return (*local, *self._configured)
 
     def _installed(self, readings: Iterable[Reading]) -> tuple[Model, ...]:
@@ -2457,125 +3540,360 @@ class Gateway:
 
     def plan(self, request: ChatRequest) -> Plan:
         """What to try for a request.  Raises OblixError: an unknown model, no key, nothing that can answer."""
-        readings = self.watch.readings
+        snapshot = self.snapshot()
         if request.model not in ("auto", "local", "cloud"):
-            target = self.resolve(request.model, readings)
-            refused = PROVIDERS[target.endpoint.provider].refusal(request)
-            if refused:
-                raise refused
-            if target.endpoint.lacks_key:
-                raise OblixError(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
-                                 status=401, type="authentication_error", code="no_api_key", retry=False)
-            return Plan((target,), "the request named the model")
-        targets = self.targets(readings)
-        refusals = {target.id: refused for target in targets
-                    for refused in [PROVIDERS[target.endpoint.provider].refusal(request)] if refused}
-        plan = rank(readings, targets, {id: refused.message for id, refused in refusals.items()},
-                    None if request.model == "auto" else Side(request.model))
-        if not plan.order:
-            raise self._nothing_left(plan, refusals, [target for target in targets
-                                                      if request.model in ("auto", target.side.value)])
+            return self._plan_of_one(request, snapshot)
+        refusals = self._refusals(request, snapshot)
+        replicated = len({(target.side, target.model) for target in snapshot.targets}) < len(snapshot.targets)
+        last = self.ledger.last_of(conversation_of(request)) if replicated else None
+        tokens = min(request.most_tokens(TYPICAL_TOKENS), TYPICAL_TOKENS)
+        plan = rank(snapshot, {target: refused.message for target, refused in refusals.items()},
+                    None if request.model == "auto" else Side(request.model), tokens, last)
+        if not plan.order and not plan.last_hope:
+            raise self._nothing_left(plan, refusals, snapshot, [target for target in snapshot.targets
+                                                                if request.model in ("auto", target.side.value)])
         return plan
 
+    def _plan_of_one(self, request: ChatRequest, snapshot: Snapshot) -> Plan:
+        """The plan for a model that was named: it alone, whatever is known of it."""
+        target = self.resolve(request.model, snapshot.readings)
+        refused = PROVIDERS[target.endpoint.provider].refusal(request)
+        if refused:
+            raise refused
+        if target.endpoint.lacks_key:
+            raise OblixError(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
+                             status=401, type="authentication_error", code="no_api_key", retry=False)
+        return Plan((target,), "the request named the model", conditions={target: condition(target, snapshot)})
+
+    def _refusals(self, request: ChatRequest, snapshot: Snapshot) -> dict[Target, Unsupported]:
+        """What of the request each target can't do."""
+        refusals = {}
+        for target in snapshot.targets:
+            refused = PROVIDERS[target.endpoint.provider].refusal(request)
+            if not refused and target.endpoint.provider == "ollama":
+                refused = self._model_refusal(request, target, snapshot)
+            if refused:
+                refusals[target] = refused
+        return refusals
+
+    def _model_refusal(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> Unsupported | None:
+        """What of the request a model can't do, from what its server says of it."""
+        model = model_of(target, reading_of(target, snapshot.readings))
+        lacking = needs_of(request) - model.can if model and model.can else ()
+        if lacking:
+            return Unsupported(f"the model has no {' and no '.join(sorted(lacking))}", param="model")
+        try:
+            self.context(request, target, snapshot)
+        except Unsupported as error:
+            return error
+        return None
+
+    def context(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> int:
+        """The context to load the target's model for, or 0 to leave it as it is.  Raises Unsupported."""
+        model = model_of(target, reading_of(target, snapshot.readings))
+        if not model or not model.max_context:
+            return 0
+        return PROVIDERS[target.endpoint.provider].context_for(
+            request, prompt_bytes(request), model, snapshot.record(target).context,
+            free_bytes(target, snapshot.readings))
+
     @staticmethod
-    def _nothing_left(plan: Plan, refusals: Mapping[str, Unsupported], asked: Sequence[Target]) -> OblixError:
+    def _nothing_left(plan: Plan, refusals: Mapping[Target, Unsupported], snapshot: Snapshot,
+                      asked: Sequence[Target]) -> OblixError:
         """The error of a plan without a target: the client's, if it is the request that rules all of them out."""
         text = _listing(f"{target.id}: {reason}" for target, reason in plan.left_out)
-        if asked and all(target.id in refusals for target in asked):
-            return Unsupported(f"No model can take this request: {text}.", param=refusals[asked[0].id].param)
-        return NoTarget(f"No model can answer: {plan.reason}. {text or 'Nothing is configured'}. "
-                        "Start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY.", retry=False)
+        if asked and all(target in refusals for target in asked):
+            codes = {refused.code for refused in refusals.values()}
+            return Unsupported(f"No model can take this request: {text}.", param=refusals[asked[0]].param,
+                               code=codes.pop() if len(codes) == 1 else None)
+        breakers = [snapshot.record(target).breaker for target in asked if target not in refusals]
+        wait_s = min((breaker.rest_s(snapshot.now) for breaker in breakers
+                      if breaker.rest_s(snapshot.now) and breaker.fault is not Fault.ACCOUNT), default=None)
+        return NoTarget(f"No model can answer: {plan.reason}. {text or 'Nothing is configured'}."
+                        + ("" if wait_s else " Start Ollama and pull a model, or set OPENAI_API_KEY or "
+                                             "ANTHROPIC_API_KEY."), retry=None if wait_s else False,
+                        retry_after_s=wait_s)
 
-    def answer(self, request: ChatRequest, client: socket.socket | None = None) -> Served:
+    def answer(self, request: ChatRequest, client: Client | None = None) -> Served:
         """The first answer that a target of the plan gives.  Raises OblixError, ClientGone.
 
         Before the first content every fault moves on to the next target; what is returned has content, and whatever
         happens later is told in its chunks' UpstreamError.
         """
-        plan = self.plan(request)
-        failed: list[tuple[Target, UpstreamError]] = []
-        for number, target in enumerate(plan.order, 1):
-            try:
-                served = self._attempt(request, target, client, last=number == len(plan.order))
-            except UpstreamError as error:
-                log.info("%s failed: %s", target.id, error.brief)
-                failed.append((target, error))
-                if not error.fault.moves_on:
-                    break
-            else:
-                served.attempts = number
-                served.reason = "; ".join([f"{tried.id}: {error.brief}" for tried, error in failed] + [plan.reason])
-                return served
-        raise _all_failed(plan, failed)
+        return Course(self, request, client).run()
 
-    def _attempt(self, request: ChatRequest, target: Target, client: socket.socket | None, last: bool) -> Served:
+    def note(self, target: Target, error: UpstreamError | None) -> None:
+        """Learn from an attempt that has failed, or with None succeeded."""
+        before = self.ledger.settle(target, error)
+        if error and error.fault is Fault.ACCOUNT and before.fault is not Fault.ACCOUNT:
+            log.error("%s won't answer until somebody acts: %s", target.id, error.brief)
+        if error and error.code in _LOST:
+            self.watch.tell(target.endpoint, lost=True)
+            self.transport.forget(target.endpoint.base_url)
+
+    def health(self) -> Json:
+        """The state of everything, from memory alone."""
+        snapshot = self.snapshot()
+        plan = rank(snapshot, {})
+        able = any(plan.conditions[target].state != "unreachable" for target in plan.order)
+        waiting = any(reading.endpoint and not reading.known for reading in snapshot.readings)    # no evidence yet
+        targets = [_target_report(target, plan.conditions[target], snapshot) for target in snapshot.targets]
+        reasons = [f"{target['id']}: {target['reason']}" for target in targets] or [_NOTHING]
+        return {
+            "status": "healthy" if able or waiting else "unhealthy", "version": __version__,
+            **{side.value: _side_report(side, snapshot, plan.conditions) for side in Side},
+            "plan": {"order": [target.id for target in plan.order], "reason": plan.reason}, "targets": targets,
+            **({} if able or waiting else {"reasons": reasons}),
+        }
+
+    def models(self) -> list[tuple[str, int, str]]:
+        """(id, created, owner) of all that can be asked for, from memory alone."""
+        readings = self.watch.readings
+        found = dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
+        found.update({target.id: (0, target.endpoint.provider) for target in self.targets(readings)})
+        found.update({f"ollama:{_short(model.name)}": (model.created, "ollama")
+                      for model in self._installed(readings)})
+        return [(id, *rest) for id, rest in found.items()]
+
+
+# Codes of faults that tell of the way to an endpoint, so that it is worth a probe at once.
+_LOST = ("upstream_unreachable", "upstream_tls", "upstream_timeout", "upstream_cut")
+_NOTHING = "no model is configured: start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
+
+
+def _short(name: str) -> str:
+    return name[:-len(":latest")] if name.endswith(":latest") else name
+
+
+def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json:
+    breaker, model = snapshot.record(target).breaker, model_of(target, reading_of(target, snapshot.readings))
+    memory = {"context": model.context, "gpu_share": model.gpu_share} if model and model.context else {}
+    reason = found.reason or ("not probed yet" if found.state == "unknown" else None)
+    return {"id": target.id, "side": target.side.value, "state": found.state, "reason": reason,
+            "in_flight": snapshot.in_flight.get(target, 0), "failures": breaker.failures,
+            "rest_s": round(breaker.rest_s(snapshot.now), 1), **memory}
+
+
+def _side_report(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition]) -> Json:
+    verdict, facts = judge_side(side, snapshot, conditions), {}
+    mine = [reading for reading in snapshot.readings if reading.side is side]
+    for reading in mine:
+        if reading.endpoint is None:
+            facts.update(reading.facts)
+    return {"level": verdict.word(side), "reason": verdict.reason,
+            "facts": {**facts, "endpoints": [reading.facts for reading in mine if reading.endpoint and reading.facts]}}
+
+
+class _Failure(NamedTuple):
+    """An attempt that failed."""
+    target: Target
+    error: UpstreamError
+    at: float    # by time.monotonic
+
+    def may_be_back(self) -> bool:
+        """Whether the target was gone, and that long enough ago: others took their time to fail, too."""
+        return (self.error.code in ("upstream_unreachable", "upstream_cut")
+                and time.monotonic() - self.at >= SECOND_TRY_S)
+
+
+class _Overtaken(Exception):
+    """Another request has taken the target's last slot since the plan was made."""
+
+
+class Course:
+    """One request on its way through its plan, on the thread of its client."""
+
+    def __init__(self, gateway: Gateway, request: ChatRequest, client: Client | None) -> None:
+        self._gateway, self._request, self._client = gateway, request, client
+        self._settings, self._ledger = gateway.settings, gateway.ledger
+        self._until = time.monotonic() + self._settings.request_timeout_s
+        self._plan = gateway.plan(request)
+        self._named = request.model not in ("auto", "local", "cloud")
+        self._queue, self._hope = collections.deque(self._plan.order), collections.deque(self._plan.last_hope)
+        self._hoping = self._asked_again = self._trial = False
+        self._failed: list[_Failure] = []
+
+    def run(self) -> Served:
+        """The first answer.  Raises OblixError, ClientGone."""
+        self._warm_up()
+        while True:
+            target = self._next()
+            if target is None:
+                raise _all_failed(self._plan, self._failed)
+            try:
+                served = self._attempt(target)
+            except _Overtaken:
+                self._queue.append(target)    # where nobody else answers it waits for its turn
+            except UpstreamError as error:
+                self._fail(target, error)
+            else:
+                self._gateway.watch.tell(target.endpoint, lost=False)
+                if served.whole is not None:    # a stream may still break off
+                    self._gateway.note(target, None)
+                served.attempts = len(self._failed) + 1
+                served.reason = "; ".join([f"{tried.target.id}: {tried.error.brief}" for tried in self._failed]
+                                          + [self._plan.reason])
+                return served
+            finally:
+                if self._trial:
+                    self._ledger.release(target)
+
+    def _warm_up(self) -> None:
+        """While the cloud answers in the place of a cold local model, that model is loaded for the next request."""
+        wanted = self._settings.warm_up == "auto" and self._settings.prefer != "cloud"
+        for target in self._plan.order[1:] if wanted else ():
+            found = self._plan.conditions[target]
+            if found.state == "cold" and found.level < Level.OUT:
+                self._gateway.loader.begin(target, 0)
+                break
+
+    def _next(self) -> Target | None:
+        """The next target to try: of the order, and when that is over of the last hope."""
+        while self._queue:
+            target = self._queue.popleft()
+            allowed, self._trial = (True, False) if self._named else self._ledger.admit(target)
+            if allowed:
+                return target
+            self._hope.append(target)
+        self._trial, self._hoping = False, True
+        if not self._hope and not self._asked_again and not self._named:
+            self._asked_again = True
+            self._hope.extend(tried.target for tried in self._failed if tried.may_be_back())
+        return self._hope.popleft() if self._hope else None
+
+    def _fail(self, target: Target, error: UpstreamError) -> None:
+        log.info("%s failed: %s", target.id, error.brief)
+        self._gateway.note(target, error)
+        self._failed.append(_Failure(target, error, time.monotonic()))
+        if not error.fault.moves_on:
+            self._queue.clear()
+            self._hope.clear()
+
+    def _limits(self, target: Target) -> Limits:
+        """How long this attempt may take: a slow local model is waited for longer where nobody else could answer.
+
+        Raises UpstreamError when no time is left.
+        """
+        limits, left_s = self._gateway.limits(self._until), self._until - time.monotonic()
+        if left_s <= 0:
+            raise time_is_up()
+        connect_s = min(limits.connect_s, left_s, LAST_HOPE_CONNECT_S if self._hoping else math.inf)
+        limits = dataclasses.replace(limits, connect_s=connect_s)
+        if target.side is Side.LOCAL and self._queue:
+            usual_s = self._ledger.record(target).pace.first_s(0.9)
+            patience_s = max(self._settings.patience_s, 3 * usual_s)
+            limits = dataclasses.replace(limits, first_byte_s=min(limits.first_byte_s, patience_s))
+        return limits
+
+    def _attempt(self, target: Target) -> Served:
         """One try of one target, up to its first content, or to its end where the client wants a whole answer.
 
         An empty answer is a fault as long as there is another target to ask.
         """
+        request, limits = self._request, self._limits(target)
+        context = self._loaded(target, limits)
         if request.stream:
-            stream = self._stream(request, target, client)
+            stream = self._stream(request, target, context, limits)
             held = _until_content(stream)
-            served = Served(target, chunks=_chained(held, stream))
+            served = Served(target, chunks=self._relayed(target, held, stream))
         elif PROVIDERS[target.endpoint.provider].translates:
-            held = list(self._stream(request, target, client))
+            held = list(self._stream(request, target, context, limits))
             served = Served(target, whole=fold(held))
         else:
-            held = [self._whole(request, target, client)]
+            held = [self._whole(request, target, limits)]
             served = Served(target, whole=held[0])
-        if not last and is_empty(held):
+        if self._queue and is_empty(held):
             raise UpstreamError("the answer was empty", code="empty_answer")
+        if not self._named:
+            self._ledger.learn_last(conversation_of(request), target)
         return served
 
-    def _stream(self, request: ChatRequest, target: Target,
-                client: socket.socket | None) -> Generator[Chunk, None, None]:
+    def _loaded(self, target: Target, limits: Limits) -> int:
+        """Have a local model in memory, for a context that is large enough, which is returned (0: its own).
+
+        Raises UpstreamError where that takes too long; the load then goes on.
+        """
+        if target.endpoint.provider != "ollama":
+            return 0
+        snapshot = self._gateway.snapshot()
+        model, context = model_of(target, reading_of(target, snapshot.readings)), 0
+        if model and not model.remote:
+            context = self._gateway.context(self._request, target, snapshot)
+            if model.cold or context not in (0, model.context):
+                self._await(self._gateway.loader.begin(target, context), limits.first_byte_s)
+        return context
+
+    def _await(self, load: Load, limit_s: float) -> None:
+        limit_s = min(limit_s, self._until - time.monotonic())
+        done = self._client.wait(load.done, limit_s) if self._client else load.done.wait(limit_s)
+        if not done:
+            raise UpstreamError("the model is still loading", Fault.LOADING, status=503, code="model_loading",
+                                retry_after_s=LOAD_RETRY_S)
+        if load.failed:
+            raise copy.copy(load.error)    # others wait for the same load
+
+    def _stream(self, request: ChatRequest, target: Target, context: int,
+                limits: Limits) -> Generator[Chunk, None, None]:
         """The chunks of a target's streamed answer, all with one id, time and model."""
         envelope = {"id": new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": int(time.time())}
-        provider, begun = PROVIDERS[target.endpoint.provider], False
-        with self._exchanging(request, target, client) as answer:
+        provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], time.monotonic(), 0.0, 0
+        with self._exchanging(request, target, context, limits) as answer:
             if answer.content_type == "application/json" and not provider.translates:
                 event_of(answer.body())
                 raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
             for chunk in provider.decode(answer.lines(), request):
                 if not begun and has_content(chunk):
-                    begun = True
+                    begun = time.monotonic()
                     answer.begin()
+                tokens = tokens_of(chunk) or tokens
                 yield {**envelope, **chunk, "model": target.id}
             answer.mark_complete()
+        if begun:
+            self._ledger.learn_pace(target, begun - started, tokens, time.monotonic() - begun)
 
-    def _whole(self, request: ChatRequest, target: Target, client: socket.socket | None) -> Json:
+    def _whole(self, request: ChatRequest, target: Target, limits: Limits) -> Json:
         """The whole answer of a target that was asked for one."""
-        with self._exchanging(request, target, client) as answer:
+        started = time.monotonic()
+        with self._exchanging(request, target, 0, limits) as answer:
             whole = event_of(answer.body())
             if not isinstance(choices_of(whole)[0]["message"], dict):
                 raise TypeError("message")
+        self._ledger.learn_pace(target, None, tokens_of(whole), time.monotonic() - started)
         return {**whole, "model": target.id}
 
     @contextlib.contextmanager
-    def _exchanging(self, request: ChatRequest, target: Target, client: socket.socket | None) -> Iterator[Answer]:
+    def _exchanging(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Iterator[Answer]:
         """The upstream's answer, in flight while the block reads it; whatever the block trips over is its fault."""
-        with self.ledger.flight(target), contextlib.closing(self._open(request, target, client)) as answer:
-            try:
-                yield answer
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
-            except UpstreamError as error:
-                error.message = redact(error.message, target.endpoint.key)
-                raise
+        with self._ledger.flight(target) as number:
+            if number > self._settings.local_slots and self._queue and self._took_a_free_slot(target):
+                raise _Overtaken
+            with contextlib.closing(self._open(request, target, context, limits)) as answer:
+                try:
+                    yield answer
+                except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                    raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
+                except UpstreamError as error:
+                    error.message = redact(error.message, target.endpoint.key)
+                    raise
 
-    def _open(self, request: ChatRequest, target: Target, client: socket.socket | None) -> Answer:
+    def _took_a_free_slot(self, target: Target) -> bool:
+        """Whether the plan counted on a free slot of this target, in a side that another one could stand in for."""
+        return (target.side is Side.LOCAL and self._plan.conditions[target].state != "busy"
+                and self._queue[0].side is Side.CLOUD)
+
+    def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
         """The upstream's answer of status 2xx.
 
         Parameters that the model refuses are left out one by one; those that it refuses as such are remembered.
         """
         provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
-        encoded = provider.encode(request, target)
+        encoded = provider.encode(request, target, context)
         dropped: frozenset[str] = frozenset()
         while True:
-            refused = self.ledger.refused(target) | dropped
+            refused = self._ledger.record(target).refused | dropped
             payload = provider.adapt(encoded, refused)
-            answer = self._transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint), payload,
-                                          self._limits, client)
+            answer = self._gateway.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
+                                                  payload, limits, self._client)
             if answer.status < 300 and answer.content_type != "text/html":
                 return answer
             with contextlib.closing(answer):
@@ -2590,61 +3908,58 @@ class Gateway:
             log.info("%s refuses %s: left out", target.id, param)
             dropped |= {param}
             if is_permanent(param, error):
-                self.ledger.learn(target, param)
+                self._ledger.learn_refusal(target, param)
 
-    def health(self) -> Json:
-        """The state of everything, from memory alone."""
-        readings, flights = self.watch.readings, self.ledger.in_flight()
-        targets = self.targets(readings)
-        plan = rank(readings, targets, {})
-        states = [(target, *_state(target, readings)) for target in targets]
-        reasons = [f"{target.id}: {reason}" for target, state, reason in states] or [_NOTHING]
-        able = any(state in ("ready", "unknown") for target, state, _ in states if target in plan.order)
-        waiting = any(reading.endpoint and not reading.known for reading in readings)    # no evidence yet
-        return {
-            "status": "healthy" if able or waiting else "unhealthy", "version": __version__,
-            **{side.value: _side_report(side, readings, targets) for side in Side},
-            "plan": {"order": [target.id for target in plan.order], "reason": plan.reason},
-            "targets": [{"id": target.id, "side": target.side.value, "state": state, "reason": reason or None,
-                         "in_flight": flights.get(target, 0)} for target, state, reason in states],
-            **({} if able or waiting else {"reasons": reasons}),
-        }
+    def _relayed(self, target: Target, held: list[Chunk],
+                 stream: Generator[Chunk, None, None]) -> Generator[Chunk, None, None]:
+        """The held chunks and the rest; where they break off, with --on-cut continue, those of one more target."""
+        said: list[Chunk] = []
+        keep = self._settings.on_cut == "continue"
+        with contextlib.closing(stream):
+            try:
+                for chunk in itertools.chain(held, stream):
+                    said.extend([chunk] if keep else ())
+                    yield chunk
+                self._gateway.note(target, None)
+                return
+            except UpstreamError as error:
+                self._gateway.note(target, error)
+                follower = self._follower(said, error)
+                if follower is None:
+                    raise
+        yield from follower
 
-    def models(self) -> list[tuple[str, int, str]]:
-        """(id, created, owner) of all that can be asked for, from memory alone."""
-        readings = self.watch.readings
-        found = dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
-        found.update({target.id: (0, target.endpoint.provider) for target in self.targets(readings)})
-        found.update({f"ollama:{_short(model.name)}": (model.created, "ollama")
-                      for model in self._installed(readings)})
-        return [(id, *rest) for id, rest in found.items()]
-
-
-_NOTHING = "no model is configured: start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
-
-
-def _short(name: str) -> str:
-    return name[:-len(":latest")] if name.endswith(":latest") else name
-
-
-def _state(target: Target, readings: Sequence[Reading]) -> tuple[str, str]:
-    """(state, reason) of a target, in a word and in a line."""
-    blocked, reading = obstacle(target, readings), reading_of(target, readings)
-    if blocked:
-        return blocked
-    if reading is None or not reading.known:
-        return "unknown", "not probed yet"
-    return ("unreachable" if reading.level is Level.OUT else "ready"), reading.reason
+    def _follower(self, said: Sequence[Chunk], error: UpstreamError) -> Iterator[Chunk] | None:
+        """The rest of an answer that broke off, from the next target that gives one; None where nobody may or does."""
+        text = continuable_text(self._request, said)
+        request = continuation(self._request, text, len(said)) if text and error.fault.moves_on else None
+        while request and self._queue:
+            target = self._queue.popleft()
+            try:
+                stream = self._stream(request, target, 0, self._limits(target))
+                held = _until_content(stream)
+            except (UpstreamError, _Overtaken) as failure:
+                log.info("%s could not continue: %s", target.id, getattr(failure, "brief", "busy"))
+                continue
+            log.warning("%s continues an answer that broke off: %s", target.id, error.brief)
+            return _closing(stream, continued(itertools.chain(held, stream), said[0], text, target.id))
+        return None
 
 
-def _side_report(side: Side, readings: Sequence[Reading], targets: Sequence[Target]) -> Json:
-    verdict, facts = judge_side(side, readings, targets), {}
-    for reading in readings:
-        if reading.side is side and reading.endpoint is None:
-            facts.update(reading.facts)
-    endpoints = [reading.facts for reading in readings if reading.side is side and reading.endpoint and reading.facts]
-    return {"level": verdict.word(side), "reason": verdict.reason,
-            "facts": {**facts, "endpoints": endpoints}}
+LOAD_RETRY_S = 5.0    # what a client is told to wait whom only a loading model could have answered
+
+
+def conversation_of(request: ChatRequest) -> int:
+    """What tells a conversation from others, as far as a prompt cache goes: its beginning."""
+    messages = request.messages
+    first_user = next((number for number, message in enumerate(messages) if message["role"] == "user"), 0)
+    return hash(tuple(text_of(message) for message in messages[:first_user + 1]))
+
+
+def _closing(stream: Generator[Chunk, None, None], chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """The chunks, whose end or whose reader's leaving closes the stream that they come from."""
+    with contextlib.closing(stream):
+        yield from chunks
 
 
 def _listing(lines: Iterable[str]) -> str:
@@ -2661,28 +3976,22 @@ def _until_content(stream: Iterator[Chunk]) -> list[Chunk]:
     return held
 
 
-def _chained(held: list[Chunk], stream: Generator[Chunk, None, None]) -> Iterator[Chunk]:
-    """The held chunks and the rest; whoever closes it closes the upstream."""
-    with contextlib.closing(stream):
-        yield from held
-        yield from stream
-
-
-def _all_failed(plan: Plan, failed: Sequence[tuple[Target, UpstreamError]]) -> OblixError:
+def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
     """The most useful error when no target answered: the only one, or one that lists all of them."""
-    last = failed[-1][1]
+    target, last, _ = failed[-1]
     if not last.fault.moves_on or (len(failed) == 1 and not plan.left_out):
         if last.fault is Fault.DOWN:    # our own words: say of whom
-            last.message = f"{failed[-1][0].id}: {last.message}"
+            last.message = f"{target.id}: {last.message}"
         return last
-    attempts = [f"{target.id}: {error.message}" for target, error in failed]
-    waits = [error.retry_after_s for _, error in failed if error.retry_after_s is not None]
+    errors = [tried.error for tried in failed]
+    waits = [error.retry_after_s for error in errors if error.retry_after_s is not None]
     text = f"No model could answer ({plan.reason}). " + _listing(
-        attempts + [f"{target.id}: {reason}" for target, reason in plan.left_out])
-    if all(error.fault is Fault.TOO_LONG for _, error in failed):
+        [f"{tried.target.id}: {tried.error.message}" for tried in failed]
+        + [f"{target.id}: {reason}" for target, reason in plan.left_out])
+    if all(error.fault is Fault.TOO_LONG for error in errors):
         return BadRequest(text, code="context_length_exceeded", param="messages")
     again: Json = {"retry": None if waits else False, "retry_after_s": min(waits, default=None)}
-    if last.fault is not Fault.DOWN and {error.status for _, error in failed} == {last.status}:
+    if last.fault is not Fault.DOWN and {error.status for error in errors} == {last.status}:
         return NoTarget(text, status=last.status, type=last.type, **again)
     return NoTarget(text, **again)
 
@@ -2721,6 +4030,68 @@ def fold(chunks: Iterable[Chunk]) -> Json:
     if "tool_calls" in message:
         message["content"] = message["content"] or None
     return whole
+
+
+def tokens_of(answer: Json) -> int:
+    """The completion tokens that an answer or a chunk tells of, or 0."""
+    usage = answer.get("usage")
+    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
+    return tokens if isinstance(tokens, int) else 0
+
+
+# What asks another model to go on.  A prefill would be shorter, but the newer Claude models refuse one.
+CONTINUE = ("Your last message was cut off. Continue it exactly where it ends: repeat nothing of it, and say nothing "
+            "about the interruption.")
+_NOT_CONTINUED = {"tools", "functions", "response_format", "logprobs", "n", "modalities", "audio", "prediction"}
+LEAST_OVERLAP, OVERLAP = 8, 200    # characters of what was said that a continuation may repeat at its beginning
+
+
+def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
+    """What a stream said before it broke off, if another model may continue it: plain text that had not ended."""
+    deltas = [choice.get("delta") or {} for chunk in said for choice in choices_of(chunk)]
+    ended = any(choice.get("finish_reason") for chunk in said for choice in choices_of(chunk))
+    plain = all(name in ("role", "content", "refusal") for delta in deltas for name in delta if delta[name])
+    if ended or not plain or _NOT_CONTINUED & request.body.keys():
+        return ""
+    return "".join(delta.get("content") or "" for delta in deltas)
+
+
+def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | None:
+    """The request for the rest of an answer that said `text` in about so many tokens; None where none is left."""
+    body = {**request.body, "messages": [*request.messages, {"role": "assistant", "content": text},
+                                         {"role": "user", "content": CONTINUE}]}
+    for name in ("max_tokens", "max_completion_tokens"):
+        if name in body:
+            body[name] -= tokens
+            if body[name] < 1:
+                return None
+    return dataclasses.replace(request, body=body)
+
+
+def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iterator[Chunk]:
+    """The chunks of a continuation as if they were the first target's: its id, time and model, no second role, nothing
+    of `text` said again.  The first of them says who continues."""
+    envelope: Json = {**{name: first[name] for name in ("id", "created", "model")}, "oblix": {"continued_by": by}}
+    held: str | None = ""    # what may repeat the end of the text; None when that is settled
+    for chunk in chunks:
+        for choice in choices_of(chunk):
+            delta = {name: value for name, value in (choice.get("delta") or {}).items() if name != "role"}
+            if held is not None:
+                held += delta.pop("content", None) or ""
+                if len(held) >= min(OVERLAP, len(text)) or choice.get("finish_reason"):
+                    delta, held = {**delta, "content": without_overlap(text, held)}, None
+            choice["delta"] = delta
+        if any(choice["delta"] or choice.get("finish_reason") for choice in choices_of(chunk)) or "usage" in chunk:
+            yield {**chunk, **envelope}
+            envelope.pop("oblix", None)
+
+
+def without_overlap(said: str, more: str) -> str:
+    """`more` without the longest beginning that repeats the end of `said`; a few characters may do so by chance."""
+    for size in range(min(OVERLAP, len(said), len(more)), LEAST_OVERLAP - 1, -1):
+        if said.endswith(more[:size]):
+            return more[size:]
+    return more
 
 
 def _fold_piece(choice: Json, piece: Json) -> None:
@@ -2768,7 +4139,7 @@ def models_body(models: Iterable[tuple[str, int, str]]) -> Json:
 
 
 # === 11. Server =======================================================================================================
-# uses: 1 2 3 9 10 12
+# uses: 1 2 3 7 9 10 12
 # How do clients reach the gateway?  HTTP on the stdlib's threading server: routes, bodies, one write per event.  It
 # knows nothing of targets.
 
@@ -2856,39 +4227,37 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _chat(self) -> str:
         request = parse_request(self._body())
-        served = self.server.gateway.answer(request, self.connection)
+        events = _Events(self)
+        client = Client(self.connection, events.beat if request.stream else lambda: None)
+        try:
+            served = self.server.gateway.answer(request, client)
+        except OblixError as error:
+            if events.begun:
+                return events.fail(error)
+            raise
         headers = answer_headers(served.target, served.reason, served.attempts)
         if served.whole is not None:
             self._json(200, served.whole, headers)
         else:
+            events.headers.update(headers)
             with contextlib.closing(served.chunks):  # type: ignore[type-var]
-                self._stream(served.chunks, request.include_usage, headers)
+                failed = self._stream(served.chunks, request.include_usage, events)
+            if failed:
+                return failed
         return f"{request.model} -> {served.target.id} ({served.reason})"
 
-    def _stream(self, chunks: Iterator[Chunk], include_usage: bool, headers: Mapping[str, str]) -> None:
-        """Server-sent events, one write each.  A fault ends them with an error event and a closed connection."""
-        framed = self.request_version != "HTTP/1.0"
-        self.close_connection = self.close_connection or not framed
-        head = self._head(200, {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                                "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if framed else {}),
-                                **headers})
-
-        def send(event: bytes, end: bytes = b"") -> None:
-            nonlocal head
-            self._sent = True
-            self.wfile.write(head + (b"%x\r\n%s\r\n%s" % (len(event), event, end) if framed else event))
-            head = b""
-
+    def _stream(self, chunks: Iterator[Chunk], include_usage: bool, events: _Events) -> str:
+        """Relay the chunks; returns what cut them off, or ""."""
         try:
             for chunk in chunks:
                 shown = for_client(chunk, include_usage)
                 if shown is not None:
-                    send(sse(shown))
+                    events.send(sse(shown))
         except UpstreamError as error:
             log.warning("%s cut: %s", self._id, error.brief)
-            self.close_connection = True    # and no last chunk: the framing, too, must look broken off
-            return send(sse(error_body(error)))
-        send(DONE, b"0\r\n\r\n")
+            return events.fail(error)
+        events.send(DONE, last=True)
+        return ""
 
     def _body(self) -> bytes:
         """The request's body.  Raises OblixError, ClientGone."""
@@ -2958,6 +4327,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(self._head(status, {**headers, **length}) + (b"" if self.command == "HEAD" else body))
         return str(status)
 
+    def stream_head(self, headers: Mapping[str, str], framed: bool) -> bytes:
+        """The head of a stream, whose end only a framed body can show without closing the connection."""
+        self._sent = True
+        self.close_connection = self.close_connection or not framed
+        return self._head(200, headers)
+
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """The head of a reply; values are made safe for a header line."""
         self.close_connection = self.close_connection or self._unread    # the unread bytes are not a next request
@@ -2979,6 +4354,42 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Nothing: `_serve` writes the one line of a request."""
 
 
+class _Events:
+    """A stream of server-sent events to a client, one write each; the head goes out with the first."""
+
+    def __init__(self, handler: _Handler) -> None:
+        self._handler, self._framed = handler, handler.request_version != "HTTP/1.0"
+        self._last = time.monotonic()    # when the client last got something
+        self.begun = False
+        self.headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
+                        "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._framed else {})}
+
+    def send(self, event: bytes, last: bool = False) -> None:
+        """Write an event."""
+        head = b"" if self.begun else self._handler.stream_head(self.headers, self._framed)
+        self.begun, self._last = True, time.monotonic()
+        end = b"0\r\n\r\n" if last else b""
+        self._handler.wfile.write(head + (b"%x\r\n%s\r\n%s" % (len(event), event, end) if self._framed else event))
+
+    def beat(self) -> None:
+        """After a long silence, write a comment, which keeps clients and proxies waiting.  Raises ClientGone.
+
+        It commits the status 200, but no answer: another target may still give that.
+        """
+        if time.monotonic() - self._last >= KEEP_ALIVE_S:
+            try:
+                self.send(b": keep-alive\n\n")
+            except OSError:
+                raise ClientGone from None
+
+    def fail(self, error: OblixError) -> str:
+        """End with an error event and a connection that breaks off: the framing, too, must not look complete."""
+        self._handler.close_connection = True
+        self.send(sse(error_body(error)))
+        return f"cut: {error.code}"
+
+
+KEEP_ALIVE_S = 15.0    # proxies give up on a silent connection after 30 to 60 s
 _STATUSES = frozenset(http.HTTPStatus)
 
 
@@ -3148,14 +4559,15 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
     """What both scripted upstreams share."""
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    listing: ClassVar[Json]
+    facts: ClassVar[dict[str, Json]]    # path -> what is answered there
 
     def do_GET(self) -> None:
-        self._send("application/json", [dumps(self.listing)])
+        self._send("application/json", [dumps(self.facts[self.path])])
 
     def do_POST(self) -> None:
         asked = loads(self.rfile.read(int(self.headers["Content-Length"])))
-        kind, lines = self.script(asked)
+        kind, lines = ("application/json", [dumps(self.facts[self.path])]) if self.path in self.facts else (
+            self.script(asked))
         with contextlib.suppress(ConnectionError):    # Oblix hung up because its client did
             self._send(kind, lines)
 
@@ -3183,9 +4595,11 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
 
 
 class _DemoOllama(_DemoHandler):
-    listing = {"models": [{"name": "demo-local:latest", "model": "demo-local:latest", "size": 1,
-                           "modified_at": "2026-11-01T00:00:00Z", "digest": "", "details": {},
-                           "capabilities": ["completion", "tools"]}]}
+    _model: ClassVar[Json] = {"name": "demo-local:latest", "size": 1, "digest": "demo", "details": {},
+                              "modified_at": "2026-11-01T00:00:00Z", "capabilities": ["completion", "tools"]}
+    facts = {"/api/tags": {"models": [_model]},
+             "/api/ps": {"models": [{**_model, "size_vram": 0, "context_length": 32768}]},
+             "/api/show": {"capabilities": _model["capabilities"]}}
 
     def script(self, asked: Json) -> tuple[str, Iterable[bytes]]:
         return "application/x-ndjson", (dumps(event) + b"\n" for event in self._events(asked))
@@ -3201,7 +4615,8 @@ class _DemoOllama(_DemoHandler):
 
 
 class _DemoOpenAI(_DemoHandler):
-    listing = {"object": "list", "data": [{"id": "demo-cloud", "object": "model", "created": 0, "owned_by": "demo"}]}
+    facts = {"/v1/models": {"object": "list", "data": [
+        {"id": "demo-cloud", "object": "model", "created": 0, "owned_by": "demo"}]}}
 
     def script(self, asked: Json) -> tuple[str, Iterable[bytes]]:
         head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": asked["model"]}
@@ -3246,31 +4661,37 @@ def demo(settings: Settings) -> Iterator[Settings]:
 
 
 # === 14. Command line =================================================================================================
-# uses: 1 2 11 13
+# uses: 1 2 9 11 13
 # What does a person see who starts it?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
 
 SETTLE_S = 0.5    # how long the start waits for the monitors' first word; offline they have none to wait for
+CHECK_S = 6.0     # longer than a probe may take
+CPU_S = 1.3       # until the second sample, the first that knows the CPU's use
 
 
 def start_text(settings: Settings, server: Server) -> str:
     """The lines that a start prints."""
-    health = server.gateway.health()
     host = "localhost" if settings.host == "localhost" else server.url.split("//")[1].rsplit(":", 1)[0]
     base = f"http://{host}:{server.port}/v1"
-    lines = [f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""), ""]
-    for side in Side:
-        lines += _side_lines(side, health)
-    first, *others = (health["status"] == "healthy" and health["plan"]["order"]) or ["nothing"]
-    order = f"{first} answers now" + (f", and {' then '.join(others)} if it fails" if others else "")
-    lines += [f"  auto    {order}", ""]
-    lines += ["Fix:", *(f"  {advice}" for advice in advices(health)), ""] if advices(health) else []
+    lines = [f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""), "",
+             *findings(server.gateway.health())]
     lines += ["Use it:", "  from openai import OpenAI", f'  client = OpenAI(base_url="{base}", api_key="placeholder")',
               '  print(client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "Hello"}])'
               ".choices[0].message.content)", ""]
     return "\n".join(lines)
 
 
-FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_per_core": "load {} per core"}
+def findings(health: Json) -> list[str]:
+    """What was found, what `auto` does now and why, and what to fix."""
+    lines = [line for side in Side for line in _side_lines(side, health)]
+    first, *others = (health["status"] == "healthy" and health["plan"]["order"]) or ["nothing"]
+    order = f"{first} answers now" + (f", and {' then '.join(others)} if it fails" if others else "")
+    lines += [f"  auto    {order}", ""]
+    return lines + (["Fix:", *(f"  {advice}" for advice in advices(health)), ""] if advices(health) else [])
+
+
+FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_per_core": "load {} per core",
+              "gpu_percent": "GPU {}%", "battery_percent": "battery {}%", "temperature_c": "{} C"}
 
 
 def _side_lines(side: Side, health: Json) -> list[str]:
@@ -3286,7 +4707,7 @@ def _side_lines(side: Side, health: Json) -> list[str]:
 def advices(health: Json) -> list[str]:
     """What a person could do to have both sides answer, a line each."""
     found = [f"{target['id']} {target['state']}: {target['reason']}" for target in health["targets"]
-             if target["state"] not in ("ready", "unknown")]
+             if target["state"] in ("no key", "not installed", "remote", "too large", "unreachable", "resting")]
     sides = {target["side"] for target in health["targets"]}
     if "local" not in sides:
         endpoints = health["local"]["facts"]["endpoints"]
@@ -3303,24 +4724,46 @@ def advices(health: Json) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> int:
-    """Run the server until SIGTERM or Ctrl-C.  Returns the exit status: 2 for a mistake in flags or variables."""
-    stops: list[int] = []    # no Event: a second signal in the first's handler would wait for its lock for ever
+    """Run the server until SIGTERM or Ctrl-C, or `check`.  Returns the exit status: 2 for a mistake in what was set."""
+    argv = sys.argv[1:] if argv is None else argv
+    run = run_check if argv[:1] == ["check"] else run_server
     try:
-        settings = Settings.parse(sys.argv[1:] if argv is None else argv, os.environ if env is None else env)
+        settings = Settings.parse(argv[1:] if run is run_check else argv, os.environ if env is None else env)
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
-        with demo(settings) as settings, running(settings) as server:
-            for name in ("SIGINT", "SIGTERM"):
-                signal.signal(getattr(signal, name), lambda number, _: stops.append(number))
-            server.gateway.watch.settle(SETTLE_S)
-            if isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
-            print(start_text(settings, server), flush=True)
-            while not stops:
-                time.sleep(0.25)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
+        with demo(settings) as settings:
+            return run(settings)
     except UsageError as error:
         print(f"oblix: {error}", file=sys.stderr)
         return 2
+
+
+def run_server(settings: Settings) -> int:
+    """Answer requests until a signal comes.  Raises UsageError."""
+    stops: list[int] = []    # no Event: a second signal in the first's handler would wait for its lock for ever
+    with running(settings) as server:
+        for name in ("SIGINT", "SIGTERM"):
+            signal.signal(getattr(signal, name), lambda number, _: stops.append(number))
+        server.gateway.watch.settle(SETTLE_S)
+        print(start_text(settings, server), flush=True)
+        while not stops:
+            time.sleep(0.25)
     return 0
+
+
+def run_check(settings: Settings) -> int:
+    """Print what is found and what `auto` would do; 0 if a request would be answered, else 1.  Raises UsageError."""
+    gateway = Gateway(dataclasses.replace(settings, warm_up="never"))
+    gateway.watch.start()
+    try:
+        gateway.watch.settle(CHECK_S)
+        time.sleep(CPU_S)
+        health = gateway.health()
+    finally:
+        gateway.close()
+    print("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
+    return 0 if health["status"] == "healthy" and health["plan"]["order"] else 1
 
 
 if __name__ == "__main__":

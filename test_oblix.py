@@ -28,6 +28,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import math
 import os
 import queue
 import random
@@ -149,6 +150,24 @@ class OllamaDialect:
         details = {"format": "gguf", "family": "llama", "parameter_size": "3.2B", "quantization_level": "Q4_K_M"}
         entry = {"modified_at": "2026-11-01T10:00:00Z", "size": 2019393189, "digest": "a80c", "details": details}
         return {"models": [{"name": name, "model": name, **entry} for name in ("llama3.2:latest", "hf.co/org/tiny:Q4")]}
+
+    def ps(self, loaded):
+        """What /api/ps says when these models are in memory: name -> what is not as usual."""
+        usual = {"size": 3000000000, "digest": "a80c", "details": {}, "expires_at": "2026-11-22T10:05:00Z",
+                 "size_vram": 3000000000, "context_length": 4096}
+        return {"models": [{"name": name, "model": name, **usual, **rest} for name, rest in loaded.items()]}
+
+    def show(self):
+        """What /api/show says of a model."""
+        info = {"general.architecture": "llama", "llama.context_length": 131072, "llama.block_count": 28,
+                "llama.embedding_length": 3072, "llama.attention.head_count": 24, "llama.attention.head_count_kv": 8,
+                "llama.attention.key_length": 128, "llama.attention.value_length": 128}
+        can = ["completion", "tools", "vision", "thinking"]
+        return {"model_info": info, "capabilities": can, "details": {}, "template": "…"}
+
+    def load_done(self, model):
+        return {"model": model, "created_at": "2026-11-22T10:00:00.1Z", "done": True, "done_reason": "load",
+                "message": {"role": "assistant", "content": ""}}
 
     def wants_stream(self, body):
         return body.get("stream", True)
@@ -366,13 +385,18 @@ class Upstream:
     """A listening socket that plays scripts: for each POST the next one, and the last one again and again.
 
     The GETs of the background probe are answered from `probe`, a script too, and kept apart in `probes`.
+    An Ollama has in memory what `loaded` says (its usual models), tells of a model what `details` says, and plays
+    `load` before it has loaded one more; requests for that are kept apart in `loads`.
     With `tls`, an ssl context, it is an https: server named localhost.
     """
 
-    def __init__(self, dialect, *scripts, side=None, target=None, probe=None, tls=None, pace=0.0):
+    def __init__(self, dialect, *scripts, side=None, target=None, probe=None, tls=None, pace=0.0, loaded=None, load=(),
+                 details=None):
         self.dialect, self.side, self._tls, self._pace = dialect, side or dialect.side, tls, pace
         self.probe = probe or whole(200, dialect.probe())
-        self.requests, self.probes, self.arrivals = [], [], queue.Queue()
+        self.loaded = {"llama3.2:latest": {}, "hf.co/org/tiny:Q4": {}} if loaded is None else loaded
+        self.load, self.details = load, details
+        self.requests, self.probes, self.loads, self.arrivals = [], [], [], queue.Queue()
         self._numbers, self._closing, self._threads = itertools.count(), threading.Event(), []
         self._connections = set()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -443,14 +467,28 @@ class Upstream:
         return self._tls.wrap_socket(connection, server_side=True) if self._tls else connection
 
     def _script(self, request):
+        if request.path.endswith("/api/ps"):
+            return whole(200, self.dialect.ps(self.loaded))
+        if request.path.endswith("/api/show"):
+            return whole(200, self.details or self.dialect.show())
         if request.method == "GET":
             self.probes.append(request)
             return self.probe
+        if self.dialect is OLLAMA and request.json["messages"] == []:
+            self.loads.append(request)
+            return self._loading(request.json)
         self.requests.append(request)
         script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
         steps = script(self.dialect, request) if callable(script) else script
         self.arrivals.put(request)
         return steps
+
+    def _loading(self, asked):
+        """The steps that load a model."""
+        yield from self.load
+        name = asked["model"] if ":" in asked["model"] else asked["model"] + ":latest"
+        self.loaded[name] = {"context_length": asked.get("options", {}).get("num_ctx", 4096)}
+        yield whole(200, self.dialect.load_done(asked["model"]))[0]
 
     def _play(self, connection, request, steps):
         """Play the steps; True if the connection is good for another request."""
@@ -778,16 +816,28 @@ def violations(source):
         return max((number for start, number, _, _ in heads if start <= line), default=0)
 
     home = {name: section(node.lineno) for node in tree.body for name in defined(node)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            here, there = section(node.lineno), home.get(node.id, 0)
-            if here in pure and node.id in IMPURE:
-                yield here, node.id, "impure"
-            if here and there not in (0, here):
-                if there not in allowed[here]:
-                    yield here, node.id, "not listed"
-                elif node.id.startswith("_"):
-                    yield here, node.id, "private"
+    for node in used(tree):
+        here, there = section(node.lineno), home.get(node.id, 0)
+        if here in pure and node.id in IMPURE:
+            yield here, node.id, "impure"
+        if here and there not in (0, here):
+            if there not in allowed[here]:
+                yield here, node.id, "not listed"
+            elif node.id.startswith("_"):
+                yield here, node.id, "private"
+
+
+def used(node, own=frozenset()):
+    """Every name that is read, but for those that a function around it makes itself."""
+    if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+        inner = [one for one in ast.walk(node) if one is not node]
+        own |= {one.arg for one in inner if isinstance(one, ast.arg)} | {
+            one.name for one in inner if isinstance(one, ast.FunctionDef)} | {
+            one.id for one in inner if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in own:
+        yield node
+    for child in ast.iter_child_nodes(node):
+        yield from used(child, own)
 
 
 def defined(node):
@@ -795,6 +845,12 @@ def defined(node):
     targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
     named = [one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]
     return [node.name] if hasattr(node, "name") else named
+
+
+def called(*nodes):
+    """The names of all that is called in these parts of a program."""
+    calls = [node.func for part in nodes for node in ast.walk(part) if isinstance(node, ast.Call)]
+    return {getattr(call, "attr", getattr(call, "id", "")) for call in calls}
 
 
 class Shape(Case):
@@ -814,7 +870,7 @@ class Shape(Case):
         seeded = textwrap.dedent("""
             # === 1. One ===
             # uses: nothing; pure
-            def shared(): return socket
+            def shared(second): return socket, second
             def _own(): return 1
             # === 2. Two ===
             # uses: 1
@@ -848,14 +904,19 @@ class Shape(Case):
             self.assertTrue("test_" + re.sub(r"\W+", "_", promise.lower()).strip("_") in tests, promise)
 
     def test_no_thread_waits_for_another_while_it_holds_the_lock(self):
-        """Under the ledger's lock nothing is called but what dictionaries and sets do at once."""
-        quick = {"get", "pop", "popitem", "items", "move_to_end", "setdefault", "frozenset", "dict", "len", "max"}
-        held = [node for node in ast.walk(ast.parse(self.source)) if isinstance(node, ast.With)
+        """Under the ledger's lock nothing is called but what dictionaries do at once, and what makes a new value."""
+        quick = {"get", "pop", "popitem", "move_to_end", "dict", "len", "Record", "change"}
+        pure = {"replace", "bool", "learned", "failed", "succeeded", "Record"}
+        tree = ast.parse(self.source)
+        held = [node for node in ast.walk(tree) if isinstance(node, ast.With)
                 and any("_lock" in ast.dump(item.context_expr) for item in node.items)]
-        calls = [call.func for block in held for node in block.body for call in ast.walk(node)
-                 if isinstance(call, ast.Call)]
         self.assertGreater(len(held), 3)
-        self.assertEqual({getattr(call, "attr", getattr(call, "id", "")) for call in calls} - quick, set())
+        self.assertEqual(set().union(*(called(*block.body) for block in held)) - quick, set())
+        changes = [node.args[1] for node in ast.walk(tree) if isinstance(node, ast.Call)
+                   and getattr(node.func, "attr", "") == "_update"]    # what becomes `change`
+        self.assertGreater(len(changes), 3)
+        self.assertEqual({type(change) for change in changes}, {ast.Lambda})
+        self.assertEqual(set().union(*map(called, changes)) - pure, set())
 
     def test_the_version_stands_in_one_place(self):
         self.assertEqual(self.source.count(oblix.__version__), 1)
@@ -1092,74 +1153,693 @@ class Monitors(Case):
                 Upstream(OPENAI, probe=drips) as upstream, running(upstream) as server:
             self.assertEqual(health(server)["cloud"]["level"], "disconnected")
 
+    def test_a_level_turns_worse_after_samples_in_a_row_and_better_after_seconds(self):
+        G, S, X = oblix.Level
+        for what, worse_after, every_s, samples, levels in (    # better after 3 seconds
+            ("the first sample counts at once", 2, 1, [X], [X]),
+            ("a spike counts for nothing", 2, 1, [G, X, G, X, G, S, G], [G, G, G, G, G, G, G]),
+            ("two in a row count", 2, 1, [G, S, S], [G, G, S]),
+            ("of two the milder one counts", 2, 1, [G, X, S, X, X], [G, G, S, S, X]),
+            ("three where three are asked for", 3, 1, [G, X, X, G, X, X, X], [G, G, G, G, G, G, X]),
+            ("one where one is asked for", 1, 1, [G, X, G], [G, X, X]),
+            ("better after three seconds", 2, 1, [X, G, G, G, G, G], [X, X, X, X, G, G]),
+            ("however many samples that takes", 2, 2, [X, G, G, G, G], [X, X, X, G, G]),
+            ("or however few", 2, 5, [X, G, G], [X, X, G]),
+            ("one worse sample begins it anew", 2, 1, [X, G, G, X, G, G, G, G], [X, X, X, X, X, X, X, G]),
+            ("the worst of the better ones counts", 2, 1, [X, G, S, G, G, G, G, G, G], [X, X, X, X, S, S, S, S, G]),
+            ("from the middle it may turn either way", 2, 1, [S, G, X, X, S, S, S, S], [S, S, S, X, X, X, X, S]),
+        ):
+            with self.subTest(what):
+                steady = oblix.Steady(worse_after, 3.0)
+                self.assertEqual([steady.feed(level, 100.0 + at * every_s) for at, level in enumerate(samples)], levels)
+
+    def test_a_level_says_why_while_it_is_held_too(self):
+        silent = []
+        for percents in itertools.product((0, 85, 99), repeat=5):
+            monitor = Told(*({"memory_percent": percent} for percent in percents))
+            for now in range(0, 40, 8):
+                monitor.step(float(now))
+                found = monitor.reading
+                if (found.level is GOOD) != (found.reason == "") or found.reason in ("recovering", "recovering: "):
+                    silent.append((percents, now, found.level, found.reason))
+        self.assertEqual(silent[:3], [])
+        monitor = Told({"memory_percent": 99}, {"memory_percent": 10}, {"memory_percent": 11})
+        for now, reason in enumerate(("memory 99%", "recovering: memory 99%", "recovering: memory 99%")):
+            monitor.step(float(now))
+            self.assertEqual((monitor.reading.level, monitor.reading.reason), (OUT, reason))
+        self.assertEqual(monitor.reading.facts["memory_percent"], 11, "facts are those of now")
+
+    def test_models_that_went_from_the_gpu_to_the_cpu_are_marked(self):
+        for shares, spilled in (    # of the model on the GPU, at one sample after the other
+            ((1.0, 1.0), False), ((1.0, 0.51), False), ((1.0, 0.49), True), ((1.0, 0.0), True), ((0.0, 0.0), False),
+            ((0.4, 0.3), False), ((0.4, 0.1), True), ((0.0, 1.0), False), ((1.0, 0.0, 1.0), False),
+            ((1.0, None), False), ((1.0, None, 0.0), True), ((None, 0.0), False),
+        ):
+            with self.subTest(shares):
+                left = list(shares)
+                monitor = oblix.ConnectivityMonitor(oblix.Settings(), LOCAL, NEAR, lambda _: oblix.Probe(
+                    200, (oblix.Model("m", gpu_share=left.pop(0)), oblix.Model("other")), 1.0))
+                for now in range(len(shares)):
+                    monitor.step(float(now))
+                self.assertEqual([model.spilled for model in monitor.reading.models], [spilled, False])
+
+    def test_what_an_endpoint_has_is_kept_while_it_does_not_answer_and_no_longer(self):
+        one, none = (oblix.Model("one"),), ()
+        for told, kept in (([one, None], one), ([one, OSError], one), ([one, none], none), ([None], None),
+                           ([none, OSError], none)):
+            with self.subTest(told):
+                left = list(told)
+
+                def probe(_):
+                    models = left.pop(0)
+                    if models is OSError:
+                        raise oblix.UpstreamError("It can't be reached.")
+                    return oblix.Probe(200, models, 1.0)
+                monitor = oblix.ConnectivityMonitor(oblix.Settings(), LOCAL, NEAR, probe)
+                for now in range(len(told)):
+                    monitor.step(float(now))
+                self.assertEqual(monitor.reading.models, kept)
+
+
+class Told(oblix.ResourceMonitor):
+    """A monitor that samples what it is told."""
+
+    def __init__(self, *facts):
+        super().__init__(oblix.Settings())
+        self._told = list(facts)
+
+    def sample(self):
+        return self._told.pop(0)
+
+
+# --- 4. A link, by a simulated clock ---------------------------------------------------------------------------------
+
+class Link:
+    """A cloud behind a link that is down when `down` says so of a second, watched for `seconds` as Watch does it.
+
+    From `asking` on there is a request each second, and what it finds is told to the monitor.
+    """
+
+    def __init__(self, seconds, down, asking=math.inf, latency_ms=lambda now: 20.0):
+        self.now, self._down, self._latency_ms = 0.0, down, latency_ms
+        self.monitor = oblix.ConnectivityMonitor(oblix.Settings(), CLOUD, FAR, self._probe)
+        self.readings, self.probes, self.orders = [], [], []    # (when, what)
+        ask_at = asking
+        while self.now < seconds:
+            self.monitor.wake.clear()
+            self.monitor.step(self.now)
+            self.probes.append(self.now)
+            self._note()
+            until = self.now + self.monitor.every_s()
+            self.now += oblix.Watch.apart_s
+            while ask_at < until:
+                self.now = max(self.now, ask_at)
+                ask_at += 1.0
+                self.monitor.tell(self._down(self.now))
+                if self.monitor.wake.is_set():
+                    break
+            else:
+                self.now = max(self.now, until)
+
+    def _probe(self, _):
+        if self._down(self.now):
+            raise oblix.UpstreamError("It can't be reached.")
+        return oblix.Probe(200, None, self._latency_ms(self.now))
+
+    def _note(self):
+        reading = self.monitor.reading
+        device = oblix.Reading(LOCAL, STRAINED, "cpu 85%", {})
+        order = oblix.rank(oblix.Snapshot((device, reading), (LOCAL_1, CLOUD_1)), {}).order
+        for history, new in ((self.readings, reading.level), (self.orders, order)):
+            if not history or history[-1][1] != new:
+                history.append((self.now, new))
+
+    @property
+    def levels(self):
+        return [level for _, level in self.readings]
+
+    def pauses(self, since, count):
+        """The seconds between the probes after a time."""
+        at = [probe for probe in self.probes if probe >= since]
+        return [later - earlier for earlier, later in zip(at, at[1:])][:count]
+
+    def when(self, level):
+        """When this level was published last."""
+        return max(at for at, found in self.readings if found is level)
+
+
+BETTER_AFTER_S = oblix.Settings().better_after_s
+
+
+def always(down):
+    return lambda now: down
+
+
+def between(since, until):
+    return lambda now: since <= now < until
+
+
+def flapping(since, until):
+    return lambda now: since <= now < until and int((now - since) // 3) % 2 == 0
+
+
+class Hysteresis(Case):
+    def test_a_link_that_flaps_every_3_s_does_not_make_answers_flap(self):
+        for phase, asked in itertools.product(range(0, 30, 2), (False, True)):
+            since = 330.5 + phase
+            link = Link(since + 120, flapping(since, since + 120), since - 10 if asked else math.inf)
+            with self.subTest(phase=phase, asked=asked):
+                self.assertLessEqual(len(link.readings), 3, link.readings)    # the first one, and two changes
+                self.assertLessEqual(len(link.orders), 3, link.orders)
+                if asked:
+                    self.assertGreater(len(link.readings), 1, "nobody noticed")
+
+    def test_a_link_that_is_back_for_good_is_used_again_soon(self):
+        """And an outage's losses don't make it degraded.  Where nobody asks it takes a probe to find out."""
+        for lasted, phase, asked in itertools.product((60, 61.5, 200), range(0, 16, 5), (False, True)):
+            gone, back = 330 + phase, 330 + phase + lasted
+            link = Link(back + 60, between(gone, back), gone - 10 if asked else math.inf)
+            probe_s = 0 if asked else oblix.ConnectivityMonitor.latest_s
+            with self.subTest(lasted=lasted, phase=phase, asked=asked):
+                self.assertEqual(link.levels, [GOOD, OUT, GOOD])
+                both = (CLOUD_1, LOCAL_1)
+                self.assertEqual([order for _, order in link.orders], [both, (LOCAL_1,), both])
+                self.assertTrue(BETTER_AFTER_S <= link.when(GOOD) - back <= BETTER_AFTER_S + probe_s + 2, link.readings)
+
+    def test_a_short_outage_is_no_worse_than_a_long_one(self):
+        for lasted in (1.6, 3.0, 5.0, 8.0, 20.0):    # probes are at 330, 331, 333, 337, ...: at least two are lost
+            with self.subTest(lasted=lasted):
+                link = Link(400, between(329.5, 329.5 + lasted))
+                self.assertEqual(link.levels, [GOOD, OUT, GOOD])
+
+    def test_a_link_that_flapped_is_good_again_when_its_losses_are_forgotten(self):
+        for phase, asked, within in [(0, False, 150), (5, False, 150), (0, True, 30), (5, True, 30)]:
+            since = 330 + phase
+            link = Link(since + 320, flapping(since, since + 120), since - 10 if asked else math.inf)
+            with self.subTest(phase=phase, asked=asked):
+                self.assertEqual(link.levels[-1], GOOD)
+                self.assertLessEqual(link.when(GOOD) - since - 120, within)
+
+    def test_one_lost_probe_of_a_good_link_changes_nothing(self):
+        for before in (1, 2, 3, 5, 8, 10, 20):
+            with self.subTest("after %d good ones" % before):
+                link = Link(30 * before + 300, between(30 * before - 1, 30 * before + 0.9))
+                self.assertEqual(link.levels, [GOOD])
+                self.assertEqual(link.pauses(30 * before, 2), [1.0, 30.0], "but is looked into at once")
+
+    def test_how_often_a_link_is_probed(self):
+        calm = [30.0] * 8
+        for what, link, since, pauses in (
+            ("well", Link(300, always(False)), 0, calm),
+            ("down from the start", Link(300, always(True)), 0, [1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0]),
+            ("down later", Link(900, lambda now: now > 595), 600, [1.0, 2.0, 4.0, 8.0, 15.0, 15.0]),
+            ("back", Link(900, between(595, 660)), 660, [1.0] * 10 + [30.0] * 2),
+            ("down again", Link(900, lambda now: 595 < now < 660 or now > 690), 690, [1.0, 2.0, 4.0, 8.0, 15.0]),
+            ("slow", Link(300, always(False), latency_ms=lambda now: 900.0), 0, [1.0, 2.0, 4.0, 8.0, 15.0, 15.0]),
+        ):
+            with self.subTest(what):
+                self.assertEqual(link.pauses(since, len(pauses)), pauses)
+
+    def test_the_local_server_is_probed_often(self):
+        monitor = oblix.ConnectivityMonitor(oblix.Settings(), LOCAL, NEAR, lambda _: oblix.Probe(200, (), 1.0))
+        monitor.step(0.0)
+        self.assertEqual([monitor.every_s(), monitor.every_s()], [5.0, 5.0])
+        monitor._fetch = mock.Mock(side_effect=oblix.UpstreamError("It can't be reached."))
+        monitor.step(5.0)
+        self.assertEqual([monitor.every_s() for _ in range(5)], [1.0, 2.0, 4.0, 5.0, 5.0])
+
+    def test_what_a_request_finds_wakes_the_monitor_where_it_is_news(self):
+        for what, down, lost, wakes in (
+            ("lost, of a good link", False, True, True), ("fine, of a good link", False, False, False),
+            ("fine, of a link that was down", True, False, True), ("lost, of a link that was down", True, True, True),
+        ):
+            with self.subTest(what):
+                link = Link(300, always(down))
+                link.monitor.wake.clear()
+                link.monitor.tell(lost)
+                self.assertEqual(link.monitor.wake.is_set(), wakes)
+                if wakes and down:
+                    self.assertEqual(link.monitor.every_s(), 1.0)
+
+    def test_a_slow_cloud_is_not_probed_more_for_being_used(self):
+        link = Link(300, always(False), asking=1.0, latency_ms=lambda now: 900.0)
+        self.assertEqual(link.levels, [STRAINED])
+        self.assertLess(len(link.probes), 300 / oblix.ConnectivityMonitor.latest_s + 10)
+
+    def test_a_lost_request_is_evidence_for_the_watch_of_its_endpoint_alone(self):
+        settings = oblix.Settings()
+        monitors = [oblix.ConnectivityMonitor(settings, CLOUD, endpoint, None) for endpoint in (FAR, NEAR)]
+        watch = oblix.Watch([oblix.ResourceMonitor(settings), *monitors])
+        watch.tell(FAR, lost=True)
+        self.assertEqual([monitor.wake.is_set() for monitor in watch.monitors], [False, True, False])
+        watch.look(NEAR)
+        self.assertEqual([monitor.wake.is_set() for monitor in watch.monitors], [False, True, True])
 
 # === 5. Policy =======================================================================================================
 
 LOCAL_1, CLOUD_1 = oblix.Target(NEAR, "small", LOCAL), oblix.Target(FAR, "large", CLOUD)
 CLOUD_2 = oblix.Target(oblix.Endpoint("claude", "https://other.example", "k"), "other", CLOUD)
+KEYLESS = oblix.Target(oblix.Endpoint("openai", "https://x.example/v1", "", (), "OPENAI_API_KEY"), "m", CLOUD)
+LOCAL_2 = oblix.Target(oblix.Endpoint("openai", "http://127.0.0.1:8080/v1"), "second", LOCAL)
+BOX = oblix.Target(oblix.Endpoint("ollama", "http://box:11434"), "small", LOCAL)    # a replica, on another machine
 
 
 def readings(local, cloud, other=GOOD):
     return (oblix.Reading(LOCAL, local, "cpu 99%" if local else "", {}), oblix.Reading(LOCAL, GOOD, "", {}, NEAR),
             oblix.Reading(CLOUD, cloud, "slow" if cloud else "", {}, FAR),
-            oblix.Reading(CLOUD, max(cloud, other), "", {}, CLOUD_2.endpoint))
+            oblix.Reading(CLOUD, max(cloud, other), "gone" if max(cloud, other) else "", {}, CLOUD_2.endpoint))
+
+
+def snapshot(local=GOOD, cloud=GOOD, targets=(LOCAL_1, CLOUD_1), **rest):
+    return oblix.Snapshot(readings(local, cloud), targets, **rest)
+
+
+def installed(*models, endpoint=NEAR, level=GOOD):
+    """What Ollama says it has."""
+    return oblix.Reading(LOCAL, level, "gone" if level else "", {}, endpoint, models)
+
+
+def resting(until, **how):
+    """The record of a target that rests."""
+    return oblix.Record(oblix.Breaker(failures=1, until=until, reason="the connection broke off", **how))
+
+
+def paced(first_s, tokens_per_s=0.0, load_s=0.0):
+    """The record of a target that has answered so fast."""
+    return oblix.Record(pace=oblix.Pace((first_s,) if first_s else (), tokens_per_s, load_s))
+
+
+MB = 2**20
+
+CELLS = [  # local, cloud, what is tried with --prefer local, with --prefer cloud, and when all of that has failed
+    (GOOD, GOOD, [LOCAL_1, CLOUD_1], [CLOUD_1, LOCAL_1], []),
+    (GOOD, STRAINED, [LOCAL_1, CLOUD_1], [LOCAL_1, CLOUD_1], []),
+    (GOOD, OUT, [LOCAL_1], [LOCAL_1], [CLOUD_1]),
+    (STRAINED, GOOD, [CLOUD_1, LOCAL_1], [CLOUD_1, LOCAL_1], []),
+    (STRAINED, STRAINED, [LOCAL_1, CLOUD_1], [CLOUD_1, LOCAL_1], []),
+    (STRAINED, OUT, [LOCAL_1], [LOCAL_1], [CLOUD_1]),
+    (OUT, GOOD, [CLOUD_1, LOCAL_1], [CLOUD_1, LOCAL_1], []),
+    (OUT, STRAINED, [CLOUD_1, LOCAL_1], [CLOUD_1, LOCAL_1], []),
+    (OUT, OUT, [LOCAL_1], [LOCAL_1], [CLOUD_1]),
+]
 
 
 class Policy(Case):
     def test_the_table_of_nine_cells(self):
-        for local, cloud, order in (
-            (GOOD, GOOD, [LOCAL_1, CLOUD_1]), (GOOD, STRAINED, [LOCAL_1, CLOUD_1]), (GOOD, OUT, [LOCAL_1]),
-            (STRAINED, GOOD, [CLOUD_1, LOCAL_1]), (STRAINED, STRAINED, [LOCAL_1, CLOUD_1]), (STRAINED, OUT, [LOCAL_1]),
-            (OUT, GOOD, [CLOUD_1, LOCAL_1]), (OUT, STRAINED, [CLOUD_1, LOCAL_1]), (OUT, OUT, [LOCAL_1]),
-        ):
-            with self.subTest(local=local, cloud=cloud):
-                plan = oblix.rank(readings(local, cloud), [LOCAL_1, CLOUD_1], {})
-                self.assertEqual(list(plan.order), order)
-                self.assertEqual("cpu 99%" in plan.reason, local is not GOOD)
+        self.assertEqual({cell[:2] for cell in CELLS}, {*itertools.product(oblix.Level, repeat=2)})
+        both = (LOCAL_1, CLOUD_1)
+        for (local, cloud, *orders, hope), targets in itertools.product(CELLS, (both, both[::-1])):
+            for prefer, order in zip(("local", "cloud"), orders):
+                with self.subTest(local=local, cloud=cloud, prefer=prefer):
+                    plan = oblix.rank(snapshot(local, cloud, targets, prefer=prefer), {})
+                    self.assertEqual((list(plan.order), list(plan.last_hope), plan.left_out), (order, hope, ()))
+                    self.assertEqual("cpu 99%" in plan.reason, local is not GOOD)
+                    self.assertEqual("slow" in plan.reason, cloud is not GOOD)
+                    for side, level in ((LOCAL, local), (CLOUD, cloud)):
+                        self.assertIn("%s %s" % (side.value, oblix.WORDS[side][level]), plan.reason)
 
     @unittest.skipUnless(README, "README.md is not here")
-    def test_the_readme_shows_this_table(self):
+    def test_the_readme_shows_these_tables(self):
         rows = re.findall(r"^\| (available|constrained|critical) \| (.+) \| (.+) \| (.+) \|$", README, re.M)
-        self.assertEqual(len(rows), 3)
-        for local, *cells in rows:
-            for cloud, cell in enumerate(cells):
-                level = oblix.WORDS[LOCAL].index(local)
-                order = ", ".join(side.value for side in oblix.TABLE[oblix.Level(level), oblix.Level(cloud)])
-                self.assertEqual(cell.split(" (")[0], order, (local, cloud))
+        shown = [cell.split(" (")[0] for _, *cells in rows for cell in cells]
+        self.assertEqual([local for local, *_ in rows], [*oblix.WORDS[LOCAL]] * 2)
+        self.assertEqual(shown, [", ".join(side.value for side in table[cell])    # as --prefer local and cloud have it
+                                 for table in (oblix.TABLE, oblix.PREFER_CLOUD)
+                                 for cell in itertools.product(oblix.Level, repeat=2)])
 
     def test_the_same_readings_always_give_the_same_decision(self):
-        targets = [CLOUD_2, LOCAL_1, CLOUD_1]
-        for local, cloud, other in itertools.product(oblix.Level, repeat=3):
-            for only in (None, LOCAL, CLOUD):
-                for refusals in ({}, {LOCAL_1.id: "no tools"}, {CLOUD_1.id: "n"}):
-                    plans = {oblix.rank(readings(local, cloud, other), targets, refusals, only) for _ in range(2)}
-                    self.assertEqual(len(plans), 1)
-                    plan = plans.pop()
-                    placed = [*plan.order, *(target for target, _ in plan.left_out)]
-                    self.assertEqual(sorted(map(targets.index, placed)), [0, 1, 2], "each once, used or left out")
-                    self.assertFalse({target.id for target in plan.order} & set(refusals), "a filter was ignored")
-                    self.assertTrue(all(only in (None, target.side) for target in plan.order))
-                    self.assertTrue(plan.reason and all(reason for _, reason in plan.left_out))
+        """And every snapshot gives a total order, no filter is ever ignored, and nothing is without a reason."""
+        for seed in range(2500):
+            made, again = Situation(seed), Situation(seed)
+            plan, twin = (oblix.rank(one.snapshot, one.refusals, one.only, one.tokens, one.last)
+                          for one in (made, again))
+            with self.subTest(seed):
+                self.assertEqual(plan, twin)
+                out = [target for target, _ in plan.left_out]
+                self.assertCountEqual([*plan.order, *plan.last_hope, *out], made.snapshot.targets, "each exactly once")
+                self.assertEqual({*out}, made.forbidden, "a filter was ignored, or somebody left out who might answer")
+                self.assertFalse({*plan.order} & made.resting, "it rests")
+                self.assertTrue(plan.reason.strip() and all(reason.strip(" ;:") for _, reason in plan.left_out))
+                for target, found in plan.conditions.items():
+                    self.assertTrue(found.reason.strip(" ;:") or found.level is GOOD, (target, found))
+                sides = [side for side, _ in itertools.groupby(target.side for target in plan.order)]
+                self.assertEqual(len(sides), len({*sides}), "the sides are mixed")
+                for side in sides:
+                    levels = [plan.conditions[target].level for target in plan.order if target.side is side]
+                    self.assertEqual(levels, sorted(levels), "what is well comes first")
+                levels = [plan.conditions[target].level for target in plan.order]
+                self.assertFalse(levels[:1] == [OUT] and min(levels) < OUT, "one that is out before one that is not")
+
+    def test_the_situations_are_of_every_kind(self):
+        made = [Situation(seed) for seed in range(600)]
+        states = {oblix.condition(target, one.snapshot).state for one in made for target in one.snapshot.targets}
+        self.assertEqual(states, {"ready", "unknown", "unreachable", "resting", "busy", "cold", "loading", "too large",
+                                  "no key", "not installed", "remote"})
+        self.assertEqual({(one.only, one.snapshot.prefer) for one in made},
+                         {*itertools.product((None, LOCAL, CLOUD), ("local", "cloud", "fast"))})
+        self.assertEqual({(found.trial, found.breaker.until > 100.0, found.breaker.last_hope)
+                          for one in made for found in one.snapshot.records.values()},
+                         {*itertools.product((False, True), repeat=3)})
+        plans = [oblix.rank(one.snapshot, one.refusals, one.only) for one in made]
+        self.assertLessEqual({*range(6)}, {len(plan.order) for plan in plans})
+        self.assertLessEqual({*range(3)}, {len(plan.last_hope) for plan in plans})
+        self.assertLessEqual({*range(6)}, {len(plan.left_out) for plan in plans})
 
     def test_within_a_side_the_listed_order_holds_but_what_is_well_comes_first(self):
-        for cloud, other, order in ((GOOD, GOOD, [CLOUD_1, CLOUD_2]), (GOOD, OUT, [CLOUD_1, CLOUD_2])):
-            self.assertEqual(list(oblix.rank(readings(GOOD, cloud, other), [CLOUD_1, CLOUD_2], {}, CLOUD).order), order)
-        self.assertEqual(list(oblix.rank(readings(GOOD, GOOD, OUT), [CLOUD_2, CLOUD_1], {}, CLOUD).order),
-                         [CLOUD_1, CLOUD_2])
+        for cloud, other, listed, order in (
+            (GOOD, GOOD, [CLOUD_1, CLOUD_2], [CLOUD_1, CLOUD_2]), (GOOD, GOOD, [CLOUD_2, CLOUD_1], [CLOUD_2, CLOUD_1]),
+            (GOOD, OUT, [CLOUD_2, CLOUD_1], [CLOUD_1, CLOUD_2]), (GOOD, OUT, [CLOUD_1, CLOUD_2], [CLOUD_1, CLOUD_2]),
+            (STRAINED, OUT, [CLOUD_2, CLOUD_1], [CLOUD_1, CLOUD_2]), (OUT, OUT, [CLOUD_2, CLOUD_1], [CLOUD_2, CLOUD_1]),
+        ):
+            with self.subTest(cloud=cloud, other=other, listed=listed):
+                found = oblix.Snapshot(readings(GOOD, cloud, other), tuple(listed))
+                self.assertEqual(list(oblix.rank(found, {}, CLOUD).order), order)
 
-    def test_a_target_without_its_key_or_its_model_is_left_out_with_advice(self):
-        keyless = oblix.Target(oblix.Endpoint("openai", "https://x/v1", "", (), "OPENAI_API_KEY"), "m", CLOUD)
-        installed = (oblix.Reading(LOCAL, GOOD, "", {}, NEAR, (oblix.Model("Small:latest"), oblix.Model("q:4b"))),)
-        for target, reading, advice in ((keyless, (), "set OPENAI_API_KEY"), (LOCAL_1, installed, None),
-                                        (oblix.Target(NEAR, "q", LOCAL), installed, "ollama pull q")):
-            with self.subTest(target.id):
-                plan = oblix.rank(reading, [target], {})
-                self.assertEqual(bool(plan.order), advice is None)
+    def test_a_side_that_was_asked_for_is_kept_to_whatever_its_level(self):
+        for local, cloud, only in itertools.product(oblix.Level, oblix.Level, (LOCAL, CLOUD)):
+            with self.subTest(local=local, cloud=cloud, only=only):
+                plan = oblix.rank(snapshot(local, cloud), {}, only)
+                mine, other = (LOCAL_1, CLOUD_1) if only is LOCAL else (CLOUD_1, LOCAL_1)
+                self.assertEqual((plan.order, plan.last_hope), ((mine,), ()))
+                self.assertEqual(plan.left_out, ((other, "%s models were not asked for" % other.side.value),))
+                self.assertIn("kept to " + only.value, plan.reason)
+                self.assertNotIn(other.side.value, plan.reason, "it did not matter")
+
+    def test_what_rules_a_target_out_is_told_with_advice(self):
+        cold = oblix.Model("small", size=8 * 10**9, cold=True)
+        little = oblix.Reading(LOCAL, GOOD, "", {"memory_free_mb": 4000})    # of 1024 × 1024 bytes
+        both = (installed(oblix.Model("Small:latest"), oblix.Model("q:4b"), oblix.Model("far", remote=True)),)
+        for what, target, known, record, state, advice in (
+            ("no key", KEYLESS, (), None, "no key", "set OPENAI_API_KEY"),
+            ("installed, as Ollama writes it", LOCAL_1, both, None, "ready", None),
+            ("another size", oblix.Target(NEAR, "q", LOCAL), both, None, "not installed", "ollama pull q"),
+            ("nothing at all", LOCAL_1, (installed(),), None, "not installed", "ollama pull small"),
+            ("Ollama says nothing", LOCAL_1, (oblix.Reading(LOCAL, GOOD, "", {}, NEAR),), None, "ready", None),
+            ("not a local one", oblix.Target(NEAR, "far", LOCAL), both, None, "remote", "--cloud-model"),
+            ("as a cloud one", oblix.Target(NEAR, "far", CLOUD), both, None, "ready", None),
+            ("no room", LOCAL_1, (little, installed(cold)), None, "too large", "8.0 GB, 4.2 GB are free"),
+            ("no money", CLOUD_1, (), resting(9.0, last_hope=False), "resting", "rests after: the connection broke"),
+        ):
+            with self.subTest(what):
+                records = {target: record} if record else {}
+                plan = oblix.rank(oblix.Snapshot(known, (target,), records, now=1.0), {})
+                self.assertEqual(plan.conditions[target].state, state)
+                self.assertEqual((bool(plan.order or plan.last_hope), len(plan.left_out)), (not advice, bool(advice)))
                 self.assertIn(advice or "", "".join(reason for _, reason in plan.left_out))
+                self.assertEqual(plan.conditions[target].use is oblix.Use.NO, bool(advice))
+
+    def test_a_target_that_refuses_the_request_is_left_out_with_its_reason(self):
+        for record in ({}, {LOCAL_1: resting(9.0)}):
+            with self.subTest(record):
+                plan = oblix.rank(snapshot(records=record), {LOCAL_1: "no tools"})
+                self.assertEqual((plan.order, plan.last_hope), ((CLOUD_1,), ()))
+                self.assertEqual(plan.left_out, ((LOCAL_1, "no tools"),))
+
+    def test_a_target_that_cannot_take_the_request_says_nothing_for_its_side(self):
+        """The cloud that would do is gone, and another that is well refuses: local is asked before the one gone."""
+        for local, order in ((GOOD, [LOCAL_1]), (STRAINED, [LOCAL_1]), (OUT, [LOCAL_1])):
+            with self.subTest(local=local):
+                found = oblix.Snapshot(readings(local, GOOD, OUT), (LOCAL_1, CLOUD_1, CLOUD_2))
+                plan = oblix.rank(found, {CLOUD_1: "no sound"})
+                self.assertEqual((list(plan.order), list(plan.last_hope)), (order, [CLOUD_2]))
 
     def test_a_side_without_a_target_does_not_count(self):
-        plan = oblix.rank(readings(GOOD, GOOD), [CLOUD_1], {})
-        self.assertEqual((list(plan.order), "no local model" in plan.reason), ([CLOUD_1], True))
+        for cloud, order, hope in ((GOOD, [CLOUD_1], []), (STRAINED, [CLOUD_1], []), (OUT, [], [CLOUD_1])):
+            with self.subTest(cloud=cloud):
+                plan = oblix.rank(snapshot(GOOD, cloud, (CLOUD_1,)), {})
+                self.assertEqual((list(plan.order), list(plan.last_hope)), (order, hope))
+                self.assertIn("local critical (no local model)", plan.reason)
+
+    def test_who_is_tried_when_everything_else_has_failed(self):
+        every, tired = (LOCAL_1, CLOUD_1, CLOUD_2, KEYLESS), {LOCAL_1: resting(9.0)}
+        trial = {LOCAL_1: oblix.Record(resting(1.0, last_hope=False).breaker, True)}
+        for what, found, refusals, only, order, hope in (
+            ("nobody is left", snapshot(targets=(LOCAL_1, CLOUD_1)), {}, None, [LOCAL_1, CLOUD_1], []),
+            ("a side that is out", snapshot(GOOD, OUT, every), {}, None, [LOCAL_1], [CLOUD_1, CLOUD_2]),
+            ("who rests", snapshot(targets=every, records=tired), {}, None, [CLOUD_1, CLOUD_2], [LOCAL_1]),
+            ("who rests in a side that is out", snapshot(GOOD, OUT, every, records={CLOUD_1: resting(9.0)}), {}, None,
+             [LOCAL_1], [CLOUD_1, CLOUD_2]),
+            ("whose rest is over", snapshot(targets=every, records=tired, now=9.0), {}, None,
+             [LOCAL_1, CLOUD_1, CLOUD_2], []),
+            ("who is on trial", snapshot(targets=every, records=trial, now=9.0), {}, None,
+             [CLOUD_1, CLOUD_2], [LOCAL_1]),
+            ("not who asked for peace", snapshot(targets=every, records={CLOUD_1: resting(9.0, last_hope=False)}), {},
+             None, [LOCAL_1, CLOUD_2], []),
+            ("not who refuses", snapshot(GOOD, OUT, every), {CLOUD_1: "no tools"}, None, [LOCAL_1], [CLOUD_2]),
+            ("nor the other side", snapshot(GOOD, OUT, every), {}, LOCAL, [LOCAL_1], []),
+            ("even if all rest", snapshot(targets=every[:2], records={LOCAL_1: resting(9.0), CLOUD_1: resting(5.0)}),
+             {}, None, [], [LOCAL_1, CLOUD_1]),
+        ):
+            with self.subTest(what):
+                plan = oblix.rank(found, refusals, only)
+                self.assertEqual((list(plan.order), list(plan.last_hope)), (order, hope))
+
+    def test_what_a_side_is_called(self):
+        unknown = oblix.Reading(CLOUD, GOOD, "", {}, FAR, known=False)
+        for what, found, side, words in (
+            ("well", snapshot(), LOCAL, "available"), ("well", snapshot(), CLOUD, "optimal"),
+            ("so so", snapshot(STRAINED), LOCAL, "constrained (cpu 99%)"),
+            ("so so", snapshot(GOOD, STRAINED), CLOUD, "degraded (slow)"),
+            ("bad", snapshot(OUT), LOCAL, "critical (cpu 99%)"),
+            ("bad", snapshot(GOOD, OUT), CLOUD, "disconnected (slow)"),
+            ("no target", snapshot(targets=(LOCAL_1,)), CLOUD, "disconnected (no cloud model)"),
+            ("not looked at yet", oblix.Snapshot((unknown,), (CLOUD_1,)), CLOUD, "unknown"),
+            ("not looked at, and none yet", oblix.Snapshot((unknown,), ()), CLOUD, "unknown (no cloud model)"),
+            ("not looked at, but rests", oblix.Snapshot((unknown,), (CLOUD_1,), {CLOUD_1: resting(9.0)}), CLOUD,
+             "disconnected (rests after: the connection broke off)"),
+            ("as well as its best", oblix.Snapshot(readings(GOOD, GOOD, OUT), (CLOUD_2, CLOUD_1)), CLOUD, "optimal"),
+            ("who can't is not its best", snapshot(GOOD, STRAINED, (KEYLESS, CLOUD_1)), CLOUD, "degraded (slow)"),
+            ("nor if it is out", snapshot(GOOD, OUT, (KEYLESS, CLOUD_1)), CLOUD, "disconnected (slow)"),
+            ("nobody can", snapshot(targets=(KEYLESS,)), CLOUD, "disconnected (no key: set OPENAI_API_KEY)"),
+            ("busy", snapshot(in_flight={LOCAL_1: 1}), LOCAL, "constrained (busy)"),
+            ("busy, and so so", snapshot(STRAINED, in_flight={LOCAL_1: 1}), LOCAL, "critical (cpu 99%; busy)"),
+        ):
+            with self.subTest(what, side=side):
+                conditions = {target: oblix.condition(target, found) for target in found.targets}
+                self.assertEqual(oblix.judge_side(side, found, conditions).describe(side), words)
+                self.assertIn("%s %s" % (side.value, words), oblix.rank(found, {}).reason)
+
+    def test_what_a_local_model_does_now_makes_it_one_level_worse(self):
+        loaded, cold = oblix.Model("small", context=4096, gpu_share=1.0), oblix.Model("small", size=1, cold=True)
+        spilled = oblix.Model("small", context=4096, gpu_share=0.2, spilled=True)
+        for what, model, rest, state, says in (
+            ("loaded", loaded, {}, "ready", ""),
+            ("a slot is free", loaded, {"in_flight": {LOCAL_1: 3}, "slots": 4}, "ready", ""),
+            ("none is free", loaded, {"in_flight": {LOCAL_1: 4}, "slots": 4}, "busy", "busy"),
+            ("more than the slots", loaded, {"in_flight": {LOCAL_1: 9}, "slots": 4}, "busy", "busy"),
+            ("the only slot", loaded, {"in_flight": {LOCAL_1: 1}}, "busy", "busy"),
+            ("others are busy", loaded, {"in_flight": {LOCAL_2: 9, CLOUD_1: 9}}, "ready", ""),
+            ("cold", cold, {}, "cold", "small is not loaded"),
+            ("loading", cold, {"loading": frozenset({LOCAL_1})}, "loading", "small is loading"),
+            ("loading another", loaded, {"loading": frozenset({LOCAL_2})}, "ready", ""),
+            ("spilled", spilled, {}, "ready", "small went from GPU to CPU"),
+        ):
+            for level in oblix.Level:
+                with self.subTest(what, level=level):
+                    device, cloud = readings(level, GOOD)[::2][:2]
+                    found = oblix.Snapshot((device, installed(model), cloud), (LOCAL_1, CLOUD_1), **rest)
+                    here = oblix.condition(LOCAL_1, found)
+                    self.assertEqual((here.state, here.level), (state, min(level + bool(says), OUT)))
+                    self.assertEqual(here.reason, "; ".join(filter(None, [device.reason, says])))
+                    self.assertEqual(oblix.rank(found, {}).order[0], CLOUD_1 if says or level else LOCAL_1)
+                    alone = oblix.rank(dataclasses.replace(found, targets=(LOCAL_1,)), {})
+                    self.assertEqual(alone.order, (LOCAL_1,), "where there is no cloud it answers all the same")
+        cloud = oblix.condition(CLOUD_1, snapshot(in_flight={CLOUD_1: 99}))
+        self.assertEqual((cloud.state, cloud.level), ("ready", GOOD), "a cloud has no slots")
+
+    def test_a_model_that_would_not_fit_in_the_memory_that_is_free(self):
+        device = oblix.Reading(LOCAL, GOOD, "", {"memory_free_mb": 4000})
+        gpu = oblix.Reading(LOCAL, GOOD, "", {"gpu_memory_free_mb": 3000})
+        other = oblix.Model("other", size=2000 * MB, context=4096)
+        asleep = dataclasses.replace(other, cold=True)
+        for what, size, cold, known, beside, fits in (
+            ("just", 4000, True, [device], [], True), ("not quite", 4001, True, [device], [], False),
+            ("it is in there already", 9000, False, [device], [], True),
+            ("with the GPU's", 7000, True, [device, gpu], [], True),
+            ("not with the GPU's", 7001, True, [gpu, device], [], False),
+            ("another makes room", 6000, True, [device], [other], True),
+            ("not enough", 6001, True, [device], [other], False),
+            ("what is not loaded can't make room", 6000, True, [device], [asleep], False),
+            ("nobody knows", 99000, True, [], [], True), ("the GPU's alone says little", 99000, True, [gpu], [], True),
+        ):
+            with self.subTest(what):
+                mine = oblix.Model("small", size=size * MB, cold=cold)
+                found = oblix.Snapshot((*known, installed(mine, *beside)), (LOCAL_1, CLOUD_1))
+                self.assertEqual(oblix.condition(LOCAL_1, found).state == "too large", not fits)
+                plan = oblix.rank(found, {})
+                self.assertEqual([target for target, _ in plan.left_out], [] if fits else [LOCAL_1])
+
+    def test_the_load_of_this_device_says_nothing_of_another(self):
+        device = oblix.Reading(LOCAL, OUT, "cpu 99%", {"memory_free_mb": 1})
+        cold = oblix.Model("small", size=10**10, cold=True)
+        for address, here in (
+            ("http://127.0.0.1:11434", True), ("http://localhost:11434", True), ("http://[::1]:11434", True),
+            ("http://127.9.9.9:1", True), ("http://127.0.0.1/v1", True), ("http://box:11434", False),
+            ("http://192.168.0.9:11434", False), ("https://localhost.example", False),
+            ("http://127.0.0.1.example", False),
+        ):
+            with self.subTest(address):
+                endpoint = oblix.Endpoint("ollama", address)
+                target = oblix.Target(endpoint, "small", LOCAL)
+                for model, state in ((oblix.Model("small"), "ready"), (cold, "too large" if here else "cold")):
+                    found = oblix.Snapshot((device, installed(model, endpoint=endpoint)), (target, CLOUD_1))
+                    self.assertEqual(oblix.condition(target, found).state, state)
+                    self.assertEqual(oblix.rank(found, {}).order[0], CLOUD_1 if here or model.cold else target)
+                gone = oblix.Snapshot((device, installed(endpoint=endpoint, level=OUT)), (target, CLOUD_1))
+                self.assertEqual(oblix.rank(gone, {}).order[0], CLOUD_1, "what its own probe finds does count")
+
+    def test_a_conversation_stays_where_it_was_among_replicas_alone(self):
+        two = (installed(oblix.Model("small")), installed(oblix.Model("small"), endpoint=BOX.endpoint))
+        for what, targets, last, rest, order in (
+            ("nobody yet", (LOCAL_1, BOX), None, {}, [LOCAL_1, BOX]),
+            ("the first", (LOCAL_1, BOX), LOCAL_1, {}, [LOCAL_1, BOX]),
+            ("the second", (LOCAL_1, BOX), BOX, {}, [BOX, LOCAL_1]),
+            ("the second rests", (LOCAL_1, BOX), BOX, {"records": {BOX: resting(9.0)}}, [LOCAL_1]),
+            ("the second is busy", (LOCAL_1, BOX), BOX, {"in_flight": {BOX: 1}}, [LOCAL_1, BOX]),
+            ("another model", (LOCAL_1, LOCAL_2), LOCAL_2, {}, [LOCAL_1, LOCAL_2]),
+            ("with one between", (LOCAL_1, LOCAL_2, BOX), BOX, {}, [BOX, LOCAL_1, LOCAL_2]),
+            ("the other side", (LOCAL_1, CLOUD_1), CLOUD_1, {}, [LOCAL_1, CLOUD_1]),
+            ("another cloud", (CLOUD_1, CLOUD_2), CLOUD_2, {}, [CLOUD_1, CLOUD_2]),
+            ("one that is gone", (LOCAL_1, BOX), CLOUD_2, {}, [LOCAL_1, BOX]),
+        ):
+            with self.subTest(what):
+                self.assertEqual(list(oblix.rank(oblix.Snapshot(two, targets, **rest), {}, last=last).order), order)
+
+    def test_the_faster_one_is_asked_where_that_is_preferred(self):
+        for what, local, cloud, near, far, rest, first in (    # 200 tokens are answered
+            ("nothing is measured", GOOD, GOOD, None, None, {}, LOCAL_1),
+            ("local is not measured", GOOD, GOOD, None, paced(1.0), {}, LOCAL_1),
+            ("the cloud is not measured", GOOD, GOOD, paced(1.0), None, {}, CLOUD_1),
+            ("the cloud is much faster", GOOD, GOOD, paced(4.0), paced(2.0), {}, CLOUD_1),
+            ("not by a margin", GOOD, GOOD, paced(4.0), paced(3.1), {}, LOCAL_1),
+            ("just by a margin", GOOD, GOOD, paced(4.0), paced(2.9), {}, CLOUD_1),
+            ("local is faster", GOOD, GOOD, paced(1.0), paced(4.0), {}, LOCAL_1),
+            ("at writing", GOOD, GOOD, paced(0.1, 10.0), paced(5.0, 100.0), {}, CLOUD_1),    # 20.1 s, 7 s
+            ("local is faster and degrades nobody", GOOD, STRAINED, paced(1.0), paced(4.0), {}, LOCAL_1),
+            ("the cloud is degraded and faster", GOOD, STRAINED, paced(4.0), paced(1.0), {}, CLOUD_1),
+            ("a constrained local is twice as slow", STRAINED, GOOD, paced(2.0), paced(5.0), {}, CLOUD_1),
+            ("and still much faster", STRAINED, GOOD, paced(1.0), paced(5.0), {}, LOCAL_1),
+            ("a critical local never", OUT, GOOD, paced(0.1), paced(90.0), {}, CLOUD_1),
+            ("nor where the cloud is not measured", OUT, STRAINED, paced(0.1), None, {}, CLOUD_1),
+            ("a cloud that is gone never", GOOD, OUT, paced(90.0), paced(0.1), {}, LOCAL_1),
+            ("a queue counts", GOOD, GOOD, paced(2.0), paced(5.0), {"in_flight": {LOCAL_1: 2}}, CLOUD_1),
+            ("a short one is waited for", GOOD, GOOD, paced(0.5), paced(5.0), {"in_flight": {LOCAL_1: 1}}, LOCAL_1),
+            ("a free slot", GOOD, GOOD, paced(2.0), paced(5.0), {"in_flight": {LOCAL_1: 3}, "slots": 4}, LOCAL_1),
+            ("a cloud has no queue", GOOD, GOOD, paced(4.0), paced(2.0), {"in_flight": {CLOUD_1: 99}}, CLOUD_1),
+        ):
+            with self.subTest(what):
+                records = {target: record for target, record in ((LOCAL_1, near), (CLOUD_1, far)) if record}
+                plan = oblix.rank(snapshot(local, cloud, records=records, prefer="fast", **rest), {})
+                self.assertEqual(plan.order[0], first)
+                usual = oblix.rank(snapshot(local, cloud, records=records, **rest), {})
+                self.assertNotIn(" s", usual.reason.replace("; busy", ""), "only where it matters")
+                self.assertEqual({*plan.order}, {*usual.order}, "who is asked is the same")
+
+    def test_within_a_side_the_faster_one_is_asked_where_that_is_preferred(self):
+        for what, one, two, other, order in (
+            ("the second", paced(2.0), paced(1.9), GOOD, [CLOUD_2, CLOUD_1]),
+            ("the first", paced(2.0), paced(2.1), GOOD, [CLOUD_1, CLOUD_2]),
+            ("who is not measured", paced(2.0), None, GOOD, [CLOUD_2, CLOUD_1]),
+            ("as fast as each other", paced(2.0), paced(2.0), GOOD, [CLOUD_1, CLOUD_2]),
+            ("the second, but not well", paced(9.0), paced(1.0), STRAINED, [CLOUD_1, CLOUD_2]),
+        ):
+            with self.subTest(what):
+                records = {target: record for target, record in ((CLOUD_1, one), (CLOUD_2, two)) if record}
+                found = oblix.Snapshot(readings(GOOD, GOOD, other), (CLOUD_1, CLOUD_2), records, prefer="fast")
+                self.assertEqual(list(oblix.rank(found, {}).order), order)
+                usual = dataclasses.replace(found, prefer="local")
+                self.assertEqual(list(oblix.rank(usual, {}).order), [CLOUD_1, CLOUD_2])
+
+    def test_how_long_an_answer_will_take(self):
+        cold, loaded = oblix.Model("small", size=1, cold=True), oblix.Model("small", context=1)
+        tail = oblix.Record(pace=oblix.Pace((*[1.0] * 8, 9.0, 10.0)))
+        for what, target, record, model, rest, tokens, seconds in (
+            ("first content and tokens", LOCAL_1, paced(2.0, 10.0), loaded, {}, 50, 7.0),
+            ("no token is known", LOCAL_1, paced(2.0), loaded, {}, 50, 2.0),
+            ("no first content is known", CLOUD_1, paced(0, 10.0), loaded, {}, 50, 5.0),
+            ("nothing is known", LOCAL_1, paced(0), loaded, {}, 50, 0.0),
+            ("the middle of local's", LOCAL_1, tail, loaded, {}, 50, 1.0),
+            ("the tail of the cloud's", CLOUD_1, tail, loaded, {}, 50, 9.0),
+            ("no load where it is loaded", LOCAL_1, paced(2.0, load_s=30.0), loaded, {}, 50, 2.0),
+            ("a load where it is cold", LOCAL_1, paced(2.0, load_s=30.0), cold, {}, 50, 34.0),
+            ("and while it loads", LOCAL_1, paced(2.0, load_s=30.0), cold, {"loading": {LOCAL_1}}, 50, 34.0),
+            ("two wait, three slots", LOCAL_1, paced(2.0), loaded, {"in_flight": {LOCAL_1: 2}, "slots": 3}, 50, 2.0),
+            ("three wait: busy", LOCAL_1, paced(2.0), loaded, {"in_flight": {LOCAL_1: 3}, "slots": 3}, 50, 8.0),
+        ):
+            with self.subTest(what):
+                found = oblix.Snapshot((installed(model),), (target,), {target: record}, prefer="fast", **rest)
+                self.assertAlmostEqual(
+                    oblix.predicted_s(target, oblix.condition(target, found), found, tokens), seconds)
+                said = re.findall(r"%s ([\d.]+) s" % target.id, oblix.rank(found, {}, tokens=tokens).reason)
+                self.assertEqual(said, ["%.1f" % seconds] if seconds else [])
+
+    def test_a_pace_is_learned(self):
+        pace = oblix.Pace()
+        for what, answer, firsts, rate in (
+            ("the first", (0.5, 100, 10.0), (0.5,), 10.0),
+            ("a moving average", (0.7, 200, 10.0), (0.5, 0.7), 13.0),
+            ("one token has no pace", (0.9, 1, 10.0), (0.5, 0.7, 0.9), 13.0),
+            ("nor has no time", (0.9, 100, 0.0), (0.5, 0.7, 0.9, 0.9), 13.0),
+            ("of a whole answer no first is known", (None, 130, 10.0), (0.5, 0.7, 0.9, 0.9), 13.0),
+        ):
+            with self.subTest(what):
+                pace = pace.learned(*answer)
+                self.assertEqual(pace.firsts_s, firsts)
+                self.assertAlmostEqual(pace.tokens_per_s, rate)
+        for number in range(100):
+            pace = pace.learned(float(number), 0, 0.0)
+        self.assertEqual(pace.firsts_s, tuple(map(float, range(80, 100))), "the last twenty")
+        self.assertEqual((pace.first_s(0.5), pace.first_s(0.9), pace.first_s(1.0)), (90.0, 97.0, 99.0))
+        self.assertEqual((oblix.Pace().first_s(0.9), oblix.Pace((3.0,)).first_s(0.9)), (0.0, 3.0))
+        self.assertEqual(oblix.Pace(load_s=3.0).learned(1.0, 9, 1.0).load_s, 3.0)
+
+
+class Situation:
+    """A snapshot and a request of a seed, with who must not be asked of them, and who not before the others."""
+    names = ("small", "gone", "far", "large", "spilled", "cold")    # models of the Ollama on the device
+    models = (oblix.Model("small", context=4096), oblix.Model("spilled", spilled=True), oblix.Model("far", remote=True),
+              oblix.Model("cold", cold=True, size=5), oblix.Model("large", cold=True, size=10**12))
+
+    def __init__(self, seed):
+        self.draw = draw = random.Random(seed)
+        targets = [oblix.Target(NEAR, name, LOCAL) for name in draw.sample(self.names, draw.randint(0, 3))]
+        targets += draw.sample([LOCAL_2, BOX, CLOUD_1, CLOUD_2, KEYLESS], draw.randint(0, 5))
+        draw.shuffle(targets)
+        self.only, self.tokens, self.last = draw.choice([None, None, *oblix.Side]), 200, draw.choice([None, *targets])
+        self.refusals = {target: "no tools" for target in targets if self.one_in(6)}
+        records = {target: self.record() for target in targets}
+        self.resting = {target for target, record in records.items() if record.trial or record.breaker.until > 100.0}
+        listed, measured = not self.one_in(5), not self.one_in(5)
+        known = [self.reading(LOCAL, facts={"memory_free_mb": 8000} if measured else {}),
+                 self.reading(LOCAL, NEAR, self.models if listed else None),
+                 *(self.reading(target.side, target.endpoint) for target in (LOCAL_2, BOX, CLOUD_1, CLOUD_2))]
+        self.snapshot = oblix.Snapshot(
+            tuple(reading for reading in known if not self.one_in(10) or reading.models), tuple(targets), records,
+            {target: draw.randint(1, 3) for target in targets if self.one_in(3)},
+            frozenset(target for target in targets if target.side is LOCAL and self.one_in(10)), 100.0,
+            draw.choice(["local", "cloud", "fast"]), draw.choice([1, 2]))
+        bad = {"gone", "far"} if listed else set()
+        if listed and self.snapshot.readings[0].facts.get("memory_free_mb"):
+            bad.add("large")
+        self.forbidden = {*self.refusals} | {
+            target for target in targets if target is KEYLESS or self.only not in (None, target.side)
+            or target.endpoint == NEAR and target.model in bad
+            or records[target].breaker.until > 100.0 and not records[target].breaker.last_hope}
+
+    def one_in(self, number):
+        return self.draw.randrange(number) == 0
+
+    def record(self):
+        breaker = oblix.Breaker(failures=1, until=self.draw.choice([0.0, 99.0, 100.0, 101.0, 700.0]),
+                                reason="busy (503)", last_hope=not self.one_in(3))
+        tokens_per_s, load_s = self.draw.choice([(0.0, 0.0), (30.0, 8.0)])
+        pace = oblix.Pace(self.draw.choice([(), (0.5,), (9.0, 20.0)]), tokens_per_s, load_s)
+        return oblix.Record(breaker if self.one_in(2) else oblix.Breaker(), self.one_in(10), pace=pace)
+
+    def reading(self, side, endpoint=None, models=None, facts=None):
+        level = self.draw.choice([*oblix.Level])
+        known = not self.one_in(9)
+        return oblix.Reading(side, level, "not well" if level else "", facts or {}, endpoint, models, known)
 
 
 # === 6. Providers: the contract every one keeps ======================================================================
@@ -2935,8 +3615,9 @@ class Server(Case):
             all_there.wait(5)
             return answer(Text("Hello"))(dialect, request)
         self.local.play(script)
-        for reply in at_once(ask, [(self.server, "auto")] * 16):
-            self.answered(reply, "Hello")
+        with running(self.local, self.cloud, flags=["--local-slots=16"]) as server:
+            for reply in at_once(ask, [(server, "auto")] * 16):
+                self.answered(reply, "Hello", by=self.local.target)
 
 
 def has_loopback_6():
@@ -3714,7 +4395,8 @@ class RealModel(Case):
 # the key in an error; line ends in a header; an unread body left in the pipe; a signed Content-Length; chunks for an
 # HTTP/1.0 client; events sent in batches; lines split at U+2028; a byte order mark, or no space after `data:`; TLS
 # read without looking for its own records; a 103 taken for the answer; a connection kept after a malformed chunk; all
-# idle connections tried in turn; a large body sent under one time limit; a drip of a probe awaited to its end.
+# idle connections tried in turn; a large body sent under one time limit; a drip of a probe awaited to its end; each
+# condition, comparison and number of Steady, of the probes' pauses and of losses; each cell and rule of the policy.
 
 LOST = []
 
