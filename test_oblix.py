@@ -1918,6 +1918,36 @@ class Policy(Case):
                                  for table in (oblix.TABLE, oblix.PREFER_CLOUD)
                                  for cell in itertools.product(oblix.Level, repeat=2)])
 
+    @unittest.skipUnless(README, "README.md is not here")
+    def test_the_readme_shows_every_signal_with_its_thresholds(self):
+        settings = oblix.Settings()
+        monitors = oblix.ResourceMonitor(settings), oblix.PowerMonitor(settings), oblix.GpuMonitor(settings, [])
+        hot = oblix.temperature_limits("cpu_thermal", mock.Mock(high=None, critical=None, label=""))
+        limits = [*monitors[0]._limits, monitors[1]._battery, *monitors[2]._limits,
+                  oblix.Threshold("temperature_c", "", *hot)]
+        declared = {limit.fact: tuple("%s %g" % ("down to" if limit.falling else "from", value)
+                                      for value in (limit.constrained, limit.critical)) for limit in limits}
+        cloud = {"latency_ms": ("over %g" % settings.latency_degraded_ms, ""), "error": ("", "any"),
+                 "loss_percent": ("over %g" % settings.loss_degraded_percent, "")}
+        table = README.partition("| signal, as")[2].partition("\n\n")[0]
+        rows = {name: (strained, out) for name, strained, out in re.findall(
+            r"^\| `(\w+)` \| (.*?) ?\| (.*?) ?\| .+ \|$", table, re.M)}
+        self.assertEqual(rows, {**declared, **cloud})
+
+    @unittest.skipUnless(README, "README.md is not here")
+    def test_the_readme_tells_how_long_each_fault_rests(self):
+        table = README.partition("| fault | rest")[2].partition("\n\n")[0]
+        rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", table, re.M))
+        for words, status, shown in (("unreachable", 503, (oblix.REST_S, oblix.MAX_REST_S)),
+                                     ("401", 401, (oblix.ACCOUNT_REST_S, oblix.MAX_ACCOUNT_REST_S)),
+                                     ("404", 404, (oblix.MISSING_REST_S,)), ("client's own", 400, ())):
+            [row] = [rest for fault, rest in rows.items() if words in fault]
+            self.assertEqual(row == "none", not shown)
+            numbers = [float(number) for number in re.findall(r"\d+", row)]
+            self.assertEqual(numbers, [*shown])
+            breaker = oblix.Breaker().failed(oblix.classify(status, ""), 0)
+            self.assertEqual(breaker.rest_s(0), shown[0] if shown else 0)
+
     def test_the_same_readings_always_give_the_same_decision(self):
         """And every snapshot gives a total order, no filter is ever ignored, and nothing is without a reason."""
         for seed in range(2500):
@@ -4859,6 +4889,25 @@ class Outages(Case):
             self.assertLessEqual(changes, 2, sides)
 
 
+class Burner(Case):
+    """What else the device does.  It runs by itself at the end, when the other tests leave the processor alone."""
+
+    def test_a_busy_device_leaves_answers_to_the_cloud_within_three_seconds_until_it_is_idle_again(self):
+        with Upstream(OLLAMA) as local, Upstream(OPENAI) as cloud, \
+                Process("--port=0", "--better-after-s=2", "--memory-constrained-percent=101", "--load-constrained=1e6",
+                        "--latency-degraded-ms=60000", *flags_for(local, cloud), env=env_for(local, cloud)) as server:
+            def side():
+                return ask(server).headers["x-oblix-side"]
+            eventually(lambda: side() == "local", within=30)
+            with processes(BURN, *["burner"] * os.cpu_count()), Took() as took:
+                eventually(lambda: side() == "cloud", within=10)
+            self.assertLess(took.seconds, 3.5)    # three, and the burners' start
+            eventually(lambda: side() == "local", within=20)
+            with processes(BURN, *["ollama"] * os.cpu_count()):    # Ollama's own work, and that for six seconds
+                sides = [(time.sleep(0.3), side())[1] for _ in range(20)]
+            self.assertEqual({*sides}, {"local"})
+
+
 # === 11. Server ======================================================================================================
 
 ROUTES = [  # method, path, status, a word of Allow
@@ -5346,6 +5395,24 @@ class CommandLine(Case):
             ran = command("--port", port)
             self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
             self.assertIn("port %s of ::1" % port, ran.stderr)
+
+    def test_check_tells_what_would_answer_and_why_and_exits(self):
+        with Upstream(OLLAMA) as local, Upstream(CLAUDE) as cloud:
+            rows = [(env_for(local, cloud), 0, ["ollama:llama3.2 answers now, and claude:", "local available"]),
+                    (env_for(cloud), 0, ["claude:", "nothing answers at http://127.0.0.1:1", "install Ollama"]),
+                    ({}, 1, ["nothing answers now", "Fix:", "OPENAI_API_KEY"])]
+            for (_, status, texts), ran in zip(rows, at_once(lambda env, *_: command("check", *CALM, env=env), rows)):
+                with self.subTest(texts=texts):
+                    self.assertEqual((ran.returncode, ran.stderr), (status, ""), ran.stdout)
+                    for text in texts:
+                        self.assertIn(text, ran.stdout)
+            self.assertEqual([*local.requests, *local.loads, *cloud.requests], [], "it only looks")
+
+    def test_check_loads_nothing_and_needs_no_port(self):
+        with Upstream(OLLAMA, loaded={}) as local, socket.create_server(("127.0.0.1", 0)) as taken:
+            ran = command("check", "--port=%d" % taken.getsockname()[1], *CALM, env=env_for(local))
+            self.assertEqual((ran.returncode, local.loads), (0, []), ran.stdout)
+            self.assertIn("llama3.2 is not loaded", ran.stdout)
 
     def test_in_a_program_a_mistake_is_a_usage_error_of_one_line(self):
         for flags, env, names in MISTAKES:
@@ -5923,27 +5990,33 @@ def tearDownModule():
 
 
 def load_tests(_loader, classes, _pattern):
-    """All tests, or one part of them: the tests of Outages, which mostly wait, are parts of their own."""
+    """All tests, or one part of them."""
+    def of(kind):
+        return [tests for tests in classes if isinstance(next(iter(tests), None), kind)]
+    rest = [tests for tests in classes if tests not in of((Outages, Burner))]
+    halves = unittest.TestSuite(rest[0::2]), unittest.TestSuite(rest[1::2])
+    parts = [*halves, *itertools.chain(*of(Outages)), *of(Burner)]    # those of Outages mostly wait: one part each
     part = os.environ.get("OBLIX_TEST_PART")
-    waiting = [tests for tests in classes if isinstance(next(iter(tests), None), Outages)]
-    others = [tests for tests in classes if tests not in waiting]
-    parts = [unittest.TestSuite(others[0::2]), unittest.TestSuite(others[1::2]), *itertools.chain(*waiting)]
     return unittest.TestSuite(parts if part is None else [parts[int(part)]])
 
 
-PARTS = 2 + sum(name.startswith("test_") for name in dir(Outages))
+def run_part(number):
+    """(status, output) of a part of the tests in a process of its own."""
+    command = [sys.executable, *("-W" + option for option in sys.warnoptions), str(HERE / "test_oblix.py")]
+    run = subprocess.run(command, env={**os.environ, "OBLIX_TEST_PART": str(number)}, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return abs(run.returncode), run.stdout
 
 
 def run_in_parts():
-    """Run all parts side by side.  Print what they print, and their sums."""
-    command = [sys.executable, *("-W" + option for option in sys.warnoptions), str(HERE / "test_oblix.py")]
-    runs = at_once(lambda part: subprocess.run(command, env={**os.environ, "OBLIX_TEST_PART": str(part)}, text=True,
-                                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT),
-                   [(part,) for part in range(PARTS)])
-    counts = [re.findall(r"^(\d+) passed, (\d+) failed, (\d+) skipped$", run.stdout, re.M)[-1:] for run in runs]
-    print("".join(run.stdout for run in runs))
-    print("%d passed, %d failed, %d skipped" % tuple(map(sum, zip(*(map(int, part) for part, in counts)))))
-    return max(abs(run.returncode) for run in runs)
+    """Run all parts side by side, and then the one that wants a quiet machine.  Print what they print, and sums."""
+    last = 2 + sum(name.startswith("test_") for name in dir(Outages))
+    runs = at_once(run_part, [(part,) for part in range(last)]) + [run_part(last)]
+    text = "".join(output for _, output in runs)
+    counts = re.findall(r"^(\d+) passed, (\d+) failed, (\d+) skipped$", text, re.M)
+    print(text)
+    print("%d passed, %d failed, %d skipped" % tuple(map(sum, zip(*(map(int, part) for part in counts)))))
+    return max(status for status, _ in runs)
 
 
 def main():
