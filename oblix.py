@@ -1372,11 +1372,11 @@ MONITORS: tuple[type[Monitor], ...] = (ResourceMonitor, PowerMonitor, GpuMonitor
 
 class Watch:
     """Runs the monitors, each on its own thread."""
-    apart_s = 0.25    # between two samples at least, however often one is woken
+    apart_s = 0.1    # between two samples at least, however often one is woken
 
-    def __init__(self, monitors: Sequence[Monitor], probed: Callable[[], None] = lambda: None) -> None:
-        """`probed` is called after each probe of an endpoint, on its monitor's thread."""
-        self.monitors, self._probed = tuple(monitors), probed
+    def __init__(self, monitors: Sequence[Monitor], sampled: Callable[[], None] = lambda: None) -> None:
+        """`sampled` is called after each sample, on its monitor's thread, once all monitors have had their first."""
+        self.monitors, self._after = tuple(monitors), sampled
         self._stop = threading.Event()
         self._sampled = [threading.Event() for _ in self.monitors]
         self._threads = [threading.Thread(target=self._run, args=pair, name=f"watch-{pair[0].name}", daemon=True)
@@ -1393,11 +1393,13 @@ class Watch:
             if monitor.endpoint == endpoint:
                 monitor.tell(lost)
 
-    def look(self, endpoint: Endpoint) -> None:
-        """Have an endpoint probed at once; never waits."""
+    def look(self, endpoint: Endpoint, seen: Callable[[Reading], bool]) -> None:
+        """Have an endpoint probed until its reading shows something that has just changed, for a second at most."""
+        deadline = time.monotonic() + 1
         for monitor in self.monitors:
-            if monitor.endpoint == endpoint:
+            while monitor.endpoint == endpoint and not seen(monitor.reading) and time.monotonic() < deadline:
                 monitor.wake.set()
+                self._stop.wait(0.02)
 
     def start(self) -> None:
         for thread in self._threads:
@@ -1423,14 +1425,14 @@ class Watch:
             monitor.wake.clear()
             try:
                 monitor.step(time.monotonic())
-                if monitor.endpoint:
-                    self._probed()
                 failing = False
             except Exception as error:  # whatever psutil or a platform comes up with: the last reading stays
                 if not failing:
                     log.warning("monitor %s can't read: %s: %s", monitor.name, type(error).__name__, error)
                 failing = True
             sampled.set()
+            if all(event.is_set() for event in self._sampled):
+                self._after()
             if not self._stop.wait(self.apart_s):
                 monitor.wake.wait(max(0.0, monitor.every_s() - self.apart_s))
 
@@ -2837,6 +2839,8 @@ class _Reader(io.RawIOBase):
 
     def _wait(self) -> None:
         """Return when the upstream can be read.  Raises UpstreamError at the deadline, ClientGone on a hang-up."""
+        if time.monotonic() >= self._until:    # an upstream that never pauses would not be timed otherwise
+            raise self._late()
         if isinstance(self._upstream, ssl.SSLSocket) and self._upstream.pending():
             return    # already decrypted: the socket itself would look silent
         while True:
@@ -2902,6 +2906,7 @@ class _PoolingHandler(urllib.request.AbstractHTTPHandler):
     def __init__(self) -> None:
         super().__init__()
         self._idle: dict[Any, collections.deque[tuple[socket.socket, float]]] = {}
+        self._closed = False
         self._tls: ssl.SSLContext | None = None    # made when first needed: it reads every certificate there is
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
@@ -2977,9 +2982,16 @@ class _PoolingHandler(urllib.request.AbstractHTTPHandler):
     def _release(self, place: Any, upstream: socket.socket) -> None:
         idle = self._idle.setdefault(place, collections.deque())
         idle.append((upstream, time.monotonic()))
+        if self._closed:
+            self.forget()
         with contextlib.suppress(IndexError):    # another thread was quicker
             while len(idle) > MAX_IDLE or time.monotonic() - idle[0][1] > IDLE_S:
                 idle.popleft()[0].close()
+
+    def close(self) -> None:
+        """Close the idle connections, and from now on each one that becomes idle."""
+        self._closed = True
+        self.forget()
 
     def forget(self, host: str = "") -> None:
         """Close the idle connections to a host[:port], or all of them."""
@@ -3209,7 +3221,7 @@ class Transport:
         self._kept.forget(urllib.parse.urlsplit(url).netloc)
 
     def close(self) -> None:
-        self._kept.forget()
+        self._kept.close()
 
 
 # === 8. Ledger ========================================================================================================
@@ -3409,6 +3421,10 @@ class Loader:
         """What is being loaded."""
         return frozenset(tuple(self._loads))
 
+    def under_way(self, target: Target) -> Load | None:
+        """The load of a target that has not ended."""
+        return self._loads.get(target)
+
     def begin(self, target: Target, context: int) -> Load:
         """Load a target's model for a context (0: its own), or join the load that is under way.  Does not wait."""
         fresh = Load()
@@ -3450,7 +3466,7 @@ class Gateway:
         watched = (Target(self._default_endpoints["ollama"], "", Side.LOCAL), *self._configured)
         prober = Prober(self.transport)
         self.watch = Watch([monitor for kind in MONITORS for monitor in kind.needed(settings, watched, prober)],
-                           probed=self._stand_by)
+                           sampled=self._stand_by)
 
     def close(self) -> None:
         self.watch.stop()
@@ -3496,7 +3512,7 @@ class Gateway:
         log.info("%s is loaded, %.1f s", target.id, load_s)
         self.ledger.learn_load(target, load_s)
         self.ledger.learn_context(target, context)
-        self.watch.look(endpoint)
+        self.watch.look(endpoint, lambda reading: _shows_loaded(target, context, reading))
 
     def limits(self, until: float = math.inf) -> Limits:
         """The configured limits of an exchange."""
@@ -3658,6 +3674,12 @@ class Gateway:
 
 # Codes of faults that tell of the way to an endpoint, so that it is worth a probe at once.
 _LOST = ("upstream_unreachable", "upstream_tls", "upstream_timeout", "upstream_cut")
+def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
+    """Whether a reading knows of a load that has ended."""
+    model = model_of(target, reading)
+    return model is None or not model.cold and context in (0, model.context)
+
+
 _NOTHING = "no model is configured: start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
 
 
@@ -3791,11 +3813,11 @@ class Course:
         An empty answer is a fault as long as there is another target to ask.
         """
         request, limits = self._request, self._limits(target)
-        context = self._loaded(target, limits)
+        context = self._loaded(request, target, limits)
         if request.stream:
             stream = self._stream(request, target, context, limits)
             held = _until_content(stream)
-            served = Served(target, chunks=self._relayed(target, held, stream))
+            served = Served(target, chunks=self._relayed(target, _chained(held, stream)))
         elif PROVIDERS[target.endpoint.provider].translates:
             held = list(self._stream(request, target, context, limits))
             served = Served(target, whole=fold(held))
@@ -3808,24 +3830,32 @@ class Course:
             self._ledger.learn_last(conversation_of(request), target)
         return served
 
-    def _loaded(self, target: Target, limits: Limits) -> int:
+    def _loaded(self, request: ChatRequest, target: Target, limits: Limits) -> int:
         """Have a local model in memory, for a context that is large enough, which is returned (0: its own).
 
         Raises UpstreamError where that takes too long; the load then goes on.
         """
         if target.endpoint.provider != "ollama":
             return 0
-        snapshot = self._gateway.snapshot()
-        model, context = model_of(target, reading_of(target, snapshot.readings)), 0
-        if model and not model.remote:
-            context = self._gateway.context(self._request, target, snapshot)
-            if model.cold or context not in (0, model.context):
-                self._await(self._gateway.loader.begin(target, context), limits.first_byte_s)
+        context, loader = 0, self._gateway.loader
+        for _ in range(2):    # the load that was joined may have been for a smaller context
+            load, snapshot = loader.under_way(target), self._gateway.snapshot()
+            model = model_of(target, reading_of(target, snapshot.readings))
+            if not load and model and not model.remote:
+                context = self._gateway.context(request, target, snapshot)
+                if model.cold or context not in (0, model.context):
+                    load = loader.begin(target, context)
+            if not load:
+                break
+            self._await(load, limits.first_byte_s)
         return context
 
     def _await(self, load: Load, limit_s: float) -> None:
+        """Wait for a load.  Raises UpstreamError where it fails or takes too long, ClientGone on a hang-up."""
         limit_s = min(limit_s, self._until - time.monotonic())
         done = self._client.wait(load.done, limit_s) if self._client else load.done.wait(limit_s)
+        if not done and time.monotonic() >= self._until:
+            raise time_is_up()
         if not done:
             raise UpstreamError("the model is still loading", Fault.LOADING, status=503, code="model_loading",
                                 retry_after_s=LOAD_RETRY_S)
@@ -3910,24 +3940,30 @@ class Course:
             if is_permanent(param, error):
                 self._ledger.learn_refusal(target, param)
 
-    def _relayed(self, target: Target, held: list[Chunk],
-                 stream: Generator[Chunk, None, None]) -> Generator[Chunk, None, None]:
-        """The held chunks and the rest; where they break off, with --on-cut continue, those of one more target."""
+    def _relayed(self, target: Target, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The chunks of an answer; where they break off, with --on-cut continue, those of one more target."""
         said: list[Chunk] = []
         keep = self._settings.on_cut == "continue"
-        with contextlib.closing(stream):
-            try:
-                for chunk in itertools.chain(held, stream):
+        noted = self._noted(target, chunks)
+        try:
+            with contextlib.closing(noted):
+                for chunk in noted:
                     said.extend([chunk] if keep else ())
                     yield chunk
-                self._gateway.note(target, None)
-                return
-            except UpstreamError as error:
-                self._gateway.note(target, error)
-                follower = self._follower(said, error)
-                if follower is None:
-                    raise
-        yield from follower
+        except UpstreamError as error:
+            follower = self._follower(said, error)
+            if follower is None:
+                raise
+            yield from follower
+
+    def _noted(self, target: Target, chunks: Iterator[Chunk]) -> Generator[Chunk, None, None]:
+        """The chunks, whose end or break the ledger learns of."""
+        try:
+            yield from chunks
+        except UpstreamError as error:
+            self._gateway.note(target, error)
+            raise
+        self._gateway.note(target, None)
 
     def _follower(self, said: Sequence[Chunk], error: UpstreamError) -> Iterator[Chunk] | None:
         """The rest of an answer that broke off, from the next target that gives one; None where nobody may or does."""
@@ -3936,13 +3972,18 @@ class Course:
         while request and self._queue:
             target = self._queue.popleft()
             try:
-                stream = self._stream(request, target, 0, self._limits(target))
+                limits = self._limits(target)
+                stream = self._stream(request, target, self._loaded(request, target, limits), limits)
                 held = _until_content(stream)
-            except (UpstreamError, _Overtaken) as failure:
-                log.info("%s could not continue: %s", target.id, getattr(failure, "brief", "busy"))
+                if is_empty(held):
+                    raise UpstreamError("the answer was empty", code="empty_answer")
+            except (UpstreamError, Unsupported, _Overtaken) as failure:
+                log.info("%s could not continue: %s", target.id, getattr(failure, "brief", "it can't now"))
+                if isinstance(failure, UpstreamError):
+                    self._gateway.note(target, failure)
                 continue
             log.warning("%s continues an answer that broke off: %s", target.id, error.brief)
-            return _closing(stream, continued(itertools.chain(held, stream), said[0], text, target.id))
+            return continued(self._noted(target, _chained(held, stream)), said[0], text, target.id)
         return None
 
 
@@ -3956,10 +3997,11 @@ def conversation_of(request: ChatRequest) -> int:
     return hash(tuple(text_of(message) for message in messages[:first_user + 1]))
 
 
-def _closing(stream: Generator[Chunk, None, None], chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    """The chunks, whose end or whose reader's leaving closes the stream that they come from."""
+def _chained(held: list[Chunk], stream: Generator[Chunk, None, None]) -> Iterator[Chunk]:
+    """The held chunks and the rest; whoever closes it closes the upstream."""
     with contextlib.closing(stream):
-        yield from chunks
+        yield from held
+        yield from stream
 
 
 def _listing(lines: Iterable[str]) -> str:
@@ -4079,7 +4121,8 @@ def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iter
             if held is not None:
                 held += delta.pop("content", None) or ""
                 if len(held) >= min(OVERLAP, len(text)) or choice.get("finish_reason"):
-                    delta, held = {**delta, "content": without_overlap(text, held)}, None
+                    rest, held = without_overlap(text, held), None
+                    delta.update({"content": rest} if rest else {})
             choice["delta"] = delta
         if any(choice["delta"] or choice.get("finish_reason") for choice in choices_of(chunk)) or "usage" in chunk:
             yield {**chunk, **envelope}

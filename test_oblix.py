@@ -1843,8 +1843,11 @@ class Hysteresis(Case):
         watch = oblix.Watch([oblix.ResourceMonitor(settings), *monitors])
         watch.tell(FAR, lost=True)
         self.assertEqual([monitor.wake.is_set() for monitor in watch.monitors], [False, True, False])
-        watch.look(NEAR)
+        seen = []
+        watch.look(NEAR, lambda reading: seen.append(reading) or len(seen) == 3)
         self.assertEqual([monitor.wake.is_set() for monitor in watch.monitors], [False, True, True])
+        self.assertEqual(seen, [monitors[1].reading] * 3, "it looks until it is shown what it looks for")
+
 
 # === 5. Policy =======================================================================================================
 
@@ -4439,6 +4442,1183 @@ class Breaker(Case):
             self.refused(ask(server, "openai:missing"), 404)
             self.rests(server, "openai:missing", 1, 60.0)
             self.rests(server, cloud.target, 0, 0.0)
+
+
+# --- 9. Loading, contexts, slots, patience ---------------------------------------------------------------------------
+
+ABLE = ("completion", "tools", "vision")
+
+
+def small(*scripts, trained=131072, can=ABLE, token_bytes=4, size=1 << 20, **how):
+    """An Ollama whose model is so small that it fits whatever memory is free here; without `can` it lists no abilities.
+
+    A token of context takes `token_bytes` (a multiple of 4); `trained` is the longest context.
+    """
+    listing = OLLAMA.probe()
+    for model in listing["models"]:
+        model["size"] = size
+    info = {"general.architecture": "llama", "llama.context_length": trained, "llama.block_count": token_bytes // 4,
+            "llama.attention.head_count_kv": 1, "llama.attention.key_length": 1, "llama.attention.value_length": 1}
+    details = {"model_info": info, **({"capabilities": [*can]} if can else {})}
+    return Upstream(OLLAMA, *(scripts or [answer(Text("local"))]), probe=whole(200, listing), details=details, **how)
+
+
+def cloudy(*scripts, dialect=OPENAI, **how):
+    """A cloud that says "cloud", or plays these scripts."""
+    return Upstream(dialect, *(scripts or [answer(Text("cloud"))]), **how)
+
+
+def delayed(*steps, by=None):
+    """The script that plays these steps before it begins to answer "local", or what `by` plays."""
+    return lambda dialect, request: [*steps, *(by or answer(Text("local")))(dialect, request)]
+
+
+def look(server):
+    """Have all endpoints probed now instead of in some seconds."""
+    for monitor in server.gateway.watch.monitors:
+        if monitor.endpoint:
+            monitor.wake.set()
+
+
+def report(server, upstream):
+    """What /health says of an upstream's target, once nothing is in flight."""
+    eventually(lambda: not any(target["in_flight"] for target in health(server)["targets"]))
+    return next(target for target in health(server)["targets"] if target["id"] == upstream.target)
+
+
+def known_context(server):
+    """The context that the only target is loaded with, as far as Oblix knows."""
+    target, = health(server)["targets"]
+    return target.get("context")
+
+
+def half_left(client, within=1):
+    """Leave, as far as Oblix can see, and say whether it has hung up in turn within so many seconds."""
+    client.shutdown(socket.SHUT_WR)
+    client.settimeout(within)
+    try:
+        while client.recv(65536):
+            pass
+    except socket.timeout:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+class Orchestrated(Case):
+    """What the parts below have in common."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.keep(mock.patch.object(oblix.Watch, "apart_s", 0.02))    # so that a probe comes as soon as it is asked for
+
+    def setUp(self):
+        self._pool = concurrent.futures.ThreadPoolExecutor(64)
+        self.addCleanup(self._pool.shutdown)    # the servers are closed by then, and nothing waits any more
+
+    def later(self, work, *args, **how):
+        """This work's result, while it is done on another thread."""
+        return self._pool.submit(work, *args, **how)
+
+    def waits(self, *futures, seconds=0.15):
+        """Nothing of this is done, and won't be for a while."""
+        done = concurrent.futures.wait(futures, seconds, concurrent.futures.FIRST_COMPLETED).done
+        self.assertEqual(done, set(), [future.result().body for future in done])
+
+
+class Warmth(Orchestrated):
+    """A local model that is not in memory: who has it loaded, who answers meanwhile, and that nobody aborts it."""
+
+    def loading(self, upstream):
+        """The one load that has been asked for."""
+        eventually(lambda: upstream.loads, within=2)
+        load, = upstream.loads
+        self.assertEqual((load.json["model"], load.json["messages"]), ("llama3.2", []))
+        return load
+
+    def test_a_cold_model_is_loaded_at_start(self):
+        gate = threading.Event()
+        with small(loaded={}, load=[gate]) as local, running(local) as server:
+            self.loading(local)
+            self.assertEqual(states(server), {local.target: "loading"})
+            gate.set()
+            eventually(lambda: states(server) == {local.target: "ready"})
+            self.assertEqual((len(local.loads), local.requests), (1, []))
+
+    def test_a_warm_one_is_left_alone(self):
+        with small() as local, running(local) as server:
+            seen = len(local.probes)
+            eventually(lambda: look(server) or len(local.probes) > seen + 1)
+            self.assertEqual(local.loads, [])
+
+    def test_while_it_loads_the_cloud_answers_and_the_load_goes_on(self):
+        gate = threading.Event()
+        with small(loaded={}, load=[gate]) as local, cloudy() as cloud, running(local, cloud) as server:
+            load = self.loading(local)
+            for stream in (False, True):
+                reply = ask(server, "auto", stream=stream)
+                self.answered(reply, "cloud", by=cloud.target)
+                self.assertEqual(reply.headers["x-oblix-attempts"], "1")
+                self.assertIn("loading", reply.headers["x-oblix-reason"])
+            self.assertFalse(load.hung_up.wait(0.1))
+            gate.set()
+            eventually(lambda: states(server)[local.target] == "ready")
+            self.answered(ask(server, "auto"), "local", by=local.target)
+            self.assertEqual((len(local.loads), len(local.requests)), (1, 1))
+
+    def test_without_a_cloud_all_requests_wait_for_the_one_load(self):
+        gate = threading.Event()
+        with small(loaded={}, load=[gate]) as local, running(local) as server:
+            self.loading(local)
+            later = [self.later(ask, server, model, stream=stream)
+                     for model in ("auto", "local", local.target) for stream in (False, True)]
+            self.waits(*later)
+            self.assertEqual(local.requests, [])
+            gate.set()
+            for reply in later:
+                self.answered(reply.result(), "local", by=local.target)
+            self.assertEqual((len(local.loads), len(local.requests)), (1, len(later)))
+
+    def test_a_client_that_leaves_does_not_abort_a_load_that_another_one_needs(self):
+        at_once(self.leave_while_loading, [(False,), (True,)])
+
+    def leave_while_loading(self, stream):
+        gate = threading.Event()
+        with small(loaded={}, load=[gate]) as local, running(local, flags=["--warm-up=never"]) as server, \
+                socket.create_connection(("127.0.0.1", server.port)) as leaving:
+            leaving.sendall(post(chat("auto", stream=stream)))    # it is this one that has the model loaded
+            load = self.loading(local)
+            later = self.later(ask, server, "auto", stream=stream)
+            self.waits(later)
+            self.assertTrue(half_left(leaving))
+            self.waits(later)
+            self.assertFalse(load.hung_up.is_set())
+            gate.set()
+            self.answered(later.result(), "local")
+            self.assertEqual((len(local.loads), len(local.requests)), (1, 1))    # nobody asks for who has left
+
+    def test_a_load_whose_only_client_left_goes_on(self):
+        gate = threading.Event()
+        with small(loaded={}, load=[gate]) as local, running(local, flags=["--warm-up=never"]) as server:
+            with socket.create_connection(("127.0.0.1", server.port)) as leaving:
+                leaving.sendall(post(chat("auto")))
+                load = self.loading(local)
+            self.assertFalse(load.hung_up.wait(0.4))
+            gate.set()
+            eventually(lambda: states(server)[local.target] == "ready")
+            self.assertEqual(local.requests, [])
+
+    def test_with_warm_up_never_only_a_request_for_local_has_it_loaded(self):
+        with small(loaded={}) as local, cloudy() as cloud, running(local, cloud, flags=["--warm-up=never"]) as server:
+            self.answered(ask(server, "auto"), "cloud")
+            seen = len(local.probes)
+            eventually(lambda: look(server) or len(local.probes) > seen + 1)
+            self.answered(ask(server, "auto"), "cloud")
+            self.assertEqual((states(server)[local.target], local.loads), ("cold", []))
+            self.answered(ask(server, "local"), "local")
+            self.loading(local)
+
+    def gone_cold(self, server, local):
+        """Let Ollama forget the model, as it does after five minutes."""
+        local.loaded.clear()
+        eventually(lambda: look(server) or states(server)[local.target] == "cold")
+        seen = len(local.probes)
+        eventually(lambda: look(server) or len(local.probes) > seen + 1)
+        self.assertEqual(local.loads, [])    # it may rest while the cloud is well and nobody asks
+
+    def test_it_is_loaded_again_when_the_cloud_turns_bad(self):
+        with small() as local, cloudy() as cloud, running(local, cloud) as server:
+            self.gone_cold(server, local)
+            cloud.close()
+            eventually(lambda: look(server) or local.loads)
+            eventually(lambda: states(server)[local.target] == "ready")
+            self.loading(local)
+
+    def test_it_is_loaded_again_when_the_cloud_answers_in_its_place(self):
+        with small() as local, cloudy() as cloud, running(local, cloud) as server:
+            self.gone_cold(server, local)
+            self.answered(ask(server, "auto"), "cloud")
+            self.loading(local)
+            eventually(lambda: states(server)[local.target] == "ready")
+            self.answered(ask(server, "auto"), "local")
+
+    def failing(self, *clouds):
+        """(Upstream, server) with a model that can't be loaded, local first."""
+        local = small(loaded={}, load=[*whole(500, OLLAMA.error("llama runner process has terminated")), CLOSE])
+        return local, running(local, *clouds, flags=[*DEGRADED, "--warm-up=never"])
+
+    def test_a_load_that_fails_moves_on_and_the_model_rests(self):
+        for stream in (False, True):
+            local, server = self.failing(cloud := cloudy())
+            with self.subTest(stream=stream), local, cloud, server as server:
+                reply = ask(server, "auto", stream=stream)
+                self.answered(reply, "cloud", by=cloud.target)
+                self.assertEqual(reply.headers["x-oblix-attempts"], "2")
+                self.assertIn(local.target, reply.headers["x-oblix-reason"])
+                told = report(server, local)
+                self.assertEqual((told["state"], told["failures"]), ("resting", 1))
+                self.answered(ask(server, "auto"), "cloud")
+                self.assertEqual((len(local.loads), local.requests), (1, []))
+
+    def test_a_load_that_fails_is_told_when_nobody_else_is_there(self):
+        local, server = self.failing()
+        with local, server as server:
+            for reply in at_once(ask, [(server, "auto"), (server, "local"), (server, local.target)]):
+                self.refused(reply, 500, "terminated")
+            self.assertEqual(local.requests, [])
+
+    def test_a_long_load_moves_on_after_patience_and_is_nobodys_fault(self):
+        gate = threading.Event()
+        flags = [*DEGRADED, "--warm-up=never", "--patience-s=0.2"]
+        with small(loaded={}, load=[gate]) as local, cloudy() as cloud, running(local, cloud, flags=flags) as server:
+            for stream in (False, True):
+                with Took() as took:
+                    reply = ask(server, "auto", stream=stream)
+                self.answered(reply, "cloud", by=cloud.target)
+                self.assertLess(0.15, took.seconds)
+                self.assertLess(took.seconds, 1)
+                self.assertIn("loading", reply.headers["x-oblix-reason"])
+            load = self.loading(local)
+            told = report(server, local)
+            self.assertEqual((told["state"], told["failures"], told["rest_s"]), ("loading", 0, 0))
+            self.assertFalse(load.hung_up.is_set())
+            gate.set()
+            eventually(lambda: states(server)[local.target] == "ready")
+            self.answered(ask(server, "auto"), "local")
+
+    def test_a_model_that_would_not_fit_in_memory_is_left_out(self):
+        with small(loaded={}, size=10**15) as local, cloudy() as cloud, running(local, cloud) as server:
+            eventually(lambda: states(server)[local.target] == "too large")    # the memory is looked at, too
+            self.answered(ask(server, "auto"), "cloud")
+            self.refused(ask(server, "local"), 503, local.target)
+            self.refused(ask(server, "local"), 503, "would not fit")
+            cloud.close()
+            self.refused(ask(server, "auto"), 503, "would not fit")
+            self.assertEqual((local.loads, local.requests), ([], []))
+
+    def test_none_is_loaded_before_it_is_known_whether_it_fits(self):
+        known, sample = threading.Event(), oblix.ResourceMonitor.sample
+        self.addCleanup(known.set)
+
+        def late(monitor):
+            known.wait(5)
+            return sample(monitor)
+        with mock.patch.object(oblix.ResourceMonitor, "sample", late), small(loaded={}, size=10**15) as large, \
+                running(large, probed=False) as server:
+            eventually(lambda: large.probes)
+            self.assertFalse(known.wait(0.1))
+            self.assertEqual(large.loads, [])
+            known.set()
+            eventually(lambda: states(server)[large.target] == "too large")
+            self.assertEqual(large.loads, [])
+
+    def test_a_large_model_that_is_in_memory_has_fitted(self):
+        with small(size=10**15) as local, running(local) as server:
+            seen = len(local.probes)
+            eventually(lambda: look(server) or len(local.probes) > seen + 1)
+            self.answered(ask(server, "auto"), "local")
+
+
+LONG = talk(user("a " * 4500))    # 9,000 bytes
+STEPS = [  # the context that the model is trained for, that it is loaded with, bytes of prompt, fields -> num_ctx
+    (131072, 4096, 2, {}, None), (131072, 4096, 9_000, {}, None), (131072, 32768, 40_000, {}, None),
+    (131072, 4096, 15_000, {}, 8192), (131072, 4096, 40_000, {}, 16384), (131072, 8192, 60_000, {}, 32768),
+    (131072, 4096, 500_000, {}, 131072), (6000, 4096, 15_000, {}, 6000),
+    (131072, 4096, 9_000, {"max_tokens": 3000}, 8192), (131072, 4096, 9_000, {"max_tokens": 2**31 - 1}, 8192),
+    (131072, 2048, 9_000, {}, 4096), (2048, 2048, 9_000, {}, None),    # it is full-sized, and Ollama counts exactly
+    (131072, 4096, 40_000, {"options": {"num_ctx": 2048}}, 2048), (131072, 4096, 2, {"options": {"num_ctx": 99}}, 99),
+    (0, 4096, 40_000, {}, None),    # nothing is known of it
+]
+
+
+class Contexts(Orchestrated):
+    """Whether the prompt fits the local model: its context is enlarged in few steps, or the model is left out."""
+
+    def step(self, trained, loaded, size, fields, _expected):
+        """(num_ctx that the request carries, the options of each load before it)."""
+        before = []
+
+        def script(dialect, request):
+            before.extend(load.json.get("options") for load in local.loads)
+            return answer(Text("local"))(dialect, request)
+        with small(script, trained=trained, loaded={"llama3.2:latest": {"context_length": loaded}}) as local, \
+                running(local) as server:
+            self.answered(ask(server, "auto", **talk(user("a" * size)), **fields), "local")
+            return local.last.json.get("options", {}).get("num_ctx"), before
+
+    def test_the_context_grows_in_steps_and_the_model_is_loaded_with_it_first(self):
+        for row, (sent, loads) in zip(STEPS, at_once(self.step, STEPS)):
+            with self.subTest(row):
+                *_, fields, expected = row
+                ours = expected and "options" not in fields    # the client's own wish is the client's affair
+                self.assertEqual((sent, loads), (expected, [{"num_ctx": expected}] if ours else []))
+
+    def test_a_larger_context_stays(self):
+        """Leaving it out in the next request, or asking for less, would load the model once more."""
+        self.stays(lambda server, context: eventually(lambda: look(server) or known_context(server) == context))
+
+    def test_it_stays_before_ollama_has_said_that_it_is_larger(self):
+        """A load has ended only when /api/ps tells of it, so the next request in a row can't undo it."""
+        self.stays(lambda server, context: None)
+
+    def stays(self, told):
+        """Ask for short and long answers in turn; `told(server, context)` is called after each."""
+        with small() as local, running(local) as server:
+            for size, expected in [(2, None), (15_000, 8192), (2, 8192), (9_000, 8192), (40_000, 16384),
+                                   (15_000, 16384), (2, 16384)]:
+                self.answered(ask(server, "auto", **talk(user("a" * size))), "local")
+                self.assertEqual(local.last.json.get("options", {}).get("num_ctx"), expected, size)
+                told(server, expected or 4096)
+            self.assertEqual([load.json["options"] for load in local.loads], [{"num_ctx": 8192}, {"num_ctx": 16384}])
+
+    def test_a_hopeless_prompt_is_for_somebody_else(self):
+        with small(trained=1000, loaded={"llama3.2:latest": {"context_length": 1000}}) as local, cloudy() as cloud, \
+                running(local, cloud) as server:
+            for stream in (False, True):
+                reply = ask(server, "auto", stream=stream, **LONG)
+                self.answered(reply, "cloud", by=cloud.target)
+                self.assertEqual(reply.headers["x-oblix-attempts"], "1")
+                for name in ("local", local.target):
+                    self.refused(ask(server, name, stream=stream, **LONG), 400, param="messages",
+                                 code="context_length_exceeded")
+                self.refused(ask(server, "local", stream=stream, **LONG), 400, local.target)
+            self.assertEqual((local.requests, local.loads, report(server, local)["failures"]), ([], [], 0))
+            self.answered(ask(server, "auto"), "local")
+
+    def test_a_context_that_memory_is_too_small_for_is_left_out(self):
+        with small(token_bytes=4 * 10**9) as local, cloudy() as cloud, running(local, cloud) as server:
+            eventually(lambda: "memory_free_mb" in health(server)["local"]["facts"])
+            long = talk(user("a" * 40_000))
+            self.answered(ask(server, "auto", **long), "cloud")
+            self.refused(ask(server, "local", **long), 400, "memory", code="context_length_exceeded")
+            self.answered(ask(server, "local", **talk(user("a" * 15_000))), "local")    # it may fit as it is
+            self.assertEqual((local.loads, local.last.json.get("options")), ([], None))
+
+    def test_what_ollama_itself_finds_too_long_moves_on(self):
+        too_long = whole(400, OLLAMA.error("the prompt is longer than the context length currently available (4096)"))
+        with small(too_long) as local, cloudy() as cloud, running(local, cloud) as server:
+            for stream in (False, True):
+                reply = ask(server, "auto", stream=stream)
+                self.answered(reply, "cloud", by=cloud.target)
+                self.assertEqual(reply.headers["x-oblix-attempts"], "2")
+                self.refused(ask(server, "local", stream=stream), 400, code="context_length_exceeded")
+            cloud.play(whole(400, OPENAI.error("Too long.", "invalid_request_error", "context_length_exceeded",
+                                               "messages")))
+            for stream in (False, True):
+                reply = ask(server, "auto", stream=stream)
+                self.refused(reply, 400, param="messages", code="context_length_exceeded")
+                for upstream in (local, cloud):
+                    self.assertIn(upstream.target, reply.error["message"])
+            for upstream in (local, cloud):
+                told = report(server, upstream)
+                self.assertEqual((told["state"], told["failures"]), ("ready", 0))
+
+    def test_a_model_that_lacks_what_the_request_needs_is_left_out(self):
+        picture, tools = talk(user(part("What is it?"), image(PNG_URL))), {"tools": TOOLS}
+        rows = [(("completion",), picture, "vision"), (("completion", "tools"), picture, "vision"),
+                (("completion", "vision"), tools, "tools"), (("completion",), {**picture, **tools}, "vision")]
+        for can, fields, lacking in rows:
+            with self.subTest(can, lacking=lacking), small(can=can) as local, cloudy() as cloud, \
+                    running(local, cloud) as server:
+                reply = ask(server, "auto", **fields)
+                self.answered(reply, "cloud", by=cloud.target)
+                self.assertEqual(reply.headers["x-oblix-attempts"], "1")
+                reply = ask(server, "local", **fields)
+                self.refused(reply, 400, local.target)
+                self.assertIn(lacking, reply.error["message"])
+                self.assertEqual((local.requests, report(server, local)["failures"]), ([], 0))
+                self.answered(ask(server, "auto"), "local")
+
+    def test_one_that_can_or_does_not_say_what_it_can_is_asked(self):
+        for can in (ABLE, None):
+            with self.subTest(can), small(can=can) as local, cloudy() as cloud, running(local, cloud) as server:
+                for fields in (talk(user(part("What is it?"), image(PNG_URL))), {"tools": TOOLS}):
+                    self.answered(ask(server, "auto", **fields), "local")
+                self.assertEqual(cloud.requests, [])
+
+    def test_when_nobody_can_the_error_lists_each_and_why(self):
+        with small(can=["completion"]) as local, cloudy(dialect=CLAUDE) as cloud, running(local, cloud) as server:
+            for stream in (False, True):
+                reply = ask(server, "auto", stream=stream, tools=TOOLS, logprobs=True)
+                self.refused(reply, 400, "%s: the model has no tools" % local.target)
+                self.refused(reply, 400, cloud.target + ": ")
+                self.assertIn("logprobs", reply.error["message"])
+            self.assertEqual((local.requests, cloud.requests), ([], []))
+
+
+class Slots(Orchestrated):
+    """What the local model answers at once; the rest overflows to the cloud or, without one, waits its turn."""
+
+    @contextlib.contextmanager
+    def one_in_flight(self, *clouds, stream=False, flags=()):
+        """(server, local, gate, the first one's reply): a request is being answered by local until the gate opens."""
+        gate = threading.Event()
+        with small(delayed(gate), answer(Text("local"))) as local, running(local, *clouds, flags=flags) as server:
+            first = self.later(ask, server, "auto", stream=stream)
+            local.next_request()
+            yield server, local, gate, first
+
+    def test_the_second_overflows_and_a_later_one_is_local_again(self):
+        for stream in (False, True):
+            with self.subTest(stream=stream), cloudy() as cloud, \
+                    self.one_in_flight(cloud, stream=stream) as (server, local, gate, first):
+                for _ in range(2):
+                    reply = ask(server, "auto", stream=stream)
+                    self.answered(reply, "cloud", by=cloud.target)
+                    self.assertIn("busy", reply.headers["x-oblix-reason"])
+                    self.assertEqual(reply.headers["x-oblix-attempts"], "1")
+                gate.set()
+                self.answered(first.result(), "local")
+                for _ in range(3):
+                    self.answered(ask(server, "auto", stream=stream), "local")
+                self.assertEqual((len(local.requests), len(cloud.requests)), (4, 2))
+
+    def test_without_a_cloud_they_queue_at_the_local_server(self):
+        with cloudy() as gone:
+            gone.close()
+            for clouds in ((), (gone,)):
+                with self.subTest(clouds=len(clouds)), self.one_in_flight(*clouds) as (server, local, gate, first):
+                    local.play(delayed(gate))
+                    others = [self.later(ask, server, model, stream=stream)
+                              for model in ("auto", "local") for stream in (False, True)]
+                    for _ in others:
+                        local.next_request()    # all of them are there: Ollama has the queue
+                    gate.set()
+                    for reply in (first, *others):
+                        self.answered(reply.result(), "local")
+
+    def test_local_slots(self):
+        with cloudy() as cloud, self.one_in_flight(cloud, flags=["--local-slots=2"]) as (server, local, gate, first):
+            local.play(delayed(gate))
+            second = self.later(ask, server, "auto")
+            local.next_request()
+            self.answered(ask(server, "auto"), "cloud")
+            gate.set()
+            for reply in (first, second):
+                self.answered(reply.result(), "local")
+
+    @contextlib.contextmanager
+    def planned_at_once(self, count=2):
+        """So many requests make their plans before the first of them goes to anybody."""
+        together, plan = threading.Barrier(count), oblix.Gateway.plan
+
+        def planned(gateway, request):
+            made = plan(gateway, request)
+            together.wait(5)
+            return made
+        with mock.patch.object(oblix.Gateway, "plan", planned):
+            yield
+
+    def test_two_in_the_same_instant_do_not_both_take_the_only_slot(self):
+        for stream in (False, True):
+            gate = threading.Event()
+            with self.subTest(stream=stream), small(delayed(gate)) as local, cloudy() as cloud, \
+                    running(local, cloud) as server, self.planned_at_once():
+                both = [self.later(ask, server, "auto", stream=stream) for _ in range(2)]
+                done, waiting = concurrent.futures.wait(both, 5, concurrent.futures.FIRST_COMPLETED)
+                self.assertEqual((len(done), len(waiting)), (1, 1))
+                self.answered(done.pop().result(), "cloud")
+                self.waits(*waiting)
+                gate.set()
+                self.answered(waiting.pop().result(), "local")
+                self.assertEqual((len(local.requests), len(cloud.requests)), (1, 1))
+                for upstream in (local, cloud):
+                    told = report(server, upstream)
+                    self.assertEqual((told["state"], told["failures"]), ("ready", 0))
+
+    def test_one_that_was_overtaken_waits_its_turn_when_the_cloud_fails(self):
+        with small() as local, cloudy(whole(500, OPENAI.error("No."))) as cloud, running(local, cloud) as server:
+            gate = threading.Event()
+            local.play(delayed(gate))
+            with self.planned_at_once():
+                both = [self.later(ask, server, "auto") for _ in range(2)]
+                for _ in both:
+                    local.next_request()
+                gate.set()
+                for reply in both:
+                    self.answered(reply.result(), "local")
+            self.assertEqual(len(cloud.requests), 1)
+
+    def test_many_in_the_same_instant_without_a_cloud_are_all_local(self):
+        with small() as local, running(local) as server, self.planned_at_once(4):
+            for reply in [self.later(ask, server, "auto", stream=bool(number % 2)) for number in range(4)]:
+                self.answered(reply.result(), "local")
+
+
+def endless(pause):
+    """The script of a stream that says "Hel" again and again with this pause between (0.0: none)."""
+    def script(dialect, request):
+        events = dialect.events(HELLO, request.json)
+        hel = next(event for event in events if b"Hel" in event)
+        steps = [chunk(hel), pause] if pause else [chunk(hel) * 20]
+        return itertools.chain([dialect.head, *map(chunk, events[:events.index(hel)])], itertools.cycle(steps))
+    return script
+
+
+def pausing(*pauses):
+    """The script of "lo" and "cal" with these pauses: before the head, before content, within it."""
+    def script(dialect, request):
+        events = dialect.events(Saying((Text("lo"), Text("cal")), "stop", 9, 7), request.json)
+        first = next(at for at, event in enumerate(events) if b"lo" in event)
+        before, inside, amid = pauses
+        return [before, dialect.head, *map(chunk, events[:first]), inside, chunk(events[first]), amid,
+                *map(chunk, events[first + 1:]), b"0\r\n\r\n"]
+    return script
+
+
+TIMED = ["--request-timeout-s=0.4"]
+SLOW = [  # a slow local model where nobody else could answer: as it is asked, streamed or not, whether a cloud is there
+    ("auto", False, False), ("auto", True, False), ("auto", False, True), ("auto", True, True), ("local", True, True),
+    ("named", False, True),
+]
+SILENT = [
+    ("before the head", [HANG], False), ("before the head", [HANG], True), ("before content", faulty(HANG), True),
+]
+TOO_LATE = [  # where a request is when its time is over: the local script, whether streamed, more flags
+    *((*row, []) for row in SILENT), ("in a whole answer", faulty(HANG, after=True), False, []),
+    ("in a whole answer that flows", endless(0.01), False, []),
+    ("at the second target", [CLOSE], False, []), ("at the second target", [CLOSE], True, []),
+    ("at the second target after patience", [HANG], True, ["--patience-s=0.2"]),
+]
+TOO_LATE_IN_BAND = [("silent", faulty(HANG, after=True)), ("flowing", endless(0.01)), ("flooding", endless(0.0))]
+
+
+class Patience(Orchestrated):
+    """How long a client waits, and for whom.  All of it is waited for at once; each test looks at its share."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        rows = [(work, row) for work, rows in [
+            (cls.left_silent, SILENT), (cls.waited_for, SLOW), (cls.begun, [()]), (cls.too_late, TOO_LATE),
+            (cls.while_it_loads, [(False,), (True,)]), (cls.while_connecting, [(False,), (True,)]),
+            (cls.too_late_in_band, TOO_LATE_IN_BAND)] for row in rows]
+        outcomes = at_once(lambda work, row: work(*row), rows)
+        cls.seen = [(work, row, outcome) for (work, row), outcome in zip(rows, outcomes)]
+
+    def each(self, work, check):
+        """Check what came of each row of this work."""
+        for done, row, outcome in self.seen:
+            if done == work:
+                with self.subTest(row):
+                    check(*outcome)
+
+    @staticmethod
+    def left_silent(_where, script, stream):
+        with small(script) as local, cloudy() as cloud, running(local, cloud, flags=["--patience-s=0.3"]) as server:
+            with Took() as took:
+                reply = ask(server, "auto", stream=stream)
+            return reply, took.seconds, report(server, local), local.last.hung_up.wait(1)
+
+    def test_a_silent_local_is_left_after_patience_where_another_one_could_answer(self):
+        def check(reply, seconds, told, hung_up):
+            self.answered(reply, "cloud")
+            self.assertTrue(0.25 < seconds < 2, seconds)
+            self.assertEqual((told["state"], told["failures"]), ("resting", 1))
+            self.assertTrue(hung_up)
+        self.each(self.left_silent, check)
+
+    @staticmethod
+    def waited_for(model, stream, cloud_there):
+        with small(delayed(0.4)) as local, cloudy() as cloud, \
+                running(local, *[cloud] * cloud_there, flags=["--patience-s=0.1"]) as server:
+            if model == "auto" and cloud_there:
+                cloud.close()
+                eventually(lambda: look(server) or states(server)[cloud.target] == "unreachable")
+            with Took() as took:
+                reply = ask(server, local.target if model == "named" else model, stream=stream)
+            return reply, took.seconds
+
+    def test_where_nobody_else_could_answer_it_does_not_count(self):
+        def check(reply, seconds):
+            self.answered(reply, "local")
+            self.assertGreater(seconds, 0.35)
+        self.each(self.waited_for, check)
+
+    @staticmethod
+    def begun():
+        with small(pausing(0.0, 0.0, 0.5)) as local, cloudy() as cloud, \
+                running(local, cloud, flags=["--patience-s=0.3"]) as server:
+            return ask(server, "auto", stream=True), cloud.requests
+
+    def test_what_has_begun_may_pause_for_longer(self):
+        def check(reply, asked):
+            self.answered(reply, "local")
+            self.assertEqual(asked, [])
+        self.each(self.begun, check)
+
+    @staticmethod
+    def too_late(where, script, stream, flags):
+        clouds = [cloudy([HANG])] if "second" in where else []
+        with contextlib.ExitStack() as stack:
+            local, *clouds = [stack.enter_context(upstream) for upstream in (small(script), *clouds)]
+            server = stack.enter_context(running(local, *clouds, flags=[*TIMED, *flags]))
+            with Took() as took:
+                reply = ask(server, "auto", stream=stream)
+            return reply, took.seconds, report(server, (clouds or [local])[0])
+
+    def test_the_time_for_a_whole_request_ends_it_before_content(self):
+        def check(reply, seconds, told):
+            self.refused(reply, 504, "--request-timeout-s", code="request_timeout")
+            self.assertEqual(reply.headers["x-should-retry"], "false")
+            self.assertTrue(0.35 < seconds < 2, seconds)
+            self.assertEqual(told["failures"], 0)    # of the target at which it was
+        self.each(self.too_late, check)
+
+    @staticmethod
+    def while_it_loads(stream):
+        with small(loaded={}, load=[HANG]) as local, running(local, flags=TIMED) as server:
+            eventually(lambda: local.loads)
+            with Took() as took:
+                reply = ask(server, "auto", stream=stream)
+            return reply, took.seconds, report(server, local), local.loads[0].hung_up.is_set()
+
+    def test_it_ends_one_that_waits_for_a_load(self):
+        def check(reply, seconds, told, load_aborted):
+            self.refused(reply, 504, code="request_timeout")
+            self.assertEqual(reply.headers["x-should-retry"], "false")
+            self.assertTrue(0.35 < seconds < 2, seconds)
+            self.assertEqual((told["state"], told["failures"], load_aborted), ("loading", 0, False))
+        self.each(self.while_it_loads, check)
+
+    @staticmethod
+    def while_connecting(stream):
+        with socket.create_server(("127.0.0.1", 0)) as deaf:    # it takes the connection, and never says a word of TLS
+            env = {"OPENAI_BASE_URL": "https://127.0.0.1:%d/v1" % deaf.getsockname()[1], "OPENAI_API_KEY": "k",
+                   "OLLAMA_HOST": "127.0.0.1:1"}
+            with running(flags=[*TIMED, "--cloud-model=openai:gpt-test"], env=env, probed=False) as server, \
+                    Took() as took:
+                reply = ask(server, "auto", stream=stream)
+            return reply, took.seconds
+
+    def test_it_ends_one_that_is_being_connected(self):
+        def check(reply, seconds):
+            self.refused(reply, 504)
+            self.assertTrue(0.35 < seconds < 1.5, seconds)
+        self.each(self.while_connecting, check)
+
+    @staticmethod
+    def too_late_in_band(_how, script):
+        with small(script) as local, running(local, flags=TIMED) as server:
+            with Took() as took, asking(server, "auto", stream=True) as response:
+                reply = brief(response, 2)
+            return reply, took.seconds, report(server, local), local.last.hung_up.wait(1)
+
+    def test_it_ends_a_stream_in_band(self):
+        def check(reply, seconds, told, hung_up):
+            self.broken_off(reply, "Hel" * joined_text(reply).count("Hel"))
+            self.assertEqual(reply.error["code"], "request_timeout")
+            self.assertTrue(0.35 < seconds < 1.9, seconds)
+            self.assertEqual((told["state"], told["failures"]), ("ready", 0))
+            self.assertTrue(hung_up)
+        self.each(self.too_late_in_band, check)
+
+
+COMMENT = b": keep-alive\n\n"
+LATE_END, LATE_ERROR = [0.2, CLOSE], [0.2, *whole(500, OLLAMA.error("overheated"))]
+LATE_CLOUD = delayed(0.2, by=answer(Text("cloud")))
+SILENCES = {  # the local model's script, what else is special about it, the cloud's script, whether streamed
+    "before the head": (pausing(0.3, 0.0, 0.0), {}, None, True),
+    "before content": (pausing(0.0, 0.3, 0.0), {}, None, True),
+    "in mid-stream": (pausing(0.0, 0.0, 0.3), {}, None, True),
+    "while it loads": (answer(Text("local")), {"loaded": {}, "load": [0.6]}, None, True),
+    "cut, then the cloud": (LATE_END, {}, LATE_CLOUD, True),
+    "error, then the cloud": (LATE_ERROR, {}, LATE_CLOUD, True),
+    "both cut": (LATE_END, {}, LATE_END, True), "nobody else": (LATE_END, {}, None, True),
+    "refused": (LATE_ERROR, {}, None, True),
+    "none, as it flows": (answer(*[Text("a")] * 50), {}, None, True),
+    "whole": (delayed(0.2), {}, None, False), "whole, cut": (LATE_END, {}, None, False),
+}
+
+
+class KeepAlive(Orchestrated):
+    """A streaming client hears something in a long silence, which commits to nothing but the status.
+
+    The constants are read where they are used: here a long silence is a twentieth of a second.
+    """
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.keep(mock.patch.multiple(oblix, KEEP_ALIVE_S=0.05, BEAT_S=0.02))
+        cls.replies = dict(zip(SILENCES, at_once(cls.silent, SILENCES.values())))
+
+    @staticmethod
+    def silent(script, how, cloud, stream):
+        """The reply to one request."""
+        with contextlib.ExitStack() as stack:
+            upstreams = [small(script, **how), *([cloudy(cloud)] if cloud else [])]
+            for upstream in upstreams:
+                stack.enter_context(upstream)
+            return ask(stack.enter_context(running(*upstreams)), "auto", stream=stream)
+
+    def kept_alive(self, name, least, text=None):
+        """The reply: it has so many keep-alives at least, each an event of its own, and says this without a fault."""
+        reply = self.replies[name]
+        if text:
+            self.answered(reply, text)
+            self.assertEqual([delta["role"] for delta in reply.deltas if "role" in delta], ["assistant"])
+            self.assertEqual(len({(piece["id"], piece["model"]) for piece in reply.chunks}), 1)
+        events = reply.body.split(b"\n\n")
+        self.assertGreaterEqual(events.count(COMMENT.strip()), least, reply.body)
+        self.assertEqual({event for event in events if not event.startswith(b"data: ")} - {b""}, {COMMENT.strip()})
+        return reply
+
+    def test_a_silence_before_content(self):
+        for name in ("before the head", "before content"):
+            with self.subTest(name):
+                reply = self.kept_alive(name, 3, "local")
+                self.assertTrue(reply.body.startswith(COMMENT * 3))
+
+    def test_a_silence_in_mid_stream(self):
+        reply = self.kept_alive("in mid-stream", 3, "local")
+        self.assertLess(reply.body.index(b'"lo"'), reply.body.index(COMMENT))
+        self.assertLess(reply.body.rindex(COMMENT), reply.body.index(b'"cal"'))
+
+    def test_a_silence_while_the_model_loads(self):
+        self.kept_alive("while it loads", 2, "local")
+
+    def test_another_one_can_still_answer(self):
+        for name in ("cut, then the cloud", "error, then the cloud"):
+            with self.subTest(name):
+                reply = self.kept_alive(name, 4, "cloud")
+                self.assertEqual({piece["model"] for piece in reply.chunks}, {"openai:gpt-test"})
+
+    def test_a_total_failure_is_told_in_band(self):
+        for name, targets in [("nobody else", ["ollama:llama3.2"]), ("refused", []),
+                              ("both cut", ["ollama:llama3.2", "openai:gpt-test"])]:
+            with self.subTest(name):
+                reply = self.kept_alive(name, 2)
+                self.assertEqual((reply.status, reply.streamed, reply.cut, len(reply.events)), (200, True, True, 1))
+                self.shaped(reply.error)
+                for target in targets:
+                    self.assertIn(target, reply.error["message"])
+        self.assertIn("overheated", self.replies["refused"].error["message"])
+
+    def test_a_whole_answer_gets_none(self):
+        self.answered(self.replies["whole"], "local")
+        self.assertNotIn(b"keep-alive", self.replies["whole"].body)
+        self.refused(self.replies["whole, cut"], {502, 503})
+
+    def test_a_stream_that_flows_gets_none(self):
+        reply = self.replies["none, as it flows"]
+        self.answered(reply, "a" * 50)
+        self.assertNotIn(COMMENT, reply.body)
+
+    def test_an_http_1_0_client_gets_them_as_well(self):
+        with small(delayed(0.2)) as local, running(local) as server:
+            head, _, body = raw(server, post(chat("auto", stream=True), version="1.0")).partition(b"\r\n\r\n")
+            self.assertNotIn(b"chunked", head)
+            self.assertTrue(body.startswith(COMMENT))
+            self.assertTrue(body.endswith(b"\n\ndata: [DONE]\n\n"), body)
+
+    def test_the_openai_sdk_is_not_disturbed(self):
+        openai = sdk()
+        with small(pausing(0.2, 0.0, 0.2)) as local, running(local) as server, \
+                openai.OpenAI(base_url=server.url + "/v1", api_key="placeholder", max_retries=0) as client:
+            with client.chat.completions.create(stream=True, **chat("auto")) as stream:
+                said = [piece.choices[0].delta.content or "" for piece in stream]
+            self.assertEqual("".join(said), "local")
+            local.play(delayed(0.2, by=lambda dialect, _: whole(500, dialect.error("overheated"))))
+            with self.assertRaisesRegex(openai.APIError, "overheated"), \
+                    client.chat.completions.create(stream=True, **chat("auto")) as stream:
+                list(stream)
+
+
+def joined_text(reply):
+    return "".join(delta.get("content") or "" for delta in reply.deltas)
+
+
+def brief(response, seconds):
+    """The reply, read for so many seconds at most: what comes may have no end."""
+    until = time.monotonic() + seconds
+
+    class Bounded:
+        status, headers = response.status, response.headers
+
+        @staticmethod
+        def read1(size):
+            return response.read1(size) if time.monotonic() < until else b""
+    return Reply(Bounded)
+
+
+class Leaving(Orchestrated):
+    """A client that leaves in the less simple situations frees the upstream within a second, and no thread stays."""
+
+    @contextlib.contextmanager
+    def leaves(self, server, stream=True):
+        """A client's socket with a request in progress; at the end of the block it leaves, and its threads must end."""
+        before = threading.active_count()
+        with socket.create_connection(("127.0.0.1", server.port), 5) as client:
+            client.sendall(post(chat("auto", stream=stream)))
+            yield client
+        eventually(lambda: threading.active_count() <= before, within=1)
+
+    def until(self, client, words, seen=b""):
+        """Read until the client has seen this."""
+        while words not in seen:
+            piece = client.recv(65536)
+            self.assertTrue(piece, seen)
+            seen += piece
+
+    def test_while_keep_alives_are_sent(self):
+        for script in ([HANG], faulty(HANG), faulty(HANG, after=True)):
+            with self.subTest(script=script), mock.patch.multiple(oblix, KEEP_ALIVE_S=0.1, BEAT_S=0.05), \
+                    small(script) as local, cloudy() as cloud, running(local, cloud) as server:
+                with self.leaves(server) as client:
+                    self.until(client, COMMENT)
+                self.assertTrue(local.last.hung_up.wait(1))
+                self.assertEqual((report(server, local)["failures"], cloud.requests), (0, []))
+
+    def test_when_the_second_target_is_at_it(self):
+        for script, stream in itertools.product(([HANG], faulty(HANG), faulty(HANG, after=True)), (False, True)):
+            with self.subTest(script=script, stream=stream), small([CLOSE]) as local, cloudy(script) as cloud, \
+                    running(local, cloud) as server:
+                with self.leaves(server, stream):
+                    request = cloud.next_request()
+                self.assertTrue(request.hung_up.wait(1))
+                self.assertEqual(report(server, cloud)["failures"], 0)
+
+    def test_while_another_one_continues(self):
+        for script in ([HANG], cut("o, world!" * 50, by=HANG)):
+            with self.subTest(script=script), small(cut("Hell")) as local, cloudy(script) as cloud, \
+                    running(local, cloud, flags=["--on-cut=continue"]) as server:
+                with self.leaves(server) as client:
+                    request = cloud.next_request()
+                    self.until(client, b"world" if script != [HANG] else b"Hell")
+                self.assertTrue(request.hung_up.wait(1))
+                self.assertEqual(report(server, cloud)["failures"], 0)
+
+    def test_one_of_two_that_share_a_model(self):
+        with small([HANG], answer(Text("local"))) as local, running(local) as server:
+            with self.leaves(server):
+                request = local.next_request()
+                self.answered(ask(server, "auto"), "local")
+            self.assertTrue(request.hung_up.wait(1))
+            self.assertEqual(report(server, local)["failures"], 0)
+
+
+def cut(*texts, by=CLOSE, think=None):
+    """The script of a stream that says these texts, each in a piece of its own, and then breaks off."""
+    pieces = [*([Think(think)] if think else []), *map(Text, texts)]
+
+    def script(dialect, request):
+        events = dialect.events(Saying(pieces, "stop", 9, 7), request.json)
+        words = json.dumps(texts[-1], ensure_ascii=False)[1:-1].encode()
+        last = max(at for at, event in enumerate(events) if words in event)
+        return [dialect.head, *map(chunk, events[:last + 1]), by]
+    return script
+
+
+CONTINUE = ["--on-cut=continue"]
+NOT_CONTINUED = [  # fields of a request whose answer nobody else can go on with
+    {"tools": TOOLS}, {"response_format": {"type": "json_object"}}, {"logprobs": True},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}},
+    {"tools": TOOLS, "tool_choice": "none"},
+]
+NO_HINDRANCE = [  # fields that say what is so without them
+    {}, {"tools": []}, {"n": 1}, {"logprobs": False}, {"response_format": {"type": "text"}}, {"tools": None},
+    {"temperature": 0.5, "seed": 1, "stop": ["###"]},
+]
+OVERLAPS = [  # said, what the follower says -> what is new in it
+    ("Hello, wor", "ld!", "ld!"), ("Hello, wor", "", ""), ("", "ld!", "ld!"),
+    ("The quick brown fox", "brown fox jumps", " jumps"), ("The quick brown fox", "quick brown fox", ""),
+    ("The quick brown fox", "The quick brown fox jumps", " jumps"),
+    ("The quick brown fox", "fox jumps", "fox jumps"),    # three characters repeat by chance
+    ("ab" * 20, "ab" * 20 + "c", "c"), ("a" * 500, "a" * 200 + "b", "b"), ("12345678", "12345678", ""),
+    ("1234567", "1234567", "1234567"), ("x12345678", "12345678 and 12345678", " and 12345678"),
+    ("Grüße, 🎈🎈🎈 Welt", "🎈🎈🎈 Welt! Ja", "! Ja"), ("said something", "something else", " else"),
+    ("said something", "Something else", "Something else"), ("one two three ", "two three four", "four"),
+    ("one two three", " two three four", " four"),
+]
+
+
+class Continued(Orchestrated):
+    """--on-cut continue: an answer in plain text that breaks off is carried on, once, by the next target."""
+
+    @contextlib.contextmanager
+    def both(self, script, *scripts, flags=CONTINUE, local=small, **how):
+        """(server, local, clouds): a local model that plays this, and clouds that play these."""
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(local(script))
+            clouds = [stack.enter_context(cloudy(one, dialect=dialect))
+                      for one, dialect in zip(scripts, (OPENAI, CLAUDE))]
+            yield stack.enter_context(running(first, *clouds, flags=flags, **how)), first, clouds
+
+    def marks(self, reply):
+        return [piece["oblix"] for piece in reply.chunks if "oblix" in piece]
+
+    def test_an_answer_that_breaks_off_is_continued_as_one(self):
+        rest = answer(Text("world"), Text("!"), usage=(20, 3))
+        for by in (CLOSE, RESET, HANG):
+            with self.subTest(by=by), \
+                    self.both(cut("Hello, ", by=by), rest, flags=CONTINUE + HASTY) as (server, local, (cloud,)):
+                reply = ask(server, "auto", stream=True, stream_options={"include_usage": True},
+                            **talk(user("One"), {"role": "assistant", "content": "Two"}, user("Three")))
+                self.answered(reply, "Hello, world!")
+                self.assertEqual([delta["role"] for delta in reply.deltas if "role" in delta], ["assistant"])
+                self.assertEqual(len({(piece["id"], piece["created"], piece["object"]) for piece in reply.chunks}), 1)
+                self.assertEqual({piece["model"] for piece in reply.chunks}, {local.target})
+                self.assertEqual(reply.headers["x-oblix-model"], local.target)
+                self.assertEqual(self.marks(reply), [{"continued_by": cloud.target}])
+                *pieces, last = reply.chunks
+                self.assertEqual([piece for piece in pieces if piece.get("usage")], [])
+                self.assertEqual((last["choices"], last["usage"]["completion_tokens"] >= 3), ([], True))
+                self.assertEqual([piece["choices"][0]["finish_reason"] for piece in pieces if piece["choices"]],
+                                 [None] * (len(pieces) - 1) + ["stop"])
+                self.assertEqual(reply.events[-1], "[DONE]")
+                *before, said, instruction = cloud.last.json["messages"]
+                self.assertEqual([message["content"] for message in before], ["One", "Two", "Three"])
+                self.assertEqual((said["role"], said["content"]), ("assistant", "Hello, "))
+                self.assertEqual(instruction["role"], "user")
+                self.assertRegex(instruction["content"], "(?i)continue")
+                self.assertEqual((len(local.requests), len(cloud.requests)), (1, 1))
+                self.assertEqual(report(server, local)["failures"], 1)
+
+    def test_every_dialect_can_be_continued_and_can_continue(self):
+        rows = list(itertools.product((OLLAMA, OPENAI, CLAUDE), repeat=2))
+        for (first, second), reply in zip(rows, at_once(self.continued, rows)):
+            with self.subTest(first=first.name, second=second.name):
+                self.answered(reply, "Hello, world!")
+                self.assertEqual([delta["role"] for delta in reply.deltas if "role" in delta], ["assistant"])
+                self.assertEqual(len(self.marks(reply)), 1)
+
+    def continued(self, first, second):
+        """The reply where one dialect's answer is cut, and another's model continues."""
+        place = {OLLAMA: "@{url}", OPENAI: "@{url}/v1", CLAUDE: "@{url}"}
+        with Upstream(first, cut("Hello, ", "wor"), side="cloud", target="{0.name}:llama3.2" + place[first]) as one, \
+                Upstream(second, answer(Text("ld"), Text("!")), side="cloud",
+                         target="{0.name}:hf.co/org/tiny:Q4" + place[second]) as other, \
+                running(one, other, flags=CONTINUE, env={"OLLAMA_HOST": "127.0.0.1:1"}, probed=False) as server:
+            return ask(server, "cloud", stream=True)
+
+    def test_what_was_said_already_is_not_said_again(self):
+        rows = [("The quick brown fox jumps", ["quick brown", " fox jumps", " over"], " over"),
+                ("The quick brown fox jumps", ["The quick brown fox jumps over"], " over"),
+                ("The quick brown fox jumps", [*"brown fox jumps over"], " over"),
+                ("The quick brown fox jumps", [" over"], " over"),
+                ("The quick brown fox jumps", ["quick brown fox jumps"], ""),
+                ("Word " * 100, ["Word " * 20, "and"], "and"), ("Hi", ["Hi there"], "Hi there")]
+        for said, pieces, more in rows:
+            with self.subTest(said=said[:30], pieces=pieces), \
+                    self.both(cut(said), answer(*map(Text, pieces))) as (server, *_):
+                self.answered(ask(server, "auto", stream=True), said + more)
+
+    def test_without_overlap(self):
+        for said, more, expected in OVERLAPS:
+            with self.subTest(said=said[:30], more=more[:30]):
+                self.assertEqual(oblix.without_overlap(said, more), expected)
+
+    def test_the_budget_of_tokens_is_what_is_left_of_it(self):
+        words = [f"word{number} " for number in range(10)]
+        for name in ("max_tokens", "max_completion_tokens"):
+            with self.subTest(name), self.both(cut(*words), answer(Text("end"))) as (server, _, (cloud,)):
+                self.answered(ask(server, "auto", stream=True, **{name: 50}), "".join(words) + "end")
+                self.assertIn(cloud.last.json[name], range(38, 42))
+            with self.subTest(name + " used up"), self.both(cut(*words), answer(Text("end"))) as (server, _, (cloud,)):
+                self.broken_off(ask(server, "auto", stream=True, **{name: 10}), "".join(words))
+                self.assertEqual(cloud.requests, [])
+
+    def test_never_where_another_one_could_not_go_on(self):
+        rows = [(fields, cut("Hello, ")) for fields in NOT_CONTINUED]
+        rows += [({}, cut("Hello, ", think="Hm.")), ({"reasoning_effort": "high"}, cut("Hello, ", think="Hm."))]
+        for (fields, _), (reply, asked) in zip(rows, at_once(self.cut_off, rows)):
+            with self.subTest(fields):
+                self.assertEqual(joined_text(reply), "Hello, ")
+                self.assertIn("error", json.loads(reply.events[-1]))
+                self.assertTrue(reply.cut)
+                self.assertEqual((asked, self.marks(reply)), (0, []))
+
+    def cut_off(self, fields, script):
+        """(reply, requests at the cloud) of a request with these fields, to which local plays this."""
+        with self.both(script, answer(Text("world!"))) as (server, _, (cloud,)):
+            return ask(server, "auto", stream=True, **fields), len(cloud.requests)
+
+    def test_what_says_nothing_hinders_nothing(self):
+        rows = [(fields, cut("Hello, ")) for fields in NO_HINDRANCE]
+        for (fields, _), (reply, asked) in zip(rows, at_once(self.cut_off, rows)):
+            with self.subTest(fields):
+                self.answered(reply, "Hello, world!")
+                self.assertEqual(asked, 1)
+
+    def test_never_for_more_than_one_choice_or_while_a_tool_is_called(self):
+        def called(dialect, request):
+            events = dialect.events(Saying((Text("Hel"), Call("call_1", "find", {"q": "a"})), "tool_calls", 9, 7),
+                                    request.json)
+            last = max(at for at, event in enumerate(events) if b"find" in event)
+            return [dialect.head, *map(chunk, events[:last + 1]), CLOSE]
+        for script, fields in [(cut("Hel"), {"n": 2}), (called, {})]:
+            with self.subTest(fields), cloudy(script, target="openai:one@{url}/v1") as one, \
+                    cloudy(target="openai:other@{url}/v1") as other, running(one, other, flags=CONTINUE) as server:
+                reply = ask(server, "cloud", stream=True, **fields)
+                self.assertEqual(joined_text(reply), "Hel")
+                self.assertTrue(reply.cut and reply.error)
+                self.assertEqual(other.requests, [])
+
+    def test_it_is_one_hop(self):
+        with self.both(cut("Hello, "), cut("wor"), answer(Text("ld!"))) as (server, _, (second, third)):
+            reply = ask(server, "auto", stream=True)
+            self.assertTrue(reply.cut and reply.error)
+            self.assertIn(joined_text(reply), ("Hello, ", "Hello, wor"))
+            self.assertEqual((len(second.requests), third.requests), (1, []))
+            self.assertEqual(report(server, second)["failures"], 1)
+
+    def test_a_follower_that_fails_before_content_is_no_hop(self):
+        with self.both(cut("Hello, "), whole(500, OPENAI.error("No.")), answer(Text("world!"))) as (server, _, clouds):
+            reply = ask(server, "auto", stream=True)
+            self.answered(reply, "Hello, world!")
+            self.assertEqual(self.marks(reply), [{"continued_by": clouds[1].target}])
+            self.assertEqual(report(server, clouds[0])["failures"], 1)
+
+    def test_where_nobody_can_the_break_is_told(self):
+        for scripts in ([], [whole(500, OPENAI.error("No."))], [[CLOSE]], [answer()]):
+            with self.subTest(scripts=scripts), self.both(cut("Hello, "), *scripts) as (server, *_):
+                reply = ask(server, "auto", stream=True)
+                self.broken_off(reply, "Hello, ")
+                self.assertEqual(self.marks(reply), [])
+
+    def test_with_on_cut_error_there_is_nothing_of_it(self):
+        for flags in ([], ["--on-cut=error"]):
+            with self.subTest(flags), \
+                    self.both(cut("Hello, "), answer(Text("world!")), flags=flags) as (server, _, (cloud,)):
+                self.broken_off(ask(server, "auto", stream=True), "Hello, ")
+                self.assertEqual(cloud.requests, [])
+
+    def test_a_prompt_for_local_or_for_one_model_never_goes_to_another(self):
+        with self.both(cut("Hello, "), answer(Text("world!"))) as (server, local, (cloud,)):
+            for name in ("local", local.target, "llama3.2"):
+                self.broken_off(ask(server, name, stream=True), "Hello, ")
+            self.assertEqual(cloud.requests, [])
+
+    def test_the_follower_is_loaded_with_its_context_like_any_other(self):
+        with cloudy(cut("Hello, ")) as cloud, small(answer(Text("world!")), loaded={}) as local, \
+                running(local, cloud, flags=[*CONTINUE, *CRITICAL, "--warm-up=never"]) as server:
+            self.answered(ask(server, "auto", stream=True, **talk(user("a" * 15_000))), "Hello, world!")
+            self.assertEqual([load.json["options"] for load in local.loads], [{"num_ctx": 8192}])
+            self.assertEqual(local.last.json["options"]["num_ctx"], 8192)
+
+
+MARKER = "the-marker-of-the-secret-prompt"
+SECRET = talk(user("Keep it: " + MARKER))
+STRANDED = [  # how local is when it is asked: its script, the rest of its Upstream, flags, fields of the request
+    ("well", answer(Text("local")), {}, [], {}),
+    ("cut", faulty(CLOSE, after=True), {}, CONTINUE, {}), ("reset", faulty(RESET, after=True), {}, CONTINUE, {}),
+    ("silent", [HANG], {}, [*HASTY, "--patience-s=0.2"], {}), ("closed", [CLOSE], {}, CONTINUE, {}),
+    ("overheated", whole(500, OLLAMA.error("overheated")), {}, [], {}),
+    ("full", whole(503, OLLAMA.error("server busy")), {}, [], {}),
+    ("critical", answer(Text("local")), {}, CRITICAL, {}),
+    ("cold", answer(Text("local")), {"loaded": {}, "load": [0.2]}, ["--patience-s=0.1"], {}),
+    ("not loaded", answer(Text("local")), {"loaded": {}, "load": [CLOSE]}, [], {}),
+    ("not pulled", whole(404, OLLAMA.error("model not found")), {}, [], {}),
+    ("too large", answer(Text("local")), {"loaded": {}, "size": 10**15}, ["--warm-up=never"], {}),
+    ("too long", answer(Text("local")), {"trained": 1000}, [], talk(user(MARKER * 400))),
+    ("too long for it", whole(400, OLLAMA.error("the prompt is longer than the context length")), {}, [], {}),
+    ("unable", answer(Text("local")), {"can": ["completion"]}, [], {"tools": TOOLS}),
+    ("two answers", answer(Text("local")), {}, [], {"n": 2}),
+    ("empty", answer(), {}, CONTINUE, {}), ("late", [HANG], {}, TIMED, {}),
+]
+UNASKED = {"too large", "too long", "unable", "two answers", "not loaded"}    # no prompt is sent at all
+
+
+class Wires:
+    """What every socket of this process sends, by the port that it is sent to."""
+    ways = ("send", "sendall", "sendmsg", "sendto", "sendfile")
+
+    def __init__(self):
+        self.sent = {}    # (peer's port, our port) -> bytes
+
+    @contextlib.contextmanager
+    def watched(self):
+        with contextlib.ExitStack() as stack:
+            for kind, name in [*((socket.socket, name) for name in self.ways),
+                               *((ssl.SSLSocket, name) for name in (*self.ways, "write"))]:
+                stack.enter_context(mock.patch.object(kind, name, self._spy(getattr(kind, name), name)))
+            yield self
+
+    def _spy(self, send, name):
+        def spied(sock, data, *args, **options):
+            pieces = data if name == "sendmsg" else [data.read() if name == "sendfile" else data]
+            if name == "sendfile":
+                data.seek(0)
+            with contextlib.suppress(OSError):
+                way = sock.getpeername()[1], sock.getsockname()[1]
+                self.sent[way] = self.sent.get(way, b"") + b"".join(map(bytes, pieces))
+            return send(sock, data, *args, **options)
+        return spied
+
+    def ports(self, words):
+        """The ports to which this was sent."""
+        return {peer for (peer, _), data in list(self.sent.items()) if words.encode() in data}
+
+
+class Privacy(Orchestrated):
+    """`local` is the privacy switch: whatever happens to the local model, no byte of the prompt goes elsewhere."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.keep(mock.patch.object(oblix, "SECOND_TRY_S", 0.05))
+
+    def stranded(self, name, script, how, flags, fields):
+        """(the local port, the clouds' ports, what the clouds were asked) of requests that must stay here."""
+        with small(script, **how) as local, cloudy() as one, cloudy(dialect=CLAUDE) as other, \
+                running(local, one, other, flags=flags) as server:
+            if name == "too large":
+                eventually(lambda: states(server)[local.target] == "too large")
+            body = {**SECRET, **fields}
+            asked = [self.later(ask, server, model, stream=stream, **body)
+                     for model in ("local", local.target) for stream in (False, True)]
+            for reply in asked:
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    reply.result()
+            return local.port, {one.port, other.port}, one.requests + other.requests
+
+    def test_a_prompt_for_local_stays_on_the_device_whatever_happens(self):
+        with Wires().watched() as wires:
+            outcomes = at_once(self.stranded, STRANDED)
+        saw = wires.ports(MARKER)
+        for (name, *_), (local, clouds, asked) in zip(STRANDED, outcomes):
+            with self.subTest(name):
+                self.assertEqual((saw & clouds, asked), (set(), []))
+                self.assertIn(local, saw | {local} if name in UNASKED else saw)    # or the watch is blind
+
+    def test_nor_does_one_for_a_local_model_that_is_gone_or_busy(self):
+        with Wires().watched() as wires, small([HANG], answer(Text("local"))) as local, cloudy() as cloud, \
+                running(local, cloud, flags=CONTINUE) as server:
+            asked = [{**SECRET, "stream": stream} for stream in (False, True)]
+            busy = self.later(ask, server, "local")
+            local.next_request()
+            for body in asked:
+                self.answered(ask(server, "local", **body), "local")
+            self.assertIn(local.port, wires.ports(MARKER))
+            local.close()
+            for body in asked:
+                self.refused(ask(server, "local", **body), 503, local.target)
+            eventually(lambda: look(server) or states(server)[local.target] == "unreachable")
+            for body in asked:
+                self.refused(ask(server, "local", **body), 503, local.target)
+            self.assertIn(busy.result().status, (502, 503))
+            self.assertEqual(wires.ports(MARKER), {local.port, server.port})
+            self.assertEqual(cloud.requests, [])
+
+    def test_the_watch_would_see_it(self):
+        """With `auto` the same prompt does go to a cloud."""
+        with Wires().watched() as wires, small([CLOSE]) as local, cloudy() as cloud, running(local, cloud) as server:
+            self.answered(ask(server, "auto", **SECRET), "cloud")
+            self.assertEqual(wires.ports(MARKER), {local.port, cloud.port, server.port})
+
+
+class PrivacyOverTls(Orchestrated):
+    setUpClass = TransportOverTls.__dict__["setUpClass"]
+
+    def test_the_watch_sees_what_tls_is_given_to_encrypt(self):
+        with Wires().watched() as wires, small([CLOSE]) as local, cloudy(tls=self.tls) as cloud, \
+                running(local, cloud) as server:
+            self.refused(ask(server, "local", **SECRET), {502, 503})
+            self.assertEqual((wires.ports(MARKER), cloud.requests), ({local.port, server.port}, []))
+            self.answered(ask(server, "auto", **SECRET), "cloud")
+            self.assertEqual(wires.ports(MARKER), {local.port, cloud.port, server.port})
 
 
 # --- 9. Outages ------------------------------------------------------------------------------------------------------
