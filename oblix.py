@@ -3461,6 +3461,7 @@ class Gateway:
         self.ledger, self.transport, self.loader = Ledger(), Transport(), Loader(self._load)
         self._warmed = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._configured = configured_targets(settings)
+        self.replicated = len({(target.side, target.model) for target in self._configured}) < len(self._configured)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         # Ollama is watched in any case: whatever it has installed can be asked for by name
         watched = (Target(self._default_endpoints["ollama"], "", Side.LOCAL), *self._configured)
@@ -3560,8 +3561,7 @@ class Gateway:
         if request.model not in ("auto", "local", "cloud"):
             return self._plan_of_one(request, snapshot)
         refusals = self._refusals(request, snapshot)
-        replicated = len({(target.side, target.model) for target in snapshot.targets}) < len(snapshot.targets)
-        last = self.ledger.last_of(conversation_of(request)) if replicated else None
+        last = self.ledger.last_of(conversation_of(request)) if self.replicated else None
         tokens = min(request.most_tokens(TYPICAL_TOKENS), TYPICAL_TOKENS)
         plan = rank(snapshot, {target: refused.message for target, refused in refusals.items()},
                     None if request.model == "auto" else Side(request.model), tokens, last)
@@ -3713,9 +3713,12 @@ class _Failure(NamedTuple):
     at: float    # by time.monotonic
 
     def may_be_back(self) -> bool:
-        """Whether the target was gone, and that long enough ago: others took their time to fail, too."""
-        return (self.error.code in ("upstream_unreachable", "upstream_cut")
-                and time.monotonic() - self.at >= SECOND_TRY_S)
+        """Whether the target was gone, and that long enough ago: others took their time to fail, too.
+
+        Or its model was still loading: then it is the one to wait for.
+        """
+        gone = self.error.code in ("upstream_unreachable", "upstream_cut")
+        return self.error.fault is Fault.LOADING or gone and time.monotonic() - self.at >= SECOND_TRY_S
 
 
 class _Overtaken(Exception):
@@ -3762,12 +3765,12 @@ class Course:
 
     def _warm_up(self) -> None:
         """While the cloud answers in the place of a cold local model, that model is loaded for the next request."""
-        wanted = self._settings.warm_up == "auto" and self._settings.prefer != "cloud"
-        for target in self._plan.order[1:] if wanted else ():
-            found = self._plan.conditions[target]
-            if found.state == "cold" and found.level < Level.OUT:
-                self._gateway.loader.begin(target, 0)
-                break
+        order = self._plan.order
+        local = next((target for target in order if target.side is Side.LOCAL), None)
+        if local and order[0].side is Side.CLOUD and self._settings.prefer != "cloud":
+            found = self._plan.conditions[local]
+            if self._settings.warm_up == "auto" and found.state == "cold" and found.level < Level.OUT:
+                self._gateway.loader.begin(local, 0)
 
     def _next(self) -> Target | None:
         """The next target to try: of the order, and when that is over of the last hope."""
@@ -3826,7 +3829,7 @@ class Course:
             served = Served(target, whole=held[0])
         if self._queue and is_empty(held):
             raise UpstreamError("the answer was empty", code="empty_answer")
-        if not self._named:
+        if self._gateway.replicated:
             self._ledger.learn_last(conversation_of(request), target)
         return served
 
@@ -3842,13 +3845,21 @@ class Course:
             load, snapshot = loader.under_way(target), self._gateway.snapshot()
             model = model_of(target, reading_of(target, snapshot.readings))
             if not load and model and not model.remote:
-                context = self._gateway.context(request, target, snapshot)
+                context = self._context(request, target, snapshot)
                 if model.cold or context not in (0, model.context):
                     load = loader.begin(target, context)
             if not load:
                 break
             self._await(load, limits.first_byte_s)
         return context
+
+    def _context(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> int:
+        """As Gateway.context, for a plan that is under way.  Raises UpstreamError."""
+        try:
+            return self._gateway.context(request, target, snapshot)
+        except Unsupported as error:
+            raise UpstreamError(error.message, Fault.TOO_LONG, status=error.status, type=error.type, code=error.code,
+                                param=error.param, retry=False) from None
 
     def _await(self, load: Load, limit_s: float) -> None:
         """Wait for a load.  Raises UpstreamError where it fails or takes too long, ClientGone on a hang-up."""
@@ -3977,7 +3988,7 @@ class Course:
                 held = _until_content(stream)
                 if is_empty(held):
                     raise UpstreamError("the answer was empty", code="empty_answer")
-            except (UpstreamError, Unsupported, _Overtaken) as failure:
+            except (UpstreamError, _Overtaken) as failure:
                 log.info("%s could not continue: %s", target.id, getattr(failure, "brief", "it can't now"))
                 if isinstance(failure, UpstreamError):
                     self._gateway.note(target, failure)

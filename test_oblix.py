@@ -4580,6 +4580,25 @@ class Warmth(Orchestrated):
                 self.answered(reply.result(), "local", by=local.target)
             self.assertEqual((len(local.loads), len(local.requests)), (1, len(later)))
 
+    def test_where_the_cloud_then_fails_the_request_waits_for_the_load(self):
+        gate = threading.Event()
+        with small(loaded={}, load=[gate]) as local, cloudy(whole(503, OPENAI.error("Later."))) as cloud, \
+                running(local, cloud, flags=["--patience-s=0.1", *DEGRADED]) as server:
+            later = [self.later(ask, server, "auto", stream=stream) for stream in (False, True)]
+            eventually(lambda: cloud.requests)
+            self.waits(*later)
+            gate.set()
+            for reply in later:
+                self.answered(reply.result(), "local", by=local.target)
+
+    def test_a_second_local_model_is_not_loaded_while_the_first_one_answers(self):
+        second = "--local-model=ollama:hf.co/org/tiny:Q4"
+        with small(loaded={"llama3.2:latest": {}}) as local, running(local, flags=[second]) as server:
+            self.assertEqual(states(server), {local.target: "ready", "ollama:hf.co/org/tiny:Q4": "cold"})
+            for _ in range(3):
+                self.answered(ask(server, "auto"), "local", by=local.target)
+            self.assertEqual(local.loads, [])
+
     def test_a_client_that_leaves_does_not_abort_a_load_that_another_one_needs(self):
         at_once(self.leave_while_loading, [(False,), (True,)])
 
