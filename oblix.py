@@ -177,7 +177,6 @@ class Model:
     """A model that an endpoint says it has.  Zero and None mean that it does not say."""
     name: str
     created: int = 0                    # unix seconds
-    chats: bool = True                  # False for embedding models
     remote: bool = False                # an Ollama name that is answered by ollama.com
     digest: str = ""
     size: int = 0                       # bytes on disk: about what its weights take in memory
@@ -188,6 +187,11 @@ class Model:
     context: int = 0                    # tokens that it is loaded for
     gpu_share: float | None = None      # of a loaded model, 0 to 1
     spilled: bool = False               # mostly on the CPU now, and was on the GPU before
+
+    @property
+    def chats(self) -> bool:
+        """False for embedding models."""
+        return "completion" in self.can if self.can else "embed" not in self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +241,7 @@ class Condition:
     reason: str = ""
     level: Level = Level.GOOD
     use: Use = Use.YES
+    may_load: bool = True    # whether the device is well enough to load it, were it cold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +252,9 @@ class Plan:
     last_hope: tuple[Target, ...] = ()
     left_out: tuple[tuple[Target, str], ...] = ()
     conditions: Mapping[Target, Condition] = dataclasses.field(default_factory=dict)    # of all of them
+
+
+MAX_RETRY_AFTER_S = 600.0
 
 
 class OblixError(Exception):
@@ -261,7 +269,8 @@ class OblixError(Exception):
         self.message, self.param = message, param
         self.code, self.status, self.type = code or self.code, status or self.status, type or self.type
         self.retry = retry                      # x-should-retry; None leaves it to the client
-        self.retry_after_s = retry_after_s      # seconds an upstream asked us to wait
+        # seconds an upstream asked us to wait; a service that asks for more is looked at once in a while
+        self.retry_after_s = None if retry_after_s is None else min(retry_after_s, MAX_RETRY_AFTER_S)
 
 
 class BadRequest(OblixError):
@@ -1295,9 +1304,11 @@ class ConnectivityMonitor(Monitor):
         self._models: tuple[Model, ...] | None = None    # kept while it does not answer
         self._best_share: dict[str, float] = {}          # model -> the most of it that was seen on the GPU
         self._pause_s = self.soonest_s
+        self._answered = False                           # it has answered a request since a probe found it out
 
     def sample(self) -> Json:
         facts: Json = {"url": self._watched.base_url}
+        answered, self._answered = self._answered, False
         try:
             probe = self._fetch(self._watched)
             facts.update(status=probe.status, latency_ms=round(probe.latency_ms, 1))
@@ -1305,6 +1316,7 @@ class ConnectivityMonitor(Monitor):
             self._models = self._models if models is None else models
         except UpstreamError as error:
             facts["error"] = error.brief
+        facts.update({"answers": True} if answered and "error" in facts else {})
         self._count("error" in facts)
         facts["loss_percent"] = round(100.0 * sum(self._lost) / self.window, 1)
         return {**facts, "models": self._models}
@@ -1326,8 +1338,8 @@ class ConnectivityMonitor(Monitor):
 
     def _verdict(self, facts: Json) -> tuple[Level, str]:
         where = self._watched.base_url.split("//")[1]
-        if "error" in facts:
-            return Level.OUT, f"{where}: {facts['error']}"
+        if "error" in facts:    # a key that must not list models, or a server that can't, may answer all the same
+            return Level.STRAINED if "answers" in facts else Level.OUT, f"{where}: {facts['error']}"
         if facts["status"] == 401:    # 403 may just mean that this key must not list models
             return Level.OUT, f"{where}: its key was refused"
         if self.side is Side.LOCAL:     # on the device neither latency nor loss says anything about the network
@@ -1345,6 +1357,7 @@ class ConnectivityMonitor(Monitor):
 
     def tell(self, lost: bool) -> None:
         self._count(lost)
+        self._answered = not lost and self._fresh.level is Level.OUT
         if lost or self._fresh.level is Level.OUT:
             self._pause_s = self.soonest_s
             self.wake.set()
@@ -1401,6 +1414,13 @@ class Watch:
                 monitor.wake.set()
                 self._stop.wait(0.02)
 
+    def first(self, endpoint: Endpoint) -> threading.Event:
+        """What is set once an endpoint has been probed; at once for one that is not watched."""
+        for monitor, sampled in zip(self.monitors, self._sampled):
+            if monitor.endpoint == endpoint:
+                return sampled
+        return _SET
+
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
@@ -1437,6 +1457,10 @@ class Watch:
                 monitor.wake.wait(max(0.0, monitor.every_s() - self.apart_s))
 
 
+_SET = threading.Event()
+_SET.set()
+
+
 # === 5. Policy ========================================================================================================
 # uses: 1; pure
 # Which target first?  Decides from a snapshot of the readings and of what requests have shown.  It has no clock and no
@@ -1445,7 +1469,6 @@ class Watch:
 REST_S, MAX_REST_S = 1.0, 60.0                      # after a fault, doubled for each further one in a row
 ACCOUNT_REST_S, MAX_ACCOUNT_REST_S = 600.0, 3600.0    # a person must act: not soon
 MISSING_REST_S = 60.0                               # the model may be pulled or named rightly at any time
-MAX_RETRY_AFTER_S = 600.0                           # a service that asks for more is looked at once in a while
 
 _RESTS = {Fault.DOWN: (REST_S, MAX_REST_S), Fault.BUSY: (REST_S, MAX_REST_S),
           Fault.ACCOUNT: (ACCOUNT_REST_S, MAX_ACCOUNT_REST_S), Fault.MISSING: (MISSING_REST_S, MISSING_REST_S)}
@@ -1475,7 +1498,7 @@ class Breaker:
         resting = self.rest_s(now) > 0
         failures = self.failures if resting else self.failures + 1
         rest_s = min(first_s * 2.0 ** min(failures - 1, 60), most_s)
-        asked_s = min(error.retry_after_s or 0.0, MAX_RETRY_AFTER_S)
+        asked_s = error.retry_after_s or 0.0
         hopeless = error.fault is Fault.ACCOUNT or asked_s > 0 or resting and not self.last_hope
         return Breaker(failures, max(self.until, now + max(rest_s, asked_s)), error.brief, error.fault, not hopeless)
 
@@ -1535,7 +1558,7 @@ def condition(target: Target, snapshot: Snapshot) -> Condition:
     reading, breaker = reading_of(target, snapshot.readings), snapshot.record(target).breaker
     model = model_of(target, reading)
     blocked = _obstacle(target, reading, model, snapshot.readings)
-    if blocked:
+    if blocked and not (blocked[0] == "too large" and target in snapshot.loading):    # its load takes that memory
         return Condition(*blocked, Level.OUT, Use.NO)
     resting = breaker.rest_s(snapshot.now) > 0
     if resting or snapshot.record(target).trial:
@@ -1548,9 +1571,10 @@ def condition(target: Target, snapshot: Snapshot) -> Condition:
         return Condition("unreachable", reading.reason, level)
     state, burden = _burden(target, model, snapshot)
     if burden:
-        return Condition(state, "; ".join([*reasons, burden]), Level(min(level + 1, Level.OUT)))
-    known = reading is not None and reading.known
-    return Condition("ready" if known else "unknown", "; ".join(reasons), level)
+        worse = Level.OUT if state in ("cold", "loading") else Level(min(level + 1, Level.OUT))
+        return Condition(state, "; ".join([*reasons, burden]), worse, may_load=level < Level.OUT)
+    known = state != "ready" or reading is not None and reading.known
+    return Condition(state if known else "unknown", "; ".join(reasons), level, may_load=level < Level.OUT)
 
 
 def reading_of(target: Target, readings: Iterable[Reading]) -> Reading | None:
@@ -1611,18 +1635,23 @@ def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
 
 
 def _burden(target: Target, model: Model | None, snapshot: Snapshot) -> tuple[str, str]:
-    """(state, why a local target now acts one level worse than its readings, or "")."""
+    """(state, why a local target now acts worse than its readings say, or "")."""
     if target.side is Side.CLOUD:
         return "ready", ""
+    load_s = snapshot.record(target).pace.load_s
+    quick = 0 < load_s < (math.inf if snapshot.prefer == "fast" else QUICK_LOAD_S)    # `predicted_s` has it anyway
     if target in snapshot.loading:
-        return "loading", f"{target.model} is loading"
+        return "loading", "" if quick else f"{target.model} is loading"
     if model and model.cold:
-        return "cold", f"{target.model} is not loaded"
+        return "cold", "" if quick else f"{target.model} is not loaded"
     if snapshot.in_flight.get(target, 0) >= snapshot.slots:
         return "busy", "busy"
     if model and model.spilled:
         return "ready", f"{target.model} went from GPU to CPU"
     return "ready", ""
+
+
+QUICK_LOAD_S = 3.0    # a load that takes no longer is not worth leaving the device for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2269,7 +2298,7 @@ class Ollama(Provider):
         return super().refused_parameter(error, payload)
 
     def models(self, listing: Json) -> tuple[Model, ...] | None:
-        found = [Model(str(item["name"]), created_at(item.get("modified_at")), self._chats(item),
+        found = [Model(str(item["name"]), created_at(item.get("modified_at")),
                        is_remote(str(item["name"])) or bool(item.get("remote_host")), str(item.get("digest") or ""),
                        int(item.get("size") or 0), _able(item))
                  for item in listing.get("models") or []]
@@ -2314,22 +2343,18 @@ class Ollama(Provider):
             raise Unsupported(f"the prompt has over {size // 8} tokens, and its context {model.max_context}",
                               param="messages", code="context_length_exceeded")
         answer = min(request.most_tokens(512), 4096)
-        now = model.context or DEFAULT_CONTEXT
+        now = model.context or asked or DEFAULT_CONTEXT
         if size // 3 + answer <= now:    # English has 4 bytes a token, code and other languages about 3
             return now if now == asked else 0
-        wanted = min(next((step for step in CONTEXTS if step >= size // 3 + answer), CONTEXTS[-1]),
-                     model.max_context)
-        if free is None or (wanted - now) * model.token_bytes <= free:
+        wanted = max(now, min(next((step for step in CONTEXTS if step >= size // 3 + answer), CONTEXTS[-1]),
+                              model.max_context))
+        # the size of a loaded model is with its context, and `free` counts it as free
+        if free is None or model.size + (wanted - model.context) * model.token_bytes <= free:
             return wanted if wanted > now or wanted == asked else 0
         if size // 5 + answer <= now:    # it may fit all the same; Ollama counts exactly, and refuses if not
             return 0
         raise Unsupported(f"a context of {wanted} tokens does not fit in memory", param="messages",
                           code="context_length_exceeded")
-
-    @staticmethod
-    def _chats(item: Json) -> bool:
-        able = _able(item)
-        return "completion" in able if able else "embed" not in item["name"]
 
 
 DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
@@ -2787,14 +2812,20 @@ class Client:
 
     def wait(self, event: threading.Event, limit_s: float) -> bool:
         """Whether something of ours has happened within the limit; the client may leave meanwhile."""
-        deadline, watched = time.monotonic() + limit_s, {self.socket: _READABLE}
+        deadline = time.monotonic() + limit_s
         while not event.wait(min(HANG_UP_S, max(0.0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
                 return False
+            self.look()
+        return True
+
+    def look(self) -> None:
+        """Notice that the client has left, and let it know that we are here."""
+        watched = {self.socket: _READABLE}
+        for _ in range(2):    # for bytes, and if there are some for its hang-up alone
             if _ready(watched, 0):
                 watched = _still_there(watched)
-            self.beat()
-        return True
+        self.beat()
 
 
 BEAT_S = 2.0       # often enough for keep-alives
@@ -2944,16 +2975,13 @@ class _PoolingHandler(urllib.request.AbstractHTTPHandler):
         if kept:
             with contextlib.suppress(ConnectionError, ssl.SSLError):    # it died while idle; try a fresh one
                 return self._send(kept, raw, request, place)
-        direct = is_near(request.host) and not tunnel
-        upstream = connect() if direct else _within(request.limits.connect_s, connect, request.client)
+        upstream = _within(request.limits.connect_s, connect, request.client)
         return self._send(upstream, raw, request, place)
 
     def _send(self, upstream: socket.socket, raw: bytes, request: Any, place: Any) -> Answer:
         with contextlib.ExitStack() as failing:
             failing.callback(upstream.close)
-            upstream.settimeout(request.limits.stall_s)
-            for start in range(0, len(raw), PIECE_BYTES):    # sendall's timeout counts for all of its bytes together
-                upstream.sendall(raw[start:start + PIECE_BYTES])
+            _send_all(upstream, raw, request.limits, request.client)
             upstream.settimeout(0)    # from here on _Reader waits
             sent = time.monotonic()
             reader = _Reader(upstream, request.client, request.limits)
@@ -3040,6 +3068,26 @@ def _within(limit_s: float, connect: Callable[[], socket.socket], client: Client
         if not wanted:
             made.add_done_callback(lambda late: None if late.exception() else late.result().close())
     raise UpstreamError("no connection within the time limit", status=504, code="upstream_timeout")
+
+
+def _send_all(upstream: socket.socket, raw: bytes, limits: Limits, client: Client | None) -> None:
+    """Send piece by piece, as sendall's timeout counts for all of its bytes together.
+
+    Raises OSError, UpstreamError, ClientGone.
+    """
+    upstream.settimeout(HANG_UP_S)
+    at, deadline = 0, time.monotonic() + limits.stall_s
+    while at < len(raw):
+        try:
+            at += upstream.send(raw[at:at + PIECE_BYTES])
+            deadline = time.monotonic() + limits.stall_s
+        except socket.timeout:
+            if time.monotonic() >= deadline:
+                raise
+            if client:
+                client.look()
+        if time.monotonic() >= limits.until:
+            raise time_is_up()
 
 
 class Answer:
@@ -3155,7 +3203,7 @@ def _upstream_faults() -> Iterator[None]:
 def _retry_after(headers: Any) -> float | None:
     """Seconds to wait by `retry-after-ms` or `retry-after`, a number or an HTTP date (RFC 9110, 10.2.3)."""
     text = headers.get("retry-after", "")
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         if headers.get("retry-after-ms"):
             return max(0.0, finite(headers["retry-after-ms"]) / 1000)
         if re.fullmatch(r"\s*[\d.]+\s*", text):
@@ -3309,14 +3357,10 @@ class Ledger:
         self._update(target, lambda record: dataclasses.replace(
             record, pace=record.pace.learned(first_s, tokens, seconds)))
 
-    def learn_load(self, target: Target, load_s: float) -> None:
-        """Remember how long the model took to load."""
+    def learn_load(self, target: Target, load_s: float, context: int) -> None:
+        """Remember how long the model took to load, and for which context."""
         self._update(target, lambda record: dataclasses.replace(
-            record, pace=dataclasses.replace(record.pace, load_s=load_s)))
-
-    def learn_context(self, target: Target, context: int) -> None:
-        """Remember which context the model was asked to load."""
-        self._update(target, lambda record: dataclasses.replace(record, context=context))
+            record, pace=dataclasses.replace(record.pace, load_s=load_s), context=context))
 
     def last_of(self, conversation: int) -> Target | None:
         """Who answered this conversation last."""
@@ -3340,6 +3384,7 @@ class Ledger:
 PROBE_LIMITS = Limits(connect_s=5.0, first_byte_s=5.0, stall_s=5.0)
 SECOND_TRY_S = 0.5           # sooner nothing will have changed
 LAST_HOPE_CONNECT_S = 1.5    # where nobody else is left to answer, but hardly this one either
+WARM_AGAIN_S = 300.0         # as long as Ollama keeps a model by itself
 LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
 DETAILS_AT_ONCE = 4          # models that one probe asks the details of: each takes Ollama some milliseconds
 
@@ -3354,7 +3399,7 @@ class Prober:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._details: dict[Endpoint, dict[str, Json]] = {}    # by digest; each endpoint has one thread that asks
+        self._details: dict[Endpoint, dict[str, Json]] = {}    # each endpoint has one thread that asks
 
     def __call__(self, endpoint: Endpoint) -> Probe:
         """Raises UpstreamError: a captive portal's page is not a cloud."""
@@ -3386,27 +3431,26 @@ class Prober:
         with contextlib.suppress(UpstreamError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
             if provider.state_path:
                 models = provider.with_state(models, loads(self._ask(endpoint, provider.state_path)[1]))
-        known, current = self._details.get(endpoint, {}), {model.digest for model in models}
-        details = self._details[endpoint] = {digest: known[digest] for digest in known.keys() & current}
-        new = [model for model in models if model.digest not in details and not model.remote]
+        known, current = self._details.get(endpoint, {}), {model.digest or model.name for model in models}
+        details = self._details[endpoint] = {key: known[key] for key in known.keys() & current}
+        new = [model for model in models if (model.digest or model.name) not in details and not model.remote]
         for model in new[:DETAILS_AT_ONCE] if provider.details_path else ():
             with contextlib.suppress(UpstreamError, AttributeError, ValueError, RecursionError):
                 said = loads(self._ask(endpoint, provider.details_path, {"model": model.name})[1])
-                details[model.digest] = {name: said.get(name) for name in ("model_info", "capabilities")}
+                details[model.digest or model.name] = {name: said.get(name) for name in ("model_info", "capabilities")}
         described = []
         for model in models:
             with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-                model = provider.with_details(model, details.get(model.digest, {}))
+                model = provider.with_details(model, details.get(model.digest or model.name, {}))
             described.append(model)
         return tuple(described)
 
 
 class Load:
-    """A model on its way into memory: `done` is set at its end, and `error` tells of one that failed."""
+    """A model on its way into memory: `done` is set at its end, and `error` tells why it failed."""
 
     def __init__(self) -> None:
-        self.done, self.error = threading.Event(), UpstreamError("the load was given up")
-        self.failed = False
+        self.done, self.error = threading.Event(), None  # type: threading.Event, UpstreamError | None
 
 
 class Loader:
@@ -3414,7 +3458,7 @@ class Loader:
 
     def __init__(self, load: Callable[[Target, int], None]) -> None:
         self._load = load
-        self._loads: dict[Target, Load] = {}    # setdefault and pop are atomic
+        self._loads: dict[Target, Load] = {}    # setdefault and del are atomic
 
     @property
     def loading(self) -> frozenset[Target]:
@@ -3430,17 +3474,27 @@ class Loader:
         fresh = Load()
         load = self._loads.setdefault(target, fresh)
         if load is fresh:
-            threading.Thread(target=self._run, args=(target, context, load), name="load", daemon=True).start()
+            thread = threading.Thread(target=self._run, args=(target, context, load), name="load", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:    # no more threads
+                self._end(target, load, UpstreamError("no thread is left to load the model"))
         return load
 
     def _run(self, target: Target, context: int, load: Load) -> None:
+        error: UpstreamError | None = UpstreamError("loading the model failed")    # of a bug, which stderr tells
         try:
             self._load(target, context)
-        except UpstreamError as error:
-            load.error, load.failed = error, True
+            error = None
+        except UpstreamError as failure:
+            error = failure
         finally:
-            del self._loads[target]
-            load.done.set()
+            self._end(target, load, error)
+
+    def _end(self, target: Target, load: Load, error: UpstreamError | None) -> None:
+        load.error = error
+        del self._loads[target]
+        load.done.set()
 
 
 @dataclasses.dataclass
@@ -3459,7 +3513,8 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.ledger, self.transport, self.loader = Ledger(), Transport(), Loader(self._load)
-        self._warmed = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
+        self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
+        self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
         self._configured = configured_targets(settings)
         self.replicated = len({(target.side, target.model) for target in self._configured}) < len(self._configured)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
@@ -3481,17 +3536,22 @@ class Gateway:
 
     def _stand_by(self) -> None:
         """Load the local model if it is cold and may soon be needed: once at start, and while a cloud is not well."""
-        if self.settings.warm_up == "never":
-            return
         snapshot = self.snapshot()
         conditions = {target: condition(target, snapshot) for target in snapshot.targets}
         clouds = [found.level for target, found in conditions.items() if target.side is Side.CLOUD]
         local = next((target for target in conditions if target.side is Side.LOCAL), None)
         if local and conditions[local].state in ("cold", "ready"):
-            wanted = not self._warmed or min(clouds, default=Level.GOOD) > Level.GOOD
-            self._warmed = True
-            if wanted and conditions[local].state == "cold" and conditions[local].level < Level.OUT:
-                self.loader.begin(local, 0)
+            wanted = not self._started or min(clouds, default=Level.GOOD) > Level.GOOD
+            self._started = True
+            if wanted:
+                self.warm_up(local, conditions[local])
+
+    def warm_up(self, target: Target, found: Condition) -> None:
+        """Have a target's model loaded if it is cold and the device is well enough; does not wait."""
+        now = self.ledger.clock()
+        if self.settings.warm_up == "auto" and found.state == "cold" and found.may_load and now >= self._warm_from:
+            self._warm_from = now + WARM_AGAIN_S
+            self.loader.begin(target, self.ledger.record(target).context)
 
     def _load(self, target: Target, context: int) -> None:
         """Have a model loaded.  Raises UpstreamError."""
@@ -3505,14 +3565,14 @@ class Gateway:
                 text = answer.body(within_first_byte=True).decode("utf-8", "replace")
             if answer.status >= 300:
                 raise classify(answer.status, text, answer.retry_after_s, endpoint)
+            event_of(text)    # an error, or a login page, may come with any status
         except UpstreamError as error:
             log.info("%s was not loaded: %s", target.id, error.brief)
             self.ledger.settle(target, error)    # it rests before it is tried again
             raise
         load_s = time.monotonic() - started
         log.info("%s is loaded, %.1f s", target.id, load_s)
-        self.ledger.learn_load(target, load_s)
-        self.ledger.learn_context(target, context)
+        self.ledger.learn_load(target, load_s, context)
         self.watch.look(endpoint, lambda reading: _shows_loaded(target, context, reading))
 
     def limits(self, until: float = math.inf) -> Limits:
@@ -3527,7 +3587,8 @@ class Gateway:
         ollama = self._default_endpoints["ollama"]
         found = [Target(ollama, _short(model.name), Side.LOCAL) for model in self._installed(readings)
                  if model.chats and not model.remote and may_be_local(ollama, model.name)]
-        fitting = (target for target in found if condition(target, Snapshot(tuple(readings), ())).use is Use.YES)
+        known = Snapshot(tuple(readings), (), loading=self.loader.loading)
+        fitting = (target for target in found if condition(target, known).use is Use.YES)
         local = [next(fitting, found[0])] if found else []
         return (*local, *self._configured)
 
@@ -3553,6 +3614,7 @@ class Gateway:
         endpoint = self._default_endpoints[provider or "ollama"]
         local = endpoint.provider == "ollama" and may_be_local(endpoint, model) and not any(
             found.remote for found in installed)
+        model = _short(installed[0].name) if installed else model    # one target for all spellings
         return Target(endpoint, model, Side.LOCAL if local else Side.CLOUD)
 
     def plan(self, request: ChatRequest) -> Plan:
@@ -3710,15 +3772,14 @@ class _Failure(NamedTuple):
     """An attempt that failed."""
     target: Target
     error: UpstreamError
-    at: float    # by time.monotonic
+    at: float        # by time.monotonic
+    hurried: bool    # it was given less time than it would have had alone
 
     def may_be_back(self) -> bool:
-        """Whether the target was gone, and that long enough ago: others took their time to fail, too.
-
-        Or its model was still loading: then it is the one to wait for.
-        """
+        """Whether the target was only slow, or was gone and that long enough ago: others took their time to fail."""
+        slow = self.error.fault is Fault.LOADING or self.hurried and self.error.code == "upstream_timeout"
         gone = self.error.code in ("upstream_unreachable", "upstream_cut")
-        return self.error.fault is Fault.LOADING or gone and time.monotonic() - self.at >= SECOND_TRY_S
+        return slow or gone and time.monotonic() - self.at >= SECOND_TRY_S
 
 
 class _Overtaken(Exception):
@@ -3735,7 +3796,7 @@ class Course:
         self._plan = gateway.plan(request)
         self._named = request.model not in ("auto", "local", "cloud")
         self._queue, self._hope = collections.deque(self._plan.order), collections.deque(self._plan.last_hope)
-        self._hoping = self._asked_again = self._trial = False
+        self._hoping = self._asked_again = self._trial = self._hurried = False
         self._failed: list[_Failure] = []
 
     def run(self) -> Served:
@@ -3768,9 +3829,7 @@ class Course:
         order = self._plan.order
         local = next((target for target in order if target.side is Side.LOCAL), None)
         if local and order[0].side is Side.CLOUD and self._settings.prefer != "cloud":
-            found = self._plan.conditions[local]
-            if self._settings.warm_up == "auto" and found.state == "cold" and found.level < Level.OUT:
-                self._gateway.loader.begin(local, 0)
+            self._gateway.warm_up(local, self._plan.conditions[local])
 
     def _next(self) -> Target | None:
         """The next target to try: of the order, and when that is over of the last hope."""
@@ -3789,8 +3848,9 @@ class Course:
     def _fail(self, target: Target, error: UpstreamError) -> None:
         log.info("%s failed: %s", target.id, error.brief)
         self._gateway.note(target, error)
-        self._failed.append(_Failure(target, error, time.monotonic()))
-        if not error.fault.moves_on:
+        self._failed.append(_Failure(target, error, time.monotonic(), self._hurried))
+        if not error.fault.moves_on:    # nobody else would do better
+            self._asked_again = True
             self._queue.clear()
             self._hope.clear()
 
@@ -3804,11 +3864,9 @@ class Course:
             raise time_is_up()
         connect_s = min(limits.connect_s, left_s, LAST_HOPE_CONNECT_S if self._hoping else math.inf)
         limits = dataclasses.replace(limits, connect_s=connect_s)
-        if target.side is Side.LOCAL and self._queue:
-            usual_s = self._ledger.record(target).pace.first_s(0.9)
-            patience_s = max(self._settings.patience_s, 3 * usual_s)
-            limits = dataclasses.replace(limits, first_byte_s=min(limits.first_byte_s, patience_s))
-        return limits
+        patience_s = max(self._settings.patience_s, 3 * self._ledger.record(target).pace.first_s(0.9))
+        self._hurried = target.side is Side.LOCAL and bool(self._queue) and patience_s < limits.first_byte_s
+        return dataclasses.replace(limits, first_byte_s=patience_s) if self._hurried else limits
 
     def _attempt(self, target: Target) -> Served:
         """One try of one target, up to its first content, or to its end where the client wants a whole answer.
@@ -3841,6 +3899,7 @@ class Course:
         if target.endpoint.provider != "ollama":
             return 0
         context, loader = 0, self._gateway.loader
+        self._know(target)
         for _ in range(2):    # the load that was joined may have been for a smaller context
             load, snapshot = loader.under_way(target), self._gateway.snapshot()
             model = model_of(target, reading_of(target, snapshot.readings))
@@ -3853,6 +3912,19 @@ class Course:
             self._await(load, limits.first_byte_s)
         return context
 
+    def _know(self, target: Target) -> None:
+        """Make sure that what counts as local is not a name that Ollama passes on to a cloud.  Raises UpstreamError."""
+        if self._request.model == "local":    # for `auto` a cloud is as good
+            self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.connect_s)
+        model = model_of(target, reading_of(target, self._gateway.watch.readings))
+        if model and model.remote and target.side is Side.LOCAL and not self._named:
+            raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.MISSING, status=404)
+
+    def _wait(self, event: threading.Event, limit_s: float) -> bool:
+        """Whether the event came within the limit.  Raises ClientGone."""
+        limit_s = min(limit_s, self._until - time.monotonic())
+        return event.is_set() or (self._client.wait(event, limit_s) if self._client else event.wait(limit_s))
+
     def _context(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> int:
         """As Gateway.context, for a plan that is under way.  Raises UpstreamError."""
         try:
@@ -3863,14 +3935,13 @@ class Course:
 
     def _await(self, load: Load, limit_s: float) -> None:
         """Wait for a load.  Raises UpstreamError where it fails or takes too long, ClientGone on a hang-up."""
-        limit_s = min(limit_s, self._until - time.monotonic())
-        done = self._client.wait(load.done, limit_s) if self._client else load.done.wait(limit_s)
+        done = self._wait(load.done, limit_s)
         if not done and time.monotonic() >= self._until:
             raise time_is_up()
         if not done:
             raise UpstreamError("the model is still loading", Fault.LOADING, status=503, code="model_loading",
                                 retry_after_s=LOAD_RETRY_S)
-        if load.failed:
+        if load.error:
             raise copy.copy(load.error)    # others wait for the same load
 
     def _stream(self, request: ChatRequest, target: Target, context: int,
@@ -4031,7 +4102,7 @@ def _until_content(stream: Iterator[Chunk]) -> list[Chunk]:
 
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
     """The most useful error when no target answered: the only one, or one that lists all of them."""
-    target, last, _ = failed[-1]
+    target, last = failed[-1].target, failed[-1].error
     if not last.fault.moves_on or (len(failed) == 1 and not plan.left_out):
         if last.fault is Fault.DOWN:    # our own words: say of whom
             last.message = f"{target.id}: {last.message}"
@@ -4089,7 +4160,7 @@ def tokens_of(answer: Json) -> int:
     """The completion tokens that an answer or a chunk tells of, or 0."""
     usage = answer.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
-    return tokens if isinstance(tokens, int) else 0
+    return tokens if isinstance(tokens, int) and 0 <= tokens < 1 << 32 else 0    # no window has more
 
 
 # What asks another model to go on.  A prefill would be shorter, but the newer Claude models refuse one.
@@ -4222,12 +4293,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._unread = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
         try:
             outcome = self._route()
-        except ClientGone:
+        except (ClientGone, OSError):    # the latter while it was written to
             self.close_connection, outcome = True, "client hung up"
         except OblixError as error:
             outcome = self._refuse(error)
-        except OSError:
-            raise
         except Exception:  # a bug of ours takes down one request and is told in the log
             log.exception("%s internal error", self._id)
             outcome = "internal error"
