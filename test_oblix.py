@@ -25,6 +25,7 @@ import contextlib
 import ctypes
 import dataclasses
 import email.utils
+import functools
 import gc
 import http.client
 import importlib.util
@@ -704,6 +705,7 @@ def running(*upstreams, flags=(), env=None, probed=True):
                                     {**env_for(*upstreams), **(env or {})})
     with oblix.running(settings) as server:
         if probed:
+            server.gateway.watch.settle(5)
             eventually(lambda: looked_around(server))
         yield server
 
@@ -7187,6 +7189,7 @@ def lose(lost):
 
 def setUpModule():
     warnings.simplefilter("error")
+    oblix._parser = functools.lru_cache(None)(oblix._parser)    # a thousand servers are started here
     psutil.pids = list    # or hundreds of servers would look at each process here; `processes` shows them all
     sys.unraisablehook = lose
     threading.excepthook = lambda lost: LOST.append("%r in %r" % (lost.exc_value, lost.thread))
@@ -7199,13 +7202,16 @@ def tearDownModule():
         raise AssertionError("left behind: " + "; ".join(LOST))
 
 
+SHARES = 3    # of the tests that don't wait: on two cores one of them may take longer than the others
+
+
 def load_tests(_loader, classes, _pattern):
     """All tests, or one part of them."""
     def of(kind):
         return [tests for tests in classes if isinstance(next(iter(tests), None), kind)]
     rest = [tests for tests in classes if tests not in of((Outages, Burner))]
-    halves = unittest.TestSuite(rest[0::2]), unittest.TestSuite(rest[1::2])
-    parts = [*halves, *itertools.chain(*of(Outages)), *of(Burner)]    # those of Outages mostly wait: one part each
+    shares = [unittest.TestSuite(rest[first::SHARES]) for first in range(SHARES)]
+    parts = [*shares, *itertools.chain(*of(Outages)), *of(Burner)]    # those of Outages mostly wait: one part each
     part = os.environ.get("OBLIX_TEST_PART")
     return unittest.TestSuite(parts if part is None else [parts[int(part)]])
 
@@ -7220,7 +7226,7 @@ def run_part(number):
 
 def run_in_parts():
     """Run all parts side by side, and then the one that wants a quiet machine.  Print what they print, and sums."""
-    last = 2 + sum(name.startswith("test_") for name in dir(Outages))
+    last = SHARES + sum(name.startswith("test_") for name in dir(Outages))
     runs = at_once(run_part, [(part,) for part in range(last)]) + [run_part(last)]
     text = "".join(output for _, output in runs)
     counts = re.findall(r"^(\d+) passed, (\d+) failed, (\d+) skipped$", text, re.M)
