@@ -799,8 +799,9 @@ def prompt_bytes(request: ChatRequest) -> int:
 
 # === 4. Monitors ======================================================================================================
 # uses: 1 2
-# How are the device and the network?  A monitor samples facts (IO) and judges them (pure); it knows nothing of requests
-# or of what its verdict leads to.  Each runs on a thread of its own, so that a probe which hangs delays no other.
+# How are the device and the network?  A monitor samples facts (IO) and judges them (pure); of requests it knows only
+# whether they got through, and nothing of what its verdict leads to.  Each runs on a thread of its own, so that a probe
+# which hangs delays no other.
 # To add one: subclass Monitor, fill sample and judge, and name it in MONITORS; policy folds it in by its side.
 
 @dataclasses.dataclass(frozen=True)
@@ -878,6 +879,8 @@ class Monitor:
         """The monitors of this kind that a server with these targets wants."""
         raise NotImplementedError
 
+
+# --- 4. The device ----------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
@@ -1289,6 +1292,8 @@ def output_of(*command: str) -> str | None:
     return done.stdout.decode("ascii", "replace") if done.returncode == 0 else None
 
 
+# --- 4. Endpoints, and the watch over all -----------------------------------------------------------------------------
+
 class ConnectivityMonitor(Monitor):
     """Whether an endpoint answers, how fast and how surely, and which models it says it has, in which state."""
     name = "connectivity"
@@ -1670,13 +1675,15 @@ class Verdict:
         return WORDS[side][self.level] if self.known else "unknown"
 
 
-def judge_side(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition]) -> Verdict:
-    """One verdict on a side."""
+def judge_side(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition],
+               refusals: Mapping[Target, str]) -> Verdict:
+    """One verdict on a side: who refuses the request says nothing for a side that has others."""
     mine = [target for target in conditions if target.side is side]
     if not mine:
         awaited = [reading for reading in snapshot.readings if reading.side is side and reading.endpoint]
         return Verdict(Level.OUT, f"no {side.value} model", all(reading.known for reading in awaited))
-    best = min(mine, key=lambda target: (conditions[target].use is Use.NO, conditions[target].level))
+    able = [target for target in mine if target not in refusals] or mine
+    best = min(able, key=lambda target: (conditions[target].use is Use.NO, conditions[target].level))
     known = all(reading.known for reading in snapshot.readings if _speaks_of(reading, best))
     found = conditions[best]
     return Verdict(found.level, found.reason if known or found.level else "", known or bool(found.level))
@@ -1724,39 +1731,42 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
     be answered at most; `last` answered this conversation before, so that its prompt may still be in a cache.
     """
     conditions = {target: condition(target, snapshot) for target in snapshot.targets}
-    able = {target: found for target, found in conditions.items() if target not in refusals}
-    verdicts = {side: judge_side(side, snapshot, able if any(target.side is side for target in able) else conditions)
-                for side in Side}    # who refuses the request says nothing for a side that has others
+    verdicts = {side: judge_side(side, snapshot, conditions, refusals) for side in Side}
     table = PREFER_CLOUD if snapshot.prefer == "cloud" else TABLE
     sides = (only,) if only else table[verdicts[Side.LOCAL].level, verdicts[Side.CLOUD].level]
+    usable = [target for target in snapshot.targets if target not in refusals and only in (None, target.side)
+              and conditions[target].use is not Use.NO]
+    planned = [target for target in usable if conditions[target].use is Use.YES and target.side in sides]
     fast = snapshot.prefer == "fast"
-    seconds = {target: predicted_s(target, conditions[target], snapshot, tokens) if fast else 0.0
-               for target in snapshot.targets}
-    first_names = {(target.side, target.model): place for place, target in reversed([*enumerate(snapshot.targets)])}
+    seconds = {target: predicted_s(target, conditions[target], snapshot, tokens) for target in planned if fast}
+    turns = {(target.side, target.model): turn for turn, target in reversed([*enumerate(snapshot.targets)])}
 
     def place(target: Target) -> tuple[Any, ...]:
         """Within its side: how well it is; then its time or its turn, shared by replicas; then its cache."""
-        turn = seconds[target] if fast else first_names[target.side, target.model]
+        turn = seconds[target] if fast else turns[target.side, target.model]
         return sides.index(target.side), conditions[target].level, turn, target != last
 
-    usable = [target for target in snapshot.targets if target not in refusals and only in (None, target.side)]
-    ready = [target for target in usable if conditions[target].use is Use.YES and target.side in sides]
-    order = sorted(ready, key=place)
+    order = sorted(planned, key=place)
     if fast and verdicts[Side.LOCAL].level is not Level.OUT:
         order = _sooner_first(order, seconds)
-    hope = [target for target in usable if target not in order and conditions[target].use is not Use.NO]
-    reason = ", ".join(f"{side.value} {verdicts[side].describe(side)}" for side in Side if only in (None, side))
-    times = ", ".join(f"{target.id} {seconds[target]:.1f} s" for target in order if seconds[target])
+    left_out = [(target, _why_not(target, conditions[target], refusals, only))
+                for target in snapshot.targets if target not in usable]
+    return Plan(tuple(order), _reason(verdicts, only, [(target, seconds[target]) for target in order if fast]),
+                tuple(target for target in usable if target not in order), tuple(left_out), conditions)
 
-    def why_not(target: Target) -> str:
-        if only and target.side is not only:
-            return f"{target.side.value} models were not asked for"
-        blocked = conditions[target]
-        return blocked.reason if blocked.use is Use.NO else refusals[target]
 
-    return Plan(tuple(order), reason + (f"; kept to {only.value}" if only else "") + (f"; {times}" if times else ""),
-                tuple(hope), tuple((target, why_not(target)) for target in snapshot.targets
-                                   if target not in order and target not in hope), conditions)
+def _why_not(target: Target, found: Condition, refusals: Mapping[Target, str], only: Side | None) -> str:
+    """Why a target is left out."""
+    if only and target.side is not only:
+        return f"{target.side.value} models were not asked for"
+    return found.reason if found.use is Use.NO else refusals[target]
+
+
+def _reason(verdicts: Mapping[Side, Verdict], only: Side | None, times: Iterable[tuple[Target, float]]) -> str:
+    """Why the order is as it is, in a line."""
+    levels = ", ".join(f"{side.value} {verdicts[side].describe(side)}" for side in Side if only in (None, side))
+    predicted = ", ".join(f"{target.id} {seconds:.1f} s" for target, seconds in times if seconds)
+    return levels + (f"; kept to {only.value}" if only else "") + (f"; {predicted}" if predicted else "")
 
 
 def _sooner_first(order: list[Target], seconds: Mapping[Target, float]) -> list[Target]:
@@ -3450,7 +3460,8 @@ class Load:
     """A model on its way into memory: `done` is set at its end, and `error` tells why it failed."""
 
     def __init__(self) -> None:
-        self.done, self.error = threading.Event(), None  # type: threading.Event, UpstreamError | None
+        self.done = threading.Event()
+        self.error: UpstreamError | None = None
 
 
 class Loader:
@@ -3759,7 +3770,7 @@ def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json
 
 
 def _side_report(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition]) -> Json:
-    verdict, facts = judge_side(side, snapshot, conditions), {}
+    verdict, facts = judge_side(side, snapshot, conditions, {}), {}
     mine = [reading for reading in snapshot.readings if reading.side is side]
     for reading in mine:
         if reading.endpoint is None:

@@ -2107,7 +2107,7 @@ class Policy(Case):
         ):
             with self.subTest(what, side=side):
                 conditions = {target: oblix.condition(target, found) for target in found.targets}
-                self.assertEqual(oblix.judge_side(side, found, conditions).describe(side), words)
+                self.assertEqual(oblix.judge_side(side, found, conditions, {}).describe(side), words)
                 self.assertIn("%s %s" % (side.value, words), oblix.rank(found, {}).reason)
 
     def test_what_a_local_model_does_now_makes_it_worse(self):
@@ -6110,7 +6110,11 @@ class Burner(Case):
                         "--latency-degraded-ms=60000", *flags_for(local, cloud), env=env_for(local, cloud)) as server:
             def side():
                 return ask(server).headers["x-oblix-side"]
-            eventually(lambda: side() == "local", within=30)
+            with contextlib.suppress(AssertionError):
+                eventually(lambda: side() == "local", within=20)
+            if side() == "cloud" and psutil.cpu_percent(1) > 60:
+                raise unittest.SkipTest(IMPOSSIBLE + ": something else keeps the processor busy")
+            self.assertEqual(side(), "local")
             with processes(BURN, *["burner"] * os.cpu_count()), Took() as took:
                 eventually(lambda: side() == "cloud", within=10)
             self.assertLess(took.seconds, 3.5)    # three, and the burners' start
