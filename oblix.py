@@ -1393,8 +1393,9 @@ class Watch:
     apart_s = 0.1    # between two samples at least, however often one is woken
 
     def __init__(self, monitors: Sequence[Monitor], sampled: Callable[[], None] = lambda: None) -> None:
-        """`sampled` is called after each sample, on its monitor's thread, once all monitors have had their first."""
-        self.monitors, self._after = tuple(monitors), sampled
+        """`sampled` is called after each probe, on its monitor's thread, once all monitors have had their first sample.
+        """
+        self.monitors, self._after, self._settled = tuple(monitors), sampled, False
         self._stop = threading.Event()
         self._sampled = [threading.Event() for _ in self.monitors]
         self._threads = [threading.Thread(target=self._run, args=pair, name=f"watch-{pair[0].name}", daemon=True)
@@ -1456,10 +1457,11 @@ class Watch:
                     log.warning("monitor %s can't read: %s: %s", monitor.name, type(error).__name__, error)
                 failing = True
             sampled.set()
-            if all(event.is_set() for event in self._sampled):
+            settled, self._settled = self._settled, all(event.is_set() for event in self._sampled)
+            if self._settled and (monitor.endpoint or not settled):    # nobody else tells of models and clouds
                 self._after()
-            if not self._stop.wait(self.apart_s):
-                monitor.wake.wait(max(0.0, monitor.every_s() - self.apart_s))
+            if monitor.wake.wait(monitor.every_s()):
+                self._stop.wait(self.apart_s)
 
 
 _SET = threading.Event()
@@ -3343,6 +3345,8 @@ class Ledger:
 
     def admit(self, target: Target) -> tuple[bool, bool]:
         """(may this request try it, as the one trial after a rest).  A trial must be settled or released."""
+        if not self.record(target).breaker.failures:    # nearly always
+            return True, False
         before, after = self._update(target, lambda record: dataclasses.replace(
             record, trial=record.trial or bool(record.breaker.failures)))
         return not before.trial, after.trial and not before.trial
@@ -3353,7 +3357,9 @@ class Ledger:
 
     def settle(self, target: Target, error: UpstreamError | None) -> Breaker:
         """An attempt has failed, or with None succeeded; returns the target's breaker of before."""
-        now = self.clock()
+        now, known = self.clock(), self.record(target).breaker
+        if not error and not known.failures:    # nearly always
+            return known
         before, _ = self._update(target, lambda record: dataclasses.replace(
             record, breaker=record.breaker.failed(error, now) if error else record.breaker.succeeded()))
         return before.breaker
@@ -4875,14 +4881,17 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
 
 def run_server(settings: Settings) -> int:
     """Answer requests until a signal comes.  Raises UsageError."""
-    stops: list[int] = []    # no Event: a second signal in the first's handler would wait for its lock for ever
-    with running(settings) as server:
+    # Python itself writes to the one end when a signal comes: no handler of ours that another signal could interrupt.
+    waiting, woken = socket.socketpair()
+    woken.setblocking(False)
+    with waiting, woken, running(settings) as server:
+        signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
         for name in ("SIGINT", "SIGTERM"):
-            signal.signal(getattr(signal, name), lambda number, _: stops.append(number))
+            signal.signal(getattr(signal, name), lambda *_: None)
         server.gateway.watch.settle(SETTLE_S)
         print(start_text(settings, server), flush=True)
-        while not stops:
-            time.sleep(0.25)
+        waiting.recv(1)
+        signal.set_wakeup_fd(-1)
     return 0
 
 
