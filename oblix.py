@@ -1309,7 +1309,7 @@ class ConnectivityMonitor(Monitor):
         self._models: tuple[Model, ...] | None = None    # kept while it does not answer
         self._best_share: dict[str, float] = {}          # model -> the most of it that was seen on the GPU
         self._pause_s = self.soonest_s
-        self._answered = False                           # it has answered a request since a probe found it out
+        self._answered = False                           # it has answered a request since a probe found it unwell
 
     def sample(self) -> Json:
         facts: Json = {"url": self._watched.base_url}
@@ -1362,7 +1362,7 @@ class ConnectivityMonitor(Monitor):
 
     def tell(self, lost: bool) -> None:
         self._count(lost)
-        self._answered = not lost and self._fresh.level is Level.OUT
+        self._answered = not lost and self._fresh.level is not Level.GOOD
         if lost or self._fresh.level is Level.OUT:
             self._pause_s = self.soonest_s
             self.wake.set()

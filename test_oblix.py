@@ -6124,6 +6124,78 @@ class Burner(Case):
             self.assertEqual({*sides}, {"local"})
 
 
+# --- 9. What is easily forgotten -------------------------------------------------------------------------------------
+
+class Forgotten(Orchestrated):
+    """Faults that a review once found."""
+
+    def test_the_clients_own_fault_is_final_though_another_one_failed_before(self):
+        fault = [0.7, *whole(400, OPENAI.error("No such voice."))]
+        with small([OLLAMA.head, 0.3, CLOSE]) as local, cloudy(fault) as cloud, running(local, cloud) as server:
+            self.refused(ask(server, "auto"), 400, "No such voice.")
+            self.assertEqual((len(local.requests), len(cloud.requests)), (1, 1))
+
+    def test_a_client_that_leaves_while_its_prompt_is_sent_is_noticed(self):
+        with Upstream(OPENAI, pace=0.2) as cloud, running(cloud) as server:
+            with socket.create_connection(("127.0.0.1", server.port)) as leaving:
+                leaving.sendall(post(chat("cloud", **talk(user("a" * 8_000_000)))))
+                eventually(lambda: health(server)["targets"][0]["in_flight"] == 1)
+            eventually(lambda: health(server)["targets"][0]["in_flight"] == 0, within=2)
+
+    def test_the_time_for_a_request_counts_while_its_prompt_is_sent(self):
+        with Upstream(OPENAI, pace=0.2) as cloud, running(cloud, flags=["--request-timeout-s=0.6"]) as server:
+            with Took() as took:
+                self.refused(ask(server, "cloud", **talk(user("a" * 8_000_000))), 504, code="request_timeout")
+            self.assertLess(took.seconds, 3)
+
+    def test_absurd_numbers_of_an_upstream_harm_nobody(self):
+        late = "Retry-After: Mon, 01 Jan 99999999999999999999 00:00:00 GMT"
+        with small(whole(503, OLLAMA.error("busy"), late)) as local, cloudy() as cloud, running(local, cloud) as server:
+            self.answered(ask(server, "auto"), "cloud")
+            cloud.play(answer(Text("cloud"), usage=(1, 10**400)))
+            for stream in (False, True):
+                self.answered(ask(server, "cloud", stream=stream), "cloud")
+            cloud.play(whole(429, OPENAI.error("Slower."), "Retry-After: 1e9"), answer(Text("cloud")))
+            reply = ask(server, cloud.target)
+            self.assertIn(reply.headers["Retry-After"], (None, "600"))
+
+    def test_a_model_that_does_not_stay_in_memory_is_not_loaded_for_ever(self):
+        with mock.patch.object(oblix, "QUICK_LOAD_S", 0), small(loaded={}) as local, cloudy() as cloud, \
+                running(local, cloud, flags=DEGRADED) as server:
+            eventually(lambda: states(server)[local.target] == "ready")
+            local.loaded.clear()
+            for _ in range(4):
+                look(server)
+                eventually(lambda: states(server)[local.target] == "cold")
+                self.answered(ask(server, "auto"), "cloud")
+            self.assertEqual(len(local.loads), 1)
+
+    def test_a_page_that_answers_a_load_is_no_load(self):
+        with small(load=[*whole(200, "<html>Log in</html>"), CLOSE]) as local, cloudy() as cloud, \
+                running(local, cloud) as server:
+            self.answered(ask(server, "auto", **LONGER), "cloud")
+            self.assertEqual((report(server, local)["state"], local.requests), ("resting", []))
+
+    def test_a_name_that_ollama_passes_on_is_not_local_even_before_ollama_says_so(self):
+        listing = {"models": [{"name": "mine:latest", "remote_host": "https://ollama.com", "digest": "d"}]}
+        with Upstream(OLLAMA, probe=[0.4, *whole(200, listing)], target="ollama:mine") as local, \
+                running(local, probed=False) as server:
+            for reply in at_once(ask, [(server, "local"), (server, "local")]):
+                self.refused(reply, range(400, 504))
+            self.assertEqual(local.requests, [])
+
+    def test_a_cloud_that_answers_requests_but_no_probe_is_used(self):
+        with cloudy(probe=whole(200, "<html>")) as cloud, running(cloud, flags=["--better-after-s=0.2"]) as server:
+            self.assertEqual(states(server), {cloud.target: "unreachable"})
+            eventually(lambda: ask(server, "cloud").status == 200 and states(server)[cloud.target] == "ready")
+
+    def test_who_chats(self):
+        for model, chats in ((oblix.Model("llama3.2"), True), (oblix.Model("nomic-embed-text"), False),
+                             (oblix.Model("bge-m3", can=frozenset({"embedding"})), False),
+                             (oblix.Model("my-embedded", can=frozenset({"completion"})), True)):
+            self.assertEqual(model.chats, chats, model)
+
+
 # --- 9. What the README says of it -----------------------------------------------------------------------------------
 
 HELD = {    # a row of "what happens", by its beginning: the tests that hold it
