@@ -35,6 +35,8 @@ Who owns which state
   TLS context            made by the first thread that needs it; a second one made at once is just dropped (7)
   evidence of requests   a monitor's deque of losses and its wake-up, whose operations are atomic (4)
   loads under way        a dict of the loader, whose setdefault and del are atomic (9)
+  moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
+  details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind the only lock (8)
   clients' connections   a set of each listener, whose add and discard are atomic (11)
   everything else        immutable, or local to the thread of one request
@@ -58,6 +60,7 @@ import datetime
 import email.utils
 import enum
 import errno
+import functools
 import glob
 import http
 import http.client
@@ -221,6 +224,14 @@ class ChatRequest:
     def most_tokens(self, usual: int) -> int:
         """How long the answer may be, in tokens."""
         return int(self.body.get("max_completion_tokens") or self.body.get("max_tokens") or usual)
+
+    @functools.cached_property
+    def size(self) -> int:
+        """The prompt's length in bytes of UTF-8, an image counted as the 4 KB of text that a thousand tokens are."""
+        texts = sum(len(text_of(message).encode("utf-8", "replace")) + 4 for message in self.messages)
+        calls = [message["tool_calls"] for message in self.messages if "tool_calls" in message]
+        images = sum(1 for _, part in self.parts() if part["type"] == "image_url")
+        return texts + 4096 * images + len(dumps([calls, self.body.get("tools", [])]))
 
     def parts(self) -> Iterator[tuple[str, Json]]:
         """Every content part with the path that an error should name."""
@@ -787,14 +798,6 @@ def needs_of(request: ChatRequest) -> frozenset[str]:
     """What a model must be able to do for a request, in Ollama's words for it (/api/show, capabilities)."""
     pictures = any(part["type"] == "image_url" for _, part in request.parts())
     return frozenset({"vision"} if pictures else ()) | frozenset({"tools"} if "tools" in request.body else ())
-
-
-def prompt_bytes(request: ChatRequest) -> int:
-    """The prompt's length in bytes of UTF-8, an image counted as the 4 KB of text that a thousand tokens are."""
-    texts = sum(len(text_of(message).encode("utf-8", "replace")) + 4 for message in request.messages)
-    calls = [message["tool_calls"] for message in request.messages if "tool_calls" in message]
-    images = sum(1 for _, part in request.parts() if part["type"] == "image_url")
-    return texts + 4096 * images + len(dumps([calls, request.body.get("tools", [])]))
 
 
 # === 4. Monitors ======================================================================================================
@@ -1450,18 +1453,24 @@ class Watch:
         while not self._stop.is_set():
             monitor.wake.clear()
             try:
-                monitor.step(time.monotonic())
+                try:
+                    monitor.step(time.monotonic())
+                finally:
+                    sampled.set()
+                self._announce(monitor)
                 failing = False
             except Exception as error:  # whatever psutil or a platform comes up with: the last reading stays
                 if not failing:
-                    log.warning("monitor %s can't read: %s: %s", monitor.name, type(error).__name__, error)
+                    log.warning("monitor %s failed: %s: %s", monitor.name, type(error).__name__, error)
                 failing = True
-            sampled.set()
-            settled, self._settled = self._settled, all(event.is_set() for event in self._sampled)
-            if self._settled and (monitor.endpoint or not settled):    # nobody else tells of models and clouds
-                self._after()
             if monitor.wake.wait(monitor.every_s()):
                 self._stop.wait(self.apart_s)
+
+    def _announce(self, monitor: Monitor) -> None:
+        """Tell of a sample that may matter to others: of an endpoint's models, or the last one that was missing."""
+        settled, self._settled = self._settled, all(event.is_set() for event in self._sampled)
+        if self._settled and (monitor.endpoint or not settled):
+            self._after()
 
 
 _SET = threading.Event()
@@ -1863,11 +1872,10 @@ class Provider:
         """The body of a request to `chat_path` that has the model loaded and nothing said; only where models load."""
         raise NotImplementedError
 
-    def context_for(self, request: ChatRequest, size: int, model: Model, asked: int, free: float | None) -> int:
+    def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
         """The window to have the model loaded for, in tokens, or 0 to leave it as it is.  Raises Unsupported.
 
-        `size` is the prompt's, in bytes; `asked` was asked for last; `free` bytes of memory could hold a larger one,
-        None where nobody knows.
+        `asked` was asked for last; `free` bytes of memory could hold a larger one, None where nobody knows.
         """
         return 0
 
@@ -2346,11 +2354,12 @@ class Ollama(Provider):
     def load(self, target: Target, context: int) -> Json:
         return {"model": target.model, "messages": [], **({"options": {"num_ctx": context}} if context else {})}
 
-    def context_for(self, request: ChatRequest, size: int, model: Model, asked: int, free: float | None) -> int:
+    def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
         """As in Provider.  The steps are few, since each change reloads the model; one that was asked for is asked for
         again, as leaving it out would reload it too."""
         if "num_ctx" in request.body.get("options", {}) or not model.max_context:
             return 0
+        size = request.size
         if size // 8 > model.max_context:    # no language has 8 bytes a token
             raise Unsupported(f"the prompt has over {size // 8} tokens, and its context {model.max_context}",
                               param="messages", code="context_length_exceeded")
@@ -2817,7 +2826,7 @@ class Limits:
 class Client:
     """Who waits for an answer: its socket is watched, and `beat` is called every BEAT_S seconds or sooner meanwhile.
 
-    Both raise ClientGone when the client has left.
+    All of it raises ClientGone when the client has left.
     """
     socket: socket.socket
     beat: Callable[[], None]
@@ -3344,7 +3353,7 @@ class Ledger:
         return before, after
 
     def admit(self, target: Target) -> tuple[bool, bool]:
-        """(may this request try it, as the one trial after a rest).  A trial must be settled or released."""
+        """(may this request try it, as the one trial after a rest).  Whoever has the trial must release it."""
         if not self.record(target).breaker.failures:    # nearly always
             return True, False
         before, after = self._update(target, lambda record: dataclasses.replace(
@@ -3352,7 +3361,7 @@ class Ledger:
         return not before.trial, after.trial and not before.trial
 
     def release(self, target: Target) -> None:
-        """A trial has ended without a verdict."""
+        """A trial has ended, whatever it has shown."""
         self._update(target, lambda record: dataclasses.replace(record, trial=False))
 
     def settle(self, target: Target, error: UpstreamError | None) -> Breaker:
@@ -3689,8 +3698,7 @@ class Gateway:
         if not model or not model.max_context:
             return 0
         return PROVIDERS[target.endpoint.provider].context_for(
-            request, prompt_bytes(request), model, snapshot.record(target).context,
-            free_bytes(target, snapshot.readings))
+            request, model, snapshot.record(target).context, free_bytes(target, snapshot.readings))
 
     @staticmethod
     def _nothing_left(plan: Plan, refusals: Mapping[Target, Unsupported], snapshot: Snapshot,
