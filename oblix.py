@@ -25,7 +25,7 @@ Promises, each held by a test of its name
   3. The same readings always give the same decision, and the response says why.
   4. A prompt goes to a cloud only when it may: `auto`, `cloud` or a cloud model was asked for, with its key set if it
      needs one.
-  5. No thread waits for another while it holds the lock.
+  5. No thread waits for another while it holds a lock.
   6. /health and /v1/models never wait for the network.
   7. Nothing non-finite ever appears in JSON.
 
@@ -37,8 +37,8 @@ Who owns which state
   loads under way        a dict of the loader, whose setdefault and del are atomic (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
-  ledger                 what is in flight, and what requests have shown of each target; behind the only lock (8)
-  clients' connections   a set of each listener, whose add and discard are atomic (11)
+  ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
+  admission              clients' connections, how much is asked at once, whether it ends; behind its lock (11)
   everything else        immutable, or local to the thread of one request
 
 Contents
@@ -62,6 +62,7 @@ import enum
 import errno
 import functools
 import glob
+import hmac
 import http
 import http.client
 import http.server
@@ -208,6 +209,10 @@ class Reading:
     models: tuple[Model, ...] | None = None     # what the endpoint has; None where it does not say
     known: bool = True                          # False before the first sample: optimism, not evidence
 
+    def made_stale(self, monitor: str) -> Reading:
+        """The same, with the fact that its monitor has failed to take a newer one."""
+        return dataclasses.replace(self, facts={**self.facts, f"{monitor}_stale": True})
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
@@ -299,6 +304,11 @@ class NoTarget(OblixError):
     status, code = 503, "no_target_available"
 
 
+class Busy(OblixError):
+    """Oblix itself has too much to do, or is being stopped."""
+    status, code = 503, "overloaded"
+
+
 class UpstreamError(OblixError):
     """An attempt that failed at a target."""
     status, code = 502, "upstream_error"
@@ -366,7 +376,15 @@ def finite(text: str) -> float:
     return number
 
 
-_JSON = json.JSONDecoder(parse_float=finite, parse_constant=finite)
+def integer(digits: str) -> int:
+    """The integer that JSON writes as these digits.  Raises ValueError."""
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"number out of range: {digits[:20]}")
+    return int(digits)
+
+
+MAX_DIGITS = 4300    # Python's own limit, which its older patch releases lack: the work grows with the square
+_JSON = json.JSONDecoder(parse_float=finite, parse_int=integer, parse_constant=finite)
 
 
 def loads(text: str | bytes) -> Any:
@@ -415,9 +433,20 @@ class Settings:
                                                "repeat in order of preference; default: the newest model of Ollama")
     cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name; repeat in order of preference; "
                                                "default: a cheap model of each provider with a key")
-    cloud_api_key: str = setting("", "key for the first --cloud-model (the variable keeps it out of `ps`)", secret=True)
-    host: str = setting("localhost", "address to listen on; localhost is 127.0.0.1 and ::1")
+    cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags: better its variable or "
+                                     "file", secret=True)
+    cloud_api_key_file: str = setting("", "file that holds it")
+    host: str = setting("localhost", "address to listen on; localhost is 127.0.0.1 and ::1; any other that the network "
+                                     "reaches needs --api-key")
     port: int = setting(62549, "port to listen on; 0 picks a free one", high=65535)
+    api_key: str = setting("", "key that clients must send; `ps` shows flags: better its variable or file",
+                           secret=True)
+    api_key_file: str = setting("", "file that holds it")
+    no_auth: bool = setting(False, "let everybody in who reaches --host, without a key")
+    allow_origin: tuple[str, ...] = setting((), "origin of web pages that may ask, as https://chat.example, or * for "
+                                                "all; repeat; those on localhost may")
+    allow_host: tuple[str, ...] = setting((), "name by which clients reach it, beside localhost, addresses and the "
+                                              "device's own name; repeat")
     demo: bool = setting(False, "serve two built-in scripted models, one local and one cloud, to try Oblix with "
                                 "nothing installed")
     connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together", low=0.1,
@@ -438,6 +467,11 @@ class Settings:
                                      low=0.1, high=86_400)
     request_timeout_s: float = setting(900.0, "seconds that a whole request may take, all attempts together", low=0.1,
                                        high=86_400)
+    max_requests: int = setting(512, "chat requests answered at once, each on a thread; more get a 503 and are told to "
+                                     "come again", low=1, high=65_536)
+    max_body_mib: int = setting(32, "largest request, in MiB; images make 10 to 30 of them normal", low=1, high=1024)
+    drain: float = setting(8.0, "seconds that requests may go on after SIGTERM or Ctrl-C; docker stop waits for 10",
+                           high=86_400)
     probe_every_s: float = setting(30.0, "seconds between probes of a cloud that is well; sooner after trouble", low=1,
                                    high=86_400)
     better_after_s: float = setting(10.0, "seconds that better readings must last before they count; a flapping link "
@@ -456,6 +490,7 @@ class Settings:
     loss_degraded_percent: float = setting(10.0, "share of failed probes above which a cloud is degraded")
     log_level: str = setting("info", "what is logged; info is a line per request",
                              choices=("debug", "info", "warning", "error"))
+    log_json: bool = setting(False, "log lines as JSON, for machines")
     ollama_host: str = setting("", "where Ollama listens, by Ollama's own rules", env="OLLAMA_HOST")
     openai_api_key: str = setting("", "key for OpenAI", env="OPENAI_API_KEY", secret=True)
     openai_base_url: str = setting("", "another OpenAI-compatible server, ending in /v1", env="OPENAI_BASE_URL")
@@ -551,7 +586,7 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
         if isinstance(field.default, bool):
             how["action"] = "store_true"
         elif isinstance(field.default, tuple):
-            how.update(action="append", metavar="MODEL")
+            how.update(action="append", metavar=field.name.rsplit("_", 1)[-1].upper())
         else:
             number = isinstance(field.default, (int, float))
             how.update(metavar="N" if number else field.name.rsplit("_", 1)[-1].upper(),
@@ -562,8 +597,203 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
 
 # === 3. Request in ====================================================================================================
 # uses: 1; pure
-# What does the client want?  OpenAI's types and ranges are checked here and nowhere else: behind `parse_request` every
-# known field has them, null means absent, and unknown fields are kept.  What a provider can't take it says itself (6).
+# What does the client want, and may it?  HTTP's heads and OpenAI's types and ranges are checked here and nowhere else:
+# behind `parse_request` every known field has them, null means absent, and unknown fields are kept.  What a provider
+# can't take it says itself (6).
+
+# --- 3. The head of a request -----------------------------------------------------------------------------------------
+
+MAX_REQUEST_LINE = 8 << 10    # bytes; nothing here has a long path
+MAX_FIELD_LINE = 16 << 10     # bytes; the longest that browsers and proxies send are tokens of a few KB
+MAX_FIELDS = 100              # as in http.client; the SDKs send some 20
+MAX_HEAD_BYTES = 64 << 10
+CHUNKED = -1                  # the size of a body that tells its size as it comes
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
+_FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\xff]*)\r\n")
+# Two of these may be read differently by two servers in a row.
+_ONCE = frozenset(["authorization", "content-length", "content-type", "host", "origin", "transfer-encoding"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The head of a request, in which two servers can't disagree.  Names of fields are in lower case."""
+    method: str
+    target: str
+    version: str
+    fields: Mapping[str, str]
+
+    @functools.cached_property
+    def path(self) -> str:
+        """The path without query, /v1 and trailing slash; still percent-encoded."""
+        path = re.sub("(?i)^https?://[^/?#]*", "", re.split("[?#]", self.target, maxsplit=1)[0]).rstrip("/")
+        return re.sub("^/v1(?=/|$)", "", path) or "/"
+
+    @property
+    def authority(self) -> str | None:
+        """The host[:port] that it is addressed to, in lower case: a target that names one overrides Host."""
+        found = re.match("(?i)https?://([^/?#]*)", self.target)
+        authority = found[1] if found else self.fields.get("host")
+        return None if authority is None else authority.lower()
+
+    @property
+    def is_preflight(self) -> bool:
+        """Whether a browser asks what a page may send."""
+        return self.method == "OPTIONS" and "origin" in self.fields and "access-control-request-method" in self.fields
+
+    @property
+    def keeps_open(self) -> bool:
+        """Whether the client wants the connection for its next request (RFC 9112, 9.3)."""
+        options = re.split("[ \t]*,[ \t]*", self.fields.get("connection", "").lower())
+        return "close" not in options and (self.version != "HTTP/1.0" or "keep-alive" in options)
+
+    @functools.cached_property
+    def body_size(self) -> int:
+        """The size of its body in bytes, or CHUNKED.  Raises BadRequest."""
+        length, coding = self.fields.get("content-length"), self.fields.get("transfer-encoding")
+        if coding is not None:
+            if length is not None or coding.lower() != "chunked" or self.version == "HTTP/1.0":
+                raise BadRequest("Send either a Content-Length or Transfer-Encoding: chunked.", code="bad_framing")
+            return CHUNKED
+        if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+            raise BadRequest("Send the body's size as one decimal Content-Length.", code="bad_framing")
+        return int(length or 0)
+
+
+def parse_head(first: bytes, more: Iterable[bytes]) -> Head:
+    """A request's head out of its first line and its fields' lines, each with its end.  Raises BadRequest.
+
+    Strict where the stdlib, which reads them as e-mail, is not: what another server might read otherwise is refused, so
+    that none in front of this one can be played against it (request smuggling; RFC 9112, 2.2, 5 and 11.2).
+    """
+    start = _REQUEST_LINE.fullmatch(first)
+    if not start:
+        raise BadRequest("This is no HTTP request line (RFC 9112, 3)." + (
+            " It looks like TLS: use http:// instead of https://." if first[:1] == b"\x16" else ""), code="bad_request")
+    method, target, version = (part.decode("ascii") for part in start.groups())
+    if not version.startswith("HTTP/1."):
+        raise BadRequest(f"{version} is not spoken here: use HTTP/1.1.", status=505, code="unsupported_http_version")
+    fields: dict[str, str] = {}
+    for number, line in enumerate(more, 2):
+        found = _FIELD_LINE.fullmatch(line)
+        if not found:
+            raise BadRequest(f"Line {number} of the request's head is no `name: value` that ends in CRLF.",
+                             code="bad_request")
+        name, value = found[1].decode("ascii").lower(), found[2].strip(b" \t").decode("latin-1")
+        if name in _ONCE and name in fields:
+            raise BadRequest(f"The request has two {name} headers.", code="bad_request")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    if version != "HTTP/1.0" and "host" not in fields:
+        raise BadRequest("The request has no Host header.", code="bad_request")
+    return Head(method, target, version, fields)
+
+
+def body_kind_refusal(head: Head) -> BadRequest | None:
+    """What is wrong with the kind of body, if anything.
+
+    A page may send a text or a form to any address without asking first, but JSON only after a preflight.
+    """
+    kind = head.fields.get("content-type", "").partition(";")[0].strip().lower()
+    if not re.fullmatch(r"application/([!-.0-~]+\+)?json", kind):
+        return BadRequest("Send the body as JSON, with the header `Content-Type: application/json`.", status=415,
+                          code="unsupported_media_type")
+    if head.fields.get("content-encoding", "identity").lower() not in ("identity", ""):
+        return BadRequest("Send the body without a Content-Encoding.", status=415, code="unsupported_media_type")
+    return None
+
+
+# --- 3. Who may ask ---------------------------------------------------------------------------------------------------
+
+_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
+EXPOSED = "x-oblix-model, x-oblix-side, x-oblix-reason, x-oblix-attempts, x-request-id, x-should-retry, retry-after"
+
+
+def _name_in(authority: str) -> str:
+    """The host's name in a lower-case host[:port], or ""."""
+    found = _AUTHORITY.fullmatch(authority)
+    return found[1].strip("[]").rstrip(".") if found else ""
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host's name or address is this device whatever any DNS says (RFC 6761, 6.3)."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """Who may ask: who knows the key if there is one, calls by a name of ours, and is no page of somebody else's."""
+    key: str = dataclasses.field(default="", repr=False)
+    names: frozenset[str] = frozenset()      # of this server, in lower case, beside localhost and addresses
+    origins: frozenset[str] = frozenset()    # of pages, in lower case, beside those on localhost; or "*"
+
+    def check(self, head: Head) -> None:
+        """Raises OblixError unless the request may be answered."""
+        if not self.key and head.authority is not None and not self._is_ours(head.authority):
+            # A page whose own name leads here (DNS rebinding) is of the same origin for the browser.
+            raise BadRequest("The Host header is none of this server's names. Use localhost or an IP address, or start "
+                             "Oblix with --allow-host NAME, or with an --api-key.", status=403, code="host_not_allowed")
+        if "origin" in head.fields and not self.welcomes(head):
+            raise BadRequest("Pages of this origin may not use this server. Start Oblix with --allow-origin "
+                             f"{head.fields['origin'][:100]} if they should.", status=403, code="origin_not_allowed")
+        if self.key and not head.is_preflight and not (self.is_public(head) or self._knows_key(head)):
+            raise BadRequest("The key of this Oblix is missing or wrong: send what --api-key or OBLIX_API_KEY says as "
+                             "`Authorization: Bearer …`.", status=401, type="authentication_error",
+                             code="invalid_api_key", retry=False)
+
+    def _is_ours(self, authority: str) -> bool:
+        name = _name_in(authority)
+        return name in self.names or is_loopback(name) or _is_address(name)
+
+    def welcomes(self, head: Head) -> bool:
+        """Whether the page that asks may: one of this device, of this server's own, or of an allowed origin."""
+        origin = head.fields.get("origin", "").lower()
+        place = origin.partition("://")[2]
+        return bool(self.origins & {origin, "*"} or place and (place == head.authority or is_loopback(_name_in(place))))
+
+    def is_public(self, head: Head) -> bool:
+        """Whether it is asked, without the key that there is, if the server is up."""
+        return bool(self.key) and head.method in ("GET", "HEAD") and head.path == "/health" and not _keys(head)
+
+    def _knows_key(self, head: Head) -> bool:
+        key = self.key.encode()    # equal in constant time, so that it can't be found letter by letter
+        return any(hmac.compare_digest(key, given) for given in _keys(head))
+
+    def cors_headers(self, head: Head) -> dict[str, str]:
+        """What a browser must read in the answer so that the page may (Fetch standard, 3.2)."""
+        if "origin" not in head.fields or not self.welcomes(head):
+            return {}
+        asked, allowed = head.fields, {"Access-Control-Allow-Origin": head.fields["origin"], "Vary": "Origin"}
+        if not head.is_preflight:
+            return {**allowed, "Access-Control-Expose-Headers": EXPOSED}
+        allowed.update({"Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS", "Access-Control-Max-Age": "600",
+                        "Access-Control-Allow-Headers": asked.get("access-control-request-headers", "*")})
+        if asked.get("access-control-request-private-network") == "true":    # a public page, a device at home
+            allowed["Access-Control-Allow-Private-Network"] = "true"
+        return allowed
+
+
+def _keys(head: Head) -> list[bytes]:
+    """The keys that a request gives."""
+    scheme, _, token = head.fields.get("authorization", "").partition(" ")
+    given = [token.strip()] if scheme.lower() == "bearer" else [""] if scheme else []
+    given += [head.fields["api-key"]] if "api-key" in head.fields else []
+    return [key.encode("latin-1") for key in given]
+
+
+# --- 3. The chat request ----------------------------------------------------------------------------------------------
 
 Check = Callable[[Any], Optional[str]]    # a value -> what is wrong with it, or None
 
@@ -706,6 +936,8 @@ def _refuse(param: str, complaint: str | None) -> None:
 
 def _json_object(raw: bytes) -> Json:
     """The body as an object.  Raises BadRequest for whatever else it is."""
+    if len(raw) > MAX_JSON_MARKS and sum(map(raw.count, _MARKS)) > MAX_JSON_MARKS:
+        raise BadRequest(f"The body has more than {MAX_JSON_MARKS:,} commas, colons and brackets.", code="invalid_json")
     try:
         body = loads(raw)
     except RecursionError:
@@ -718,6 +950,12 @@ def _json_object(raw: bytes) -> Json:
     if raw.count(b"{") + raw.count(b"[") > MAX_JSON_DEPTH and deeper_than(body, MAX_JSON_DEPTH):
         raise BadRequest(f"The body nests more than {MAX_JSON_DEPTH} levels deep.", code="invalid_json")
     return body
+
+
+# Each costs up to some 100 bytes of memory once it is parsed ("[[],[],…" 30 times its size); and a comma in a text is
+# about a token, of which no model takes a million.
+MAX_JSON_MARKS = 1 << 20
+_MARKS = (b",", b":", b"[", b"{")
 
 
 def _without_content(error: ValueError) -> str:
@@ -1331,12 +1569,16 @@ class ConnectivityMonitor(Monitor):
 
     def _with_spills(self, models: tuple[Model, ...] | None) -> tuple[Model, ...] | None:
         """The models, those marked that were on the GPU and have quietly gone to the CPU (Ollama does so)."""
-        marked = []
+        marked, shares = [], {}
         for model in models or ():
-            share = model.gpu_share if model.gpu_share is not None else self._best_share.get(model.name, 0.0)
-            best = self._best_share[model.name] = max(share, self._best_share.get(model.name, 0.0))
+            best = self._best_share.get(model.name, 0.0)
+            share = model.gpu_share if model.gpu_share is not None else best
+            shares[model.name] = best = max(share, best)
             marked.append(dataclasses.replace(model, spilled=share < best / 2))
-        return None if models is None else tuple(marked)
+        if models is None:
+            return None
+        self._best_share = shares    # no longer of those that are gone
+        return tuple(marked)
 
     def judge(self, facts: Json) -> Reading:
         facts = dict(facts)
@@ -1449,7 +1691,7 @@ class Watch:
             thread.join(0.2)
 
     def _run(self, monitor: Monitor, sampled: threading.Event) -> None:
-        failing = False
+        told = ""
         while not self._stop.is_set():
             monitor.wake.clear()
             try:
@@ -1458,11 +1700,11 @@ class Watch:
                 finally:
                     sampled.set()
                 self._announce(monitor)
-                failing = False
             except Exception as error:  # whatever psutil or a platform comes up with: the last reading stays
-                if not failing:
+                monitor.reading = monitor.reading.made_stale(monitor.name)
+                if type(error).__name__ != told:    # once, not every second
                     log.warning("monitor %s failed: %s: %s", monitor.name, type(error).__name__, error)
-                failing = True
+                told = type(error).__name__
             if monitor.wake.wait(monitor.every_s()):
                 self._stop.wait(self.apart_s)
 
@@ -2807,6 +3049,7 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 
 MAX_LINE_BYTES = 32 << 20     # of an event: as much as a request may have; more is no answer but an attack
 MAX_BODY_BYTES = 64 << 20     # of a whole answer
+MAX_STREAM_BYTES = 256 << 20  # of a streamed one: 128,000 tokens take some 30 MiB
 MAX_IDLE = 64                 # connections kept open to one host: as many as Oblix is meant to serve at once
 IDLE_S = 55.0                 # below the 60 s after which many load balancers drop an idle connection
 PIECE_BYTES = 1 << 16         # sent under one time limit
@@ -3129,12 +3372,16 @@ class Answer:
         self._reader.begin()
 
     def _pieces(self) -> Iterator[bytes]:
-        """The body as it comes.  Raises UpstreamError where it breaks off."""
+        """The body as it comes.  Raises UpstreamError where it breaks off or has no end."""
+        size = 0
         with _upstream_faults():
             while True:
                 piece = self._response.read1(1 << 16)
                 if not piece:
                     break
+                size += len(piece)
+                if size > MAX_STREAM_BYTES:
+                    raise UpstreamError(f"the answer is larger than {MAX_STREAM_BYTES >> 20} MiB")
                 yield piece
             if self._response.length:    # http.client lets a short body pass
                 raise UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
@@ -3295,8 +3542,8 @@ class Transport:
 
 # === 8. Ledger ========================================================================================================
 # uses: 1 5
-# What does the process remember from one request to the next?  The only shared mutable state behind a lock, which is
-# held for a few dictionary operations and never while anything slow happens.
+# What does the process remember from one request to the next?  It is shared and changes, so it is behind a lock, which
+# is held for a few dictionary operations and never while anything slow happens.
 
 MAX_REMEMBERED = 256    # targets and conversations: clients name the ones and begin the others, so it must have an end
 
@@ -3411,6 +3658,7 @@ SECOND_TRY_S = 0.5           # sooner nothing will have changed
 LAST_HOPE_CONNECT_S = 1.5    # where nobody else is left to answer, but hardly this one either
 WARM_AGAIN_S = 300.0         # as long as Ollama keeps a model by itself
 LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
+MAX_MODELS = 4096            # of an endpoint; the largest catalogue known has some 500
 DETAILS_AT_ONCE = 4          # models that one probe asks the details of: each takes Ollama some milliseconds
 
 
@@ -3441,7 +3689,7 @@ class Prober:
             raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
         models = None
         with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):    # a list in no shape we know
-            models = provider.models(listing) if answer.status == 200 else None
+            models = (provider.models(listing) or ())[:MAX_MODELS] if answer.status == 200 else None
         return Probe(answer.status, self._described(endpoint, provider, models) if models else models, latency_ms)
 
     def _ask(self, endpoint: Endpoint, path: str, payload: Json | None = None) -> tuple[Answer, bytes]:
@@ -3905,11 +4153,11 @@ class Course:
             held = _until_content(stream)
             served = Served(target, chunks=self._relayed(target, _chained(held, stream)))
         elif PROVIDERS[target.endpoint.provider].translates:
-            held = list(self._stream(request, target, context, limits))
-            served = Served(target, whole=fold(held))
+            served = Served(target, whole=fold(self._stream(request, target, context, limits)))
+            held = [served.whole or {}]
         else:
-            held = [self._whole(request, target, limits)]
-            served = Served(target, whole=held[0])
+            served = Served(target, whole=self._whole(request, target, limits))
+            held = [served.whole or {}]
         if self._queue and is_empty(held):
             raise UpstreamError("the answer was empty", code="empty_answer")
         if self._gateway.replicated:
@@ -4055,10 +4303,11 @@ class Course:
         try:
             with contextlib.closing(noted):
                 for chunk in noted:
+                    keep = keep and len(said) < MAX_SAID
                     said.extend([chunk] if keep else ())
                     yield chunk
         except UpstreamError as error:
-            follower = self._follower(said, error)
+            follower = self._follower(said, error) if keep else None
             if follower is None:
                 raise
             yield from follower
@@ -4094,6 +4343,7 @@ class Course:
         return None
 
 
+MAX_SAID = 32_768     # chunks of a stream that are kept to be continued, some 1 KB each; a longer one is not
 LOAD_RETRY_S = 5.0    # what a client is told to wait whom only a loading model could have answered
 
 
@@ -4271,6 +4521,8 @@ def error_body(error: OblixError) -> Json:
 def error_headers(error: OblixError) -> dict[str, str]:
     """What tells an SDK whether and when to try again."""
     headers = {} if error.retry is None else {"x-should-retry": str(error.retry).lower()}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"    # RFC 9110, 15.5.2
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     return headers
@@ -4290,80 +4542,277 @@ def models_body(models: Iterable[tuple[str, int, str]]) -> Json:
 
 # === 11. Server =======================================================================================================
 # uses: 1 2 3 7 9 10 12
-# How do clients reach the gateway?  HTTP on the stdlib's threading server: routes, bodies, one write per event.  It
-# knows nothing of targets.
+# How do clients reach the gateway?  HTTP on the stdlib's threading server: connections, routes, bodies, one write per
+# event, and the end.  It knows nothing of targets.
 
-MAX_REQUEST_BYTES = 32 << 20    # about four 6 MB photos as base64; more is a mistake
+HEAD_S = 20.0                   # from the first byte of a head to its last; they come in one packet
+BODY_S = 30.0                   # for a body's first byte, and
+BODY_BYTES_PER_S = 8 << 10      # the slowest that one may come on average: a poor mobile link
+IDLE_CLIENT_S = 75.0            # between requests; SDKs drop idle connections after 4-5 s, proxies after 60
+SEND_S = 60.0                   # in which a client takes nothing of its answer
 LINGER_S = 2.0                  # for the rest of a body that is refused
-READ_TIMEOUT_S = 75.0           # for a request's bytes and between requests; SDKs drop idle connections after 4-5 s
+FRESH_S = 1.0                   # for a connection's first request, once Oblix is being stopped
+MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes some times its size
+LARGE_BODY_BYTES = 64 << 10     # smaller ones are not counted: --max-requests limits them
+AGAIN_S = 1.0                   # after which a client that was sent away may ask again
 
 ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health": ("GET", "HEAD"),
           "/": ("GET", "HEAD")}    # path without /v1 -> methods; OPTIONS goes everywhere
+CONTINUE_NOW = b"HTTP/1.1 100 Continue\r\n\r\n"
 
+
+# --- 11. Who is here --------------------------------------------------------------------------------------------------
+
+class _Inbound(io.RawIOBase):
+    """A client's bytes as its handler reads them.  However slowly they come, their time is limited."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.silent = True    # nothing of the next request has come
+        self._deadline, self._bytes_per_s = 0.0, math.inf
+
+    def await_request(self, limit_s: float) -> None:
+        """From now on a head may come: its first byte within the limit, the rest within HEAD_S after that."""
+        self.silent, self._deadline, self._bytes_per_s = True, time.monotonic() + limit_s, math.inf
+
+    def await_body(self) -> None:
+        """From now on a body may come, at BODY_BYTES_PER_S at least."""
+        self._deadline, self._bytes_per_s = time.monotonic() + BODY_S, BODY_BYTES_PER_S
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As any raw stream's.  Raises socket.timeout."""
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise socket.timeout("too slow")
+        self.connection.settimeout(left_s)
+        size = self.connection.recv_into(buffer)
+        if self.silent:
+            self.silent, self._deadline = False, time.monotonic() + HEAD_S
+        self._deadline += size / self._bytes_per_s
+        return size
+
+
+class Admission:
+    """Which clients are connected, and how much they may ask at once; shared by all listeners, and by all threads."""
+
+    def __init__(self, max_requests: int) -> None:
+        self._max_requests, self._max_connections = max_requests, 2 * max_requests
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()    # guarded by _lock, as all that follows
+        self._waiting: collections.OrderedDict[_Inbound, None] = collections.OrderedDict()    # for a whole request
+        self._requests = self._bytes = 0
+        self.stopping = self.ended = False    # no new client is let in; what runs is being ended
+
+    def enter(self, connection: socket.socket) -> None:
+        """A client has connected.  One more than there may be takes the place of who has not asked for longest."""
+        with self._lock:
+            self._open.add(connection)
+            crowded = len(self._open) > self._max_connections and self._waiting
+            slowest = self._waiting.popitem(last=False)[0] if crowded else None
+        if slowest:
+            _hang_up(slowest.connection, socket.SHUT_RDWR)
+
+    def leave(self, connection: socket.socket) -> None:
+        """A client's connection has been closed."""
+        with self._lock:
+            self._open.discard(connection)
+
+    def wait(self, inbound: _Inbound) -> None:
+        """A client has no whole request here."""
+        with self._lock:
+            self._waiting[inbound] = None
+
+    def serve(self, inbound: _Inbound) -> None:
+        """A client's request has come whole, or the client has gone."""
+        with self._lock:
+            self._waiting.pop(inbound, None)
+
+    def take(self, requests: int, size: int) -> None:
+        """Count chat requests and bytes of bodies; negative ones have ended.  Raises Busy if that is too much."""
+        with self._lock:
+            full = (requests > 0 and self._requests + requests > self._max_requests
+                    or size > 0 and self._bytes + size > MAX_BODIES_BYTES)
+            if not full:
+                self._requests, self._bytes = self._requests + requests, self._bytes + size
+        if full:
+            raise Busy("Oblix has as much to do as it takes on at once (--max-requests); ask again in a moment.",
+                       retry_after_s=AGAIN_S)
+
+    @property
+    def full(self) -> bool:
+        """Whether one more chat request would be too many."""
+        return self._requests >= self._max_requests
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody is connected."""
+        return not self._open
+
+    def stop(self) -> None:
+        """Close the connections on which nothing has been asked; of the others each ends with its answer."""
+        with self._lock:
+            self.stopping = True
+            silent = [inbound.connection for inbound in self._waiting if inbound.silent]
+        for connection in silent:
+            _hang_up(connection, socket.SHUT_RD)    # what has come meanwhile can still be read
+
+    def end(self) -> None:
+        """Have every request that runs end now: it finds its client's half of the connection closed, and `ended`."""
+        with self._lock:
+            self.stopping = self.ended = True
+            still_open = tuple(self._open)
+        for connection in still_open:
+            _hang_up(connection, socket.SHUT_RD)
+
+    def close(self) -> None:
+        """Cut every connection."""
+        with self._lock:
+            still_open = tuple(self._open)
+        for connection in still_open:
+            _hang_up(connection, socket.SHUT_RDWR)
+
+
+def _hang_up(connection: socket.socket, how: int) -> None:
+    with contextlib.suppress(OSError):    # it was closed meanwhile
+        connection.shutdown(how)
+
+
+# --- 11. A connection -------------------------------------------------------------------------------------------------
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     """One client connection, on a thread of its own."""
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = f"oblix/{__version__}", ""
+    server_version = f"oblix/{__version__}"
     disable_nagle_algorithm = True      # else a second small write waits 40 ms for the client's delayed ACK
-    timeout = READ_TIMEOUT_S
     server: _Listener
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self._inbound = _Inbound(self.connection)
+        self.rfile = io.BufferedReader(self._inbound)
+        self._admission, self._guard = self.server.admission, self.server.guard
+
+    def finish(self) -> None:
+        self._admission.serve(self._inbound)
+        super().finish()
 
     def handle(self) -> None:
         with contextlib.suppress(OSError):    # the client left: nobody to tell
             super().handle()
 
-    def _serve(self) -> None:
-        self._id, self._sent, started = new_id("req_"), False, time.monotonic()
-        self._unread = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
+    def handle_one_request(self) -> None:
+        """Read a request and answer it; unlike the stdlib's, whose parser is too lenient, by `parse_head`."""
+        self.close_connection, self._unread = True, True
+        self._head, self._cors, self._told = _NO_HEAD, dict[str, str](), dict[str, Any]()
+        self._id, self._sent, self._size, self._held = new_id("req_"), 0, 0, 0
+        self._inbound.await_request(FRESH_S if self._admission.stopping else IDLE_CLIENT_S)
+        self._admission.wait(self._inbound)
         try:
-            outcome = self._route()
+            asked = self._serve()
+        finally:
+            if self._held:
+                self._admission.take(0, -self._held)
+        if asked:
+            self._tell()
+            self._linger()
+
+    def _serve(self) -> bool:
+        """Answer the next request, whatever it is; False where the client had nothing more to ask."""
+        self._started = time.monotonic()
+        try:
+            first = self._first_line()
+            if not first:
+                return False
+            self._started = time.monotonic()
+            self._head = parse_head(first, self._lines(first))
+            self._unread = self._head.body_size != 0
+            self.close_connection = self._admission.stopping or not self._head.keeps_open
+            self._cors = self._guard.cors_headers(self._head)
+            self._guard.check(self._head)
+            self._route()
         except (ClientGone, OSError):    # the latter while it was written to
-            self.close_connection, outcome = True, "client hung up"
+            self.close_connection, self._told["error"] = True, "client hung up"
         except OblixError as error:
-            outcome = self._refuse(error)
+            self._refuse(error)
         except Exception:  # a bug of ours takes down one request and is told in the log
             log.exception("%s internal error", self._id)
-            outcome = "internal error"
             self.close_connection = True
-            if not self._sent:
+            if self._sent:
+                self._told["error"] = "internal error"
+            else:
                 self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self._id}."))
-        log.info("%s %s %s: %s, %.0f ms", self._id, self.command, re.sub("[^!-~]", "?", self._path()[:64]), outcome,
-                 1000 * (time.monotonic() - started))
-        self._linger()
+        return True
 
-    do_GET = do_HEAD = do_POST = do_OPTIONS = do_PUT = do_PATCH = do_DELETE = do_TRACE = do_CONNECT = _serve
+    def _first_line(self) -> bytes:
+        """The request's first line; empty where none has begun to come in time.  Raises BadRequest."""
+        try:
+            with _in_time():
+                line = self._line(MAX_REQUEST_LINE)
+                return line if line != b"\r\n" else self._line(MAX_REQUEST_LINE)    # one is let pass: RFC 9112, 2.2
+        except BadRequest:
+            if self._inbound.silent:
+                return b""
+            raise
 
-    def _path(self) -> str:
-        """The path without query, /v1 and trailing slash; still percent-encoded."""
-        path = re.split("[?#]", self.path, maxsplit=1)[0]
-        path = re.sub("^https?://[^/]*", "", path).rstrip("/")
-        return re.sub("^/v1(?=/|$)", "", path) or "/"
+    def _line(self, limit: int) -> bytes:
+        return self.rfile.readline(limit + 1)
 
-    def _route(self) -> str:
-        """Answer the request; returns what the log line says of it.  Raises OblixError, ClientGone."""
-        path = self._path()
+    def _lines(self, first: bytes) -> Iterator[bytes]:
+        """The lines of the head's fields.  Raises BadRequest, ClientGone."""
+        if len(first) > MAX_REQUEST_LINE:
+            raise BadRequest(f"The request line is longer than {MAX_REQUEST_LINE} bytes.", status=414,
+                             code="uri_too_long")
+        size = 0
+        for _ in range(MAX_FIELDS + 1):
+            with _in_time():
+                line = self._line(MAX_FIELD_LINE)
+            if line == b"\r\n":
+                return
+            size += len(line)
+            if len(line) > MAX_FIELD_LINE or size > MAX_HEAD_BYTES:
+                break
+            if not line.endswith(b"\n"):
+                raise ClientGone
+            yield line
+        raise BadRequest(f"The request's head has more than {MAX_FIELDS} fields, or one that is too long.", status=431,
+                         code="headers_too_large")
+
+    # --- 11. Routes and bodies ---
+
+    def _route(self) -> None:
+        """Answer the request.  Raises OblixError, ClientGone."""
+        head, path = self._head, self._head.path
         model = urllib.parse.unquote(path[len("/models/"):]) if path.startswith("/models/") else ""
         methods = ROUTES.get("/models" if model else path)
-        if self.command == "OPTIONS":
+        if head.method == "OPTIONS":
             return self._reply(204, b"", {"Allow": ", ".join([*(methods or ("GET", "HEAD", "POST")), "OPTIONS"])})
         if methods is None:
-            raise BadRequest(f"There is nothing at {self.command} {path[:100]}. Oblix serves POST "
+            raise BadRequest(f"There is nothing at {head.method[:20]} {path[:100]}. Oblix serves POST "
                              "/v1/chat/completions, GET /v1/models and GET /health; use the chat completions API.",
                              status=404, code="unknown_url")
-        if self.command not in methods:
-            raise BadRequest(f"{path[:100]} takes {' or '.join(methods)}, not {self.command[:20]}.",
+        if head.method not in methods:
+            raise BadRequest(f"{path[:100]} takes {' or '.join(methods)}, not {head.method[:20]}.",
                              status=405, code="method_not_allowed")
         if path == "/chat/completions":
             return self._chat()
+        self._admission.serve(self._inbound)
         if path == "/":
             return self._reply(200, PAGE.encode(), {"Content-Type": "text/html; charset=utf-8"})
         if path == "/health":
-            health = self.server.gateway.health()
-            return self._json(200 if health["status"] == "healthy" else 503, health)
+            return self._health()
         return self._models(model)
 
-    def _models(self, wanted: str) -> str:
+    def _health(self) -> None:
+        health = self.server.gateway.health()
+        status = 200 if health["status"] == "healthy" else 503
+        if self._guard.is_public(self._head):
+            health = {name: health[name] for name in ("status", "version")}
+        self._json(status, health)
+
+    def _models(self, wanted: str) -> None:
         models = self.server.gateway.models()
         if not wanted:
             return self._json(200, models_body(models))
@@ -4373,77 +4822,71 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                              status=404, code="model_not_found")
         return self._json(200, models_body(found)["data"][0])
 
-    def _chat(self) -> str:
-        request = parse_request(self._body())
-        events = _Events(self)
-        client = Client(self.connection, events.beat if request.stream else lambda: None)
-        try:
-            served = self.server.gateway.answer(request, client)
-        except OblixError as error:
-            if events.begun:
-                return events.fail(error)
-            raise
-        headers = answer_headers(served.target, served.reason, served.attempts)
-        if served.whole is not None:
-            self._json(200, served.whole, headers)
-        else:
-            events.headers.update(headers)
-            with contextlib.closing(served.chunks):  # type: ignore[type-var]
-                failed = self._stream(served.chunks, request.include_usage, events)
-            if failed:
-                return failed
-        return f"{request.model} -> {served.target.id} ({served.reason})"
-
-    def _stream(self, chunks: Iterator[Chunk], include_usage: bool, events: _Events) -> str:
-        """Relay the chunks; returns what cut them off, or ""."""
-        try:
-            for chunk in chunks:
-                shown = for_client(chunk, include_usage)
-                if shown is not None:
-                    events.send(sse(shown))
-        except UpstreamError as error:
-            log.warning("%s cut: %s", self._id, error.brief)
-            return events.fail(error)
-        events.send(DONE, last=True)
-        return ""
-
     def _body(self) -> bytes:
         """The request's body.  Raises OblixError, ClientGone."""
-        lengths = self.headers.get_all("Content-Length") or []
-        coded = self.headers.get_all("Transfer-Encoding") or []
-        if coded and (lengths or [code.strip().lower() for code in coded] != ["chunked"]):
-            raise BadRequest("Send either a Content-Length or Transfer-Encoding: chunked.", code="bad_framing")
-        if coded:
-            body = self._chunked_body()
-        elif len(lengths) == 1 and re.fullmatch(r"\d{1,18}", lengths[0].strip(), re.ASCII):
-            if int(lengths[0]) > MAX_REQUEST_BYTES:
-                raise _too_large()
-            body = self.rfile.read(int(lengths[0]))
-            if len(body) < int(lengths[0]):
-                raise ClientGone
-        else:
-            raise BadRequest("Send the body's size as one decimal Content-Length.", code="bad_framing")
+        refused = body_kind_refusal(self._head)
+        if refused:
+            raise refused
+        size, expected = self._head.body_size, self._head.fields.get("expect", "").lower()
+        if expected not in ("", "100-continue"):
+            raise BadRequest("The only Expect that is honoured is 100-continue.", status=417, code="expectation_failed")
+        if not size and "content-length" not in self._head.fields:
+            raise BadRequest("Send the body's size as one decimal Content-Length.", status=411, code="bad_framing")
+        if self._admission.full:
+            self._admission.take(1, 0)    # raises; there is no need to wait for the body
+        if size != CHUNKED:
+            self._hold(size)
+        if expected and self._head.version != "HTTP/1.0":
+            self.wfile.write(CONTINUE_NOW)
+        self._inbound.await_body()
+        with _in_time():
+            body = self._chunked_body() if size == CHUNKED else self._exactly(size)
         self._unread = False
+        self._told["bytes_in"] = len(body)
+        self._admission.serve(self._inbound)
         return body
+
+    def _hold(self, size: int) -> None:
+        """Count a body of this size, or a piece of one more.  Raises BadRequest, Busy."""
+        self._size += size
+        if self._size > self.server.max_body_bytes:
+            raise BadRequest(f"The body is larger than {self.server.max_body_bytes >> 20} MiB (--max-body-mib).",
+                             status=413, code="request_too_large")
+        if self._size > LARGE_BODY_BYTES:
+            self._admission.take(0, self._size - self._held)
+            self._held = self._size
+
+    def _exactly(self, size: int) -> bytes:
+        """So many bytes, taken as they come.  Raises ClientGone."""
+        body = bytearray()
+        while len(body) < size:
+            piece = self.rfile.read1(min(size - len(body), 1 << 16))
+            if not piece:
+                raise ClientGone
+            body += piece
+        return bytes(body)
 
     def _chunked_body(self) -> bytes:
         """A body in chunks (RFC 9112, 7.1), which the stdlib leaves to us."""
         body = bytearray()
         while True:
-            size = self.rfile.readline(1024).split(b";")[0].strip()
-            if not re.fullmatch(rb"[0-9a-fA-F]{1,8}", size):
+            start = _CHUNK_START.fullmatch(self._line(MAX_CHUNK_LINE))
+            if not start:
                 raise BadRequest("The chunked body is malformed.", code="bad_framing")
-            if not int(size, 16):
+            size = int(start[1], 16)
+            if not size:
                 break
-            if len(body) + int(size, 16) > MAX_REQUEST_BYTES:
-                raise _too_large()
-            body += self.rfile.read(int(size, 16))
-            if self.rfile.readline(3) not in (b"\r\n", b"\n"):
+            self._hold(size)
+            body += self._exactly(size)
+            if self._exactly(2) != b"\r\n":
                 raise BadRequest("The chunked body is malformed.", code="bad_framing")
-        for _ in range(100):    # trailers
-            if self.rfile.readline(1 << 16) in (b"\r\n", b"\n", b""):
+        for _ in range(MAX_FIELDS):    # trailers, of which none is of use
+            line = self._line(MAX_FIELD_LINE)
+            if line == b"\r\n":
                 return bytes(body)
-        raise BadRequest("The chunked body has too many trailers.", code="bad_framing")
+            if not line.endswith(b"\r\n"):
+                break
+        raise BadRequest("The chunked body's trailers are malformed or too many.", code="bad_framing")
 
     def _linger(self) -> None:
         """After a reply to a body that was not read: take the rest, within reason, and close.
@@ -4452,72 +4895,182 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """
         if not self._unread:
             return
+        self._admission.wait(self._inbound)
         self.connection.shutdown(socket.SHUT_WR)
         self.connection.settimeout(LINGER_S)
         deadline = time.monotonic() + LINGER_S
         while time.monotonic() < deadline and self.connection.recv(1 << 16):
             pass
 
-    def _json(self, status: int, body: Json, headers: Mapping[str, str] | None = None) -> str:
-        return self._reply(status, dumps(body), {"Content-Type": "application/json", **(headers or {})})
+    # --- 11. Answers ---
 
-    def _refuse(self, error: OblixError) -> str:
+    def _chat(self) -> None:
+        """Answer a chat request.  Raises OblixError, ClientGone."""
+        request = parse_request(self._body())
+        self._told["asked"] = request.model
+        self._admission.take(1, 0)
+        events = _Events(self)
+        try:
+            self._answer(request, events)
+        except OblixError as error:
+            if not events.begun:
+                raise
+            events.fail(error)
+            self._told["error"] = error.code or error.type
+        finally:
+            self._admission.take(-1, 0)
+
+    def _answer(self, request: ChatRequest, events: _Events) -> None:
+        """Pass on what the gateway answers.  Raises OblixError, ClientGone."""
+        client = Client(self.connection, events.beat if request.stream else lambda: None)
+        try:
+            served = self.server.gateway.answer(request, client)
+            headers = answer_headers(served.target, served.reason, served.attempts)
+            self._told.update(served=served.target.id, side=served.target.side.value, attempts=served.attempts,
+                              reason=served.reason)
+            if served.whole is not None:
+                self._told["tokens"] = tokens_of(served.whole)
+                self._json(200, served.whole, headers)
+            else:
+                self._told["first_token_s"] = time.monotonic() - self._started
+                events.headers.update(headers)
+                with contextlib.closing(served.chunks):  # type: ignore[type-var]
+                    self._stream(served.chunks, request.include_usage, events)
+        except ClientGone:
+            if not self._admission.ended:
+                raise
+            raise Busy("Oblix is being stopped; ask again.", code="shutting_down", retry_after_s=AGAIN_S) from None
+
+    def _stream(self, chunks: Iterator[Chunk], include_usage: bool, events: _Events) -> None:
+        """Relay the chunks.  Raises UpstreamError where they are cut off."""
+        try:
+            for chunk in chunks:
+                self._told["tokens"] = tokens_of(chunk) or self._told.get("tokens", 0)
+                shown = for_client(chunk, include_usage)
+                if shown is not None:
+                    events.send(sse(shown))
+        except UpstreamError as error:
+            log.warning("%s cut: %s", self._id, error.brief)
+            raise
+        events.send(DONE, last=True)
+
+    def _json(self, status: int, body: Json, headers: Mapping[str, str] | None = None) -> None:
+        self._reply(status, dumps(body), {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff",
+                                          **(headers or {})})
+
+    def _refuse(self, error: OblixError) -> None:
         """Answer with an error."""
-        methods = ROUTES.get(self._path(), ("GET", "HEAD", "POST")) if error.status == 405 else ()
+        self._told["error"] = error.code or error.type
+        methods = ROUTES.get(self._head.path, ("GET", "HEAD", "POST")) if error.status == 405 else ()
         allow = {"Allow": ", ".join(methods)} if methods else {}
         self._json(error.status, error_body(error), {**error_headers(error), **allow})
-        return f"{error.status} {error.code}"
 
-    def _reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> str:
-        """A whole reply in one write; returns its status."""
-        self._sent = True
+    def _reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        """A whole reply in one write."""
         length = {} if status == 204 else {"Content-Length": str(len(body))}
-        self.wfile.write(self._head(status, {**headers, **length}) + (b"" if self.command == "HEAD" else body))
-        return str(status)
+        head = self._reply_head(status, {**headers, **length})
+        self.write(head, b"" if self._head.method == "HEAD" else body)
 
-    def stream_head(self, headers: Mapping[str, str], framed: bool) -> bytes:
+    def stream_head(self, headers: Mapping[str, str]) -> bytes:
         """The head of a stream, whose end only a framed body can show without closing the connection."""
-        self._sent = True
-        self.close_connection = self.close_connection or not framed
-        return self._head(200, headers)
+        self.close_connection = self.close_connection or not self.frames
+        return self._reply_head(200, headers)
 
-    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
+    @property
+    def frames(self) -> bool:
+        """Whether the client reads chunked bodies."""
+        return self._head.version != "HTTP/1.0"
+
+    def _reply_head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """The head of a reply; values are made safe for a header line."""
-        self.close_connection = self.close_connection or self._unread    # the unread bytes are not a next request
-        fields = {**headers, "x-request-id": self._id, "Server": self.server_version, "Date": self.date_time_string(),
-                  "Connection": "close" if self.close_connection else "keep-alive"}
+        self._told["status"] = status
+        if self._unread or self._admission.stopping:    # unread bytes are not a next request
+            self.close_connection = True
+        fields = {**headers, **self._cors, "x-request-id": self._id, "Server": self.server_version,
+                  "Date": self.date_time_string(), "Connection": "close" if self.close_connection else "keep-alive"}
         lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase if status in _STATUSES else 'Status'}"]
         lines += [f"{name}: {re.sub('[^ -~]+', ' ', value)}" for name, value in fields.items()]
         return "\r\n".join([*lines, "", ""]).encode("ascii")
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the stdlib says of requests that it can't read, in OpenAI's shape."""
-        self._id, self._unread, self.close_connection = new_id("req_"), True, True
-        self.command = self.command or "GET"
-        self._refuse(BadRequest(f"{http.HTTPStatus(code).phrase}: {message or 'bad request'}.", code="bad_request",
-                                status=405 if code == 501 else code))    # 501: "Unsupported method"
-        self._linger()
+    def write(self, framing: bytes, body: bytes, after: bytes = b"") -> None:
+        """Send a piece of the answer.  Raises OSError, and socket.timeout where the client takes nothing for SEND_S."""
+        data = memoryview(b"".join([framing, body, after]))
+        self._sent += len(body)
+        self._told["bytes_out"] = self._sent
+        self.connection.settimeout(SEND_S)
+        while data:    # not sendall, whose timeout is for all of it together
+            data = data[self.connection.send(data):]
+
+    def _tell(self) -> None:
+        """Write the one line that the log has of a request."""
+        quiet = self._told.get("status") == 200 and self._head.path in ("/health", "/")
+        level = logging.DEBUG if quiet else logging.INFO
+        if log.isEnabledFor(level):
+            seconds = time.monotonic() - self._started
+            facts = told_of_request({"id": self._id, "method": self._head.method[:20], "path": self._head.path[:64],
+                                     **self._told, "seconds": seconds})
+            log.log(level, "%s", log_text(facts), extra={"facts": facts})
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: `_serve` writes the one line of a request."""
+        """Nothing: `_tell` writes the one line of a request."""
+
+
+_NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
+_CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
+MAX_CHUNK_LINE = 1024    # bytes; extensions, of which nobody is known to send any
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    """A request that takes too long to come is told so."""
+    try:
+        yield
+    except socket.timeout:
+        raise BadRequest("The request came too slowly.", status=408, code="request_too_slow") from None
+
+
+def told_of_request(facts: Json) -> Json:
+    """What the log says of a request, out of what is known: rates, rounded numbers, no control characters."""
+    rounded: Json = {name: round(value, 3) if isinstance(value, float) else value for name, value in facts.items()}
+    for name in ("method", "path", "asked", "served", "reason"):
+        if name in rounded:
+            rounded[name] = re.sub("[^ -~]", "?", rounded[name])
+    answering_s = facts["seconds"] - facts.get("first_token_s", 0.0)
+    if facts.get("tokens") and answering_s > 0:
+        rounded["tokens_per_s"] = round(facts["tokens"] / answering_s, 1)
+    return rounded
+
+
+# How a fact of a request reads in the log, in this order; one that is not known is left out.
+_LOG_WORDS = {"id": "{}", "method": " {}", "path": " {}", "status": " {}", "asked": " {}", "served": " -> {}",
+              "side": " ({})", "first_token_s": ", first {:.2f} s", "tokens_per_s": ", {:.1f} tokens/s",
+              "bytes_in": ", in {} B", "bytes_out": ", out {} B", "seconds": ", {:.2f} s", "error": ": {}",
+              "reason": ": {}"}
+
+
+def log_text(facts: Json) -> str:
+    """The log's line of a request."""
+    return "".join(words.format(facts[name]) for name, words in _LOG_WORDS.items() if name in facts)
 
 
 class _Events:
     """A stream of server-sent events to a client, one write each; the head goes out with the first."""
 
     def __init__(self, handler: _Handler) -> None:
-        self._handler, self._framed = handler, handler.request_version != "HTTP/1.0"
+        self._handler, self._frames = handler, handler.frames
         self._last = time.monotonic()    # when the client last got something
         self.begun = False
         self.headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                        "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._framed else {})}
+                        "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._frames else {})}
 
     def send(self, event: bytes, last: bool = False) -> None:
         """Write an event."""
-        head = b"" if self.begun else self._handler.stream_head(self.headers, self._framed)
+        head = b"" if self.begun else self._handler.stream_head(self.headers)
         self.begun, self._last = True, time.monotonic()
-        end = b"0\r\n\r\n" if last else b""
-        self._handler.wfile.write(head + (b"%x\r\n%s\r\n%s" % (len(event), event, end) if self._framed else event))
+        if self._frames:
+            self._handler.write(head + b"%x\r\n" % len(event), event, b"\r\n0\r\n\r\n" if last else b"\r\n")
+        else:
+            self._handler.write(head, event)
 
     def beat(self) -> None:
         """After a long silence, write a comment, which keeps clients and proxies waiting.  Raises ClientGone.
@@ -4530,20 +5083,17 @@ class _Events:
             except OSError:
                 raise ClientGone from None
 
-    def fail(self, error: OblixError) -> str:
+    def fail(self, error: OblixError) -> None:
         """End with an error event and a connection that breaks off: the framing, too, must not look complete."""
         self._handler.close_connection = True
         self.send(sse(error_body(error)))
-        return f"cut: {error.code}"
 
 
 KEEP_ALIVE_S = 15.0    # proxies give up on a silent connection after 30 to 60 s
 _STATUSES = frozenset(http.HTTPStatus)
 
 
-def _too_large() -> BadRequest:
-    return BadRequest(f"The body is larger than {MAX_REQUEST_BYTES >> 20} MiB.", status=413, code="request_too_large")
-
+# --- 11. Listening, and the end ---------------------------------------------------------------------------------------
 
 class QuickServer(http.server.ThreadingHTTPServer):
     """The stdlib's server without its traps."""
@@ -4558,12 +5108,12 @@ class QuickServer(http.server.ThreadingHTTPServer):
 
 
 class _Listener(QuickServer):
-    """One listening socket, with the connections it has accepted."""
+    """One listening socket."""
 
-    def __init__(self, address: tuple[str, int], gateway: Gateway) -> None:
+    def __init__(self, address: tuple[str, int], gateway: Gateway, admission: Admission, guard: Guard) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.gateway = gateway
-        self._open: set[socket.socket] = set()    # clients' connections; add and discard are atomic
+        self.gateway, self.admission, self.guard = gateway, admission, guard
+        self.max_body_bytes = gateway.settings.max_body_mib << 20
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
@@ -4571,13 +5121,25 @@ class _Listener(QuickServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         super().server_bind()
 
+    def get_request(self) -> Any:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in _NO_ROOM:    # the client stays in the queue, which would be looked at without end
+                time.sleep(NO_ROOM_S)
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        self._open.add(request)
-        super().process_request(request, client_address)
+        self.admission.enter(request)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:    # no thread is left
+            log.warning("a client was sent away: %s", error)
+            self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
-        self._open.discard(request)
+        self.admission.leave(request)
 
     def run(self) -> None:
         """Serve until `shutdown`, which wakes the loop: it need not wake up by itself while nothing happens."""
@@ -4592,26 +5154,46 @@ class _Listener(QuickServer):
                 socket.create_connection((host, self.server_port), 0.2).close()
             stopping.join(0.02)
 
-    def server_close(self) -> None:
-        """Stop listening and end every connection: threads that wait for a next request would wait on."""
-        super().server_close()
-        for connection in tuple(self._open):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+    def stop_listening(self) -> None:
+        """Let in who is already waiting at the door, and nobody after that."""
+        self.shutdown()
+        self.socket.settimeout(0)
+        with contextlib.suppress(OSError):
+            while True:
+                self.process_request(*self.get_request())
+        self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):    # a client that left while its connection was set up
             log.exception("a connection failed")
 
 
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+NO_ROOM_S = 0.1    # until some descriptor may be free again
+
+
+def guard_of(settings: Settings) -> Guard:
+    """Who may ask.  Raises UsageError where everybody could who reaches this device."""
+    host = settings.host.strip("[]").lower()
+    if settings.api_key and settings.no_auth:
+        raise UsageError("--no-auth and --api-key exclude each other")
+    if not (settings.api_key or settings.no_auth or is_loopback(host)):
+        raise UsageError(f"--host {host} lets others use this device's models and keys: set OBLIX_API_KEY to a key "
+                         "that they must send, or say --no-auth")
+    own = socket.gethostname().lower()
+    return Guard(settings.api_key, frozenset([host, own, f"{own}.local", *map(str.lower, settings.allow_host)]),
+                 frozenset(map(str.lower, settings.allow_origin)))
+
+
 def listen(settings: Settings, gateway: Gateway) -> list[_Listener]:
     """Listening sockets: one, or for localhost one for each of its two addresses.  Raises UsageError."""
     host, port = settings.host.strip("[]"), settings.port
-    first = _listener("127.0.0.1" if host == "localhost" else host, port, gateway)
+    parts = gateway, Admission(settings.max_requests), guard_of(settings)
+    first = _listener("127.0.0.1" if host == "localhost" else host, port, *parts)
     if host != "localhost":
         return [first]
     try:
-        return [first, _Listener(("::1", first.server_port), gateway)]
+        return [first, _Listener(("::1", first.server_port), *parts)]
     except OSError as error:
         if error.errno != errno.EADDRINUSE:    # no IPv6 here
             return [first]
@@ -4622,9 +5204,9 @@ def listen(settings: Settings, gateway: Gateway) -> list[_Listener]:
         raise UsageError(f"port {port} of ::1 is in use by another program: choose one with --port") from error
 
 
-def _listener(host: str, port: int, gateway: Gateway) -> _Listener:
+def _listener(host: str, port: int, *parts: Any) -> _Listener:
     try:
-        return _Listener((host, port), gateway)
+        return _Listener((host, port), *parts)
     except (OSError, OverflowError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise UsageError(f"port {port} is in use, perhaps by another Oblix: choose one with --port") from error
@@ -4635,27 +5217,56 @@ class Server:
     """A running gateway with its listeners."""
 
     def __init__(self, gateway: Gateway, listeners: Sequence[_Listener]) -> None:
-        self.gateway = gateway
+        self.gateway, self._listeners, self.admission = gateway, tuple(listeners), listeners[0].admission
         self.port = listeners[0].server_port
         host = listeners[0].server_name
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def start(self) -> None:
+        """Begin to watch, and to answer."""
+        self.gateway.watch.start()
+        for listener in self._listeners:
+            threading.Thread(target=listener.run, name="listen", daemon=True).start()
+
+    def drain(self, limit_s: float, pause: Callable[[], int]) -> int:
+        """Let in nobody any more, let what runs end by itself within the limit, and end the rest in-band.
+
+        `pause` waits for a moment; something else than 0 ends the waiting, and is returned.
+        """
+        for listener in self._listeners:
+            listener.stop_listening()
+        self.admission.stop()
+        for seconds, at_its_end in ((limit_s, self.admission.end), (LAST_WORDS_S, self.admission.close)):
+            deadline = time.monotonic() + seconds
+            while not self.admission.empty and time.monotonic() < deadline:
+                hurried = pause()
+                if hurried:
+                    return hurried
+            at_its_end()
+        return 0
+
+    def close(self) -> None:
+        """End at once."""
+        for listener in self._listeners:
+            listener.shutdown()
+            listener.server_close()
+        self.admission.close()
+        self.gateway.close()
+
+
+LAST_WORDS_S = 1.0    # for the threads of requests that are being ended to say so
 
 
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[Server]:
     """A server that answers until the block ends.  Raises UsageError."""
     gateway = Gateway(settings)
-    listeners = listen(settings, gateway)
-    gateway.watch.start()
-    for listener in listeners:
-        threading.Thread(target=listener.run, name="listen", daemon=True).start()
+    server = Server(gateway, listen(settings, gateway))
+    server.start()
     try:
-        yield Server(gateway, listeners)
+        yield server
     finally:
-        for listener in listeners:
-            listener.shutdown()
-            listener.server_close()
-        gateway.close()
+        server.close()
 
 
 # === 12. Page =========================================================================================================
@@ -4877,7 +5488,8 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
     run = run_check if argv[:1] == ["check"] else run_server
     try:
         settings = Settings.parse(argv[1:] if run is run_check else argv, os.environ if env is None else env)
-        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+        settings = with_keys_from_files(settings)
+        start_log(settings, os.environ.get("JOURNAL_STREAM", ""))
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
         with demo(settings) as settings:
@@ -4887,20 +5499,105 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
         return 2
 
 
+def with_keys_from_files(settings: Settings) -> Settings:
+    """The settings with the keys that files hold.  Raises UsageError."""
+    for name in ("api_key", "cloud_api_key"):
+        path, flag = getattr(settings, f"{name}_file"), f"--{name.replace('_', '-')}-file"
+        if path and getattr(settings, name):
+            raise UsageError(f"{flag} and the key itself are both set: choose one")
+        if path:
+            try:
+                with open(path, encoding="ascii") as file:
+                    key = file.read(MAX_KEY_FILE).strip()
+            except (OSError, ValueError) as error:
+                why = getattr(error, "strerror", None) or "it is no plain text"
+                raise UsageError(f"{flag}: {path} can't be read: {why}") from error
+            if not key.isprintable() or not key:
+                raise UsageError(f"{flag}: {path} holds no key")
+            settings = dataclasses.replace(settings, **{name: key})  # type: ignore[arg-type]
+    return settings
+
+
+MAX_KEY_FILE = 1 << 16
+
+
+class _LogFormatter(logging.Formatter):
+    """Lines for people, for machines (--log-json), or for journald, which has the time already."""
+
+    def __init__(self, as_json: bool, journal: bool) -> None:
+        super().__init__("%(levelname)s %(message)s" if journal else "%(asctime)s %(levelname)s %(message)s")
+        self._as_json, self._journal = as_json, journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        if not self._as_json:
+            priority = next(number for level, number in SYSLOG if record.levelno >= level)
+            return (f"<{priority}>" if self._journal else "") + super().format(record)
+        text = record.getMessage() + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
+        at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc).isoformat(timespec="milliseconds")
+        return dumps({**({} if self._journal else {"time": at}), "level": record.levelname, "message": text,
+                      **getattr(record, "facts", {})}).decode()
+
+
+SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))    # level -> priority (sd-daemon(3))
+
+
+def start_log(settings: Settings, journal_stream: str) -> None:
+    """Log to stderr; `journal_stream` is systemd's word for where that goes (systemd.exec(5), JOURNAL_STREAM)."""
+    handler = logging.StreamHandler()
+    journal = False
+    with contextlib.suppress(OSError, ValueError):    # a stderr that is no file
+        stderr = os.fstat(sys.stderr.fileno())
+        journal = journal_stream == f"{stderr.st_dev}:{stderr.st_ino}"
+    handler.setFormatter(_LogFormatter(settings.log_json, journal))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+
+
 def run_server(settings: Settings) -> int:
-    """Answer requests until a signal comes.  Raises UsageError."""
+    """Answer requests until a signal comes, then let them end.  Returns 0, or 128 more than a second signal that ended
+    them.  Raises UsageError.
+    """
+    raise_file_limit(4 * settings.max_requests + 256)    # for each two connections of clients, and two upstream
     # Python itself writes to the one end when a signal comes: no handler of ours that another signal could interrupt.
     waiting, woken = socket.socketpair()
     woken.setblocking(False)
-    with waiting, woken, running(settings) as server:
+    with waiting, woken, contextlib.ExitStack() as ending:
         signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
-        for name in ("SIGINT", "SIGTERM"):
-            signal.signal(getattr(signal, name), lambda *_: None)
+        ending.callback(signal.set_wakeup_fd, -1)
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):    # the last one is Windows' word for both
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), lambda *_: None)
+        server = ending.enter_context(running(settings))
         server.gateway.watch.settle(SETTLE_S)
         print(start_text(settings, server), flush=True)
-        waiting.recv(1)
-        signal.set_wakeup_fd(-1)
-    return 0
+        signal_within(waiting, None)
+        log.info("stopping; what runs has %g s (--drain), and a second signal ends it at once", settings.drain)
+        again = server.drain(settings.drain, lambda: signal_within(waiting, DRAIN_LOOK_S))
+    return 128 + again if again else 0
+
+
+DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
+
+
+def signal_within(waiting: socket.socket, limit_s: float | None) -> int:
+    """The number of the signal that comes within the limit (None: whenever it comes), or 0."""
+    waiting.settimeout(limit_s)
+    try:
+        return waiting.recv(1)[0]
+    except socket.timeout:
+        return 0
+
+
+def raise_file_limit(wanted: int) -> None:
+    """Let the process open so many files, or as many as it may; many systems give 1,024 unless asked for more."""
+    try:
+        import resource
+    except ImportError:    # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with contextlib.suppress(OSError, ValueError):    # macOS may allow less than it says
+        if soft != resource.RLIM_INFINITY and soft < allowed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def run_check(settings: Settings) -> int:
