@@ -4556,10 +4556,6 @@ MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes som
 LARGE_BODY_BYTES = 64 << 10     # smaller ones are not counted: --max-requests limits them
 AGAIN_S = 1.0                   # after which a client that was sent away may ask again
 
-ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health": ("GET", "HEAD"),
-          "/": ("GET", "HEAD")}    # path without /v1 -> methods; OPTIONS goes everywhere
-CONTINUE_NOW = b"HTTP/1.1 100 Continue\r\n\r\n"
-
 
 # --- 11. Who is here --------------------------------------------------------------------------------------------------
 
@@ -4583,12 +4579,14 @@ class _Inbound(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """As any raw stream's.  Raises socket.timeout."""
-        left_s = self._deadline - time.monotonic()
-        if left_s <= 0:
-            raise socket.timeout("too slow")
-        self.connection.settimeout(left_s)
-        size = self.connection.recv_into(buffer)
+        """As any raw stream's.  Raises BadRequest where the time is over, ClientGone where nothing had come at all."""
+        try:
+            self.connection.settimeout(max(0.001, self._deadline - time.monotonic()))    # 0 would not wait at all
+            size = self.connection.recv_into(buffer)
+        except socket.timeout:
+            if self.silent:
+                raise ClientGone from None
+            raise BadRequest("The request came too slowly.", status=408, code="request_too_slow") from None
         if self.silent:
             self.silent, self._deadline = False, time.monotonic() + HEAD_S
         self._deadline += size / self._bytes_per_s
@@ -4607,11 +4605,17 @@ class Admission:
         self.stopping = self.ended = False    # no new client is let in; what runs is being ended
 
     def enter(self, connection: socket.socket) -> None:
-        """A client has connected.  One more than there may be takes the place of who has not asked for longest."""
+        """A client has connected; one more than there may be takes another's place."""
         with self._lock:
             self._open.add(connection)
-            crowded = len(self._open) > self._max_connections and self._waiting
-            slowest = self._waiting.popitem(last=False)[0] if crowded else None
+            crowded = len(self._open) > self._max_connections
+        if crowded:
+            self.make_room()
+
+    def make_room(self) -> None:
+        """Close the connection that has gone longest without a whole request: idle, or sending one slowly."""
+        with self._lock:
+            slowest = self._waiting.popitem(last=False)[0] if self._waiting else None
         if slowest:
             _hang_up(slowest.connection, socket.SHUT_RDWR)
 
@@ -4624,6 +4628,7 @@ class Admission:
         """A client has no whole request here."""
         with self._lock:
             self._waiting[inbound] = None
+            self._waiting.move_to_end(inbound)
 
     def serve(self, inbound: _Inbound) -> None:
         """A client's request has come whole, or the client has gone."""
@@ -4633,13 +4638,11 @@ class Admission:
     def take(self, requests: int, size: int) -> None:
         """Count chat requests and bytes of bodies; negative ones have ended.  Raises Busy if that is too much."""
         with self._lock:
-            full = (requests > 0 and self._requests + requests > self._max_requests
-                    or size > 0 and self._bytes + size > MAX_BODIES_BYTES)
+            full = requests > 0 and self.full or size > 0 and self._bytes + size > MAX_BODIES_BYTES
             if not full:
                 self._requests, self._bytes = self._requests + requests, self._bytes + size
         if full:
-            raise Busy("Oblix has as much to do as it takes on at once (--max-requests); ask again in a moment.",
-                       retry_after_s=AGAIN_S)
+            raise too_much()
 
     @property
     def full(self) -> bool:
@@ -4675,6 +4678,12 @@ class Admission:
             _hang_up(connection, socket.SHUT_RDWR)
 
 
+def too_much() -> Busy:
+    """What a client is told that asks when Oblix has enough to do."""
+    return Busy("Oblix has as much to do as it takes on at once (--max-requests); ask again in a moment.",
+                retry_after_s=AGAIN_S)
+
+
 def _hang_up(connection: socket.socket, how: int) -> None:
     with contextlib.suppress(OSError):    # it was closed meanwhile
         connection.shutdown(how)
@@ -4682,8 +4691,8 @@ def _hang_up(connection: socket.socket, how: int) -> None:
 
 # --- 11. A connection -------------------------------------------------------------------------------------------------
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    """One client connection, on a thread of its own."""
+class _Connection(http.server.BaseHTTPRequestHandler):
+    """One client connection, on a thread of its own: requests in and replies out, whatever they are about."""
     server_version = f"oblix/{__version__}"
     disable_nagle_algorithm = True      # else a second small write waits 40 ms for the client's delayed ACK
     server: _Listener
@@ -4693,10 +4702,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.close()
         self._inbound = _Inbound(self.connection)
         self.rfile = io.BufferedReader(self._inbound)
-        self._admission, self._guard = self.server.admission, self.server.guard
+        self.admission, self.guard = self.server.admission, self.server.guard
 
     def finish(self) -> None:
-        self._admission.serve(self._inbound)
+        self.admission.serve(self._inbound)
         super().finish()
 
     def handle(self) -> None:
@@ -4706,56 +4715,50 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read a request and answer it; unlike the stdlib's, whose parser is too lenient, by `parse_head`."""
         self.close_connection, self._unread = True, True
-        self._head, self._cors, self._told = _NO_HEAD, dict[str, str](), dict[str, Any]()
-        self._id, self._sent, self._size, self._held = new_id("req_"), 0, 0, 0
-        self._inbound.await_request(FRESH_S if self._admission.stopping else IDLE_CLIENT_S)
-        self._admission.wait(self._inbound)
+        self.head, self._cors, self.told = _NO_HEAD, dict[str, str](), dict[str, Any]()
+        self.id, self._sent, self._size, self._held = new_id("req_"), 0, 0, 0
+        self._inbound.await_request(FRESH_S if self.admission.stopping else IDLE_CLIENT_S)
+        self.admission.wait(self._inbound)
         try:
             asked = self._serve()
         finally:
             if self._held:
-                self._admission.take(0, -self._held)
+                self.admission.take(0, -self._held)
         if asked:
             self._tell()
             self._linger()
 
     def _serve(self) -> bool:
-        """Answer the next request, whatever it is; False where the client had nothing more to ask."""
-        self._started = time.monotonic()
+        """Answer the next request, whatever it is; False where none came."""
+        self.started = time.monotonic()
         try:
-            first = self._first_line()
+            first = self._line(MAX_REQUEST_LINE)
+            if first == b"\r\n":    # one is let pass: RFC 9112, 2.2
+                first = self._line(MAX_REQUEST_LINE)
             if not first:
                 return False
-            self._started = time.monotonic()
-            self._head = parse_head(first, self._lines(first))
-            self._unread = self._head.body_size != 0
-            self.close_connection = self._admission.stopping or not self._head.keeps_open
-            self._cors = self._guard.cors_headers(self._head)
-            self._guard.check(self._head)
-            self._route()
+            self.started = time.monotonic()
+            self.head = parse_head(first, self._lines(first))
+            self._unread = self.head.body_size != 0
+            self.close_connection = not self.head.keeps_open
+            self._cors = self.guard.cors_headers(self.head)
+            self.guard.check(self.head)
+            self.route()
         except (ClientGone, OSError):    # the latter while it was written to
-            self.close_connection, self._told["error"] = True, "client hung up"
+            self.close_connection, self.told["error"] = True, "client hung up"
+            return self.head is not _NO_HEAD
         except OblixError as error:
             self._refuse(error)
         except Exception:  # a bug of ours takes down one request and is told in the log
-            log.exception("%s internal error", self._id)
-            self.close_connection = True
-            if self._sent:
-                self._told["error"] = "internal error"
-            else:
-                self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self._id}."))
+            log.exception("%s internal error", self.id)
+            self.close_connection, self.told["error"] = True, "internal error"
+            if not self._sent:
+                self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self.id}."))
         return True
 
-    def _first_line(self) -> bytes:
-        """The request's first line; empty where none has begun to come in time.  Raises BadRequest."""
-        try:
-            with _in_time():
-                line = self._line(MAX_REQUEST_LINE)
-                return line if line != b"\r\n" else self._line(MAX_REQUEST_LINE)    # one is let pass: RFC 9112, 2.2
-        except BadRequest:
-            if self._inbound.silent:
-                return b""
-            raise
+    def route(self) -> None:
+        """Answer the request.  Raises OblixError, ClientGone."""
+        raise NotImplementedError
 
     def _line(self, limit: int) -> bytes:
         return self.rfile.readline(limit + 1)
@@ -4767,8 +4770,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                              code="uri_too_long")
         size = 0
         for _ in range(MAX_FIELDS + 1):
-            with _in_time():
-                line = self._line(MAX_FIELD_LINE)
+            line = self._line(MAX_FIELD_LINE)
             if line == b"\r\n":
                 return
             size += len(line)
@@ -4780,70 +4782,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         raise BadRequest(f"The request's head has more than {MAX_FIELDS} fields, or one that is too long.", status=431,
                          code="headers_too_large")
 
-    # --- 11. Routes and bodies ---
-
-    def _route(self) -> None:
-        """Answer the request.  Raises OblixError, ClientGone."""
-        head, path = self._head, self._head.path
-        model = urllib.parse.unquote(path[len("/models/"):]) if path.startswith("/models/") else ""
-        methods = ROUTES.get("/models" if model else path)
-        if head.method == "OPTIONS":
-            return self._reply(204, b"", {"Allow": ", ".join([*(methods or ("GET", "HEAD", "POST")), "OPTIONS"])})
-        if methods is None:
-            raise BadRequest(f"There is nothing at {head.method[:20]} {path[:100]}. Oblix serves POST "
-                             "/v1/chat/completions, GET /v1/models and GET /health; use the chat completions API.",
-                             status=404, code="unknown_url")
-        if head.method not in methods:
-            raise BadRequest(f"{path[:100]} takes {' or '.join(methods)}, not {head.method[:20]}.",
-                             status=405, code="method_not_allowed")
-        if path == "/chat/completions":
-            return self._chat()
-        self._admission.serve(self._inbound)
-        if path == "/":
-            return self._reply(200, PAGE.encode(), {"Content-Type": "text/html; charset=utf-8"})
-        if path == "/health":
-            return self._health()
-        return self._models(model)
-
-    def _health(self) -> None:
-        health = self.server.gateway.health()
-        status = 200 if health["status"] == "healthy" else 503
-        if self._guard.is_public(self._head):
-            health = {name: health[name] for name in ("status", "version")}
-        self._json(status, health)
-
-    def _models(self, wanted: str) -> None:
-        models = self.server.gateway.models()
-        if not wanted:
-            return self._json(200, models_body(models))
-        found = [model for model in models if model[0] == wanted]
-        if not found:
-            raise BadRequest(f"There is no model {wanted[:100]!r}; GET /v1/models lists them.", param="model",
-                             status=404, code="model_not_found")
-        return self._json(200, models_body(found)["data"][0])
-
-    def _body(self) -> bytes:
+    def body(self) -> bytes:
         """The request's body.  Raises OblixError, ClientGone."""
-        refused = body_kind_refusal(self._head)
+        refused = body_kind_refusal(self.head)
         if refused:
             raise refused
-        size, expected = self._head.body_size, self._head.fields.get("expect", "").lower()
+        size, expected = self.head.body_size, self.head.fields.get("expect", "").lower()
         if expected not in ("", "100-continue"):
             raise BadRequest("The only Expect that is honoured is 100-continue.", status=417, code="expectation_failed")
-        if not size and "content-length" not in self._head.fields:
+        if not size and "content-length" not in self.head.fields:
             raise BadRequest("Send the body's size as one decimal Content-Length.", status=411, code="bad_framing")
-        if self._admission.full:
-            self._admission.take(1, 0)    # raises; there is no need to wait for the body
+        if self.admission.full:
+            raise too_much()    # before the body is waited for
         if size != CHUNKED:
             self._hold(size)
-        if expected and self._head.version != "HTTP/1.0":
+        if expected and self.head.version != "HTTP/1.0":
             self.wfile.write(CONTINUE_NOW)
         self._inbound.await_body()
-        with _in_time():
-            body = self._chunked_body() if size == CHUNKED else self._exactly(size)
+        body = self._chunked_body() if size == CHUNKED else self._exactly(size)
         self._unread = False
-        self._told["bytes_in"] = len(body)
-        self._admission.serve(self._inbound)
+        self.told["bytes_in"] = len(body)
+        self.admission.serve(self._inbound)
         return body
 
     def _hold(self, size: int) -> None:
@@ -4853,7 +4812,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(f"The body is larger than {self.server.max_body_bytes >> 20} MiB (--max-body-mib).",
                              status=413, code="request_too_large")
         if self._size > LARGE_BODY_BYTES:
-            self._admission.take(0, self._size - self._held)
+            self.admission.take(0, self._size - self._held)
             self._held = self._size
 
     def _exactly(self, size: int) -> bytes:
@@ -4895,81 +4854,29 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """
         if not self._unread:
             return
-        self._admission.wait(self._inbound)
+        self.admission.wait(self._inbound)
         self.connection.shutdown(socket.SHUT_WR)
         self.connection.settimeout(LINGER_S)
         deadline = time.monotonic() + LINGER_S
         while time.monotonic() < deadline and self.connection.recv(1 << 16):
             pass
 
-    # --- 11. Answers ---
-
-    def _chat(self) -> None:
-        """Answer a chat request.  Raises OblixError, ClientGone."""
-        request = parse_request(self._body())
-        self._told["asked"] = request.model
-        self._admission.take(1, 0)
-        events = _Events(self)
-        try:
-            self._answer(request, events)
-        except OblixError as error:
-            if not events.begun:
-                raise
-            events.fail(error)
-            self._told["error"] = error.code or error.type
-        finally:
-            self._admission.take(-1, 0)
-
-    def _answer(self, request: ChatRequest, events: _Events) -> None:
-        """Pass on what the gateway answers.  Raises OblixError, ClientGone."""
-        client = Client(self.connection, events.beat if request.stream else lambda: None)
-        try:
-            served = self.server.gateway.answer(request, client)
-            headers = answer_headers(served.target, served.reason, served.attempts)
-            self._told.update(served=served.target.id, side=served.target.side.value, attempts=served.attempts,
-                              reason=served.reason)
-            if served.whole is not None:
-                self._told["tokens"] = tokens_of(served.whole)
-                self._json(200, served.whole, headers)
-            else:
-                self._told["first_token_s"] = time.monotonic() - self._started
-                events.headers.update(headers)
-                with contextlib.closing(served.chunks):  # type: ignore[type-var]
-                    self._stream(served.chunks, request.include_usage, events)
-        except ClientGone:
-            if not self._admission.ended:
-                raise
-            raise Busy("Oblix is being stopped; ask again.", code="shutting_down", retry_after_s=AGAIN_S) from None
-
-    def _stream(self, chunks: Iterator[Chunk], include_usage: bool, events: _Events) -> None:
-        """Relay the chunks.  Raises UpstreamError where they are cut off."""
-        try:
-            for chunk in chunks:
-                self._told["tokens"] = tokens_of(chunk) or self._told.get("tokens", 0)
-                shown = for_client(chunk, include_usage)
-                if shown is not None:
-                    events.send(sse(shown))
-        except UpstreamError as error:
-            log.warning("%s cut: %s", self._id, error.brief)
-            raise
-        events.send(DONE, last=True)
-
-    def _json(self, status: int, body: Json, headers: Mapping[str, str] | None = None) -> None:
-        self._reply(status, dumps(body), {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff",
+    def json(self, status: int, body: Json, headers: Mapping[str, str] | None = None) -> None:
+        self.reply(status, dumps(body), {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff",
                                           **(headers or {})})
 
     def _refuse(self, error: OblixError) -> None:
         """Answer with an error."""
-        self._told["error"] = error.code or error.type
-        methods = ROUTES.get(self._head.path, ("GET", "HEAD", "POST")) if error.status == 405 else ()
+        self.told["error"] = error.code or error.type
+        methods = ROUTES.get(self.head.path, ("GET", "HEAD", "POST")) if error.status == 405 else ()
         allow = {"Allow": ", ".join(methods)} if methods else {}
-        self._json(error.status, error_body(error), {**error_headers(error), **allow})
+        self.json(error.status, error_body(error), {**error_headers(error), **allow})
 
-    def _reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+    def reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """A whole reply in one write."""
         length = {} if status == 204 else {"Content-Length": str(len(body))}
         head = self._reply_head(status, {**headers, **length})
-        self.write(head, b"" if self._head.method == "HEAD" else body)
+        self.write(head, b"" if self.head.method == "HEAD" else body)
 
     def stream_head(self, headers: Mapping[str, str]) -> bytes:
         """The head of a stream, whose end only a framed body can show without closing the connection."""
@@ -4979,14 +4886,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     @property
     def frames(self) -> bool:
         """Whether the client reads chunked bodies."""
-        return self._head.version != "HTTP/1.0"
+        return self.head.version != "HTTP/1.0"
 
     def _reply_head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """The head of a reply; values are made safe for a header line."""
-        self._told["status"] = status
-        if self._unread or self._admission.stopping:    # unread bytes are not a next request
+        self.told["status"] = status
+        if self._unread or self.admission.stopping:    # unread bytes are not a next request
             self.close_connection = True
-        fields = {**headers, **self._cors, "x-request-id": self._id, "Server": self.server_version,
+        fields = {**headers, **self._cors, "x-request-id": self.id, "Server": self.server_version,
                   "Date": self.date_time_string(), "Connection": "close" if self.close_connection else "keep-alive"}
         lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase if status in _STATUSES else 'Status'}"]
         lines += [f"{name}: {re.sub('[^ -~]+', ' ', value)}" for name, value in fields.items()]
@@ -4996,19 +4903,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Send a piece of the answer.  Raises OSError, and socket.timeout where the client takes nothing for SEND_S."""
         data = memoryview(b"".join([framing, body, after]))
         self._sent += len(body)
-        self._told["bytes_out"] = self._sent
+        self.told["bytes_out"] = self._sent
         self.connection.settimeout(SEND_S)
         while data:    # not sendall, whose timeout is for all of it together
             data = data[self.connection.send(data):]
 
     def _tell(self) -> None:
         """Write the one line that the log has of a request."""
-        quiet = self._told.get("status") == 200 and self._head.path in ("/health", "/")
+        quiet = self.told.get("status") == 200 and self.head.path in ("/health", "/")
         level = logging.DEBUG if quiet else logging.INFO
         if log.isEnabledFor(level):
-            seconds = time.monotonic() - self._started
-            facts = told_of_request({"id": self._id, "method": self._head.method[:20], "path": self._head.path[:64],
-                                     **self._told, "seconds": seconds})
+            seconds = time.monotonic() - self.started
+            facts = told_of_request({"id": self.id, "method": self.head.method[:20], "path": self.head.path[:64],
+                                     **self.told, "seconds": seconds})
             log.log(level, "%s", log_text(facts), extra={"facts": facts})
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -5018,16 +4925,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 _NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
 _CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 MAX_CHUNK_LINE = 1024    # bytes; extensions, of which nobody is known to send any
+CONTINUE_NOW = b"HTTP/1.1 100 Continue\r\n\r\n"
+_STATUSES = frozenset(http.HTTPStatus)
 
 
-@contextlib.contextmanager
-def _in_time() -> Iterator[None]:
-    """A request that takes too long to come is told so."""
-    try:
-        yield
-    except socket.timeout:
-        raise BadRequest("The request came too slowly.", status=408, code="request_too_slow") from None
-
+# --- 11. The log line -------------------------------------------------------------------------------------------------
 
 def told_of_request(facts: Json) -> Json:
     """What the log says of a request, out of what is known: rates, rounded numbers, no control characters."""
@@ -5038,7 +4940,7 @@ def told_of_request(facts: Json) -> Json:
     answering_s = facts["seconds"] - facts.get("first_token_s", 0.0)
     if facts.get("tokens") and answering_s > 0:
         rounded["tokens_per_s"] = round(facts["tokens"] / answering_s, 1)
-    return rounded
+    return {name: rounded[name] for name in (*_LOG_WORDS, *rounded) if name in rounded}
 
 
 # How a fact of a request reads in the log, in this order; one that is not known is left out.
@@ -5051,6 +4953,106 @@ _LOG_WORDS = {"id": "{}", "method": " {}", "path": " {}", "status": " {}", "aske
 def log_text(facts: Json) -> str:
     """The log's line of a request."""
     return "".join(words.format(facts[name]) for name, words in _LOG_WORDS.items() if name in facts)
+
+
+# --- 11. The routes ---------------------------------------------------------------------------------------------------
+
+class _Handler(_Connection):
+    """What is answered on a connection."""
+
+    def route(self) -> None:
+        """Answer the request.  Raises OblixError, ClientGone."""
+        head, path = self.head, self.head.path
+        model = urllib.parse.unquote(path[len("/models/"):]) if path.startswith("/models/") else ""
+        methods = ROUTES.get("/models" if model else path)
+        if head.method == "OPTIONS":
+            return self.reply(204, b"", {"Allow": ", ".join([*(methods or ("GET", "HEAD", "POST")), "OPTIONS"])})
+        if methods is None:
+            raise BadRequest(f"There is nothing at {head.method[:20]} {path[:100]}. Oblix serves POST "
+                             "/v1/chat/completions, GET /v1/models and GET /health; use the chat completions API.",
+                             status=404, code="unknown_url")
+        if head.method not in methods:
+            raise BadRequest(f"{path[:100]} takes {' or '.join(methods)}, not {head.method[:20]}.",
+                             status=405, code="method_not_allowed")
+        if path == "/chat/completions":
+            return self._chat()
+        self.admission.serve(self._inbound)
+        if path == "/":
+            return self.reply(200, PAGE.encode(), PAGE_HEADERS)
+        if path == "/health":
+            return self._health()
+        return self._models(model)
+
+    def _health(self) -> None:
+        health = self.server.gateway.health()
+        status = 200 if health["status"] == "healthy" else 503
+        if self.guard.is_public(self.head):
+            health = {name: health[name] for name in ("status", "version")}
+        self.json(status, health)
+
+    def _models(self, wanted: str) -> None:
+        models = self.server.gateway.models()
+        if not wanted:
+            return self.json(200, models_body(models))
+        found = [model for model in models if model[0] == wanted]
+        if not found:
+            raise BadRequest(f"There is no model {wanted[:100]!r}; GET /v1/models lists them.", param="model",
+                             status=404, code="model_not_found")
+        return self.json(200, models_body(found)["data"][0])
+
+    def _chat(self) -> None:
+        """Answer a chat request.  Raises OblixError, ClientGone."""
+        request = parse_request(self.body())
+        self.told["asked"] = request.model
+        self.admission.take(1, 0)
+        events = _Events(self)
+        try:
+            self._answer(request, events)
+        except OblixError as error:
+            if not events.begun:
+                raise
+            events.fail(error)
+            self.told["error"] = error.code or error.type
+        finally:
+            self.admission.take(-1, 0)
+
+    def _answer(self, request: ChatRequest, events: _Events) -> None:
+        """Pass on what the gateway answers.  Raises OblixError, ClientGone."""
+        client = Client(self.connection, events.beat if request.stream else lambda: None)
+        try:
+            served = self.server.gateway.answer(request, client)
+            headers = answer_headers(served.target, served.reason, served.attempts)
+            self.told.update(served=served.target.id, side=served.target.side.value, attempts=served.attempts,
+                              reason=served.reason)
+            if served.whole is not None:
+                self.told["tokens"] = tokens_of(served.whole)
+                self.json(200, served.whole, headers)
+            else:
+                self.told["first_token_s"] = time.monotonic() - self.started
+                events.headers.update(headers)
+                with contextlib.closing(served.chunks):  # type: ignore[type-var]
+                    self._stream(served.chunks, request.include_usage, events)
+        except ClientGone:
+            if not self.admission.ended:
+                raise
+            raise Busy("Oblix is being stopped; ask again.", code="shutting_down", retry_after_s=AGAIN_S) from None
+
+    def _stream(self, chunks: Iterator[Chunk], include_usage: bool, events: _Events) -> None:
+        """Relay the chunks.  Raises UpstreamError where they are cut off."""
+        try:
+            for chunk in chunks:
+                self.told["tokens"] = tokens_of(chunk) or self.told.get("tokens", 0)
+                shown = for_client(chunk, include_usage)
+                if shown is not None:
+                    events.send(sse(shown))
+        except UpstreamError as error:
+            log.warning("%s cut: %s", self.id, error.brief)
+            raise
+        events.send(DONE, last=True)
+
+
+ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health": ("GET", "HEAD"),
+          "/": ("GET", "HEAD")}    # path without /v1 -> methods; OPTIONS goes everywhere
 
 
 class _Events:
@@ -5090,7 +5092,6 @@ class _Events:
 
 
 KEEP_ALIVE_S = 15.0    # proxies give up on a silent connection after 30 to 60 s
-_STATUSES = frozenset(http.HTTPStatus)
 
 
 # --- 11. Listening, and the end ---------------------------------------------------------------------------------------
@@ -5126,6 +5127,7 @@ class _Listener(QuickServer):
             return super().get_request()
         except OSError as error:
             if error.errno in _NO_ROOM:    # the client stays in the queue, which would be looked at without end
+                self.admission.make_room()
                 time.sleep(NO_ROOM_S)
             raise
 
@@ -5273,6 +5275,9 @@ def running(settings: Settings) -> Iterator[Server]:
 # uses: nothing; pure
 # What does a person see who opens the address in a browser?  /health, in words; the page asks for nothing else.
 
+PAGE_HEADERS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
+                "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+                "frame-ancestors 'none'"}
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Oblix</title>
@@ -5430,11 +5435,15 @@ CPU_S = 1.3       # until the second sample, the first that knows the CPU's use
 
 def start_text(settings: Settings, server: Server) -> str:
     """The lines that a start prints."""
-    host = "localhost" if settings.host == "localhost" else server.url.split("//")[1].rsplit(":", 1)[0]
-    base = f"http://{host}:{server.port}/v1"
+    host = server.url.split("//")[1].rsplit(":", 1)[0]
+    host = {"0.0.0.0": socket.gethostname(), "[::]": socket.gethostname()}.get(host, host)
+    base = f"http://{'localhost' if settings.host == 'localhost' else host}:{server.port}/v1"
+    key = "the key of --api-key" if settings.api_key else "placeholder"
     lines = [f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""), "",
              *findings(server.gateway.health())]
-    lines += ["Use it:", "  from openai import OpenAI", f'  client = OpenAI(base_url="{base}", api_key="placeholder")',
+    if settings.no_auth:
+        lines += ["Everybody who can reach this address may use it, with the keys that it has (--no-auth).", ""]
+    lines += ["Use it:", "  from openai import OpenAI", f'  client = OpenAI(base_url="{base}", api_key="{key}")',
               '  print(client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "Hello"}])'
               ".choices[0].message.content)", ""]
     return "\n".join(lines)
@@ -5602,6 +5611,7 @@ def raise_file_limit(wanted: int) -> None:
 
 def run_check(settings: Settings) -> int:
     """Print what is found and what `auto` would do; 0 if a request would be answered, else 1.  Raises UsageError."""
+    guard_of(settings)    # a mistake in who may ask is one that a start would find
     gateway = Gateway(dataclasses.replace(settings, warm_up="never"))
     gateway.watch.start()
     try:

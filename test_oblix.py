@@ -915,7 +915,7 @@ class Shape(Case):
         for promise in promises:
             self.assertTrue("test_" + re.sub(r"\W+", "_", promise.lower()).strip("_") in tests, promise)
 
-    def test_no_thread_waits_for_another_while_it_holds_the_lock(self):
+    def test_no_thread_waits_for_another_while_it_holds_a_lock(self):
         """Under a lock nothing is called but what collections do at once, and what makes a new value."""
         quick = {"get", "pop", "popitem", "move_to_end", "add", "discard", "dict", "len", "tuple", "Record", "change"}
         pure = {"replace", "bool", "learned", "failed", "succeeded", "Record"}
@@ -6642,7 +6642,9 @@ class Hostile(Case):
 # === 12. Command line ================================================================================================
 
 FLAGS = [  # flag, its default as --help shows it
-    ("local-model", ""), ("cloud-model", ""), ("cloud-api-key", ""), ("host", ""), ("port", "62549"), ("demo", ""),
+    ("local-model", ""), ("cloud-model", ""), ("cloud-api-key", ""), ("cloud-api-key-file", ""), ("host", ""),
+    ("port", "62549"), ("api-key", ""), ("api-key-file", ""), ("no-auth", ""), ("allow-origin", ""), ("allow-host", ""),
+    ("demo", ""), ("max-requests", "512"), ("max-body-mib", "32"), ("drain", "8"), ("log-json", ""),
     ("connect-timeout-s", "5"), ("first-byte-timeout-s", "300"), ("stall-timeout-s", "60"), ("probe-every-s", "30"),
     ("cpu-constrained-percent", "80"), ("cpu-critical-percent", "95"), ("memory-constrained-percent", "85"),
     ("memory-critical-percent", "95"), ("load-constrained", "1.5"), ("load-critical", "3"),
