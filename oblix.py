@@ -4551,7 +4551,7 @@ BODY_BYTES_PER_S = 8 << 10      # the slowest that one may come on average: a po
 IDLE_CLIENT_S = 75.0            # between requests; SDKs drop idle connections after 4-5 s, proxies after 60
 SEND_S = 60.0                   # in which a client takes nothing of its answer
 LINGER_S = 2.0                  # for the rest of a body that is refused
-FRESH_S = 1.0                   # for a connection's first request, once Oblix is being stopped
+FRESH_S = 1.0                   # for a fresh connection's first request, once Oblix is being stopped
 MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes some times its size
 LARGE_BODY_BYTES = 64 << 10     # smaller ones are not counted: --max-requests limits them
 AGAIN_S = 1.0                   # after which a client that was sent away may ask again
@@ -4564,7 +4564,7 @@ class _Inbound(io.RawIOBase):
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.silent = True    # nothing of the next request has come
+        self.fresh = self.silent = True    # nothing has ever come; nothing of the next request has
         self._deadline, self._bytes_per_s = 0.0, math.inf
 
     def await_request(self, limit_s: float) -> None:
@@ -4588,7 +4588,7 @@ class _Inbound(io.RawIOBase):
                 raise ClientGone from None
             raise BadRequest("The request came too slowly.", status=408, code="request_too_slow") from None
         if self.silent:
-            self.silent, self._deadline = False, time.monotonic() + HEAD_S
+            self.fresh, self.silent, self._deadline = False, False, time.monotonic() + HEAD_S
         self._deadline += size / self._bytes_per_s
         return size
 
@@ -4654,11 +4654,13 @@ class Admission:
         """Whether nobody is connected."""
         return not self._open
 
-    def stop(self) -> None:
-        """Close the connections on which nothing has been asked; of the others each ends with its answer."""
+    def stop(self, fresh: bool) -> None:
+        """Close the connections on which nothing is being asked, fresh ones if so wanted: their first request may be on
+        its way.  The others close with their answers."""
         with self._lock:
             self.stopping = True
-            silent = [inbound.connection for inbound in self._waiting if inbound.silent]
+            silent = [inbound.connection for inbound in self._waiting
+                      if inbound.silent and (fresh or not inbound.fresh)]
         for connection in silent:
             _hang_up(connection, socket.SHUT_RD)    # what has come meanwhile can still be read
 
@@ -5237,8 +5239,10 @@ class Server:
         """
         for listener in self._listeners:
             listener.stop_listening()
-        self.admission.stop()
-        for seconds, at_its_end in ((limit_s, self.admission.end), (LAST_WORDS_S, self.admission.close)):
+        self.admission.stop(fresh=False)
+        first_s = min(FRESH_S, limit_s)
+        for seconds, at_its_end in ((first_s, functools.partial(self.admission.stop, fresh=True)),
+                                    (limit_s - first_s, self.admission.end), (LAST_WORDS_S, self.admission.close)):
             deadline = time.monotonic() + seconds
             while not self.admission.empty and time.monotonic() < deadline:
                 hurried = pause()
