@@ -85,6 +85,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 import urllib.request
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -271,6 +272,7 @@ class Plan:
 
 
 MAX_RETRY_AFTER_S = 600.0
+MAX_LINE_BYTES = 32 << 20    # of an event in an answer: as much as a request may have; more is an attack
 
 
 class OblixError(Exception):
@@ -469,7 +471,7 @@ class Settings:
                                        high=86_400)
     max_requests: int = setting(512, "chat requests answered at once, each on a thread; more get a 503 and are told to "
                                      "come again", low=1, high=65_536)
-    max_body_mib: int = setting(32, "largest request, in MiB; images make 10 to 30 of them normal", low=1, high=1024)
+    max_body_mib: int = setting(32, "largest request, in MiB; images make 10 to 30 of them normal", low=1, high=128)
     drain: float = setting(8.0, "seconds that requests may go on after SIGTERM or Ctrl-C; docker stop waits for 10",
                            high=86_400)
     probe_every_s: float = setting(30.0, "seconds between probes of a cloud that is well; sooner after trouble", low=1,
@@ -611,7 +613,7 @@ CHUNKED = -1                  # the size of a body that tells its size as it com
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
-_FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\xff]*)\r\n")
+FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\xff]*)\r\n")
 # Two of these may be read differently by two servers in a row.
 _ONCE = frozenset(["authorization", "content-length", "content-type", "host", "origin", "transfer-encoding"])
 
@@ -676,7 +678,7 @@ def parse_head(first: bytes, more: Iterable[bytes]) -> Head:
         raise BadRequest(f"{version} is not spoken here: use HTTP/1.1.", status=505, code="unsupported_http_version")
     fields: dict[str, str] = {}
     for number, line in enumerate(more, 2):
-        found = _FIELD_LINE.fullmatch(line)
+        found = FIELD_LINE.fullmatch(line)
         if not found:
             raise BadRequest(f"Line {number} of the request's head is no `name: value` that ends in CRLF.",
                              code="bad_request")
@@ -1090,6 +1092,8 @@ class Monitor:
         self.reading = Reading(side, Level.GOOD, "", {}, endpoint, known=False)
         self.wake = threading.Event()    # set it to have the next sample at once
         self._steady, self._fresh = Steady(self.worse_after, settings.better_after_s), self.reading
+        self._found: dict[str, Json] = {}    # the last facts of each function that `read` has called
+        self._told: set[str] = set()         # kinds of failure that the log has
 
     def sample(self) -> Json:
         """Facts of now.  May block; any exception keeps the last reading."""
@@ -1102,6 +1106,26 @@ class Monitor:
     def every_s(self) -> float:
         """Seconds until the next sample."""
         raise NotImplementedError
+
+    def read(self, function: Callable[..., Json], *given: Any) -> Json:
+        """The facts that a function finds: none while it fails, as not every system has or allows what it asks for, but
+        its last ones, marked as stale, once it has worked."""
+        name = function.__name__
+        try:
+            self._found[name] = function(*given)
+        except Exception as error:
+            if name not in self._found:
+                return {}
+            self.say_once(error)
+            return {**self._found[name], f"{self.name}_stale": True}
+        return self._found[name]
+
+    def say_once(self, error: Exception) -> None:
+        """Log a failure, unless one of its kind has been logged: samples are taken every second."""
+        kind = type(error).__name__
+        if kind not in self._told:
+            log.warning("monitor %s failed: %s: %s", self.name, kind, error)
+        self._told.add(kind)
 
     def tell(self, lost: bool) -> None:
         """A real request to the endpoint found it gone, or there: evidence as good as a sample's."""
@@ -1232,9 +1256,8 @@ class ResourceMonitor(Monitor):
         ours_s = 0.0
         with contextlib.suppress(Exception):
             ours_s = self._servers.cpu_s()
-        for read in (self._cpu, self._memory, self._load):
-            with contextlib.suppress(Exception):  # Android and some containers deny one or the other
-                facts.update(read(ours_s))
+        for function in (self._cpu, self._memory, self._load):    # Android and some containers deny one or the other
+            facts.update(self.read(function, ours_s))
         return facts
 
     def _cpu(self, ours_s: float) -> Json:
@@ -1288,15 +1311,21 @@ class PowerMonitor(Monitor):
                               settings.battery_critical_percent, falling=True)
 
     def sample(self) -> Json:
+        import psutil  # noqa: F401 - as above
+        return {**self.read(self._charge), **self.read(self._heat)}
+
+    @staticmethod
+    def _charge() -> Json:
         import psutil
-        facts: Json = {}
-        with contextlib.suppress(Exception):    # functions that not every platform has, and files that it denies
-            battery = psutil.sensors_battery()
-            if battery is not None and has_battery():
-                facts.update(battery_percent=round(battery.percent, 1), battery_plugged=battery.power_plugged)
-        with contextlib.suppress(Exception):
-            facts.update(hottest(psutil.sensors_temperatures()))
-        return facts
+        battery = psutil.sensors_battery()
+        if battery is None or not has_battery():
+            return {}
+        return {"battery_percent": round(battery.percent, 1), "battery_plugged": battery.power_plugged}
+
+    @staticmethod
+    def _heat() -> Json:
+        import psutil
+        return hottest(psutil.sensors_temperatures())
 
     def judge(self, facts: Json) -> Reading:
         limits = [self._battery] if facts.get("battery_plugged") is False else []    # None: the system does not say
@@ -1691,7 +1720,6 @@ class Watch:
             thread.join(0.2)
 
     def _run(self, monitor: Monitor, sampled: threading.Event) -> None:
-        told = ""
         while not self._stop.is_set():
             monitor.wake.clear()
             try:
@@ -1702,9 +1730,7 @@ class Watch:
                 self._announce(monitor)
             except Exception as error:  # whatever psutil or a platform comes up with: the last reading stays
                 monitor.reading = monitor.reading.made_stale(monitor.name)
-                if type(error).__name__ != told:    # once, not every second
-                    log.warning("monitor %s failed: %s: %s", monitor.name, type(error).__name__, error)
-                told = type(error).__name__
+                monitor.say_once(error)
             if monitor.wake.wait(monitor.every_s()):
                 self._stop.wait(self.apart_s)
 
@@ -2295,14 +2321,18 @@ def unfenced(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
 def sse_data(lines: Lines) -> Iterator[str]:
     """The data of each server-sent event; one that the stream's end cuts off is dropped (WHATWG HTML, 9.2.6)."""
     data: list[str] = []
+    size = 0    # of the event
     for number, line in enumerate(lines):
         if not line:
             if data:
                 yield "\n".join(data)
-            data = []
+            data, size = [], 0
         elif line.startswith((b"data:", b"\xef\xbb\xbfdata:") if number == 0 else b"data:"):
             text = line.partition(b":")[2].decode("utf-8", "replace")
             data.append(text[1:] if text.startswith(" ") else text)
+            size += len(text) + 1
+            if size > MAX_LINE_BYTES:
+                raise UpstreamError(f"a piece of the answer is larger than {MAX_LINE_BYTES >> 20} MiB")
 
 
 def event_of(text: str | bytes) -> Json:
@@ -3047,7 +3077,6 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 # How do bytes get to an upstream and back?  urllib's opener over connections that stay open between requests.  It knows
 # addresses, deadlines and the client's hang-up, and nothing of what the bytes mean.
 
-MAX_LINE_BYTES = 32 << 20     # of an event: as much as a request may have; more is no answer but an attack
 MAX_BODY_BYTES = 64 << 20     # of a whole answer
 MAX_STREAM_BYTES = 256 << 20  # of a streamed one: 128,000 tokens take some 30 MiB
 MAX_IDLE = 64                 # connections kept open to one host: as many as Oblix is meant to serve at once
@@ -3133,23 +3162,23 @@ class _Reader(io.RawIOBase):
                 return self._upstream.recv_into(buffer)
 
     def _wait(self) -> None:
-        """Return when the upstream can be read.  Raises UpstreamError at the deadline, ClientGone on a hang-up."""
-        if time.monotonic() >= self._until:    # an upstream that never pauses would not be timed otherwise
-            raise self._late()
-        if isinstance(self._upstream, ssl.SSLSocket) and self._upstream.pending():
-            return    # already decrypted: the socket itself would look silent
+        """Return when the upstream can be read.  Raises UpstreamError at the deadline, ClientGone on a hang-up.
+
+        Both are looked at even if it can be read at once: an upstream that never pauses must find its end, too.
+        """
+        decrypted = isinstance(self._upstream, ssl.SSLSocket) and self._upstream.pending() > 0    # unseen by poll
         while True:
             left_s = min(self._deadline, self._until) - time.monotonic()
+            if left_s <= 0:
+                raise self._late()
             ready = _ready({self._upstream: _READABLE, **self._client},
-                           max(0.0, min(left_s, BEAT_S) if self._beat else left_s))
+                           0 if decrypted else min(left_s, BEAT_S) if self._beat else left_s)
             if self._beat:
                 self._beat()
-            if self._upstream in ready:
-                return
-            if ready:
+            if set(ready) - {self._upstream}:
                 self._client = _still_there(self._client)
-            elif left_s <= 0:
-                raise self._late()
+            if decrypted or self._upstream in ready:
+                return
 
     def _late(self) -> UpstreamError:
         if time.monotonic() >= self._until:
@@ -3323,7 +3352,10 @@ def _within(limit_s: float, connect: Callable[[], socket.socket], client: Client
             made.set_exception(error)
         done.set()
 
-    threading.Thread(target=run, name="connect", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="connect", daemon=True).start()
+    except RuntimeError:
+        raise UpstreamError("no thread is left to connect", status=503, code="out_of_threads") from None
     try:
         wanted = client.wait(done, limit_s) if client else done.wait(limit_s)
         if wanted:
@@ -3420,9 +3452,9 @@ class Answer:
             # the last line may go on, and so may a CR that an LF could follow
             held = [lines.pop()] if not text.endswith(b"\n") else []
             size = sum(map(len, held))
-            if any(line[:1] not in b":\r\n" for line in lines):
-                self._reader.progress()
             yield from (line.rstrip(b"\r\n") for line in lines)
+            if any(line[:1] not in b":\r\n" for line in lines):    # counted from when the client has taken it
+                self._reader.progress()
         if held:
             yield b"".join(held).rstrip(b"\r")
 
@@ -4596,8 +4628,9 @@ class _Inbound(io.RawIOBase):
 class Admission:
     """Which clients are connected, and how much they may ask at once; shared by all listeners, and by all threads."""
 
-    def __init__(self, max_requests: int) -> None:
+    def __init__(self, max_requests: int, max_body_bytes: int) -> None:
         self._max_requests, self._max_connections = max_requests, 2 * max_requests
+        self.max_body_bytes = min(max_body_bytes, MAX_BODIES_BYTES)
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()    # guarded by _lock, as all that follows
         self._waiting: collections.OrderedDict[_Inbound, None] = collections.OrderedDict()    # for a whole request
@@ -4658,7 +4691,6 @@ class Admission:
         """Close the connections on which nothing is being asked, fresh ones if so wanted: their first request may be on
         its way.  The others close with their answers."""
         with self._lock:
-            self.stopping = True
             silent = [inbound.connection for inbound in self._waiting
                       if inbound.silent and (fresh or not inbound.fresh)]
         for connection in silent:
@@ -4667,7 +4699,7 @@ class Admission:
     def end(self) -> None:
         """Have every request that runs end now: it finds its client's half of the connection closed, and `ended`."""
         with self._lock:
-            self.stopping = self.ended = True
+            self.ended = True
             still_open = tuple(self._open)
         for connection in still_open:
             _hang_up(connection, socket.SHUT_RD)
@@ -4684,6 +4716,11 @@ def too_much() -> Busy:
     """What a client is told that asks when Oblix has enough to do."""
     return Busy("Oblix has as much to do as it takes on at once (--max-requests); ask again in a moment.",
                 retry_after_s=AGAIN_S)
+
+
+def shutting_down() -> Busy:
+    """What a client is told whose request is ended because Oblix is."""
+    return Busy("Oblix is being stopped; ask again in a moment.", code="shutting_down", retry_after_s=AGAIN_S)
 
 
 def _hang_up(connection: socket.socket, how: int) -> None:
@@ -4718,7 +4755,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         """Read a request and answer it; unlike the stdlib's, whose parser is too lenient, by `parse_head`."""
         self.close_connection, self._unread = True, True
         self.head, self._cors, self.told = _NO_HEAD, dict[str, str](), dict[str, Any]()
-        self.id, self._sent, self._size, self._held = new_id("req_"), 0, 0, 0
+        self.id, self._sent, self._come, self._held = new_id("req_"), 0, 0, 0
         self._inbound.await_request(FRESH_S if self.admission.stopping else IDLE_CLIENT_S)
         self.admission.wait(self._inbound)
         try:
@@ -4740,14 +4777,21 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             if not first:
                 return False
             self.started = time.monotonic()
-            self.head = parse_head(first, self._lines(first))
+            if len(first) > MAX_REQUEST_LINE:
+                raise BadRequest(f"The request line is longer than {MAX_REQUEST_LINE} bytes.", status=414,
+                                 code="uri_too_long")
+            self.head = parse_head(first, self._lines())
             self._unread = self.head.body_size != 0
             self.close_connection = not self.head.keeps_open
             self._cors = self.guard.cors_headers(self.head)
             self.guard.check(self.head)
             self.route()
         except (ClientGone, OSError):    # the latter while it was written to
-            self.close_connection, self.told["error"] = True, "client hung up"
+            self.close_connection = True
+            if self.admission.ended and not self._sent:    # it was us
+                self._refuse(shutting_down())
+            else:
+                self.told["error"] = "client hung up"
             return self.head is not _NO_HEAD
         except OblixError as error:
             self._refuse(error)
@@ -4763,13 +4807,17 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         raise NotImplementedError
 
     def _line(self, limit: int) -> bytes:
-        return self.rfile.readline(limit + 1)
+        """The next line with its end, or one byte too much of one that is too long; empty at the end.
 
-    def _lines(self, first: bytes) -> Iterator[bytes]:
+        Raises BadRequest, ClientGone.
+        """
+        line = self.rfile.readline(limit + 1)
+        if line and not line.endswith(b"\n") and len(line) <= limit:
+            raise ClientGone
+        return line
+
+    def _lines(self) -> Iterator[bytes]:
         """The lines of the head's fields.  Raises BadRequest, ClientGone."""
-        if len(first) > MAX_REQUEST_LINE:
-            raise BadRequest(f"The request line is longer than {MAX_REQUEST_LINE} bytes.", status=414,
-                             code="uri_too_long")
         size = 0
         for _ in range(MAX_FIELDS + 1):
             line = self._line(MAX_FIELD_LINE)
@@ -4778,7 +4826,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             size += len(line)
             if len(line) > MAX_FIELD_LINE or size > MAX_HEAD_BYTES:
                 break
-            if not line.endswith(b"\n"):
+            if not line:
                 raise ClientGone
             yield line
         raise BadRequest(f"The request's head has more than {MAX_FIELDS} fields, or one that is too long.", status=431,
@@ -4796,8 +4844,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             raise BadRequest("Send the body's size as one decimal Content-Length.", status=411, code="bad_framing")
         if self.admission.full:
             raise too_much()    # before the body is waited for
-        if size != CHUNKED:
-            self._hold(size)
+        self._check_size(size)
         if expected and self.head.version != "HTTP/1.0":
             self.wfile.write(CONTINUE_NOW)
         self._inbound.await_body()
@@ -4807,24 +4854,24 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         self.admission.serve(self._inbound)
         return body
 
-    def _hold(self, size: int) -> None:
-        """Count a body of this size, or a piece of one more.  Raises BadRequest, Busy."""
-        self._size += size
-        if self._size > self.server.max_body_bytes:
-            raise BadRequest(f"The body is larger than {self.server.max_body_bytes >> 20} MiB (--max-body-mib).",
+    def _check_size(self, size: int) -> None:
+        """Refuse a body that is, or has become, so large."""
+        if size > self.admission.max_body_bytes:
+            raise BadRequest(f"The body is larger than {self.admission.max_body_bytes >> 20} MiB (--max-body-mib).",
                              status=413, code="request_too_large")
-        if self._size > LARGE_BODY_BYTES:
-            self.admission.take(0, self._size - self._held)
-            self._held = self._size
 
     def _exactly(self, size: int) -> bytes:
-        """So many bytes, taken as they come.  Raises ClientGone."""
+        """So many bytes, taken and counted as they come.  Raises Busy, ClientGone."""
         body = bytearray()
         while len(body) < size:
             piece = self.rfile.read1(min(size - len(body), 1 << 16))
             if not piece:
                 raise ClientGone
             body += piece
+            self._come += len(piece)
+            if self._come > LARGE_BODY_BYTES:
+                self.admission.take(0, self._come - self._held)
+                self._held = self._come
         return bytes(body)
 
     def _chunked_body(self) -> bytes:
@@ -4837,15 +4884,15 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             size = int(start[1], 16)
             if not size:
                 break
-            self._hold(size)
+            self._check_size(len(body) + size)
             body += self._exactly(size)
-            if self._exactly(2) != b"\r\n":
+            if self._line(2) != b"\r\n":
                 raise BadRequest("The chunked body is malformed.", code="bad_framing")
         for _ in range(MAX_FIELDS):    # trailers, of which none is of use
             line = self._line(MAX_FIELD_LINE)
             if line == b"\r\n":
                 return bytes(body)
-            if not line.endswith(b"\r\n"):
+            if not FIELD_LINE.fullmatch(line):
                 break
         raise BadRequest("The chunked body's trailers are malformed or too many.", code="bad_framing")
 
@@ -4939,6 +4986,8 @@ def told_of_request(facts: Json) -> Json:
     for name in ("method", "path", "asked", "served", "reason"):
         if name in rounded:
             rounded[name] = re.sub("[^ -~]", "?", rounded[name])
+    if not rounded.get("tokens"):    # the upstream has not said
+        rounded.pop("tokens", None)
     answering_s = facts["seconds"] - facts.get("first_token_s", 0.0)
     if facts.get("tokens") and answering_s > 0:
         rounded["tokens_per_s"] = round(facts["tokens"] / answering_s, 1)
@@ -5037,7 +5086,7 @@ class _Handler(_Connection):
         except ClientGone:
             if not self.admission.ended:
                 raise
-            raise Busy("Oblix is being stopped; ask again.", code="shutting_down", retry_after_s=AGAIN_S) from None
+            raise shutting_down() from None
 
     def _stream(self, chunks: Iterator[Chunk], include_usage: bool, events: _Events) -> None:
         """Relay the chunks.  Raises UpstreamError where they are cut off."""
@@ -5116,7 +5165,6 @@ class _Listener(QuickServer):
     def __init__(self, address: tuple[str, int], gateway: Gateway, admission: Admission, guard: Guard) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.gateway, self.admission, self.guard = gateway, admission, guard
-        self.max_body_bytes = gateway.settings.max_body_mib << 20
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
@@ -5185,14 +5233,14 @@ def guard_of(settings: Settings) -> Guard:
         raise UsageError(f"--host {host} lets others use this device's models and keys: set OBLIX_API_KEY to a key "
                          "that they must send, or say --no-auth")
     own = socket.gethostname().lower()
-    return Guard(settings.api_key, frozenset([host, own, f"{own}.local", *map(str.lower, settings.allow_host)]),
-                 frozenset(map(str.lower, settings.allow_origin)))
+    names = [host, own, f"{own}.local", *map(str.lower, settings.allow_host)]
+    return Guard(settings.api_key, frozenset(filter(None, names)), frozenset(map(str.lower, settings.allow_origin)))
 
 
 def listen(settings: Settings, gateway: Gateway) -> list[_Listener]:
     """Listening sockets: one, or for localhost one for each of its two addresses.  Raises UsageError."""
     host, port = settings.host.strip("[]"), settings.port
-    parts = gateway, Admission(settings.max_requests), guard_of(settings)
+    parts = gateway, Admission(settings.max_requests, settings.max_body_mib << 20), guard_of(settings)
     first = _listener("127.0.0.1" if host == "localhost" else host, port, *parts)
     if host != "localhost":
         return [first]
@@ -5217,6 +5265,28 @@ def _listener(host: str, port: int, *parts: Any) -> _Listener:
         raise UsageError(f"can't listen on {host} port {port}: {error}") from error
 
 
+def with_keys_from_files(settings: Settings) -> Settings:
+    """The settings with the keys that files hold.  Raises UsageError."""
+    for name in ("api_key", "cloud_api_key"):
+        path, flag = getattr(settings, f"{name}_file"), f"--{name.replace('_', '-')}-file"
+        if path and getattr(settings, name):
+            raise UsageError(f"{flag} and the key itself are both set: choose one")
+        if path:
+            try:
+                with open(path, encoding="ascii") as file:
+                    key = file.read(MAX_KEY_FILE).strip()
+            except (OSError, ValueError) as error:
+                why = getattr(error, "strerror", None) or "it is no plain text"
+                raise UsageError(f"{flag}: {path} can't be read: {why}") from error
+            if not key.isprintable() or not key:
+                raise UsageError(f"{flag}: {path} holds no key")
+            settings = dataclasses.replace(settings, **{name: key, f"{name}_file": ""})  # type: ignore[arg-type]
+    return settings
+
+
+MAX_KEY_FILE = 1 << 16
+
+
 class Server:
     """A running gateway with its listeners."""
 
@@ -5237,6 +5307,7 @@ class Server:
 
         `pause` waits for a moment; something else than 0 ends the waiting, and is returned.
         """
+        self.admission.stopping = True
         for listener in self._listeners:
             listener.stop_listening()
         self.admission.stop(fresh=False)
@@ -5266,6 +5337,7 @@ LAST_WORDS_S = 1.0    # for the threads of requests that are being ended to say 
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[Server]:
     """A server that answers until the block ends.  Raises UsageError."""
+    settings = with_keys_from_files(settings)
     gateway = Gateway(settings)
     server = Server(gateway, listen(settings, gateway))
     server.start()
@@ -5501,7 +5573,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
     run = run_check if argv[:1] == ["check"] else run_server
     try:
         settings = Settings.parse(argv[1:] if run is run_check else argv, os.environ if env is None else env)
-        settings = with_keys_from_files(settings)
+        settings = with_keys_from_files(settings)    # before anything else is done with a mistake in them
         start_log(settings, os.environ.get("JOURNAL_STREAM", ""))
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
@@ -5512,43 +5584,30 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
         return 2
 
 
-def with_keys_from_files(settings: Settings) -> Settings:
-    """The settings with the keys that files hold.  Raises UsageError."""
-    for name in ("api_key", "cloud_api_key"):
-        path, flag = getattr(settings, f"{name}_file"), f"--{name.replace('_', '-')}-file"
-        if path and getattr(settings, name):
-            raise UsageError(f"{flag} and the key itself are both set: choose one")
-        if path:
-            try:
-                with open(path, encoding="ascii") as file:
-                    key = file.read(MAX_KEY_FILE).strip()
-            except (OSError, ValueError) as error:
-                why = getattr(error, "strerror", None) or "it is no plain text"
-                raise UsageError(f"{flag}: {path} can't be read: {why}") from error
-            if not key.isprintable() or not key:
-                raise UsageError(f"{flag}: {path} holds no key")
-            settings = dataclasses.replace(settings, **{name: key})  # type: ignore[arg-type]
-    return settings
-
-
-MAX_KEY_FILE = 1 << 16
-
-
 class _LogFormatter(logging.Formatter):
-    """Lines for people, for machines (--log-json), or for journald, which has the time already."""
+    """Lines for people, for machines (--log-json), or for journald, which has the time already and wants priorities."""
 
     def __init__(self, as_json: bool, journal: bool) -> None:
-        super().__init__("%(levelname)s %(message)s" if journal else "%(asctime)s %(levelname)s %(message)s")
+        super().__init__()
         self._as_json, self._journal = as_json, journal
 
     def format(self, record: logging.LogRecord) -> str:
-        if not self._as_json:
-            priority = next(number for level, number in SYSLOG if record.levelno >= level)
-            return (f"<{priority}>" if self._journal else "") + super().format(record)
-        text = record.getMessage() + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
-        at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc).isoformat(timespec="milliseconds")
-        return dumps({**({} if self._journal else {"time": at}), "level": record.levelname, "message": text,
-                      **getattr(record, "facts", {})}).decode()
+        message = re.sub("[^ -~]", "?", record.getMessage())    # else what it quotes could forge a line
+        trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
+        if self._as_json:
+            at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+            time_ = {} if self._journal else {"time": at.isoformat(timespec="milliseconds")}
+            return dumps({**time_, "level": record.levelname, "message": "\n".join([message, *trace]),
+                          **getattr(record, "facts", {})}).decode()
+        lines = [f"{record.levelname} {message}", *trace]
+        if not self._journal:
+            return f"{self.formatTime(record)} " + "\n".join(lines)
+        priority = next(number for level, number in SYSLOG if record.levelno >= level)
+        return "\n".join(f"<{priority}>{line}" for line in lines)    # each line is an entry of its own there
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name for it
+        """Where it happened, and of which kind; its own text may quote a prompt."""
+        return "".join(traceback.format_tb(ei[2])) + str(ei[0].__name__)
 
 
 SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))    # level -> priority (sd-daemon(3))
@@ -5615,6 +5674,7 @@ def raise_file_limit(wanted: int) -> None:
 
 def run_check(settings: Settings) -> int:
     """Print what is found and what `auto` would do; 0 if a request would be answered, else 1.  Raises UsageError."""
+    settings = with_keys_from_files(settings)
     guard_of(settings)    # a mistake in who may ask is one that a start would find
     gateway = Gateway(dataclasses.replace(settings, warm_up="never"))
     gateway.watch.start()
