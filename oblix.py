@@ -1267,7 +1267,7 @@ class ResourceMonitor(Monitor):
         total = sum(times.values()) - times.get("guest", 0.0) - times.get("guest_nice", 0.0)    # in user and nice too
         busy = total - times["idle"] - times.get("iowait", 0.0)
         before, self._cpu_before = self._cpu_before, (busy, total)
-        if before is None:
+        if before is None or total <= before[1]:    # the first one, or one in the same tick
             return {}
         return {"cpu_percent": round(max(0.0, 100 * (busy - before[0] - ours_s) / (total - before[1])), 1)}
 
@@ -2343,6 +2343,8 @@ def event_of(text: str | bytes) -> Json:
         event = None
     if not isinstance(event, dict):
         raise UpstreamError("a piece of the answer is not a JSON object", code="bad_upstream_answer")
+    if event.get("object") == "error":    # so do vLLM's older versions write it
+        event = {"error": event}
     if event.get("error"):
         raise _error_event(event)
     return event

@@ -15,7 +15,7 @@ never from oblix.py, or both would share one mistake.
         local.requests[0].json                          # what the upstream was asked
 
 The parts have the numbers of the sections of oblix.py.  Where a part is a table, one row is one fact.
-With psutil alone everything runs but part 13 (real clients); OBLIX_TEST_ALL=1 makes a skipped test a failure.
+With psutil alone everything runs but part 15 (real clients); OBLIX_TEST_ALL=1 makes a skipped test a failure.
 """
 import ast
 import asyncio
@@ -24,21 +24,26 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import email.utils
+import errno
 import functools
 import gc
 import http.client
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
 import os
+import plistlib
 import queue
 import random
 import re
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -51,6 +56,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import unittest
 import urllib.parse
 import warnings
@@ -65,8 +71,14 @@ try:
 except ImportError:    # on a device that has none
     psutil = mock.Mock()
 
+try:
+    import resource
+except ImportError:    # Windows has none
+    resource = None
+
 HERE = Path(__file__).resolve().parent
 README = (HERE / "README.md").read_text("utf-8") if (HERE / "README.md").exists() else ""    # not on a device
+IMPOSSIBLE = "not on this machine"    # why a test is skipped that no installing could help
 
 
 # === Harness: what is said ===========================================================================================
@@ -612,7 +624,8 @@ def joined(deltas):
             elif isinstance(value, dict):
                 message[name] = joined([message.get(name, {}), value])
             else:
-                message[name] = message[name] + value if isinstance(message.get(name), str) and value else value
+                both = isinstance(message.get(name), str) and isinstance(value, str)
+                message[name] = message[name] + value if both else value
     return message
 
 
@@ -1456,7 +1469,6 @@ class Power(Case):
                 self.assertEqual((reading.level, reading.reason, reading.facts), (level, reason, facts))
 
     def test_facts_are_there_where_the_device_tells_them(self):
-        monitor = oblix.PowerMonitor(oblix.Settings())
         battery = mock.Mock(percent=67.07795849691531, power_plugged=False)
         for has, tells, facts in (
             (None, CORES, oblix.hottest(CORES)), (None, {}, {}),
@@ -1468,7 +1480,8 @@ class Power(Case):
                     mock.patch("oblix.has_battery", return_value=True), \
                     mock.patch("psutil.sensors_battery", create=True, side_effect=[has]), \
                     mock.patch("psutil.sensors_temperatures", create=True, side_effect=[tells]):
-                self.assertEqual(monitor.sample(), facts)
+                self.assertEqual(oblix.PowerMonitor(oblix.Settings()).sample(), facts)
+        monitor = oblix.PowerMonitor(oblix.Settings())
         with mock.patch("psutil.sensors_battery", create=True, return_value=battery), \
                 mock.patch("oblix.has_battery", return_value=False):
             self.assertNotIn("battery_percent", monitor.sample())
@@ -6639,7 +6652,1929 @@ class Hostile(Case):
                 self.assertNotRegex(reply, rb"(?is)^HTTP/1\.\d (500|4.*<html)")
 
 
-# === 12. Command line ================================================================================================
+# --- 11. Who may ask -------------------------------------------------------------------------------------------------
+# The key, the server's names, the pages that may use it, and the kinds of body that a page can't send unasked.
+
+CHAT = "/v1/chat/completions"
+OUR_KEY = "a-secret-of-oblix"
+WITH_KEY = {"Authorization": "Bearer " + OUR_KEY}
+NOBODY = {"OLLAMA_HOST": "http://127.0.0.1:1"}    # an environment in which no model is found
+FOREIGN = "https://evil.example"
+PAGE_HERE = "http://localhost:3000"
+
+KEYS_GIVEN = [  # a request's headers, whether they hold the key
+    ({"Authorization": "Bearer " + OUR_KEY}, True), ({"Authorization": "bearer " + OUR_KEY}, True),
+    ({"authorization": "BEARER " + OUR_KEY}, True), ({"AUTHORIZATION": "bEaReR " + OUR_KEY}, True),
+    ({"api-key": OUR_KEY}, True), ({"API-KEY": OUR_KEY}, True),
+    ({}, False), ({"Authorization": ""}, False), ({"Authorization": OUR_KEY}, False),
+    ({"Authorization": "Bearer"}, False), ({"Authorization": "Bearer" + OUR_KEY}, False),
+    ({"Authorization": "Basic " + OUR_KEY}, False), ({"Authorization": "Token " + OUR_KEY}, False),
+    ({"Authorization": "Bearer " + OUR_KEY + "x"}, False), ({"Authorization": "Bearer " + OUR_KEY[:-1]}, False),
+    ({"Authorization": "Bearer %s %s" % (OUR_KEY, OUR_KEY)}, False),
+    ({"Authorization": "Bearer %s, Bearer x" % OUR_KEY}, False),
+    ({"Authorization": "Bearer " + OUR_KEY.upper()}, False),
+    ({"Authorization": 'Bearer "%s"' % OUR_KEY}, False), ({"Authorization": "Bearer \xfc\xe9"}, False),
+    ({"api-key": ""}, False), ({"api-key": "wrong"}, False), ({"api-key": "Bearer " + OUR_KEY}, False),
+    ({"api-key": "\xff"}, False), ({"api_key": OUR_KEY}, False), ({"Cookie": "api-key=" + OUR_KEY}, False),
+    ({"Proxy-Authorization": "Bearer " + OUR_KEY}, False), ({"X-Forwarded-For": "127.0.0.1"}, False),
+]
+OF_THE_CLIENT = dict.fromkeys((
+    "Cookie", "User-Agent", "X-Api-Key", "Anthropic-Version", "Anthropic-Beta", "OpenAI-Organization", "OpenAI-Project",
+    "OpenAI-Beta", "X-Stainless-OS", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP", "Forwarded", "Via",
+    "Traceparent", "Idempotency-Key", "X-Request-Id", "Proxy-Authorization", "Accept", "Accept-Language", "Referer",
+    "TE", "Upgrade"), "of-the-client")
+
+OUR_NAMES = [  # what Host may say
+    "localhost", "localhost:1", "localhost:", "LOCALHOST", "LocalHost:62549", "localhost.", "app.localhost",
+    "a.b.localhost:3000", "127.0.0.1", "127.0.0.1:62549", "127.8.9.1", "192.168.1.7:8080", "8.8.8.8", "[::1]",
+    "[::1]:62549", "[FE80::1]:1",
+]
+NOT_OUR_NAMES = [
+    "", "evil.example", "EVIL.example:62549", "evil.example.", "evil.localhost.example", "localhost.evil.example",
+    "localhost.evil.example:62549", "127.0.0.1.evil.example", "127.0.0.1.nip.io", "1.2.3.4.5", "999.1.1.1",
+    "notlocalhost", "localhost-evil.example", "evil.example#localhost", "evil.example/localhost",
+    "evil.example?.localhost", "localhost@evil.example", "evil.example@localhost", "localhost:62549@evil.example",
+    "localhost,evil.example", "evil.example,localhost", "localhost evil.example", "localhost\tevil",
+    "localhost\\.evil.example", "evil.example:localhost", "localhost:1:2", "localhost%00.evil.example",
+    "[::1].evil.example", "[::1", "::1]", "[evil.example]", "[localhost]", "l\xf6calhost", "a!b.evil.example", ":62549",
+    ".", "*", "host",
+]
+ADDRESSES = [  # target, version, Host (None is no such header), statuses
+    ("http://localhost/health", "1.1", "localhost", {200}), ("HTTP://LOCALHOST:1/health", "1.1", "x", {200}),
+    ("http://127.0.0.1/health", "1.1", "evil.example", {200}), ("https://[::1]/health", "1.1", "", {200}),
+    ("http://evil.example/health", "1.1", "localhost", {403}), ("http://evil.example", "1.1", "localhost", {403}),
+    ("HTTP://EVIL.EXAMPLE:62549/health", "1.1", "localhost:62549", {403}),
+    ("https://evil.example/health", "1.1", "localhost", {403}), ("http://evil.example?/", "1.1", "localhost", {403}),
+    ("http://localhost.evil.example/health", "1.1", "localhost", {403}),
+    ("http://localhost@evil.example/health", "1.1", "localhost", {400, 403}),
+    ("http://evil.example#@localhost/health", "1.1", "localhost", {400, 403}),
+    ("http:///health", "1.1", "localhost", {400, 403}), ("//evil.example/health", "1.1", "localhost", {404}),
+    ("http://localhost/health", "1.1", None, {400}), ("/health", "1.1", None, {400}), ("/health", "1.0", None, {200}),
+    ("/health", "1.0", "evil.example", {403}), ("/health", "1.0", "", {403}),
+    ("http://evil.example/health", "1.0", None, {403}),
+]
+PAGES_HERE = [  # what Origin may say
+    PAGE_HERE, "http://localhost", "https://localhost:8443", "HTTP://LOCALHOST:3000", "http://app.localhost:5173",
+    "http://127.0.0.1", "http://127.0.0.1:8080", "https://127.9.9.9:1", "http://[::1]:3000", "tauri://localhost",
+    "capacitor://localhost",
+]
+FOREIGN_PAGES = [
+    FOREIGN, "null", "NULL", "http://evil.example:62549", "http://localhost.evil.example", "http://evil-localhost",
+    "http://localhost@evil.example", "http://evil.example@localhost", "http://evil.example/localhost",
+    "http://evil.example#.localhost", "http://localhost:3000, https://evil.example", "http://localhost evil.example",
+    "http://127.0.0.1.evil.example", "http://0.0.0.0:3000", "http://192.168.1.7", "http://10.0.0.1:3000", "file://",
+    "localhost", "http://", "://", "", "*", "http://localhost:3000\\.evil.example", "http://[::2]",
+    "chrome-extension://abcdef", "http://l\xf6calhost",
+]
+KINDS = [  # Content-Type, whether it is JSON; None is no such header
+    ("application/json", True), ("application/json; charset=utf-8", True), ("application/json;charset=UTF-8", True),
+    ("Application/JSON", True), ("application/json ; a=b", True), ("application/vnd.x+json", True),
+    ("application/problem+json; charset=utf-8", True),
+    (None, False), ("", False), ("text/plain", False), ("text/plain;charset=UTF-8", False),
+    ("text/plain; application/json", False), ("text/plain;a=application/json", False),
+    ("text/plain, application/json", False), ("application/json, text/plain", False),
+    ("application/json text/plain", False), ("application/octet-stream", False), (";application/json", False),
+    ("application/x-www-form-urlencoded", False), ("multipart/form-data; boundary=application/json", False),
+    ("text/json", False), ("text/x+json", False), ("application/jsonx", False), ("application/xjson", False),
+    ("xapplication/json", False), ("application/x-ndjson", False), ("application/json+xml", False),
+    ("application", False), ("json", False), ("*/*", False),
+]
+SIMPLE_KINDS = [  # the content types that a page may send anywhere without a preflight; None is that of a bare Blob
+    "text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
+    None]
+EXPOSED = {"x-oblix-model", "x-oblix-side", "x-oblix-reason", "x-oblix-attempts", "x-request-id", "retry-after",
+           "x-should-retry"}
+OPEN_HOSTS = [  # of --host: reached by others, whatever they look like
+    "0.0.0.0", "::", "[::]", "", "192.168.1.7", "8.8.8.8", "128.0.0.1", "box.lan", "127.0.0.1.evil.example",
+    "localhost.evil.example", "notlocalhost", "fe80::1"]
+NAMES_WITH_TRICKS = [  # model names; {0} is the address of somebody else's server
+    "openai:x@{0}/v1", "openai:gpt-test@{0}/v1", "ollama:llama3.2@{0}", "ollama:x@{0}", "claude:x@{0}", "{0}/v1",
+    "openai:{0}/v1", "openai:@{0}/v1", "ollama:a/../..", "ollama:../api/delete", "ollama:x?y=z#f", "ollama:\\..\\evil",
+    "ollama://{0}/", "claude:../../v1/files#", "openai:x HTTP/1.1", "openai:x%0d%0aX-Evil:%201",
+]
+UNPRINTABLE = ["\n", "\r", "\r\n", "\t", "\0", "\x1b", "\x7f", "\x85", "\u2028", "\u202e", "\ud800"]
+
+
+def post_with(server, headers, kind="application/json", **fields):
+    """A chat request with these headers and this content type."""
+    return fetch(server, "POST", CHAT, json.dumps(chat(**fields)), {**({} if kind is None else {"Content-Type": kind}),
+                                                                    **headers})
+
+
+class Heard(io.BytesIO):
+    """What came over a connection, as http.client reads it: one reply ends where the next one begins."""
+
+    def makefile(self, *_):
+        return self
+
+    def close(self):
+        pass
+
+
+def replies(data):
+    """All replies in what came over a connection; fails on anything else in it."""
+    heard, found = Heard(data), []
+    while heard.tell() < len(data):
+        response = http.client.HTTPResponse(heard)
+        response.begin()
+        found.append(Reply(response))
+    return found
+
+
+class Guard(Case):
+    """Who may ask: who has the key, calls the server by its name, and is no page of somebody else's."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = cls.local, cls.cloud, cls.other = [cls.keep(Upstream(dialect)) for dialect in DIALECTS]
+        cls.open = cls.keep(running(*cls.upstreams))
+        cls.keyed = cls.keep(running(*cls.upstreams, flags=["--api-key=" + OUR_KEY], probed=False))
+
+    def setUp(self):
+        for upstream in self.upstreams:
+            upstream.requests.clear()
+
+    def nothing_asked(self):
+        self.assertEqual([request.body for upstream in self.upstreams for request in upstream.requests], [])
+
+    def no_cors(self, reply):
+        self.assertEqual([name for name in reply.headers if name.lower().startswith("access-control-")], [])
+
+    def cors(self, reply, origin):
+        """A page of this origin may read all of it."""
+        self.assertEqual(reply.headers.get_all("Access-Control-Allow-Origin"), [origin])
+        self.assertIn("origin", (reply.headers["Vary"] or "").lower())
+        self.assertIsNone(reply.headers["Access-Control-Allow-Credentials"])
+
+    def exposed(self, reply):
+        return set(re.split(", *", (reply.headers["Access-Control-Expose-Headers"] or "").lower()))
+
+    def mistaken(self, *flags, env=None, says=()):
+        """A start with these flags is a mistake that is told in one line."""
+        with self.assertRaises(oblix.UsageError) as caught, \
+                oblix.running(oblix.Settings.parse(["--port=0", *flags], {**NOBODY, **(env or {})})):
+            pass
+        for words in says:
+            self.assertIn(words, str(caught.exception))
+        self.assertNotIn("\n", str(caught.exception))
+
+    # --- the key ---
+
+    def test_every_route_wants_the_key(self):
+        for (method, path, status, *_), key in itertools.product(ROUTES, ({}, {"api-key": "no"}, WITH_KEY)):
+            if method == "GET" and "health" in path and not key:
+                continue    # says two things to everybody, below
+            with self.subTest(method, path=path, key=key):
+                reply = fetch(self.keyed, method, path, None if method == "GET" else b"{}", {**JSON, **key})
+                if key is WITH_KEY:
+                    self.assertEqual(reply.status, status, reply.body)
+                else:
+                    self.refused(reply, 401, code="invalid_api_key")
+                if method == "GET":
+                    self.assertEqual(fetch(self.keyed, "HEAD", path, None, key).status, reply.status)
+
+    def test_a_key_is_known_in_two_headers(self):
+        for headers, good in KEYS_GIVEN:
+            with self.subTest(headers):
+                self.assertEqual(fetch(self.keyed, "GET", "/v1/models", None, headers).status, 200 if good else 401)
+                self.assertEqual(post_with(self.keyed, headers).status, 200 if good else 401)
+        self.assertEqual(len(self.local.requests), sum(good for _, good in KEYS_GIVEN))
+
+    def test_a_key_in_the_address_or_the_body_is_none(self):
+        for path in ("/v1/models?api-key=" + OUR_KEY, "/v1/models?key=" + OUR_KEY, "/v1/models#" + OUR_KEY):
+            self.assertEqual(fetch(self.keyed, "GET", path).status, 401)
+        self.assertEqual(post_with(self.keyed, {}, api_key=OUR_KEY).status, 401)
+        self.nothing_asked()
+
+    def test_a_wrong_key_is_refused_as_openai_does_and_repeated_nowhere(self):
+        offered = "Bearer not-the-key-of-oblix"
+        reply = post_with(self.keyed, {"Authorization": offered})
+        self.refused(reply, 401, code="invalid_api_key", type="authentication_error")
+        self.assertEqual({name: reply.headers[name] for name in ("WWW-Authenticate", "x-should-retry", "Connection")},
+                         {"WWW-Authenticate": "Bearer", "x-should-retry": "false", "Connection": "close"})
+        for secret in ("not-the-key-of-oblix", OUR_KEY):
+            self.assertNotIn(secret, reply.body.decode() + str(reply.headers))
+        self.nothing_asked()
+
+    def test_health_tells_two_things_to_everybody_and_the_rest_to_who_has_the_key(self):
+        whole = fetch(self.keyed, "GET", "/health", None, WITH_KEY)
+        self.assertLess({"status", "version", "targets", "plan"}, {*whole.json})
+        for path in ("/health", "/v1/health", "/health/?verbose=1"):
+            reply = fetch(self.keyed, "GET", path)
+            self.assertEqual((reply.status, reply.json),
+                             (200, {"status": whole.json["status"], "version": oblix.__version__}))
+            self.assertEqual((fetch(self.keyed, "HEAD", path).status, fetch(self.keyed, "HEAD", path).body), (200, b""))
+            for wrong in ({"api-key": "no"}, {"Authorization": "Bearer no"}, {"Authorization": "Basic eDp5"}):
+                self.refused(fetch(self.keyed, "GET", path, None, wrong), 401, code="invalid_api_key")
+        self.refused(fetch(self.keyed, "POST", "/health", b"{}", JSON), 401, code="invalid_api_key")
+        self.assertLess({"status", "version", "targets", "plan"}, {*fetch(self.open, "GET", "/health").json})
+
+    def test_who_is_unwell_says_so_without_a_key_too(self):
+        with running(flags=["--api-key=" + OUR_KEY], env=NOBODY, probed=False) as server:
+            eventually(lambda: fetch(server, "GET", "/health").status == 503)
+            self.assertEqual(fetch(server, "GET", "/health").json,
+                             {"status": "unhealthy", "version": oblix.__version__})
+
+    def test_no_header_of_a_client_goes_upstream_and_least_of_all_its_key(self):
+        for server, stream, upstream, ours in itertools.product((self.open, self.keyed), (False, True), self.upstreams,
+                                                                (WITH_KEY, {"api-key": OUR_KEY})):
+            with self.subTest(upstream.dialect.name, keyed=server is self.keyed, stream=stream, ours=[*ours]):
+                headers = {**OF_THE_CLIENT, **ours}
+                self.answered(post_with(server, headers, model=upstream.target, stream=stream), "Hello")
+                seen = upstream.last
+                shown = "".join(map(str, seen.headers.items())) + seen.path + seen.body.decode()
+                self.assertNotIn("of-the-client", shown)
+                self.assertNotIn(OUR_KEY, shown)
+                self.assertEqual(seen.headers.get_all("Host"), ["127.0.0.1:%d" % upstream.port])
+        self.assertEqual(self.cloud.last.headers.get_all("Authorization"), ["Bearer " + OPENAI.key])
+        self.assertEqual(self.other.last.headers.get_all("x-api-key"), [CLAUDE.key])
+        self.assertIsNone(self.local.last.headers["Authorization"])
+
+    # --- the server's names ---
+
+    def test_names_that_are_ours(self):
+        for name in [*OUR_NAMES, "localhost:%d" % self.open.port]:
+            with self.subTest(name):
+                self.assertEqual(fetch(self.open, "GET", "/health", None, {"Host": name}).status, 200)
+
+    def test_a_name_that_is_not_ours_may_be_a_page_that_rebinds_its_own(self):
+        for name in NOT_OUR_NAMES:
+            with self.subTest(name):
+                self.refused(fetch(self.open, "GET", "/health", None, {"Host": name}), 403, code="host_not_allowed")
+        for (method, path, *_), page in itertools.product(ROUTES, ({}, {"Origin": "http://evil.example"})):
+            headers = {**JSON, "Host": "evil.example", **page}
+            reply = fetch(self.open, method, path, None if method == "GET" else b"{}", headers)
+            self.refused(reply, 403, code="host_not_allowed")
+        asks = {"Host": "evil.example", "Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+        self.refused(fetch(self.open, "OPTIONS", CHAT, None, asks), 403, code="host_not_allowed")
+        reply = post_with(self.open, {"Host": "evil.example"})
+        self.refused(reply, 403, code="host_not_allowed")
+        self.assertEqual(reply.headers["Connection"], "close")
+        self.nothing_asked()
+
+    def test_the_devices_own_name_and_those_that_are_set(self):
+        listener = oblix._listener
+        with mock.patch.object(socket, "gethostname", return_value="Jetson-7"), \
+                mock.patch.object(oblix, "_listener", lambda _, *rest: listener("127.0.0.1", *rest)), \
+                running(flags=["--host=Box.Lan", "--no-auth", "--allow-host=a.example", "--allow-host=B.Example"],
+                        env=NOBODY, probed=False) as server:
+            for name, status in (
+                    ("jetson-7", 200), ("JETSON-7:1", 200), ("jetson-7.local", 200), ("Jetson-7.Local:62549", 200),
+                    ("box.lan", 200), ("BOX.LAN:1", 200), ("a.example", 200), ("A.EXAMPLE:80", 200),
+                    ("b.example:1", 200), ("localhost", 200), ("jetson-8", 403), ("jetson-7.evil.example", 403),
+                    ("x.jetson-7", 403), ("other.local", 403), ("local", 403), ("x.box.lan", 403), ("lan", 403),
+                    ("x.a.example", 403), ("a.example.evil", 403), ("aXexample", 403), ("", 403)):
+                with self.subTest(name):
+                    self.assertEqual(fetch(server, "GET", "/", None, {"Host": name}).status, status)
+
+    def test_allowed_names_in_the_variable_are_a_list(self):
+        with running(self.local, env={"OBLIX_ALLOW_HOST": "a.example, b.example"}, probed=False) as server:
+            for name, status in (("a.example", 200), ("b.example:1", 200), ("c.example", 403)):
+                self.assertEqual(fetch(server, "GET", "/", None, {"Host": name}).status, status, name)
+
+    def test_an_empty_name_that_is_set_lets_nobody_in(self):
+        """Names that can't be read are no name: that must not be the one that an empty flag allows."""
+        for flags in (["--allow-host="], ["--host=", "--no-auth"]):
+            with contextlib.suppress(oblix.UsageError), running(self.local, flags=flags, probed=False) as server:
+                for name in ("", "a!b.evil.example", "evil.example", ":1"):
+                    with self.subTest(name, flags=flags):
+                        self.assertEqual(fetch(server, "GET", "/", None, {"Host": name}).status, 403)
+
+    def test_with_a_key_the_name_does_not_matter(self):
+        """A page that rebinds its name does not know the key, and a proxy in front may use any name."""
+        for name in ("evil.example", "box.example:8443", ""):
+            with self.subTest(name):
+                self.answered(post_with(self.keyed, {"Host": name, **WITH_KEY}), "Hello")
+                self.refused(post_with(self.keyed, {"Host": name}), 401, code="invalid_api_key")
+                told = fetch(self.keyed, "GET", "/health", None, {"Host": name}).json
+                self.assertEqual({*told}, {"status", "version"})
+
+    def test_a_target_with_a_name_overrides_host(self):
+        for target, version, host, statuses in ADDRESSES:
+            with self.subTest(target, version=version, host=host):
+                lines = ["GET %s HTTP/%s" % (target, version), *["Host: %s" % host] * (host is not None)]
+                [reply] = replies(raw(self.open, "\r\n".join([*lines, "Connection: close", "", ""]).encode()))
+                self.assertIn(reply.status, statuses, reply.body)
+
+    # --- pages ---
+
+    def test_pages_on_this_device_may_ask(self):
+        for origin in PAGES_HERE:
+            with self.subTest(origin):
+                reply = post_with(self.open, {"Origin": origin})
+                self.answered(reply, "Hello")
+                self.cors(reply, origin)
+        self.assertEqual(len(self.local.requests), len(PAGES_HERE))
+
+    def test_pages_from_elsewhere_may_not(self):
+        for origin, (server, key) in itertools.product(FOREIGN_PAGES, ((self.open, {}), (self.keyed, WITH_KEY))):
+            with self.subTest(origin, keyed=bool(key)):
+                for reply in (post_with(server, {"Origin": origin, **key}),
+                              fetch(server, "GET", "/health", None, {"Origin": origin, **key})):
+                    self.refused(reply, 403, code="origin_not_allowed")
+                    self.no_cors(reply)
+        self.nothing_asked()
+
+    def test_a_page_of_this_server_itself_may_ask_whatever_its_name(self):
+        """The server's own page, or a chat application behind the same proxy."""
+        for host, origin, status in (
+                ("192.168.1.7:62549", "http://192.168.1.7:62549", 200), ("192.168.1.7", "http://192.168.1.7", 200),
+                ("192.168.1.7:62549", "https://192.168.1.7:62549", 200), ("[fe80::1]:1", "http://[FE80::1]:1", 200),
+                ("192.168.1.7:62549", "http://192.168.1.7:3000", 403), ("192.168.1.7:62549", "http://192.168.1.7", 403),
+                ("192.168.1.7:62549", "http://192.168.1.8:62549", 403), ("127.0.0.1:1", "http://8.8.8.8:1", 403)):
+            with self.subTest(host=host, origin=origin):
+                reply = post_with(self.open, {"Host": host, "Origin": origin})
+                self.assertEqual(reply.status, status, reply.body)
+                self.cors(reply, origin) if status == 200 else self.no_cors(reply)
+        for host, status in (("box.example", 200), ("box.example:8443", 403)):
+            with self.subTest(host=host):
+                headers = {"Host": host, "Origin": "https://box.example", **WITH_KEY}
+                self.assertEqual(post_with(self.keyed, headers).status, status)
+
+    def test_origins_that_are_set_are_exactly_these(self):
+        app, null = "https://app.example", "null"
+        for setting, env, rows in (
+            (["--allow-origin=" + app, "--allow-origin=http://b.example:8080"], {}, [
+                (app, True), ("HTTPS://APP.EXAMPLE", True), ("http://b.example:8080", True), (PAGE_HERE, True),
+                ("http://app.example", False), (app + ":444", False), ("https://x.app.example", False),
+                (app + ".evil", False), (app + "/", False), ("http://b.example", False), (null, False), ("*", False)]),
+            ([], {"OBLIX_ALLOW_ORIGIN": "HTTPS://APP.example, null"}, [
+                (app, True), (null, True), (FOREIGN, False), ("", False), (app + ", null", False)]),
+            (["--allow-origin=*"], {}, [(FOREIGN, True), (null, True), (PAGE_HERE, True)]),
+        ):
+            with running(self.local, flags=setting, env=env, probed=False) as server:
+                for origin, allowed in rows:
+                    with self.subTest(setting=setting, env=env, origin=origin):
+                        reply = fetch(server, "GET", "/", None, {"Origin": origin})
+                        self.assertEqual(reply.status, 200 if allowed else 403, reply.body)
+                        self.cors(reply, origin) if allowed else self.no_cors(reply)
+
+    def test_no_origin_breaks_a_header(self):
+        with running(self.local, flags=["--allow-origin=*"], probed=False) as server:
+            for origin in ("http://gr\xfc\xdfe", "a\tb", "x" * 10000):
+                reply = fetch(server, "GET", "/", None, {"Origin": origin})
+                self.assertIn(reply.status, {200, 400, 403, 431})
+
+    def test_an_allowed_page_can_read_every_answer(self):
+        good, large, text = json.dumps(chat()), {**JSON, "Content-Length": "9" * 15}, {"Content-Type": "text/plain"}
+        with running(env=NOBODY, probed=False) as nobody:
+            for server, method, path, body, headers, status in (
+                    (self.open, "POST", CHAT, good, JSON, 200), (self.keyed, "POST", CHAT, good, JSON, 401),
+                    (self.open, "POST", CHAT, json.dumps(chat(stream=True)), JSON, 200),
+                    (self.open, "GET", "/v1/models", None, {}, 200), (self.open, "GET", "/health", None, {}, 200),
+                    (self.open, "HEAD", "/health", None, {}, 200), (self.open, "OPTIONS", CHAT, None, {}, 204),
+                    (self.keyed, "GET", "/v1/models", None, {"api-key": "no"}, 401),
+                    (self.keyed, "GET", "/health", None, {}, 200), (self.keyed, "OPTIONS", CHAT, None, {}, 401),
+                    (self.open, "POST", CHAT, "{oops", JSON, 400), (self.open, "POST", "/nope", "{}", JSON, 404),
+                    (self.open, "POST", CHAT, json.dumps(chat("x")), JSON, 404),
+                    (self.open, "PUT", CHAT, "{}", JSON, 405), (self.open, "POST", CHAT, None, large, 413),
+                    (self.open, "POST", CHAT, good, text, 415), (nobody, "POST", CHAT, good, JSON, 503),
+                    (self.open, "POST", CHAT, good, {**JSON, "Expect": "tea"}, 417)):
+                with self.subTest(method, path=path, status=status):
+                    reply = fetch(server, method, path, body, {**headers, "Origin": PAGE_HERE})
+                    self.assertEqual(reply.status, status, reply.body)
+                    self.cors(reply, PAGE_HERE)
+                    self.assertLessEqual(EXPOSED, self.exposed(reply))
+                    without = fetch(server, method, path, body, headers)
+                    self.assertEqual(without.status, status, without.body)
+                    self.no_cors(without)
+
+    def test_an_allowed_page_can_read_why_a_stream_broke_off(self):
+        self.local.play([OLLAMA.head, chunk(OLLAMA.events(HELLO)[0]), CLOSE])
+        self.addCleanup(self.local.play, answer(Text("Hello")))
+        with self.assertLogs("oblix", "WARNING"):
+            reply = post_with(self.open, {"Origin": PAGE_HERE}, model=self.local.target, stream=True)
+        self.assertTrue(reply.cut)
+        self.cors(reply, PAGE_HERE)
+
+    def test_preflights(self):
+        """A browser sends them without a key, and before anything that a page could not send by a form."""
+        names = "authorization, content-type,X-Stainless-OS, x-stainless-lang"
+        for server, path, method, private in itertools.product(
+                (self.open, self.keyed), (CHAT, "/v1/models", "/health", "/nope", "/"), ("POST", "GET"), (False, True)):
+            with self.subTest(path=path, method=method, private=private, keyed=server is self.keyed):
+                asks = {"Origin": PAGE_HERE, "Access-Control-Request-Method": method,
+                        "Access-Control-Request-Headers": names,
+                        **({"Access-Control-Request-Private-Network": "true"} if private else {})}
+                reply = fetch(server, "OPTIONS", path, None, asks)
+                self.assertEqual((reply.status, reply.body), (204, b""))
+                self.cors(reply, PAGE_HERE)
+                told = {name.lower()[len("access-control-"):]: value for name, value in reply.headers.items()
+                        if name.lower().startswith("access-control-")}
+                self.assertLessEqual({"GET", "POST"}, set(re.split(", *", told["allow-methods"])))
+                self.assertEqual(re.split(", *", told["allow-headers"].lower()), re.split(", *", names.lower()))
+                self.assertGreater(int(told["max-age"]), 0)
+                self.assertEqual(told.get("allow-private-network"), "true" if private else None)
+
+    def test_a_preflight_that_asks_for_no_headers(self):
+        reply = fetch(self.keyed, "OPTIONS", CHAT, None, {"Origin": PAGE_HERE, "Access-Control-Request-Method": "GET"})
+        self.assertEqual(reply.status, 204)
+        self.cors(reply, PAGE_HERE)
+
+    def test_a_preflight_of_a_foreign_page_is_refused(self):
+        for server, origin in itertools.product((self.open, self.keyed), FOREIGN_PAGES):
+            with self.subTest(origin, keyed=server is self.keyed):
+                asks = {"Origin": origin, "Access-Control-Request-Method": "POST",
+                        "Access-Control-Request-Headers": "authorization, x-stainless-os",
+                        "Access-Control-Request-Private-Network": "true"}
+                reply = fetch(server, "OPTIONS", CHAT, None, asks)
+                self.refused(reply, 403, code="origin_not_allowed")
+                self.no_cors(reply)
+
+    def test_only_a_preflight_needs_no_key(self):
+        for headers in ({}, {"Origin": PAGE_HERE}, {"Access-Control-Request-Method": "POST"}):
+            self.refused(fetch(self.keyed, "OPTIONS", CHAT, None, headers), 401, code="invalid_api_key")
+        asks = {"Origin": PAGE_HERE, "Access-Control-Request-Method": "POST"}
+        for method in ("POST", "GET", "DELETE"):
+            self.assertEqual(fetch(self.keyed, method, CHAT, "{}", {**JSON, **asks}).status, 401)
+        self.nothing_asked()
+
+    # --- bodies ---
+
+    def test_a_body_must_be_json_by_its_content_type(self):
+        for kind, good in KINDS:
+            with self.subTest(kind):
+                reply = post_with(self.open, {}, kind)
+                if good:
+                    self.answered(reply, "Hello")
+                else:
+                    self.refused(reply, 415, code="unsupported_media_type")
+                    self.assertEqual(reply.headers["Connection"], "close")
+        self.assertEqual(len(self.local.requests), sum(good for _, good in KINDS))
+
+    def test_a_body_must_not_be_encoded(self):
+        for coding, good in (("identity", True), ("IDENTITY", True), ("gzip", False), ("br", False), ("deflate", False),
+                             ("identity, gzip", False), ("gzip, identity", False), ("x", False)):
+            with self.subTest(coding):
+                reply = post_with(self.open, {"Content-Encoding": coding})
+                if good:
+                    self.answered(reply, "Hello")
+                else:
+                    self.refused(reply, 415, code="unsupported_media_type")
+        self.assertEqual(len(self.local.requests), 2)
+
+    def test_nothing_that_a_foreign_page_can_send_reaches_a_model(self):
+        """A browser sends `simple` requests anywhere unasked, though the page can't read the answer (Fetch, 2.2.2)."""
+        usual = {"Accept": "*/*", "Accept-Language": "en", "Content-Language": "en", "Range": "bytes=0-9",
+                 "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Referer": FOREIGN + "/"}
+        form = json.dumps(chat(user="=")) + "\r\n"    # of <form enctype="text/plain">: name=value
+        for kind, origin, body in itertools.product(SIMPLE_KINDS, (FOREIGN, "null", None), (json.dumps(chat()), form)):
+            with self.subTest(kind=kind, origin=origin):
+                page = {**({"Origin": origin} if origin else {}), **({"Content-Type": kind} if kind else {})}
+                reply = fetch(self.open, "POST", CHAT, body, {**usual, **page})
+                self.refused(reply, *((403, "Pages") if origin else (415, "JSON")))
+                self.no_cors(reply)
+        self.refused(post_with(self.open, {**usual, "Origin": FOREIGN}), 403)    # as if after a preflight
+        for target in ("/health", "/v1/models", "/"):    # an <img> or a <script>: sent, but not for its page to read
+            self.no_cors(fetch(self.open, "GET", target, None, usual))
+        upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Origin": FOREIGN}
+        self.refused(fetch(self.open, "GET", CHAT, None, upgrade), 403, code="origin_not_allowed")
+        self.nothing_asked()
+
+    def test_nothing_that_a_rebinding_page_can_send_reaches_a_model(self):
+        """For the browser both are one origin then: the page may send anything without a preflight, and read all."""
+        host = "evil.example:%d" % self.open.port
+        for page in ({}, {"Origin": "http://" + host}):
+            self.refused(post_with(self.open, {"Host": host, **page}), 403, code="host_not_allowed")
+            for path in ("/health", "/v1/models", "/", "/v1/models/auto"):
+                self.refused(fetch(self.open, "GET", path, None, {"Host": host, **page}), 403, code="host_not_allowed")
+            self.refused(post_with(self.keyed, {"Host": host, **page}), 401, code="invalid_api_key")
+        self.nothing_asked()
+
+    # --- what a client can't choose ---
+
+    def test_a_client_cannot_choose_the_upstreams_address(self):
+        with Upstream(OPENAI) as decoy:
+            for name, stream in itertools.product(NAMES_WITH_TRICKS, (False, True)):
+                with self.subTest(name, stream=stream):
+                    reply = ask(self.open, name.format(decoy.url), stream=stream)
+                    self.assertIn(reply.status, {200, 400, 404}, reply.body)
+                    self.assertIsNone(reply.headers["X-Evil"])
+            self.assertEqual((decoy.requests, decoy.probes, decoy.loads), ([], [], []))
+        for upstream in self.upstreams:
+            self.assertTrue(upstream.requests, "the rows ask each of them")
+            self.assertEqual({(request.method, request.path, request.headers["Host"]) for request in upstream.requests},
+                             {("POST", upstream.dialect.path, "127.0.0.1:%d" % upstream.port)})
+
+    def test_a_model_name_with_control_characters_is_refused(self):
+        for character, provider in itertools.product(UNPRINTABLE, ("", "ollama:", "openai:", "claude:")):
+            with self.subTest(character, provider=provider):
+                name = provider + "a" + character + "X-Evil: 1"
+                self.refused(ask(self.open, name), 400, param="model")
+        self.nothing_asked()
+
+    def test_no_name_adds_a_header_to_an_answer(self):
+        usual = {*ask(self.open, self.local.target).headers}
+        for name in ("gr\xfc\xdfe", "\u3042\u3044", "a, X-Evil: 1", "a;b=c", "x" * 200):
+            with self.subTest(name):
+                reply = ask(self.open, "ollama:" + name)
+                self.assertEqual({*reply.headers}, usual)
+                self.assertTrue(reply.headers["x-oblix-model"].isascii())
+        for path in ("models/a%0d%0aX-Evil:%201", "models/%0d%0a%0d%0aHTTP/1.1%20200%20OK", "%0d%0aX-Evil:%201"):
+            head = "GET /v1/%s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % path
+            [reply] = replies(raw(self.open, head.encode()))
+            self.refused(reply, 404)
+            self.assertIsNone(reply.headers["X-Evil"])
+
+    # --- how it is started ---
+
+    def test_an_address_that_others_reach_wants_a_key_or_a_word(self):
+        for host in OPEN_HOSTS:
+            with self.subTest(host):
+                self.mistaken("--host=" + host, says=["OBLIX_API_KEY", "--no-auth"])
+        self.mistaken(env={"OBLIX_HOST": "0.0.0.0"}, says=["OBLIX_API_KEY", "--no-auth"])
+        self.mistaken("--host=0.0.0.0", env={"OBLIX_NO_AUTH": "false"}, says=["OBLIX_API_KEY", "--no-auth"])
+
+    def test_with_a_key_or_a_word_it_listens_anywhere_and_on_loopback_without(self):
+        six = ["::1", "[::1]"] * has_loopback_6()
+        for flags, env, status in (
+                (["--host=0.0.0.0", "--no-auth"], {}, 200), (["--host=0.0.0.0", "--api-key=" + OUR_KEY], {}, 401),
+                (["--host=0.0.0.0"], {"OBLIX_API_KEY": OUR_KEY}, 401),
+                (["--host=0.0.0.0"], {"OBLIX_NO_AUTH": "1"}, 200),
+                (["--host=127.0.0.1"], {}, 200), (["--host=localhost"], {}, 200), (["--no-auth"], {}, 200),
+                *((["--host=" + host], {}, 200) for host in six)):
+            with self.subTest(flags=flags, env=env), \
+                    running(self.local, flags=flags, env=env, probed=False) as server:
+                host = "::1" if "::1" in server.url else "127.0.0.1"
+                connection = http.client.HTTPConnection(host, server.port, timeout=5)
+                with contextlib.closing(connection):
+                    connection.request("GET", "/v1/models")
+                    with contextlib.closing(connection.getresponse()) as response:
+                        self.assertEqual(Reply(response).status, status)
+
+    def test_a_key_and_no_auth_contradict_each_other(self):
+        for flags, env in ((["--no-auth", "--api-key=k"], {}), (["--no-auth"], {"OBLIX_API_KEY": "k"}),
+                           (["--api-key=k"], {"OBLIX_NO_AUTH": "1"}),
+                           (["--no-auth", "--api-key=k", "--host=0.0.0.0"], {})):
+            with self.subTest(flags=flags, env=env):
+                self.mistaken(*flags, env=env, says=["--no-auth"])
+
+    def test_on_the_command_line_these_are_one_line_and_status_2(self):
+        rows = [(["--host=0.0.0.0"], {}, "OBLIX_API_KEY"), (["--no-auth"], {"OBLIX_API_KEY": OUR_KEY}, "--no-auth")]
+        for (*_, names), ran in zip(rows, at_once(lambda flags, env, _: command("--port=0", *flags, env=env), rows)):
+            self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
+            self.assertIn(names, ran.stderr)
+            self.assertNotIn(OUR_KEY, ran.stderr)
+
+    def test_key_files_that_hold_no_key(self):
+        """Each is one line on stderr and status 2, before anything listens."""
+        holding = {"empty": b"", "blank": b" \r\n\t\n", "two": b"one\ntwo\n", "accent": b"k\xc3\xa9y\n",
+                   "binary": b"\xff\x00", "control": b"a\x07b", "good": OUR_KEY.encode()}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in holding.items():
+                (Path(folder) / name).write_bytes(data)
+            for flag, name in itertools.product(("api-key", "cloud-api-key"), [*holding, "missing", "."]):
+                path, flags = "%s/%s" % (folder, name), ["--port=0", "--cloud-model=openai:a"]
+                flags += ["--%s=k" % flag] if name == "good" else []    # then it is one key too many
+                variable = "OBLIX_%s_FILE" % flag.upper().replace("-", "_")
+                for more, env in (["--%s-file=%s" % (flag, path)], {}), ([], {variable: path}):
+                    with self.subTest(flags=more, env=env):
+                        status, said, told = self.started([*flags, *more], env)
+                        self.assertEqual((status, said, told.count("\n")), (2, "", 1), told)
+                        self.assertIn("%s-file" % flag, told)
+                        self.assertNotIn(OUR_KEY, told)
+
+    def started(self, flags, env):
+        """(status, stdout, stderr) of a start that fails before the server would run."""
+        with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(io.StringIO()) as said, \
+                mock.patch.object(oblix, "run_server", lambda _: "it runs"):
+            status = oblix.main(flags, {**NOBODY, **env})
+        return status, said.getvalue(), told.getvalue()
+
+    def test_a_key_file_counts_in_a_program_too(self):
+        """`with oblix.running(settings)` must not serve everybody because the key is in a file."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "key"
+            path.write_text(OUR_KEY + "\n")
+            with running(self.local, flags=["--api-key-file=%s" % path], probed=False) as server:
+                self.assertEqual(fetch(server, "GET", "/v1/models").status, 401)
+                self.assertEqual(fetch(server, "GET", "/v1/models", None, WITH_KEY).status, 200)
+
+    def test_keys_from_files_are_used_and_shown_nowhere(self):
+        cloud_key = "a-secret-in-a-file"
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in (("ours", "\t " + OUR_KEY + " \r\n\n"), ("cloud", cloud_key + "\n")):
+                (Path(folder) / name).write_bytes(data.encode())
+            files = ["--api-key-file=%s/ours" % folder, "--cloud-api-key-file=%s/cloud" % folder]
+            flags = ["--port=0", "--log-level=debug", *CALM, *flags_for(self.cloud), *files]
+            with Process(*flags, env=env_for(self.cloud)) as process:
+                self.refused(post_with(process, {}), 401, code="invalid_api_key")
+                self.answered(post_with(process, WITH_KEY, model=self.cloud.target), "Hello")
+                self.refused(post_with(process, {"Authorization": "Bearer " + OUR_KEY + "x"}), 401)
+                self.assertEqual(self.cloud.last.headers["Authorization"], "Bearer " + cloud_key)
+                shown = [fetch(process, "GET", "/health", None, WITH_KEY).body.decode(),
+                         fetch(process, "GET", "/", None, WITH_KEY).body.decode()]
+                eventually(lambda: process.said().count("invalid_api_key") == 2)
+                shown.append(process.said())
+        for secret in (OUR_KEY, cloud_key, OPENAI.key):
+            self.assertNotIn(secret, str(shown))
+
+    def test_a_key_in_the_settings_is_shown_nowhere(self):
+        env = {"OBLIX_API_KEY": OUR_KEY}
+        self.assertNotIn(OUR_KEY, command("--help", env=env).stdout)
+        settings = oblix.Settings.parse(["--port=0"], {**bare_env(), **env})
+        with oblix.running(settings) as server, self.assertLogs("oblix", "DEBUG") as logged:
+            told = [fetch(server, "GET", path, None, WITH_KEY) for path in ("/health", "/v1/models", "/", "/nope")]
+            told += [post_with(server, {**WITH_KEY, "Origin": page}) for page in (PAGE_HERE, FOREIGN)]
+            eventually(lambda: len(logged.output) >= 4)
+        for shown in (repr(settings), str(settings), str(logged.output),
+                      *(reply.body.decode() + str(reply.headers) for reply in told)):
+            self.assertNotIn(OUR_KEY, shown)
+
+    def test_a_key_that_no_header_can_hold_is_a_mistake(self):
+        for key in ("k\xe9y", "a\nb", "a\x07b"):
+            self.mistaken("--api-key=" + key, says=["OBLIX_API_KEY"])
+
+
+# --- 11. Request smuggling -------------------------------------------------------------------------------------------
+# What a proxy in front and Oblix could read differently.  Behind each row comes a good request for a model of its own
+# name: where that is answered, or shows at the upstream, the row was taken for more or less than it is.
+
+HIDDEN = post(chat("ollama:smuggled"), "Authorization: Bearer " + OUR_KEY, "Connection: close")
+BODY = json.dumps(chat("ollama:first")).ljust(80).encode()    # 80 bytes, in hexadecimal 50
+IN_CHUNKS = chunk(BODY[:10]) + chunk(BODY[10:]) + END
+POST = b"POST /v1/chat/completions HTTP/1.1"
+SIZE, CODED, LAST = b"Content-Length: 80", b"Transfer-Encoding: chunked", b"Connection: close"
+MALFORMED = "bad_request", "bad_framing"
+
+
+def request(*fields, line=POST, body=BODY, host=b"Host: localhost", kind=b"Content-Type: application/json"):
+    """A request with these fields behind the usual ones (None leaves one out), of which none tells its length."""
+    usual = [field for field in (line, host, kind) if field is not None]
+    return b"\r\n".join([*usual, *fields, b"", b""]) + body
+
+
+def sized(body, *fields, **how):
+    return request(b"Content-Length: %d" % len(body), *fields, body=body, **how)
+
+
+def in_coding(body, *fields, **how):
+    """A request whose body, which is in chunks or should be, is this."""
+    return request(CODED, *fields, body=body, **how)
+
+
+def each_line_end(data, end):
+    """These bytes with another end of one of the head's lines, for each of them."""
+    places = [found.start() for found in re.finditer(b"\r\n", data[:data.index(b"\r\n\r\n") + 4])]
+    return [data[:place] + end + data[place + 2:] for place in places]
+
+
+BAD_FIELDS = [
+    # no name, or none that is a token: where there is no colon the stdlib's parser, made for e-mail, ends the head
+    b"broken", b"GET /health HTTP/1.1", b"HTTP/1.1 200 OK", b": y", b" : y", b":", b"X Y: a", b"X(Y): a", b"X@Y: a",
+    b"X,Y: a", b"X;Y: a", b"X/Y: a", b"X[0]: a", b"X=Y: a", b"{X}: a", b'"X": a', b"<X>: a", b"X?: a", b"X\\: a",
+    b"X\0: a", b"X\x7f: a", b"X\r: a", b"X\xc3\xbc: a", b"\xef\xbb\xbfX: a",
+    # space before the colon, or before the name
+    b"X : y", b"X\t: y", b"Content-Length : 5", b"Transfer-Encoding : chunked", b"Transfer-Encoding\t: chunked",
+    b"Transfer-Encoding\x0b: chunked", b"Transfer-Encoding\xa0: chunked", b"Transfer-Encoding\0: chunked",
+    b" Transfer-Encoding: chunked", b"\tTransfer-Encoding: chunked",
+    # folded
+    b"X: a\r\n folded", b"X: a\r\n\tfolded", b"X: a\r\n Transfer-Encoding: chunked", b"Transfer-Encoding:\r\n chunked",
+    b"X: a\r\n \r\nY: b", b"X:\r\n ",
+    # bare CR and LF
+    b"X: a\nTransfer-Encoding: chunked", b"X: a\rTransfer-Encoding: chunked", b"X: a\n\rY: b", b"X: a\r\r\nY: b",
+    b"X: a\n\nY: b", b"X: a\rb", b"X:\ra", b"Transfer-Encoding: \rchunked", b"Transfer-Encoding: chunked\r",
+    # control characters
+    b"X: \0", b"X: a\x01b", b"X: a\x08b", b"X: a\x0bb", b"X: a\x0cb", b"X: a\x1bb", b"X: a\x7fb",
+    b"Transfer-Encoding: chunked\0", b"Transfer-Encoding: chun\0ked", b"Transfer-Encoding: \x0bchunked",
+    b"Transfer-Encoding:\x0cchunked",
+]
+TWICE = [  # fields that may come once
+    (SIZE, SIZE), (SIZE, b"content-length: 0"), (b"Content-Length: 5", SIZE), (SIZE, b"X: y", SIZE), (CODED, CODED),
+    (CODED, b"transfer-encoding: identity"), (b"Transfer-Encoding: x", CODED), (CODED, b"Transfer-Encoding:"),
+    (SIZE, b"Host: localhost"), (SIZE, b"host: evil.example"), (SIZE, b"Host:"),
+    (SIZE, b"Content-Type: application/json"), (SIZE, b"CONTENT-TYPE: text/plain"),
+    (SIZE, b"Authorization: Bearer a", b"authorization: Bearer b"), (SIZE, b"Authorization: a", b"Authorization: a"),
+    (SIZE, b"Origin: http://localhost", b"ORIGIN: https://evil.example"),
+    (SIZE, b"Origin: http://localhost", b"Origin: http://localhost"),
+]
+BAD_LENGTHS = [  # of a body of 80 bytes
+    b"", b" ", b"-80", b"+80", b"-0", b"0x50", b"0X50", b"50h", b"0o120", b"0b1010000", b"8_0", b"8 0", b"80 80",
+    b"80,80", b"80, 80", b"80,", b",80", b"80;", b"80.0", b"8.0e1", b"80e0", b"'80'", b'"80"', b"80 bytes", b"x",
+    b"None", b"chunked", b"\xd9\xa8\xd9\xa0", b"\xb8\xb0", b"\xb2", b"\xef\xbc\x98\xef\xbc\x90", b"0" * 17 + b"80",
+    b"1" + b"0" * 18, b"9" * 5000, b"8\x0b0", b"\x0b80", b"80\x0c", b"\x0080", b"80\0", b"\xa080", b"8\r0", b"\r80",
+]
+BAD_CODINGS = [  # of a body that is in chunks
+    b"xchunked", b"chunkedx", b"chunke", b"chun ked", b"chunked chunked", b"chunked, identity", b"identity, chunked",
+    b"gzip, chunked", b"chunked, chunked", b"chunked,", b",chunked", b"chunked;", b"chunked;a=b", b'"chunked"',
+    b"'chunked'", b"", b"identity", b"gzip", b"cow", b"x\tchunked", b"\xffchunked", b"\xa0chunked", b"chunked\xa0",
+    b"chunked\x85", b"chun\xe2\x84\xaaed",    # a Kelvin sign, whose lower case is a k
+]
+BAD_CHUNK_SIZES = [  # before 80 bytes of data
+    b"\r\n", b"x\r\n", b"-50\r\n", b"+50\r\n", b"-0\r\n\r\n", b"0x50\r\n", b"0X50\r\n", b"50h\r\n", b"5_0\r\n",
+    b"5 0\r\n", b" 50\r\n", b"50 \r\n", b"\t50\r\n", b"50\t\r\n", b"50\xa0\r\n", b"\x8550\r\n", b"50\0\r\n",
+    b"\x0050\r\n", b"50\x0b\r\n", b"50,50\r\n", b"50:a\r\n", b"50 a=b\r\n", b"\xd9\xa5\xd9\xa0\r\n", b"000000050\r\n",
+    b"100000050\r\n", b"10000000000000050\r\n", b"0" * 5000 + b"50\r\n", b"50\n", b"50\r", b"50\r\r\n", b"50\n\r\n",
+    b"\r\n50\r\n", b"\n50\r\n", b";\r\n", b";a=b\r\n", b"50;a\n", b"50;a\nb\r\n", b"50;a\rb\r\n", b"50;a\r\r\n",
+    b"50;\0\r\n", b"50;" + b"a" * 70_000 + b"\r\n",
+]
+BAD_CHUNK_ENDS = [  # behind 80 bytes of data
+    b"0\r\n\r\n", b"\n0\r\n\r\n", b"\r0\r\n\r\n", b"\n\r0\r\n\r\n", b"\r\r\n0\r\n\r\n", b"x\r\n0\r\n\r\n",
+    b" \r\n0\r\n\r\n", b"\r\n\r\n0\r\n\r\n", b"\r\n0\n\r\n", b"\r\n00\n\r\n", b"\r\n0\r\r\n", b"\r\n0\n\n",
+    b"\r\n0;a\nb\r\n\r\n", b"\r\n0\r\n\n",
+]
+BAD_TRAILERS = [  # behind the last chunk: whoever reads them otherwise finds another request's beginning or end there
+    b"X: y\n\r\n", b"X: y\r\n\n", b"X: a\nb\r\n\r\n", b"X: a\rb\r\n\r\n", b"X: y\r\r\n\r\n", b"X: \0\r\n\r\n",
+    b"X : y\r\n\r\n", b" X: y\r\n\r\n", b"X: a\r\n folded\r\n\r\n", b": y\r\n\r\n", b"no field\r\n\r\n",
+    b"GET /health HTTP/1.1\r\n\r\n", b"\r\r\n\r\n", b"",
+]
+BAD_LINES = [  # instead of the request's first line
+    b" ", b"POST", b"POST ", b"POST /", b"POST /v1/chat/completions", b"POST  /v1/chat/completions HTTP/1.1",
+    b"POST /v1/chat/completions  HTTP/1.1", b" " + POST, b"\t" + POST, POST + b" ", POST + b"\t", POST + b" x",
+    b"POST\t/v1/chat/completions\tHTTP/1.1", b"POST /v1/chat completions HTTP/1.1", b"POST\x0b/v1/models HTTP/1.1",
+    b"POST /v1/chat/completions\x0cHTTP/1.1", b"POST\xa0/v1/chat/completions HTTP/1.1", b"P@ST / HTTP/1.1",
+    b"P\0ST / HTTP/1.1", b"(POST) / HTTP/1.1", b"POST: / HTTP/1.1", b"P\xd6ST / HTTP/1.1", b"POST /v1/\0chat HTTP/1.1",
+    b"POST /v1/chat/completions\x7f HTTP/1.1", b"POST /v1/chat\r/completions HTTP/1.1", b"POST /\x1b[31m HTTP/1.1",
+    b"\xef\xbb\xbf" + POST, b"\0" + POST, b"\r" + POST, b"\n" + POST, b"\r\n\r\n" + POST, b"\n\r\n" + POST,
+    b"\r\n\n" + POST, b"\r\n " + POST, b"HTTP/1.1 200 OK", b"Host: localhost",
+]
+BAD_VERSIONS = [
+    b"http/1.1", b"Http/1.1", b"HTTP/1", b"HTTP/1.", b"HTTP/.1", b"HTTP/1.1.1", b"HTTP/11", b"HTTP/1.10", b"HTTP/01.1",
+    b"HTTP/1.01", b"HTTP/+1.1", b"HTTP/1.-1", b"HTTP/1,1", b"HTTP/1_1.1", b"HTTP/x.y", b"HTTP 1.1", b"HTTPS/1.1",
+    b"ICY/1.1", b"TTP/1.1", b"HTTP//1.1", b"HTTP/1.1\0", b"HTTP/\xd9\xa1.\xd9\xa1", b"HTTP/1.\xb9", b"1.1", b"HTTP",
+]
+TOO_MUCH = [
+    (sized(BODY, line=b"POST /" + b"a" * 8200 + b" HTTP/1.1"), 414, "uri_too_long"),
+    (sized(BODY, line=b"POST /v1/chat/completions?" + b"a" * 100_000 + b" HTTP/1.1"), 414, "uri_too_long"),
+    (sized(BODY, b"X: " + b"a" * (16 << 10)), 431, "headers_too_large"),
+    (sized(BODY, b"X: " + b"a" * 1_000_000), 431, "headers_too_large"),
+    (sized(BODY, b"a" * 20_000 + b": x"), 431, "headers_too_large"),
+    (sized(BODY, *[b"X: y"] * 100), 431, "headers_too_large"),
+    (sized(BODY, *[b"X: y"] * 9999), 431, "headers_too_large"),
+    (sized(BODY, *[b"X: " + b"a" * 12_000] * 6), 431, "headers_too_large"),
+    (in_coding(chunk(BODY) + b"0\r\n" + b"X: y\r\n" * 5000 + b"\r\n"), {400, 431}, *MALFORMED, "headers_too_large"),
+    (in_coding(chunk(BODY) + b"0\r\nX: " + b"y" * 70_000 + b"\r\n\r\n"), {400, 431}, *MALFORMED, "headers_too_large"),
+    *((request(b"Content-Length: " + size), 413, "request_too_large")
+      for size in (b"9" * 18, b"1" + b"0" * 15, b"%d" % ((32 << 20) + 1))),
+    *((in_coding(size + b"\r\n" + BODY), 413, "request_too_large") for size in (b"ffffffff", b"FFFFFFFF", b"02000001")),
+]
+NO_END = [
+    b"GET /" + b"a" * 100_000, b"a" * 100_000, POST + b"\r\nX: " + b"a" * 100_000, POST + b"\r\n" + b"X: y\r\n" * 9999]
+GOOD_REQUESTS = [  # what must not be refused
+    request(SIZE), request(b"content-LENGTH:\t80 \t"), request(b"Content-Length: 00080"), sized(BODY + b"\r\n\r\n"),
+    request(SIZE, b"X:"), request(SIZE, b"X: "), request(SIZE, b"X:a"), request(SIZE, b"X: \t a b\tc \t"),
+    request(SIZE, b"X: a", b"X: b"), request(SIZE, b"!#$%&'*+-.^_`|~09azAZ: a:b\"\\(){}<>@"),
+    request(SIZE, b"X: gr\xc3\xbc\xc3\x9fe \xff"), request(SIZE, b"X: " + b"a" * 16_000),
+    request(SIZE, *[b"X: y"] * 90), request(SIZE, *[b"X: " + b"a" * 10_000] * 6),
+    request(SIZE, b"Transfer_Encoding: chunked", b"Content_Length: 5"),
+    request(SIZE, line=b"POST /v1/chat/completions?" + b"a" * 8000 + b" HTTP/1.1"),
+    request(SIZE, line=b"POST /v1/chat/completions HTTP/1.2"),
+    request(SIZE, line=b"POST http://localhost/v1/chat/completions HTTP/1.1"),
+    b"\r\n" + request(SIZE), request(SIZE) + b"\r\n",    # an old client puts an empty line behind a body
+    in_coding(IN_CHUNKS), in_coding(IN_CHUNKS) + b"\r\n", request(b"transfer-ENCODING:\tCHUNKED \t", body=IN_CHUNKS),
+    in_coding(chunk(BODY) + END), in_coding(b"".join(chunk(BODY[at:at + 1]) for at in range(80)) + END),
+    in_coding(b"00000050\r\n%b\r\n00000000\r\n\r\n" % BODY), in_coding(b"A\r\n%b\r\na \t;x\r\n%b\r\n" % (
+        BODY[:10], BODY[10:20]) + chunk(BODY[20:]) + END),
+    in_coding(b"50;\r\n%b\r\n0;last\r\n\r\n" % BODY), in_coding(b'50;a=b;c="d; \\" 5"\r\n%b\r\n' % BODY + END),
+    in_coding(chunk(BODY) + b"0\r\nContent-Length: 3\r\nHost: evil.example\r\nTransfer-Encoding: chunked\r\n"
+              b"Content-Length: 5\r\nAuthorization: Bearer x\r\nX-Sum:\r\n\r\n"),
+]
+TARGETS = [  # that are no path of ours, statuses
+    (b"OPTIONS * HTTP/1.1", {200, 204}), (b"GET * HTTP/1.1", {400, 404}), (b"POST * HTTP/1.1", {400, 404}),
+    (b"CONNECT localhost:443 HTTP/1.1", {400, 404, 405}), (b"CONNECT evil.example:443 HTTP/1.1", {400, 403, 404, 405}),
+    (b"GET localhost:80 HTTP/1.1", {400, 404}), (b"GET health HTTP/1.1", {400, 404}),
+    (b"GET ftp://localhost/health HTTP/1.1", {400, 404}), (b"GET file:///etc/passwd HTTP/1.1", {400, 404}),
+    (b"GET /../../etc/passwd HTTP/1.1", {400, 404}), (b"GET /v1/models/../health HTTP/1.1", {400, 404}),
+    (b"GET /health%00 HTTP/1.1", {400, 404}), (b"GET /health;a=b HTTP/1.1", {400, 404}), (b"TRACE / HTTP/1.1", {405}),
+    (b"get /health HTTP/1.1", {405}), (b"GET~ /health HTTP/1.1", {405}),
+]
+CHAT_1_0 = {"line": b"POST /v1/chat/completions HTTP/1.0"}
+ELSEWHERE = {"line": b"POST http://evil.example/v1/chat/completions HTTP/1.1"}
+REFUSED = [  # fields, how a request is not as usual, status: what is refused without a look at the body
+    ([], {"line": b"POST /nope HTTP/1.1"}, 404), ([], {"line": b"PUT /health HTTP/1.1"}, 405),
+    ([], {"line": b"BREW / HTTP/1.1"}, 405), ([], {"kind": b"Content-Type: text/plain"}, 415),
+    ([], {"kind": None}, 415),
+    ([b"Content-Encoding: gzip"], {}, 415), ([b"Expect: tea"], {}, 417), ([b"Origin: https://evil.example"], {}, 403),
+    ([b"Origin: null"], {}, 403), ([], {"host": b"Host: evil.example"}, 403), ([], {"host": b"Host:"}, 403),
+    ([], ELSEWHERE, 403), ([], {"host": None}, 400), ([b"X : y"], {}, 400),
+    ([], {"line": b"POST /v1/chat/completions HTTP/3.0"}, 505),
+]
+REFUSED_WITHOUT_KEY = [([], {}, 401), ([], {"line": b"GET /v1/models HTTP/1.1"}, 401),
+                       ([], {"line": b"OPTIONS * HTTP/1.1"}, 401), ([b"api-key: no"], {}, 401)]
+
+
+class Smuggling(Case):
+    """One request must never be read as two, nor two as one."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.local = cls.keep(Upstream(OLLAMA))
+        cls.server = cls.keep(running(cls.local))
+        cls.keyed = cls.keep(running(cls.local, flags=["--api-key=" + OUR_KEY], probed=False))
+
+    def setUp(self):
+        self.asked()
+
+    def asked(self):
+        """The models that the upstream was asked for since the last time."""
+        requests, self.local.requests = self.local.requests, []
+        return [request.json["model"] for request in requests]
+
+    def only_refused(self, data, status, *codes, server=None):
+        """One refusal is all that comes back, and then the end."""
+        answered, asked = replies(raw(server or self.server, data + HIDDEN)), self.asked()
+        self.assertEqual((len(answered), asked), (1, []), [(reply.status, reply.body) for reply in answered])
+        self.refused(answered[0], status)
+        self.assertIn(answered[0].error["code"], codes or [answered[0].error["code"]], answered[0].error)
+        self.assertEqual(answered[0].headers["Connection"], "close")
+
+    def all_refused(self, rows, *refusal):
+        for data in rows:
+            with self.subTest(data=data[:99], end=data[-99:]):
+                self.only_refused(data, *refusal)
+
+    # --- heads ---
+
+    def test_what_is_good_is_answered_and_what_is_behind_it_begins_where_it_ends(self):
+        """That all rows below are refused proves something only because these are not."""
+        for data in GOOD_REQUESTS:
+            with self.subTest(data=data[:200]):
+                first, second = replies(raw(self.server, data + HIDDEN))
+                self.answered(first, "Hello", by="ollama:first")
+                self.answered(second, "Hello", by="ollama:smuggled")
+                self.assertEqual(self.asked(), ["first", "smuggled"])
+
+    def test_lines_end_in_crlf_and_in_nothing_else(self):
+        for end in (b"\n", b"\r", b"\r\r\n", b"\n\r", b" \r\n\n", b"\0\r\n", b"\x0b"):
+            self.all_refused(each_line_end(request(SIZE), end), 400, "bad_request")
+
+    def test_fields_that_are_malformed(self):
+        for field in BAD_FIELDS:
+            self.all_refused([request(field, SIZE), request(SIZE, field)], 400, "bad_request")
+        for first in (b" Host: localhost", b"\tHost: localhost", b" "):    # there is nothing yet to fold
+            self.all_refused([request(SIZE, host=first)], 400, "bad_request")
+
+    def test_what_may_come_once_may_not_come_twice(self):
+        for fields in TWICE:
+            body = IN_CHUNKS if CODED in fields else BODY
+            self.all_refused([request(*fields, body=body), request(*fields[::-1], body=body)], 400, *MALFORMED)
+
+    def test_http_1_1_wants_a_host(self):
+        for line in (POST, b"POST http://localhost/v1/chat/completions HTTP/1.1"):
+            self.all_refused([request(SIZE, line=line, host=None)], 400, "bad_request")
+
+    def test_request_lines_that_are_malformed(self):
+        self.all_refused([request(SIZE, line=line) for line in BAD_LINES], 400, "bad_request")
+
+    def test_other_versions_than_http_1(self):
+        lines = [b"POST /v1/chat/completions " + version for version in BAD_VERSIONS]
+        self.all_refused([request(SIZE, line=line) for line in lines], {400, 505}, "bad_request",
+                         "unsupported_http_version")
+        lines = [b"POST /v1/chat/completions HTTP/" + version for version in (b"0.9", b"0.0", b"2.0", b"3.0", b"9.9")]
+        preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
+        self.all_refused([*(request(SIZE, line=line) for line in lines), preface], 505, "unsupported_http_version")
+
+    def test_http_0_9_is_not_answered_in_kind(self):
+        """A body without a status line would be an answer to it, and to whoever made it out of something else."""
+        self.all_refused([b"GET /\r\n", b"GET /health\r\n\r\n", b"GET\r\n"], {400, 505})
+
+    def test_what_is_too_large(self):
+        for data, *refusal in TOO_MUCH:
+            self.all_refused([data], *refusal)
+
+    def test_heads_that_do_not_end_are_refused_before_they_do(self):
+        """The client keeps the connection open: the refusal must not wait until its time is up."""
+        for data in NO_END:
+            with self.subTest(data=data[:99]):
+                [reply] = replies(raw(self.server, data))
+                self.refused(reply, {400, 414, 431})
+
+    def test_targets_that_are_no_path(self):
+        for line, statuses in TARGETS:
+            with self.subTest(line):
+                [reply] = replies(raw(self.server, request(LAST, line=line, kind=None, body=b"")))
+                self.assertIn(reply.status, statuses, reply.body)
+
+    # --- bodies ---
+
+    def test_a_length_and_a_coding_exclude_each_other(self):
+        for coding, length, body in itertools.product(
+                (CODED, b"transfer-encoding:CHUNKED", b"Transfer-Encoding: xchunked", b"Transfer-Encoding: identity",
+                 b"Transfer-Encoding:"),
+                (SIZE, b"Content-Length: 0", b"Content-Length: 5", b"Content-Length: %d" % len(IN_CHUNKS)),
+                (BODY, IN_CHUNKS, END)):
+            self.all_refused([request(coding, length, body=body), request(length, b"X: y", coding, body=body)], 400,
+                             "bad_framing")
+
+    def test_lengths_are_decimal_digits(self):
+        self.all_refused([request(b"Content-Length: " + length) for length in BAD_LENGTHS], 400, *MALFORMED)
+
+    def test_the_one_coding_is_chunked(self):
+        self.all_refused([request(b"Transfer-Encoding: " + coding, body=IN_CHUNKS) for coding in BAD_CODINGS], 400,
+                         "bad_framing")
+        self.all_refused([in_coding(IN_CHUNKS, *fields, **CHAT_1_0)
+                          for fields in ([], [b"Connection: keep-alive"], [SIZE])], 400, "bad_framing")
+
+    def test_chunks_that_are_malformed(self):
+        self.all_refused([in_coding(size + BODY + b"\r\n" + END) for size in BAD_CHUNK_SIZES], 400, *MALFORMED)
+        self.all_refused([in_coding(b"50\r\n" + BODY + end) for end in BAD_CHUNK_ENDS], 400, *MALFORMED)
+
+    def test_trailers_that_are_malformed(self):
+        self.all_refused([in_coding(chunk(BODY) + b"0\r\n" + trailers) for trailers in BAD_TRAILERS], 400, *MALFORMED)
+
+    def test_what_is_in_chunks_is_what_is_asked(self):
+        said = "gr\xfc\xdfe \u3042 \\ \" 0\r\n\r\n" + HIDDEN.decode()
+        fields = {"model": "ollama:first", "messages": [{"role": "user", "content": said}]}
+        body = json.dumps(fields, ensure_ascii=False).encode()
+        for size in (1, 7, 64, len(body)):
+            chunks = b"".join(chunk(body[at:at + size]) for at in range(0, len(body), size))
+            [reply] = replies(raw(self.server, in_coding(chunks + END, LAST)))
+            self.answered(reply, "Hello", by="ollama:first")
+            self.assertEqual(self.local.last.json["messages"], fields["messages"])
+            self.assertEqual(self.asked(), ["first"])
+
+    def test_a_body_without_any_length_is_not_guessed(self):
+        for body in (BODY, IN_CHUNKS, b""):
+            [reply] = replies(raw(self.server, request(LAST, body=body)))
+            self.refused(reply, {400, 411})
+        self.assertEqual(self.asked(), [])
+
+    def test_a_length_that_is_too_small_leaves_a_rest_that_is_no_request(self):
+        first, second = replies(raw(self.server, request(b"Content-Length: 70") + HIDDEN))
+        self.refused(first, 400, code="invalid_json")
+        self.refused(second, 400, code="bad_request")
+        self.assertEqual(self.asked(), [])
+
+    def test_a_refused_requests_body_is_no_request(self):
+        """However long it is said to be: it is read, or the connection is closed."""
+        rows = [*((self.server, *row) for row in REFUSED), *((self.keyed, *row) for row in REFUSED_WITHOUT_KEY)]
+        for server, fields, how, status in rows:
+            for data in (sized(HIDDEN, *fields, **how), in_coding(HIDDEN, *fields, **how),
+                         in_coding(chunk(HIDDEN) + END, *fields, **how), request(SIZE, *fields, **how)):
+                with self.subTest(data=data[:200]):
+                    self.only_refused(data, status, server=server)
+        self.only_refused(request(b"Content-Length: 99999999999", body=HIDDEN), 413)
+
+    def test_a_body_where_none_belongs_is_no_request(self):
+        for line, status in ((b"GET /health HTTP/1.1", 200), (b"GET / HTTP/1.1", 200), (b"GET /nope HTTP/1.1", 404),
+                             (b"GET /v1/models HTTP/1.1", 200), (b"OPTIONS /v1/models HTTP/1.1", 204)):
+            for data in (sized(HIDDEN, line=line), in_coding(chunk(HIDDEN) + END, line=line)):
+                with self.subTest(data=data[:99]):
+                    behind = request(LAST, line=b"GET /nope HTTP/1.1", body=b"")
+                    first, *rest = replies(raw(self.server, data + behind))
+                    self.assertEqual(first.status, status)
+                    self.assertIn([reply.status for reply in rest], ([], [404]))
+        self.assertEqual(self.asked(), [])
+
+    def test_a_prompt_that_is_a_request_is_a_prompt(self):
+        body = json.dumps(chat("ollama:first", user=HIDDEN.decode())).encode()
+        [reply] = replies(raw(self.server, sized(body, LAST)))
+        self.answered(reply, "Hello", by="ollama:first")
+        self.assertEqual(self.asked(), ["first"])
+
+    def test_what_ends_early_is_not_asked(self):
+        for data in (request(b"Content-Length: 81"), request(b"Content-Length: 5000"), request(SIZE, body=BODY[:-1]),
+                     request(SIZE, body=b""), in_coding(IN_CHUNKS[:-2]), in_coding(IN_CHUNKS[:-5]), in_coding(b""),
+                     in_coding(IN_CHUNKS[:30]), in_coding(chunk(BODY)), in_coding(b"5"), request(SIZE)[:60], POST,
+                     POST + b"\r\n", POST + b"\r\nHost: localhost", b"P", b"\r\n", b"\r"):
+            with self.subTest(data=data):
+                for reply in replies(raw(self.server, data, leave=True)):
+                    self.refused(reply, {400, 408})
+        self.assertEqual(self.asked(), [])
+
+    # --- one after the other ---
+
+    def test_pipelined_requests_are_answered_in_order(self):
+        names = ["one", "two", "three"]
+        rows = [post(chat("ollama:" + name, stream=name == "two")) for name in names]
+        health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        *chats, told, last = replies(raw(self.server, b"".join(rows) + health + HIDDEN))
+        self.assertEqual([reply.headers["x-oblix-model"] for reply in chats], ["ollama:" + name for name in names])
+        self.assertEqual([reply.streamed for reply in chats], [False, True, False])
+        self.assertIn("status", told.json)
+        self.answered(last, "Hello", by="ollama:smuggled")
+        self.assertEqual(self.asked(), [*names, "smuggled"])
+
+    def test_what_follows_the_end_of_a_connection_is_not_read(self):
+        for data in (request(SIZE, LAST), request(SIZE, b"Connection: x, CLOSE"), request(SIZE, **CHAT_1_0),
+                     request(SIZE, b"Connection: keep-alive", LAST), request(SIZE, LAST, **CHAT_1_0)):
+            with self.subTest(data=data[:200]):
+                [reply] = replies(raw(self.server, data + HIDDEN))
+                self.answered(reply, "Hello", by="ollama:first")
+                self.assertEqual((reply.headers["Connection"], self.asked()), ("close", ["first"]))
+
+    def test_garbage_behind_a_good_request_does_it_no_harm(self):
+        for garbage in (b"\0\0\0\0\r\n", b"}}\r\n", b"\n", BODY + b"\r\n", b"HTTP/1.1 200 OK\r\n", b"GET /\r\n\r\n"):
+            with self.subTest(garbage):
+                first, second = replies(raw(self.server, request(SIZE) + garbage + HIDDEN))
+                self.answered(first, "Hello", by="ollama:first")
+                self.refused(second, 400, code="bad_request")
+                self.assertEqual((second.headers["Connection"], self.asked()), ("close", ["first"]))
+
+    def test_a_request_may_come_byte_by_byte(self):
+        for data in (request(SIZE, LAST), in_coding(IN_CHUNKS, LAST)):
+            with socket.create_connection(("127.0.0.1", self.server.port), 5) as client:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for byte in data:
+                    client.send(bytes([byte]))
+                [reply] = replies(b"".join(iter(lambda: client.recv(65536), b"")))
+            self.answered(reply, "Hello", by="ollama:first")
+
+    # --- Expect ---
+
+    def test_who_asks_whether_to_go_on_is_told_to(self):
+        for fields, body in (([SIZE, b"Expect: 100-continue"], BODY), ([SIZE, b"EXPECT:100-Continue"], BODY),
+                             ([b"Expect: 100-CONTINUE", CODED], IN_CHUNKS)):
+            with self.subTest(fields), socket.create_connection(("127.0.0.1", self.server.port), 5) as client:
+                client.sendall(request(*fields, LAST, body=b""))
+                self.assertEqual(client.recv(65536), b"HTTP/1.1 100 Continue\r\n\r\n")
+                client.sendall(body)
+                [reply] = replies(b"".join(iter(lambda: client.recv(65536), b"")))
+                self.answered(reply, "Hello", by="ollama:first")
+
+    def test_who_does_not_wait_for_it_is_answered_as_well(self):
+        data = raw(self.server, request(SIZE, b"Expect: 100-continue") + HIDDEN)
+        self.assertLessEqual(data.count(b"HTTP/1.1 100 "), 1)
+        self.assertEqual([reply.headers["x-oblix-model"] for reply in replies(data)],
+                         ["ollama:first", "ollama:smuggled"])
+
+    def test_who_is_refused_is_not_told_to_go_on(self):
+        """Else a client sends 30 MB to learn that its key is wrong, and a proxy loses count of the answers."""
+        rows = [(self.server, request(SIZE, *fields, body=b"", **how), status) for fields, how, status in REFUSED]
+        rows += [(self.keyed, request(SIZE, *fields, body=b"", **how), status)
+                 for fields, how, status in REFUSED_WITHOUT_KEY]
+        rows += [(self.server, request(*fields, body=b""), status) for fields, status in (
+            ([SIZE, CODED], 400), ([b"Content-Length: +80"], 400), ([b"Content-Length: 99999999999"], 413))]
+        for server, head, status in rows:
+            head = head if b"Expect:" in head else head[:-2] + b"Expect: 100-continue\r\n\r\n"
+            for body in (b"", BODY):
+                with self.subTest(head=head, body=body):
+                    data = raw(server, head + body)
+                    self.assertNotIn(b"HTTP/1.1 100", data)
+                    [reply] = replies(data)
+                    self.refused(reply, status)
+                    self.assertEqual(reply.headers["Connection"], "close")
+        self.assertEqual(self.asked(), [])
+
+    def test_other_expectations_are_refused(self):
+        expected = b"tea", b"200-ok", b"100-continue, tea", b"100", b"100-continue;q=1", b"continue"
+        self.all_refused([request(SIZE, b"Expect: " + words) for words in expected], 417, "expectation_failed")
+
+    def test_who_cannot_wait_for_it_is_not_told(self):
+        """A client of HTTP/1.0 would take it for the answer (RFC 9110, 10.1.1); a GET has nothing to go on with."""
+        for data in (request(SIZE, b"Expect: 100-continue", **CHAT_1_0),
+                     request(b"Expect: 100-continue", LAST, line=b"GET /health HTTP/1.1", body=b"")):
+            self.assertTrue(raw(self.server, data).startswith(b"HTTP/1.1 200 "))
+
+
+# --- 11. Bounds: what a client may ask -------------------------------------------------------------------------------
+# Nobody may make Oblix hold, compute or wait without end.  The bounds are met here by somebody who wants to break them,
+# and by somebody honest right below them.
+
+CHUNKS = "Transfer-Encoding: chunked", "Connection: close"
+
+
+def padded(size, **fields):
+    """A chat request of exactly so many bytes."""
+    return json.dumps(chat(**fields)).encode().ljust(size)
+
+
+def in_chunks(data, size=1 << 20, end=END):
+    """A body in chunks of this size."""
+    return b"".join(chunk(data[at:at + size]) for at in range(0, len(data), size)) + end
+
+
+def reply_in(data):
+    """The first reply in these bytes."""
+    response = http.client.HTTPResponse(mock.Mock(makefile=lambda *_: io.BytesIO(data)))
+    response.begin()
+    return Reply(response)
+
+
+def connected(server):
+    return socket.create_connection(("127.0.0.1", server.port), 5)
+
+
+def thirstless(server, **fields):
+    """A client that has sent a chat request, and for which hardly a byte is kept by the kernels on the way."""
+    client = socket.socket()
+    client.settimeout(5)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 11)
+    with contextlib.suppress(AttributeError, OSError):
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+    client.connect(("127.0.0.1", server.port))
+    client.sendall(post(chat(**fields), "Connection: close"))
+    return client
+
+
+def rest_of(client):
+    """What still comes, until the server closes."""
+    received = []
+    with contextlib.suppress(ConnectionError):
+        received.extend(iter(lambda: client.recv(65536), b""))
+    return b"".join(received)
+
+
+def is_closed(client):
+    """Whether the server has closed this connection, whatever it said before."""
+    client.setblocking(False)
+    try:
+        while client.recv(65536):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+def cannot_send(client, data):
+    """Whether the server has closed this connection, as is told to who sends more."""
+    with contextlib.suppress(socket.timeout):
+        try:
+            client.send(data)
+        except ConnectionError:
+            return True
+    return False
+
+
+def slowly(client, pieces, pause=0.03, within=4):
+    """What comes back to a client that sends these pieces, with a pause after each, until something comes."""
+    until = time.monotonic() + within
+    with contextlib.suppress(ConnectionError):
+        for piece in pieces:
+            client.sendall(piece)
+            if select.select([client], [], [], pause)[0]:
+                break
+            if time.monotonic() > until:
+                raise AssertionError("it may go on for ever")
+    return rest_of(client)
+
+
+class Large(Case):
+    """Bodies: their size, alone and together, and what they cost to parse."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = cls.keep(Upstream(OPENAI))
+        cls.server = cls.keep(running(cls.upstream, flags=["--max-body-mib=1"]))
+        cls.roomy = cls.keep(running(cls.upstream))
+
+    def test_a_body_may_be_as_long_as_the_limit_and_no_byte_longer(self):
+        limit, close = 1 << 20, "Connection: close"
+        for name, framed in (("in one", lambda data: post(data, close)),
+                             ("in one chunk", lambda data: post(in_chunks(data), *CHUNKS, length=False)),
+                             ("in small chunks", lambda data: post(in_chunks(data, 999), *CHUNKS, length=False)),
+                             ("in large chunks", lambda data: post(in_chunks(data, 99_999), *CHUNKS, length=False))):
+            with self.subTest(name):
+                self.answered(reply_in(raw(self.server, framed(padded(limit, model=self.upstream.target)))), "Hello")
+                reply = reply_in(raw(self.server, framed(padded(limit + 1, model=self.upstream.target))))
+                self.refused(reply, 413, "1 MiB", code="request_too_large")
+                self.assertEqual(reply.headers["Connection"], "close")
+
+    def test_the_refusal_comes_before_the_body(self):
+        for headers, body in ((["Content-Length: 1048577"], b""), (["Content-Length: 999999999999999999"], b"{"),
+                              (["Transfer-Encoding: chunked"], b"FFFFFFFF\r\n"),
+                              (["Transfer-Encoding: chunked"], chunk(b" " * 99) + b"%x\r\n" % (1 << 20)),
+                              (["Content-Length: 1048577", "Expect: 100-continue"], b"")):
+            with self.subTest(headers, body=body):
+                received = raw(self.server, post(body, *headers, length=False))
+                self.assertTrue(received.startswith(b"HTTP/1.1 413 "), received)
+                self.refused(reply_in(received), 413, code="request_too_large")
+
+    def test_the_limit_is_32_mib_where_nothing_else_is_said(self):
+        with running(self.upstream, probed=False) as server:
+            for size, status in ((32 << 20, b"100"), ((32 << 20) + 1, b"413")):
+                with connected(server) as client:
+                    client.sendall(post(b"", "Content-Length: %d" % size, "Expect: 100-continue", length=False))
+                    self.assertEqual(client.recv(12), b"HTTP/1.1 " + status)
+
+    def test_a_body_that_could_never_be_taken_is_not_asked_for_again(self):
+        """The limit of one may be set above that of all together."""
+        with mock.patch.object(oblix, "MAX_BODIES_BYTES", 1 << 20), contextlib.suppress(oblix.UsageError), \
+                running(self.upstream, flags=["--max-body-mib=2"]) as server:
+            body = padded(3 << 19, model=self.upstream.target)
+            reply = fetch(server, "POST", "/v1/chat/completions", body, JSON)
+            self.assertIn(reply.status, {200, 413}, reply.body)
+
+    def test_a_refused_body_is_not_read_for_ever(self):
+        def sent(piece):
+            with connected(self.server) as client:
+                client.sendall(post(b"", "Content-Length: 99999999999", length=False))
+                eventually(lambda: cannot_send(client, piece), within=4)
+        with mock.patch.object(oblix, "LINGER_S", 0.2):
+            at_once(sent, [(b" ",), (b" " * 65536,)])
+
+    def asked(self, extra):
+        """The reply to a request with this in it, as JSON text that need not be whole."""
+        body = json.dumps(chat(self.upstream.target, metadata={})).replace("{}", extra).encode()
+        return fetch(self.roomy, "POST", "/v1/chat/completions", body, JSON)
+
+    def test_how_deep_and_how_large_json_may_be(self):
+        marks, digits = 1 << 20, oblix.MAX_DIGITS
+        used = sum(json.dumps(chat(self.upstream.target, user="")).count(mark) for mark in ",:[{")
+        for name, good, bad in (
+                ("lists", '{"a": %s}' % ("[" * 98 + "]" * 98), '{"a": %s}' % ("[" * 99 + "]" * 99)),
+                ("objects", '{"a":' * 98 + "{}" + "}" * 98, '{"a":' * 99 + "{}" + "}" * 99),
+                ("digits", '{"a": %s}' % ("7" * digits), '{"a": %s}' % ("7" * (digits + 1))),
+                ("digits after a minus", '{"a": -%s}' % ("7" * (digits - 1)), '{"a": -%s}' % ("7" * (digits + 1))),
+                ("marks", '{}, "user": "%s"' % ("," * (marks - used - 4)),
+                 '{}, "user": "%s"' % ("," * (marks - used - 2)))):
+            with self.subTest(name):
+                self.answered(self.asked(good), "Hello")
+                self.refused(self.asked(bad), 400, code="invalid_json")
+
+    def test_what_looks_like_it_in_a_text_is_just_text(self):
+        for text in ("[" * 100_000, '{\\"a\\":' * 50_000, "7" * 500_000, "-1e999", "]" * 500_000, "NaN " * 9999):
+            with self.subTest(text[:20]):
+                self.answered(self.asked('{}, "user": "%s"' % text), "Hello")
+
+    def test_json_bombs(self):
+        size = 3_300_000
+        for bomb in ('{"a": [%s[]]}' % ("[]," * (size // 3)), '{"a": [%s{}]}' % ("{}," * (size // 3)),
+                     '{"a": [%s0]}' % ("0," * (size // 2)), "{%s}" % ",".join('"%d":0' % n for n in range(600_000)),
+                     '{"a": %s}' % ("[" * size + "]" * size), "[" * size, '{"a":' * (size // 5),
+                     '{"a": %s}' % ("[" * 50_000 + "]" * 50_000), '{"a":' * 50_000 + "1" + "}" * 50_000,
+                     '{"a": %s}' % ("7" * size), '{"a": -%s}' % ("7" * size), '{"a": 1e%s}' % ("9" * size),
+                     '{"a": [%s]}' % ",".join(["7" * 5000] * 1000)):
+            with self.subTest(bomb[:20], size=len(bomb)):
+                self.refused(self.asked(bomb), 400, code="invalid_json")
+
+    def test_all_bodies_together_are_bounded(self):
+        gate, size = threading.Event(), 100_000
+        with mock.patch.object(oblix, "MAX_BODIES_BYTES", 3 * size), contextlib.ExitStack() as clients, \
+                Upstream(OPENAI, lambda *asked: [gate, *answer(Text("Hello"))(*asked)]) as upstream, \
+                running(upstream) as server:
+            data = padded(size, model=upstream.target)
+            framings = post(data, "Connection: close"), post(in_chunks(data, 999), *CHUNKS, length=False)
+            held = [clients.enter_context(connected(server)) for _ in range(3)]
+            for client, framed in zip(held, itertools.cycle(framings)):
+                client.sendall(framed)
+                upstream.next_request()
+            for framed in framings:
+                reply = reply_in(raw(server, framed))
+                self.refused(reply, 503, code="overloaded")
+                self.assertEqual(reply.headers["Retry-After"], "1")
+            self.assertEqual(fetch(server, "GET", "/health").status, 200)
+            gate.set()
+            for client in held:
+                self.answered(reply_in(rest_of(client)), "Hello")
+            for framed in framings:
+                self.answered(reply_in(raw(server, framed)), "Hello")
+
+    def test_a_body_that_is_only_announced_takes_nothing_from_others(self):
+        """Else four heads, sent again every half a minute, would keep everybody out."""
+        size = 200_000
+        with mock.patch.object(oblix, "MAX_BODIES_BYTES", 2 * size), running(self.upstream) as server, \
+                contextlib.ExitStack() as clients:
+            for _ in range(5):
+                client = clients.enter_context(connected(server))
+                client.sendall(post(b"{", "Content-Length: %d" % size, "Expect: 100-continue", length=False))
+                self.assertTrue(client.recv(65536).startswith(b"HTTP/1.1 "))
+            body = padded(size, model=self.upstream.target)
+            self.answered(fetch(server, "POST", "/v1/chat/completions", body, JSON), "Hello")
+
+
+ENDS = [  # a way for a request to end: what the upstream plays, what the client does in the end, fields of the request
+    ("a good answer", answer(Text("Hello")), "reads", {}),
+    ("a good stream", answer(Text("Hello")), "reads", {"stream": True}),
+    ("a wrong field", answer(Text("Hello")), "reads", {"temperature": 9}),
+    ("an unknown model", answer(Text("Hello")), "reads", {"model": "nobody"}),
+    ("a failure", whole(500, OPENAI.error("No.")), "reads", {}),
+    ("a cut answer", faulty(CLOSE, after=True), "reads", {}),
+    ("a cut stream", faulty(CLOSE, after=True), "reads", {"stream": True}),
+    ("a bug of ours", answer(Text("a bug")), "reads", {"stream": True}),
+    ("a bug of ours in mid-stream", answer(Text("Hello"), Text("a bug")), "reads", {"stream": True}),
+    ("leaving before the answer", [HANG], "leaves", {}),
+    ("leaving before the stream", [HANG], "leaves", {"stream": True}),
+    ("leaving amid the stream", faulty(HANG, after=True), "leaves", {"stream": True}),
+    ("leaving amid the body", answer(Text("Hello")), "sends half", {}),
+]
+
+
+class Busy(Case):
+    """How many may be served at once, and that every place is free again after whatever happened to who had it."""
+
+    def ended(self, server, upstream, size, script, how, fields):
+        """A request of this size that has ended in this way."""
+        upstream.play(script)
+        data = post(padded(size, **{"model": upstream.target, **fields}), "Connection: close")
+        with connected(server) as client:
+            client.sendall(data[:-size // 2] if how == "sends half" else data)
+            if how == "leaves":
+                upstream.next_request()
+                while script != [HANG] and b"Hel" not in client.recv(65536):
+                    pass
+            elif how == "reads":
+                self.assertTrue(rest_of(client).startswith(b"HTTP/1.1 "))
+        upstream.play(answer(Text("Hello")))
+
+    def test_a_place_is_free_again_however_a_request_ended(self):
+        shown, size = oblix.for_client, 99_999
+
+        def with_a_bug(chunk, *rest):
+            if "a bug" in json.dumps(chunk):
+                raise RuntimeError("a bug of ours")
+            return shown(chunk, *rest)
+
+        def still_answered(what, script, how, fields, flags):
+            with Upstream(OPENAI) as upstream, running(upstream, flags=flags) as server:
+                self.ended(server, upstream, size, script, how, fields)
+                data = post(padded(size, model=upstream.target), "Connection: close")
+                eventually(lambda: reply_in(raw(server, data)).status == 200, within=3)
+                return server.gateway.ledger.in_flight()
+        with mock.patch.object(oblix, "for_client", with_a_bug), self.assertLogs("oblix", "ERROR") as logged, \
+                mock.patch.object(oblix, "MAX_BODIES_BYTES", size):
+            rows = [(*row, flags) for row in ENDS for flags in ([], ["--max-requests=1"])]
+            self.assertEqual(at_once(still_answered, rows), [{}] * len(rows))
+        self.assertIn("a bug of ours", "".join(logged.output))
+
+    def test_beyond_it_a_503_comes_at_once_and_the_state_is_told_as_ever(self):
+        gate = threading.Event()
+        with Upstream(OPENAI, lambda *asked: [gate, *answer(Text("Hello"))(*asked)]) as upstream, \
+                running(upstream, flags=["--max-requests=2"]) as server, \
+                asking_later(server, upstream, 2) as held:
+            for stream in (False, True):
+                reply = ask(server, upstream.target, stream=stream)
+                self.refused(reply, 503, code="overloaded", type="server_error")
+                self.assertEqual(reply.headers["Retry-After"], "1")
+            for method, path in (("GET", "/health"), ("GET", "/v1/models"), ("GET", "/v1/models/auto"), ("GET", "/"),
+                                 ("HEAD", "/health")):
+                self.assertEqual(fetch(server, method, path).status, 200)
+            self.assertEqual(len(upstream.requests), 2)
+            gate.set()
+            for reply in held:
+                self.answered(reply_in(rest_of(reply)), "Hello")
+            self.answered(ask(server, upstream.target), "Hello")
+
+    def test_nobody_has_a_place_whose_request_has_not_come(self):
+        with Upstream(OPENAI) as upstream, running(upstream, flags=["--max-requests=2"]) as server, \
+                contextlib.ExitStack() as clients:
+            for _ in range(3):
+                clients.enter_context(connected(server)).sendall(post(chat())[:-9])
+            self.answered(ask(server, upstream.target), "Hello")
+
+    def test_the_place_of_who_takes_no_bytes_is_free_again(self):
+        """A client that reads slowly is none of these, however long that takes."""
+        text = "Hello" * 32_000
+        pieces = answer(*[Text(text[at:at + 20_000]) for at in range(0, len(text), 20_000)])
+        rows = [  # what is played, whether as a stream, whether the client reads
+            (endless(0.0), True, False), (answer(Text(text)), False, False), (pieces, True, False),
+            (answer(Text(text)), False, True), (pieces, True, True),
+        ]
+
+        def served(script, stream, reads):
+            with Upstream(OPENAI, script) as upstream, running(upstream, flags=["--max-requests=1"]) as server, \
+                    thirstless(server, model=upstream.target, stream=stream) as client:
+                request = upstream.next_request()
+                if reads:
+                    received = [*iter(lambda: (time.sleep(0.005), client.recv(65536))[1], b"")]
+                    return reply_in(b"".join(received)).text == text and len(received) > 100
+                upstream.play(answer(Text("Hello")))
+                self.refused(ask(server, upstream.target), 503, code="overloaded")
+                eventually(lambda: ask(server, upstream.target).status == 200, within=4)
+                return server.gateway.ledger.in_flight() == {} and (script is pieces or not stream
+                                                                    or request.hung_up.wait(2))
+        with mock.patch.object(oblix, "SEND_S", 0.4):
+            self.assertEqual(at_once(served, rows), [True] * len(rows))
+
+    def test_who_asks_on_and_on_and_reads_nothing_is_dropped(self):
+        with mock.patch.object(oblix, "SEND_S", 0.3), Upstream(OLLAMA) as upstream, \
+                running(upstream, flags=["--max-requests=4"]) as server, connected(server) as client:
+            client.settimeout(0.1)
+            eventually(lambda: cannot_send(client, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500), within=4)
+
+
+@contextlib.contextmanager
+def asking_later(server, upstream, count):
+    """So many connections, each with a chat request that has reached the upstream."""
+    with contextlib.ExitStack() as clients:
+        held = [clients.enter_context(connected(server)) for _ in range(count)]
+        for client in held:
+            client.sendall(post(chat(upstream.target), "Connection: close"))
+            upstream.next_request()
+        yield held
+
+
+# --- 11. Bounds: how slowly a client may be --------------------------------------------------------------------------
+
+START = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def body_head(*headers):
+    return post(b"", *headers, length=False)
+
+
+SLOW_HEADS = [  # what is sent at first, and then again and again
+    ("a letter", b"G", b""), ("half a request line", b"GET /hea", b""), ("no end", START, b""),
+    ("no end of a field", START + b"A", b""), ("a request line in letters", b"GET /", b"a"),
+    ("a method in letters", b"A", b"A"), ("a field in letters", START + b"A: ", b"a"),
+    ("field by field", START, b"A: b\r\n"), ("an empty line", b"\r\n", b""),
+]
+SIZED, CHUNKED = body_head("Content-Length: 999999"), body_head(*CHUNKS)
+SLOW_BODIES = [
+    ("nothing of it", SIZED, b""), ("its begin", SIZED + b"{", b""), ("in letters", SIZED, b" "),
+    ("in letters after a good start", SIZED + b" " * 20_000, b" "),
+    ("after 100 Continue", body_head("Content-Length: 9999", "Expect: 100-continue"), b""),
+    ("no chunk", CHUNKED, b""), ("half a size of a chunk", CHUNKED + b"1", b""),
+    ("a chunk without its end", CHUNKED + b"2\r\n{}", b""), ("a chunk in letters", CHUNKED + b"999\r\n", b" "),
+    ("small chunks", CHUNKED, b"1\r\n \r\n"), ("an extension in letters", CHUNKED + b"1;a=", b"a"),
+    ("no end of the chunks", CHUNKED + chunk(json.dumps(chat()).encode()), b""),
+    ("trailer by trailer", CHUNKED + chunk(b"{}") + b"0\r\n", b"A: b\r\n"),
+]
+
+
+class Slow(Case):
+    """Clients that take their time, honest ones and others.  All of it is waited for at once."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.keep(mock.patch.multiple(oblix, HEAD_S=0.4, BODY_S=0.4, BODY_BYTES_PER_S=1 << 17, IDLE_CLIENT_S=0.8))
+        cls.upstream = cls.keep(Upstream(OPENAI, cls.script))
+        cls.server = cls.keep(running(cls.upstream))
+        cls.pool = cls.keep(concurrent.futures.ThreadPoolExecutor(64))
+        rows = [(*row, used) for row in SLOW_HEADS for used in (False, True)] + [(*row, False) for row in SLOW_BODIES]
+        cls.slow = [(row, cls.pool.submit(cls.sent, *row[1:])) for row in rows]
+        cls.honest = [(told, cls.pool.submit(cls.sent_in_time, pieces)) for pieces, told in cls.honest_rows()]
+        cls.idle = [cls.pool.submit(cls.left_idle, requests) for requests in (0, 2)]
+        cls.waiting = [cls.pool.submit(ask, cls.server, cls.upstream.target, 5, user="late", stream=stream)
+                       for stream in (False, True)]
+
+    @staticmethod
+    def script(dialect, request):
+        late = [1.2] * ("user" in request.json)
+        return [*late, *answer(Text("Hello"))(dialect, request)]
+
+    @classmethod
+    def sent(cls, start, more, used):
+        """What comes back to a client that sends this; if it is `used`, on a connection that has had an answer."""
+        with connected(cls.server) as client:
+            if used:
+                client.sendall(START + b"\r\n")
+                client.recv(65536)
+            return slowly(client, itertools.chain([start], itertools.repeat(more) if more else ()))
+
+    def test_a_request_that_comes_too_slowly_is_refused_and_its_connection_closed(self):
+        for (what, *_, used), received in self.slow:
+            with self.subTest(what, used=used):
+                self.assertTrue(received.result(), "closed without a word")
+                reply = reply_in(received.result())
+                self.refused(reply, 408, code="request_too_slow")
+                self.assertEqual(reply.headers["Connection"], "close")
+
+    @classmethod
+    def honest_rows(cls):
+        """What is sent with pauses, and what is in the answer."""
+        body = padded(12 << 16, model=cls.upstream.target)
+        pieces = [body[at:at + (1 << 16)] for at in range(0, len(body), 1 << 16)]
+        close = "Connection: close"
+
+        def after_a_rest():
+            time.sleep(0.6)    # of which no byte of a head has come
+            yield from (START[:20], START[20:], b"Connection: close\r\n\r\n")
+        return [([body_head("Content-Length: %d" % len(body), close), *pieces], b"Hello"),
+                ([body_head(*CHUNKS), *map(chunk, pieces), END], b"Hello"), (after_a_rest(), b'"status":"healthy"')]
+
+    @classmethod
+    def sent_in_time(cls, pieces):
+        with connected(cls.server) as client:
+            return slowly(client, pieces, pause=0.1)
+
+    def test_an_honest_slow_client_is_served(self):
+        for told, received in self.honest:
+            self.assertTrue(received.result().startswith(b"HTTP/1.1 200 "), received.result())
+            self.assertIn(told, received.result())
+
+    @classmethod
+    def left_idle(cls, requests):
+        """(what comes unasked, after how long) on a connection that had so many requests, each after a while."""
+        with connected(cls.server) as client:
+            for _ in range(requests):
+                time.sleep(0.4)
+                client.sendall(START + b"\r\n")
+                if not client.recv(65536).startswith(b"HTTP/1.1 200 "):
+                    return b"closed too soon", 0
+            with Took() as took:
+                last = client.recv(65536)
+            return last, took.seconds
+
+    def test_an_idle_connection_is_closed_silently_at_its_time_and_not_before(self):
+        for result in self.idle:
+            last, seconds = result.result()
+            self.assertEqual(last, b"")
+            self.assertGreater(seconds, 0.4)
+
+    def test_one_that_waits_for_its_answer_is_not_idle(self):
+        for reply in self.waiting:
+            self.answered(reply.result(), "Hello")
+
+
+# --- 11. Bounds: how many clients ------------------------------------------------------------------------------------
+
+CROWDS = [("silent", b""), ("half a request line", b"POST /v1/ch"), ("half a head", START),
+          ("half a body", post(chat())[:-9]), ("between two requests", START + b"\r\n")]
+
+
+class Crowded(Case):
+    """More connections than there may be: who has been without a whole request for longest makes room."""
+
+    def flood(self, clients, server, data, count=40, host="127.0.0.1"):
+        """So many connections that send no more than this."""
+        crowd = []
+        for _ in range(count):
+            client = clients.enter_context(socket.create_connection((host, server.port), 5))
+            with contextlib.suppress(ConnectionError):
+                client.sendall(data)
+                if data.endswith(b"\r\n\r\n"):
+                    self.assertTrue(client.recv(65536).startswith(b"HTTP/1.1 200 "))
+            crowd.append(client)
+        return crowd
+
+    def test_a_crowd_that_asks_nothing_keeps_nobody_out(self):
+        def flooded(_, data):
+            gate = threading.Event()
+            with Upstream(OPENAI, lambda *asked: [gate, *answer(Text("Hello"))(*asked)]) as upstream, \
+                    running(upstream, flags=["--max-requests=8"]) as server, contextlib.ExitStack() as clients, \
+                    asking_later(server, upstream, 2) as under_way:
+                crowd = self.flood(clients, server, data)
+                upstream.play(answer(Text("Hello")))
+                self.answered(ask(server, upstream.target, timeout=3), "Hello")
+                eventually(lambda: sum(map(is_closed, crowd)) >= len(crowd) - 14)
+                closed = [*map(is_closed, crowd)]
+                gate.set()
+                for client in under_way:
+                    self.answered(reply_in(rest_of(client)), "Hello")
+                return closed
+        for (what, _), closed in zip(CROWDS, at_once(flooded, CROWDS)):
+            with self.subTest(what):
+                self.assertEqual(closed[:20] + closed[-8:], [True] * 20 + [False] * 8)
+
+    def test_who_has_just_been_answered_stays(self):
+        with Upstream(OPENAI) as upstream, running(upstream, flags=["--max-requests=8"]) as server, \
+                contextlib.ExitStack() as clients:
+            regular = clients.enter_context(connected(server))
+            for _ in range(5):
+                regular.sendall(post(chat(upstream.target)))
+                self.assertTrue(regular.recv(65536).startswith(b"HTTP/1.1 200 "))
+                self.flood(clients, server, b"", 10)
+
+    @unittest.skipUnless(has_loopback_6(), "no ::1 here")
+    def test_it_is_one_bound_for_all_listeners(self):
+        with Upstream(OPENAI) as upstream, running(upstream, flags=["--max-requests=4"]) as server, \
+                contextlib.ExitStack() as clients:
+            crowd = self.flood(clients, server, b"", 7)
+            self.assertEqual(fetch(server, "GET", "/health").status, 200)    # so all of them have been let in
+            crowd += self.flood(clients, server, b"", 7, "::1")
+            eventually(lambda: sum(map(is_closed, crowd)) >= 14 - 8)
+            self.assertEqual([*map(is_closed, crowd)][-6:], [False] * 6)
+            self.answered(ask(server, upstream.target, timeout=3), "Hello")
+
+    def test_a_connection_that_gets_no_thread_is_closed_and_the_next_one_served(self):
+        start = threading.Thread.start
+
+        def failing(thread):
+            if thread.name != "connect" if refused == "the client" else thread.name == "connect":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+        with Upstream(OPENAI) as upstream, running(upstream, flags=["--max-requests=1"]) as server:
+            for refused in ("the client", "the upstream"):
+                upstream.drop_connections()
+                eventually(lambda: not upstream._connections)
+                with self.subTest(refused), self.assertLogs("oblix") as logged:
+                    with mock.patch.object(threading.Thread, "start", failing):
+                        replies = [raw(server, post(chat(upstream.target), "Connection: close")) for _ in range(4)]
+                    self.answered(ask(server, upstream.target), "Hello")
+                    for received in replies:
+                        if refused == "the client":
+                            self.assertEqual(received, b"")
+                        else:
+                            self.refused(reply_in(received), range(502, 504))
+                    self.assertNotIn("Traceback", "".join(logged.output))
+
+    def test_a_listener_that_can_take_no_connection_waits_and_lives(self):
+        accept, failed = socket.socket.accept, []
+
+        def failing(listener):
+            if listener.getsockname()[1] != server.port:
+                return accept(listener)
+            failed.append(listener)
+            raise OSError(number, os.strerror(number))
+        with Upstream(OPENAI) as upstream, running(upstream) as server:
+            for number in (errno.EMFILE, errno.ENOBUFS):
+                with self.subTest(errno.errorcode[number]), contextlib.ExitStack() as clients:
+                    failed.clear()
+                    with mock.patch.object(socket.socket, "accept", failing):
+                        client = clients.enter_context(connected(server))
+                        client.sendall(START + b"Connection: close\r\n\r\n")
+                        eventually(lambda: failed)
+                        time.sleep(0.1)
+                    self.assertTrue(rest_of(client).startswith(b"HTTP/1.1 200 "))
+                    self.assertLess(len(failed), 50, "it goes round and round")
+            self.answered(ask(server, upstream.target), "Hello")
+
+
+FILES = 4096    # that this process must be able to open for the test below
+
+
+@contextlib.contextmanager
+def allowed(files):
+    """Let this process, and what it starts, open so many files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class Siege(Case):
+    """The same at full size, on a server of its own that was given only the usual 1,024 files and has to want more."""
+    writers, readers = 200, 500
+
+    @classmethod
+    def setUpClass(cls):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1] if resource else 0
+        need(hard >= FILES or resource and hard == resource.RLIM_INFINITY, IMPOSSIBLE + ": too few files may be open")
+        cls.gate = threading.Event()
+        cls.upstream = cls.keep(Upstream(OPENAI, cls.script))
+        with allowed(1024):
+            cls.server = cls.keep(Process("--port=0", "--log-level=error", *CALM, *flags_for(cls.upstream),
+                                          env=env_for(cls.upstream)))
+        cls.keep(allowed(FILES))
+        eventually(lambda: looked_around(cls.server))
+
+    @classmethod
+    def script(cls, dialect, request):
+        """A stream of more than fits on its way to a client that reads nothing of it; short for anybody else."""
+        if not request.json.get("stream"):
+            return answer(Text("Hello"))(dialect, request)
+
+        def steps():
+            event = dialect.events(Saying((Text("x" * 16_000),), "stop", 1, 1), request.json)[1]
+            yield dialect.head + chunk(event)
+            with contextlib.suppress(OSError):
+                yield chunk(event) * 8
+            cls.gate.wait(30)    # not HANG, for which each of these would wake up all the time
+            yield CLOSE
+        return steps()
+
+    def test_a_normal_client_is_answered_while_many_read_nothing_and_write_slowly(self):
+        process = psutil.Process(self.server._process.pid)
+        threads = process.num_threads()
+        with contextlib.ExitStack() as clients:
+            writers = [clients.enter_context(connected(self.server)) for _ in range(self.writers)]
+            for client in writers:
+                client.sendall(START + b"A: ")
+            for _ in range(self.readers):
+                clients.enter_context(thirstless(self.server, model="cloud", stream=True))
+            eventually(lambda: len(self.upstream.requests) == self.readers, within=20)
+            for _ in range(3):
+                for client in writers:
+                    client.sendall(b"a")
+                self.answered(ask(self.server, "cloud", timeout=3), "Hello")
+                self.assertEqual(fetch(self.server, "GET", "/health", timeout=3).status, 200)
+            self.assertEqual(len(self.upstream.requests), self.readers + 3)
+        self.gate.set()
+        eventually(lambda: health(self.server)["targets"][0]["in_flight"] == 0)
+        if not isinstance(process, mock.Mock):
+            eventually(lambda: process.num_threads() <= threads + 1)
+        self.assertEqual(self.server.said().count("Traceback"), 0, self.server.said())
+
+    @unittest.skipUnless(hasattr(resource, "prlimit"), "only Linux limits another process")
+    def test_when_no_file_can_be_opened_it_waits_and_answers_again(self):
+        pid = self.server._process.pid
+        need(isinstance(psutil.Process(pid).pid, int), IMPOSSIBLE + ": there is no psutil")
+        process = psutil.Process(pid)
+        hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
+        self.answered(ask(self.server, "cloud"), "Hello")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (process.num_fds() + 3, hard))
+        self.addCleanup(resource.prlimit, pid, resource.RLIMIT_NOFILE, (FILES, hard))
+        with contextlib.ExitStack() as clients:
+            for _ in range(20):
+                clients.enter_context(connected(self.server)).sendall(START)
+            before = sum(process.cpu_times()[:2])
+            time.sleep(0.5)
+            self.assertLess(sum(process.cpu_times()[:2]) - before, 0.3, "it goes round and round")
+        self.answered(ask(self.server, "cloud"), "Hello")
+
+
+# --- 11. Bounds: what an upstream may send ---------------------------------------------------------------------------
+
+def flooding(dialect, piece, *before, head=None):
+    """The script of an upstream that sends this again and again, after the beginning of an answer or another `head`."""
+    def script(*_):
+        return itertools.chain([head or dialect.head, *map(chunk, before)], itertools.repeat(piece))
+    return script
+
+
+def one_large(size):
+    """The script of a good answer of which one event is as large as this."""
+    return answer(Text("Hel"), Text("l" * size), Text("o"))
+
+
+LINES = [  # a piece of an event that never ends
+    (OLLAMA, b'{"message": {"content": "', b"x" * 9999), (OPENAI, b'data: {"choices": "', b"x" * 9999),
+    (CLAUDE, b'event: ping\ndata: {"type": "', b"x" * 9999), (OPENAI, b"data: {", b"data: 1,\n" * 999),
+    (CLAUDE, b"event: ping\ndata: {", b"data: 1,\n" * 999), (OPENAI, b"x", b"x" * 9999),
+]
+HEL = {dialect: next(event for event in dialect.events(HELLO, {}) if b"Hel" in event) for dialect in DIALECTS}
+def trailing(dialect, request):
+    """A good answer, behind whose last chunk trailers never end."""
+    return itertools.chain(answer(Text("Hello"))(dialect, request)[:-1], [b"0\r\n"], itertools.repeat(b"A: b\r\n" * 99))
+
+
+def repeating(data):
+    return lambda *_: itertools.repeat(data)
+
+
+FLOODS = [  # what never ends, and is no part of an answer
+    ("hints", OPENAI, False, repeating(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 999)),
+    ("a status line", OPENAI, False, repeating(b"HTTP/1.1 2222222222222222")),
+    ("fields", OPENAI, False, repeating(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 99)),
+    ("a field", OPENAI, False, repeating(b"HTTP/1.1 200 OK\r\nA: " + b"b" * 9999)),
+    ("comments", OPENAI, True, flooding(OPENAI, chunk(b": wait\n\n" * 99))),
+    ("pings", CLAUDE, True, flooding(CLAUDE, chunk(CLAUDE.event("ping") * 99))),
+    ("empty lines", OLLAMA, True, flooding(OLLAMA, chunk(b"\n" * 9999))),
+    ("trailers", OPENAI, True, trailing),
+]
+
+
+class Upstreams(Case):
+    """An upstream that sends without measure costs its own answer, and nothing else."""
+
+    def test_an_event_may_be_large_and_no_larger(self):
+        with mock.patch.object(oblix, "MAX_LINE_BYTES", 1 << 20):
+            for dialect, stream in itertools.product(DIALECTS, (False, True)):
+                with self.subTest(dialect.name, stream=stream):
+                    size = 900_000
+                    self.answered(through(dialect, one_large(size), stream=stream), "Hel%so" % ("l" * size))
+                    if stream or dialect is not OPENAI:
+                        reply = through(dialect, one_large(3 << 20), stream=stream)
+                        self.broken_off(reply, "Hel") if stream else self.refused(reply, 502, "1 MiB")
+
+    def test_an_event_without_end(self):
+        def told(dialect, start, piece, stream, begun):
+            said = [HEL[dialect]] * begun
+            script = flooding(dialect, chunk(piece), *said, start)
+            with Upstream(dialect, script) as upstream, running(upstream) as server:
+                return ask(server, upstream.target, stream=stream), upstream.last.hung_up.wait(2)
+        rows = [(*row, stream, begun) for row in LINES for stream in (False, True) for begun in (False, True)
+                if stream or row[0] is not OPENAI]
+        with mock.patch.object(oblix, "MAX_LINE_BYTES", 1 << 20):
+            for row, (reply, hung_up) in zip(rows, at_once(told, rows)):
+                with self.subTest(row[0].name, start=row[1], stream=row[3], begun=row[4]):
+                    self.assertTrue(hung_up)
+                    self.broken_off(reply, "Hel") if row[3] and row[4] else self.refused(reply, 502, "MiB")
+
+    def test_a_whole_answer_may_be_large_and_no_larger(self):
+        def framed(status, size, chunked):
+            body = json.dumps(OPENAI.whole(Saying((Text("Hello"),), "stop", 1, 1))).encode().ljust(size)
+            framing = "Transfer-Encoding: chunked" if chunked else "Content-Length: %d" % size
+            return [head(status, "Content-Type: application/json", framing),
+                    *([chunk(body), END] if chunked else [body])]
+        limit = 1 << 20
+        with mock.patch.object(oblix, "MAX_BODY_BYTES", limit):
+            for chunked in (False, True):
+                self.answered(through(OPENAI, framed(200, limit, chunked)), "Hello")
+                self.refused(through(OPENAI, framed(200, limit + 1, chunked)), 502, "1 MiB")
+                self.refused(through(OPENAI, framed(500, limit + 1, chunked)), range(500, 503))
+            self.refused(through(OPENAI, flooding(OPENAI, chunk(b" " * 9999), head=head(
+                200, "Content-Type: application/json", "Transfer-Encoding: chunked"))), 502, "1 MiB")
+
+    def test_a_stream_may_be_long_and_not_without_end(self):
+        def told(dialect, stream):
+            with Upstream(dialect, endless(0.0)) as upstream, running(upstream) as server:
+                return ask(server, upstream.target, stream=stream), upstream.last.hung_up.wait(2)
+        rows = [(dialect, stream) for dialect in DIALECTS for stream in {True, dialect is OPENAI}]
+        with mock.patch.object(oblix, "MAX_STREAM_BYTES", 200_000):
+            for (dialect, stream), (reply, hung_up) in zip(rows, at_once(told, rows)):
+                with self.subTest(dialect.name, stream=stream):
+                    self.assertTrue(hung_up)
+                    if stream:
+                        self.assertEqual(reply.text, "Hel" * (len(reply.text) // 3))
+                        self.broken_off(reply, reply.text)
+                    else:
+                        self.refused(reply, 502)
+
+    def test_what_never_comes_to_an_answer_ends(self):
+        """Its bytes flow all the time, so that no silence is ever too long."""
+        def told(_, dialect, stream, script):
+            with Upstream(dialect, script) as upstream, running(upstream, flags=HASTY) as server:
+                return ask(server, upstream.target, stream=stream), upstream.last.hung_up.wait(2)
+        with mock.patch.object(oblix, "MAX_STREAM_BYTES", 500_000):
+            for (name, *_), (reply, hung_up) in zip(FLOODS, at_once(told, FLOODS)):
+                with self.subTest(name):
+                    self.assertTrue(hung_up)
+                    self.refused(reply, range(500, 505)) if name != "trailers" else self.answered(reply, "Hello")
+
+    def test_a_list_of_models_without_measure(self):
+        names = ["m%d" % number for number in range(10_000)]
+        names.insert(0, "llama3.2:latest")
+        here = whole(200, {"models": [{"name": name, "digest": name, "size": 1} for name in names]})
+        there = whole(200, {"object": "list", "data": [{"id": name} for name in names]})
+        with Upstream(OLLAMA, probe=here) as local, Upstream(OPENAI, probe=there) as cloud, \
+                running(local, cloud) as server:
+            listed = [model["id"] for model in fetch(server, "GET", "/v1/models").json["data"]]
+            self.assertLessEqual(4096, len(listed))
+            self.assertLessEqual(len(listed), 4096 + len(["auto", "local", "cloud", local.target, cloud.target]))
+            self.assertEqual(health(server)["status"], "healthy")
+            for model in ("auto", "cloud", "ollama:m9999"):
+                self.answered(ask(server, model), "Hello")
+
+    def test_a_probe_whose_answer_has_no_end(self):
+        endless_list = flooding(OPENAI, chunk(b" " * 9999), head=head(200, "Transfer-Encoding: chunked"))
+        with mock.patch.object(oblix, "MAX_BODY_BYTES", 1 << 20), \
+                Upstream(OPENAI, probe=endless_list()) as cloud, running(cloud) as server:
+            self.assertEqual(states(server), {cloud.target: "unreachable"})
+
+
+# --- 11. Bounds: what is remembered, and what is left behind ---------------------------------------------------------
+
+def held(root, word):
+    """How many texts with this word can be reached from an object: what it remembers, wherever it does."""
+    skipped = type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.FrameType, threading.Thread
+    seen, ahead, found = set(), [root], 0
+    while ahead:
+        one = ahead.pop()
+        if id(one) not in seen and not isinstance(one, skipped):
+            seen.add(id(one))
+            found += isinstance(one, str) and word in one
+            ahead.extend(gc.get_referents(one))
+    return found
+
+
+class Remembered(Orchestrated):
+    """What clients and upstreams may name without end is not remembered without end."""
+
+    def test_models_that_clients_name_and_conversations_that_they_begin(self):
+        with mock.patch.object(oblix, "MAX_REMEMBERED", 4), \
+                Upstream(OPENAI, whole(500, OPENAI.error("No."))) as cloud, running(cloud) as server:
+            for number in range(12):
+                self.refused(ask(server, "openai:fleeting-%d" % number), range(500, 504))
+            self.assertEqual(len(server.gateway.ledger.records()), 4)
+            cloud.play(answer(Text("Hello")))
+            for number in range(12):
+                ask(server, "openai:fleeting-%d" % number)
+            self.assertLessEqual(held(server.gateway, "fleeting"), 2 * 4)
+
+    def test_a_conversation_is_forgotten_for_the_newest_ones(self):
+        ledger, target = oblix.Ledger(), oblix.Target(FAR, "m", oblix.Side.CLOUD)
+        with mock.patch.object(oblix, "MAX_REMEMBERED", 4):
+            for number in range(12):
+                ledger.learn_last(number, target)
+        self.assertEqual([ledger.last_of(number) for number in range(12)], [None] * 8 + [target] * 4)
+
+    def lists(self, server, name):
+        return name in str(fetch(server, "GET", "/v1/models").json)
+
+    def test_models_that_an_upstream_lists_and_no_more(self):
+        with Upstream(OLLAMA) as local, running(local) as server:
+            for turn in range(4):
+                names = ["fleeting-%d-%d" % (turn, number) for number in range(20)]
+                local.probe = whole(200, {"models": [{"name": name, "digest": name + "-digest"} for name in names]})
+                look(server)
+                eventually(functools.partial(self.lists, server, "fleeting-%d-" % turn))
+            self.assertGreaterEqual(held(server.gateway, "fleeting-3-"), 20)
+            self.assertEqual(held(server.gateway, "fleeting-0-"), 0)
+
+    def test_idle_connections_to_an_upstream(self):
+        all_there = threading.Barrier(8)
+
+        def script(*asked):
+            all_there.wait(5)
+            return answer(Text("Hello"))(*asked)
+        with mock.patch.object(oblix, "MAX_IDLE", 3), Upstream(OPENAI, script) as upstream, running(upstream) as server:
+            for reply in at_once(ask, [(server, upstream.target)] * 8):
+                self.answered(reply, "Hello")
+            eventually(lambda: len(upstream._connections) <= 3)
+
+
+class LeftBehind(Case):
+    """After many requests and many clients that left, all is as before."""
+
+    def test_no_thread_socket_or_count_stays(self):
+        def script(dialect, request):
+            text = request.json["messages"][0]["content"]
+            return [HANG] if text == "silence" else endless(0.01)(dialect, request) if text == "no end" else (
+                answer(Text("Hello"))(dialect, request))
+        with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+            def leave(what, stream):
+                with connected(server) as client:
+                    client.sendall(post(chat(upstream.target, stream=stream, **talk(user(what)))))
+                    if what == "no end" and stream:
+                        client.recv(65536)
+
+            def here():
+                """(threads, descriptors) but those of connections that are kept for the next request."""
+                files = psutil.Process().num_fds() if hasattr(psutil.Process, "num_fds") else 0
+                return (threading.active_count() - sum(map(threading.Thread.is_alive, upstream._threads)),
+                        files - 2 * len(upstream._connections) if isinstance(files, int) else 0)
+            self.answered(ask(server, upstream.target), "Hello")
+            eventually(lambda: server.admission.empty)
+            before = here()
+            for reply in at_once(lambda number: ask(server, upstream.target, stream=bool(number % 2)),
+                                 [(number,) for number in range(200)]):
+                self.answered(reply, "Hello")
+            at_once(leave, [("silence", False), ("silence", True), ("no end", False), ("no end", True),
+                            ("Hi", True)] * 10)
+            eventually(lambda: server.admission.empty)
+            eventually(lambda: server.gateway.ledger.in_flight() == {})
+            eventually(lambda: here() <= before and here()[1] <= before[1])
+            self.assertLessEqual(len(upstream._connections), oblix.MAX_IDLE)
+            self.answered(ask(server, upstream.target), "Hello")
+
+
+# === 14. Command line ================================================================================================
 
 FLAGS = [  # flag, its default as --help shows it
     ("local-model", ""), ("cloud-model", ""), ("cloud-api-key", ""), ("cloud-api-key-file", ""), ("host", ""),
@@ -6850,7 +8785,1556 @@ class CommandLine(Case):
                 self.assertNotIn("Traceback", process.said())
 
 
-# === 13. Real clients ================================================================================================
+# --- 14. As a service ------------------------------------------------------------------------------------------------
+
+class Service(Process):
+    """`python oblix.py FLAGS` as an init system runs it: by a command of its own, and with its log in a file.
+
+    `changed` is Python code that changes the module before it begins.  `journal` is JOURNAL_STREAM's value, or "its
+    log".  It is waited for until it has said its address, or `ready` says so.
+    """
+
+    def __init__(self, *flags, env=None, by=(), changed="", journal="", ready=None):
+        self._by, self._log = by, tempfile.TemporaryFile()
+        env = bare_env(env)
+        if journal:    # systemd.exec(5)
+            log = os.fstat(self._log.fileno())
+            env["JOURNAL_STREAM"] = "%d:%d" % (log.st_dev, log.st_ino) if journal == "its log" else journal
+        program = ["-c", "import sys, time, oblix\n%s\nsys.exit(oblix.main())" % changed] if changed else ["oblix.py"]
+        self._process = self._started([*by, sys.executable, *program, *flags], env)
+        self._said, self._reader = [], threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        try:
+            eventually(lambda: (ready or type(self)._address)(self) or self._process.poll() is not None, within=10)
+            self.port = int(self._address()[1]) if not ready else None
+        except BaseException as error:
+            self.__exit__()
+            raise AssertionError("it did not start: %s%s" % (self.said(), error)) from None
+
+    def _started(self, command, env):
+        return subprocess.Popen(command, env=env, cwd=HERE, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=self._log)
+
+    def _address(self):
+        return re.search(r"http://(?:localhost|127\.0\.0\.1):(\d+)/v1", self.said())
+
+    @functools.cached_property
+    def pid(self):
+        """Oblix's own, where it is another command's child."""
+        return psutil.Process(self._process.pid).children()[0].pid if self._by else self._process.pid
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+    def status(self, within=8):
+        """Its exit status, waited for."""
+        return self._process.wait(within)
+
+    def log(self):
+        """All that it logged so far.  Its place in the file, which we share, is left as it is."""
+        return os.pread(self._log.fileno(), 1 << 24, 0).decode()
+
+    def refuses(self):
+        """Whether no new connection is accepted, at either loopback address."""
+        for host in ["127.0.0.1"] + ["::1"] * has_loopback_6():
+            with contextlib.suppress(ConnectionRefusedError), contextlib.suppress(ConnectionResetError):
+                socket.create_connection((host, self.port), 2).close()
+                return False
+        return True
+
+    def __exit__(self, *_):
+        super().__exit__()
+        self._log.close()
+
+
+class Terminal(Service):
+    """Oblix in the foreground of a terminal of its own, which shows all that it says."""
+
+    def _started(self, command, env):
+        self._keyboard, self._screen = os.openpty()
+        # The first terminal that a session's leader opens is the one that its Ctrl-C comes from.
+        shell = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(self._screen), *command]
+        return subprocess.Popen(shell, env=env, cwd=HERE, start_new_session=True, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def _read(self):
+        with contextlib.suppress(OSError):    # Linux's way to tell of a terminal that nobody has open any more
+            for data in iter(lambda: os.read(self._keyboard, 4096), b""):
+                self._said.append(data.decode())
+
+    def _address(self):
+        found = super()._address()
+        if found and self._screen is not None:    # from now on it is Oblix alone that has it open
+            os.close(self._screen)
+            self._screen = None
+        return found
+
+    def press_ctrl_c(self):
+        os.write(self._keyboard, b"\x03")
+
+    def __exit__(self, *_):
+        self._address()
+        super().__exit__()
+        os.close(self._keyboard)
+
+
+def by_name(**scripts):
+    """The script that a prompt's last word names."""
+    def script(dialect, request):
+        content = request.json["messages"][-1]["content"]
+        script = scripts[content.split()[-1]]
+        return script(dialect, request) if callable(script) else script
+    return script
+
+
+def waiting_for(gate):
+    """The script of an answer that waits for this: a stream after its first word, a whole one after its first half."""
+    def script(dialect, request):
+        if not dialect.wants_stream(request.json):
+            data, = whole(200, dialect.whole(HELLO))
+            return [data[:-40], gate, data[-40:]]
+        events = dialect.events(HELLO, request.json)
+        at = 1 + next(number for number, event in enumerate(events) if b"Hel" in event)
+        return [dialect.head, *map(chunk, events[:at]), gate, *map(chunk, events[at:]), END]
+    return script
+
+
+def endless_stream(dialect, request):
+    """The script of a stream that never ends and never pauses."""
+    events = dialect.events(Saying((Text("Hel" * 4096),), "stop", 9, 7), request.json)
+    at = next(number for number, event in enumerate(events) if b"HelHel" in event)
+    return itertools.chain([dialect.head, *map(chunk, events[:at])], itertools.repeat(chunk(events[at])))
+
+
+@contextlib.contextmanager
+def full():
+    """The address of a server that takes no more connections: who asks for one waits."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(9):
+            waiting = stack.enter_context(socket.socket())
+            waiting.settimeout(0.05)
+            with contextlib.suppress(OSError):
+                waiting.connect(server.getsockname())
+        yield "http://127.0.0.1:%d" % server.getsockname()[1]
+
+
+def first_process():
+    """The command that runs another as PID 1 of a namespace of its own; or why not."""
+    if not sys.platform.startswith("linux") or not shutil.which("unshare"):
+        return None, "PID namespaces are Linux's, and made by util-linux's unshare"
+    command = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]),
+               *"--pid --fork --kill-child --mount-proc".split()]
+    tried = subprocess.run([*command, "true"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return (None, "needs root: " + tried.stdout.strip()) if tried.returncode else (command, "")
+
+
+def named(name):
+    """The prompt for which `by_name` plays the script of this name."""
+    return talk(user(name))
+
+
+ENDLESS = ["--drain=60"]
+OTHER = "ollama:hf.co/org/tiny:Q4"    # a model that `small` has, beside the usual one
+IDLE_WITH = [("a load under way", signal.SIGTERM, lambda: small(loaded={}, load=[HANG])),
+             ("a probe under way", signal.SIGINT, lambda: Upstream(OLLAMA, probe=[HANG]))]
+RUNS_ON = [  # name, model, whether streamed: requests that wait for something which comes within the drain
+    ("flowing", "cloud", True), ("flowing", "cloud", False), ("silent", "cloud", True), ("silent", "cloud", False),
+    ("loading", "local", True), ("loading", "local", False),
+]
+QUEUED = 100    # connections that wait to be accepted: some of them still do when Oblix knows of the signal
+BEGUN = [("flowing", "cloud", True), ("endless", "cloud", True)]    # requests that wait for what never comes
+NOT_BEGUN = [("silent", "cloud", True), ("silent", "cloud", False), ("flowing", "cloud", False),
+             ("silent", "auto", True), ("silent", "auto", False), ("loading", OTHER, True), ("loading", OTHER, False),
+             ("connecting", "openai:none@{}", True), ("connecting", "openai:none@{}", False)]
+LATE = """
+listen = oblix.listen
+oblix.listen = lambda *args: (print("now", flush=True), time.sleep(0.5), listen(*args))[-1]
+"""
+STARTING = [  # what it does when the signal comes, the code that makes it last
+    ("settles", signal.SIGTERM, ""), ("settles", signal.SIGINT, ""),
+    ("does not listen yet", signal.SIGINT, LATE),
+]
+
+
+@unittest.skipUnless(os.name == "posix", IMPOSSIBLE + ": its signals are POSIX's")
+class Stopping(Case):
+    """Real signals to real processes.  Everything here happens at once; each test looks at its share."""
+
+    @classmethod
+    def setUpClass(cls):
+        rows = [(work, row) for work, rows in [
+            (cls.first_of_all, [()]), (cls.at_the_end_of_the_drain, [(0.5,), (0.0,)]), (cls.within_the_drain, [()]),
+            (cls.idle, IDLE_WITH), (cls.told_twice, [(signal.SIGINT, signal.SIGTERM)]),
+            (cls.in_a_terminal, [(True,), (False,)]), (cls.starting, STARTING)] for row in rows]
+        outcomes = at_once(cls.outcome, rows)
+        cls.seen = [(work, row, outcome) for (work, row), outcome in zip(rows, outcomes)]
+
+    @staticmethod
+    def outcome(work, row):
+        """What came of it, or what it ran into."""
+        try:
+            return work(*row)
+        except Exception as error:
+            return error
+
+    def each(self, work, check):
+        """Check what came of each row of this work."""
+        for done, row, outcome in self.seen:
+            if done == work:
+                with self.subTest(row):
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    check(outcome)
+
+    def ended(self, seen, status=0, within=5.0):
+        self.assertEqual(seen.status, status, seen.said)
+        self.assertLess(seen.seconds, within)
+        self.assertNotIn("Traceback", seen.said)
+
+    @staticmethod
+    def seen(service, took=None, **more):
+        """What is to be seen of a service that has ended."""
+        status = service.status()
+        service._reader.join(5)
+        return types.SimpleNamespace(status=status, said=service.said() + service.log(),
+                                     seconds=time.monotonic() - took.begun if took else 0.0, **more)
+
+    # What happens.
+
+    @classmethod
+    def idle(cls, _what, number, upstream):
+        with upstream() as local, Service("--port=0", *ENDLESS, env=env_for(local)) as service, \
+                socket.create_connection(("127.0.0.1", service.port), 8) as idle:
+            idle.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            first = idle.recv(1 << 16)
+            eventually(lambda: local.loads or local.probes)
+            with Took() as took:
+                service.signal(number)
+                more = list(iter(lambda: idle.recv(1 << 16), b""))
+            return cls.seen(service, took, first=first, more=more)
+
+    def test_with_nothing_to_finish_it_ends_at_once(self):
+        """A keep-alive connection is nothing to finish, nor is what Oblix does by itself."""
+        def check(seen):
+            self.ended(seen)
+            self.assertTrue(seen.first.startswith(b"HTTP/1.1 200"))
+            self.assertIn(b"keep-alive", seen.first)
+            self.assertEqual(seen.more, [], "and the connection is closed without a word")
+        self.each(self.idle, check)
+
+    @classmethod
+    def within_the_drain(cls):
+        gate = threading.Event()
+        hello = answer(Text("Hel"), Text("lo"))
+        cloud = cloudy(by_name(flowing=waiting_for(gate), silent=delayed(gate, by=hello), half=hello))
+        local = small(hello, loaded={}, load=[gate])
+        flags = ["--port=0", "--warm-up=never", *ENDLESS, *CALM, *flags_for(cloud)]
+        with concurrent.futures.ThreadPoolExecutor(16) as pool, cloud, local, \
+                Service(*flags, env=env_for(cloud, local)) as service, cls.connected(service) as idle, \
+                cls.connected(service) as half, contextlib.ExitStack() as stack:
+            running = [pool.submit(ask, service, model, stream=stream, **named(name))
+                       for name, model, stream in RUNS_ON]
+            eventually(lambda: len(cloud.requests) == 4 and local.loads)
+            body = json.dumps(chat("cloud", **named("half"))).encode()
+            half.sendall(post(body, "Expect: 100-continue")[:-len(body)])
+            go_on = half.recv(1 << 16)
+            idle.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            idle.recv(1 << 16)
+            with Took() as took:
+                with cls.standing_still(service):
+                    late = [stack.enter_context(cls.connected(service)) for _ in range(QUEUED)]
+                    for client in late:
+                        client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    service.signal(signal.SIGTERM)
+                eventually(service.refuses)
+                late = [cls.rest_of(client) for client in late]
+                idle = cls.rest_of(idle)
+                still_there = service._process.poll() is None
+                half.sendall(body)
+                half = cls.rest_of(half)
+                done = [future.done() for future in running]
+                gate.set()
+                replies = [future.result() for future in running]
+            return cls.seen(service, took, replies=replies, done=done, late=late, idle=idle, half=half, go_on=go_on,
+                            still_there=still_there)
+
+    @staticmethod
+    def connected(service):
+        return socket.create_connection(("127.0.0.1", service.port), 8)
+
+    @staticmethod
+    def rest_of(client):
+        """All that comes until the server closes."""
+        with client:
+            return b"".join(iter(lambda: client.recv(1 << 16), b""))
+
+    @staticmethod
+    @contextlib.contextmanager
+    def standing_still(service):
+        """It is stopped for the block: what connects meanwhile is accepted by the kernel, but not by Oblix."""
+        service.signal(signal.SIGSTOP)
+        os.waitpid(service.pid, os.WUNTRACED)
+        try:
+            yield
+        finally:
+            service.signal(signal.SIGCONT)
+
+    def test_what_runs_is_finished_within_the_drain_and_nothing_new_begun(self):
+        def check(seen):
+            self.ended(seen)
+            self.assertTrue(seen.still_there)
+            self.assertEqual(seen.done, [False] * len(RUNS_ON))
+            self.assertEqual(seen.idle, b"", "an idle connection is closed at once")
+            for row, reply in zip(RUNS_ON, seen.replies):
+                with self.subTest(row):
+                    self.answered(reply, "Hello")
+                    if row[0] != "flowing" or not row[2]:    # its head was sent before the signal
+                        self.assertEqual(reply.headers["Connection"], "close")
+        self.each(self.within_the_drain, check)
+
+    def test_connections_that_the_kernel_took_before_the_signal_are_served(self):
+        def check(seen):
+            self.assertEqual([data[:12] for data in seen.late], [b"HTTP/1.1 200"] * QUEUED)
+        self.each(self.within_the_drain, check)
+
+    def test_so_is_a_request_that_was_being_sent(self):
+        def check(seen):
+            self.assertTrue(seen.go_on.startswith(b"HTTP/1.1 100 "))
+            reply = reply_of(seen.half)
+            self.answered(reply, "Hello")
+            self.assertEqual(reply.headers["Connection"], "close")
+        self.each(self.within_the_drain, check)
+
+    @classmethod
+    def at_the_end_of_the_drain(cls, drain):
+        script = by_name(flowing=waiting_for(HANG), endless=endless(0.05), flooding=endless_stream, silent=[HANG])
+        cloud, local = cloudy(script), small(script, loaded={"llama3.2:latest": {}}, load=[HANG])
+        with concurrent.futures.ThreadPoolExecutor(16) as pool, cloud, local, full() as silent, \
+                contextlib.ExitStack() as stack:
+            rows = [(name, model.format(silent + "/v1"), stream) for name, model, stream in BEGUN + NOT_BEGUN]
+            flags = ["--port=0", "--drain=%s" % drain, "--patience-s=60", "--connect-timeout-s=60", "--local-slots=9",
+                     *CALM, *flags_for(local, cloud), "--cloud-model=openai:none@%s/v1" % silent]
+            service = stack.enter_context(Service(*flags, env=env_for(cloud, local)))
+            eventually(lambda: states(service)[local.target] == "ready" and states(service)[cloud.target] == "ready")
+            running = [pool.submit(ask, service, cls.asked(model), stream=stream, timeout=8, **named(name))
+                       for name, model, stream in rows]
+            deaf, slow, eager, half, first = (stack.enter_context(cls.connected(service)) for _ in range(5))
+            deaf.sendall(post(chat("cloud", stream=True, **named("flooding"))))
+            slow.sendall(post(chat("cloud", stream=True, **named("flooding"))))
+            half.sendall(post(chat("cloud", **named("silent")))[:-9])
+            first.sendall(b"POST /v1/chat/comp")
+            eager.sendall(post(chat("cloud", **named("silent"))) + b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            eventually(lambda: (len(cloud.requests), len(local.requests), len(local.loads)) == (8, 2, 1))
+            eventually(lambda: deaf.recv(4096, socket.MSG_PEEK).count(b"Hel"))
+            slowly = pool.submit(cls.taken_slowly, slow, service)
+            with Took() as took:
+                service.signal(signal.SIGTERM)
+                replies = [future.result() for future in running]
+            seen = cls.seen(service, took, replies=dict(zip(BEGUN + NOT_BEGUN, replies)))
+            seen.replies.update(eager=reply_of(cls.rest_of(eager)), slow=reply_of(slowly.result()))
+            requests = cloud.requests + local.requests + local.loads
+            seen.left = [request.body for request in requests if not request.hung_up.wait(2)]
+            seen.asked = len(requests)
+            return seen
+
+    @staticmethod
+    def taken_slowly(client, service):
+        """All that a client gets that is slower than the model: Oblix finds more of the answer whenever it looks."""
+        received = []
+        for data in iter(lambda: client.recv(1 << 16), b""):
+            received.append(data)
+            time.sleep(0.01 if service._process.poll() is None else 0)
+        return b"".join(received)
+
+    @staticmethod
+    def asked(model):
+        """What a client says for a configured model."""
+        return model.partition("@")[0]
+
+    def test_a_stream_that_is_not_finished_by_then_ends_with_an_error(self):
+        def check(seen):
+            self.ended(seen)
+            for row in (*BEGUN, "slow"):
+                with self.subTest(row):
+                    reply = seen.replies[row]
+                    *chunks, last = reply.events
+                    self.assertEqual((reply.status, reply.cut), (200, True))
+                    self.assertIn("Hel", "".join(chunks))
+                    self.assertNotIn('"stop"', "".join(chunks))
+                    self.assertEqual(json.loads(last).get("error", {}).get("code"), "shutting_down", last)
+                    self.shaped(json.loads(last)["error"])
+        self.each(self.at_the_end_of_the_drain, check)
+
+    def test_what_has_not_begun_by_then_is_a_503_wherever_it_waits(self):
+        def check(seen):
+            self.ended(seen)
+            for row in (*NOT_BEGUN, "eager"):    # who has sent a request more
+                with self.subTest(row):
+                    reply = seen.replies[row]
+                    self.refused(reply, 503, code="shutting_down")
+                    self.assertGreaterEqual(int(reply.headers["Retry-After"]), 1)
+                    self.assertEqual(reply.headers["Connection"], "close")
+        self.each(self.at_the_end_of_the_drain, check)
+
+    def test_nobody_computes_for_what_was_ended_and_nobody_else_is_asked(self):
+        def check(seen):
+            self.assertEqual((seen.left, seen.asked), ([], 11))
+        self.each(self.at_the_end_of_the_drain, check)
+
+    @classmethod
+    def told_twice(cls, first, second):
+        with small([HANG]) as local, Service("--port=0", *ENDLESS, *CALM, env=env_for(local)) as service, \
+                cls.connected(service) as client:
+            client.sendall(post(chat("local")))
+            local.next_request()
+            service.signal(first)
+            eventually(service.refuses)
+            still_there = service._process.poll() is None
+            with Took() as took:
+                service.signal(second)
+                return cls.seen(service, took, still_there=still_there, expected=128 + second)
+
+    def test_a_second_signal_ends_it_at_once(self):
+        def check(seen):
+            self.assertTrue(seen.still_there)
+            self.ended(seen, seen.expected, within=2)
+        self.each(self.told_twice, check)
+
+    @classmethod
+    def in_a_terminal(cls, busy):
+        with small([HANG]) as local, Terminal("--port=0", *ENDLESS, *CALM, env=env_for(local)) as service, \
+                cls.connected(service) as client:
+            if busy:
+                client.sendall(post(chat("local")))
+                local.next_request()
+            with Took() as took:
+                service.press_ctrl_c()
+                if busy:
+                    eventually(service.refuses)
+                    service.press_ctrl_c()
+                return cls.seen(service, took, busy=busy)
+
+    def test_ctrl_c_in_a_terminal_ends_it_and_twice_at_once(self):
+        self.each(self.in_a_terminal, lambda seen: self.ended(seen, 128 + signal.SIGINT if seen.busy else 0))
+
+    @classmethod
+    def starting(cls, does, number, changed):
+        with Upstream(OLLAMA, probe=[HANG]) as local:
+            ready = (lambda service: "now" in service.said()) if changed else (lambda _: local.probes)
+            with Service("--port=0", env=env_for(local), changed=changed, ready=ready) as service, Took() as took:
+                service.signal(number)
+                return cls.seen(service, took)
+
+    def test_it_can_be_stopped_while_it_starts(self):
+        self.each(self.starting, self.ended)
+
+    @classmethod
+    def first_of_all(cls):
+        command, missing = first_process()
+        if not command:
+            return unittest.SkipTest(IMPOSSIBLE + ": " + missing)
+        gpu = nvidia_smi("5, 100, 10000", before='echo >>"$0.log"')
+        with tree(gpu) as folder, \
+                Service("--demo", "--port=0", *ENDLESS, by=command,
+                        env={"PATH": folder + "bin:" + os.environ["PATH"]}) as service:
+            inside = psutil.Process(service.pid)
+            eventually(lambda: ask(service, "auto").status == 200 and Path(folder, "bin/nvidia-smi.log").exists())
+            pid_1 = re.search(r"^NSpid:.*\t1$", Path("/proc/%d/status" % service.pid).read_text(), re.M)
+            eventually(lambda: not inside.children())
+            with Took() as took:
+                service.signal(signal.SIGTERM)
+                return cls.seen(service, took, pid_1=pid_1, there=inside.is_running())
+
+    def test_as_the_first_process_of_a_container_it_ends_too(self):
+        """The kernel does nothing by itself for PID 1: no signal ends it that it does not handle."""
+        def check(seen):
+            self.assertTrue(seen.pid_1)
+            self.ended(seen)
+        self.each(self.first_of_all, check)
+
+# --- 14. The log -----------------------------------------------------------------------------------------------------
+
+OWN_KEY, WRONG_KEY, QUERY_KEY = "sk-of-oblix-itself", "sk-wrong-of-the-client", "sk-in-the-query"
+OF_A_BUG = "the-words-that-a-bug-stumbles-over"
+FORGED = "2026-01-01 00:00:00,000 INFO forged"
+LOG_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
+LOG_LINE = re.compile(
+    r"(?P<level>[A-Z]+) (?P<id>req_\w+) (?P<method>[A-Z]+|-) (?P<path>\S+)(?: (?P<status>\d{3}))?"
+    r"(?: (?P<asked>[^ ,]+))?(?: -> (?P<served>\S+) \((?P<side>local|cloud)\))?"
+    r"(?:, first (?P<first_token_s>\d+\.\d\d) s)?(?:, (?P<tokens_per_s>\d+\.\d) tokens/s)?"
+    r"(?:, in (?P<bytes_in>\d+) B)?(?:, out (?P<bytes_out>\d+) B)?, (?P<seconds>\d+\.\d\d) s(?:: (?P<why>.+))?")
+LOG_TYPES = {
+    **dict.fromkeys("time level message id method path asked served side reason error".split(), str),
+    **dict.fromkeys("status attempts tokens bytes_in bytes_out".split(), int),
+    **dict.fromkeys("first_token_s tokens_per_s seconds".split(), (int, float)),
+}
+LOGS = {  # how it is told to log: flags, JOURNAL_STREAM
+    "text": (["--log-level=debug"], "1:2"), "json": (["--log-json"], ""), "warning": (["--log-level=warning"], ""),
+    "journal": (["--log-level=debug"], "its log"),
+}
+UNWELL = """
+import itertools
+for_client, sample, samples = oblix.for_client, oblix.ResourceMonitor.sample, itertools.count()
+def crashing(chunk, *rest):
+    if "crash" in str(chunk):
+        raise KeyError(str(chunk))
+    return for_client(chunk, *rest)
+def failing(monitor):
+    if next(samples):
+        raise OSError("no /proc\\n%s \\x1b[31m")
+    return sample(monitor)
+oblix.for_client, oblix.ResourceMonitor.sample, oblix.ResourceMonitor.every_s = crashing, failing, lambda _: 0.02
+""" % FORGED    # an Oblix of which one request crashes, and one monitor whenever it samples
+
+
+def quoting(status=200):
+    """An error, inside a stream where the status is 200, that quotes all it was sent and tries to forge a line."""
+    def script(dialect, request):
+        said = "%s\n%s\r\n%s \x1b[31m\x9b" % (request.body.decode(), request.headers, FORGED)
+        if status != 200:
+            return whole(status, dialect.error(said))
+        return [*waiting_for(b"")(dialect, request)[:-3], chunk(dialect.error_event(said)), END, CLOSE]
+    return script
+
+
+def sent(target, *headers, key=OWN_KEY, body=b"", method="GET"):
+    """A request as bytes, the last one on its connection."""
+    lines = ["%s %s HTTP/1.1" % (method, target), "Host: localhost", "Connection: close", *headers,
+             *["Authorization: Bearer " + key] * bool(key), *["Content-Length: %d" % len(body)] * bool(body), "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+def asks(model, name="", *headers, key=OWN_KEY, **fields):
+    """A chat request as bytes, for `by_name`, with a prompt that no log may show."""
+    kind = [] if any(header.startswith("Content-Type") for header in headers) else ["Content-Type: application/json"]
+    body = json.dumps(chat(model, **talk(user("%s %s" % (MARKER, name))), **fields)).encode()
+    return sent("/v1/chat/completions", *kind, *headers, key=key, body=body, method="POST")
+
+
+COUNTED = {"include_usage": True}
+LOGGED = [  # name, request, what its line says: status, error (None: why it was planned so), asked
+    ("good", asks("auto", "good"), 200, None, "auto"),
+    ("streamed", asks("cloud", "streamed", stream=True, stream_options=COUNTED), 200, None, "cloud"),
+    ("uncounted", asks("cloud", "good", stream=True), 200, None, "cloud"),
+    ("whole", asks("openai:other", "good"), 200, None, "openai:other"),
+    ("cut", asks("openai:cut", "cut", stream=True), 200, "upstream_cut", "openai:cut"),
+    ("crashed", asks("openai:bug", "bug", stream=True), 200, "internal error", "openai:bug"),
+    ("failed", asks("openai:broken", "broken"), 500, "ANY", "openai:broken"),
+    ("failed streaming", asks("openai:late", "late", stream=True), 200, "ANY", "openai:late"),
+    ("refused upstream", asks("openai:denied", "denied"), 401, "ANY", "openai:denied"),
+    ("not understood upstream", asks("openai:wrong", "wrong"), 400, "ANY", "openai:wrong"),
+    ("fallback", asks("auto", "fallback"), 200, None, "auto"),
+    ("no key", asks("auto", key=""), 401, "invalid_api_key", None),
+    ("a wrong key", asks("auto", "", "api-key: " + WRONG_KEY, key=WRONG_KEY), 401, "invalid_api_key", None),
+    ("a page", asks("auto", "", "Origin: https://evil.example"), 403, "origin_not_allowed", None),
+    ("a form", asks("auto", "", "Content-Type: text/plain"), 415, "unsupported_media_type", None),
+    ("too large", sent("/v1/chat/completions", "Content-Type: application/json", "Content-Length: 99999999999",
+                       method="POST"), 413, "request_too_large", None),
+    ("no JSON", sent("/v1/chat/completions", "Content-Type: application/json", method="POST",
+                     body=b"{\"a\": " + MARKER.encode()), 400, "ANY", None),
+    ("no such field", asks("auto", temperature=MARKER), 400, "ANY", None),
+    ("no such model", asks("nobody", "good"), 404, "model_not_found", "nobody"),
+    ("a model that is none", asks("openai:\x1b[31m\n" + FORGED), 400, "ANY", None),
+    ("nowhere", sent("/v1/nowhere?key=" + QUERY_KEY), 404, "unknown_url", None),
+    ("no such method", sent("/v1/models", method="PUT"), 405, "method_not_allowed", None),
+    ("escapes", sent("/%1b[31m\x9b\x1b[31m"), 400, "bad_request", None),
+    ("the list", sent("/v1/models"), 200, None, None),
+    ("health", sent("/health"), 200, None, None),
+    ("health for all", sent("/health", key=""), 200, None, None),
+    ("health for whom it is not", sent("/health", key=WRONG_KEY), 401, "invalid_api_key", None),
+    ("the page", sent("/"), 200, None, None),
+    ("left", asks("openai:slow", "slow", stream=True), 200, "client hung up", "openai:slow"),
+]
+QUIET = {"health", "health for all", "the page"}    # told at debug only
+
+
+class Logs(Case):
+    """What the log says of every kind of request, in each of its forms; the requests are asked once."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.seen = dict(zip(LOGS, at_once(cls.logged, [(flags, journal) for flags, journal in LOGS.values()])))
+
+    @classmethod
+    def logged(cls, flags, journal):
+        """What came of each request, by its name, and the lines of the log."""
+        hello = answer(Text("Hel"), Text("lo"))
+        script = by_name(good=hello, streamed=delayed(0.2, by=waiting_for(0.2)), cut=faulty(CLOSE, after=True),
+                         fallback=hello, broken=quoting(500), late=quoting(), denied=quoting(401), wrong=quoting(400),
+                         bug=answer(Text("crash " + OF_A_BUG)), slow=endless(0.01))
+        with small(by_name(good=hello, fallback=[CLOSE])) as local, cloudy(script) as cloud, \
+                Service("--port=0", *CALM, *PATIENT, *flags_for(local, cloud), *flags, journal=journal, changed=UNWELL,
+                        env={**env_for(local, cloud), "OBLIX_API_KEY": OWN_KEY}) as service:
+            eventually(lambda: reply_of(raw(service, sent("/health"))).body.count(b'"ready"') == 2)
+            replies = {name: reply_of(cls.left(service, data) if name == "left" else raw(service, data))
+                       for name, data, *_ in LOGGED}
+            if replies["left"].status == 200:
+                cloud.last.hung_up.wait(2)
+            service.end(signal.SIGTERM)
+            return types.SimpleNamespace(replies=replies, log=service.log(), lines=service.log().splitlines(),
+                                         local=local.target, cloud=cloud.target)
+
+    @staticmethod
+    def left(service, data):
+        """What has come when the client leaves in the midst of the answer."""
+        received = b""
+        with socket.create_connection(("127.0.0.1", service.port), 5) as client:
+            client.sendall(data)
+            while b"Hel" not in received:
+                received += client.recv(1 << 16)
+        return received
+
+    def facts_of(self, form, name):
+        """What the one line of a request says."""
+        seen = self.seen[form]
+        id = seen.replies[name].headers["x-request-id"]
+        if form == "json":
+            told = [facts for facts in map(json.loads, seen.lines) if facts.get("id") == id]
+        else:
+            told = [line for line in seen.lines if re.search(r"[A-Z]+ %s [A-Z-]+ \S" % id, line)]
+        self.assertEqual(len(told), 1, told)
+        if form == "json":
+            return told[0]
+        start = r"<[3-7]>" if form == "journal" else LOG_TIME
+        line = re.fullmatch("(?:%s)%s" % (start, LOG_LINE.pattern), told[0])
+        self.assertIsNotNone(line, told[0])
+        return {name: value for name, value in line.groupdict().items() if value is not None}
+
+    def each(self, form, check, quiet=False):
+        """Check each request, its reply and the facts of its line; the `quiet` ones have one at debug only."""
+        for name, *row in LOGGED:
+            if quiet or name not in QUIET:
+                with self.subTest(name, form=form):
+                    reply = self.seen[form].replies[name]
+                    self.assertEqual(reply.status, row[1], reply.body)
+                    check(name, row, reply, self.facts_of(form, name))
+
+    def alike(self, facts, asked, reply):
+        """What a line says in either form is what the client knows."""
+        self.assertEqual(facts.get("asked"), asked)
+        self.assertEqual(facts.get("served"), reply.headers["x-oblix-model"])
+        self.assertEqual(facts.get("side"), reply.headers["x-oblix-side"])
+
+    def test_each_request_has_a_line_that_people_can_read(self):
+        def check(name, row, reply, facts):
+            _, status, error, asked = row
+            self.assertEqual((facts["level"], facts["status"]), ("DEBUG" if name in QUIET else "INFO", str(status)))
+            self.alike(facts, asked, reply)
+            if error:
+                self.assertTrue(facts["why"].startswith("" if error == "ANY" else error), facts)
+            else:
+                self.assertEqual(facts.get("why"), reply.headers["x-oblix-reason"])
+        for form in ("text", "journal"):
+            self.each(form, check, quiet=True)
+
+    def test_each_request_has_a_line_that_machines_can_read(self):
+        def check(_name, row, reply, facts):
+            data, status, error, asked = row
+            self.assertEqual((facts["level"], facts["status"]), ("INFO", status))
+            self.assertIn(facts["id"], facts["message"])
+            self.alike(facts, asked, reply)
+            self.assertEqual(facts.get("attempts"), int(reply.headers["x-oblix-attempts"] or 0) or None)
+            self.assertEqual(facts.get("reason"), reply.headers["x-oblix-reason"])
+            self.assertEqual(facts.get("error"), facts.get("error", "missing") if error == "ANY" else error)
+            if error != "bad_request":    # the others have a request line
+                method, target, *_ = data.decode("latin-1").split()
+                self.assertEqual((facts["method"], facts["path"]), (method, re.sub(r"^/v1|\?.*", "", target)))
+        self.each("json", check)
+
+    def test_the_error_of_a_line_is_the_one_that_the_client_was_told(self):
+        def check(name, row, reply, facts):
+            if row[2] and name not in ("crashed", "left"):
+                self.assertEqual(facts["error"], reply.error["code"] or reply.error["type"])
+        self.each("json", check)
+
+    def test_each_line_of_the_json_log_is_an_object_of_the_right_types(self):
+        now = datetime.datetime.now(datetime.timezone.utc)
+        for line in self.seen["json"].lines:
+            facts = json.loads(line)
+            self.assertLessEqual({"time", "level", "message"}, {*facts})
+            self.assertLessEqual({*facts}, {*LOG_TYPES})
+            for name, value in facts.items():
+                self.assertIsInstance(value, LOG_TYPES[name], line)
+                self.assertNotIsInstance(value, bool)
+            self.assertRegex(facts["time"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)$")
+            at = datetime.datetime.fromisoformat(facts["time"].replace("Z", "+00:00"))
+            self.assertLess(abs((now - at).total_seconds()), 300)
+
+    def test_the_numbers_of_a_line_are_what_the_client_saw(self):
+        def check(name, row, reply, facts):
+            _, _, body = row[0].partition(b"\r\n\r\n")
+            self.assertTrue(0 <= facts.get("first_token_s", 0) <= facts["seconds"] < 20, facts)
+            if name == "left":    # more had been sent than it took
+                self.assertGreaterEqual(facts["bytes_out"], len(reply.body))
+            else:
+                self.assertEqual(facts["bytes_out"], len(reply.body))
+            if facts.get("asked"):
+                self.assertEqual(facts["bytes_in"], len(body))
+        self.each("json", check)
+
+    def test_tokens_are_counted_from_what_the_upstream_says_and_timed(self):
+        for form in ("json", "text"):
+            facts = self.facts_of(form, "streamed")
+            first, seconds, rate = (float(facts[name]) for name in ("first_token_s", "seconds", "tokens_per_s"))
+            self.assertTrue(0.1 < first < seconds, facts)
+            self.assertAlmostEqual(rate * (seconds - first), 7, delta=2, msg=facts)    # of rounded numbers
+        for name in ("good", "streamed", "whole", "fallback"):
+            self.assertEqual(self.facts_of("json", name)["tokens"], 7)
+        for name in ("uncounted", "cut", "failed", "no JSON"):
+            self.assertEqual({"tokens", "tokens_per_s"} & {*self.facts_of("json", name)}, set(), "it is not known")
+
+    def test_who_asks_often_is_told_of_at_debug_only(self):
+        for name in QUIET:
+            self.assertEqual(self.facts_of("text", name)["status"], "200")
+            id = self.seen["json"].replies[name].headers["x-request-id"]
+            self.assertNotIn(id, self.seen["json"].log)
+
+    def test_at_warning_there_are_no_lines_of_requests(self):
+        for line in self.seen["warning"].lines:
+            self.assertIsNone(re.search(LOG_LINE, line), line)
+        self.assertRegex(self.seen["warning"].log, "WARNING monitor resources failed")
+
+    def test_nothing_secret_is_logged(self):
+        """Whatever upstreams say, which quote all that they were sent."""
+        for form, seen in self.seen.items():
+            for secret in (MARKER, OWN_KEY, WRONG_KEY, QUERY_KEY, OPENAI.key):
+                with self.subTest(secret, form=form):
+                    self.assertEqual([line for line in seen.lines if secret in line], [])
+
+    def test_a_bug_of_our_own_is_told_of_without_the_words_that_it_stumbled_over(self):
+        """Python's exceptions quote what they are about."""
+        for form, seen in self.seen.items():
+            with self.subTest(form):
+                self.assertIn("KeyError", seen.log)
+                self.assertEqual([line for line in seen.lines if OF_A_BUG in line], [])
+
+    def test_nothing_controls_the_terminal_or_forges_a_line(self):
+        for form, seen in self.seen.items():
+            with self.subTest(form):
+                self.assertEqual(re.findall(r"[^\n -~].{,60}", seen.log), [])
+                self.assertEqual([line for line in seen.lines if re.match(r"(<\d>)?" + FORGED, line)], [])
+
+    def test_each_line_has_its_time_once(self):
+        """Where the journal adds none: JOURNAL_STREAM may be of another program's output, inherited."""
+        for form in ("text", "warning"):
+            for line in self.seen[form].lines:
+                if not re.match(r"  |Traceback |\w+Error\b", line):    # of a bug
+                    self.assertEqual(len(re.findall(LOG_TIME, line.replace(FORGED, ""))), 1, line)
+
+    def test_journald_is_told_no_time_but_how_urgent_each_line_is(self):
+        levels = {"DEBUG": "<7>", "INFO": "<6>", "WARNING": "<4>", "ERROR": "<3>"}
+        lines = self.seen["journal"].lines
+        self.assertEqual([line for line in lines if not re.match("<[3-7]>", line)], [], "a line is an entry by itself")
+        self.assertEqual([line for line in lines if re.search(LOG_TIME, line.replace(FORGED, ""))], [])
+        for level, prefix in levels.items():
+            found = [line for line in lines if re.match(r"(<.>)?%s " % level, line)]
+            self.assertTrue(found, level)
+            self.assertEqual({line[:3] for line in found}, {prefix})
+
+    def test_a_monitor_that_fails_again_and_again_is_told_of_once(self):
+        for form, seen in self.seen.items():
+            self.assertEqual(seen.log.count("monitor resources failed"), 1, form)
+
+
+# --- 14. What goes wrong alone ----------------------------------------------------------------------------------------
+
+class Shaky(oblix.ResourceMonitor):
+    """A monitor of the device that samples numbers, as long as it is well."""
+    name, well, numbers, errors = "shaky", None, None, [OSError]
+
+    def sample(self):
+        number = next(self.numbers)
+        if not self.well(number):
+            raise self.errors[number % len(self.errors)]("no /proc here")
+        return {"shaky_number": number}
+
+    def judge(self, facts):
+        return oblix.Reading(self.side, GOOD, "", facts)
+
+    def every_s(self):
+        return 0.002
+
+    @classmethod
+    def needed(cls, settings, targets, fetch):
+        return [cls(settings)]
+
+
+class Stale(Orchestrated):
+    """What fails alone, fails alone: a monitor, or one request."""
+
+    @contextlib.contextmanager
+    def shaky(self, well, probed=True):
+        """(server, its log) with a monitor that fails whenever its number is not `well`."""
+        with mock.patch.object(oblix, "MONITORS", (*oblix.MONITORS, Shaky)), \
+                mock.patch.multiple(Shaky, well=staticmethod(well), numbers=itertools.count()), \
+                small() as local, cloudy() as cloud, \
+                self.assertLogs("oblix", "INFO") as logged, running(local, cloud, probed=probed) as server:
+            yield server, logged
+            self.answered(ask(server, "auto"), "local")
+
+    @staticmethod
+    def facts(server, side="local"):
+        return health(server)[side]["facts"]
+
+    @staticmethod
+    def failures(logged):
+        return [record.getMessage() for record in logged.records if record.levelname == "WARNING"]
+
+    @staticmethod
+    def passing(count):
+        """Wait for so many samples more."""
+        sampled = next(Shaky.numbers)
+        eventually(lambda: next(Shaky.numbers) > sampled + 2 * count)
+
+    def test_a_monitor_that_fails_keeps_its_reading_marked_until_it_is_well_again(self):
+        well = threading.Event()
+        well.set()
+        with self.shaky(lambda _: well.is_set()) as (server, logged):
+            self.assertNotIn("shaky_stale", self.facts(server))
+            well.clear()
+            eventually(lambda: self.facts(server).get("shaky_stale") is True)
+            stuck = self.facts(server)["shaky_number"]
+            self.passing(20)
+            facts = self.facts(server)
+            self.assertEqual((facts["shaky_number"], facts["shaky_stale"]), (stuck, True))
+            self.assertEqual([name for name in facts if name.endswith("_stale")], ["shaky_stale"])
+            self.answered(ask(server, "auto"), "local")
+            well.set()
+            eventually(lambda: "shaky_stale" not in self.facts(server))
+            self.assertGreater(self.facts(server)["shaky_number"], stuck)
+            failures = self.failures(logged)
+            self.assertEqual(len(failures), 1, failures)
+            self.assertIn("shaky", failures[0])
+            self.assertIn("no /proc here", failures[0])
+
+    def test_the_same_failure_is_told_of_once_even_between_samples_that_succeed(self):
+        with self.shaky(lambda number: number % 2) as (server, logged):
+            self.passing(50)
+            self.assertEqual(len(self.failures(logged)), 1, self.failures(logged))
+
+    def test_so_are_two_that_alternate(self):
+        with mock.patch.object(Shaky, "errors", [OSError, ValueError]), \
+                self.shaky(lambda number: number == 0) as (server, logged):
+            self.passing(50)
+            self.assertEqual(len(self.failures(logged)), 2, self.failures(logged))
+
+    def test_one_that_never_succeeds_is_unknown_and_holds_up_nobody(self):
+        with self.shaky(lambda number: False, probed=False) as (server, logged):
+            self.passing(20)
+            eventually(lambda: states(server).get("ollama:llama3.2") == "ready")
+            self.assertEqual((health(server)["status"], health(server)["local"]["level"]), ("healthy", "unknown"))
+            self.assertEqual(len(self.failures(logged)), 1, self.failures(logged))
+
+    def test_the_real_ones_keep_what_they_knew_too(self):
+        for kind, fact in ((oblix.ResourceMonitor, "memory_percent"), (oblix.PowerMonitor, "battery_percent")):
+            stale, sample = kind.name + "_stale", lambda monitor, fact=fact: {fact: 50.0}
+            with self.subTest(kind), mock.patch.object(kind, "every_s", lambda _: 0.01), \
+                    mock.patch("oblix.has_battery", return_value=True), mock.patch.object(kind, "sample", sample), \
+                    self.assertLogs("oblix", "WARNING") as logged, small() as local, running(local) as server:
+                with mock.patch.object(kind, "sample", side_effect=OSError("no /proc here")):
+                    eventually(lambda: self.facts(server).get(stale))
+                    self.assertEqual(self.facts(server)[fact], 50.0)
+                    self.answered(ask(server, "auto"), "local")
+                eventually(lambda: stale not in self.facts(server))
+                self.assertEqual(len(self.failures(logged)), 1)
+
+    def test_an_endpoint_whose_probe_crashes_is_marked_itself_and_still_asked(self):
+        fetch, crashing = oblix.Prober.__call__, threading.Event()
+
+        def probe(prober, endpoint):
+            if crashing.is_set() and endpoint.provider == "openai":
+                raise ValueError("a bug of ours")
+            return fetch(prober, endpoint)
+        with mock.patch.object(oblix.Prober, "__call__", probe), self.assertLogs("oblix", "WARNING") as logged, \
+                small() as local, cloudy() as cloud, running(local, cloud) as server:
+            crashing.set()
+            seen = len(local.probes)
+            eventually(lambda: look(server) or self.facts(server, "cloud")["endpoints"][0].get("connectivity_stale"))
+            eventually(lambda: look(server) or len(local.probes) > seen + 5)
+            [endpoint] = self.facts(server, "cloud")["endpoints"]
+            self.assertEqual((endpoint["status"], endpoint["connectivity_stale"]), (200, True))
+            self.assertNotIn("stale", str(self.facts(server)))
+            self.assertEqual(states(server), {local.target: "ready", cloud.target: "ready"})
+            self.answered(ask(server, "cloud"), "cloud")
+            crashing.clear()
+            eventually(lambda: look(server) or "stale" not in str(health(server)))
+            self.assertEqual(len(self.failures(logged)), 1, self.failures(logged))
+
+    def test_a_crash_in_one_request_leaves_all_others_alone(self):
+        """Before an answer began, and within one, while others wait and flow."""
+        def crashing(work):
+            def wrapped(first, *rest):
+                if "crash" in str(first):
+                    raise RuntimeError("a bug of ours")
+                return work(first, *rest)
+            return wrapped
+        gate, hello = threading.Event(), answer(Text("Hel"), Text("lo"))
+        cloud = cloudy(by_name(flowing=waiting_for(gate), silent=delayed(gate, by=hello), hello=hello,
+                               late=answer(Text("Hel"), Text("crash"))))
+        with cloud, self.assertLogs("oblix", "ERROR") as logged, running(cloud) as server, \
+                mock.patch.object(oblix, "for_client", crashing(oblix.for_client)), \
+                mock.patch.object(oblix, "parse_request", crashing(oblix.parse_request)):
+            later = [self.later(ask, server, "auto", stream=stream, **named(name))
+                     for name in ("flowing", "silent") for stream in (False, True)]
+            eventually(lambda: len(cloud.requests) == 4)
+            for stream in (False, True):
+                self.refused(ask(server, "auto", stream=stream, **named("crash")), 500)
+            reply = ask(server, "auto", stream=True, **named("late"))
+            self.assertEqual((reply.status, reply.text, reply.cut), (200, "Hel", True))
+            self.answered(ask(server, "auto", **named("hello")), "Hello")
+            gate.set()
+            for reply in later:
+                self.answered(reply.result(), "Hello")
+            eventually(lambda: not any(target["in_flight"] for target in health(server)["targets"]))
+        self.assertEqual(len(logged.records), 3)
+
+
+class Recorded:
+    """Bytes that came over a socket, for http.client to read."""
+
+    def __init__(self, data):
+        self._data = data
+
+    def makefile(self, _mode):
+        return io.BytesIO(self._data)
+
+
+def reply_of(data):
+    """The reply that these bytes are."""
+    response = http.client.HTTPResponse(Recorded(data))
+    response.begin()
+    return Reply(response)
+
+
+# --- 14. Deployment --------------------------------------------------------------------------------------------------
+# The README's configurations as they stand there: what runs Oblix, what stands in front of it, and what behind it.
+
+def block(name):
+    """The README's block of code after the comment <!-- NAME -->."""
+    return re.search(r"<!-- %s -->\n```\w*\n(.*?)```\n" % name, README, re.S)[1]
+
+
+def replaced(text, changes):
+    """The text with each of these words replaced; each must be there."""
+    for old, new in changes.items():
+        if old not in text:
+            raise AssertionError("the README does not say %r any more" % old)
+        text = text.replace(old, new)
+    return text
+
+
+def commands_of(text):
+    """The arguments of every `… oblix.py ARGUMENTS` and `docker run … oblix ARGUMENTS` in a README."""
+    lines = re.sub(r"\\\n", " ", text).splitlines()
+    for line in lines:
+        found = re.search(r"(?:oblix\.py|^docker run .* oblix)(?: (check|-.*))?$", line.split("    #")[0].rstrip())
+        if found and re.match(r"(docker run|ExecStart=|(/\S*/)?python3? |\S*uv run)", line):
+            yield shlex.split(found[1] or "")
+
+
+OTHERS_FLAGS = {    # that the README names, and that are not Oblix's
+    "docker": ["init", "name", "restart", "read-only", "cap-drop", "network", "pid", "stop-timeout", "start-period",
+               "timeout", "no-cache-dir"],
+    "vllm": ["max-num-seqs"], "systemctl": ["now"], "unshare": ["pid"],
+}
+
+
+@unittest.skipUnless(README, "README.md is not here")
+class Services(Case):
+    """What keeps Oblix running: systemd, a container, launchd."""
+
+    def test_each_flag_and_each_command_is_one_that_oblix_takes(self):
+        flags = {oblix.flag_of(field)[2:] for field in dataclasses.fields(oblix.Settings)}
+        named = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", README)) - {"version", "help"}
+        self.assertEqual(named - flags, set(itertools.chain(*OTHERS_FLAGS.values())))
+        commands = [*commands_of(README), plistlib.loads(block("launchd").encode())["ProgramArguments"][2:]]
+        self.assertGreater(len(commands), 4)
+        for command in commands:
+            with self.subTest(command):
+                oblix.configured_targets(oblix.Settings.parse([part for part in command if part != "check"], {}))
+
+    def test_the_units_command_has_time_to_drain(self):
+        """Whoever stops Oblix waits longer than it takes at most: --drain, and a second for the last words."""
+        [command] = commands_of(block("systemd"))
+        waits = [(oblix.Settings.parse(command, {}).drain, re.search(r"TimeoutStopSec=(\d+)", README)[1])]
+        waits.append((oblix.Settings().drain, plistlib.loads(block("launchd").encode())["ExitTimeOut"]))
+        waits.append((oblix.Settings().drain, re.search(r"`docker stop` waits for (\d+) s", README)[1]))
+        waits += [(float(drain), wait) for wait, drain in
+                  re.findall(r"--stop-timeout (\d+) … oblix --drain (\d+)", README)]
+        self.assertEqual(len(waits), 4)
+        for drain, wait in waits:
+            self.assertGreaterEqual(float(wait), drain + 1.5)
+
+    def test_the_unit_is_right_and_as_closed_as_the_readme_says(self):
+        need(shutil.which("systemd-analyze"), IMPOSSIBLE + ": no systemd-analyze")
+        with tempfile.TemporaryDirectory() as folder:
+            unit = Path(folder, "oblix.service")
+            unit.write_text(replaced(block("systemd"), {"/usr/bin/python3": sys.executable}))
+            verified, rated = (
+                subprocess.run(["systemd-analyze", *words, unit], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+                for words in (["verify"], ["security", "--offline=yes", "--no-pager"]))
+        self.assertEqual((verified.returncode, verified.stdout), (0, ""))
+        said = re.search(r"calls its exposure (\d\.\d)", README)[1]
+        self.assertLessEqual(float(re.search(r"exposure level for \S+: (\d+\.\d)", rated.stdout)[1]), float(said))
+
+    def test_the_property_list_is_one_and_names_the_command(self):
+        told = plistlib.loads(block("launchd").encode())
+        self.assertEqual(told["ProgramArguments"][0].rsplit("/", 1)[1], "python")
+        self.assertEqual(told["ProgramArguments"][1].rsplit("/", 1)[1], "oblix.py")
+        self.assertEqual((told["RunAtLoad"], told["KeepAlive"]), (True, {"SuccessfulExit": False}))
+        variables = {oblix.variable_of(field) for field in dataclasses.fields(oblix.Settings)}
+        self.assertLessEqual(set(told["EnvironmentVariables"]), variables)
+
+    def test_the_containers_health_check_tells_whether_it_answers(self):
+        check = json.loads(re.search(r"^HEALTHCHECK .*? CMD (\[.*\])$", block("dockerfile"), re.M)[1])
+
+        def checked(port):
+            told = [replaced(check[-1], {":62549": ":%d" % port})]
+            return subprocess.run([sys.executable, *check[1:-1], *told], stderr=subprocess.DEVNULL).returncode
+        with Upstream(OLLAMA) as local, running(local) as server, socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            other.close()
+            self.assertEqual([checked(server.port), checked(port) != 0], [0, True])
+
+    def test_as_pid_1_it_answers_and_ends_when_it_is_told_to(self):
+        """A signal that PID 1 does not handle is thrown away by the kernel, and its orphans are its own to wait for."""
+        unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        need(shutil.which("unshare") and not subprocess.run([*unshare, "true"], stderr=subprocess.DEVNULL).returncode,
+             IMPOSSIBLE + ": no PID namespaces here")
+        with tempfile.TemporaryDirectory() as folder:
+            python = Path(folder, "python")
+            python.write_text("#!/bin/sh\nexec %s %s \"$@\"\n" % (shlex.join(unshare), shlex.quote(sys.executable)))
+            python.chmod(0o755)
+            with mock.patch.object(sys, "executable", str(python)):
+                process = Process("--demo", "--port=0")
+            with process:
+                self.assertEqual(ask(process, "local").status, 200)
+                parent = process._process.pid
+                first = int(Path("/proc/%d/task/%d/children" % (parent, parent)).read_text())
+                self.assertEqual(Path("/proc/%d/status" % first).read_text().count("\nNSpid:\t%d\t1\n" % first), 1)
+                os.kill(first, signal.SIGTERM)
+                process.end()
+                self.assertEqual(process._process.returncode, 0, process.said())
+
+
+def binary(name):
+    """Where a program is that the tests run; skips the test if it is nowhere."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+    found = os.environ.get("OBLIX_TEST_" + name.upper()) or shutil.which(name, path=path)
+    can_install = shutil.which("apt-get") and os.geteuid() == 0
+    return need(found, "no %s: apt-get install it" % name if can_install else "%s: no %s" % (IMPOSSIBLE, name))
+
+
+def free_ports(count):
+    """Ports that nobody uses."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listening.getsockname()[1] for listening in sockets]
+    for listening in sockets:
+        listening.close()
+    return ports
+
+
+class Balancer:
+    """nginx or HAProxy with the README's configuration, in front of these ports, while it runs.
+
+    Beside the port with TLS (`tls`) it gets one without (`port`), and HAProxy looks ten times as often whether who is
+    gone is back.
+    """
+
+    def __init__(self, name, folder, servers, pem):
+        self.name, (self.port, self.tls) = name, free_ports(2)
+        changes = {"/etc/ssl/private/oblix.pem": pem}
+        changes.update({"10.0.0.%d:62549" % (11 + at): "127.0.0.1:%d" % port for at, port in enumerate(servers)})
+        listening = ["127.0.0.1:%d" % self.tls, "127.0.0.1:%d" % self.port]
+        os.chmod(folder, 0o755)    # the user that both become has to see it
+        if name == "nginx":
+            changes["listen 443 ssl;"] = "listen %s ssl; listen %s;" % tuple(listening)
+            Path(folder, "oblix.conf").write_text(replaced(block(name), changes))
+            paths = "".join("%s_temp_path %s/%s; " % (kind, folder, kind)
+                            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+            config, flags = Path(folder, "nginx.conf"), ["-e", "stderr", "-p", folder, "-c"]
+            config.write_text("daemon off; pid %s/pid; error_log stderr; events {} http { access_log off; %s"
+                              "include %s/oblix.conf; }" % (folder, paths, folder))
+        else:
+            changes["bind :443 ssl"] = "bind %s\n    bind %s ssl" % (listening[1], listening[0])
+            changes["inter 2s"] = "inter 200ms"
+            text = replaced(block(name), changes)
+            config, flags = Path(folder, "haproxy.cfg"), ["-db", "-f"]
+            config.write_text(text if os.geteuid() == 0 else re.sub(r"(?m)^    (user|group) .*\n", "", text))
+        self.log = Path(folder, name + ".log")
+        with open(self.log, "wb") as log:
+            self._process = subprocess.Popen([binary(name), *flags, str(config)], stdout=log, stderr=log)
+        try:
+            eventually(lambda: self._process.poll() is not None or listens(self.port))
+            if self._process.poll() is not None:
+                raise AssertionError
+        except AssertionError:
+            self.__exit__()
+            raise AssertionError("%s does not start: %s" % (name, self.said())) from None
+
+    def said(self):
+        return self.log.read_text()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.terminate()
+        self._process.wait(5)
+
+
+def listens(port):
+    """Whether somebody does."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def says(name):
+    """The script of an upstream that says "I am NAME" a word at a time; what a request says may ask for more:
+    `late` waits for the event GATE before it begins, and `gated` after its first word."""
+    def script(dialect, request):
+        asked = request.json["messages"][-1]["content"].split()[0]
+        steps = answer(Text("I "), Text("am "), Text(name))(dialect, request)
+        steps = [step for data in steps for step in (data, 0.02)]
+        at = {"late": 0, "gated": 6}.get(asked)
+        return steps if at is None else [*steps[:at], GATE, *steps[at:]]
+    return script
+
+
+GATE = threading.Event()
+KEY = "of-the-client"
+HEADERS = {"Content-Type": "application/json", "Authorization": "Bearer " + KEY}
+
+
+class Load:
+    """Clients that ask all the time while the block runs: streamed and whole, on connections that are kept and on new
+    ones.  `answers` has (balancer, who answered) of each, `failed` what went wrong."""
+
+    def __init__(self, balancers, clients=4, pause_s=0.05):
+        self.answers, self.failed, self._stop, self._pause_s = [], [], threading.Event(), pause_s
+        self._threads = [threading.Thread(target=self._client, args=(balancer, number))
+                         for balancer in balancers for number in range(clients)]
+
+    def _client(self, balancer, number):
+        kept = http.client.HTTPConnection("127.0.0.1", balancer.port, timeout=10)
+        with contextlib.closing(kept):
+            for turn in itertools.count():
+                if self._stop.wait(self._pause_s):
+                    break
+                begun = time.monotonic()
+                try:
+                    text = self._ask(kept if number % 2 else None, balancer, bool((number // 2 + turn) % 2))
+                    self.answers.append((balancer.name, text))
+                except Exception as error:
+                    self.failed.append((balancer.name, number, repr(error), round(time.monotonic() - begun, 3)))
+                    kept.close()
+
+    def _ask(self, kept, balancer, stream):
+        body = json.dumps({"model": "cloud", "stream": stream, "messages": [{"role": "user", "content": "Who is it?"}]})
+        if kept is None:
+            reply = fetch(balancer, "POST", "/v1/chat/completions", body, HEADERS, timeout=10)
+        else:
+            kept.request("POST", "/v1/chat/completions", body, HEADERS)
+            with contextlib.closing(kept.getresponse()) as response:
+                reply = Reply(response)
+        if reply.status != 200 or reply.cut or reply.error or reply.streamed != stream:
+            raise AssertionError((reply.status, reply.cut, reply.body))
+        if stream and reply.events[-1] != "[DONE]" or reply.text not in ("I am one", "I am two"):
+            raise AssertionError(reply.body)
+        return reply.text.split()[-1]
+
+    def has_heard(self, *wanted):
+        """Wait until each of these (balancer, who answered) has come from now on."""
+        since = len(self.answers)
+        eventually(lambda: set(wanted) <= set(self.answers[since:]))
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@unittest.skipUnless(README, "README.md is not here")
+class Deployed(Case):
+    """Two Oblixes, each in front of an upstream of its own that says whose it is, behind nginx and behind HAProxy."""
+
+    @classmethod
+    def setUpClass(cls):
+        for name in ("nginx", "haproxy", "openssl"):
+            binary(name)
+        folders = [cls.keep(tempfile.TemporaryDirectory()) for _ in range(2)]
+        cls.pem, key = str(Path(folders[0], "oblix.pem")), Path(folders[0], "api-key")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", cls.pem,
+                        "-out", cls.pem, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        key.write_text(KEY + "\n")
+        [command] = commands_of(block("machine"))
+        told = replaced(shlex.join(command), {"10.0.0.11": "127.0.0.1", "/etc/oblix/api-key": str(key)})
+        cls.flags = [*shlex.split(told), *CALM]
+        cls.upstreams = {name: cls.keep(Upstream(OPENAI, says(name))) for name in ("one", "two")}
+        cls.oblixes, cls.ports = {}, {"one": 0, "two": 0}
+        cls.addClassCleanup(lambda: [process.__exit__() for process in cls.oblixes.values()])
+        cls.start("one", "two")
+        cls.balancers = [cls.keep(Balancer(name, folder, cls.ports.values(), cls.pem))
+                         for name, folder in zip(("nginx", "haproxy"), folders)]
+
+    @classmethod
+    def start(cls, *names):
+        """Start these Oblixes, again where they were if they had been started before, and wait until they answer."""
+        def started(name):
+            process = Process(*cls.flags, "--port=%d" % cls.ports[name], *flags_for(cls.upstreams[name]),
+                              env=env_for(cls.upstreams[name]))
+            eventually(lambda: fetch(process, "GET", "/health").status == 200)
+            return process
+        for name, process in zip(names, at_once(started, [(name,) for name in names])):
+            cls.oblixes[name], cls.ports[name] = process, process.port
+
+    def setUp(self):
+        GATE.clear()
+        self.addCleanup(GATE.set)
+        for balancer in self.balancers:
+            self.heard_from_both(balancer)
+        for upstream in self.upstreams.values():
+            upstream.arrivals.queue.clear()
+
+    def each(self, work):
+        """Do this with each balancer."""
+        for balancer in self.balancers:
+            with self.subTest(balancer.name):
+                work(balancer)
+
+    def ask(self, balancer, text, **fields):
+        fields = {"model": "cloud", "messages": [{"role": "user", "content": text}], **fields}
+        return fetch(balancer, "POST", "/v1/chat/completions", json.dumps(fields), HEADERS)
+
+    def ask_in_two_parts(self, balancer, text, **fields):
+        """The same with a long prompt, and with a head that comes well before the body."""
+        body = json.dumps(chat("cloud", **fields, messages=[{"role": "user", "content": text + " x" * 25000}])).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", balancer.port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/chat/completions", None, {**HEADERS, "Content-Length": str(len(body))})
+            time.sleep(0.05)
+            connection.send(body)
+            with contextlib.closing(connection.getresponse()) as response:
+                return Reply(response)
+
+    def heard_from_both(self, balancer):
+        """Wait until it asks either Oblix."""
+        heard = set()
+        eventually(lambda: heard.add(self.ask(balancer, "Who?").text) or heard == {"I am one", "I am two"})
+
+    def test_they_have_nothing_to_complain_about(self):
+        for name, flags in (("nginx", ["-t", "-e", "stderr", "-c"]), ("haproxy", ["-c", "-f"])):
+            [log] = [balancer.log for balancer in self.balancers if balancer.name == name]
+            config = next(log.parent.glob(name + ".c*"))
+            ran = subprocess.run([binary(name), *flags, str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.assertEqual((ran.returncode, re.findall(b"(?i)warn|alert|emerg", ran.stdout)), (0, []), ran.stdout)
+
+    def test_a_stream_arrives_event_by_event(self):
+        def asked(balancer):
+            connection = http.client.HTTPConnection("127.0.0.1", balancer.port, timeout=5)
+            with contextlib.closing(connection):
+                body = {"model": "cloud", "stream": True, "messages": [{"role": "user", "content": "gated"}]}
+                connection.request("POST", "/v1/chat/completions", json.dumps(body), HEADERS)
+                with contextlib.closing(connection.getresponse()) as response:
+                    events = sse(response)
+                    self.assertIn('"I "', next(event for event in events if '"I "' in event))
+                    self.assertFalse(GATE.is_set(), "the rest has not been said yet")
+                    GATE.set()
+                    self.assertEqual([*events][-1], "[DONE]")
+            GATE.clear()
+        self.each(asked)
+
+    def test_a_whole_answer_and_its_headers(self):
+        def asked(balancer):
+            reply = self.ask(balancer, "Who?")
+            self.assertIn(reply.text, ("I am one", "I am two"))
+            self.assertEqual((reply.headers["x-oblix-side"], reply.headers["x-oblix-attempts"]), ("cloud", "1"))
+        self.each(asked)
+
+    def test_a_body_of_megabytes_with_its_length_or_in_chunks(self):
+        text = "Who? " + "x" * (3 << 20)
+        body = json.dumps({"model": "cloud", "messages": [{"role": "user", "content": text}]}).encode()
+
+        def asked(balancer):
+            for sent in (body, iter([body[:1 << 20], body[1 << 20:]])):
+                self.assertEqual(fetch(balancer, "POST", "/v1/chat/completions", sent, HEADERS).status, 200)
+                [request] = [upstream.next_request() for upstream in self.upstreams.values()
+                             if not upstream.arrivals.empty()]
+                self.assertEqual(request.json["messages"][0]["content"], text)
+        self.each(asked)
+
+    def test_an_error_comes_through_unchanged(self):
+        rows = [("POST", "/v1/chat/completions", "{}", HEADERS), ("POST", "/v1/chat/completions", "{", HEADERS),
+                ("GET", "/nope", None, HEADERS), ("GET", "/v1/models", None, {}),
+                ("POST", "/v1/chat/completions", "{}", {**HEADERS, "Content-Type": "text/plain"})]
+        for row, balancer in itertools.product(rows, self.balancers):
+            with self.subTest(balancer.name, row=row):
+                expected, reply = fetch(self.oblixes["one"], *row), fetch(balancer, *row)
+                self.assertGreaterEqual(expected.status, 400)
+                self.assertEqual((reply.status, reply.json), (expected.status, expected.json))
+                for name in ("Content-Type", "WWW-Authenticate", "x-should-retry"):
+                    self.assertEqual(reply.headers[name], expected.headers[name])
+
+    def test_nobody_can_bring_them_to_leave_both_out(self):
+        """A 503 that a request brought about itself counts for nothing."""
+        def asked(balancer):
+            for _ in range(4):
+                self.refused(self.ask(balancer, "Who?", model="local"), 503, code="no_target_available")
+            self.assertEqual(self.ask(balancer, "Who?").status, 200)
+        self.each(asked)
+
+    def test_what_one_has_no_model_for_the_other_answers(self):
+        one, (_, haproxy) = self.upstreams["one"], self.balancers
+        one.play(whole(503, OPENAI.error("Overloaded.")))
+        self.addCleanup(ask, self.oblixes["one"], "cloud")
+        self.addCleanup(one.play, says("one"))
+        for balancer, _ in itertools.product(self.balancers, range(4)):
+            self.answered(self.ask(balancer, "Who?"), "I am two")
+        self.assertGreater(len(one.arrivals.queue), 1, "nobody asked it first")
+        eventually(lambda: ask(self.oblixes["one"], "cloud").status == 503
+                   and "Server oblix/one is DOWN, reason: Layer7" in haproxy.said())
+
+    @unittest.skipUnless(os.path.exists("/proc/net/tcp"), IMPOSSIBLE + ": no /proc/net/tcp")
+    def test_nginx_keeps_its_connections_and_haproxy_none(self):
+        ends = {":%04X" % port for port in self.ports.values()}
+
+        def kept():
+            """Connections to the two Oblixes: the fewest in some looks, as HAProxy's checks come and go."""
+            looks = []
+            for _ in range(10):
+                rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+                looks.append(sum(peer[-5:] in ends and state == "01" for _, _, peer, state, *_ in rows))
+                time.sleep(0.01)
+            return min(looks)
+        nginx, haproxy = self.balancers
+        self.ask(nginx, "Who?")
+        before = kept()
+        self.assertGreater(before, 0)
+        for _ in range(20):
+            self.ask(haproxy, "Who?")
+        eventually(lambda: kept() <= before, within=1)
+
+    def test_health(self):
+        def asked(balancer):
+            self.assertEqual(set(fetch(balancer, "GET", "/health").json), {"status", "version"})
+            self.assertIn("plan", fetch(balancer, "GET", "/health", headers=HEADERS).json)
+        self.each(asked)
+
+    def test_a_client_that_hangs_up_stops_the_model(self):
+        def asked(balancer):
+            for kind, stream in (("late", False), ("late", True), ("gated", True)):
+                connection = http.client.HTTPConnection("127.0.0.1", balancer.port, timeout=5)
+                with contextlib.closing(connection):
+                    body = {"model": "cloud", "stream": stream, "messages": [{"role": "user", "content": kind}]}
+                    connection.request("POST", "/v1/chat/completions", json.dumps(body), HEADERS)
+                    eventually(lambda: any(upstream.arrivals.qsize() for upstream in self.upstreams.values()))
+                    [request] = [upstream.next_request() for upstream in self.upstreams.values()
+                                 if upstream.arrivals.qsize()]
+                    response = connection.getresponse() if kind == "gated" else None
+                    self.assertFalse(request.hung_up.is_set())
+                    response.close() if response else None
+                self.assertTrue(request.hung_up.wait(2), (kind, stream))
+        self.each(asked)
+
+    def test_with_tls(self):
+        context = ssl.create_default_context(cafile=self.pem)
+
+        def asked(balancer):
+            connection = http.client.HTTPSConnection("localhost", balancer.tls, timeout=5, context=context)
+            with contextlib.closing(connection):
+                connection.request("GET", "/v1/models", headers=HEADERS)
+                self.assertEqual(Reply(connection.getresponse()).json["object"], "list")
+        self.each(asked)
+
+    def test_no_request_fails_while_one_after_the_other_is_stopped_and_started_again(self):
+        """As on every update: what runs is let end, what comes goes to the other."""
+        everybody = [*itertools.product(("nginx", "haproxy"), ("one", "two"))]
+        with Load(self.balancers) as load:
+            load.has_heard(*everybody)
+            for name, other in (("one", "two"), ("two", "one")):
+                before = len(self.upstreams[other].requests)
+                self.oblixes[name].end(signal.SIGTERM)
+                self.assertEqual(self.oblixes[name]._process.returncode, 0, self.oblixes[name].said())
+                load.has_heard(("nginx", other), ("haproxy", other))
+                self.assertGreater(len(self.upstreams[other].requests), before)
+                self.oblixes.pop(name).__exit__()
+                self.start(name)
+                load.has_heard(*everybody)
+        self.assertEqual(load.failed, [], len(load.answers))
+
+    def test_of_one_that_is_killed_the_other_answers_what_had_not_begun(self):
+        """What had begun breaks off where the client can see it."""
+        kinds = ("late", False), ("late", True), ("gated", True)    # and whether it is streamed
+        rows = [*itertools.product(self.balancers, kinds, range(4))]
+        names = ["%s %d" % (kind, number) for number, (_, (kind, _), _) in enumerate(rows)]
+
+        def arrived():
+            return sum(upstream.arrivals.qsize() for upstream in self.upstreams.values())
+        with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
+            asked = [pool.submit(self.ask_in_two_parts, balancer, name, stream=stream)
+                     for (balancer, (_, stream), _), name in zip(rows, names)]
+            eventually(lambda: arrived() == len(rows))
+            at_one = {" ".join(request.json["messages"][-1]["content"].split()[:2])
+                      for request in self.upstreams["one"].arrivals.queue}
+            time.sleep(0.3)    # what "gated" says first has to be on its way to the client
+            self.oblixes["one"].end(signal.SIGKILL)
+            again = [name for name in at_one if name.startswith("late")]
+            eventually(lambda: arrived() == len(rows) + len(again))
+            GATE.set()
+            replies = [reply.result() for reply in asked]
+        self.oblixes.pop("one").__exit__()
+        self.start("one")
+        for balancer, kind in itertools.product(self.balancers, kinds):
+            self.assertTrue([name for row, name in zip(rows, names) if row[:2] == (balancer, kind) and name in at_one])
+        for (balancer, (kind, stream), _), name, reply in zip(rows, names, replies):
+            with self.subTest(balancer.name, name=name, stream=stream, hit=name in at_one):
+                if kind == "gated" and name in at_one:
+                    self.assertTrue(reply.cut)
+                    self.assertEqual((joined(reply.deltas)["content"], reply.finish), ("I ", None))
+                else:
+                    self.answered(reply, "I am two")
+
+
+# === The local side behind a cluster's address =======================================================================
+
+class VllmDialect(OpenAIDialect):
+    """vLLM's chat completions (vllm/entrypoints/openai, 2026): more fields than OpenAI's, and some fewer."""
+    side, model, path = "local", "Qwen/Qwen3-8B", "/v1/chat/completions"
+    head = head(200, "Content-Type: text/event-stream; charset=utf-8", "Transfer-Encoding: chunked")
+
+    def env(self, url):
+        return {}
+
+    def probe(self):
+        permission = {"id": "modelperm-1", "object": "model_permission", "created": 1790000000, "organization": "*",
+                      "allow_create_engine": False, "allow_sampling": True, "group": None, "is_blocking": False}
+        return {"object": "list", "data": [{"id": self.model, "object": "model", "created": 1790000000,
+                                            "owned_by": "vllm", "root": self.model, "parent": None,
+                                            "max_model_len": 40960, "permission": [permission]}]}
+
+    def events(self, saying, body):
+        deltas = [{"role": "assistant", "content": ""}, *self._deltas(saying.pieces)]
+        chunks = [self.chunk([self._choice(delta)]) for delta in deltas]
+        chunks[0]["prompt_token_ids"] = None
+        chunks.append(self.chunk([{**self._choice({"content": ""}, saying.finish), "stop_reason": None}]))
+        if (body.get("stream_options") or {}).get("include_usage"):
+            chunks.append({**self.chunk([]), "usage": self._usage(saying)})
+        return [*map(data_event, chunks), b"data: [DONE]\n\n"]
+
+    def whole(self, saying):
+        message = {"role": "assistant", "content": text_of(saying), "refusal": None, "annotations": None, "audio": None,
+                   "function_call": None, "tool_calls": [], "reasoning": text_of(saying, Think) or None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": saying.finish,
+                  "stop_reason": None, "token_ids": None}
+        return {**self.chunk([choice]), "object": "chat.completion", "service_tier": None, "system_fingerprint": None,
+                "usage": self._usage(saying), "prompt_logprobs": None, "prompt_token_ids": None,
+                "kv_transfer_params": None}
+
+    def chunk(self, choices, usage_asked=False):
+        return {"id": "chatcmpl-8f14e45f", "object": "chat.completion.chunk", "created": 1790000000,
+                "model": self.model, "choices": choices}
+
+    def _choice(self, delta, finish=None):
+        return {**super()._choice(delta, finish), "token_ids": None}
+
+    def _deltas(self, pieces):
+        for piece in pieces:
+            yield {"reasoning" if isinstance(piece, Think) else "content": piece.text}
+
+    def _usage(self, saying):
+        return {**super()._usage(saying), "prompt_tokens_details": None}
+
+    def error(self, message, kind="BadRequestError", code=400, param=None):
+        return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def old_error(self, message, kind="BadRequestError", code=400):
+        """Until version 0.10."""
+        return {"object": "error", **self.error(message, kind, code)["error"]}
+
+
+VLLM = VllmDialect()
+TOO_LONG = "This model's maximum context length is 40960 tokens. However, you requested 50000 tokens in the messages."
+
+
+@unittest.skipUnless(README, "README.md is not here")
+class Cluster(Case):
+    """The README's command for a local side that is vLLM or Ray Serve, with a scripted upstream in its place."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = cls.keep(Upstream(VLLM, target="openai:{0.model}@{url}/v1"))
+        [command] = commands_of(block("cluster"))
+        cls.flags = shlex.split(replaced(shlex.join(command), {"http://10.0.0.20:8000": cls.upstream.url}))
+        cls.server = cls.keep(running(flags=cls.flags))
+        eventually(lambda: states(cls.server) == {"openai:" + VLLM.model: "ready"})
+
+    def test_an_answer_streamed_and_whole(self):
+        self.upstream.play(answer(Think("Hm."), Text("Hel"), Text("lo"), usage=(9, 7)))
+        for stream in (True, False):
+            reply = ask(self.server, "auto", stream=stream)
+            self.answered(reply, "Hello", by="openai:" + VLLM.model)
+            self.assertEqual(reply.headers["x-oblix-side"], "local")
+            self.assertEqual(reply.message["reasoning"], "Hm.")
+            self.assertEqual((self.upstream.last.path, self.upstream.last.json["model"]), (VLLM.path, VLLM.model))
+            self.assertIsNone(self.upstream.last.headers["Authorization"])
+
+    def test_usage_streamed_and_whole(self):
+        self.upstream.play(answer(Text("Hello"), usage=(9, 7)))
+        for fields, usage in (({}, lambda reply: reply.json["usage"]),
+                              ({"stream": True, **USAGE}, lambda reply: reply.chunks[-1]["usage"])):
+            self.assertEqual(usage(ask(self.server, "auto", **fields))["total_tokens"], 16)
+
+    def test_an_error_keeps_its_words_in_either_shape(self):
+        for shape in (VLLM.error, VLLM.old_error):
+            for status, body, code in (
+                    (400, shape(TOO_LONG), "context_length_exceeded"),
+                    (400, shape("temperature must be non-negative, got -1.0."), "400"),
+                    (404, shape("The model `x` does not exist.", "NotFoundError", 404), "404")):
+                with self.subTest(shape=shape, code=code):
+                    self.upstream.play(whole(status, body))
+                    message = body.get("error", body)["message"]
+                    self.refused(ask(self.server, "openai:" + VLLM.model), status, message, code=code)
+                    self.upstream.play(answer(Text("Hello")))
+                    eventually(lambda: ask(self.server, "openai:" + VLLM.model).status == 200)
+
+    def test_an_error_inside_a_stream_breaks_it_off(self):
+        """Though [DONE] follows, as vLLM has it."""
+        begun = VLLM.events(Saying((Text("Hel"),), "stop", 9, 7), {})[:2]
+        for shape in (VLLM.error, lambda *of: {"error": VLLM.old_error(*of)}):
+            with self.subTest(shape=shape):
+                error = data_event(shape("EngineCore died.", "InternalServerError", 500))
+                self.upstream.play(streamed(VLLM, [*begun, error, b"data: [DONE]\n\n"]))
+                self.broken_off(ask(self.server, "openai:" + VLLM.model, stream=True), "Hel")
+                self.upstream.play(answer(Text("Hello")))
+                eventually(lambda: ask(self.server, "openai:" + VLLM.model).status == 200)
+
+    def test_as_many_at_once_as_the_flag_says_and_the_rest_overflows(self):
+        slots = oblix.Settings.parse(self.flags, {}).local_slots
+        gate = threading.Event()
+        self.upstream.play([gate, *whole(200, VLLM.whole(Saying((Text("Hello"),), "stop", 9, 7)))])
+        with Upstream(OPENAI) as cloud, running(cloud, flags=self.flags) as server, \
+                concurrent.futures.ThreadPoolExecutor(slots) as pool:
+            eventually(lambda: states(server)["openai:" + VLLM.model] == "ready")
+            before = len(self.upstream.requests)
+            asked = [pool.submit(ask, server) for _ in range(slots)]
+            eventually(lambda: len(self.upstream.requests) == before + slots)
+            self.assertEqual(ask(server).headers["x-oblix-side"], "cloud")
+            gate.set()
+            self.assertEqual({reply.result().headers["x-oblix-side"] for reply in asked}, {"local"})
+
+
+# === 15. Real clients ================================================================================================
 # What users of the OpenAI SDKs see.  A *job* is one thing that they do, written once for Python's two clients and once
 # for Node's.  Its outcome, an exception too, is a dict, so one contract holds for all three.
 # At the end a real model, served by llama.cpp, answers through Oblix.
@@ -7323,7 +10807,6 @@ class RealModel(Case):
 # condition, comparison and number of Steady, of the probes' pauses and of losses; each cell and rule of the policy.
 
 LOST = []
-IMPOSSIBLE = "not on this machine"    # why a test is skipped that no installing could help
 
 
 def lose(lost):
