@@ -1608,7 +1608,7 @@ class ConnectivityMonitor(Monitor):
         answered, self._answered = self._answered, False
         try:
             probe = self._fetch(self._watched)
-            facts.update(status=probe.status, latency_ms=round(probe.latency_ms, 1))
+            facts.update(status=probe.status, latency_ms=round(probe.latency_ms, 2))
             models = self._with_spills(probe.models)
             self._models = self._models if models is None else models
         except UpstreamError as error:
@@ -3600,8 +3600,8 @@ class Answer:
             end = text.rfind(b"\n\n") + 2 if self.passes else 0
             passed = self.passes(text[:end]) if self.passes and end > 1 else None
             if passed:
-                self._wire.progress()
                 yield passed
+                self._wire.progress()
                 text = text[end:]
             lines = text.splitlines(True)
             # the last line may go on, and so may a CR that an LF could follow
