@@ -3599,7 +3599,7 @@ class Answer:
             text = b"".join(held)
             end = text.rfind(b"\n\n") + 2 if self.passes else 0
             passed = self.passes(text[:end]) if self.passes and end > 1 else None
-            if passed:
+            if passed is not None:
                 yield passed
                 self._wire.progress()
                 text = text[end:]
