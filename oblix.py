@@ -294,6 +294,7 @@ class Plan:
 
 
 MAX_RETRY_AFTER_S = 600.0
+MOST_TOKENS = 1 << 32        # no window has so many
 MAX_LINE_BYTES = 32 << 20    # of an event in an answer: as much as a request may have; more is an attack
 
 
@@ -533,6 +534,9 @@ class Settings:
             if text and field.name not in found:
                 found.update(_from_variable(parser, field, text))
         found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        for name, value in found.items():
+            if isinstance(value, tuple) and (not value or [] in value):    # argparse's reading of --flag=--
+                raise UsageError(f"--{name.replace('_', '-')} needs a value; see --help")
         settings = cls(**found)
         for field in dataclasses.fields(cls):
             value = getattr(settings, field.name)
@@ -2290,7 +2294,9 @@ def chunk_of(finish_reason: str | None = None, logprobs: Json | None = None, **d
 
 
 def usage_chunk(prompt: int, completion: int, **details: Any) -> Chunk:
-    """The chunk that ends a stream."""
+    """The chunk that ends a stream.  Raises ValueError for counts that none can be."""
+    if max(prompt, completion) >= MOST_TOKENS:
+        raise ValueError("a count of tokens out of range")
     return {"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": completion,
                                      "total_tokens": prompt + completion, **details}}
 
@@ -2896,7 +2902,7 @@ class Claude(Provider):
             **({"completion_tokens_details": {"reasoning_tokens": thinking}} if thinking else {}))
 
     def models(self, listing: Json) -> tuple[Model, ...] | None:
-        return tuple(Model(item["id"], created_at(item.get("created_at"))) for item in listing.get("data") or [])
+        return tuple(Model(str(item["id"]), created_at(item.get("created_at"))) for item in listing.get("data") or [])
 
 
 def _tools_used(turns: Sequence[Json]) -> list[str]:
@@ -3610,8 +3616,7 @@ class Answer:
             yield from (line.rstrip(b"\r\n") for line in lines)
             if any(line[:1] not in b":\r\n" for line in lines):    # counted from when the client has taken it
                 self._wire.progress()
-        if held:
-            yield b"".join(held).rstrip(b"\r")
+        yield from b"".join(held).splitlines()    # nothing more can follow a CR
 
     def mark_complete(self) -> None:
         """The protocol's end mark has come; only the end of the framing may still be missing."""
@@ -3854,6 +3859,10 @@ MAX_MODELS = 4096            # of an endpoint; the largest catalogue known has s
 DETAILS_AT_ONCE = 4          # models that one probe asks the details of: each takes Ollama some milliseconds
 
 
+# What code that takes a well-formed answer for granted trips over in another one.
+NOT_IN_ITS_FORMAT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
 def new_id(prefix: str) -> str:
     """A fresh random id."""
     return prefix + secrets.token_hex(12)
@@ -3880,7 +3889,7 @@ class Prober:
         if answer.status >= 500 or 300 <= answer.status < 400:
             raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
         models = None
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):    # a list in no shape we know
+        with contextlib.suppress(*NOT_IN_ITS_FORMAT):    # a list in no shape we know
             models = (provider.models(listing) or ())[:MAX_MODELS] if answer.status == 200 else None
         return Probe(answer.status, self._described(endpoint, provider, models) if models else models, latency_ms)
 
@@ -3893,7 +3902,7 @@ class Prober:
 
     def _described(self, endpoint: Endpoint, provider: Provider, models: Sequence[Model]) -> tuple[Model, ...]:
         """The models with what the endpoint says of their state, and of a few new ones in detail."""
-        with contextlib.suppress(UpstreamError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        with contextlib.suppress(UpstreamError, RecursionError, *NOT_IN_ITS_FORMAT):
             if provider.state_path:
                 models = provider.with_state(models, loads(self._ask(endpoint, provider.state_path)[1]))
         known, current = self._details.get(endpoint, {}), {model.digest or model.name for model in models}
@@ -3905,7 +3914,7 @@ class Prober:
                 details[model.digest or model.name] = {name: said.get(name) for name in ("model_info", "capabilities")}
         described = []
         for model in models:
-            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            with contextlib.suppress(*NOT_IN_ITS_FORMAT):
                 model = provider.with_details(model, details.get(model.digest or model.name, {}))
             described.append(model)
         return tuple(described)
@@ -4452,7 +4461,7 @@ class Course:
             with contextlib.closing(self._open(request, target, context, limits)) as answer:
                 try:
                     yield answer
-                except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                except NOT_IN_ITS_FORMAT as error:
                     raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
                 except UpstreamError as error:
                     error.message = redact(error.message, target.endpoint.key)
@@ -4700,7 +4709,7 @@ def tokens_of(answer: Json) -> int:
     """The completion tokens that an answer or a chunk tells of, or 0."""
     usage = answer.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
-    return tokens if isinstance(tokens, int) and 0 <= tokens < 1 << 32 else 0    # no window has more
+    return tokens if isinstance(tokens, int) and 0 <= tokens < MOST_TOKENS else 0
 
 
 # What asks another model to go on.  A prefill would be shorter, but the newer Claude models refuse one.
@@ -4714,7 +4723,8 @@ def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
     """What a stream said before it broke off, if another model may continue it: plain text that had not ended."""
     deltas = [choice.get("delta") or {} for chunk in said for choice in choices_of(chunk)]
     ended = any(choice.get("finish_reason") for chunk in said for choice in choices_of(chunk))
-    plain = all(name in ("role", "content", "refusal") for delta in deltas for name in delta if delta[name])
+    plain = all(name in ("role", "content", "refusal") and isinstance(delta[name], str)
+                for delta in deltas for name in delta if delta[name])
     if ended or not plain or _NOT_CONTINUED & request.body.keys():
         return ""
     return "".join(delta.get("content") or "" for delta in deltas)
@@ -4741,7 +4751,8 @@ def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iter
         for choice in choices_of(chunk):
             delta = {name: value for name, value in (choice.get("delta") or {}).items() if name != "role"}
             if held is not None:
-                held += delta.pop("content", None) or ""
+                content = delta.pop("content", None)
+                held += content if isinstance(content, str) else ""
                 if len(held) >= min(OVERLAP, len(text)) or choice.get("finish_reason"):
                     rest, held = without_overlap(text, held), None
                     delta.update({"content": rest} if rest else {})
