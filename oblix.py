@@ -32,6 +32,7 @@ Promises, each held by a test of its name
 Who owns which state
   monitors' readings     each monitor's own thread writes its one attribute; everybody reads it without a lock (4)
   idle connections       deques of the transport, whose append and pop are atomic (7)
+  ways to upstreams      a dict of the transport, whose entries are made anew by whoever finds them old (7)
   TLS context            made by the first thread that needs it; a second one made at once is just dropped (7)
   evidence of requests   a monitor's deque of losses and its wake-up, whose operations are atomic (4)
   loads under way        a dict of the loader, whose setdefault and del are atomic (9)

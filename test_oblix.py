@@ -6270,7 +6270,30 @@ class Documented(Case):
                              ("as long as it says, up to %g;", oblix.MAX_RETRY_AFTER_S)):
             self.assertIn(words.replace("%g", "%g" % value), README.replace("\n", " "))
         self.assertIn("after ten seconds of better ones (`--better-after-s`)", README)
+        limits = README.partition("### Limits")[2].partition("\n## ")[0]
+        for words, *values in LIMITS:
+            shown = tuple("%g" % value if value < 1000 else format(value, ",") for value in values)
+            self.assertIn(words % shown, limits)
         self.assertEqual((settings.better_after_s, oblix.Monitor.worse_after, oblix.WARM_AGAIN_S), (10, 2, 300))
+
+
+MIB, KIB = 1 << 20, 1 << 10
+LIMITS = [  # what the README's table of limits says, and the numbers in it
+    ("| %s MiB (`--max-body-mib`); those under way together %s MiB |", oblix.Settings().max_body_mib,
+     oblix.MAX_BODIES_BYTES / MIB),
+    ("| %s levels, %s commas, colons and brackets, %s digits a number |", oblix.MAX_JSON_DEPTH, oblix.MAX_JSON_MARKS,
+     oblix.MAX_DIGITS),
+    ("| %s KiB, %s KiB, %s KiB or %s headers |", oblix.MAX_REQUEST_LINE / KIB, oblix.MAX_FIELD_LINE / KIB,
+     oblix.MAX_HEAD_BYTES / KIB, oblix.MAX_FIELDS),
+    ("| %s s from the first byte to the last |", oblix.HEAD_S),
+    ("| %s s, and one more for each %s KiB that has come |", oblix.BODY_S, oblix.BODY_BYTES_PER_S / KIB),
+    ("| %s s | it is closed |", oblix.IDLE_CLIENT_S), ("| %s s | it is dropped, and the model stopped |", oblix.SEND_S),
+    ("| %s (`--max-requests`) | 503", oblix.Settings().max_requests),
+    ("| %s, %s, %s MiB | a fault", oblix.MAX_LINE_BYTES / MIB, oblix.MAX_BODY_BYTES / MIB,
+     oblix.MAX_STREAM_BYTES / MIB),
+    ("| %s | the others are left out |", oblix.MAX_MODELS), ("| %s each | the oldest", oblix.MAX_REMEMBERED),
+    ("| %s, for %s s each |", oblix.MAX_IDLE, oblix.IDLE_S),
+]
 
 
 # === 11. Server ======================================================================================================
