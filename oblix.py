@@ -3477,14 +3477,14 @@ class Answer:
                 raise ConnectionResetError("no whole head")
             self._held += piece
             end = _HEAD_END.search(self._held)
-        lines = self._held[:end.start()].decode("latin-1").splitlines()
+        first, *lines = re.split(b"\r?\n", self._held[:end.start()])
         self._held = self._held[end.end():]
-        found = _STATUS_LINE.fullmatch(lines[0].encode("latin-1"))
+        found = _STATUS_LINE.fullmatch(first)
         if not found:
             raise ValueError("no status line")
         self._version, self.status = found[1], int(found[2])
-        pairs = (line.partition(":") for line in lines[1:])
-        self._fields = {name.strip().lower(): value.strip() for name, _, value in pairs}
+        pairs = (line.decode("latin-1").partition(":") for line in lines)
+        self._fields = {name.strip(" \t").lower(): value.strip(" \t") for name, _, value in pairs}
 
     def _set_framing(self) -> None:
         """Where the body ends (RFC 9112, 6.3).  Raises ValueError."""
