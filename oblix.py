@@ -418,7 +418,20 @@ def loads(text: str | bytes) -> Any:
 
     Raises ValueError, RecursionError.
     """
+    if too_rich(text):
+        raise ValueError("too many values")
     return _JSON.decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
+
+
+# Each comma, colon or bracket costs up to some 100 bytes of memory once it is parsed ("[[],[],…" 30 times its size);
+# and one in a text is about a token, of which no model takes a million.
+MAX_JSON_MARKS = 1 << 20
+
+
+def too_rich(text: str | bytes) -> bool:
+    """Whether JSON may have so many values that it is a trap."""
+    marks: Any = ",:[{" if isinstance(text, str) else (b",", b":", b"[", b"{")
+    return len(text) > MAX_JSON_MARKS and sum(map(text.count, marks)) > MAX_JSON_MARKS
 
 
 def dumps(value: Any) -> bytes:
@@ -965,7 +978,7 @@ def _refuse(param: str, complaint: str | None) -> None:
 
 def _json_object(raw: bytes) -> Json:
     """The body as an object.  Raises BadRequest for whatever else it is."""
-    if len(raw) > MAX_JSON_MARKS and sum(map(raw.count, _MARKS)) > MAX_JSON_MARKS:
+    if too_rich(raw):
         raise BadRequest(f"The body has more than {MAX_JSON_MARKS:,} commas, colons and brackets.", code="invalid_json")
     try:
         body = loads(raw)
@@ -979,12 +992,6 @@ def _json_object(raw: bytes) -> Json:
     if raw.count(b"{") + raw.count(b"[") > MAX_JSON_DEPTH and deeper_than(body, MAX_JSON_DEPTH):
         raise BadRequest(f"The body nests more than {MAX_JSON_DEPTH} levels deep.", code="invalid_json")
     return body
-
-
-# Each costs up to some 100 bytes of memory once it is parsed ("[[],[],…" 30 times its size); and a comma in a text is
-# about a token, of which no model takes a million.
-MAX_JSON_MARKS = 1 << 20
-_MARKS = (b",", b":", b"[", b"{")
 
 
 def _without_content(error: ValueError) -> str:
@@ -3596,6 +3603,7 @@ class Answer:
         Whole events that `passes` takes come as it makes them.
         """
         held, size = [], 0    # the pieces of a line whose end has not come
+        fresh = True          # they are an event's first
         for piece in self._pieces():
             held.append(piece)
             size += len(piece)
@@ -3604,7 +3612,7 @@ class Answer:
             if b"\n" not in piece and b"\r" not in piece:
                 continue
             text = b"".join(held)
-            end = text.rfind(b"\n\n") + 2 if self.passes else 0
+            end = text.rfind(b"\n\n") + 2 if self.passes and fresh else 0
             passed = self.passes(text[:end]) if self.passes and end > 1 else None
             if passed is not None:
                 yield passed
@@ -3615,6 +3623,7 @@ class Answer:
             held = [lines.pop()] if lines and not text.endswith(b"\n") else []
             size = sum(map(len, held))
             yield from (line.rstrip(b"\r\n") for line in lines)
+            fresh = fresh if not lines else not lines[-1].strip(b"\r\n")
             if any(line[:1] not in b":\r\n" for line in lines):    # counted from when the client has taken it
                 self._wire.progress()
         yield from b"".join(held).splitlines()    # nothing more can follow a CR
@@ -4629,6 +4638,8 @@ class Stencil:
 
     def passes(self, events: bytes) -> Passed | None:
         """Whole events as the client may see them, or None where they have to be read."""
+        if len(events) > MAX_PASSED:    # while it is searched no other thread runs
+            return None
         if self._before and self._fits(events):
             self._chances = self.chances
             return Passed(events.replace(self._before, self._new_before).replace(self._after, self._new_after))
@@ -4642,12 +4653,13 @@ class Stencil:
         before, after, number = self._before, self._after, events.count(b"\n\n")
         if not (events.startswith(before) and events.endswith(after)
                 and number == events.count(before) == events.count(after)
+                and number == events.count(after + before) + 1    # so each begins with the one and ends with the other
                 and len(events.translate(None, _CONTROLS)) == len(events) - 2 * number):
             return False
         if b"\\" not in events:
-            return events.count(b'"') == number * (before + after).count(b'"') and _is_utf8(events)
-        texts = [event[len(before):] for event in events.split(after)[:-1]]
-        return all(map(_LITERAL.fullmatch, texts)) and _is_utf8(events)
+            return events.count(b'"') == number * (before + after).count(b'"') and _is_plain(events)
+        return _is_plain(events) and all(event.startswith(before) and _LITERAL.fullmatch(event, len(before))
+                                         for event in events.split(after)[:-1])
 
     def _study(self, event: bytes) -> None:
         """Make the stencil of an event, if it says a text and nothing else."""
@@ -4660,7 +4672,7 @@ class Stencil:
         except (ValueError, RecursionError):
             return
         choices = choices_of(chunk)
-        if len(choices) != 1 or choices[0].get("index") != 0 or choices[0].get("finish_reason") or (
+        if chunk.get("choices") != choices or len(choices) != 1 or choices[0].get("index") != 0 or choices[0].get("finish_reason") or (
                 list(choices[0].get("delta") or ()) != ["content"] or chunk.get("error") or chunk.get("usage")):
             return
         shown = sse(for_client({**self._envelope, **chunk, "model": self._model}, self._include_usage) or {})
@@ -4670,14 +4682,20 @@ class Stencil:
             self._new_before, self._new_after = shown[:new.start(1)], shown[new.end(1):]
 
 
-_LITERAL = re.compile(rb'(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*')    # what stands between a JSON string's quotes
+MAX_PASSED = 256 << 10    # bytes; what has come at once is 64 KiB, and a piece of an event before it
+# What stands between a JSON string's quotes, written so that it takes no stack for each character.
+_LITERAL = re.compile(rb'[^"\\]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\]*)*')
 _CONTENT_IN = re.compile(rb'"content": ?"(' + _LITERAL.pattern + rb')"')
 _CONTROLS = bytes(range(32))
 
 
-def _is_utf8(data: bytes) -> bool:
+_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
+
+
+def _is_plain(data: bytes) -> bool:
+    """Whether it is UTF-8, without the line ends that clients which use str.splitlines would see in it (httpx does)."""
     try:
-        return data.isascii() or bool(data.decode())
+        return data.isascii() or not _LINE_ENDS.search(data.decode())
     except UnicodeDecodeError:
         return False
 
@@ -4823,8 +4841,8 @@ def models_body(models: Iterable[tuple[str, int, str]]) -> Json:
 # event, and the end.  It knows nothing of targets.
 
 HEAD_S = 20.0                   # from the first byte of a head to its last; they come in one packet
-BODY_S = 30.0                   # for a body's first byte, and
-BODY_BYTES_PER_S = 8 << 10      # the slowest that one may come on average: a poor mobile link
+BODY_S = 30.0                   # for a body's first byte, and between any two
+BODY_BYTES_PER_S = 8 << 10      # the slowest that one may come after that, on average: a poor mobile link
 IDLE_CLIENT_S = 75.0            # between requests; SDKs drop idle connections after 4-5 s, proxies after 60
 SEND_S = 60.0                   # in which a client takes nothing of its answer
 LINGER_S = 2.0                  # for the rest of a body that is refused
@@ -4866,7 +4884,7 @@ class _Inbound(io.RawIOBase):
             raise BadRequest("The request came too slowly.", status=408, code="request_too_slow") from None
         if self.silent:
             self.fresh, self.silent, self._deadline = False, False, time.monotonic() + HEAD_S
-        self._deadline += size / self._bytes_per_s
+        self._deadline = min(self._deadline + size / self._bytes_per_s, time.monotonic() + BODY_S)
         return size
 
 
@@ -4878,7 +4896,7 @@ class Admission:
         self.max_body_bytes = min(max_body_bytes, MAX_BODIES_BYTES)
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()    # guarded by _lock, as all that follows
-        self._waiting: collections.OrderedDict[_Inbound, None] = collections.OrderedDict()    # for a whole request
+        self._waiting: collections.OrderedDict[_Inbound, None] = collections.OrderedDict()    # no answer is due
         self._requests = self._bytes = 0
         self.stopping = self.ended = False    # no new client is let in; what runs is being ended
 
@@ -4891,7 +4909,7 @@ class Admission:
             self.make_room()
 
     def make_room(self) -> None:
-        """Close the connection that has gone longest without a whole request: idle, or sending one slowly."""
+        """Close the connection that has gone longest without a chat request: idle, sending slowly, reading nothing."""
         with self._lock:
             slowest = self._waiting.popitem(last=False)[0] if self._waiting else None
         if slowest:
@@ -4903,13 +4921,13 @@ class Admission:
             self._open.discard(connection)
 
     def wait(self, inbound: _Inbound) -> None:
-        """A client has no whole request here."""
+        """A client has no chat request here that is being answered."""
         with self._lock:
             self._waiting[inbound] = None
             self._waiting.move_to_end(inbound)
 
     def serve(self, inbound: _Inbound) -> None:
-        """A client's request has come whole, or the client has gone."""
+        """A client's chat request is being answered, or the client has gone."""
         with self._lock:
             self._waiting.pop(inbound, None)
 
@@ -4920,7 +4938,7 @@ class Admission:
             if not full:
                 self._requests, self._bytes = self._requests + requests, self._bytes + size
         if full:
-            raise too_much()
+            raise too_much("--max-requests" if requests > 0 else "all requests under way are too large")
 
     @property
     def full(self) -> bool:
@@ -4957,9 +4975,9 @@ class Admission:
             _hang_up(connection, socket.SHUT_RDWR)
 
 
-def too_much() -> Busy:
+def too_much(what: str) -> Busy:
     """What a client is told that asks when Oblix has enough to do."""
-    return Busy("Oblix has as much to do as it takes on at once (--max-requests); ask again in a moment.",
+    return Busy(f"Oblix has as much to do as it takes on at once ({what}); ask again in a moment.",
                 retry_after_s=AGAIN_S)
 
 
@@ -5088,7 +5106,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         if not size and "content-length" not in self.head.fields:
             raise BadRequest("Send the body's size as one decimal Content-Length.", status=411, code="bad_framing")
         if self.admission.full:
-            raise too_much()    # before the body is waited for
+            raise too_much("--max-requests")    # before the body is waited for
         self._check_size(size)
         if expected and self.head.version != "HTTP/1.0":
             self.wfile.write(CONTINUE_NOW)
@@ -5096,7 +5114,6 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         body = self._chunked_body() if size == CHUNKED else self._exactly(size)
         self._unread = False
         self.told["bytes_in"] = len(body)
-        self.admission.serve(self._inbound)
         return body
 
     def _check_size(self, size: int) -> None:
@@ -5271,7 +5288,6 @@ class _Handler(_Connection):
                              status=405, code="method_not_allowed")
         if path == "/chat/completions":
             return self._chat()
-        self.admission.serve(self._inbound)
         if path == "/":
             return self.reply(200, PAGE.encode(), PAGE_HEADERS)
         if path == "/health":
@@ -5300,6 +5316,7 @@ class _Handler(_Connection):
         request = parse_request(self.body())
         self.told["asked"] = request.model
         self.admission.take(1, 0)
+        self.admission.serve(self._inbound)
         events = _Events(self)
         try:
             self._answer(request, events)
@@ -5309,6 +5326,7 @@ class _Handler(_Connection):
             events.fail(error)
             self.told["error"] = error.code or error.type
         finally:
+            self.admission.wait(self._inbound)    # who does not read an error may be sent away
             self.admission.take(-1, 0)
 
     def _answer(self, request: ChatRequest, events: _Events) -> None:
