@@ -1949,7 +1949,8 @@ def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
         return None
     own = reading_of(target, readings)
     loaded = [model.size for model in (own and own.models) or () if not model.cold]
-    return float(facts["memory_free_mb"] + facts.get("gpu_memory_free_mb", 0)) * 2**20 + sum(loaded)
+    free: float = (facts["memory_free_mb"] + facts.get("gpu_memory_free_mb", 0)) * 2**20
+    return free + sum(loaded) if max(loaded, default=0) < 1 << 60 else None    # more than there is: nothing is known
 
 
 def _burden(target: Target, model: Model | None, snapshot: Snapshot) -> tuple[str, str]:
@@ -3262,7 +3263,7 @@ class _Poll:
         if self._poller:
             found = [descriptor for descriptor, _ in self._poller.poll(math.ceil(timeout_s * 1000))]
         else:
-            found = select.select(list(self._watched), [], [], timeout_s)[0]
+            found = select.select(list(self._watched), [], [], timeout_s)[0] if self._watched else []
         return [self._watched[descriptor] for descriptor in found]
 
 
@@ -3490,19 +3491,24 @@ class Answer:
         if not found:
             raise ValueError("no status line")
         self._version, self.status = found[1], int(found[2])
-        pairs = (line.decode("latin-1").partition(":") for line in lines)
-        self._fields = {name.strip(" \t").lower(): value.strip(" \t") for name, _, value in pairs}
+        self._fields: dict[str, str] = {}
+        for line in lines:
+            name, _, value = line.decode("latin-1").partition(":")
+            name, value = name.strip(" \t").lower(), value.strip(" \t")
+            if name in ("content-length", "transfer-encoding") and self._fields.get(name, value) != value:
+                raise ValueError("two framings")
+            self._fields[name] = value
 
     def _set_framing(self) -> None:
-        """Where the body ends (RFC 9112, 6.3).  Raises ValueError."""
-        length, option = self._fields.get("content-length"), self._fields.get("connection", "").lower()
-        self._chunked = self._fields.get("transfer-encoding", "").lower() == "chunked"
+        """Where the body ends (RFC 9112, 6.3).  Raises ValueError for what two readers might not agree on."""
+        length, coding = self._fields.get("content-length"), self._fields.get("transfer-encoding", "").lower()
+        if coding not in ("", "identity", "chunked") or not re.fullmatch("[0-9]{1,18}", length or "0"):
+            raise ValueError("unknown framing")
+        option, self._chunked = self._fields.get("connection", "").lower(), coding == "chunked"
         self._counted = not self._chunked and (length is not None or self.status in (204, 304))
         if self._counted:
             self._left = int(length or 0) if self.status not in (204, 304) else 0
             self._complete = not self._left
-        if self._left < 0:
-            raise ValueError("negative length")
         self._keeps_open = "close" not in option and (self._version == b"1" or "keep-alive" in option)
 
     @property
@@ -4474,7 +4480,9 @@ class Course:
                 except NOT_IN_ITS_FORMAT as error:
                     raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
                 except UpstreamError as error:
-                    error.message = redact(error.message, target.endpoint.key)
+                    for name in ("message", "code", "type", "param"):
+                        if getattr(error, name):
+                            setattr(error, name, redact(getattr(error, name), target.endpoint.key))
                     raise
 
     def _took_a_free_slot(self, target: Target) -> bool:
@@ -4560,6 +4568,7 @@ class Course:
 
 
 MAX_SAID = 32_768     # chunks of a stream that are kept to be continued, some 1 KB each; a longer one is not
+MAX_HELD = 4096       # chunks that say nothing before the first that does; a few are usual
 LOAD_RETRY_S = 5.0    # what a client is told to wait whom only a loading model could have answered
 
 
@@ -4588,6 +4597,8 @@ def _until_content(stream: Iterator[Chunk]) -> list[Chunk]:
         held.append(chunk)
         if has_content(chunk):
             break
+        if len(held) > MAX_HELD:
+            raise UpstreamError(f"no content in {MAX_HELD} pieces", code="bad_upstream_answer")
     return held
 
 
@@ -4672,8 +4683,10 @@ class Stencil:
         except (ValueError, RecursionError):
             return
         choices = choices_of(chunk)
-        if chunk.get("choices") != choices or len(choices) != 1 or choices[0].get("index") != 0 or choices[0].get("finish_reason") or (
-                list(choices[0].get("delta") or ()) != ["content"] or chunk.get("error") or chunk.get("usage")):
+        if chunk.get("choices") != choices or len(choices) != 1 or chunk.get("error") or chunk.get("usage"):
+            return
+        if choices[0].get("index") != 0 or choices[0].get("finish_reason") or (
+                list(choices[0].get("delta") or ()) != ["content"]):
             return
         shown = sse(for_client({**self._envelope, **chunk, "model": self._model}, self._include_usage) or {})
         new = _CONTENT_IN.search(shown)
@@ -5331,7 +5344,7 @@ class _Handler(_Connection):
 
     def _answer(self, request: ChatRequest, events: _Events) -> None:
         """Pass on what the gateway answers.  Raises OblixError, ClientGone."""
-        client = Client(self.connection, events.beat if request.stream else lambda: None)
+        client = Client(self.connection, functools.partial(self._beat, events if request.stream else None))
         try:
             served = self.server.gateway.answer(request, client)
             headers = answer_headers(served.target, served.reason, served.attempts)
@@ -5349,6 +5362,13 @@ class _Handler(_Connection):
             if not self.admission.ended:
                 raise
             raise shutting_down() from None
+
+    def _beat(self, events: _Events | None) -> None:
+        """Let a waiting client know that we are here.  Raises ClientGone, too, where it is us who are going."""
+        if self.admission.ended:
+            raise ClientGone
+        if events:
+            events.beat()
 
     def _stream(self, chunks: Iterator[Chunk], include_usage: bool, events: _Events) -> None:
         """Relay the chunks.  Raises UpstreamError where they are cut off."""
@@ -5596,7 +5616,9 @@ class Server:
         self.gateway.close()
 
 
-LAST_WORDS_S = 1.0    # for the threads of requests that are being ended to say so
+# For the threads of requests that are being ended to say so; where the half-closed connection of their client does not
+# wake them up they look after BEAT_S.
+LAST_WORDS_S = 1.0 if sys.platform == "linux" else 3.0
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 # requires-python = ">=3.9"
 # dependencies = ["psutil"]
 # ///
-"""The tests of oblix.py: `python test_oblix.py`.
+"""The tests of oblix.py: `python test_oblix.py`; and `python test_oblix.py fuzz SECONDS`, `soak SECONDS`, `bench`.
 
 They ask as a client asks, over a real socket, in front of upstreams that play a *script*: the bytes that Ollama, OpenAI
 or Claude would send, with a fault wherever one is wanted.  The scripts are written from the services' documents and
@@ -17,6 +17,7 @@ never from oblix.py, or both would share one mistake.
 The parts have the numbers of the sections of oblix.py.  Where a part is a table, one row is one fact.
 With psutil alone everything runs but part 15 (real clients); OBLIX_TEST_ALL=1 makes a skipped test a failure.
 """
+import argparse
 import ast
 import asyncio
 import collections
@@ -35,6 +36,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import plistlib
@@ -56,6 +58,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import types
 import unittest
 import urllib.parse
@@ -401,7 +404,8 @@ def read_request(stream, connection, pace=0.0):
         return None
     headers = http.client.parse_headers(stream)
     size = int(headers.get("Content-Length") or 0)
-    return Request(line, headers, b"".join(map(piece, range(0, size, 1 << 16))), connection)
+    body = b"".join(map(piece, range(0, size, 1 << 16)))
+    return Request(line, headers, body, connection) if len(body) == size else None    # it was broken off
 
 
 class Upstream:
@@ -6289,7 +6293,7 @@ LIMITS = [  # what the README's table of limits says, and the numbers in it
     ("| %s s, and one more for each %s KiB that has come |", oblix.BODY_S, oblix.BODY_BYTES_PER_S / KIB),
     ("| %s s | it is closed |", oblix.IDLE_CLIENT_S), ("| %s s | it is dropped, and the model stopped |", oblix.SEND_S),
     ("| %s (`--max-requests`) | 503", oblix.Settings().max_requests),
-    ("| %s, %s, %s MiB | a fault", oblix.MAX_LINE_BYTES / MIB, oblix.MAX_BODY_BYTES / MIB,
+    ("| %s, %s, %s MiB, and JSON", oblix.MAX_LINE_BYTES / MIB, oblix.MAX_BODY_BYTES / MIB,
      oblix.MAX_STREAM_BYTES / MIB),
     ("| %s | the others are left out |", oblix.MAX_MODELS), ("| %s each | the oldest", oblix.MAX_REMEMBERED),
     ("| %s, for %s s each |", oblix.MAX_IDLE, oblix.IDLE_S),
@@ -10833,6 +10837,1974 @@ class RealModel(Case):
 # idle connections tried in turn; a large body sent under one time limit; a drip of a probe awaited to its end; each
 # condition, comparison and number of Steady, of the probes' pauses and of losses; each cell and rule of the policy.
 
+
+# === 16. Proving: fuzzing ============================================================================================
+# `python py fuzz SECONDS [SEED [PART:NUMBER]]`: damaged requests, answers, listings, heads and flags.
+# Each case is made from the seed, its part and its number alone, so that it can be had again.  Whatever comes, it ends
+# soon, in nothing but what is documented to be raised; the server answers in sound HTTP, and never with a 500.
+
+CASE_S = 5.0            # no case takes nearly that long
+MOST_MIB = 400          # of memory, after however many cases; each may be of some 100 KB
+DECODER_FAULTS = (oblix.UpstreamError, *oblix.NOT_IN_ITS_FORMAT)    # _exchanging's
+
+
+class Hung(BaseException):
+    """A case takes too long.  No Exception, so that no code under test can take it for one of its own."""
+
+
+@contextlib.contextmanager
+def soon():
+    """Raise Hung in a block that takes too long: at once in the main thread of a POSIX system, else after it."""
+    timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+
+    def ring(*_):
+        raise Hung("no end after %s s" % CASE_S)
+    if timed:
+        before = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, CASE_S)
+    try:
+        with Took() as took:
+            yield
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    if took.seconds > CASE_S:
+        raise Hung("it took %.1f s" % took.seconds)
+
+
+# --- 16. Damage ------------------------------------------------------------------------------------------------------
+
+HTTP_WORDS = [
+    b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b",", b";", b"\x0b", b"\x0c", b"\x1c", b"\x85", b"\xa0", b"\xff",
+    b"%00", b"%0d%0a", b"/../", b"//", b"://", b"?", b"#", b"@", b"[::1]", b"/v1", b"HTTP/1.0", b"HTTP/2.0", b"close",
+    b"keep-alive", b"chunked", b"identity", b"gzip", b"0", b"-1", b"+5", b"0x5", b"1_0", b"ffffffff", b"9" * 19,
+    b"\r\n0\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b" HTTP/1.1", b"x" * 9000, b"X: y\r\n" * 120, b"*",
+    b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n", b"Host: localhost\r\n",
+    b"Transfer-Encoding : chunked\r\n", b"Transfer-Encoding:\tchunked\r\n", b"Expect: 100-continue\r\n", b" folded\r\n",
+    b"Connection: close\r\n", b"Origin: http://localhost\r\n", b"Origin: null\r\n", b"Content-Type: text/plain\r\n",
+    b"Authorization: Bearer x\r\n", b"api-key: \xe9\r\n", b"Access-Control-Request-Method: POST\r\n",
+    b"Access-Control-Request-Headers: a\x80, b\r\n", b"Content-Encoding: gzip\r\n", b"retry-after: 9e99\r\n",
+    b"retry-after-ms: nan\r\n", b"retry-after: Mon, 99 Nov 99999 25:00:00 GMT\r\n", b"openai-processing-ms: 1e999\r\n",
+    b"HTTP/1.1 103 Early Hints\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"Content-Type: text/html\r\n",
+]
+JSON_WORDS = [
+    b"null", b"true", b"false", b"0", b"-0", b"-1", b"1.5", b"1e308", b"1e999", b"-1e999", b"NaN", b"Infinity",
+    b"9" * 400, b"9" * 4300, b"9" * 4301, b"-" + b"9" * 400, b'""', b'"\\ud800"', b'"\\u0000"', b'"\\u2028"', b'"\xff"',
+    b'"\xf0\x9f\x8e\x88"', b'"\\n\\r"', b"[]", b"{}", b"[[]]", b"[{}]", b"[null]", b'{"a":null}', b'{"a":{}}', b'"a"',
+    b'"sk-abcdefgh"', b'"length"', b'"stop"', b'"tool_use"', b'{"error":{"message":5}}', b'[{"type":"text"}]',
+    b'"' + b"x" * 70000 + b'"', b"[" + b"0," * 3000 + b"0]", b'{"index":0}', b"1,", b"}", b"{", b"[", b'"', b"\\", b"]",
+    b'"2026-13-01T00:00:00Z"', b'"0001-01-01T00:00:00Z"', b'"9" ', b'"text"', b'"image_url"', b'"\\u0661"',
+]
+STREAM_WORDS = [b"\n", b"\r", b"\r\n", b"\n\n", b"data: ", b"data:", b"data: [DONE]\n\n", b"event: error\n",
+                b": ping\n\n",
+                b"\xef\xbb\xbf", b"id: 1\n", b"retry: 5\n", b"\xff", b"\0", b"\xe2\x80\xa8", b"\x0b", b"\x85"]
+
+
+def nested(chance):
+    """JSON of a great depth: around the limit for requests, and around those of the interpreter."""
+    limit = sys.getrecursionlimit()
+    depth = chance.choice([99, 100, 101, chance.randrange(limit - 150, limit + 10), chance.randrange(limit // 2, limit),
+                           chance.randrange(20_000)])
+    start, end = chance.choice([(b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]")])
+    return start * depth + b"1" + end * depth
+
+
+def mangled(data, chance, words, others=()):
+    """These bytes, damaged in up to four places."""
+    for _ in range(chance.choice((1, 1, 1, 2, 2, 3, 4))):
+        at, size = chance.randrange(len(data) + 1), chance.choice((1, 1, 1, 2, 4, 8, 40, 400))
+        way = chance.randrange(11)
+        if way == 0:
+            data = data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1:] if at < len(data) else data
+        elif way == 1:
+            data = data[:at] + data[at + size:]
+        elif way == 2:
+            data = data[:at] + bytes(chance.randrange(256) for _ in range(chance.randrange(1, 9))) + data[at:]
+        elif way in (3, 4):
+            data = data[:at] + chance.choice(words) + data[at + chance.choice((0, 0, size)):]
+        elif way == 5 and others:
+            other = chance.choice(others)
+            data = data[:at] + other[chance.randrange(len(other) + 1):]
+        elif way == 6:
+            data = data[:at + size] + data[at:]
+        elif way == 7:
+            data = data[:at] if chance.random() < 0.3 else data
+        elif way == 8:
+            data = shuffled(data, chance)
+        elif way == 10:
+            lines = data.splitlines(True)
+            lines.insert(chance.randrange(len(lines) + 1), chance.choice(words))
+            data = b"".join(lines)
+        else:
+            ends = [found.span() for found in re.finditer(rb"\r\n|\n", data)]
+            start, end = chance.choice(ends or [(at, at)])
+            data = data[:start] + chance.choice([b"\n", b"\r", b"\r\r\n", b"\n\r", b"\r\n\r\n", b"", b" \r\n",
+                                                 b"\0"]) + data[end:]
+    return data
+
+
+def shuffled(data, chance):
+    """The same lines, of which one is said again, moved or left out."""
+    lines = data.splitlines(True) or [b""]
+    line = lines[chance.randrange(len(lines))]
+    if chance.random() < 0.6:
+        lines.remove(line)
+    for _ in range(chance.randrange(3)):
+        lines.insert(chance.randrange(len(lines) + 1), line)
+    return b"".join(lines)
+
+
+def twisted(tree, chance, words=tuple(JSON_WORDS)):
+    """This JSON as bytes, with one to three of its values, anywhere, become others, wrong ones, or none."""
+    fragments = []
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
+        way = chance.choice([way for way in places(tree) if way] or [()])
+        fragments.append(nested(chance) if chance.random() < 0.15 else chance.choice(words))
+        tree = changed(tree, way, "@%d@" % (len(fragments) - 1))
+    text = json.dumps(tree, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    for number, fragment in enumerate(fragments):
+        text = text.replace(b'"@%d@"' % number, fragment)
+    return text
+
+
+def either(tree, chance, others=()):
+    """This JSON damaged as JSON or as bytes, seldom not at all."""
+    way = chance.random()
+    if way < 0.6:
+        return twisted(tree, chance)
+    data = json.dumps(tree).encode()
+    return mangled(data, chance, JSON_WORDS, [json.dumps(other).encode() for other in others]) if way < 0.95 else data
+
+
+# --- 16. What is damaged: requests, heads and flags -------------------------------------------------------------------
+
+RICH_SAYING = Saying(RICH, "tool_calls", 9, 7)
+PLAIN_SAYING = Saying((Text("Hel"), Text("lo")), "stop", 9, 7)
+BODIES = [FULL, chat(), chat(stream=True),
+          chat(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "now"}}),
+          {"model": "auto", **talk(system("a"), user(part("b"), image(PNG_URL)), assistant(None, X1),
+                                  result("x1", "3"))},
+          chat(response_format={"type": "json_object"}, options={"num_ctx": 5}, stop="a", seed=1),
+          {"model": "auto", "messages": [{"role": "assistant", "content": None,
+                                          "function_call": {"name": "f", "arguments": "{"}},
+                                         {"role": "function", "name": "f", "content": "5"}]}]
+HEADS = [
+    b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nUser-Agent: a\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:5\r\nContent-Type: application/json; charset=utf-8\r\n"
+    b"Authorization: Bearer k\r\nContent-Length: 5\r\nConnection: keep-alive, TE\r\n",
+    b"POST http://localhost:80/v1/chat/completions?a=b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: Chunked\r\n"
+    b"content-type:application/x+json\r\nExpect: 100-continue\r\napi-key: \t k \r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: [::1]:80\r\nOrigin: http://localhost:3000\r\nAccess-Control-Request-Method: POST\r\n"
+    b"Access-Control-Request-Headers: authorization, x\r\nAccess-Control-Request-Private-Network: true\r\n",
+    b"GET /health HTTP/1.0\r\nX-A: \xe4\xf6\r\nX-A: b\r\nCookie: a=b\r\n",
+    b"HEAD / HTTP/1.1\r\nhost:a.localhost\r\nx:\r\n",
+]
+GUARDS = [oblix.Guard(), oblix.Guard("k", frozenset(["x"]), frozenset(["http://a.example"])),
+          oblix.Guard("", origins=frozenset("*"))]
+FLAG_WORDS = ["", "-", "--", "--=", "=", "a", "5", "-5", "1e9", "nan", "inf", "1e999", "٣", "½", "9" * 5000, "\0",
+              "\n", "\ud800",
+              "ä", "%s", "%", "@x", "ollama:a", "openai:b@http://[::1]:99999/v1", "openai:@@http://x", "claude:", ",",
+              ",,",
+              "a,b", "local", "cloud", "fast", "error", "0.0.0.0", "::", "[::1]", "check", "-h", "--version", "true",
+              "False", "on",
+              "http://", "https://ollama.com", "ollama:m@http://h/é", "openai:x@http://é.example:80", "\r", "\x1b[31m",
+              "h:" + "9" * 5000, "http://[", "http://]:1", "[", "]:", "\"", "://", "ftp://a", "a b", "http://a:b@c:1",
+              "::1:5"]
+NAMED_FLAGS = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(oblix.Settings)]
+VARIABLES = [oblix.variable_of(field) for field in dataclasses.fields(oblix.Settings)]
+
+
+def make_request(chance):
+    return either(chance.choice(BODIES), chance, BODIES)
+
+
+REQUEST_TARGETS = [oblix.Target(oblix.Endpoint(name, "http://127.0.0.1:1/v1", "k"), model, oblix.Side.CLOUD) for name,
+                   model in (
+    ("ollama", "m"), ("openai", "gpt-6-luna"), ("claude", "claude-opus-5-5"), ("claude", "claude-haiku-4-5"),
+    ("openai", "x"))]
+BIG_MODEL = oblix.Model("m", max_context=131072, token_bytes=4, size=5)
+
+
+def check_request(raw):
+    """Behind parse_request nothing is of a wrong type: each provider can say it, or refuses it."""
+    try:
+        request = oblix.parse_request(raw)
+    except oblix.BadRequest as error:
+        return oblix.dumps(oblix.error_body(error))
+    oblix.conversation_of(request), oblix.needs_of(request), request.most_tokens(5)
+    oblix.continuation(request, "a", 3)
+    for target in REQUEST_TARGETS:
+        provider = oblix.PROVIDERS[target.endpoint.provider]
+        if provider.refusal(request) is None:
+            oblix.dumps(provider.adapt(provider.encode(request, target, 8192),
+                                       frozenset(["temperature", "max_tokens"])))
+        with contextlib.suppress(oblix.Unsupported):
+            provider.context_for(request, BIG_MODEL, 4096, 1e6)
+
+
+def make_head(chance):
+    lines = chance.choice(HEADS) + b"\r\n"
+    return mangled(lines, chance, HTTP_WORDS, HEADS) if chance.random() < 0.95 else lines
+
+
+def check_head(data):
+    """A head is refused, or read as the stdlib reads it."""
+    lines = re.findall(rb"[^\n]*\n|[^\n]+\Z", data)
+    more = list(itertools.takewhile(lambda line: line != b"\r\n", lines[1:]))
+    try:
+        head = oblix.parse_head(lines[0] if lines else b"", more)
+    except oblix.BadRequest as error:
+        return oblix.dumps(oblix.error_body(error))
+    if re.search(rb"[\0-\x08\x0a-\x1f\x7f]", re.sub(rb"\r\n", b"", b"".join([lines[0], *more]))):
+        raise AssertionError("a control character passes")
+    method, target, version = lines[0].decode("latin-1").split()
+    if (head.method, head.target, head.version) != (method, target, version):
+        raise AssertionError("a request line read otherwise: %r" % (head,))
+    if len(more) > 90 or max(map(len, more), default=0) > 60_000:    # which the stdlib reads no more
+        return None
+    theirs = http.client.parse_headers(io.BytesIO(b"".join(more) + b"\r\n"))
+    read = {name.lower(): ", ".join(value.strip(" \t") for value in theirs.get_all(name)) for name in theirs.keys()}
+    if read != dict(head.fields):
+        raise AssertionError("fields read otherwise: %r and %r" % (read, head.fields))
+    oblix.body_kind_refusal(head), head.path, head.is_preflight, head.keeps_open
+    with contextlib.suppress(oblix.BadRequest):
+        if head.body_size < oblix.CHUNKED:
+            raise AssertionError("a negative size")
+    for guard in GUARDS:
+        guard.cors_headers(head), guard.is_public(head)
+        with contextlib.suppress(oblix.OblixError):
+            guard.check(head)
+
+
+def make_settings(chance):
+    argv, env = [], {}
+    for _ in range(chance.randrange(5)):
+        flag, value = chance.choice(NAMED_FLAGS), chance.choice(FLAG_WORDS)
+        argv += chance.choice([[f"{flag}={value}"], [flag, value], [flag], [value], [flag[:-1], value]])
+    for _ in range(chance.randrange(4)):
+        env[chance.choice(VARIABLES)] = chance.choice(FLAG_WORDS)
+    return argv, env
+
+
+def check_settings(given):
+    """A mistake is told in one line; whatever is no mistake makes targets, a guard, or another mistake."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            settings = oblix.Settings.parse(*given)
+        settings = oblix.with_keys_from_files(settings)
+        oblix.guard_of(settings)
+        gateway = oblix.Gateway(settings)
+        oblix.dumps(gateway.health())
+        gateway.close()
+    except oblix.UsageError as error:
+        if not str(error):
+            raise AssertionError("a mistake without words") from None
+    except SystemExit as end:
+        if end.code != 0:
+            raise
+
+
+# --- 16. What is damaged: what upstreams say --------------------------------------------------------------------------
+
+def make_stream(chance):
+    dialect = chance.choice(DIALECTS)
+    asked = {"stream_options": {"include_usage": chance.random() < 0.8}}
+    events = list(dialect.events(chance.choice([RICH_SAYING, PLAIN_SAYING]), asked))
+    if chance.random() < 0.15:
+        events.insert(chance.randrange(len(events)), dialect.error_event("It's \"broken\"."))
+    if chance.random() < 0.65:
+        for _ in range(chance.choice((1, 1, 2))):
+            number = chance.randrange(len(events))
+            prefix, brace, text = events[number].partition(b"{")
+            with contextlib.suppress(ValueError, RecursionError):
+                events[number] = b"".join([prefix, twisted(json.loads(brace + text), chance),
+                                            b"\n" * (1 + (dialect is not OLLAMA))])
+        data = b"".join(events)
+    else:
+        data = mangled(b"".join(events), chance, STREAM_WORDS + JSON_WORDS)
+    request = chance.choice([{}, {"response_format": {"type": "json_object"}}, {"n": 2}])
+    return dialect.name, data, request
+
+
+def check_stream(case):
+    """A decoder raises what the gateway takes for the upstream's fault, and nothing trips over what it yields."""
+    name, data, body = case
+    provider, chunks = oblix.PROVIDERS[name], []
+    request = oblix.ChatRequest("m", {**body, "messages": [{"role": "user", "content": "Hi"}]})
+    try:
+        for piece in provider.decode(data.splitlines(), request):
+            chunks.append({"id": "1", "created": 1, "object": "chat.completion.chunk", **piece, "model": "m"})
+    except DECODER_FAULTS as error:
+        if isinstance(error, oblix.UpstreamError):
+            sound_error(error)
+    ended = not sys.exc_info()[0]
+    for piece in chunks:
+        oblix.has_content(piece), oblix.tokens_of(piece), oblix.is_empty([piece]), oblix.sse(piece)
+        oblix.for_client(piece, False)
+    text = oblix.continuable_text(request, chunks)
+    list(oblix.continued(json.loads(json.dumps(chunks)), {"id": "0", "created": 0, "model": "m"}, text or "x" * 300,
+                         "m"))
+    if provider.translates and chunks and ended:
+        oblix.sse(oblix.fold(chunks))
+
+
+def sound_error(error):
+    oblix.dumps(oblix.error_body(error)), oblix.error_headers(error)
+    if not (isinstance(error.message, str) and 400 <= error.status < 600 and isinstance(error.type, str)
+            and isinstance(error.code, (str, type(None))) and isinstance(error.param, (str, type(None)))):
+        raise AssertionError("an error of a wrong shape: %r" % vars(error))
+
+
+def make_whole(chance):
+    return either(chance.choice([OPENAI.whole(RICH_SAYING), OPENAI.whole(PLAIN_SAYING), OPENAI.error("a"),
+                                 OLLAMA.error("b"), CLAUDE.error("c")]), chance)
+
+
+def check_whole(data):
+    try:
+        whole = oblix.event_of(data)
+        if not isinstance(oblix.choices_of(whole)[0]["message"], dict):
+            raise TypeError
+    except DECODER_FAULTS as error:
+        return sound_error(error) if isinstance(error, oblix.UpstreamError) else None
+    oblix.is_empty([whole]), oblix.tokens_of(whole), oblix.dumps(whole)
+
+
+ERROR_BODIES = [
+    OPENAI.error("Unsupported parameter: 'temperature'", "invalid_request_error", "unsupported_parameter",
+                 "temperature"),
+    CLAUDE.error("prompt is too long: 5 tokens",
+                 "invalid_request_error"), OLLAMA.error("model 'x' not found"), [OPENAI.error("x")],
+    {"error": {"details": {"error_code": "credit_balance"},
+               "message": "m"}}, {"detail": "Unrecognized arguments supplied: seed"},
+    OLLAMA.error('option "num_ctx" must be of type int'), {"message": "a", "type": "b"},
+    OLLAMA.error("x does not support thinking"),
+]
+
+
+def make_error(chance):
+    status = chance.choice([300, 302, 400, 401, 402, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503, 529, 599, 999])
+    return status, either(chance.choice(ERROR_BODIES), chance, ERROR_BODIES), chance.choice([None, 0.0, 5.0, 1e300])
+
+
+def check_error(case):
+    status, data, retry_after_s = case
+    endpoint = oblix.Endpoint("openai", "http://x", "secret-key-of-it")
+    error = oblix.classify(status, data.decode("utf-8", "replace"), retry_after_s, endpoint)
+    if status < 600:
+        sound_error(error)
+    payload = {"model": "m", "messages": [], "temperature": 1, "max_tokens": 5, "think": True, "seed": 7}
+    for provider in oblix.PROVIDERS.values():
+        param = provider.refused_parameter(error, payload)
+        if param is not None:
+            oblix.is_permanent(param, error), provider.adapt(payload, frozenset([param]))
+
+
+class Canned:
+    """A transport whose answers are these bytes: path -> body."""
+    worked_s = 0.0
+
+    def __init__(self, bodies):
+        self._bodies, self.status, self.waited_s = bodies, 200, 0.01
+
+    def open(self, url, headers, payload, limits, client=None):
+        said = next((said for end, said in self._bodies.items() if url.endswith(end)), b"{}")
+        return mock.Mock(spec=["body", "close"], status=200, waited_s=0.01, worked_s=0.0, retry_after_s=None,
+                         body=lambda within_first_byte=False: said)
+
+
+def listings():
+    """Each provider's listing, and what else its server is asked."""
+    return {"ollama": {"/api/tags": OLLAMA.probe(), "/api/ps": OLLAMA.ps({"llama3.2:latest": {},
+            "hf.co/org/tiny:Q4": {}}),
+                       "/api/show": OLLAMA.show()},
+            "openai": {"/models": OPENAI.probe()}, "claude": {"/v1/models?limit=1000": CLAUDE.probe()}}
+
+
+def make_listing(chance):
+    name, bodies = chance.choice([*listings().items(), ("ollama", listings()["ollama"])])
+    one = chance.choice(list(bodies))
+    return name, {path: either(body, chance) if path == one or chance.random() < 0.2 else json.dumps(body).encode()
+                  for path, body in bodies.items()}
+
+
+LISTED_FOR = oblix.ChatRequest("auto", {"messages": [{"role": "user", "content": "Hi " * 9000}]})
+
+
+def check_listing(case):
+    """Whatever a listing says, the probe's monitor makes a reading of it by which requests can be planned."""
+    name, bodies = case
+    endpoint = oblix.PROVIDERS[name].endpoint(LISTING_SETTINGS)
+    prober, gateway = oblix.Prober(Canned(bodies)), listing_gateway()
+    side = oblix.Side.LOCAL if name == "ollama" else oblix.Side.CLOUD
+    monitor = oblix.ConnectivityMonitor(LISTING_SETTINGS, side, endpoint, prober)
+    monitor.reading = monitor.judge(monitor.sample())
+    device = mock.Mock(endpoint=None, reading=oblix.Reading(oblix.Side.LOCAL, oblix.Level.GOOD, "",
+                                                            {"memory_free_mb": 5000.0}))
+    gateway.watch.monitors = (device, monitor)
+    oblix.dumps(gateway.health()), oblix.dumps(oblix.models_body(gateway.models()))
+    for model in ("auto", "llama3.2", "local", "ollama:llama3.2:latest"):
+        with contextlib.suppress(oblix.OblixError):
+            plan = gateway.plan(dataclasses.replace(LISTED_FOR, model=model))
+            for target in plan.order:
+                with contextlib.suppress(oblix.Unsupported):
+                    gateway.context(LISTED_FOR, target, gateway.snapshot())
+
+
+LISTING_SETTINGS = oblix.Settings(openai_api_key="k", anthropic_api_key="k")
+
+
+@functools.lru_cache(None)
+def listing_gateway():
+    return oblix.Gateway(LISTING_SETTINGS)
+
+
+class CannedWire:
+    """An upstream's bytes, in these pieces."""
+
+    def __init__(self, pieces):
+        self._pieces = iter(pieces)
+
+    def receive(self):
+        return next(self._pieces, b"")
+
+    def begin(self, *_):
+        """Nothing here waits."""
+
+    progress = drain_within = close = begin
+
+    def makefile(self, *_):
+        """As http.client wants to have it."""
+        return io.BytesIO(b"".join(self._pieces))
+
+
+def cut_up(data, chance, most=9):
+    """These bytes in pieces."""
+    at = sorted({0, len(data), *(chance.randrange(len(data) + 1) for _ in range(chance.randrange(most)))})
+    return [data[start:end] for start, end in zip(at, at[1:])]
+
+
+def framed(body, chance):
+    """An answer with this body, in one of the ways to say where it ends, and whether its own end says so."""
+    way = chance.randrange(3)
+    if way == 0:
+        return b"".join([head(200, "Transfer-Encoding: chunked", "Retry-After: 5"), *map(chunk, cut_up(body, chance)),
+                         END])
+    return head(200, "Content-Type: a/b", *["Content-Length: %d" % len(body)] * (way == 1)) + body
+
+
+def make_wire(chance):
+    """(what comes from an upstream, in pieces, the body in it where it is undamaged)"""
+    body = b"".join(bytes(chance.choice(b"ab:\x0b\x85 ") for _ in range(chance.randrange(4)))
+                    + chance.choice([b"\n", b"\r\n", b"\r"]) for _ in range(chance.randrange(12)))
+    body += chance.choice([b"", b"end"])
+    data = framed(body, chance)
+    intact = chance.random() < 0.3
+    if not intact:
+        data = mangled(data, chance, HTTP_WORDS + STREAM_WORDS, [head(429, "retry-after: 5"), END])
+    return cut_up(data, chance), body if intact else None
+
+
+def wire_answer(pieces, read):
+    """What is read of an answer, and whether the connection is kept; or the words of the error."""
+    kept = []
+    try:
+        with oblix._upstream_faults():
+            answer = oblix.Answer(CannedWire(pieces), CannedWire([]), lambda: kept.append(True))
+        with contextlib.closing(answer):
+            oblix.dumps([answer.retry_after_s, answer.worked_s])
+            said = read(answer)
+        return answer.status, answer.content_type, said, bool(kept)
+    except oblix.UpstreamError as error:
+        sound_error(error)
+        return error.message, error.code
+
+
+def check_wire(case):
+    """An answer is read, or is no HTTP, or broke off, however it is cut up; an intact one is read well."""
+    pieces, body = case
+    found = wire_answer(pieces, lambda answer: list(answer.lines()))
+    at_once_found = wire_answer([b"".join(pieces)], lambda answer: list(answer.lines()))
+    if found[:3] != at_once_found[:3]:
+        raise AssertionError("cut up it is %r, in one piece %r" % (found, at_once_found))
+    if body is not None:
+        expected = re.split(rb"\r\n|\n|\r", body)
+        if len(found) < 4 or found[2] != expected[:len(expected) - (not expected[-1])]:
+            raise AssertionError("lines read otherwise: %r" % (found,))
+    check_beside_stdlib(b"".join(pieces), wire_answer(pieces, lambda answer: answer.body()))
+
+
+def check_beside_stdlib(data, ours):
+    """Where both read a well-formed answer to its end, they read the same."""
+    first, *lines = data.partition(b"\r\n\r\n")[0].split(b"\r\n")
+    names = [line.partition(b":")[0].lower() for line in lines]
+    if not re.fullmatch(rb"HTTP/1\.[01] [1-9]\d\d [ -~]*", first) or len(set(names)) < len(names) or not all(
+            len(line) < 60_000 and line[-1:] not in b": \t" and oblix.FIELD_LINE.fullmatch(line + b"\r\n")
+            for line in lines):
+        return
+    theirs = http.client.HTTPResponse(CannedWire([data]), method="POST")
+    try:
+        theirs.begin()
+        while theirs.status < 200:
+            theirs.headers = None
+            theirs.begin()
+        body = theirs.read()
+    except (http.client.HTTPException, ValueError, OSError, OverflowError):
+        return
+    if len(ours) == 4 and (ours[0], ours[2]) != (theirs.status, body):
+        raise AssertionError("read as %r, and by the stdlib as %r" % (ours, (theirs.status, body)))
+
+
+def make_passed(chance):
+    """A stream of OpenAI's, most of whose events differ in their text alone, in pieces"""
+    texts = ["Hi", "", "\n", "\"", "é", "\\", "\u2028", "}", "data: x", "\x7f", "\ud83c", '"content": "a"', "a\n\nb"]
+    spaced = chance.choice([{}, {"separators": (",", ":")}])
+    plain = chance.random() < 0.6
+
+    def event(delta, finish=None):
+        said = OPENAI.chunk([{"index": 0, "delta": delta, "finish_reason": finish}])
+        return b"data: " + json.dumps(said, ensure_ascii=plain or "\ud83c" in str(delta.get("content")),
+                                      **spaced).encode() + b"\n\n"
+    events = [event({"role": "assistant", "content": ""})]
+    events += [event({"content": chance.choice(texts)}) for _ in range(chance.randrange(1, 12))]
+    good = list(events)
+    for _ in range(chance.choice((0, 1, 1, 2))):
+        number = chance.randrange(len(events))
+        tree = json.loads(good[number][6:])
+        way = chance.randrange(5)
+        if way == 0:
+            text = twisted(tree, chance)
+        elif way == 1:
+            tree["choices"][0]["delta"] = chance.choice([{"content": "a", "tool_calls": []},
+                                                         {"reasoning_content": "a"}, {}, None,
+                                                         {"role": "user", "content": "b"}, {"content": None},
+                                                         {"refusal": "c"}])
+            text = json.dumps(tree, **spaced).encode()
+        elif way == 2:
+            tree["choices"] = chance.choice([[], tree["choices"] * 2, [{**tree["choices"][0], "index": 1}]])
+            text = json.dumps(tree, **spaced).encode()
+        elif way == 3:    # between the quotes of a text
+            tree["choices"][0]["delta"] = {"content": "a@@"}
+            text = json.dumps(tree, **spaced).encode().replace(b"@@", chance.choice(BETWEEN_QUOTES))
+        else:
+            text = mangled(good[number][6:-2], chance, STREAM_WORDS + JSON_WORDS)
+        events[number] = b"data: " + text + b"\n\n"
+    events += [event({}, "stop"), b"data: [DONE]\n\n"]
+    return cut_up(b"".join(events), chance, 12) if chance.random() < 0.5 else events
+
+
+BETWEEN_QUOTES = [b"\xff", b"\xed\xa0\xbd", b"\xc3", b"\x01", b"\t", b"\r", b"\n", b"\r\n", b"\0", b"\x7f", b'"',
+                  b'""', b"\\", b"\\x",
+                  b"\\u12", b"\\ud800", b'\\"', b'","role":"x', b'", "role": "x', b'"}}],"a":[{"b":{"c":"', b"\\\\"]
+PASSED_FOR = oblix.ChatRequest("m", {"messages": [{"role": "user", "content": "Hi"}]}, True)
+
+
+def passed_on(pieces, passes):
+    """The events that a client gets of this stream, and the kind of its error; whether some may pass unread."""
+    answer = oblix.Answer(CannedWire([head(200), *pieces]), CannedWire([]), list)
+    envelope, sent = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1}, []
+    try:
+        for piece in oblix.PROVIDERS["openai"].decode(answer.lines(), PASSED_FOR):
+            if isinstance(piece, oblix.Passed):
+                sent.append(piece.events)
+                continue
+            if passes and oblix.has_content(piece):
+                answer.passes = answer.passes or oblix.Stencil(envelope, "m", False).passes
+            shown = oblix.for_client({**envelope, **piece, "model": "m"}, False)
+            sent += [oblix.sse(shown)] if shown is not None else []
+    except DECODER_FAULTS as error:
+        fault = getattr(error, "code", "format")
+    else:
+        fault = None
+    return [json.loads(event[len("data: "):]) for event in b"".join(sent).decode().split("\n\n") if event], fault
+
+
+def check_passed(pieces):
+    """Events that pass unread are what they would be if they were read."""
+    read, passed = passed_on(pieces, False), passed_on(pieces, True)
+    if read != passed:
+        raise AssertionError("read %.1500r\npassed %.1500r" % (read, passed))
+
+
+# --- 16. What is damaged: requests on the wire -----------------------------------------------------------------------
+
+FUZZ_KEY = "fuzz-key"
+CHAT_PLAIN, CHAT_STREAM = json.dumps(chat()).encode(), json.dumps(chat(stream=True)).encode()
+POST_HEAD = (b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+             b"api-key: fuzz-key\r\n")
+BY_CHUNKS = (POST_HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(CHAT_PLAIN[:9]) + b"4;a=b\r\n"
+             + CHAT_PLAIN[9:13] + b"\r\n"
+             + chunk(CHAT_PLAIN[13:]) + b"0\r\nX-Trailer: a\r\n\r\n")
+KEYED = b"Host: a.example\r\nAuthorization: Bearer fuzz-key\r\n"
+CLOSER = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\napi-key: fuzz-key\r\nConnection: close\r\n\r\n"
+SOUND_REQUESTS = [    # requests, the statuses of their replies by a server without and with a key
+    (POST_HEAD + b"Content-Length: %d\r\n\r\n" % len(CHAT_PLAIN) + CHAT_PLAIN, [200], [200]),
+    (POST_HEAD + b"Content-Length: %d\r\n\r\n" % len(CHAT_STREAM) + CHAT_STREAM, [200], [200]),
+    (POST_HEAD.replace(b"1.1", b"1.0") + b"Content-Length: %d\r\n\r\n" % len(CHAT_STREAM) + CHAT_STREAM, [200], [200]),
+    (BY_CHUNKS, [200], [200]), (BY_CHUNKS + CLOSER + b"GET / HTTP/1.1\r\n\r\n", [200, 200], [200, 200]),
+    (POST_HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(CHAT_PLAIN) + CHAT_PLAIN, [100, 200],
+     [100, 200]),
+    (b"GET / HTTP/1.1\r\n" + KEYED + b"\r\n", [403], [200]), (b"HEAD /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                                                              [200], [401]),
+    (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3 + CLOSER, [200] * 4, [200] * 4),
+    (b"\r\nGET /v1/models/auto HTTP/1.1\r\nHost: [::1]:80\r\nOrigin: http://localhost:3000\r\n\r\n", [200], [401]),
+    (b"OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost:3000\r\n"
+     b"Access-Control-Request-Method: "
+     b"POST\r\nAccess-Control-Request-Headers: authorization, content-type\r\n"
+     b"Access-Control-Request-Private-Network: true\r\n\r\n",
+     [204], [204]),
+    (b"GET http://localhost/v1/models?a=b#c HTTP/1.1\r\nHost: x.example\r\nConnection: close\r\n\r\n", [200], [401]),
+    (b"PUT /v1/models HTTP/1.1\r\n" + KEYED + b"Content-Length: 5\r\n\r\nabcde", [403], [405]),
+    (b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\napi-key: fuzz-key\r\nContent-Length: 2\r\n\r\n{}", [404],
+     [404]),
+]
+OUR_FIELDS = set("""access-control-allow-headers access-control-allow-methods access-control-allow-origin
+    access-control-allow-private-network access-control-expose-headers access-control-max-age allow cache-control
+    connection     content-length content-security-policy content-type
+    date retry-after server transfer-encoding vary www-authenticate
+    x-accel-buffering x-content-type-options x-oblix-attempts x-oblix-model x-oblix-reason x-oblix-side x-request-id
+    x-should-retry referrer-policy x-frame-options""".split())
+REPLY_HEAD = re.compile(rb"HTTP/1\.1 (\d{3}) [ -~]+\r\n((?:[!-9;-~]+: [ -~]*\r\n)*)\r\n")
+
+
+def replies_in(data):
+    """(status, fields, body, whether cut) of each reply in what a server sent.  Raises AssertionError."""
+    at, replies = 0, []
+    while at < len(data):
+        found = REPLY_HEAD.match(data, at)
+        if not found:
+            raise AssertionError("no reply: %r" % data[at:at + 300])
+        status, at = int(found[1]), found.end()
+        pairs = [line.split(": ", 1) for line in found[2].decode("ascii").lower().splitlines()]
+        fields, size, short = dict(pairs), 0, False
+        if len(fields) < len(pairs) or not fields.keys() <= OUR_FIELDS:
+            raise AssertionError("odd header lines: %r" % found[2])
+        if fields.get("transfer-encoding") == "chunked":
+            body, at, short = unchunked(data, at)
+        elif "content-length" in fields:
+            size = int(fields["content-length"])
+            size = 0 if data[at:at + 9] in (b"", b"HTTP/1.1 ") else size    # the answer to a HEAD
+            body, at = data[at:at + size], at + size
+        else:
+            body, at = (b"", at) if status in (100, 204) else (data[at:], len(data))
+        if at > len(data):
+            raise AssertionError("a reply's body ends early: %r" % body[-300:])
+        replies.append((status, fields, body, short))
+        if fields.get("connection") == "close" and at < len(data):
+            raise AssertionError("more after Connection: close: %r" % data[at:at + 300])
+    return replies
+
+
+def unchunked(data, at):
+    """(body, where it ends, whether it is cut) of a chunked body that begins there."""
+    body = b""
+    while True:
+        found = re.compile(rb"([0-9a-f]+)\r\n").match(data, at)
+        if not found:
+            return body, len(data), expect_cut(data[at:], rb"[0-9a-f]*\r?")
+        size, at = int(found[1], 16), found.end()
+        body += data[at:at + size]
+        at += size + 2
+        if at > len(data):
+            return body, len(data), True
+        if data[at - 2:at] != b"\r\n":
+            raise AssertionError("a chunk has another length: %r" % data[at - 40:at])
+        if not size:
+            return body, at, False
+
+
+def expect_cut(rest, pattern):
+    if not re.fullmatch(pattern, rest):
+        raise AssertionError("no chunk: %r" % rest[:300])
+    return True
+
+
+def sound_reply(reply):
+    """A reply as a client may expect it, whatever it asked."""
+    status, fields, body, short = reply
+    if status == 100:
+        return
+    if not 200 <= status < 600 or status == 500 or not fields.get("x-request-id", "").startswith("req_"):
+        raise AssertionError("a reply of status %d: %r" % (status, body[:300]))
+    if status >= 400 and body:
+        error = json.loads(body)["error"]
+        Case().shaped(error)
+        if fields["content-type"] != "application/json" or "failed internally" in error["message"]:
+            raise AssertionError("an error in another shape: %r" % body[:300])
+    if fields.get("content-type", "").startswith("text/event-stream"):
+        events = body.decode("ascii").split("\n\n")
+        last = events[-2] if len(events) > 1 else ""
+        if not short and last != "data: [DONE]" and '"error"' not in last:
+            raise AssertionError("a stream ends in %r" % last)
+        for event in events[:-1]:
+            event.startswith(":") or event == "data: [DONE]" or json.loads(event[len("data: "):])
+    elif status == 200 and fields.get("content-type") == "application/json" and body:
+        json.loads(body)
+
+
+def make_http(chance):
+    """(whether the server has a key, the pieces that are sent, whether the client leaves at once)"""
+    data = chance.choice(SOUND_REQUESTS)[0]
+    if chance.random() < 0.2:
+        body = make_request(chance)
+        data = POST_HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    else:
+        data = mangled(data, chance, HTTP_WORDS, [good for good, *_ in SOUND_REQUESTS])
+    if chance.random() < 0.6:
+        data += CLOSER
+    at = chance.randrange(len(data) + 1) if chance.random() < 0.2 else len(data)
+    return chance.random() < 0.4, [data[:at], data[at:]], chance.random() < 0.2
+
+
+def spoken(port, pieces, leaves, patience_s=0.15):
+    """What a server says to these bytes, all of it.  The client leaves at once, or when nothing more seems to come."""
+    received = []
+    with socket.create_connection(("127.0.0.1", port), CASE_S) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(ConnectionError):
+            for piece in pieces:
+                connection.sendall(piece)
+            waits = not leaves
+            if leaves:
+                connection.shutdown(socket.SHUT_WR)
+            until = time.monotonic() + CASE_S
+            while True:
+                if time.monotonic() > until:
+                    raise Hung("no end, but %d bytes" % sum(map(len, received)))
+                if waits and not select.select([connection], [], [], patience_s)[0]:
+                    connection.shutdown(socket.SHUT_WR)
+                    waits = False
+                data = connection.recv(1 << 16)
+                if not data:
+                    break
+                received.append(data)
+    return b"".join(received)
+
+
+class Servers:
+    """Two servers, each a process of its own, the second with a key; upstreams that are always well."""
+
+    def __init__(self, stack):
+        self.upstreams = [stack.enter_context(Upstream(dialect, answer(Text("Hel"), Text("lo")))) for dialect
+                          in DIALECTS]
+        flags = ["--port=0", "--log-level=warning", *CALM, *PATIENT, *flags_for(*self.upstreams)]
+        self.processes = [stack.enter_context(Process(*flags, *more, env=env_for(*self.upstreams)))
+                          for more in ([], ["--api-key=" + FUZZ_KEY])]
+        self.silent_lines = 0
+        eventually(lambda: looked_around(self.processes[0]))
+
+    def check_good(self):
+        """The requests that are damaged are good ones."""
+        rows = [(process.port, [data + CLOSER], False, CASE_S)
+                for data, *_ in SOUND_REQUESTS for process in self.processes]
+        expected = [statuses for _, *both in SOUND_REQUESTS for statuses in both]
+        for row, said, statuses in zip(rows, at_once(spoken, rows), expected):
+            found = [status for status, *_ in replies_in(said)]
+            if found not in (statuses, [*statuses, 200]):    # the closer's, where the connection was kept
+                raise AssertionError("%r is answered %r, not %r" % (row, found, statuses))
+
+    def check(self, case):
+        keyed, pieces, leaves = case
+        replies = replies_in(spoken(self.processes[keyed].port, pieces, leaves))
+        for reply in replies:
+            sound_reply(reply)
+            if keyed and b"choices" in reply[2] and FUZZ_KEY.encode() not in b"".join(pieces):
+                raise AssertionError("an answer without a key")
+
+    def complaints(self):
+        """What either server has said that it should not have, since the last look."""
+        said = "".join(process.said() for process in self.processes)
+        for upstream in self.upstreams:
+            upstream.requests.clear()
+            upstream.arrivals.queue.clear()
+        found = [part[:1500] for part in re.split("(?=Traceback)", said)[1:]]
+        found += re.findall("[^\n]*internal error[^\n]*", said)
+        new, self.silent_lines = found[self.silent_lines:], len(found)
+        return new
+
+    def mib(self):
+        """The memory of the larger one."""
+        return max(mib_of(process._process.pid) for process in self.processes)
+
+
+def mib_of(pid=None):
+    size = psutil.Process(pid).memory_info().rss
+    return size / 2**20 if isinstance(size, int) else 0.0    # without psutil nobody knows
+
+
+# --- 16. What is damaged: upstreams' answers on the wire -------------------------------------------------------------
+
+def make_served(chance):
+    """(dialect, whether a stream is asked for, the model, what the upstream sends)"""
+    dialect, stream, way = chance.choice(DIALECTS), chance.random() < 0.6, chance.random()
+    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    saying = chance.choice([RICH_SAYING, PLAIN_SAYING])
+    if way < 0.15:
+        status = chance.choice([200, 400, 401, 404, 413, 429, 500, 503, 529])
+        data = whole(status, either(dialect.error("It is \"broken\"."), chance), "Content-Type: application/json")[0]
+    elif not stream and dialect is OPENAI:
+        data = whole(200, either(dialect.whole(saying), chance), "Content-Type: application/json")[0]
+    else:
+        events = list(dialect.events(saying, asked))
+        number = chance.randrange(len(events))
+        prefix, brace, text = events[number].partition(b"{")
+        if brace and way < 0.7:
+            events[number] = prefix + twisted(json.loads(brace + text), chance) + b"\n\n"
+            events = events[:number + 1] if chance.random() < 0.2 else events
+        data = b"".join(streamed(dialect, events, chance.choice([None, 7, 100])))
+    if way > 0.7:
+        data = mangled(data, chance, HTTP_WORDS + STREAM_WORDS + JSON_WORDS)
+    return dialect.name, stream, chance.random() < 0.5, data
+
+
+class Relays:
+    """A server in this process in front of one upstream of each dialect, which sends what a case says."""
+
+    def __init__(self, stack):
+        self.data, self.logged = b"", []
+        self.upstreams = [stack.enter_context(Upstream(dialect, self.play)) for dialect in DIALECTS]
+        rests = dict.fromkeys(oblix._RESTS, (0.0, 0.0))
+        stack.enter_context(mock.patch.dict(oblix._RESTS, rests))
+        stack.enter_context(mock.patch.multiple(oblix, REST_S=0.0, MAX_REST_S=0.0, MISSING_REST_S=0.0))
+        flags = ["--on-cut=continue", "--stall-timeout-s=2", "--first-byte-timeout-s=2"]
+        self.server = stack.enter_context(running(*self.upstreams, flags=flags))
+        handler = logging.Handler()
+        handler.addFilter(lambda record: bool(record.exc_info))
+        handler.emit = lambda record: self.logged.append(logging.Formatter().format(record))
+        oblix.log.addHandler(handler)
+        stack.callback(oblix.log.removeHandler, handler)
+
+    def play(self, dialect, request):
+        """The damaged answer, and after it, from whoever is asked next, another one."""
+        return [self.data, CLOSE]
+
+    def check(self, case):
+        name, stream, auto, self.data = case
+        upstream = next(upstream for upstream in self.upstreams if upstream.dialect.name == name)
+        upstream.requests.clear()
+        upstream.arrivals.queue.clear()
+        body = json.dumps(chat("auto" if auto else upstream.target, stream=stream)).encode()
+        said = spoken(self.server.port, [post(body, "Connection: close")], False, CASE_S)
+        replies = replies_in(said)
+        logged, self.logged[:] = "\n".join(self.logged), []
+        if logged:
+            raise AssertionError("it logged " + logged[-1500:])
+        if len(replies) != 1 or b"failed internally" in said:
+            raise AssertionError("replies: %r" % said[-500:])
+        status, fields, body, short = replies[0]
+        if status != 500:    # which is passed on where the upstream says so
+            sound_reply(replies[0])
+        if short and b'"error"' not in body.rpartition(b"data: ")[2]:
+            raise AssertionError("a stream breaks off without a word: %r" % body[-300:])
+
+
+# --- 16. The run -----------------------------------------------------------------------------------------------------
+
+FUZZED = {    # part -> how a case is made of chance, what is asked of it
+    "request": (make_request, check_request), "head": (make_head, check_head),
+    "settings": (make_settings, check_settings),
+    "stream": (make_stream, check_stream), "whole": (make_whole, check_whole), "error": (make_error, check_error),
+    "listing": (make_listing, check_listing), "wire": (make_wire, check_wire),
+    "passed": (make_passed, check_passed),
+}
+SERVED = {"http": (make_http, Servers), "served": (make_served, Relays)}    # those that need a server
+
+
+class Findings:
+    """What was found, one of each kind, with all that is needed to have it again."""
+
+    def __init__(self, seed, say=lambda text: None):
+        self.say, self.seed, self.told, self.mib = say, seed, [], {}
+        self.cases, self.counts = collections.Counter(), collections.Counter()
+
+    def chance(self, part, number):
+        return random.Random("%s %s %d" % (self.seed, part, number))
+
+    def add(self, part, number, case, error):
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith("oblix.py")]
+        place = ["%s:%d" % (frame.name, frame.lineno) for frame in frames[-1:]]
+        kind = (part, type(error).__name__, *place) if place else (part, type(error).__name__, str(error)[:40])
+        self.counts[kind] += 1
+        if self.counts[kind] == 1:
+            way = " < ".join("%s:%d" % (frame.name, frame.lineno) for frame in reversed(frames[-8:]))
+            self.told.append("fuzz 0 %s %s:%d  %s: %s\n  in %s\n  case: %.3000r" % (
+                self.seed, part, number, type(error).__name__, str(error)[:500], way, case))
+            self.say(self.told[-1])
+
+    def run(self, part, numbers, until, check=None):
+        """Cases of a part, one after the other, until then."""
+        make, check = FUZZED[part] if part in FUZZED else (SERVED[part][0], check)
+        for number in numbers:
+            if time.monotonic() > until:
+                break
+            case = make(self.chance(part, number))
+            self.cases[part] += 1
+            try:
+                with soon():
+                    check(case)
+            except (Exception, Hung) as error:
+                self.add(part, number, case, error)
+
+    def run_served(self, numbers, until):
+        """Cases of one server, one after the other."""
+        with contextlib.ExitStack() as stack:
+            self.run("served", numbers, until, Relays(stack).check)
+
+    def run_http(self, numbers, until, threads=16):
+        """Cases of the servers in processes of their own, many at once; what they print is told after them."""
+        with contextlib.ExitStack() as stack:
+            servers = Servers(stack)
+            servers.check_good()
+            while time.monotonic() < until:
+                some = list(itertools.islice(numbers, 25 * threads))
+                at_once(lambda part: self.run("http", part, until, servers.check),
+                        [(some[number::threads],) for number in range(threads)] if some else [])
+                for complaint in servers.complaints():
+                    self.add("http", some[0], "one of %d to %d" % (some[0], some[-1]), AssertionError(complaint))
+                if not some:
+                    break
+            servers.check_good()
+            self.mib["servers"] = servers.mib()
+
+    def check_memory(self):
+        self.mib["here"] = mib_of()
+        for place, size in self.mib.items():
+            if size > MOST_MIB:
+                self.add("memory", 0, place, AssertionError("%.0f MiB" % size))
+
+
+def fuzz(seconds, seed, only=""):
+    """Fuzz for so long; the exit status.  `only` is one case again, PART:NUMBER."""
+    found = Findings(seed, functools.partial(print, flush=True))
+    part, _, number = only.partition(":")
+    parts = [part] if part else [*FUZZED, *SERVED, *SERVED, *SERVED]    # those are slower
+    for name in dict.fromkeys(parts):
+        until = time.monotonic() + (60 if number else seconds * parts.count(name) / len(parts))
+        numbers = iter([int(number)]) if number else itertools.count()
+        if name == "http":
+            found.run_http(numbers, until)
+        elif name == "served":
+            found.run_served(numbers, until)
+        else:
+            found.run(name, numbers, until)
+    found.check_memory()
+    print("seed %s, %s: %s" % (seed, ", ".join("%d %s" % (count, name) for name, count in found.cases.items()),
+                               ", ".join("%.0f MiB %s" % (size, place) for place, size in found.mib.items())))
+    for kind, count in found.counts.most_common():
+        print(count, "times", *kind)
+    print(len(found.told), "findings")
+    return 1 if found.told else 0
+
+
+FEW = {"request": 600, "head": 1200, "settings": 300, "stream": 800, "whole": 600, "error": 600, "listing": 150,
+       "wire": 400, "passed": 300,
+       "served": 100, "http": 240}    # cases in the suite, always the same ones
+
+
+class Fuzz(Case):
+    """A little of the fuzzing with each run of the tests."""
+
+    def found(self, part, run="run", *check):
+        """What a few cases of a part find."""
+        found = Findings("few")
+        getattr(found, run)(*[part] * (run == "run"), iter(range(FEW[part])), time.monotonic() + 60, *check)
+        self.assertEqual(found.cases[part], FEW[part])
+        return found.told
+
+    def test_no_bytes_make_what_reads_them_raise_anything_of_its_own(self):
+        for part in FUZZED:
+            with self.subTest(part):
+                self.assertEqual(self.found(part), [])
+
+    def test_no_bytes_of_a_client_make_a_500_or_unsound_http(self):
+        self.assertEqual(self.found("http", "run_http"), [])
+
+    def test_no_bytes_of_an_upstream_make_an_internal_error(self):
+        self.assertEqual(self.found("served", "run_served"), [])
+
+    def test_a_mistake_and_an_endless_loop_are_found_and_can_be_had_again(self):
+        def trips(data):
+            if b"Origin" in data:
+                raise KeyError("planted")
+
+        def hangs(data):
+            while b"Origin" in data:
+                pass
+        stoppable = hasattr(signal, "setitimer")
+        for mistake, kind in ((trips, "KeyError"), (hangs, "Hung"))[:1 + stoppable]:
+            with self.subTest(kind), mock.patch.dict(FUZZED, head=(make_head, mistake)), \
+                    mock.patch.dict(FEW, head=20), mock.patch(__name__ + ".CASE_S", 0.02):
+                told = self.found("head")[0]
+                self.assertIn(kind, told)
+                number = int(re.search(r"head:(\d+)", told)[1])
+                self.assertIn(b"Origin", make_head(Findings("few").chance("head", number)))
+
+
+# === 16. Proving: a quick upstream ===================================================================================
+# For soak and bench: all three dialects in a process of its own (`upstream`, a hidden argument), from prepared bytes.
+# What it does is said in the prompt, so it needs no orders and a request brings its own faults along:
+#
+#     [[n20 d5 openai=rst37 claude=e500]]     20 words, 5 ms apart; OpenAI resets after 37 bytes, Claude answers 500
+#
+#     ok     answers                      rst7   resets after so many bytes before   cut    breaks off in mid-answer
+#     slow   answers half a second later  fin7   closes      the first content       rcut   the same by a reset
+#     e500   refuses with this status     hush   says nothing                        late   an error in mid-answer
+#     html   is a login page              junk   breaks its own format               mute   falls silent in mid-answer
+#     nil    an answer that says nothing
+
+WISH = re.compile(rb"\[\[([^\]]*)\]\]")
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.I)
+SILENCE_S = 30.0    # longer than anybody waits for it
+
+
+def words(count):
+    """The text of an answer, a word a piece."""
+    return ["w%d " % number for number in range(count)]
+
+
+class Wish(NamedTuple):
+    """What a prompt asks the upstreams for."""
+    count: int
+    pause: float
+    codes: dict     # dialect's name -> code
+    stamped: bool   # whether each word is the instant at which it was due
+
+    @classmethod
+    def read(cls, text):
+        parts = text.split()
+        numbers = {part[0]: int(part[1:]) for part in parts if re.fullmatch(r"[nd]\d+", part)}
+        codes = dict(part.split("=") for part in parts if "=" in part)
+        return cls(numbers.get("n", 1), numbers.get("d", 0) / 1000, codes, "stamped" in parts)
+
+
+@functools.lru_cache(None)
+def streamed_parts(dialect, texts):
+    """A stream of these words in three parts: up to the first content, each content, the rest."""
+    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    events = dialect.events(Saying(tuple(map(Text, texts)), "stop", 9, len(texts)), asked)
+    first = next(number for number, event in enumerate(events) if texts[0].encode() in event)
+    last = first + len(texts)
+    return (dialect.head + b"".join(map(chunk, events[:first])), [chunk(event) for event in events[first:last]],
+            b"".join(map(chunk, events[last:])) + END)
+
+
+@functools.lru_cache(1024)
+def prepared(dialect, text, stream):
+    """The steps by which a dialect fulfils a wish."""
+    wish = Wish.read(text)
+    code = wish.codes.get(dialect.name, "ok")
+    if code[0] == "e" and code[1:].isdigit():
+        return whole(int(code[1:]), dialect.error("overheated"))
+    if code == "html":
+        return whole(200, "<html>Log in, please</html>")
+    if code == "junk":
+        return [dialect.head, chunk(b'data: {"broken\n\n' if dialect is not OLLAMA else b'{"broken\n'), END]
+    if code == "nil":
+        return answer(Text(""))(dialect, mock.Mock(json={"stream": stream}))
+    if code == "hush":
+        return [SILENCE_S, CLOSE]
+    if stream:
+        before, contents, after = streamed_parts(dialect, tuple(words(wish.count)))
+    else:
+        before, contents, after = whole(200, dialect.whole(Saying((Text("".join(words(wish.count))),), "stop", 9,
+                                                                  wish.count)))[0], [], b""
+    found = re.fullmatch(r"(rst|fin)(\d+)", code)
+    if found:
+        return [before[:int(found[2]) % len(before)], RESET if found[1] == "rst" else CLOSE]
+    endings = {"cut": [CLOSE], "rcut": [RESET], "mute": [SILENCE_S, CLOSE],
+               "late": [chunk(dialect.error_event("overheated")), END]}
+    if code in endings:
+        begun = b"".join([before, *contents[:(len(contents) + 1) // 2]])
+        return [begun if stream else begun[:-3], *(endings[code] if stream or code != "late" else [CLOSE])]
+    steps = [0.5] if code == "slow" else []
+    if not wish.pause:
+        return [*steps, b"".join([before, *contents, after])]
+    return [*steps, before, *itertools.chain.from_iterable((piece, wish.pause) for piece in contents), after]
+
+
+def stamped(dialect, wish):
+    """The steps of a stream whose words are the instants at which they were due, in µs, all of one length."""
+    before, (piece,), after = streamed_parts(dialect, ("@" * 16,))
+    begun = time.monotonic()
+    yield before
+    for number in range(wish.count):
+        due = begun + number * wish.pause
+        if due > time.monotonic():
+            yield due - time.monotonic()
+        yield piece.replace(b"@" * 16, b"%016d" % (due * 1e6))
+    yield after
+
+
+def quick_steps(dialect, request):
+    """What a quick upstream plays to this request, which is bytes."""
+    path = request[:request.index(b"\r\n")].split(b" ")[1]
+    if path.endswith(b"/api/ps"):
+        return whole(200, dialect.ps({"llama3.2:latest": {"context_length": 131072}}))
+    if path.endswith(b"/api/show"):
+        return whole(200, dialect.show())
+    if request.startswith(b"GET"):
+        return whole(200, dialect.probe())
+    found = WISH.search(request)
+    text = found[1].decode() if found else ""
+    stream = dialect is not OPENAI or bool(re.search(rb'"stream": ?true', request))
+    if "stamped" in text:
+        return stamped(dialect, Wish.read(text))
+    return prepared(dialect, text, stream)
+
+
+class QuickConnection(asyncio.Protocol):
+    """A connection to a quick upstream."""
+
+    def __init__(self, dialect):
+        self._dialect, self._pending, self._steps, self._timer = dialect, b"", None, None
+
+    def connection_made(self, transport):
+        self._transport = transport
+
+    def connection_lost(self, _):
+        self._steps = iter(())
+        if self._timer:
+            self._timer.cancel()
+
+    def data_received(self, data):
+        self._pending += data
+        if self._steps is None:
+            self._next()
+
+    def _next(self):
+        end = self._pending.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        length = LENGTH.search(self._pending, 0, end)
+        size = end + 4 + (int(length[1]) if length else 0)
+        if len(self._pending) < size:
+            return
+        request, self._pending = self._pending[:size], self._pending[size:]
+        self._steps = iter(quick_steps(self._dialect, request))
+        self._play()
+
+    def _play(self):
+        for step in self._steps:
+            if isinstance(step, bytes):
+                self._transport.write(step)
+            elif isinstance(step, float):
+                self._timer = asyncio.get_running_loop().call_later(step, self._play)
+                return
+            else:
+                return self._end(step)
+        self._steps = None
+        if self._pending:
+            self._next()
+
+    def _end(self, step):
+        if step == RESET:
+            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                                                struct.pack("ii", 1, 0))
+            self._transport.abort()
+        else:
+            self._transport.close()
+
+
+async def serve_quickly():
+    """Say the ports of the three, and serve until the parent is gone."""
+    loop, ports = asyncio.get_running_loop(), {}
+    for dialect in DIALECTS:
+        server = await loop.create_server(functools.partial(QuickConnection, dialect), "127.0.0.1", 0, backlog=1024)
+        ports[dialect.name] = server.sockets[0].getsockname()[1]
+    print(json.dumps(ports), flush=True)
+    await loop.run_in_executor(None, sys.stdin.read)
+
+
+class QuickUpstream:
+    """The process of the quick upstream, while the block runs: the `ports` of its dialects, by name."""
+
+    def __enter__(self):
+        self._process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "upstream"], text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.ports = json.loads(self._process.stdout.readline())
+        return self
+
+    def __exit__(self, *_):
+        self._process.stdin.close()
+        self._process.wait(10)
+        self._process.stdout.close()
+
+    def url(self, dialect, port=None):
+        return "http://127.0.0.1:%d" % (port or self.ports[dialect.name])
+
+    def flags(self, openai=None):
+        """What configures an Oblix in front of it; `openai` is the port of a link to that one."""
+        return ["--local-model=" + OLLAMA.name + ":" + OLLAMA.model, "--port=0",
+                "--cloud-model=openai:%s@%s/v1" % (OPENAI.model, self.url(OPENAI, openai)),
+                "--cloud-model=claude:" + CLAUDE.model]
+
+    def env(self):
+        return {**OLLAMA.env(self.url(OLLAMA)), **CLAUDE.env(self.url(CLAUDE))}
+
+
+def memory_mib(pid):
+    """What a process takes of the memory: its share of all pages (PSS) where the system tells it, else all (RSS)."""
+    with contextlib.suppress(OSError):
+        with open("/proc/%d/smaps_rollup" % pid, encoding="ascii") as file:
+            return int(re.search(r"^Pss: +(\d+) kB", file.read(), re.M)[1]) / 1024
+    return psutil.Process(pid).memory_info().rss / (1 << 20)
+
+
+def descriptors(process, upstreams=()):
+    """How many files a process has open; without its idle connections to these ports, which it keeps."""
+    count = process.num_fds() if hasattr(process, "num_fds") else process.num_handles()
+    return count - len(kept(process, upstreams))
+
+
+def kept(process, ports):
+    """The connections of a process to these ports."""
+    connections = getattr(process, "net_connections", None) or process.connections
+    return [one.raddr.port for one in connections("tcp") if one.raddr and one.raddr.port in ports]
+
+
+# === 16. Proving: soak ===============================================================================================
+# `python py soak SECONDS`: a mixed load on one Oblix, with faults on both of its sides, and at its end the
+# question what is left of it.  Each request tells the upstreams what to do wrong, but of Ollama and Claude one is
+# always well, and the link that comes and goes is OpenAI's: so each request can be answered, and must be.  A stream may
+# break off only where what it came from was told to break off.
+
+SOAK_CLIENTS = 12
+SOAK_GROWTH_MIB = 6.0     # of memory, from the first fifth to the end: what a heap's fragments make up, but no leak
+SOAK_LIMIT_S = 20.0       # in which anything is over; the upstreams' silences take 3 s, and there are three of them
+SOAK_FLAGS = [*CALM, "--connect-timeout-s=2", "--first-byte-timeout-s=3", "--stall-timeout-s=3", "--local-slots=4",
+              "--probe-every-s=2", "--better-after-s=1"]
+BEFORE_CONTENT = ["e500", "e502", "e503", "e429", "rst", "rst", "rst", "fin", "fin", "html", "junk", "nil", "slow"]
+IN_MID_ANSWER = ["cut", "rcut", "late"]
+SELDOM = ["hush", "mute"]    # they take seconds
+KIB_64 = "lorem ipsum " * (64 * 1024 // 12)
+
+SOAK_REFUSALS = [  # what is no request: bytes, and the status that they get
+    (b"GET /health HTTP/1.1\nHost: localhost\n\n", 400),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+    (b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+    (b"GET /health HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n", 403),
+    (b"GET /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+    (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 20000 + b"\r\n\r\n", 431),
+    (post(b"{}", "Transfer-Encoding: chunked"), 400),
+    (post(b"{}", "Content-Length: 99999999999", length=False), 413),
+    (post(b"{}", "Origin: https://evil.example"), 403),
+    (post(b"not json", "Connection: close"), 400),
+    (post({"model": "nobody", "messages": [{"role": "user", "content": "Hi"}]}, "Connection: close"), 404),
+    (post(chat(temperature="hot"), "Connection: close"), 400),
+]
+
+
+class Slowly:
+    """An http.client response that is read in sips."""
+
+    def __init__(self, response):
+        self.status, self.headers, self._response, self._sips = response.status, response.headers, response, 0
+
+    def read1(self, size):
+        self._sips += 1
+        time.sleep(0.02 if self._sips % 50 == 0 else 0)
+        return self._response.read1(size)
+
+
+class Logged(Process):
+    """As Process, for long: it counts the lines of requests, and keeps a few hundred others; each that tells of an
+    exception."""
+
+    def _read(self):
+        self.lines = collections.Counter()
+        for line in self._process.stdout:
+            line = line.decode()
+            kind = "INFO" if " INFO " in line else "WARNING" if " WARNING " in line else "others"
+            self.lines[kind] += 1
+            if len(self._said) < 300 or kind == "others" or " ERROR " in line:
+                self._said.append(line)
+
+    @property
+    def process(self):
+        return self._process
+
+
+class Flapping:
+    """A link that comes and goes while the block runs."""
+
+    def __init__(self, port, seed):
+        self.link, self.troubles, self._chance = Relay(port), [], random.Random(seed)
+        self._stop, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
+
+    def _run(self):
+        for mode in itertools.cycle(["down", "slow", "silent", "down"]):
+            if self._stop.wait(self._chance.uniform(0.5, 2.5)):
+                return
+            begun = time.monotonic()
+            self.troubles.append((begun, math.inf))
+            getattr(self.link, mode)()
+            self._stop.wait(self._chance.uniform(0.2, 1.5))
+            self.link.up()
+            self.troubles[-1] = begun, time.monotonic()
+
+    def troubled(self, begun, ended):
+        """Whether it was not up for all of this time."""
+        return any(since < ended and until > begun for since, until in self.troubles[-50:])
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        self.link.__exit__()
+
+
+class SoakClient:
+    """One of those who ask without pause, each time something else, and note what came of it."""
+
+    def __init__(self, port, link, seed):
+        self._port, self._link, self._chance = port, link, random.Random(seed)
+        self._kept = None                 # a connection that is used again
+        self.done = collections.Counter()     # (what, outcome) -> how often
+        self.slowest, self.failures = collections.defaultdict(float), []
+
+    def run(self, stop):
+        while not stop.is_set():
+            kind = self._chance.choices(list(SOAK_KINDS), list(SOAK_KINDS.values()))[0]
+            begun = time.monotonic()
+            try:
+                outcome = getattr(self, kind)()
+            except (OSError, http.client.HTTPException, ValueError, LookupError, AssertionError) as error:
+                outcome = "failed"
+                self.failures.append("%s: %s %s" % (kind, type(error).__name__, error))
+            self.done[kind, outcome] += 1
+            self.slowest[kind] = max(self.slowest[kind], time.monotonic() - begun)
+        if self._kept:
+            self._kept.close()
+
+    # What is asked: a row of the table at the end each.
+
+    def whole(self):
+        return self._asked(False)
+
+    def stream(self):
+        return self._asked(True)
+
+    def large_whole(self):
+        return self._asked(False, KIB_64)
+
+    def large_stream(self):
+        return self._asked(True, KIB_64)
+
+    def paced_stream(self):
+        return self._asked(True, count=20, pause=5)
+
+    def slow_reader(self):
+        connection = self._connection(receives=8192)
+        return self._asked(True, count=1500, connection=connection, reading=Slowly, named=True)
+
+    def slow_writer(self):
+        return self._asked(self._chance.random() < 0.5, KIB_64, connection=self._connection(), pace=0.02)
+
+    def hang_up(self):
+        return self._left(reset=False)
+
+    def reset(self):
+        return self._left(reset=True)
+
+    def leave_early(self):
+        """Before there is any answer, and sometimes before there is a whole question."""
+        wish, model = self._wish(3, 0)
+        wish = wish.replace("=ok", "=slow")
+        data = post(chat(model, stream=True, user="x" * 200, messages=[{"role": "user", "content": wish}]))
+        with socket.create_connection(("127.0.0.1", self._port), SOAK_LIMIT_S) as connection:
+            connection.sendall(data[:self._chance.choice([len(data), len(data), 20, len(data) - 30])])
+            time.sleep(self._chance.uniform(0, 0.1))
+        return "left"
+
+    def refusal(self):
+        data, status = self._chance.choice(SOAK_REFUSALS)
+        said = raw(self, data, timeout=SOAK_LIMIT_S)
+        if not said.startswith(b"HTTP/1.1 %d " % status):
+            raise AssertionError("%r instead of %d to %r" % (said[:100], status, data[:80]))
+        return "refused"
+
+    def health(self):
+        told = fetch(self, "GET", "/health", timeout=SOAK_LIMIT_S)
+        if told.status == 503 and {target["state"] for target in told.json["targets"]} <= {"resting", "unreachable"}:
+            return "all resting"    # they are asked all the same, when there is nobody else
+        self._expect((told.status, told.json["status"]) == (200, "healthy"), "%d %r" % (told.status, told.body))
+        return "answered"
+
+    def models(self):
+        self._expect(fetch(self, "GET", "/v1/models", timeout=SOAK_LIMIT_S).status == 200, "no list")
+        return "answered"
+
+    @property
+    def port(self):
+        return self._port
+
+    def _expect(self, fact, words):
+        if not fact:
+            raise AssertionError(words)
+
+    def _connection(self, receives=0):
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=SOAK_LIMIT_S)
+        if receives:
+            connection.sock = socket.socket()
+            connection.sock.settimeout(SOAK_LIMIT_S)
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receives)
+            connection.sock.connect(("127.0.0.1", self._port))
+        return connection
+
+    def _wish(self, count, pause, named=False):
+        """(what the upstreams are asked to do, the model to ask for): what is asked for holds one that is well."""
+        chance = self._chance
+        well = chance.choice([OLLAMA, CLAUDE])
+        model = "%s:%s" % (well.name, well.model) if named else chance.choice(
+            ["auto"] * 8 + [well.side, "%s:%s" % (well.name, well.model)])
+        codes = {dialect.name: "ok" if dialect is well or chance.random() < 0.6 else self._code()
+                 for dialect in DIALECTS}
+        return "[[n%d d%d %s]]" % (count, pause, " ".join("=".join(pair) for pair in codes.items())), model
+
+    def _code(self):
+        code = self._chance.choice(BEFORE_CONTENT * 4 + IN_MID_ANSWER * 4 + SELDOM)
+        return code + str(self._chance.randrange(1000)) if code in ("rst", "fin") else code
+
+    def _asked(self, stream, more="", count=4, pause=0, connection=None, reading=lambda response: response, pace=0.0,
+               named=False):
+        """Ask, and judge the answer.  A connection of its own is closed afterwards, the one that is kept is not."""
+        wish, model = self._wish(count, pause, named)
+        data = json.dumps({"model": model, "stream": stream,
+                           "messages": [{"role": "user", "content": wish + more}]}).encode()
+        begun, own = time.monotonic(), connection
+        connection, self._kept = own or self._kept or self._connection(), self._kept if own else None
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        with contextlib.ExitStack() as ending:
+            ending.callback(connection.close)
+            connection.request("POST", "/v1/chat/completions", self._pieces(data, pace) if pace else data, headers)
+            with contextlib.closing(connection.getresponse()) as response:
+                reply = Reply(reading(response))
+            if not (own or reply.cut or self._chance.random() < 0.05):
+                ending.pop_all()
+                self._kept = connection
+        return self._judged(reply, stream, "%s for %s" % (wish, model), "".join(words(count)), begun)
+
+    def _pieces(self, data, pace):
+        for at in range(0, len(data), 4096):
+            time.sleep(pace)
+            yield data[at:at + 4096]
+
+    def _judged(self, reply, stream, wish, text, begun):
+        """The outcome.  Raises AssertionError where it should be another."""
+        by, code = self._served(reply, wish)
+        facts = "%s from %s: %d %s" % (wish, by, reply.status, reply.body[-600:])
+        self._expect(reply.status == 200 and by != "nobody", facts)
+        if reply.cut or reply.error:
+            told = stream and reply.cut and reply.error and reply.finish is None
+            self._expect(told and text.startswith(reply.text) and "[DONE]" not in reply.events, "cut unsaid: " + facts)
+            self._expect(self._may_break(by, code, begun), "cut though its upstream was well: " + facts)
+            return "cut in-band"
+        if code == "nil" and not reply.text and reply.finish == "stop":    # the others were resting then
+            return "empty"
+        self._expect((reply.text, reply.finish) == (text, "stop"), "not the answer: " + facts)
+        self._expect(reply.streamed == stream and (not stream or reply.events[-1] == "[DONE]"), "no end: " + facts)
+        self._expect(code in ("ok", "slow"), "an answer from one that gave none: " + facts)
+        return "answered" if reply.headers["x-oblix-attempts"] == "1" else "by another one"
+
+    def _served(self, response, wish):
+        """Who answered, and what it had been told to do."""
+        by = (response.headers["x-oblix-model"] or "nobody").split(":")[0]
+        return by, Wish.read(wish[2:wish.index("]")]).codes.get(by)
+
+    def _may_break(self, by, code, begun):
+        """Whether the stream of this upstream was meant to break off."""
+        return code in (*IN_MID_ANSWER, "mute") or by == OPENAI.name and self._link.troubled(begun, time.monotonic())
+
+    def _left(self, reset):
+        """Leave in mid-stream."""
+        (wish, model), begun = self._wish(50, 5), time.monotonic()
+        with contextlib.closing(self._connection()) as connection:
+            data = json.dumps(chat(model, stream=True, messages=[{"role": "user", "content": wish}]))
+            connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
+            with contextlib.closing(connection.getresponse()) as response:
+                self._expect(response.status == 200, "%s: %d" % (wish, response.status))
+                try:
+                    collections.deque(itertools.islice(sse(response), self._chance.randrange(1, 20)), 0)
+                except http.client.IncompleteRead:    # sooner than we
+                    self._expect(self._may_break(*self._served(response, wish), begun), "cut: " + wish)
+                    return "cut in-band"
+                if reset and connection.sock:
+                    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return "left"
+
+
+SOAK_KINDS = {    # what is asked -> its weight
+    "whole": 26, "stream": 26, "large_whole": 6, "large_stream": 6, "paced_stream": 8, "hang_up": 8, "reset": 4,
+    "leave_early": 4, "slow_reader": 2, "slow_writer": 2, "refusal": 8, "health": 5, "models": 1,
+}
+
+
+class Soaked:
+    """A soak: what was done, what was measured, and which of the checks failed."""
+
+    def __init__(self, seconds, seed):
+        self.seconds, self.seed, self.memory, self.checks = seconds, seed, [], []
+        self.threads, self.files = [], []
+
+    def run(self):
+        with QuickUpstream() as upstream, Flapping(upstream.ports["openai"], self.seed) as link:
+            flags = [*SOAK_FLAGS, *upstream.flags(link.link.port)]
+            with Logged(*flags, env=upstream.env()) as server:
+                eventually(lambda: looked_around(server), 10)
+                self._soak(server, link, {*upstream.ports.values(), link.link.port})
+                self._end(server)
+        return self
+
+    def _soak(self, server, link, ports):
+        process = psutil.Process(server.process.pid)
+        self._warm(server)
+        self._measure(process, ports)
+        self.clients = [SoakClient(server.port, link, "%s %d" % (self.seed, number)) for number in range(SOAK_CLIENTS)]
+        stop, begun = threading.Event(), time.monotonic()
+        threads = [threading.Thread(target=client.run, args=(stop,), daemon=True) for client in self.clients]
+        for thread in threads:
+            thread.start()
+        while time.monotonic() < begun + self.seconds:
+            time.sleep(min(1.0, self.seconds / 30))
+            self.memory.append(((time.monotonic() - begun) / self.seconds, memory_mib(process.pid)))
+        stop.set()
+        for thread in threads:
+            thread.join(2 * SOAK_LIMIT_S)
+        self._check("every client came to an end", not any(thread.is_alive() for thread in threads))
+        self.took = time.monotonic() - begun
+        self._settle(server, process, ports)
+
+    def _warm(self, server):
+        """Use everything once, so that what is opened for good is open before it is counted."""
+        for dialect in DIALECTS:
+            for stream in (True, False):
+                fetch(server, "POST", "/v1/chat/completions", json.dumps(chat("%s:%s" % (dialect.name, dialect.model),
+                                                                              stream=stream)),
+                      {"Content-Type": "application/json"})
+
+    def _measure(self, process, ports):
+        """The least of some moments: a probe may be under way."""
+        counts = []
+        for _ in range(10):
+            counts.append((process.num_threads(), descriptors(process, ports)))
+            time.sleep(0.03)
+        self.threads.append(min(threads for threads, _ in counts))
+        self.files.append(min(files for _, files in counts))
+
+    def _settle(self, server, process, ports):
+        """What is left when all clients have gone; probes come and go, so it is looked at for a while."""
+        deadline = time.monotonic() + 10
+        while True:
+            flights = {target["id"]: target["in_flight"] for target in health(server)["targets"]}
+            self._measure(process, ports)
+            left = self.threads[-1] > self.threads[0] or self.files[-1] > self.files[0] or any(flights.values())
+            if not left or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        idle = collections.Counter(kept(process, ports))
+        self._check("nothing is in flight: %s" % flights, not any(flights.values()))
+        self._check("threads: %d before, %d after" % (self.threads[0], self.threads[-1]),
+                    self.threads[-1] <= self.threads[0])
+        self._check("descriptors: %d before, %d after, and %s idle connections to upstreams" % (
+            self.files[0], self.files[-1], sum(idle.values())), self.files[-1] <= self.files[0])
+        self._check("no more idle connections to one upstream than there were clients",
+                    max(idle.values(), default=0) <= SOAK_CLIENTS + 4)
+
+    def _end(self, server):
+        server.end(signal.SIGTERM)
+        said = server.said()
+        self.lines = server.lines
+        self._check("exit status 0 after SIGTERM", server.process.returncode == 0)
+        traces = [line for line in said.splitlines() if "Traceback" in line or '  File "' in line or " ERROR " in line]
+        self._check("no exception and no error in its log: %s" % traces[:3], not traces)
+        failures = [failure for client in self.clients for failure in client.failures]
+        self._check("no request failed that could be answered: %d did%s" % (
+            len(failures), "".join("\n    " + failure for failure in failures[:5])), not failures)
+        early, late = self._median(0.2, 0.35), self._median(0.85, math.inf)
+        bound = SOAK_GROWTH_MIB * (1 if self.seconds >= 30 else 3)    # at first any heap grows
+        self._check("memory is flat: %.1f MiB after the first fifth, %.1f at the end, %+.1f of %.0f" % (
+            early, late, late - early, bound), late - early <= bound)
+
+    def _median(self, since, until):
+        found = [mib for at, mib in self.memory if since <= at < until]
+        return statistics.median(found or [self.memory[0][1]])
+
+    def _check(self, words, holds):
+        self.checks.append((words, bool(holds)))
+
+    @property
+    def table(self):
+        done = sum((client.done for client in self.clients), collections.Counter())
+        outcomes = ["answered", "by another one", "cut in-band", "empty", "all resting", "left", "refused", "failed"]
+        lines = ["%-13s" % "" + "".join("%15s" % outcome for outcome in outcomes) + "%12s" % "slowest, s"]
+        for kind in SOAK_KINDS:
+            slowest = max(client.slowest[kind] for client in self.clients)
+            lines.append("%-13s" % kind + "".join("%15s" % (done[kind, outcome] or "") for outcome in outcomes)
+                         + "%12.2f" % slowest)
+        total = sum(done.values())
+        lines += ["", "%d in %.1f s by %d clients, %.0f/s; seed %s; %d lines in the log" % (
+            total, self.took, SOAK_CLIENTS, total / self.took, self.seed, sum(self.lines.values()))]
+        lines += [("ok      " if holds else "FAILED  ") + words for words, holds in self.checks]
+        return "\n".join(lines)
+
+    @property
+    def failed(self):
+        return [words for words, holds in self.checks if not holds]
+
+
+def soak(seconds, seed=None):
+    """Exit status of a soak, whose table it prints."""
+    soaked = Soaked(seconds, seed or random.randrange(1 << 32)).run()
+    print(soaked.table)
+    return 1 if soaked.failed else 0
+
+
+class Soak(Case):
+    """`python py soak SECONDS`, in short."""
+
+    def setUp(self):
+        if isinstance(psutil, mock.Mock):
+            self.skipTest("needs psutil")
+        if os.name != "posix":
+            self.skipTest(IMPOSSIBLE + ": a signal that ends it in peace")
+
+    def test_a_mixed_load_leaves_nothing_behind_and_fails_nobody(self):
+        soaked = Soaked(2.5, "in short").run()
+        self.assertEqual(soaked.failed, [])
+        done = sum((client.done for client in soaked.clients), collections.Counter())
+        self.assertLessEqual({"answered", "by another one", "left", "refused"}, {outcome for _, outcome in done})
+
+
+# === 16. Proving: bench ==============================================================================================
+# `python py bench`: what Oblix costs.  The same requests go to the quick upstream directly and through
+# Oblix, in turn, and medians over the rounds are compared.  The load generator, a loop over raw sockets, and the
+# upstream share the machine with what they measure: differences and CPU times tell more than rates do.
+# `bench memory`: what is left of many requests and hang-ups.  Nothing here is asserted.
+
+ROUNDS, ROUND_S = 3, 1.0
+IDLE_S = 4.0
+BURST, STREAMS, STREAMS_S, STREAM_PAUSE_MS = 20_000, 200, 2.0, 20
+IN_TIME_S = 0.02    # a chunk is in time that comes so soon after it was due
+MEMORY_REQUESTS, MEMORY_STEP, MEMORY_HANG_UPS = 50_000, 10_000, 2_000
+LENGTH_OF_ANSWER = re.compile(rb"\r\ncontent-length: *(\d+)", re.I)
+GREETING = "Say hello to everybody who has come here today, in a few kind words."
+
+
+class Way:
+    """How one dialect is asked: directly or through Oblix."""
+
+    def __init__(self, port, path, model, stream):
+        self.port, self._path, self._model, self._stream = port, path, model, stream
+
+    def request(self, wish, text=GREETING, stream=None):
+        """A request as bytes; `stream` where it matters."""
+        stream = self._stream if stream is None else stream
+        body = json.dumps({"model": self._model, "messages": [{"role": "user", "content": "[[%s]] %s" % (wish, text)}],
+                           "stream": stream, "max_tokens": 1000}).encode()
+        return (b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (self._path.encode(), len(body), body))
+
+    def connect(self):
+        connection = socket.create_connection(("127.0.0.1", self.port), 30)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+
+def ways(dialect, upstream, server):
+    """(directly, through Oblix)"""
+    model = {"local": "local", "cloud": "%s:%s" % (dialect.name, dialect.model)}[dialect.side]
+    return (Way(upstream.ports[dialect.name], dialect.path, dialect.model, dialect is not OPENAI),
+            Way(server.port, "/v1/chat/completions", "cloud" if dialect is OPENAI else model, False))
+
+
+class Exchange:
+    """A connection of the load generator: requests go out one after the other, each when the last was answered."""
+
+    def __init__(self, way, request, seen=None):
+        self.connection, self._request, self._seen = way.connect(), request, seen
+
+    def send(self):
+        self._answer, self._size, self.begun = bytearray(), None, time.perf_counter()
+        self.connection.sendall(self._request)
+
+    def receive(self):
+        """Take what has come; whether the answer is complete."""
+        data = self.connection.recv(1 << 18)
+        if not data:
+            raise AssertionError("cut after %r" % bytes(self._answer[-300:]))
+        if self._seen:
+            self._seen(data)
+        self._answer += data
+        if self._size is None:
+            end = self._answer.find(b"\r\n\r\n")
+            if end < 0:
+                return False
+            if not self._answer.startswith(b"HTTP/1.1 200"):
+                raise AssertionError(bytes(self._answer[:600]))
+            length = LENGTH_OF_ANSWER.search(self._answer, 0, end + 2)
+            self._size = end + 4 + int(length[1]) if length else 0
+        if self._size:
+            return len(self._answer) >= self._size
+        if self._answer.endswith(b"0\r\n\r\n"):
+            return True
+        del self._answer[:-5]
+        return False
+
+
+def drive(way, request, connections, until=None, count=None, seen=None):
+    """Ask on so many connections at once until this instant, or so many times.  Returns each answer's seconds."""
+    took, left = [], count if count is not None else 1 << 60
+    with contextlib.ExitStack() as ending, selectors.DefaultSelector() as selector:
+        for _ in range(min(connections, left)):
+            exchange = Exchange(way, request, seen)
+            ending.enter_context(exchange.connection)
+            selector.register(exchange.connection, selectors.EVENT_READ, exchange)
+            exchange.send()
+            left -= 1
+        while selector.get_map():
+            for key, _ in selector.select(30):
+                if not key.data.receive():
+                    continue
+                now = time.perf_counter()
+                took.append(now - key.data.begun)
+                if left > 0 and (until is None or now < until):
+                    left -= 1
+                    key.data.send()
+                else:
+                    selector.unregister(key.fileobj)
+    return took
+
+
+def percentile(values, share):
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def cpu_s(process):
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def fine_cpu_s(process):
+    """As cpu_s, where the system tells it more finely than in ticks; only of the threads that there are."""
+    try:
+        files = Path("/proc/%d/task" % process.pid).glob("*/schedstat")
+        return sum(int(file.read_text().split()[0]) for file in files) / 1e9 or cpu_s(process)
+    except OSError:
+        return cpu_s(process)
+
+
+def latencies(way, _):
+    """At concurrency 1, in ms."""
+    took = drive(way, way.request("n1"), 1, count=400)
+    return {"p50": 1000 * percentile(took, 0.5), "p99": 1000 * percentile(took, 0.99)}
+
+
+def rates(connections, text, way, process):
+    begun, cpu = time.perf_counter(), cpu_s(process)
+    took = drive(way, way.request("n1", text), connections, until=begun + ROUND_S)
+    seconds = time.perf_counter() - begun
+    return {"rate": len(took) / seconds, "p99": 1000 * percentile(took, 0.99),
+            "cpu": 1e6 * (cpu_s(process) - cpu) / len(took)}
+
+
+def first_chunks(way, _):
+    """The time to the first word of a stream, in ms, at concurrency 1."""
+    firsts = []
+
+    def seen(data):
+        if b"w0 " in data:
+            firsts.append(1000 * (time.perf_counter() - exchange.begun))
+    exchange = Exchange(way, way.request("n3", stream=True), seen)
+    with exchange.connection:
+        for _ in range(200):
+            exchange.send()
+            while not exchange.receive():
+                pass
+    return {"p50": percentile(firsts, 0.5), "p99": percentile(firsts, 0.99)}
+
+
+def burst(way, process):
+    """Chunks a second of a stream without pauses."""
+    cpu, request = cpu_s(process), way.request("n%d" % BURST, stream=True)
+    seconds = drive(way, request, 1, count=1)[0]
+    return {"rate": BURST / seconds, "cpu": 1e6 * (cpu_s(process) - cpu) / BURST}
+
+
+def streams(way, process):
+    """Many streams at once, of words that say when they were due."""
+    delays, partial = [], re.compile(rb"[0-9]{16}")
+
+    def seen(data):
+        now = 1e6 * time.monotonic()
+        delays.extend((now - int(due)) / 1e6 for due in partial.findall(data))
+    count, cpu = int(STREAMS_S * 1000 / STREAM_PAUSE_MS), cpu_s(process)
+    request = way.request("stamped n%d d%d" % (count, STREAM_PAUSE_MS), stream=True)
+    drive(way, request, STREAMS, count=STREAMS, seen=seen)
+    return {"in time": 100 * sum(delay <= IN_TIME_S for delay in delays) / len(delays),
+            "p99": 1000 * percentile(delays, 0.99), "cpu": 1e6 * (cpu_s(process) - cpu) / len(delays)}
+
+
+def in_turn(measure, both, process, rounds=ROUNDS):
+    """Medians over rounds of what a measurement finds: (directly, through Oblix)."""
+    found = [[measure(way, process) for way in both] for _ in range(rounds)]
+    return [{name: statistics.median(one[side][name] for one in found) for name in found[0][side]} for side in (0, 1)]
+
+
+def started(upstream):
+    """Seconds from a start to the first answer, and memory then, each time anew."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    begun = time.perf_counter()
+    with bench_server(upstream, "--port=%d" % port) as (process, _):
+        way = ways(OPENAI, upstream, argparse.Namespace(port=port))[1]
+        while True:
+            with contextlib.suppress(OSError):
+                drive(way, way.request("n1"), 1, count=1)
+                return time.perf_counter() - begun, memory_mib(process.pid)
+            time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def bench_server(upstream, *flags):
+    """(process, server) of an Oblix with all that a user has on, whose log goes to a file."""
+    with tempfile.TemporaryFile() as log:
+        command = [sys.executable, str(HERE / "oblix.py"), *CALM, *upstream.flags(), *flags]
+        run = subprocess.Popen(command, env=bare_env(upstream.env()), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=log, text=True)
+        try:
+            if flags:
+                yield psutil.Process(run.pid), None
+            else:
+                first = next(line for line in run.stdout if "/v1" in line)
+                server = argparse.Namespace(port=int(re.search(r":(\d+)/v1", first)[1]))
+                eventually(lambda: looked_around(server), 10)
+                yield psutil.Process(run.pid), server
+        finally:
+            run.kill()
+            run.wait()
+            run.stdout.close()
+
+
+def row(words_, direct, through, digits):
+    """A row: both, their difference and their ratio."""
+    ratio = "%9.2f x" % (through / direct) if direct else ""
+    return "%-44s%12.*f%12.*f%+12.*f%s" % (words_, digits, direct, digits, through, digits, through - direct, ratio)
+
+
+def alone(words_, value, digits):
+    return "%-44s%12s%12.*f" % (words_, "", digits, value)
+
+
+def bench():
+    """Print the table; returns the exit status."""
+    print("Python %s on %d cores, of which others use about %.1f" % (
+        sys.version.split()[0], os.cpu_count(), psutil.cpu_percent(1) / 100 * os.cpu_count()))
+    print("%-44s%12s%12s%12s%11s" % ("", "direct", "Oblix", "difference", "ratio"))
+    with QuickUpstream() as upstream:
+        starts = [started(upstream) for _ in range(5)]
+        print(alone("start to the first answer, s", statistics.median(seconds for seconds, _ in starts), 2))
+        print(alone("memory after it, MiB", statistics.median(mib for _, mib in starts), 1))
+        with bench_server(upstream) as (process, server):
+            both = ways(OPENAI, upstream, server)
+            time.sleep(0.5)
+            cpu = fine_cpu_s(process)
+            time.sleep(IDLE_S)
+            print(alone("CPU while idle, % of a core", 100 * (fine_cpu_s(process) - cpu) / IDLE_S, 2))
+            for way in both:
+                drive(way, way.request("n1"), 16, count=500)
+            bench_requests(both, process)
+            bench_streams(both, process)
+            for dialect in (OLLAMA, CLAUDE):
+                bench_translated(dialect, ways(dialect, upstream, server), process)
+            print(alone("memory after all this, MiB", memory_mib(process.pid), 1))
+    return 0
+
+
+def bench_requests(both, process):
+    direct, through = in_turn(latencies, both, process, 5)
+    print(row("answer, 1 connection, p50, ms", direct["p50"], through["p50"], 3))
+    print(row("                      p99, ms", direct["p99"], through["p99"], 3))
+    for words_, connections, text in (("", 16, GREETING), ("", 64, GREETING), (", 64 KiB prompts", 4, KIB_64)):
+        direct, through = in_turn(functools.partial(rates, connections, text), both, process)
+        print(row("requests/s, %d connections%s" % (connections, words_), direct["rate"], through["rate"], 0))
+        print(row("    p99, ms", direct["p99"], through["p99"], 1))
+        print(alone("    CPU of Oblix, ms a request", through["cpu"] / 1000, 3))
+
+
+def bench_streams(both, process):
+    direct, through = in_turn(first_chunks, both, process)
+    print(row("first chunk, p50, ms", direct["p50"], through["p50"], 3))
+    print(row("             p99, ms", direct["p99"], through["p99"], 3))
+    direct, through = in_turn(burst, both, process)
+    print(row("chunks/s of one stream without pauses", direct["rate"], through["rate"], 0))
+    direct, through = in_turn(streams, both, process, 1)
+    print(row("%d streams, %d chunks/s each: in time, %%" % (STREAMS, 1000 / STREAM_PAUSE_MS), direct["in time"],
+              through["in time"], 1))
+    print(row("    delay p99, ms", direct["p99"], through["p99"], 1))
+    print(alone("    CPU of Oblix, µs a chunk", through["cpu"], 0))
+
+
+def bench_translated(dialect, both, process):
+    """The short form, for those that are translated."""
+    name = dialect.name.capitalize()
+    direct, through = in_turn(latencies, both, process, 3)
+    print(row("%s: answer, 1 connection, p50, ms" % name, direct["p50"], through["p50"], 3))
+    direct, through = in_turn(functools.partial(rates, 16, GREETING), both, process, 1)
+    print(row("    requests/s, 16 connections", direct["rate"], through["rate"], 0))
+    print(alone("    CPU of Oblix, ms a request", through["cpu"] / 1000, 3))
+    direct, through = in_turn(first_chunks, both, process, 1)
+    print(row("    first chunk, p50, ms", direct["p50"], through["p50"], 3))
+    direct, through = in_turn(burst, both, process)
+    print(row("    chunks/s of one stream without pauses", direct["rate"], through["rate"], 0))
+
+
+def hang_ups(way, count, at_once_=50):
+    """Leave so many streams at their first word."""
+    request, left = way.request("n100 d20", stream=True), count
+    with selectors.DefaultSelector() as selector:
+        while left or selector.get_map():
+            while left and len(selector.get_map()) < at_once_:
+                connection = way.connect()
+                connection.sendall(request)
+                selector.register(connection, selectors.EVENT_READ, [])
+                left -= 1
+            for key, _ in selector.select(30):
+                key.data.append(key.fileobj.recv(1 << 16))
+                if b"w0 " in b"".join(key.data) or not key.data[-1]:
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
+
+
+def bench_memory(requests=MEMORY_REQUESTS, left=MEMORY_HANG_UPS):
+    """Print what a process takes after so many requests, a fifth of them streamed, and hang-ups."""
+    with QuickUpstream() as upstream, bench_server(upstream) as (process, server):
+        way, ports = ways(OPENAI, upstream, server)[1], set(upstream.ports.values())
+        print("%-22s%12s%10s%14s%20s%8s" % ("", "memory, MiB", "threads", "descriptors", "kept connections", "s"))
+        begun = time.monotonic()
+
+        def tell(words_):
+            counts = process.num_threads(), descriptors(process, ports), len(kept(process, ports))
+            print("%-22s%12.1f%10d%14d%20d%8.0f" % (words_, memory_mib(process.pid), *counts, time.monotonic() - begun),
+                  flush=True)
+        tell("0 requests")
+        for done in range(MEMORY_STEP, requests + 1, MEMORY_STEP):
+            drive(way, way.request("n1"), 16, count=MEMORY_STEP * 4 // 5)
+            drive(way, way.request("n8", stream=True), 16, count=MEMORY_STEP // 5)
+            time.sleep(0.3)
+            tell("%d requests" % done)
+        hang_ups(way, left)
+        eventually(lambda: not any(target["in_flight"] for target in health(server)["targets"]), 10)
+        time.sleep(1)
+        tell("%d hang-ups" % left)
+    return 0
+
+
+# === Running the tests ===============================================================================================
+
 LOST = []
 
 
@@ -10887,7 +12859,17 @@ def run_in_parts():
     return max(status for status, _ in runs)
 
 
+COMMANDS = {    # what else `python test_oblix.py` can do: name -> what it runs with the arguments
+    "fuzz": lambda seconds, seed="", only="": fuzz(float(seconds), seed or str(random.randrange(10**6)), only),
+    "soak": lambda seconds: soak(float(seconds)),
+    "bench": lambda what="": bench_memory() if what == "memory" else bench(),
+    "upstream": lambda: asyncio.run(serve_quickly()),    # for soak and bench, which start it themselves
+}
+
+
 def main():
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        return COMMANDS[sys.argv[1]](*sys.argv[2:])
     if len(sys.argv) == 1 and "OBLIX_TEST_PART" not in os.environ:
         return run_in_parts()
     result = unittest.main(exit=False, warnings="error").result
