@@ -3165,7 +3165,7 @@ class Client:
         self.beat()
 
 
-BEAT_S = 2.0       # often enough for keep-alives
+BEAT_S = 2.0 if hasattr(select, "poll") else 0.25    # often enough for keep-alives; for the rest there is poll
 HANG_UP_S = 0.25   # within which a client's leaving is noticed where its socket can't be polled for it
 
 
@@ -3494,9 +3494,10 @@ class Answer:
         self._fields: dict[str, str] = {}
         for line in lines:
             name, _, value = line.decode("latin-1").partition(":")
-            name, value = name.strip(" \t").lower(), value.strip(" \t")
-            if name in ("content-length", "transfer-encoding") and self._fields.get(name, value) != value:
-                raise ValueError("two framings")
+            name, value = name.lower(), value.strip(" \t")
+            framing = name in ("content-length", "transfer-encoding")
+            if name[:1] in (" ", "\t") or framing and self._fields.get(name, value) != value:
+                raise ValueError("a folded line, or two framings")
             self._fields[name] = value
 
     def _set_framing(self) -> None:
@@ -3509,7 +3510,8 @@ class Answer:
         if self._counted:
             self._left = int(length or 0) if self.status not in (204, 304) else 0
             self._complete = not self._left
-        self._keeps_open = "close" not in option and (self._version == b"1" or "keep-alive" in option)
+        self._keeps_open = "close" not in option and (self._version == b"1" or "keep-alive" in option) and not (
+            self._chunked and length)
 
     @property
     def worked_s(self) -> float:
@@ -4970,7 +4972,8 @@ class Admission:
             silent = [inbound.connection for inbound in self._waiting
                       if inbound.silent and (fresh or not inbound.fresh)]
         for connection in silent:
-            _hang_up(connection, socket.SHUT_RD)    # what has come meanwhile can still be read
+            # Linux lets what has come meanwhile be read, and the reader wake up; Windows does not do the latter.
+            _hang_up(connection, socket.SHUT_RD if os.name == "posix" else socket.SHUT_RDWR)
 
     def end(self) -> None:
         """Have every request that runs end now: it finds its client's half of the connection closed, and `ended`."""

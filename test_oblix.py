@@ -6281,6 +6281,113 @@ class Documented(Case):
         self.assertEqual((settings.better_after_s, oblix.Monitor.worse_after, oblix.WARM_AGAIN_S), (10, 2, 300))
 
 
+# === 10. Response out =================================================================================================
+
+BEFORE, AFTER = b'data: {"id":"i","model":"m","choices":[{"index":0,"delta":{"content":"', b'"},"finish_reason":null}]}\n\n'
+
+
+def said(*texts):
+    """Events that say these texts, as bytes of JSON."""
+    return b"".join(BEFORE + text + AFTER for text in texts)
+
+
+NOT_PASSED = [  # what is not a row of texts in the known event, in spite of looking alike
+    ("another finish", said(b"a") + said(b"b").replace(b"null", b'"stop"')),
+    ("[DONE]", said(b"a") + b"data: [DONE]\n\n"),
+    ("an error", said(b"a") + b'data: {"error":{"message":"no"}}\n\n'), ("a comment", b": hello\n\n" + said(b"a")),
+    ("a quote", said(b'a","role":"b')), ("a quote that is escaped no more", said(b'a\\\\","role":"b')),
+    ("a foreign end", BEFORE + b"fine" + AFTER + b"data: [DONE] " + AFTER + BEFORE + BEFORE + AFTER),
+    ("one quote for two", said(b"a\\n") + BEFORE + AFTER[1:]), ("a line end in a text", said(b"a\nb")),
+    ("a bare CR", said(b"a\rb")), ("NUL", said(b"a\0")), ("no UTF-8", said(b"\xff")), ("a bad escape", said(b"\\x41")),
+    ("what str.splitlines splits", said("a\u2028b".encode())), ("the same", said("a\x85b".encode())),
+    ("a piece of an event", said(b"a")[5:]), ("too large", said(b"a" * (1 << 20))),
+]
+
+
+class Passing(Case):
+    """A stream's events are passed on unread only if reading them would not have changed anything else."""
+
+    def stencil(self):
+        stencil = oblix.Stencil({"id": "x", "created": 1}, "openai:m", False)
+        self.assertIsNone(stencil.passes(said(b"first")), "nothing is known yet")
+        return stencil
+
+    def test_texts_pass_with_the_models_name_changed(self):
+        for texts in ([b"a"], [b"", b"b" * 999], [b"\\n\\u00e9\\\"", b"c"], ["é日".encode()], [b"{[,:"] * 500):
+            with self.subTest(texts=texts[:3]):
+                events = self.stencil().passes(said(*texts)).events
+                chunks = [json.loads(event[len(b"data: "):]) for event in events.split(b"\n\n")[:-1]]
+                self.assertEqual([chunk["choices"][0]["delta"]["content"] for chunk in chunks],
+                                 [json.loads(b'"%b"' % text) for text in texts])
+                self.assertEqual({chunk["model"] for chunk in chunks}, {"openai:m"})
+
+    def test_nothing_else_passes(self):
+        for name, events in NOT_PASSED:
+            with self.subTest(name):
+                self.assertIsNone(self.stencil().passes(events))
+
+    def test_a_large_event_is_not_even_looked_at(self):
+        stencil = self.stencil()
+        with mock.patch.object(stencil, "_study", side_effect=AssertionError), \
+                mock.patch.object(stencil, "_fits", side_effect=AssertionError):
+            self.assertIsNone(stencil.passes(said(b"a" * (1 << 20))))
+
+    def test_a_stream_that_is_passed_says_what_it_says_when_it_is_read(self):
+        text = [Text(word) for word in ('a "b" \\n', "é", "\u2028", "{}", "x" * 9000, "\U0001f600", "") * 30]
+        with Upstream(OPENAI, answer(*text), answer(*text, split=777)) as upstream, running(upstream) as server:
+            wanted = "".join(piece.text for piece in text)
+            with mock.patch.object(oblix.Stencil, "passes", lambda *_: None):
+                self.answered(ask(server, upstream.target, stream=True), wanted)
+            for usage in (False, True):
+                reply = ask(server, upstream.target, stream=True, stream_options={"include_usage": usage})
+                self.answered(reply, wanted)
+                self.assertEqual(bool([chunk for chunk in reply.chunks if chunk.get("usage")]), usage)
+                self.assertEqual({chunk["model"] for chunk in reply.chunks}, {upstream.target})
+
+    def test_the_second_half_of_an_event_is_no_event(self):
+        """Two data lines are one event, whatever the second one looks like."""
+        events = OPENAI.events(Saying((Text("a"), Text("b"), Text("c")), "stop", 1, 1), {})
+        pieces = [*events[:3], b"data: \n", events[3], *events[4:]]
+        reply = through(OPENAI, [OPENAI.head, *(step for piece in pieces for step in (chunk(piece), 0.02)), END],
+                        stream=True)
+        self.answered(reply, "abc")
+
+
+class HostileUpstream(Case):
+    """What an upstream may try beside the faults of part 7."""
+
+    def test_its_key_comes_back_in_no_field_of_an_error(self):
+        key = OPENAI.key
+        event = {"error": dict.fromkeys(("message", "code", "type", "param"), "the key is " + key)}
+        for script in ([OPENAI.head, chunk(data_event(event)), END], whole(400, event), whole(200, event)):
+            with Upstream(OPENAI, script) as upstream, running(upstream) as server, \
+                    self.assertLogs("oblix", "INFO") as logged:
+                for stream in (False, True):
+                    self.assertNotIn(key.encode(), ask(server, upstream.target, stream=stream).body)
+                    eventually(lambda: "POST" in logged.output[-1])
+                self.assertNotIn(key, str(logged.output))
+
+    def test_pieces_that_say_nothing_have_an_end(self):
+        silence = itertools.repeat(chunk(data_event({"choices": [{}]})))
+        with mock.patch.object(oblix, "MAX_HELD", 100):
+            reply = through(OPENAI, lambda *_: itertools.chain([OPENAI.head], silence), stream=True)
+            self.refused(reply, 502, "no content in 100 pieces")
+
+    def test_framings_that_two_readers_could_take_differently_are_no_answer(self):
+        body = json.dumps(OPENAI.whole(HELLO)).encode()
+        length, kind = "Content-Length: %d" % len(body), "Content-Type: application/json"
+        for headers in (["Content-Length: 3", length], ["Transfer-Encoding: gzip, chunked"], ["Content-Length: +5"],
+                        ["Content-Length: 1_0"], ["X: a", " " + length], ["Transfer-Encoding: chunked",
+                                                                          "Transfer-Encoding: identity"]):
+            with self.subTest(headers=headers):
+                self.refused(through(OPENAI, [head(200, kind, *headers) + body, CLOSE]), 502)
+
+    def test_json_as_rich_as_a_trap_is_not_parsed(self):
+        trap = b'{"choices":[' + b"[]," * (1 << 20) + b"[]]}"
+        self.refused(through(OPENAI, [head(200, "Content-Type: application/json",
+                                           "Content-Length: %d" % len(trap)) + trap]), 502)
+
+
 MIB, KIB = 1 << 20, 1 << 10
 LIMITS = [  # what the README's table of limits says, and the numbers in it
     ("| %s MiB (`--max-body-mib`); those under way together %s MiB |", oblix.Settings().max_body_mib,
@@ -6293,7 +6400,7 @@ LIMITS = [  # what the README's table of limits says, and the numbers in it
     ("| %s s, and one more for each %s KiB that has come |", oblix.BODY_S, oblix.BODY_BYTES_PER_S / KIB),
     ("| %s s | it is closed |", oblix.IDLE_CLIENT_S), ("| %s s | it is dropped, and the model stopped |", oblix.SEND_S),
     ("| %s (`--max-requests`) | 503", oblix.Settings().max_requests),
-    ("| %s, %s, %s MiB, and JSON", oblix.MAX_LINE_BYTES / MIB, oblix.MAX_BODY_BYTES / MIB,
+    ("| %s, %s, %s MiB (Ollama", oblix.MAX_LINE_BYTES / MIB, oblix.MAX_BODY_BYTES / MIB,
      oblix.MAX_STREAM_BYTES / MIB),
     ("| %s | the others are left out |", oblix.MAX_MODELS), ("| %s each | the oldest", oblix.MAX_REMEMBERED),
     ("| %s, for %s s each |", oblix.MAX_IDLE, oblix.IDLE_S),
@@ -6551,6 +6658,20 @@ class Server(Case):
                 reply = fetch(server, "GET", "/health")
                 self.assertEqual((reply.status, reply.json["status"]), (503, "unhealthy"))
                 self.assertTrue(reply.json["reasons"])
+
+    def test_who_asks_on_and_on_and_reads_nothing_makes_room_for_others(self):
+        """Such a one holds a thread in its answer, and is no chat request that is counted."""
+        asked = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3000
+        with running(self.local, self.cloud, flags=["--max-requests=4"]) as server, contextlib.ExitStack() as stack:
+            for _ in range(20):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect(("127.0.0.1", server.port))
+                client.settimeout(0.1)
+                with contextlib.suppress(OSError):    # as much as it takes
+                    client.sendall(asked)
+            eventually(lambda: len(server.admission._open) <= 9)
+            self.answered(ask(server, "auto"), "Hello")
 
     def test_sixteen_clients_are_served_side_by_side(self):
         """The upstream answers none of them before it has been asked by all."""
