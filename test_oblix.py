@@ -6283,7 +6283,7 @@ class Documented(Case):
 
 # === 10. Response out =================================================================================================
 
-BEFORE, AFTER = b'data: {"id":"i","model":"m","choices":[{"index":0,"delta":{"content":"', b'"},"finish_reason":null}]}\n\n'
+BEFORE, AFTER = b'data: {"id":"i","model":"m","choices":[{"index":0,"delta":{"content":"', b'"},"finish_reason":null}]}
 
 
 def said(*texts):
