@@ -6283,7 +6283,8 @@ class Documented(Case):
 
 # === 10. Response out =================================================================================================
 
-BEFORE, AFTER = b'data: {"id":"i","model":"m","choices":[{"index":0,"delta":{"content":"', b'"},"finish_reason":null}]}
+BEFORE = b'data: {"id":"i","model":"m","choices":[{"index":0,"delta":{"content":"'
+AFTER = b'"},"finish_reason":null}]}\n\n'
 
 
 def said(*texts):
