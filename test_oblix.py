@@ -12951,15 +12951,19 @@ def tearDownModule():
         raise AssertionError("left behind: " + "; ".join(LOST))
 
 
+ALONE = OwnWork, Burner, RealModel    # they measure, or need, the whole machine
+LONGEST = FaultMatrix, Siege, Deployed, Fuzz, Soak, Upstreams, Slow, Crowded, LeftBehind, Stopping, Logs, Hostile
+
+
 def load_tests(_loader, classes, _pattern):
     """All tests, or one part of them."""
     def of(kind):
         return [tests for tests in classes if isinstance(next(iter(tests), None), kind)]
-    left_out = (FaultMatrix, Siege, Deployed, Fuzz, Soak) if os.environ.get("OBLIX_TEST_BRIEF") else ()    # the longest
-    rest = [tests for tests in classes if tests not in of((Outages, OwnWork, Burner, *left_out))]
+    left_out = LONGEST if os.environ.get("OBLIX_TEST_BRIEF") else ()
+    rest = [tests for tests in classes if tests not in of((Outages, *ALONE, *left_out))]
     shares = unittest.TestSuite(rest[0::4] + rest[3::4]), unittest.TestSuite(rest[1::4] + rest[2::4])
-    alone = unittest.TestSuite(of((OwnWork, Burner)))    # they measure how busy the machine is
-    parts = [*shares, *itertools.chain(*of(Outages)), alone]    # those of Outages mostly wait: one part each
+    # those of Outages mostly wait: one part each
+    parts = [*shares, *itertools.chain(*of(Outages)), unittest.TestSuite(of(ALONE))]
     part = os.environ.get("OBLIX_TEST_PART")
     return unittest.TestSuite(parts if part is None else [parts[int(part)]])
 
