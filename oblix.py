@@ -4592,7 +4592,7 @@ def _listing(lines: Iterable[str]) -> str:
     return "; ".join(line.rstrip(".") for line in lines)
 
 
-def _until_content(stream: Iterator[Chunk]) -> list[Chunk]:
+def _until_content(stream: Generator[Chunk, None, None]) -> list[Chunk]:
     """The chunks up to the first with content: the commit point.  The stream's faults before it come out here."""
     held: list[Chunk] = []
     for chunk in stream:
@@ -4600,6 +4600,7 @@ def _until_content(stream: Iterator[Chunk]) -> list[Chunk]:
         if has_content(chunk):
             break
         if len(held) > MAX_HELD:
+            stream.close()
             raise UpstreamError(f"no content in {MAX_HELD} pieces", code="bad_upstream_answer")
     return held
 

@@ -6371,8 +6371,10 @@ class HostileUpstream(Case):
     def test_pieces_that_say_nothing_have_an_end(self):
         silence = itertools.repeat(chunk(data_event({"choices": [{}]})))
         with mock.patch.object(oblix, "MAX_HELD", 100):
-            reply = through(OPENAI, lambda *_: itertools.chain([OPENAI.head], silence), stream=True)
-            self.refused(reply, 502, "no content in 100 pieces")
+            with Upstream(OPENAI, lambda *_: itertools.chain([OPENAI.head], silence)) as upstream, \
+                    running(upstream) as server:
+                self.refused(ask(server, upstream.target, stream=True), 502, "no content in 100 pieces")
+                self.assertTrue(upstream.last.hung_up.wait(2))
 
     def test_framings_that_two_readers_could_take_differently_are_no_answer(self):
         body = json.dumps(OPENAI.whole(HELLO)).encode()
@@ -11363,7 +11365,7 @@ def check_listing(case):
     monitor = oblix.ConnectivityMonitor(LISTING_SETTINGS, side, endpoint, prober)
     monitor.reading = monitor.judge(monitor.sample())
     device = mock.Mock(endpoint=None, reading=oblix.Reading(oblix.Side.LOCAL, oblix.Level.GOOD, "",
-                                                            {"memory_free_mb": 5000.0}))
+                                                            {"memory_free_mb": 5000}))
     gateway.watch.monitors = (device, monitor)
     oblix.dumps(gateway.health()), oblix.dumps(oblix.models_body(gateway.models()))
     for model in ("auto", "llama3.2", "local", "ollama:llama3.2:latest"):
@@ -11974,15 +11976,18 @@ class Fuzz(Case):
 #     e500   refuses with this status     hush   says nothing                        late   an error in mid-answer
 #     html   is a login page              junk   breaks its own format               mute   falls silent in mid-answer
 #     nil    an answer that says nothing
+#
+# `kxxxxxxxx` makes these nine characters the first word, so that an answer tells whose it is.
 
 WISH = re.compile(rb"\[\[([^\]]*)\]\]")
+MARK, NO_MARK = re.compile(r"\bk\w{8}\b"), "k00000000"
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.I)
 SILENCE_S = 30.0    # longer than anybody waits for it
 
 
-def words(count):
+def words(count, mark=""):
     """The text of an answer, a word a piece."""
-    return ["w%d " % number for number in range(count)]
+    return ["%s " % (mark or "w0"), *("w%d " % number for number in range(1, count))]
 
 
 class Wish(NamedTuple):
@@ -11991,13 +11996,15 @@ class Wish(NamedTuple):
     pause: float
     codes: dict     # dialect's name -> code
     stamped: bool   # whether each word is the instant at which it was due
+    mark: str       # the first word
 
     @classmethod
     def read(cls, text):
         parts = text.split()
         numbers = {part[0]: int(part[1:]) for part in parts if re.fullmatch(r"[nd]\d+", part)}
         codes = dict(part.split("=") for part in parts if "=" in part)
-        return cls(numbers.get("n", 1), numbers.get("d", 0) / 1000, codes, "stamped" in parts)
+        return cls(numbers.get("n", 1), numbers.get("d", 0) / 1000, codes, "stamped" in parts,
+                   NO_MARK if NO_MARK in parts else "")
 
 
 @functools.lru_cache(None)
@@ -12027,10 +12034,10 @@ def prepared(dialect, text, stream):
     if code == "hush":
         return [SILENCE_S, CLOSE]
     if stream:
-        before, contents, after = streamed_parts(dialect, tuple(words(wish.count)))
+        before, contents, after = streamed_parts(dialect, tuple(words(wish.count, wish.mark)))
     else:
-        before, contents, after = whole(200, dialect.whole(Saying((Text("".join(words(wish.count))),), "stop", 9,
-                                                                  wish.count)))[0], [], b""
+        said = Saying((Text("".join(words(wish.count, wish.mark))),), "stop", 9, wish.count)
+        before, contents, after = whole(200, dialect.whole(said))[0], [], b""
     found = re.fullmatch(r"(rst|fin)(\d+)", code)
     if found:
         return [before[:int(found[2]) % len(before)], RESET if found[1] == "rst" else CLOSE]
@@ -12072,7 +12079,11 @@ def quick_steps(dialect, request):
     stream = dialect is not OPENAI or bool(re.search(rb'"stream": ?true', request))
     if "stamped" in text:
         return stamped(dialect, Wish.read(text))
-    return prepared(dialect, text, stream)
+    mark = MARK.search(text)
+    if not mark:
+        return prepared(dialect, text, stream)
+    steps = prepared(dialect, MARK.sub(NO_MARK, text), stream)
+    return [step.replace(NO_MARK.encode(), mark[0].encode()) if isinstance(step, bytes) else step for step in steps]
 
 
 class QuickConnection(asyncio.Protocol):
@@ -12385,7 +12396,8 @@ class SoakClient:
             ["auto"] * 8 + [well.side, "%s:%s" % (well.name, well.model)])
         codes = {dialect.name: "ok" if dialect is well or chance.random() < 0.6 else self._code()
                  for dialect in DIALECTS}
-        return "[[n%d d%d %s]]" % (count, pause, " ".join("=".join(pair) for pair in codes.items())), model
+        how = " ".join("=".join(pair) for pair in codes.items())
+        return "[[n%d d%d %s k%08x]]" % (count, pause, how, chance.randrange(1, 1 << 32)), model
 
     def _code(self):
         code = self._chance.choice(BEFORE_CONTENT * 4 + IN_MID_ANSWER * 4 + SELDOM)
@@ -12408,7 +12420,8 @@ class SoakClient:
             if not (own or reply.cut or self._chance.random() < 0.05):
                 ending.pop_all()
                 self._kept = connection
-        return self._judged(reply, stream, "%s for %s" % (wish, model), "".join(words(count)), begun)
+        return self._judged(reply, stream, "%s for %s" % (wish, model), "".join(words(count, MARK.search(wish)[0])),
+                            begun)
 
     def _pieces(self, data, pace):
         for at in range(0, len(data), 4096):
@@ -12988,7 +13001,8 @@ def run_in_parts():
 
 
 COMMANDS = {    # what else `python test_oblix.py` can do: name -> what it runs with the arguments
-    "fuzz": lambda seconds, seed="", only="": fuzz(float(seconds), seed or str(random.randrange(10**6)), only),
+    "fuzz": lambda seconds, seed="", only="": setUpModule() or fuzz(float(seconds),
+                                                                    seed or str(random.randrange(10**6)), only),
     "soak": lambda seconds: soak(float(seconds)),
     "bench": lambda what="": bench_memory() if what == "memory" else bench(),
     "upstream": lambda: asyncio.run(serve_quickly()),    # for soak and bench, which start it themselves
