@@ -757,21 +757,18 @@ def _name_in(authority: str) -> str:
     return found[1].strip("[]").rstrip(".") if found else ""
 
 
+def address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host's name is; None for a name that has to be looked up."""
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
+
+
 def is_loopback(name: str) -> bool:
     """Whether a host's name or address is this device whatever any DNS says (RFC 6761, 6.3)."""
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
-
-
-def _is_address(name: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False
+    address = address_of(name)
+    return name == "localhost" or name.endswith(".localhost") or address is not None and address.is_loopback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -797,7 +794,7 @@ class Guard:
 
     def _is_ours(self, authority: str) -> bool:
         name = _name_in(authority)
-        return name in self.names or is_loopback(name) or _is_address(name)
+        return name in self.names or is_loopback(name) or address_of(name) is not None
 
     def welcomes(self, head: Head) -> bool:
         """Whether the page that asks may: one of this device, of this server's own, or of an allowed origin."""
@@ -3117,9 +3114,10 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 
 
 # === 7. Transport =====================================================================================================
-# uses: 1
-# How do bytes get to an upstream and back?  urllib's opener over connections that stay open between requests.  It knows
-# addresses, deadlines and the client's hang-up, and nothing of what the bytes mean.
+# uses: 1 3
+# How do bytes get to an upstream and back?  urllib says by which way (proxies), http.client connects and does TLS, and
+# what is said over connections that stay open between requests is written and read here.  It knows addresses, deadlines
+# and the client's hang-up, and nothing of what the bytes mean.
 
 MAX_BODY_BYTES = 64 << 20     # of a whole answer
 MAX_STREAM_BYTES = 256 << 20  # of a streamed one: 128,000 tokens take some 30 MiB
@@ -3250,13 +3248,11 @@ class _Poll:
     """Waits for events on sockets: each is watched for some of them, or for none but its failure."""
 
     def __init__(self, watched: Mapping[socket.socket, int]) -> None:
-        self._watched = {one.fileno(): one for one in watched}
         self._poller = select.poll() if hasattr(select, "poll") else None
+        self._watched = {one.fileno(): one for one, events in watched.items() if events or self._poller}
         if self._poller:
             for one, events in watched.items():
                 self._poller.register(one, events)
-        else:
-            self._watched = {one.fileno(): one for one, events in watched.items() if events}
 
     def ready(self, timeout_s: float) -> list[socket.socket]:
         """The sockets on which a watched event has happened, within `timeout_s`."""
@@ -3691,12 +3687,8 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 def is_near(host: str) -> bool:
     """Whether a host[:port] is the device itself or a private address: nothing has to be looked up."""
     name = urllib.parse.urlsplit(f"//{host}").hostname or ""
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_private    # loopback and link-local included
-    except ValueError:
-        return False
+    address = address_of(name)
+    return is_loopback(name) or address is not None and address.is_private    # link-local included
 
 
 class _Proxies(urllib.request.ProxyHandler):
@@ -4703,8 +4695,6 @@ MAX_PASSED = 256 << 10    # bytes; what has come at once is 64 KiB, and a piece 
 _LITERAL = re.compile(rb'[^"\\]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\]*)*')
 _CONTENT_IN = re.compile(rb'"content": ?"(' + _LITERAL.pattern + rb')"')
 _CONTROLS = bytes(range(32))
-
-
 _LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 
 
