@@ -5611,8 +5611,10 @@ class Privacy(Orchestrated):
 
     def stranded(self, name, script, how, flags, fields):
         """(the local port, the clouds' ports, what the clouds were asked) of requests that must stay here."""
-        with small(script, **how) as local, cloudy() as one, cloudy(dialect=CLAUDE) as other, \
-                running(local, one, other, flags=flags) as server:
+        kept = contextlib.ExitStack()    # to the test's end, or a server of another row could be given a cloud's port
+        self.addCleanup(kept.close)
+        one, other = kept.enter_context(cloudy()), kept.enter_context(cloudy(dialect=CLAUDE))
+        with small(script, **how) as local, running(local, one, other, flags=flags) as server:
             if name == "too large":
                 eventually(lambda: states(server)[local.target] == "too large")
             body = {**SECRET, **fields}
