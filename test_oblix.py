@@ -11437,7 +11437,7 @@ def wire_answer(pieces, read):
     """What is read of an answer, and whether the connection is kept; or the words of the error."""
     kept = []
     try:
-        with oblix._upstream_faults():
+        with oblix._upstream_faults:
             answer = oblix.Answer(CannedWire(pieces), CannedWire([]), lambda: kept.append(True))
         with contextlib.closing(answer):
             oblix.dumps([answer.retry_after_s, answer.worked_s])
