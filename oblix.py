@@ -98,6 +98,7 @@ from typing import (
     NamedTuple,
     NoReturn,
     Optional,
+    Protocol,
     TextIO,
 )
 
@@ -115,12 +116,12 @@ Json = dict[str, Any]     # a JSON object
 Chunk = dict[str, Any]    # an OpenAI chat.completion.chunk, or the part of one that says something
 
 
-class Passed(Chunk):
-    """Chunks that need not be read, as an empty one that carries their events as the client may see them."""
-
-    def __init__(self, events: bytes) -> None:
-        super().__init__()
-        self.events = events
+class TextForm(NamedTuple):
+    """How a provider writes the events of a stream that say a text and nothing else."""
+    start: bytes                   # of a line, before its JSON
+    text: re.Pattern[bytes]        # finds the text, as JSON has it between its quotes
+    changing: re.Pattern[bytes]    # what differs between two such events beside it
+    end: bytes                     # of an event
 
 
 class Side(str, enum.Enum):
@@ -477,7 +478,7 @@ def around_model(raw: bytes, parsed: Json) -> tuple[bytes, bytes] | None:
 
 
 # What stands between a JSON string's quotes, written so that it takes no stack for each character.
-LITERAL = re.compile(rb'[^"\\]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\]*)*')
+LITERAL = re.compile(rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*')
 _SPELT_OUT = re.compile(rb"\\u00[3-7]")    # a letter or digit, which a name may so be hidden behind
 _MODEL_IN = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("' + LITERAL.pattern + rb'")')
 
@@ -2154,7 +2155,7 @@ def _sooner_first(order: list[Target], seconds: Mapping[Target, float]) -> list[
 # To add one: subclass Provider, fill what differs, declare its key in Settings, and name it in PROVIDERS; the contract
 # tests do the rest.
 
-Lines = Iterable[Any]    # of bytes without their ends; and Passed, where something may pass
+Lines = Iterable[bytes]    # without their ends
 
 # What may not be dropped to please a model: without it the answer would be to another question.
 ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_format", "format", "output_config", "n",
@@ -2199,6 +2200,7 @@ class Provider:
     translates: ClassVar[bool] = True       # and is then always asked for a stream
     refuses: ClassVar[dict[str, str]] = {}  # parameter -> why it can't be honoured
     renames: ClassVar[dict[str, str]] = {}  # parameter -> what to call it for a model that refuses it by this name
+    text_form: ClassVar[TextForm]
 
     def endpoint(self, settings: Settings) -> Endpoint:
         """Where the provider is by default, with the key that belongs there."""
@@ -2221,6 +2223,15 @@ class Provider:
         Raises UpstreamError for an error among the lines and for an early end, and whatever a line that is not in the
         provider's own format makes Python raise.
         """
+        raise NotImplementedError
+
+    def passes_text(self, request: ChatRequest) -> bool:
+        """Whether in the answer to a request an event that says a text says it to the client as it is."""
+        return True
+
+    def text_chunk(self, event: Json) -> Chunk | None:
+        """What `decode` makes of an event that says a text and nothing else, if it comes among others of its kind; None
+        for any other event."""
         raise NotImplementedError
 
     def models(self, listing: Json) -> tuple[Model, ...] | None:
@@ -2411,14 +2422,12 @@ def unfenced(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
             yield chunk
 
 
-def sse_data(lines: Lines) -> Iterator[str | Passed]:
+def sse_data(lines: Lines) -> Iterator[str]:
     """The data of each server-sent event; one that the stream's end cuts off is dropped (WHATWG HTML, 9.2.6)."""
     data: list[str] = []
     size = 0    # of the event
     for number, line in enumerate(lines):
-        if isinstance(line, Passed):    # whole events
-            yield line
-        elif not line:
+        if not line:
             if data:
                 yield "\n".join(data)
             data, size = [], 0
@@ -2511,12 +2520,19 @@ def data_url(url: str) -> tuple[str, str] | None:
     return head[5:].split(";")[0].lower().replace("image/jpg", "image/jpeg"), data
 
 
+def _text_form(start: bytes, name: str, changing: bytes, end: bytes) -> TextForm:
+    """The form of events whose field of this name says a text that is not empty."""
+    text = rb'"%b": ?"((?!")%b)"' % (name.encode(), LITERAL.pattern)
+    return TextForm(start, re.compile(text), re.compile(changing), end)
+
+
 class OpenAI(Provider):
     """OpenAI's own API, and every server that is compatible with it: nearly nothing to translate."""
     name, label = "openai", "OpenAI"
     key_variable, default_model = "OPENAI_API_KEY", "gpt-6-luna"
     chat_path, probe_path = "/chat/completions", "/models"
     translates = False
+    text_form = _text_form(b"data: ", "content", rb'"obfuscation": ?"[0-9A-Za-z]*"', b"\n\n")
     renames = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
     official = "https://api.openai.com/v1"
 
@@ -2552,12 +2568,10 @@ class OpenAI(Provider):
         seen: set[Any] = set()            # what must be said once: roles and tool calls
         finished: dict[int, bool] = {}    # choice -> whether its finish_reason came
         for data in sse_data(lines):
-            if isinstance(data, Passed):
-                yield data
-                continue
             if data.startswith("[DONE]") and finished:
                 return
             chunk = event_of(data)
+            chunk.pop("obfuscation", None)    # padding, of no use on this side of TLS
             chunk["choices"] = choices_of(chunk)
             for choice in chunk["choices"]:
                 self._once(choice, seen)
@@ -2566,6 +2580,18 @@ class OpenAI(Provider):
             yield chunk
         if list(finished.values()) != [True] * request.body.get("n", 1):    # some servers leave [DONE] out
             raise cut()
+
+    def passes_text(self, request: ChatRequest) -> bool:
+        return bool(request.body.get("n", 1) == 1)
+
+    def text_chunk(self, event: Json) -> Chunk | None:
+        choices = choices_of(event)
+        if len(choices) != 1 or event["choices"] != choices or any(map(event.get, ("error", "usage"))) or (
+                event.get("object") == "error"):
+            return None
+        is_text = choices[0].get("index") == 0 and not choices[0].get("finish_reason") and (
+            list(choices[0].get("delta") or ()) == ["content"])
+        return {name: value for name, value in event.items() if name != "obfuscation"} if is_text else None
 
     @staticmethod
     def _once(choice: Json, seen: set[Any]) -> None:
@@ -2593,6 +2619,7 @@ class Ollama(Provider):
     chat_path, probe_path, state_path, details_path = "/api/chat", "/api/tags", "/api/ps", "/api/show"
     refuses = _NEITHER_HAS
     official = "https://ollama.com:443"
+    text_form = _text_form(b"", "content", rb'"created_at":"[0-9TZ:.+-]*"', b"\n")
     _options = {"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
                 "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
                 "max_tokens": "num_predict", "max_completion_tokens": "num_predict"}
@@ -2685,6 +2712,13 @@ class Ollama(Provider):
                 yield usage_chunk(event.get("prompt_eval_count", 0), event.get("eval_count", 0))
                 return
         raise cut()    # a runaway repetition ends without done: true as well
+
+    def text_chunk(self, event: Json) -> Chunk | None:
+        message = event.get("message")
+        if event.keys() - {"model", "created_at", "message", "done"} or event.get("done") is not False or not (
+                isinstance(message, dict) and message.keys() <= {"role", "content"}):
+            return None
+        return chunk_of(content=message.get("content"))
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
         if "does not support thinking" in error.message and "think" in payload:
@@ -2808,6 +2842,7 @@ class Claude(Provider):
     key_variable, default_model = "ANTHROPIC_API_KEY", "claude-haiku-5-5"
     chat_path, probe_path = "/v1/messages", "/v1/models?limit=1000"
     official = "https://api.anthropic.com"
+    text_form = _text_form(b"data: ", "text", rb"(?!)", b"\n\n")
     refuses = {**_NEITHER_HAS, "logprobs": "it does not tell them", "top_logprobs": "it does not tell them"}
     _finish = {"max_tokens": "length", "model_context_window_exceeded": "length", "pause_turn": "length",
                "tool_use": "tool_calls", "refusal": "content_filter"}
@@ -2913,15 +2948,17 @@ class Claude(Provider):
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Chunk]:
         chunks = self._chunks(lines)
-        by_instruction = request.body.get("response_format", {}).get("type") == "json_object"
-        return unfenced(chunks) if by_instruction else chunks
+        return chunks if self.passes_text(request) else unfenced(chunks)
+
+    def passes_text(self, request: ChatRequest) -> bool:
+        return bool(request.body.get("response_format", {}).get("type") != "json_object")    # which is by instruction
 
     def _chunks(self, lines: Lines) -> Iterator[Chunk]:
         usage: Json = {}
         stop: Json = {}
         calls, fresh = -1, False    # fresh: a tool call whose arguments have not begun
         block: Json = {}            # the one that is open
-        for event in map(event_of, sse_data(lines)):  # type: ignore[arg-type]  # nothing passes here unread
+        for event in map(event_of, sse_data(lines)):
             kind, delta = event.get("type"), event.get("delta") or {}
             if kind == "message_start":
                 usage.update(event["message"].get("usage") or {})
@@ -2946,6 +2983,13 @@ class Claude(Provider):
                 yield from self._end(stop, usage)
                 return
         raise cut()
+
+    def text_chunk(self, event: Json) -> Chunk | None:
+        delta = event.get("delta")
+        if event.keys() != {"type", "index", "delta"} or event["type"] != "content_block_delta" or not (
+                isinstance(delta, dict) and delta.keys() == {"type", "text"}):
+            return None
+        return chunk_of(content=delta["text"])
 
     @staticmethod
     def _delta(delta: Json, call: int | None) -> Iterator[Chunk]:
@@ -3205,6 +3249,9 @@ class Client:
     """
     socket: socket.socket
     beat: Callable[[], None]
+    # Of a stream: what carries events to the client, and how that is sent, however long the client takes to take it.
+    frame: Callable[[bytes], bytes] | None = None
+    send: Callable[[bytes], None] = lambda framed: None
 
     def wait(self, event: threading.Event, limit_s: float) -> bool:
         """Whether something of ours has happened within the limit; the client may leave meanwhile."""
@@ -3301,20 +3348,34 @@ class _Wire:
         """What has come, 64 KiB at most; nothing at the end.  Raises OSError, UpstreamError, ClientGone."""
         while True:
             if time.monotonic() >= self._soon:    # till then nobody is missed: a plain read is one system call for two
-                self._wait()
+                self.wait()
             try:
                 return self._upstream.recv(PIECE_BYTES)
-            except (ssl.SSLWantReadError, BlockingIOError):    # nothing yet, or a TLS record that carries no data
+            except NOTHING_YET:    # or a TLS record that carries no data
                 continue
 
-    def _wait(self) -> None:
+    def receive_now(self) -> bytes:
+        """As `receive`, but without waiting: raises one of NOTHING_YET."""
+        return self._upstream.recv(PIECE_BYTES) if self._decrypts else self._upstream.recv(PIECE_BYTES, _NOW)
+
+    @property
+    def watched(self) -> dict[socket.socket, int]:
+        """The sockets on which something may happen, and what."""
+        return {self._upstream: _READABLE, **self._client}
+
+    @property
+    def quiet_until(self) -> float:
+        """Until when nothing needs to happen, by time.monotonic."""
+        return min(self._deadline - self._stall_s + BEAT_S, self._deadline, self._until)
+
+    def wait(self) -> None:
         """Return when the upstream can be read.  Raises UpstreamError at the deadline, ClientGone on a hang-up.
 
         Both are looked at even if it can be read at once: an upstream that never pauses must find its end, too.
         """
         decrypted = self._decrypts and self._upstream.pending() > 0  # type: ignore[attr-defined]  # unseen by poll
         while True:
-            self._poll = self._poll or _Poll({self._upstream: _READABLE, **self._client})
+            self._poll = self._poll or _Poll(self.watched)
             left_s = min(self._deadline, self._until) - time.monotonic()
             if left_s <= 0:
                 raise self._late()
@@ -3335,6 +3396,8 @@ class _Wire:
                              status=504, code="upstream_timeout")
 
 
+NOTHING_YET = (BlockingIOError, ssl.SSLWantReadError)
+_NOW = getattr(socket, "MSG_DONTWAIT", 0)    # Windows does without: the sockets there do not wait by themselves
 SOON_S = 0.02    # in which most answers of a fast upstream come; a client that leaves is noticed after it
 
 
@@ -3567,10 +3630,10 @@ class Answer:
     def __init__(self, wire: _Wire, upstream: socket.socket, give_back: Callable[[], None]) -> None:
         """Wait for the head.  Raises OSError, UpstreamError, ClientGone, and ValueError for what is not HTTP."""
         self._wire, self._upstream, self._release = wire, upstream, give_back
-        self.passes: Callable[[bytes], Passed | None] | None = None    # what may pass some events on unread
+        self.passage: Passage | None = None    # for events that need not be read
         self._held = b""    # what has come and is not used yet
-        self._left = 0      # bytes of the chunk, or of the body, that are still to come
-        self._trailing = self._ended = self._complete = False
+        self._left = self._size = 0    # bytes of the chunk, or of the body, that are still to come; of all that came
+        self._trailing = self._ended = self.complete = False    # the last one: the body has come
         sent = time.monotonic()
         self._read_head()
         while self.status < 200:    # 100, 102, 103: the answer is still to come
@@ -3612,7 +3675,7 @@ class Answer:
         self._counted = not self._chunked and (length is not None or self.status in (204, 304))
         if self._counted:
             self._left = int(length or 0) if self.status not in (204, 304) else 0
-            self._complete = not self._left
+            self.complete = not self._left
         self._keeps_open = "close" not in option and (self._version == "1" or "keep-alive" in option) and not (
             self._chunked and length)
 
@@ -3634,45 +3697,55 @@ class Answer:
 
     def _pieces(self) -> Iterator[bytes]:
         """The body as it comes.  Raises UpstreamError where it breaks off or has no end."""
-        size = 0
         with _upstream_faults:
-            while not self._complete:
-                piece = self._chunks() if self._chunked else self._bytes()
-                size += len(piece)
-                if size > MAX_STREAM_BYTES:
-                    raise UpstreamError(f"the answer is larger than {MAX_STREAM_BYTES >> 20} MiB")
-                yield piece
+            piece = self.take(b"") if self._held else b""    # what came with the head
+            while True:
+                if piece:
+                    yield piece
+                if self.complete:
+                    return
+                piece = self.take(self._wire.receive() or None)
 
-    def _bytes(self) -> bytes:
-        """What has come of a body that has a length, or that the end of the connection ends."""
-        piece, self._held = self._held or self._wire.receive(), b""
-        if self._counted:
-            if not piece:
-                raise UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
-            piece, self._held = piece[:self._left], piece[self._left:]
+    def take(self, come: bytes | None) -> bytes:
+        """The body's next bytes, when these have come, or with None the connection's end.
+
+        Raises UpstreamError where it breaks off or is too long, ValueError for no chunk.
+        """
+        if come is None and (self._chunked or self._counted):
+            raise UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
+        self._held += come or b""
+        if self._chunked:
+            piece = self._unframed()
+        elif self._counted:
+            piece, self._held = self._held[:self._left], self._held[self._left:]
             self._left -= len(piece)
-        self._complete = not self._left if self._counted else not piece
+            self.complete = not self._left
+        else:
+            piece, self._held, self.complete = self._held, b"", come is None
+        self._size += len(piece)
+        if self._size > MAX_STREAM_BYTES:
+            raise UpstreamError(f"the answer is larger than {MAX_STREAM_BYTES >> 20} MiB")
         return piece
 
-    def _chunks(self) -> bytes:
-        """What has come of a body in chunks (RFC 9112, 7.1), without their frames; waits until something has."""
+    def _unframed(self) -> bytes:
+        """What has come of a body in chunks (RFC 9112, 7.1), without their frames."""
         found: list[bytes] = []
-        while not found and not self._complete:
-            held, at = self._held, 0
-            while not self._trailing:
-                if self._left and at < len(held):
-                    found.append(held[at:at + self._left])
-                    at += len(found[-1])
-                    self._left -= len(found[-1])
-                line = None if self._left else _CHUNK_SIZE.match(held, at)
-                if not line:
-                    break
-                at, self._left = line.end(), int(line[1], 16)
-                self._trailing = not self._left
-            self._held = held[at:]
-            self._complete = self._trailing and self._pass_trailers()
-            if not found and not self._complete:
-                self._more()
+        held, at = self._held, 0
+        while not self._trailing:
+            if self._left and at < len(held):
+                found.append(held[at:at + self._left])
+                at += len(found[-1])
+                self._left -= len(found[-1])
+            line = None if self._left else _CHUNK_SIZE.match(held, at)
+            if not line:
+                break
+            at, self._left = line.end(), int(line[1], 16)
+            self._trailing = not self._left
+        self._held = held[at:]
+        self.complete = self._trailing and self._pass_trailers()
+        if not self.complete and (len(self._held) > MAX_CHUNK_LINE
+                                  or not self._trailing and self._held.find(b"\n", 2) >= 0):
+            raise ValueError("no chunk")
         return b"".join(found)
 
     def _pass_trailers(self) -> bool:
@@ -3682,15 +3755,6 @@ class Answer:
             if not line.strip():
                 return True
         return False
-
-    def _more(self) -> None:
-        """Wait for more of a body in chunks.  Raises ValueError where what has come can't be a chunk's beginning."""
-        if len(self._held) > MAX_CHUNK_LINE or not self._trailing and self._held.find(b"\n", 2) >= 0:
-            raise ValueError("no chunk")
-        piece = self._wire.receive()
-        if not piece:
-            raise ConnectionResetError("cut between or inside chunks")
-        self._held += piece
 
     def body(self, within_first_byte: bool = False) -> bytes:
         """The whole body; all of it `within_first_byte`'s limit if that is set.
@@ -3707,37 +3771,44 @@ class Answer:
                 raise UpstreamError(f"the answer is larger than {MAX_BODY_BYTES >> 20} MiB")
         return b"".join(pieces)
 
-    def lines(self) -> Iterator[bytes | Passed]:
+    def lines(self) -> Iterator[bytes]:
         """The body's lines without their ends: LF, CRLF or CR, and no other (bytes.splitlines knows just these).
 
         Comments and empty lines are no progress.  Claude's pings are: it thinks silently, and may do so for long.
-        Whole events that `passes` takes come as it makes them.
+        Between two events what need not be read may pass on by another way.
         """
-        held, size = [], 0    # the pieces of a line whose end has not come
-        fresh = True          # they are an event's first
-        for piece in self._pieces():
-            held.append(piece)
-            size += len(piece)
-            if size > MAX_LINE_BYTES + len(piece):
-                raise UpstreamError(f"a piece of the answer is larger than {MAX_LINE_BYTES >> 20} MiB")
-            if b"\n" not in piece and b"\r" not in piece:
-                continue
-            text = b"".join(held)
-            end = text.rfind(b"\n\n") + 2 if self.passes and fresh else 0
-            passed = self.passes(text[:end]) if self.passes and end > 1 else None
-            if passed is not None:
-                yield passed
-                self._wire.progress()
-                text = text[end:]
-            lines = text.splitlines(True)
-            # the last line may go on, and so may a CR that an LF could follow
-            held = [lines.pop()] if lines and not text.endswith(b"\n") else []
-            size = sum(map(len, held))
-            yield from (line.rstrip(b"\r\n") for line in lines)
-            fresh = fresh if not lines else not lines[-1].strip(b"\r\n")
-            if any(line[:1] not in b":\r\n" for line in lines):    # counted from when the client has taken it
-                self._wire.progress()
+        held: list[bytes] = []    # the pieces of a line whose end has not come
+        size, fresh = 0, True     # of these; whether they are an event's first
+        for come in self._pieces():
+            while come:
+                if self.passage and fresh and not held:
+                    with _upstream_faults:
+                        come = self.passage.run(come)
+                piece, come = self.passage.first_event(come) if self.passage else (come, b"")
+                held.append(piece)
+                size += len(piece)
+                if size > MAX_LINE_BYTES + len(piece):
+                    raise UpstreamError(f"a piece of the answer is larger than {MAX_LINE_BYTES >> 20} MiB")
+                if b"\n" not in piece and b"\r" not in piece:
+                    continue
+                lines = b"".join(held).splitlines(True)
+                # the last line may go on, and so may a CR that an LF could follow
+                held = [lines.pop()] if lines and not piece.endswith(b"\n") else []
+                size = sum(map(len, held))
+                passage, telling = self.passage, any(line[:1] not in b":\r\n" for line in lines)
+                for number, line in enumerate(lines, 1):
+                    yield line.rstrip(b"\r\n")
+                    fresh = not line.strip(b"\r\n") or self.passage is not None and self.passage.by_line
+                    if self.passage is not passage and fresh:    # from here on events may pass
+                        held, size, come = [], 0, b"".join([*lines[number:], *held, come])
+                        break
+                if telling:    # counted from when the client has taken it
+                    self._wire.progress()
         yield from b"".join(held).splitlines()    # nothing more can follow a CR
+
+    def pass_on(self, sieve: Sieve, client: Client) -> None:
+        """From the next event on, have those that a sieve lets through passed on to the client unread."""
+        self.passage = Passage(self, self._wire, sieve, client)
 
     def mark_complete(self) -> None:
         """The protocol's end mark has come; only the end of the framing may still be missing."""
@@ -3745,15 +3816,186 @@ class Answer:
 
     def close(self) -> None:
         """Keep the connection if the answer has been read to its end, else break it off, which stops the upstream."""
-        if self._ended and not self._complete:
+        if self._ended and not self.complete:
             self._wire.drain_within(DRAIN_S)
             with contextlib.suppress(UpstreamError):
                 collections.deque(self._pieces(), 0)
-        if self._complete and self._keeps_open and not self._held:
+        if self.complete and self._keeps_open and not self._held:
             self._release()
         else:
             self._upstream.close()
 
+
+class Sieve(Protocol):
+    """What tells events that need not be read from others."""
+    form: TextForm
+
+    def fits(self, text: bytes) -> tuple[bytes, int]:
+        """(what the client may see of the events of this kind that a text begins with, how many bytes they are)."""
+
+    def study(self, event: bytes) -> None:
+        """Learn from an event that does not fit."""
+
+
+class Passage:
+    """Events on their way from an upstream to a client that need not be read.
+
+    The stream's own thread passes on what is there; then it lends both connections to the relay, and sleeps until
+    something is to be done that the relay can't do.
+    """
+
+    def __init__(self, answer: Answer, wire: _Wire, sieve: Sieve, client: Client) -> None:
+        self.wire, self._answer, self._sieve, self._client = wire, answer, sieve, client
+        self._rest = b""       # what has come since an event's beginning and does not fit, or is not all there
+        self._unsent = b""     # what the client has not taken
+        self._going = True     # more may be waited for
+        self._error: Exception | None = None
+        self.asleep = threading.Lock()    # held while the stream's thread sleeps
+        self.look = False      # it was woken to see to the client, or to the time
+
+    @property
+    def by_line(self) -> bool:
+        """Whether each line is an event."""
+        return bool(self._sieve.form.end == b"\n")
+
+    def first_event(self, text: bytes) -> tuple[bytes, bytes]:
+        """(the event that a text begins with, or all of it where its end has not come; the rest)."""
+        at = text.find(self._sieve.form.end)
+        end = at + len(self._sieve.form.end) if at >= 0 else len(text)
+        return text[:end], text[end:]
+
+    def run(self, text: bytes) -> bytes:
+        """Pass on the events that a text begins with, and those that follow it as they come.
+
+        Returns what has to be read, from an event's beginning on, or nothing at the stream's end.  Raises what may
+        happen to an upstream's connection, UpstreamError, ClientGone.
+        """
+        self._rest, self._going = text, not self._answer.complete
+        self._pass()
+        while True:
+            self._client.send(self._unsent)
+            self._unsent = b""
+            if self._error:
+                raise self._error
+            if not self._going:
+                return self._rest
+            if not self.step() and not RELAY.lend(self):
+                self.wire.wait()
+
+    def step(self) -> bool:
+        """Take what has come and pass on what fits; whether something has come.  Neither waits nor raises."""
+        try:
+            self._rest += self._answer.take(self.wire.receive_now() or None)
+            self._going = not self._answer.complete
+            self._pass()
+        except NOTHING_YET:
+            return False
+        except Exception as error:
+            self._error, self._going = error, False
+        if self._unsent and _EPOLL:
+            self._send_now()
+        return True
+
+    @property
+    def easy(self) -> bool:
+        """Whether there is nothing to do until more comes."""
+        return self._going and not self._unsent
+
+    def _pass(self) -> None:
+        """Pass on what fits of the rest, which has to be read if it still has a whole event then."""
+        end = self._sieve.form.end
+        shown, size = self._sieve.fits(self._rest) if end in self._rest else (b"", 0)
+        if size and self._client.frame:
+            self._rest = self._rest[size:]
+            self._unsent += self._client.frame(shown)
+            self.wire.progress()
+        if end in self._rest or len(self._rest) > MAX_PASSED:
+            self._going = False
+            self._sieve.study(self.first_event(self._rest)[0])
+
+    def _send_now(self) -> None:
+        """Have the client take what it can at once."""
+        try:
+            self._unsent = self._unsent[self._client.socket.send(self._unsent, _NOW):]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._error, self._going = ClientGone(), False
+
+
+MAX_PASSED = 256 << 10    # bytes that are searched at once, as meanwhile no other thread runs
+_EPOLL = hasattr(select, "epoll")
+
+
+class _Relay:
+    """One thread for all streams of which nothing has to be read.
+
+    With a thread for each the interpreter goes from hand to hand with every chunk: at 200 streams that took three times
+    the CPU (measured).  It runs while there is something to relay, and RELAY_END_S longer.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lent: dict[int, Passage] = {}    # by descriptor; added to under _lock, taken from by the relay alone
+        self._poller: Any = None               # guarded by _lock, as _runs
+        self._runs = False
+
+    def lend(self, passage: Passage) -> bool:
+        """Have events passed on till something else comes; False where there may be something else to see to, first."""
+        if not _EPOLL:
+            return False
+        passage.look = False
+        passage.asleep.acquire()
+        try:
+            with self._lock:
+                self._begin()
+                for one, events in passage.wire.watched.items():
+                    self._poller.register(one, events)
+                    self._lent[one.fileno()] = passage
+        except (OSError, RuntimeError):    # no room for one more descriptor, or thread
+            self._give_back(passage)
+        with passage.asleep:    # once the relay has freed it
+            return not passage.look
+
+    def _begin(self) -> None:
+        """Have the thread run."""
+        if not self._runs:
+            self._poller = self._poller or select.epoll()
+            threading.Thread(target=self._run, name="relay", daemon=True).start()
+            self._runs = True
+
+    def _run(self) -> None:
+        looked = used = time.monotonic()
+        while self._lent or not self._may_end(used):
+            for descriptor, _ in self._poller.poll(RELAY_LOOK_S):
+                passage = self._lent.get(descriptor)
+                if passage and not (passage.step() and passage.easy):
+                    self._give_back(passage)
+            now = time.monotonic()
+            if now - looked >= RELAY_LOOK_S:
+                looked, used = now, now if self._lent else used
+                for passage in {*tuple(self._lent.values())}:
+                    if now >= passage.wire.quiet_until:
+                        self._give_back(passage)
+
+    def _may_end(self, used: float) -> bool:
+        """Whether the thread, without work since `used`, may end; whoever comes now starts another."""
+        with self._lock:
+            self._runs = bool(self._lent) or time.monotonic() - used < RELAY_END_S
+            return not self._runs
+
+    def _give_back(self, passage: Passage) -> None:
+        """Wake the stream's thread: something has come, or it is to look for itself."""
+        passage.look = passage.easy
+        for one in passage.wire.watched:
+            if self._lent.pop(one.fileno(), None):
+                self._poller.unregister(one)
+        passage.asleep.release()
+
+
+RELAY_LOOK_S = 0.1    # between two looks at the time
+RELAY_END_S = 5.0
+RELAY = _Relay()
 
 _FAULTS: tuple[tuple[Any, ...], ...] = (    # the first that fits; socket.timeout is TimeoutError since 3.10
     (NOT_YET, "no connection, or the request was not accepted, within the time limit", 504, "upstream_timeout"),
@@ -4550,19 +4792,28 @@ class Course:
                 event_of(answer.body())
                 raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
             for chunk in provider.decode(answer.lines(), request):
-                if isinstance(chunk, Passed):
-                    yield chunk
-                    continue
                 if not begun and has_content(chunk):
                     begun = time.monotonic()
                     answer.begin()
-                    if not provider.translates and request.body.get("n", 1) == 1 and self._settings.on_cut == "error":
-                        answer.passes = Stencil(envelope, target.id, request.include_usage).passes
+                    self._pass_on(answer, request, provider, {**envelope, "model": target.id})
                 tokens = tokens_of(chunk) or tokens
                 yield {**envelope, **chunk, "model": target.id}
             answer.mark_complete()
         if begun:
             self._ledger.learn_pace(target, begun - started, tokens, time.monotonic() - begun)
+
+    def _pass_on(self, answer: Answer, request: ChatRequest, provider: Provider, envelope: Json) -> None:
+        """Have events that say a text pass on unread, where nobody here needs to know it and no other event differs."""
+        if not (self._client and self._client.frame) or self._settings.on_cut == "continue" or not (
+                provider.passes_text(request)):
+            return
+
+        def show(event: Json) -> bytes | None:
+            chunk = provider.text_chunk(event)
+            if chunk is None:
+                return None
+            return sse(for_client({**envelope, **chunk, "model": envelope["model"]}, request.include_usage) or {})
+        answer.pass_on(Stencil(provider.text_form, show), self._client)
 
     def _whole(self, request: ChatRequest, target: Target, limits: Limits) -> tuple[Json, bytes]:
         """The whole answer of a target that was asked for one, and its JSON if that need not be written anew."""
@@ -4744,76 +4995,67 @@ def sse(event: Json) -> bytes:
 
 
 class Stencil:
-    """Passes on the events of an OpenAI stream that differ from one that was read in nothing but their text.
+    """The events of a stream that differ from one that was read in nothing but their text, and pass on without.
 
-    To read an event and write it anew takes some 20 us, this takes 1 us (three searches through all that has come).
+    To read an event and write it anew takes some 20 us, this takes 1 us.
     """
-    chances = 4    # events in a row that are studied in vain: some servers pad each one differently
+    chances = 4    # events in a row that are studied in vain: some streams say no text, or pad each event differently
 
-    def __init__(self, envelope: Json, model: str, include_usage: bool) -> None:
-        """Each chunk is to say `model`, and of the `envelope` what it does not say itself."""
-        self._envelope, self._model, self._include_usage = envelope, model, include_usage
-        self._chances = self.chances
-        self._before = self._after = self._new_before = self._new_after = b""    # around an event's text
+    def __init__(self, form: TextForm, show: Callable[[Json], bytes | None]) -> None:
+        """`show` makes of an event what the client is to see, if it says a text and nothing else."""
+        self.form, self._show, self._chances = form, show, self.chances
+        self._one = self._row = _NEVER    # of the known events: one, as many as there are
+        self._before = self._after = b""    # what the client is to see around its text
 
-    def passes(self, events: bytes) -> Passed | None:
-        """Whole events as the client may see them, or None where they have to be read."""
-        if len(events) > MAX_PASSED:    # while it is searched no other thread runs
-            return None
-        if self._before and self._fits(events):
-            self._chances = self.chances
-            return Passed(events.replace(self._before, self._new_before).replace(self._after, self._new_after))
-        if self._chances:
-            self._chances -= 1
-            self._study(events[events.rfind(b"\n\n", 0, -2) + 2 if events.count(b"\n\n") > 1 else 0:])
-        return None
+    def fits(self, text: bytes) -> tuple[bytes, int]:
+        """(what the client may see of the known events that a text begins with, how many bytes these are)."""
+        found = self._row.match(text)
+        if not found:
+            return b"", 0
+        events, self._chances = found[0], self.chances
+        if not _is_utf8(events):
+            self._one = self._row = _NEVER
+            self._chances = 0
+            return b"", 0
+        texts = self._one.findall(events)
+        return self._before + (self._after + self._before).join(texts) + self._after, len(events)
 
-    def _fits(self, events: bytes) -> bool:
-        """Whether all the events are the known one but for their texts, and these are nothing but texts."""
-        before, after, number = self._before, self._after, events.count(b"\n\n")
-        if not (events.startswith(before) and events.endswith(after)
-                and number == events.count(before) == events.count(after)
-                and number == events.count(after + before) + 1    # so each begins with the one and ends with the other
-                and len(events.translate(None, _CONTROLS)) == len(events) - 2 * number):
-            return False
-        if b"\\" not in events:
-            return events.count(b'"') == number * (before + after).count(b'"') and _is_plain(events)
-        return _is_plain(events) and all(event.startswith(before) and LITERAL.fullmatch(event, len(before))
-                                         for event in events.split(after)[:-1])
-
-    def _study(self, event: bytes) -> None:
-        """Make the stencil of an event, if it says a text and nothing else."""
-        self._before = b""
-        found = _CONTENT_IN.search(event)
-        if not found or not event.startswith(b"data: {") or len(_CONTENT_IN.findall(event)) > 1:
+    def study(self, event: bytes) -> None:
+        """Know events like this one from now on, if it says a text and nothing else."""
+        found = [*self.form.text.finditer(event)]
+        if not self._chances or len(found) != 1 or len(event) > MAX_STUDIED:
             return
+        self._chances -= 1
+        at = max(event.find(b"{"), 0)
         try:
-            chunk = loads(event[len(b"data: "):])
-        except (ValueError, RecursionError):
+            shown = self._show(loads(event[at:])) if event[:at].rpartition(b"\n")[2] == self.form.start else None
+        except (LookupError, TypeError, ValueError, RecursionError):
             return
-        choices = choices_of(chunk)
-        if chunk.get("choices") != choices or len(choices) != 1 or chunk.get("error") or chunk.get("usage"):
-            return
-        if choices[0].get("index") != 0 or choices[0].get("finish_reason") or (
-                list(choices[0].get("delta") or ()) != ["content"]):
-            return
-        shown = sse(for_client({**self._envelope, **chunk, "model": self._model}, self._include_usage) or {})
-        new = _CONTENT_IN.search(shown)
-        if new and len(_CONTENT_IN.findall(shown)) == 1:
-            self._before, self._after = event[:found.start(1)], event[found.end(1):]
-            self._new_before, self._new_after = shown[:new.start(1)], shown[new.end(1):]
+        texts = [*_CONTENT_IN.finditer(shown or b"")]
+        if shown and len(texts) == 1:
+            self._before, self._after = shown[:texts[0].start(1)], shown[texts[0].end(1):]
+            before, after = self._pattern(event[:found[0].start(1)]), self._pattern(event[found[0].end(1):])
+            self._one = re.compile(before + b"(" + _TEXT + b")" + after)
+            self._row = re.compile(b"(?:" + before + _TEXT + after + b")+")
+
+    def _pattern(self, part: bytes) -> bytes:
+        """What matches a part of an event, whatever changes in it."""
+        return self.form.changing.pattern.join(map(re.escape, self.form.changing.split(part)))
 
 
-MAX_PASSED = 256 << 10    # bytes; what has come at once is 64 KiB, and a piece of an event before it
-_CONTENT_IN = re.compile(rb'"content": ?"(' + LITERAL.pattern + rb')"')
-_CONTROLS = bytes(range(32))
-_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
+MAX_STUDIED = 4096    # bytes; an event that says a piece of text is some 200 long
+_NEVER = re.compile(b"(?!)")
+_CONTENT_IN = re.compile(rb'"content":"(' + LITERAL.pattern + rb')"')
+# A text between a JSON string's quotes, without the line ends that clients see in it which use str.splitlines, as httpx
+# does: U+0085, U+2028, U+2029.
+_IN_TEXT = rb'[^"\\\x00-\x1f\xc2\xe2]*'
+_TEXT = (rb'(?!")' + _IN_TEXT + rb'(?:(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})|\xc2(?!\x85)|\xe2(?!\x80[\xa8\xa9]))'
+         + _IN_TEXT + rb')*')
 
 
-def _is_plain(data: bytes) -> bool:
-    """Whether it is UTF-8, without the line ends that clients which use str.splitlines would see in it (httpx does)."""
+def _is_utf8(data: bytes) -> bool:
     try:
-        return data.isascii() or not _LINE_ENDS.search(data.decode())
+        return data.isascii() or bool(data.decode())
     except UnicodeDecodeError:
         return False
 
@@ -5318,7 +5560,9 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         """A whole reply in one write."""
         length = {} if status == 204 else {"Content-Length": str(len(body))}
         head = self._reply_head(status, {**headers, **length})
-        self.write(head, b"" if self.head.method == "HEAD" else body)
+        body = b"" if self.head.method == "HEAD" else body
+        self.count(len(body))
+        self.write(head + body)
 
     def stream_head(self, headers: Mapping[str, str]) -> bytes:
         """The head of a stream, whose end only a framed body can show without closing the connection."""
@@ -5342,11 +5586,14 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             lines = [re.sub("[^ -~]+", " ", line) for line in lines]
         return "\r\n".join([f"HTTP/1.1 {status} {_PHRASES.get(status, 'Status')}", *lines, "", ""]).encode("ascii")
 
-    def write(self, framing: bytes, body: bytes, after: bytes = b"") -> None:
-        """Send a piece of the answer.  Raises OSError, also where the client takes nothing for SEND_S."""
-        data = memoryview(b"".join([framing, body, after]))
-        self._sent += len(body)
+    def count(self, size: int) -> None:
+        """So many bytes of an answer's body are being sent."""
+        self._sent += size
         self.told["bytes_out"] = self._sent
+
+    def write(self, piece: bytes) -> None:
+        """Send a piece of the answer.  Raises OSError, also where the client takes nothing for SEND_S."""
+        data = memoryview(piece)
         if self.connection.gettimeout() is not None:
             self.connection.settimeout(SEND_S)
         while data:    # not sendall, whose timeout is for all of it together
@@ -5476,7 +5723,8 @@ class _Handler(_Connection):
 
     def _answer(self, request: ChatRequest, events: _Events) -> None:
         """Pass on what the gateway answers.  Raises OblixError, ClientGone."""
-        client = Client(self.connection, functools.partial(self._beat, events if request.stream else None))
+        streams = (events.frame, events.write) if request.stream else ()
+        client = Client(self.connection, functools.partial(self._beat, events if request.stream else None), *streams)
         try:
             served = self.server.gateway.answer(request, client)
             headers = answer_headers(served.target, served.reason, served.attempts)
@@ -5506,9 +5754,6 @@ class _Handler(_Connection):
         """Relay the chunks.  Raises UpstreamError where they are cut off."""
         try:
             for chunk in chunks:
-                if isinstance(chunk, Passed):
-                    events.send(chunk.events)
-                    continue
                 self.told["tokens"] = tokens_of(chunk) or self.told.get("tokens", 0)
                 shown = for_client(chunk, include_usage)
                 if shown is not None:
@@ -5533,14 +5778,25 @@ class _Events:
         self.headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
                         "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._frames else {})}
 
-    def send(self, event: bytes, last: bool = False) -> None:
-        """Write an event."""
+    def frame(self, events: bytes, last: bool = False) -> bytes:
+        """What carries events to the client; they count as sent."""
         head = b"" if self.begun else self._handler.stream_head(self.headers)
         self.begun, self._last = True, time.monotonic()
-        if self._frames:
-            self._handler.write(head + b"%x\r\n" % len(event), event, b"\r\n0\r\n\r\n" if last else b"\r\n")
-        else:
-            self._handler.write(head, event)
+        self._handler.count(len(events))
+        if not self._frames:
+            return head + events
+        return b"%b%x\r\n%b\r\n%b" % (head, len(events), events, b"0\r\n\r\n" if last else b"")
+
+    def write(self, framed: bytes) -> None:
+        """Send what `frame` has made.  Raises ClientGone."""
+        try:
+            self._handler.write(framed)
+        except OSError:
+            raise ClientGone from None
+
+    def send(self, events: bytes, last: bool = False) -> None:
+        """Send events.  Raises OSError."""
+        self._handler.write(self.frame(events, last))
 
     def beat(self) -> None:
         """After a long silence, write a comment, which keeps clients and proxies waiting.  Raises ClientGone.
@@ -5548,10 +5804,7 @@ class _Events:
         It commits the status 200, but no answer: another target may still give that.
         """
         if time.monotonic() - self._last >= KEEP_ALIVE_S:
-            try:
-                self.send(b": keep-alive\n\n")
-            except OSError:
-                raise ClientGone from None
+            self.write(self.frame(b": keep-alive\n\n"))
 
     def fail(self, error: OblixError) -> None:
         """End with an error event and a connection that breaks off: the framing, too, must not look complete."""
