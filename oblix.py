@@ -1888,7 +1888,7 @@ class Breaker:
         return Breaker()
 
 
-class Pace(NamedTuple):    # it and the record are made anew with each answer, which takes a dataclass thrice as long
+class Pace(NamedTuple):    # made anew with each answer, as the record is: a dataclass takes more than twice as long
     """How fast a target has answered lately."""
     firsts_s: tuple[float, ...] = ()    # seconds to the first content
     tokens_per_s: float = 0.0           # after it, a moving average
@@ -4141,7 +4141,10 @@ class Served:
 
 
 class Outlook(NamedTuple):
-    """What follows from the readings and the loads alone, and is therefore the same for many requests in a row."""
+    """What follows from the readings and the loads alone, and is therefore the same for many requests in a row.
+
+    Readings change about once a second.  A plan for `auto` takes some 80 µs where they have, and else 15.
+    """
     readings: tuple[Reading, ...]
     loading: frozenset[Target]
     targets: tuple[Target, ...]    # what `auto` may choose from
