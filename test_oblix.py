@@ -934,8 +934,9 @@ class Shape(Case):
 
     def test_no_thread_waits_for_another_while_it_holds_a_lock(self):
         """Under a lock nothing is called but what collections do at once, and what makes a new value."""
-        quick = {"get", "pop", "popitem", "move_to_end", "add", "discard", "dict", "len", "tuple", "Record", "change"}
-        pure = {"replace", "bool", "learned", "failed", "succeeded", "Record"}
+        quick = {"get", "pop", "popitem", "move_to_end", "add", "discard", "dict", "len", "tuple", "iter", "next",
+                 "Record", "change"}
+        pure = {"_replace", "bool", "learned", "failed", "succeeded", "Record"}
         tree = ast.parse(self.source)
         held = [node for node in ast.walk(tree) if isinstance(node, ast.With)
                 and any("_lock" in ast.dump(item.context_expr) for item in node.items)]
@@ -2285,6 +2286,26 @@ class Policy(Case):
                     oblix.predicted_s(target, oblix.condition(target, found), found, tokens), seconds)
                 said = re.findall(r"%s ([\d.]+) s" % target.id, oblix.rank(found, {}, tokens=tokens).reason)
                 self.assertEqual(said, ["%.1f" % seconds] if seconds else [])
+
+    def test_targets_that_stand_alike_are_planned_alike(self):
+        """What a plan is remembered by (9) is all that it goes by, but for what --prefer fast measures."""
+        alike = 0
+        for seed in range(2000):
+            one = Situation(seed)
+            other = dataclasses.replace(one.snapshot, **one.draw.choice([
+                {"now": one.draw.choice([0.0, 98.0, 100.5, 101.0, 9999.0])},
+                {"in_flight": {target: one.draw.randint(1, 3) for target in one.snapshot.targets}},
+                {"records": {target: one.record() for target in one.snapshot.targets}},
+                {"records": {target: record._replace(pace=record.pace.learned(7.0, 900, 9.0), context=8192)
+                             for target, record in one.snapshot.records.items()}},
+                {"records": {target: record._replace(trial=one.one_in(2))
+                             for target, record in one.snapshot.records.items()}}]))
+            stands = [[oblix.standing(target, found) for target in found.targets] for found in (one.snapshot, other)]
+            if one.snapshot.prefer != "fast" and stands[0] == stands[1] and other.records != one.snapshot.records:
+                alike += 1
+                plans = [oblix.rank(found, one.refusals, one.only, last=one.last) for found in (one.snapshot, other)]
+                self.assertEqual(plans[0], plans[1], "seed %d" % seed)
+        self.assertGreater(alike, 200)
 
     def test_a_pace_is_learned(self):
         pace = oblix.Pace()
@@ -3825,6 +3846,186 @@ class Auto(Case):
                 with running(ollama, flags=["--cloud-model=ollama:big:1b-cloud", *DEGRADED]) as server:
                     self.assertEqual(health(server)["local"]["level"], level)
                 ollama.close()
+
+
+class Replanned(Case):
+    """A plan that was made serves the requests that are alike, and no longer than until what it goes by changes."""
+
+    def setUp(self):
+        self.make("--local-model=ollama:small", "--cloud-model=openai:large")
+
+    def make(self, *flags):
+        """A gateway whose readings, clock and loads are those of the test."""
+        self.gateway = oblix.Gateway(oblix.Settings.parse(["--port=0", *flags], {"OPENAI_API_KEY": "k"}))
+        self.addCleanup(self.gateway.close)
+        self.ledger, self.clock = self.gateway.ledger, Clock()
+        self.ledger.clock = self.clock
+        for monitor in self.gateway.watch.monitors:
+            self.finds(monitor, known=True)
+        self.device = self.gateway.watch.monitors[0]
+        self.ollama = next(monitor for monitor in self.gateway.watch.monitors if monitor.endpoint)
+        self.finds(self.ollama, models=(oblix.Model("small", context=4096),))
+        self.small, self.large = (self.gateway.snapshot().targets * 2)[:2]
+
+    def finds(self, monitor, **what):
+        monitor.reading = dataclasses.replace(monitor.reading, **what)
+
+    def plan(self, model="auto", **fields):
+        return self.gateway.plan(oblix.ChatRequest(model, {"messages": [{"role": "user", "content": "Hi"}], **fields}))
+
+    def tries(self, *models, asked="auto", says="", **fields):
+        """These models are tried now, which is said again when it is asked again."""
+        for _ in range(2):
+            plan = self.plan(asked, **fields)
+            self.assertEqual([target.model for target in plan.order], list(models), plan.reason)
+            self.assertIn(says, plan.reason)
+
+    def test_one_plan_serves_the_requests_that_are_alike(self):
+        with mock.patch.object(oblix, "rank", wraps=oblix.rank) as rank:
+            for number in range(20):
+                with self.ledger.flight(self.large) if number % 2 else contextlib.nullcontext():    # it has no slots
+                    self.tries("small", "large", seed=number)
+                self.ledger.learn_pace(self.small, 0.1 * number, 99, 1.0)
+                self.ledger.learn_pace(self.large, None, 99, 1.0)
+                self.clock.now += 1
+        self.assertEqual(rank.call_count, 1)
+
+    def test_a_reading_changes(self):
+        for _ in range(2):
+            self.tries("small", "large", says="local available")
+            self.finds(self.device, level=OUT, reason="cpu 99%")
+            self.tries("large", "small", says="local critical (cpu 99%)")
+            self.finds(self.device, reason="cpu 98%")
+            self.tries("large", "small", says="local critical (cpu 98%)")
+            self.finds(self.device, level=GOOD, reason="")
+
+    def test_a_breaker_opens_and_its_rest_ends_by_time_alone(self):
+        self.tries("small", "large")
+        self.ledger.settle(self.small, oblix.UpstreamError("gone"))
+        for _ in range(3):
+            self.tries("large", says="rests after: gone")
+            self.assertEqual(self.plan().last_hope, (self.small,))
+            self.clock.now += oblix.REST_S / 4
+        self.clock.now += oblix.REST_S / 4
+        self.tries("small", "large", says="local available")
+        self.ledger.settle(self.small, oblix.UpstreamError("gone again"))
+        self.tries("large", says="rests after: gone again")
+        self.ledger.settle(self.small, None)
+        self.tries("small", "large")
+
+    def test_another_one_rests(self):
+        for rests, other in ((self.small, "large"), (self.large, "small")):
+            self.ledger.settle(rests, oblix.UpstreamError("gone"))
+            self.tries(other)
+            self.ledger.settle(rests, None)
+
+    def test_a_rest_loses_its_hope(self):
+        self.ledger.settle(self.small, oblix.UpstreamError("gone"))
+        self.tries("large")
+        self.assertEqual(self.plan().last_hope, (self.small,))
+        self.ledger.settle(self.small, oblix.UpstreamError("gone", oblix.Fault.BUSY, retry_after_s=9.0))
+        self.tries("large")
+        self.assertEqual(self.plan().last_hope, ())
+
+    def test_a_trial_begins_and_ends(self):
+        self.ledger.settle(self.small, oblix.UpstreamError("gone"))
+        self.clock.now += oblix.REST_S
+        self.tries("small", "large")
+        self.assertEqual(self.ledger.admit(self.small), (True, True))
+        self.tries("large")
+        self.ledger.release(self.small)
+        self.tries("small", "large")
+
+    def test_slots_fill_and_are_free_again(self):
+        for _ in range(2):
+            self.tries("small", "large")
+            with self.ledger.flight(self.large) as number:
+                self.assertEqual(number, 1)
+                self.tries("small", "large")
+                with self.ledger.flight(self.small):
+                    self.tries("large", "small", says="local constrained (busy)")
+        self.tries("small", "large")
+        with self.assertRaises(KeyError), self.ledger.flight(self.small):
+            raise KeyError
+        self.tries("small", "large")
+
+    def test_a_load_starts_and_ends(self):
+        end = threading.Event()
+        self.addCleanup(end.set)
+        self.gateway.loader = oblix.Loader(lambda target, context: end.wait(5))
+        self.tries("small", "large")
+        load = self.gateway.loader.begin(self.small, 0)
+        self.tries("large", "small", says="small is loading")
+        end.set()
+        self.assertTrue(load.done.wait(5))
+        self.tries("small", "large")
+
+    def test_how_long_a_load_takes_is_learned(self):
+        self.finds(self.ollama, models=(oblix.Model("small", cold=True),))
+        self.tries("large", "small", says="small is not loaded")
+        self.ledger.learn_load(self.small, oblix.QUICK_LOAD_S - 1, 0)
+        self.tries("small", "large")
+        self.ledger.learn_load(self.small, oblix.QUICK_LOAD_S + 1, 0)
+        self.tries("large", "small", says="small is not loaded")
+
+    def test_the_models_that_ollama_lists_change(self):
+        self.make("--cloud-model=openai:large")
+        for names in ("small", "newer small", "newer small newer:7b", "other", ""):
+            with self.subTest(names):
+                self.finds(self.ollama, models=tuple(oblix.Model(name, context=4096) for name in names.split()))
+                self.tries(*names.split()[:1], "large")
+                self.assertEqual([id for id, _, owner in self.gateway.models() if owner == "ollama"],
+                                 ["ollama:" + name for name in names.split()])
+                for name in ("small", "newer", "newer:7b", "other"):
+                    if name in names.split():
+                        self.tries(name, asked=name.upper())
+                    else:
+                        with self.assertRaises(oblix.BadRequest):
+                            self.plan(name)
+        self.finds(self.ollama, models=(oblix.Model("far", remote=True), oblix.Model("small", cold=True, size=10**12)))
+        self.tries("large", "small", says="small is not loaded")
+        self.finds(self.device, facts={"memory_free_mb": 8000})
+        self.tries("large", says="would not fit")
+        self.assertEqual(self.plan("ollama:far").order[0].side, CLOUD)
+
+    def test_requests_that_are_not_alike(self):
+        self.finds(self.ollama, models=(oblix.Model("small", context=4096, can=frozenset({"completion"})),))
+        tool = {"type": "function", "function": {"name": "f"}}
+        for _ in range(2):
+            self.tries("small", "large")
+            self.tries("large", tools=[tool])
+            self.tries("large", n=2)
+            self.tries("small", asked="local", says="kept to local")
+            self.tries("large", asked="cloud", says="kept to cloud")
+            self.tries("small", asked="ollama:small", says="named")
+            with self.assertRaises(oblix.Unsupported):
+                self.plan("local", tools=[tool])
+
+    def test_who_answered_a_conversation_last(self):
+        self.make("--local-model=ollama:small",
+                  *("--local-model=openai:m@http://%s:1/v1" % name for name in ("box-a", "box-b")))
+        self.finds(self.ollama, level=OUT)
+        first, second = self.gateway.snapshot().targets[1:3]
+        hello = oblix.ChatRequest("auto", {"messages": [{"role": "user", "content": "Hello"}]})
+        for last in (second, first, second):
+            self.ledger.learn_last(oblix.conversation_of(hello), last)
+            for _ in range(2):
+                self.assertEqual(self.gateway.plan(hello).order[0], last)
+                self.assertEqual(self.plan().order[0], first)
+
+    def test_paces_when_the_fastest_is_wanted(self):
+        self.make("--local-model=ollama:small", "--cloud-model=openai:large", "--prefer=fast")
+        for first_s, order in ((1.0, ["small", "large"]), (20.0, ["large", "small"])):
+            self.ledger.learn_pace(self.small, first_s, 100, 1.0)
+            self.ledger.learn_pace(self.large, 5.0, 100, 1.0)
+            self.tries(*order)
+
+    def test_plans_that_are_kept_are_few(self):
+        with mock.patch.object(oblix, "MAX_PLANS", 4):
+            for number in range(20):
+                self.ledger.learn_load(self.small, float(number), 0)
+                self.tries("small", "large")
+                self.assertLessEqual(len(self.gateway.outlook().plans), 4)
 
 
 class HangUp(Case):
