@@ -32,6 +32,8 @@ Promises, each held by a test of its name
 Who owns which state
   monitors' readings     each monitor's own thread writes its one attribute; everybody reads it without a lock (4)
   idle connections       deques of the transport, whose append and pop are atomic (7)
+  streams passed unread  a dict of the relay, added to behind its lock; a stream's state is the relay's while its own
+                         thread sleeps, and else its thread's (7)
   ways to upstreams      a dict of the transport, whose entries are made anew by whoever finds them old (7)
   TLS context            made by the first thread that needs it; a second one made at once is just dropped (7)
   evidence of requests   a monitor's deque of losses and its wake-up, whose operations are atomic (4)
@@ -3737,9 +3739,11 @@ class Answer:
     def take(self, come: bytes | None) -> bytes:
         """The body's next bytes, when these have come, or with None the connection's end.
 
-        Raises UpstreamError where it breaks off or is too long, ValueError for no chunk.
+        Raises ConnectionResetError or UpstreamError where it breaks off or is too long, ValueError for no chunk.
         """
-        if come is None and (self._chunked or self._counted):
+        if come is None and self._chunked:
+            raise ConnectionResetError("cut between or inside chunks")
+        if come is None and self._counted:
             raise UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
         self._held += come or b""
         if self._chunked:
@@ -3834,9 +3838,9 @@ class Answer:
                     self._wire.progress()
         yield from b"".join(held).splitlines()    # nothing more can follow a CR
 
-    def pass_on(self, sieve: Sieve, client: Client) -> None:
+    def pass_on(self, sieve: Sieve, client: Client, relay: _Relay) -> None:
         """From the next event on, have those that a sieve lets through passed on to the client unread."""
-        self.passage = Passage(self, self._wire, sieve, client)
+        self.passage = Passage(self, self._wire, sieve, client, relay)
 
     def mark_complete(self) -> None:
         """The protocol's end mark has come; only the end of the framing may still be missing."""
@@ -3872,8 +3876,8 @@ class Passage:
     something is to be done that the relay can't do.
     """
 
-    def __init__(self, answer: Answer, wire: _Wire, sieve: Sieve, client: Client) -> None:
-        self.wire, self._answer, self._sieve, self._client = wire, answer, sieve, client
+    def __init__(self, answer: Answer, wire: _Wire, sieve: Sieve, client: Client, relay: _Relay) -> None:
+        self.wire, self._answer, self._sieve, self._client, self._relay = wire, answer, sieve, client, relay
         self._rest = b""       # what has come since an event's beginning and does not fit, or is not all there
         self._unsent = b""     # what the client has not taken
         self._going = True     # more may be waited for
@@ -3907,7 +3911,7 @@ class Passage:
                 raise self._error
             if not self._going:
                 return self._rest
-            if not self.step() and not RELAY.lend(self):
+            if not self.step() and not self._relay.lend(self):
                 self.wire.wait()
 
     def step(self) -> bool:
@@ -3965,8 +3969,9 @@ class _Relay:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lent: dict[int, Passage] = {}    # by descriptor; added to under _lock, taken from by the relay alone
-        self._poller: Any = None               # guarded by _lock, as _runs
-        self._runs = False
+        self._runs = False                     # guarded by _lock
+        self._closed = False
+        self._poller: Any = select.epoll() if _EPOLL else None
 
     def lend(self, passage: Passage) -> bool:
         """Have events passed on till something else comes; False where there may be something else to see to, first."""
@@ -3974,56 +3979,71 @@ class _Relay:
             return False
         passage.look = False
         passage.asleep.acquire()
+        watched = passage.wire.watched
+        added = dict.fromkeys([one.fileno() for one in watched], passage)
+        with self._lock:
+            self._lent.update(added)
+            runs, self._runs = self._runs, True
         try:
-            with self._lock:
-                self._begin()
-                for one, events in passage.wire.watched.items():
-                    self._poller.register(one, events)
-                    self._lent[one.fileno()] = passage
-        except (OSError, RuntimeError):    # no room for one more descriptor, or thread
-            self._give_back(passage)
+            if not runs:
+                threading.Thread(target=self._run, name="relay", daemon=True).start()
+            for one, events in watched.items():
+                self._poller.register(one, events)
+        except (OSError, RuntimeError) as error:    # no room for one more descriptor, or thread
+            self._fail(passage, isinstance(error, RuntimeError))
         with passage.asleep:    # once the relay has freed it
             return not passage.look
 
-    def _begin(self) -> None:
-        """Have the thread run."""
-        if not self._runs:
-            self._poller = self._poller or select.epoll()
-            threading.Thread(target=self._run, name="relay", daemon=True).start()
-            self._runs = True
+    def _fail(self, passage: Passage, all_of_them: bool) -> None:
+        """Give back a stream that can't be relayed, or all as nothing runs."""
+        with self._lock:
+            self._runs = self._runs and not all_of_them
+            given = list(self._lent.values())
+        for one in {*given} if all_of_them else {passage}:
+            self._give_back(one)
 
     def _run(self) -> None:
         looked = used = time.monotonic()
-        while self._lent or not self._may_end(used):
+        while self._runs:
             for descriptor, _ in self._poller.poll(RELAY_LOOK_S):
                 passage = self._lent.get(descriptor)
-                if passage and not (passage.step() and passage.easy):
+                if passage is None:    # it was given back before it was registered
+                    self._forget(descriptor)
+                elif not (passage.step() and passage.easy):
                     self._give_back(passage)
             now = time.monotonic()
             if now - looked >= RELAY_LOOK_S:
                 looked, used = now, now if self._lent else used
-                for passage in {*tuple(self._lent.values())}:
-                    if now >= passage.wire.quiet_until:
-                        self._give_back(passage)
+                self._look(now)
+                if self._closed or now - used >= RELAY_END_S:
+                    with self._lock:
+                        self._runs = self._lent != {}
 
-    def _may_end(self, used: float) -> bool:
-        """Whether the thread, without work since `used`, may end; whoever comes now starts another."""
-        with self._lock:
-            self._runs = bool(self._lent) or time.monotonic() - used < RELAY_END_S
-            return not self._runs
+    def _look(self, now: float) -> None:
+        """Give back who has been silent for long, as its client wants to hear of us or its time may be over."""
+        for passage in {*tuple(self._lent.values())}:
+            if now >= passage.wire.quiet_until:
+                self._give_back(passage)
 
     def _give_back(self, passage: Passage) -> None:
         """Wake the stream's thread: something has come, or it is to look for itself."""
         passage.look = passage.easy
         for one in passage.wire.watched:
-            if self._lent.pop(one.fileno(), None):
-                self._poller.unregister(one)
+            self._lent.pop(one.fileno())
+            self._forget(one.fileno())
         passage.asleep.release()
+
+    def _forget(self, descriptor: int) -> None:
+        with contextlib.suppress(OSError):    # it is not registered
+            self._poller.unregister(descriptor)
+
+    def close(self) -> None:
+        """Have the thread end, once nothing is lent any more."""
+        self._closed = True
 
 
 RELAY_LOOK_S = 0.1    # between two looks at the time
-RELAY_END_S = 5.0
-RELAY = _Relay()
+RELAY_END_S = 1.0
 
 _FAULTS: tuple[tuple[Any, ...], ...] = (    # the first that fits; socket.timeout is TimeoutError since 3.10
     (NOT_YET, "no connection, or the request was not accepted, within the time limit", 504, "upstream_timeout"),
@@ -4089,7 +4109,7 @@ class Transport:
     """
 
     def __init__(self) -> None:
-        self._pool, self._signpost = _Pool(), urllib.request.OpenerDirector()
+        self._pool, self.relay, self._signpost = _Pool(), _Relay(), urllib.request.OpenerDirector()
         for handler in (_Proxies(), _Signpost(), urllib.request.UnknownHandler()):
             self._signpost.add_handler(handler)
         self._ways: dict[str, tuple[float, _Way]] = {}    # by URL, of which there are a few for each endpoint
@@ -4123,6 +4143,7 @@ class Transport:
 
     def close(self) -> None:
         self._pool.close()
+        self.relay.close()
 
 
 WAY_S = 30.0    # in which the environment's proxies are taken to be the same: to ask for them takes 0.05 ms
@@ -4897,7 +4918,7 @@ class Course:
             if chunk is None:
                 return None
             return sse(for_client({**envelope, **chunk, "model": envelope["model"]}, request.include_usage) or {})
-        answer.pass_on(Stencil(provider.text_form, show), self._client)
+        answer.pass_on(Stencil(provider.text_form, show), self._client, self._gateway.transport.relay)
 
     def _whole(self, request: ChatRequest, target: Target, limits: Limits) -> tuple[Json, bytes]:
         """The whole answer of a target that was asked for one, and its JSON if that need not be written anew."""
