@@ -476,13 +476,15 @@ _COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 def around_model(raw: bytes, parsed: Json) -> tuple[bytes, bytes] | None:
     """What stands before and after the model's name in an object's JSON; None where that can't be told for sure.
 
-    To put another name in between takes 1 us, and to write the object anew 200 us where it has 64 KiB.  No name of a
-    field may come twice in the text, as the next reader may take the first where the parser took the last.
+    To put another name in between takes 1 us, and to write the object anew 200 us where it has 64 KiB.
     """
-    if raw[:1] != b"{" or _SPELT_OUT.search(raw) or not isinstance(parsed.get("model"), str) or not all(
-            name.isidentifier() and raw.count(b'"%b"' % name.encode()) == 1 for name in parsed):
+    at = raw.find(b'"model"')
+    if at < 0 or raw[:1] != b"{" or _SPELT_OUT.search(raw) or not isinstance(parsed.get("model"), str):
         return None
-    found = _MODEL_IN.search(raw)
+    # What decides how the answer is read may not come twice: the next reader may take the first one.
+    if any(raw.find(name, raw.find(name) + 1) >= 0 for name in (b'"model"', b'"stream"', b'"n"')):
+        return None
+    found = _MODEL_IN.match(raw, at)
     return (raw[:found.start(1)], raw[found.end(1):]) if found else None
 
 
@@ -499,6 +501,16 @@ def deeper_than(value: Any, limit: int) -> bool:
         level = [inner for outer in level if isinstance(outer, (dict, list))
                  for inner in (outer.values() if isinstance(outer, dict) else outer)]
         if not level:
+            return False
+    return True
+
+
+def occurs(raw: bytes, mark: bytes, times: int) -> bool:
+    """Whether a mark occurs so often.  In a long text without many this is ten times faster than to count them all."""
+    at = -1
+    for _ in range(times):
+        at = raw.find(mark, at + 1)
+        if at < 0:
             return False
     return True
 
@@ -1054,7 +1066,7 @@ def _json_object(raw: bytes) -> Json:
     if not isinstance(body, dict):
         raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
     # The count of opening brackets bounds the depth, and is nearly free; only rich bodies are walked.
-    if raw.count(b"{") + raw.count(b"[") > MAX_JSON_DEPTH and deeper_than(body, MAX_JSON_DEPTH):
+    if any(occurs(raw, bracket, MAX_JSON_DEPTH // 2) for bracket in (b"{", b"[")) and deeper_than(body, MAX_JSON_DEPTH):
         raise BadRequest(f"The body nests more than {MAX_JSON_DEPTH} levels deep.", code="invalid_json")
     return body
 
@@ -2140,11 +2152,11 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
     planned = [target for target in usable if conditions[target].use is Use.YES and target.side in sides]
     fast = snapshot.prefer == "fast"
     seconds = {target: predicted_s(target, conditions[target], snapshot, tokens) for target in planned if fast}
-    turns = {(target.side, target.model): turn for turn, target in reversed([*enumerate(snapshot.targets)])}
+    turns = {replica(target): turn for turn, target in reversed([*enumerate(snapshot.targets)])}
 
     def place(target: Target) -> tuple[Any, ...]:
         """Within its side: how well it is; then its time or its turn, shared by replicas; then its cache."""
-        turn = seconds[target] if fast else turns[target.side, target.model]
+        turn = seconds[target] if fast else turns[replica(target)]
         return sides.index(target.side), conditions[target].level, turn, target != last
 
     order = sorted(planned, key=place)
@@ -2154,6 +2166,11 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
                 for target in snapshot.targets if target not in usable]
     return Plan(tuple(order), _reason(verdicts, only, [(target, seconds[target]) for target in order if fast]),
                 tuple(target for target in usable if target not in order), tuple(left_out), conditions)
+
+
+def replica(target: Target) -> tuple[Side, str, str]:
+    """What is the same for all endpoints of a side that have one model."""
+    return target.side, target.endpoint.provider, target.model
 
 
 def _why_not(target: Target, found: Condition, refusals: Mapping[Target, str], only: Side | None) -> str:
@@ -3262,8 +3279,7 @@ PIECE_BYTES = 1 << 16         # sent under one time limit
 DRAIN_S = 0.05                # wait for the few bytes behind an end mark, so that the connection can be kept
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """How long each phase of an exchange may take, in seconds."""
     connect_s: float        # DNS, TCP, TLS and a proxy's tunnel together
     first_byte_s: float     # from the request's last byte to the answer's first content
@@ -3549,7 +3565,7 @@ class _Pool:
                 upstream, since = idle.pop()
             except IndexError:    # another thread was quicker
                 break
-            if time.monotonic() - since < IDLE_S and not _Poll({upstream: _READABLE}).ready(0):
+            if time.monotonic() - since < IDLE_S and _is_quiet(upstream):
                 return upstream
             upstream.close()
         return None
@@ -3574,6 +3590,18 @@ class _Pool:
             with contextlib.suppress(IndexError):    # another thread was quicker
                 while idle and (not host or host in place):
                     idle.popleft()[0].close()
+
+
+def _is_quiet(upstream: socket.socket) -> bool:
+    """Whether nothing has come on an idle connection: neither its end nor what nobody asked for."""
+    if not _NOW or hasattr(upstream, "pending"):    # TLS, which has no flags
+        return not _Poll({upstream: _READABLE}).ready(0)
+    try:
+        return not upstream.recv(1, _NOW | socket.MSG_PEEK) and False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 DEAD_S = 15    # after which a silent network has failed, and not a slow model: the peer's kernel answers at once
@@ -4427,7 +4455,7 @@ class Gateway:
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
         self._configured = configured_targets(settings)
-        self.replicated = len({(target.side, target.model) for target in self._configured}) < len(self._configured)
+        self.replicated = len({*map(replica, self._configured)}) < len(self._configured)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         # Ollama is watched in any case: whatever it has installed can be asked for by name
         watched = (Target(self._default_endpoints["ollama"], "", Side.LOCAL), *self._configured)
@@ -4486,7 +4514,7 @@ class Gateway:
         """Have a model loaded.  Raises UpstreamError."""
         log.info("%s is loading", target.id)
         provider, endpoint, started = PROVIDERS[target.endpoint.provider], target.endpoint, time.monotonic()
-        limits = dataclasses.replace(self.limits(), first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
+        limits = self.limits()._replace(first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
         try:
             answer = self.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
                                          dumps(provider.load(target, context)), limits)
@@ -4805,11 +4833,13 @@ class Course:
         limits, left_s = self._gateway.limits(self._until), self._until - time.monotonic()
         if left_s <= 0:
             raise time_is_up()
-        connect_s = min(limits.connect_s, left_s, LAST_HOPE_CONNECT_S if self._hoping else math.inf)
-        limits = dataclasses.replace(limits, connect_s=connect_s)
-        patience_s = max(self._settings.patience_s, 3 * self._ledger.record(target).pace.first_s(0.9))
-        self._hurried = target.side is Side.LOCAL and bool(self._queue) and patience_s < limits.first_byte_s
-        return dataclasses.replace(limits, first_byte_s=patience_s) if self._hurried else limits
+        connect_s, patience_s = min(limits.connect_s, left_s), limits.first_byte_s
+        if self._hoping:
+            connect_s = min(connect_s, LAST_HOPE_CONNECT_S)
+        if target.side is Side.LOCAL and self._queue:
+            patience_s = max(self._settings.patience_s, 3 * self._ledger.record(target).pace.first_s(0.9))
+        self._hurried = patience_s < limits.first_byte_s
+        return limits._replace(connect_s=connect_s, first_byte_s=min(patience_s, limits.first_byte_s))
 
     def _attempt(self, target: Target) -> Served:
         """One try of one target, up to its first content, or to its end where the client wants a whole answer.
@@ -5709,9 +5739,9 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         quiet = self.told.get("status") == 200 and self.head.path in ("/health", "/")
         level = logging.DEBUG if quiet else logging.INFO
         if log.isEnabledFor(level):
-            seconds = time.monotonic() - self.started
-            facts = told_of_request({"id": self.id, "method": self.head.method[:20], "path": self.head.path[:64],
-                                     **self.told, "seconds": seconds})
+            facts = {"id": self.id, "method": self.head.method[:20], "path": self.head.path[:64], **self.told,
+                     "seconds": time.monotonic() - self.started}
+            facts.update(tokens_per_s(facts))
             record = logging.LogRecord(log.name, level, "", 0, log_text(facts), None, None)    # half of log.log's time
             record.facts = facts
             log.handle(record)
@@ -5736,20 +5766,17 @@ def http_date(second: int) -> str:
 # --- 11. The log line -------------------------------------------------------------------------------------------------
 
 def told_of_request(facts: Json) -> Json:
-    """What the log says of a request, out of what is known: rates, rounded numbers, no control characters."""
-    told: Json = {name: facts[name] for name in _LOG_WORDS if name in facts}
-    for name in ("seconds", "first_token_s"):
-        if name in told:
-            told[name] = round(told[name], 3)
-    for name in ("method", "path", "asked", "served", "reason"):
-        if name in told and not is_plain(told[name]):
-            told[name] = re.sub("[^ -~]", "?", told[name])
+    """What a log line for machines says of a request, out of what is known: numbers rounded, in the order of lines."""
+    told = {name: facts[name] for name in (*_LOG_WORDS, *facts) if name in facts}
+    if not told.get("tokens"):    # the upstream has not said
+        told.pop("tokens", None)
+    return {name: round(value, 3) if isinstance(value, float) else value for name, value in told.items()}
+
+
+def tokens_per_s(facts: Json) -> Json:
+    """How fast an answer was, in tokens a second, if its upstream said how many there were."""
     tokens, answering_s = facts.get("tokens"), facts["seconds"] - facts.get("first_token_s", 0.0)
-    if tokens:    # the upstream has said how many
-        told.update(tokens=tokens, **({"tokens_per_s": round(tokens / answering_s, 1)} if answering_s > 0 else {}))
-    if "attempts" in facts:
-        told["attempts"] = facts["attempts"]
-    return told
+    return {"tokens_per_s": round(tokens / answering_s, 1)} if tokens and answering_s > 0 else {}
 
 
 # How a fact of a request reads in the log, in this order; one that is not known is left out.
@@ -6377,7 +6404,7 @@ class _LogFormatter(logging.Formatter):
             at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
             time_ = {} if self._journal else {"time": at.isoformat(timespec="milliseconds")}
             return dumps({**time_, "level": record.levelname, "message": "\n".join([message, *trace]),
-                          **getattr(record, "facts", {})}).decode()
+                          **told_of_request(getattr(record, "facts", {}))}).decode()
         lines = [f"{record.levelname} {message}", *trace]
         if not self._journal:
             return f"{local_time(int(record.created))},{record.msecs:03.0f} " + "\n".join(lines)
