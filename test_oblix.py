@@ -935,7 +935,7 @@ class Shape(Case):
     def test_no_thread_waits_for_another_while_it_holds_a_lock(self):
         """Under a lock nothing is called but what collections do at once, and what makes a new value."""
         quick = {"get", "pop", "popitem", "move_to_end", "add", "discard", "dict", "len", "tuple", "iter", "next",
-                 "update", "values", "list", "Record", "change"}
+                 "update", "values", "list", "append", "popleft", "Record", "change"}
         pure = {"_replace", "bool", "learned", "failed", "succeeded", "Record"}
         tree = ast.parse(self.source)
         held = [node for node in ast.walk(tree) if isinstance(node, ast.With)
