@@ -6487,67 +6487,188 @@ class Documented(Case):
 
 # === 10. Response out =================================================================================================
 
-BEFORE = b'data: {"id":"i","model":"m","choices":[{"index":0,"delta":{"content":"'
-AFTER = b'"},"finish_reason":null}]}\n\n'
+class Form(NamedTuple):
+    """How an upstream writes events: what stands before a text and after it, where %d differs from event to event."""
+    name: str
+    dialect: object
+    before: bytes
+    after: bytes
+
+    def said(self, *texts):
+        """Events that say these texts, as bytes of JSON."""
+        return b"".join(self.before.replace(b"%d", b"%d" % number) + text + self.after.replace(b"%d", b"%d" % number)
+                        for number, text in enumerate(texts, 7))
+
+    def stencil(self, *events):
+        """A stencil that has studied these events, or one."""
+        provider = oblix.PROVIDERS[self.dialect.name]
+
+        def show(event):
+            piece = provider.text_chunk(event)
+            return piece and oblix.sse({"id": "x", **piece, "model": "m:m"})
+        stencil = oblix.Stencil(provider.text_form, show)
+        for event in events or [self.said(b"first")]:
+            stencil.study(event)
+        return stencil
 
 
-def said(*texts):
-    """Events that say these texts, as bytes of JSON."""
-    return b"".join(BEFORE + text + AFTER for text in texts)
-
-
-NOT_PASSED = [  # what is not a row of texts in the known event, in spite of looking alike
-    ("another finish", said(b"a") + said(b"b").replace(b"null", b'"stop"')),
-    ("[DONE]", said(b"a") + b"data: [DONE]\n\n"),
-    ("an error", said(b"a") + b'data: {"error":{"message":"no"}}\n\n'), ("a comment", b": hello\n\n" + said(b"a")),
-    ("a quote", said(b'a","role":"b')), ("a quote that is escaped no more", said(b'a\\\\","role":"b')),
-    ("a foreign end", BEFORE + b"fine" + AFTER + b"data: [DONE] " + AFTER + BEFORE + BEFORE + AFTER),
-    ("one quote for two", said(b"a\\n") + BEFORE + AFTER[1:]), ("a line end in a text", said(b"a\nb")),
-    ("a bare CR", said(b"a\rb")), ("NUL", said(b"a\0")), ("no UTF-8", said(b"\xff")), ("a bad escape", said(b"\\x41")),
-    ("what str.splitlines splits", said("a\u2028b".encode())), ("the same", said("a\x85b".encode())),
-    ("a piece of an event", said(b"a")[5:]), ("too large", said(b"a" * (1 << 20))),
+FORMS = [
+    Form("openai", OPENAI, b'data: {"id":"i","model":"m","choices":[{"index":0,"delta":{"content":"',
+         b'"},"finish_reason":null}]}\n\n'),
+    Form("openai, padded", OPENAI, b'data: {"id": "i", "choices": [{"index": 0, "delta": {"content": "',
+         b'"}, "finish_reason": null}], "usage": null, "obfuscation": "aB%d"}\n\n'),
+    Form("ollama", OLLAMA, b'{"model":"m","created_at":"2026-11-24T10:00:00.%d+01:00","message":{"role":"assistant",'
+         b'"content":"', b'"},"done":false}\n'),
+    Form("claude", CLAUDE, b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":'
+         b'{"type":"text_delta","text":"', b'"}}\n\n'),
+]
+NO_TEXT = [  # between the quotes of an event's text: the event does not pass
+    ("nothing", b""), ("a quote", b'a","role":"b'), ("a quote that is escaped no more", b'a\\\\","role":"b'),
+    ("an end of the text", b'a"'), ("an escape of the end", b"a\\"), ("a line end", b"a\nb"), ("two", b"a\n\nb"),
+    ("CR", b"a\rb"), ("CR LF", b"a\r\n"), ("NUL", b"a\0"), ("a tab", b"\t"), ("a bad escape", b"\\x41"),
+    ("half an escape", b"\\u12"), ("no hexadecimal", b"\\u12g4"),
+    *((f"U+{ord(mark):04X}, where str.splitlines splits", f"a{mark}b".encode()) for mark in "\x85\u2028\u2029"),
+]
+NOT_PASSED = [  # what is no known event, by a form: where it begins nothing passes any more
+    ("[DONE]", lambda form: b"data: [DONE]\n\n"), ("a comment", lambda form: b": hello\n\n"),
+    ("an empty line", lambda form: b"\n"),
+    ("a line before it", lambda form: b"data: x\n" + form.said(b"a")),
+    ("a comment with it", lambda form: b": " + form.said(b"a")),
+    ("an error", lambda form: form.dialect.error_event("no")),
+    ("a foreign end", lambda form: b"data: [DONE] " + form.after + form.before * 2 + form.after),
+    ("one quote for two", lambda form: form.before + form.after[1:]),
+    ("a piece of an event", lambda form: form.said(b"a")[5:]), ("half an event", lambda form: form.said(b"a")[:-1]),
+    ("a line more", lambda form: form.said(b"a")[:-1] + b"data: x\n\n"),
+    ("a padding of other letters", lambda form: form.said(b"a").replace(b"aB7", b"aB\\u0041")),
+    ("a time of other letters", lambda form: form.said(b"a").replace(b"+01:00", b"\\u0041")),
+]
+NOT_STUDIED = [  # events that no other one is known by
+    ("an empty text", lambda form: form.said(b"")),
+    ("a second data line", lambda form: form.said(b"a")[:-1] + b"data: {}\n\n"),
+    ("an empty data line", lambda form: form.said(b"a")[:-1] + b"data:\n\n"),
+    ("a comment that holds one", lambda form: b": " + form.said(b"a")[form.said(b"a").rfind(b"\n", 0, -2) + 1:]),
+    ("a comment with a brace", lambda form: b": {\n" + form.said(b"a")),
+    ("no data:", lambda form: b"dat: " + form.said(b"a")[form.said(b"a").find(b"{"):]),
+    ("no JSON", lambda form: form.said(b"a").replace(b"}", b"")), ("a bad escape", lambda form: form.said(b"\\x41")),
+    ("too large", lambda form: form.said(b"a" * oblix.MAX_STUDIED)),
+    ("two texts", lambda form: form.said(b'a","%b":"b' % (b"text" if form.dialect is CLAUDE else b"content"))),
+    ("another field", lambda form: form.said(b'a","tool_calls":"b')),
+    ("no object", lambda form: b"data: [" + form.said(b"a")[form.said(b"a").find(b"{"):]),
 ]
 
 
 class Passing(Case):
     """A stream's events are passed on unread only if reading them would not have changed anything else."""
 
-    def stencil(self):
-        stencil = oblix.Stencil({"id": "x", "created": 1}, "openai:m", False)
-        self.assertIsNone(stencil.passes(said(b"first")), "nothing is known yet")
-        return stencil
+    def shows(self, stencil, text, *texts):
+        """That a text begins with events which say these texts, and that no more of it passes."""
+        shown, size = stencil.fits(text)
+        chunks = [json.loads(event[len(b"data: "):]) for event in shown.split(b"\n\n")[:-1]]
+        self.assertEqual([piece["choices"][0]["delta"]["content"] for piece in chunks],
+                         [json.loads(b'"%b"' % text) for text in texts])
+        self.assertEqual({piece["model"] for piece in chunks}, {"m:m"} if texts else set())
+        self.assertNotIn(b"obfuscation", shown)
+        return size
 
-    def test_texts_pass_with_the_models_name_changed(self):
-        for texts in ([b"a"], [b"", b"b" * 999], [b"\\n\\u00e9\\\"", b"c"], ["é日".encode()], [b"{[,:"] * 500):
-            with self.subTest(texts=texts[:3]):
-                events = self.stencil().passes(said(*texts)).events
-                chunks = [json.loads(event[len(b"data: "):]) for event in events.split(b"\n\n")[:-1]]
-                self.assertEqual([chunk["choices"][0]["delta"]["content"] for chunk in chunks],
-                                 [json.loads(b'"%b"' % text) for text in texts])
-                self.assertEqual({chunk["model"] for chunk in chunks}, {"openai:m"})
+    def test_texts_pass_as_what_the_client_would_have_seen_of_them(self):
+        for form in FORMS:
+            for texts in ([b"a"], [b"b" * 99999], [b"\\n\\u00e9\\\"\\\\", b"c"], ["é日 \x7f\u00a0\u2027 🎈".encode()],
+                          [b"{[,:}]"] * 500, [b"\\ud83c"], [b"data: x", b"\\/"]):
+                with self.subTest(form.name, texts=texts[:3]):
+                    stencil = form.stencil()
+                    self.assertEqual(self.shows(stencil, form.said(*texts), *texts), len(form.said(*texts)))
 
-    def test_nothing_else_passes(self):
-        for name, events in NOT_PASSED:
-            with self.subTest(name):
-                self.assertIsNone(self.stencil().passes(events))
+    def test_nothing_passes_before_one_is_known(self):
+        for form in FORMS:
+            provider = oblix.PROVIDERS[form.dialect.name]
+            self.assertEqual(oblix.Stencil(provider.text_form, mock.Mock()).fits(form.said(b"a")), (b"", 0))
 
-    def test_a_large_event_is_not_even_looked_at(self):
-        stencil = self.stencil()
-        with mock.patch.object(stencil, "_study", side_effect=AssertionError), \
-                mock.patch.object(stencil, "_fits", side_effect=AssertionError):
-            self.assertIsNone(stencil.passes(said(b"a" * (1 << 20))))
+    def test_what_is_no_such_event_leaves_what_comes_before_it(self):
+        good = [b"a", b"b"]
+        for form in FORMS:
+            rows = [*((name, form.said(b"a", text)[len(form.said(b"a")):]) for name, text in NO_TEXT),
+                    *((name, make(form)) for name, make in NOT_PASSED)]
+            for name, bad in rows:
+                if bad != form.said(b"a"):    # not every row is about every form
+                    with self.subTest(form.name, what=name):
+                        size = self.shows(form.stencil(), form.said(*good) + bad + form.said(b"c"), *good)
+                        self.assertEqual(size, len(form.said(*good)))
+                        self.assertEqual(form.stencil().fits(bad + form.said(b"c")), (b"", 0))
+
+    def test_no_other_byte_may_differ(self):
+        for form in FORMS:
+            stencil, good, event = form.stencil(), form.said(b"a"), form.said(b"b")
+            changing = {event.index(b'b"')}
+            for field in re.finditer(rb'"(?:obfuscation|created_at)": ?"([^"]*)"', event):
+                changing |= {*range(*field.span(1))}
+            for at in {*range(len(event))} - changing:
+                for other in {event[at:at + 1].swapcase(), b"~", b" "} - {event[at:at + 1]}:
+                    bad = event[:at] + other + event[at + 1:]
+                    self.assertEqual(stencil.fits(good + bad)[1], len(good), (form.name, bad))
+
+    def test_bytes_that_are_no_utf_8_end_it(self):
+        for form, text in itertools.product(FORMS, (b"\xff", b"a\xc3", b"\xed\xa0\xbd", b"\xc2\xc2\xa0")):
+            stencil = form.stencil()
+            self.assertEqual(stencil.fits(form.said(b"a", text)), (b"", 0), (form.name, text))
+            stencil.study(form.said(b"a"))
+            self.assertEqual(stencil.fits(form.said(b"a")), (b"", 0), "it has given up")
+
+    def test_what_is_not_studied(self):
+        for form in FORMS:
+            for name, make in NOT_STUDIED:
+                with self.subTest(form.name, what=name):
+                    self.assertEqual(form.stencil(make(form)).fits(make(form) * 2), (b"", 0))
+            for at in range(1, len(form.said(b"a"))):
+                form.stencil(form.said(b"a")[:at])    # a piece of one: whatever it is, it raises nothing
+
+    def test_what_says_more_than_a_text_is_not_studied(self):
+        rows = {
+            OPENAI: [(b'"index":0', b'"index":1'), (b"null", b'"stop"'), (b'{"content"', b'{"role":"x","content"'),
+                     (b'"id":"i"', b'"usage":{"total_tokens":1}'), (b'"id":"i"', b'"error":{"message":"no"}'),
+                     (b'"id":"i"', b'"object":"error"'), (b'}]}', b'},{"index":1}]}'), (b'}]}', b'},5]}'),
+                     (b'"delta"', b'"message"')],
+            OLLAMA: [(b'"done":false', b'"done":true'), (b'"role"', b'"thinking"'), (b'"model"', b'"logprobs"'),
+                     (b'"message"', b'"response"'), (b',"done":false', b""), (b'{"role"', b'[{"role"')],
+            CLAUDE: [(b'"text_delta",', b'"text_delta","citations":[],'), (b'"index":0', b'"index":0,"usage":{}'),
+                     (b'"content_block_delta",', b'"content_block_start",'), (b'"delta"', b'"content_block"')],
+        }
+        for form in FORMS:
+            for old, new in rows[form.dialect] if "padded" not in form.name else ():
+                event = form.said(b"a").replace(old, new, 1)
+                with self.subTest(form.name, event=event):
+                    self.assertNotEqual(event, form.said(b"a"))
+                    self.assertEqual(form.stencil(event).fits(event), (b"", 0))
+
+    def test_another_kind_takes_the_place_of_the_one_before(self):
+        for form in FORMS:
+            other = form._replace(before=form.before.replace(b"0", b"0 " if form.dialect is not OLLAMA else b"1"))
+            stencil = form.stencil()
+            stencil.study(other.said(b"a"))
+            self.assertEqual(self.shows(stencil, other.said(b"a", b"b"), b"a", b"b"), len(other.said(b"a", b"b")))
+
+    def test_a_stream_that_is_always_different_is_not_studied_for_ever(self):
+        kinds = [FORMS[0]._replace(before=FORMS[0].before.replace(b'"i"', b'"i%d"' % number)) for number in range(9)]
+        chances = oblix.Stencil.chances
+        stencil = kinds[0].stencil(*(kind.said(b"a") for kind in kinds[:chances + 1]))
+        self.assertEqual(stencil.fits(kinds[chances].said(b"a")), (b"", 0), "one more than it is given")
+        self.assertGreater(stencil.fits(kinds[chances - 1].said(b"a"))[1], 0, "the last one it was given")
+        stencil.study(kinds[chances].said(b"a"))
+        self.assertGreater(stencil.fits(kinds[chances].said(b"a"))[1], 0, "what fits gives it new ones")
 
     def test_a_stream_that_is_passed_says_what_it_says_when_it_is_read(self):
         text = [Text(word) for word in ('a "b" \\n', "é", "\u2028", "{}", "x" * 9000, "\U0001f600", "") * 30]
-        with Upstream(OPENAI, answer(*text), answer(*text, split=777)) as upstream, running(upstream) as server:
-            wanted = "".join(piece.text for piece in text)
-            with mock.patch.object(oblix.Stencil, "passes", lambda *_: None):
-                self.answered(ask(server, upstream.target, stream=True), wanted)
-            for usage in (False, True):
-                reply = ask(server, upstream.target, stream=True, stream_options={"include_usage": usage})
-                self.answered(reply, wanted)
-                self.assertEqual(bool([chunk for chunk in reply.chunks if chunk.get("usage")]), usage)
-                self.assertEqual({chunk["model"] for chunk in reply.chunks}, {upstream.target})
+        for dialect in DIALECTS:
+            with self.subTest(dialect.name), Upstream(dialect, answer(*text), answer(*text, split=777)) as upstream, \
+                    running(upstream) as server:
+                wanted = "".join(piece.text for piece in text)
+                with mock.patch.object(oblix.Stencil, "fits", lambda *_: (b"", 0)):
+                    self.answered(ask(server, upstream.target, stream=True), wanted)
+                for usage in (False, True):
+                    reply = ask(server, upstream.target, stream=True, stream_options={"include_usage": usage})
+                    self.answered(reply, wanted)
+                    self.assertEqual(bool([chunk for chunk in reply.chunks if chunk.get("usage")]), usage)
+                    self.assertEqual({chunk["model"] for chunk in reply.chunks}, {upstream.target})
+                    self.assertEqual(len({(chunk["id"], chunk["created"]) for chunk in reply.chunks}), 1)
 
     def test_the_second_half_of_an_event_is_no_event(self):
         """Two data lines are one event, whatever the second one looks like."""
