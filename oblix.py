@@ -3941,8 +3941,10 @@ class Passage:
             self._rest = self._rest[size:]
             self._unsent += self._client.frame(shown)
             self.wire.progress()
-        if end in self._rest or len(self._rest) > MAX_PASSED:
+        whole = end in self._rest
+        if whole or b"\r" in self._rest or len(self._rest) > MAX_PASSED:    # CR: events may end in another way
             self._going = False
+        if whole:
             self._sieve.study(self.first_event(self._rest)[0])
 
     def _send_now(self) -> None:
