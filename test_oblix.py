@@ -11706,18 +11706,26 @@ def listing_gateway():
 
 
 class CannedWire:
-    """An upstream's bytes, in these pieces."""
+    """An upstream's bytes, in these pieces; `asked` is called before each of them.  With chance, some come late."""
 
-    def __init__(self, pieces):
-        self._pieces = iter(pieces)
+    def __init__(self, pieces, asked=lambda: None, chance=None):
+        self._pieces, self._asked, self._chance = iter(pieces), asked, chance
+        self._late, self.watched = False, {}
 
     def receive(self):
+        self._asked()
         return next(self._pieces, b"")
+
+    def receive_now(self):
+        self._late = not self._late and self._chance.random() < 0.5
+        if self._late:
+            raise BlockingIOError
+        return self.receive()
 
     def begin(self, *_):
         """Nothing here waits."""
 
-    progress = drain_within = close = begin
+    progress = drain_within = close = wait = begin
 
     def makefile(self, *_):
         """As http.client wants to have it."""
@@ -11802,72 +11810,125 @@ def check_beside_stdlib(data, ours):
 
 
 def make_passed(chance):
-    """A stream of OpenAI's, most of whose events differ in their text alone, in pieces"""
-    texts = ["Hi", "", "\n", "\"", "é", "\\", "\u2028", "}", "data: x", "\x7f", "\ud83c", '"content": "a"', "a\n\nb"]
-    spaced = chance.choice([{}, {"separators": (",", ":")}])
-    plain = chance.random() < 0.6
+    """(dialect, an answer whose events mostly differ in their text alone, in pieces, a seed)"""
+    dialect, layout = chance.choice(DIALECTS), chance.choice([{}, {"separators": (",", ":")}])
+    texts = ["Hi", "", "\n", '"', "é", "\\", "\u2028", "}", "data: x", "\x7f", "half", '"content": "a"', "a\n\nb", "{"]
+    plain, padded = chance.random() < 0.6, dialect is OPENAI and chance.random() < 0.5
+    usual, second = chance.choice([b"\n", b"\n", b"\n", b"\n", b"\r\n", b"\r"]), itertools.count(10)
 
-    def event(delta, finish=None):
-        said = OPENAI.chunk([{"index": 0, "delta": delta, "finish_reason": finish}])
-        return b"data: " + json.dumps(said, ensure_ascii=plain or "\ud83c" in str(delta.get("content")),
-                                      **spaced).encode() + b"\n\n"
-    events = [event({"role": "assistant", "content": ""})]
-    events += [event({"content": chance.choice(texts)}) for _ in range(chance.randrange(1, 12))]
-    good = list(events)
-    for _ in range(chance.choice((0, 1, 1, 2))):
-        number = chance.randrange(len(events))
-        tree = json.loads(good[number][6:])
-        way = chance.randrange(5)
+    def event(tree, data=None):
+        if data is None:
+            padding = {"obfuscation": "x" * chance.randrange(5)} if padded else {}
+            said = json.dumps({**tree, **padding}, ensure_ascii=plain, **layout).replace("half", "\\ud83c")
+            data = said.replace("10:00:00", "10:00:%d" % next(second)).encode()
+        if dialect is OLLAMA:
+            return data + b"\n"
+        return (b"event: %b\n" % tree["type"].encode() if dialect is CLAUDE else b"") + b"data: " + data + b"\n\n"
+    saying = Saying(tuple(Text(chance.choice(texts)) for _ in range(chance.randrange(1, 12))), "stop", 9, 7)
+    parts = dialect.events(Saying(saying.pieces if plain else [Text("Hi"), *saying.pieces], "stop", 9, 7), {})
+    trees = [json.loads(re.search(rb"{.*}", part)[0]) for part in parts if b"{" in part]
+    for _ in range(chance.choice((0, 0, 1, 2))):
+        trees.insert(chance.randrange(len(trees) + 1), json.loads(chance.choice(STRANGE[dialect])))
+    events = [*map(event, trees)]
+    for _ in range(chance.choice((0, 0, 1, 2))):
+        at, way = chance.randrange(len(trees)), chance.randrange(6)
         if way == 0:
-            text = twisted(tree, chance)
-        elif way == 1:
-            tree["choices"][0]["delta"] = chance.choice([{"content": "a", "tool_calls": []},
-                                                         {"reasoning_content": "a"}, {}, None,
-                                                         {"role": "user", "content": "b"}, {"content": None},
-                                                         {"refusal": "c"}])
-            text = json.dumps(tree, **spaced).encode()
+            events[at] = event(trees[at], twisted(trees[at], chance))
+        elif way == 1:    # between the quotes of a text
+            events[at] = events[at].replace(b"Hi", b"a" + chance.choice(BETWEEN_QUOTES))
         elif way == 2:
-            tree["choices"] = chance.choice([[], tree["choices"] * 2, [{**tree["choices"][0], "index": 1}]])
-            text = json.dumps(tree, **spaced).encode()
-        elif way == 3:    # between the quotes of a text
-            tree["choices"][0]["delta"] = {"content": "a@@"}
-            text = json.dumps(tree, **spaced).encode().replace(b"@@", chance.choice(BETWEEN_QUOTES))
+            events[at] = mangled(events[at], chance, STREAM_WORDS + JSON_WORDS)
+        elif way == 3:
+            events[at] = chance.choice(AMONG_EVENTS) + events[at]
+        elif way == 4:
+            events[at] = events[at].replace(b"\n", chance.choice([b"\r\n", b"\r", b"\n\r\n"]))
         else:
-            text = mangled(good[number][6:-2], chance, STREAM_WORDS + JSON_WORDS)
-        events[number] = b"data: " + text + b"\n\n"
-    events += [event({}, "stop"), b"data: [DONE]\n\n"]
-    return cut_up(b"".join(events), chance, 12) if chance.random() < 0.5 else events
+            events[at] += events[at] * 3
+    body = b"".join([*events, b"data: [DONE]\n\n" * (dialect is OPENAI)])
+    data = framed(body.replace(b"\n", usual), chance)
+    data = data[:-chance.randrange(1, 99)] if chance.random() < 0.1 else data
+    return dialect.name, cut_up(data, chance, 12), chance.randrange(1 << 30)
 
 
 BETWEEN_QUOTES = [b"\xff", b"\xed\xa0\xbd", b"\xc3", b"\x01", b"\t", b"\r", b"\n", b"\r\n", b"\0", b"\x7f", b'"',
-                  b'""', b"\\", b"\\x",
+                  b'""', b"\\", b"\\x", b"\xc2\x85", b"\xe2\x80\xa9", b"\n\n",
                   b"\\u12", b"\\ud800", b'\\"', b'","role":"x', b'", "role": "x', b'"}}],"a":[{"b":{"c":"', b"\\\\"]
+AMONG_EVENTS = [b"\n", b": ping\n\n", b": data: {}\n", b": ping\n", b"data: {}\n", b"data:\n", b"event: ping\n",
+                b"id: 5\n", b"event: ping\ndata: {\"type\": \"ping\"}\n\n", b"retry: 5\n\n", b"data\n", b"{}\n", b" \n",
+                b"data: "]
+CHOICE = '{"index": 0, "delta": %s, "finish_reason": null}'
+STRANGE = {    # events that come among those which say a text
+    OPENAI: ['{"choices": [%s]}' % ", ".join([CHOICE % delta] * times) for delta, times in (
+        ('{"content": "a", "tool_calls": []}', 1), ('{"reasoning_content": "a"}', 1), ("{}", 1), ("null", 1),
+        ('{"role": "user", "content": "b"}', 1), ('{"content": null}', 1), ('{"refusal": "c"}', 1),
+        ('{"content": "a"}', 2), ('{"content": "a"}', 0),
+        ('{"tool_calls": [{"index": 0, "id": "i", "function": {"name": "f"}}]}', 1))] + [
+        '{"choices": [%s]}' % (CHOICE % '{"content": "a"}').replace("0", "1"), '{"choices": [], "usage": {}}',
+        '{"choices": [%s], "usage": {"total_tokens": 5}}' % CHOICE % '{"content": "a"}',
+        '{"error": {"message": "no"}}', '{"object": "error", "message": "no"}'],
+    OLLAMA: ['{"message": {"content": "a", "thinking": "b"}, "done": false}', '{"message": {"content": "a"}}', "{}",
+             '{"message": {"content": "a"}, "done": false, "logprobs": [{"token": "a"}]}', '{"error": "no"}',
+             '{"message": {"tool_calls": [{"function": {"name": "f"}}]}, "done": false}', '{"done": false}',
+             '{"message": {"content": "a"}, "done": true}',
+             '{"message": {"content": "a", "images": []}, "done": false}'],
+    CLAUDE: ['{"type": "content_block_delta", "index": %d, "delta": {"type": "%s", %s}}' % row for row in (
+        (1, "text_delta", '"text": "a"'), (0, "thinking_delta", '"thinking": "a"'), (0, "x", '"text": "a"'),
+        (0, "input_json_delta", '"partial_json": "{}"'), (0, "text_delta", '"text": "a", "citations": []'))] + [
+        '{"type": "content_block_start", "index": 1, "content_block": {"type": "text", "text": "b"}}',
+        '{"type": "content_block_start", "index": 1, "content_block": {"type": "tool_use", "id": "i", "name": "f"}}',
+        '{"type": "content_block_stop", "index": 0}', '{"type": "ping"}', '{"type": "error", "error": {}}',
+        '{"type": "error", "error": {"type": "overloaded_error", "message": "no"}}', '{"type": "message_stop"}'],
+}
 PASSED_FOR = oblix.ChatRequest("m", {"messages": [{"role": "user", "content": "Hi"}]}, True)
 
 
-def passed_on(pieces, passes):
-    """The events that a client gets of this stream, and the kind of its error; whether some may pass unread."""
-    answer = oblix.Answer(CannedWire([head(200), *pieces]), CannedWire([]), list)
-    envelope, sent = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1}, []
+class HalfDeaf:
+    """A client's socket that takes half of what it is sent, or nothing."""
+
+    def __init__(self, taken, chance):
+        self._taken, self._chance = taken, chance
+
+    def send(self, data, *_):
+        if self._chance.random() < 0.3:
+            raise BlockingIOError
+        self._taken.append(data[:len(data) // 2] if self._chance.random() < 0.5 else data)
+        return len(self._taken[-1])
+
+
+NO_RELAY = mock.Mock(**{"lend.return_value": False})
+
+
+def passed_on(case, passes):
+    """(the events that a client gets of an answer, how many it had before each of its pieces, the kind of an error)"""
+    name, pieces, seed = case
+    chance, provider, sent, before = random.Random(seed), oblix.PROVIDERS[name], [], []
+    envelope = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1}
+
+    def shown(piece):
+        return oblix.for_client({**envelope, **piece, "model": "m"}, False)
+
+    def show(event):
+        piece = provider.text_chunk(event)
+        return None if piece is None else oblix.sse(shown(piece) or {})
+    wire = CannedWire(pieces, lambda: before.append(b"".join(sent).count(b"\n\n")), chance)
+    client = oblix.Client(HalfDeaf(sent, chance), list, bytes, sent.append)
+    fault = None
     try:
-        for piece in oblix.PROVIDERS["openai"].decode(answer.lines(), PASSED_FOR):
-            if isinstance(piece, oblix.Passed):
-                sent.append(piece.events)
-                continue
-            if passes and oblix.has_content(piece):
-                answer.passes = answer.passes or oblix.Stencil(envelope, "m", False).passes
-            shown = oblix.for_client({**envelope, **piece, "model": "m"}, False)
-            sent += [oblix.sse(shown)] if shown is not None else []
+        with oblix._upstream_faults:
+            answer = oblix.Answer(wire, CannedWire([]), list)
+        for piece in provider.decode(answer.lines(), PASSED_FOR):
+            if passes and oblix.has_content(piece) and not answer.passage:
+                answer.pass_on(oblix.Stencil(provider.text_form, show), client, NO_RELAY)
+            sent += [oblix.sse(shown(piece))] if shown(piece) is not None else []
     except DECODER_FAULTS as error:
         fault = getattr(error, "code", "format")
-    else:
-        fault = None
-    return [json.loads(event[len("data: "):]) for event in b"".join(sent).decode().split("\n\n") if event], fault
+    events = b"".join(sent).decode().split("\n\n")
+    return [json.loads(event[len("data: "):]) for event in events if event], before, fault
 
 
-def check_passed(pieces):
-    """Events that pass unread are what they would be if they were read."""
-    read, passed = passed_on(pieces, False), passed_on(pieces, True)
+def check_passed(case):
+    """Events that pass unread are what they would be if they were read, and come no later."""
+    read, passed = passed_on(case, False), passed_on(case, True)
     if read != passed:
         raise AssertionError("read %.1500r\npassed %.1500r" % (read, passed))
 
