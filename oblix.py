@@ -4080,11 +4080,13 @@ class _Relay:
 
     def _run(self) -> None:
         looked = used = time.monotonic()
-        while self._runs:
+        while True:
             for descriptor, _ in self._poller.poll(RELAY_LOOK_S):
                 passage = self._lent.get(descriptor)
                 if passage is None:    # it was given back before it was registered
-                    self._forget(descriptor)
+                    with self._lock:
+                        if descriptor not in self._lent:    # nor is it being lent again
+                            self._forget(descriptor)
                 elif not (passage.step() and passage.easy):
                     self._give_back(passage)
             now = time.monotonic()
@@ -4093,7 +4095,9 @@ class _Relay:
                 self._look(now)
                 if self._closed or now - used >= RELAY_END_S:
                     with self._lock:
-                        self._runs = self._lent != {}
+                        if not self._lent:    # who lends from here on starts another thread
+                            self._runs = False
+                            return
 
     def _look(self, now: float) -> None:
         """Give back who has been silent for long, as its client wants to hear of us or its time may be over."""
@@ -4102,11 +4106,14 @@ class _Relay:
                 self._give_back(passage)
 
     def _give_back(self, passage: Passage) -> None:
-        """Wake the stream's thread: something has come, or it is to look for itself."""
+        """Wake the stream's thread, if nobody has: something has come, or it is to look for itself."""
+        watched = [one.fileno() for one in passage.wire.watched]
+        if not self._lent.pop(watched[0], None):    # it is being lent in vain, and was given back meanwhile
+            return
         passage.look = passage.easy
-        for one in passage.wire.watched:
-            self._lent.pop(one.fileno())
-            self._forget(one.fileno())
+        for descriptor in watched:
+            self._lent.pop(descriptor, None)
+            self._forget(descriptor)
         passage.asleep.release()
 
     def _forget(self, descriptor: int) -> None:
