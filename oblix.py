@@ -4098,8 +4098,10 @@ class Passage:
             self._rest = self._rest[size:]
             self._unsent += self._client.frame(shown)
             self.wire.progress()
-        if end in self._rest or len(self._rest) > MAX_PASSED:
+        whole = end in self._rest
+        if whole or b"\r" in self._rest or len(self._rest) > MAX_PASSED:    # CR: events may end in another way
             self._going = False
+        if whole:
             self._sieve.study(self.first_event(self._rest)[0])
 
     def _send_now(self) -> None:
@@ -4161,11 +4163,13 @@ class _Relay:
 
     def _run(self) -> None:
         looked = used = time.monotonic()
-        while self._runs:
+        while True:
             for descriptor, _ in self._poller.poll(RELAY_LOOK_S):
                 passage = self._lent.get(descriptor)
                 if passage is None:    # it was given back before it was registered
-                    self._forget(descriptor)
+                    with self._lock:
+                        if descriptor not in self._lent:    # nor is it being lent again
+                            self._forget(descriptor)
                 elif descriptor != passage.source or not (passage.step() and passage.easy):
                     self._give_back(passage)
             now = time.monotonic()
@@ -4174,7 +4178,9 @@ class _Relay:
                 self._look(now)
                 if self._closed or now - used >= RELAY_END_S:
                     with self._lock:
-                        self._runs = self._lent != {}
+                        if not self._lent:    # who lends from here on starts another thread
+                            self._runs = False
+                            return
 
     def _look(self, now: float) -> None:
         """Give back who has been silent for long, as its client wants to hear of us or its time may be over."""
@@ -4183,11 +4189,14 @@ class _Relay:
                 self._give_back(passage)
 
     def _give_back(self, passage: Passage) -> None:
-        """Wake the stream's thread: something has come, or it is to look for itself."""
+        """Wake the stream's thread, if nobody has: something has come, or it is to look for itself."""
+        watched = [one.fileno() for one in passage.wire.watched]
+        if not self._lent.pop(watched[0], None):    # it is being lent in vain, and was given back meanwhile
+            return
         passage.look = passage.easy
-        for one in passage.wire.watched:
-            self._lent.pop(one.fileno())
-            self._forget(one.fileno())
+        for descriptor in watched:
+            self._lent.pop(descriptor, None)
+            self._forget(descriptor)
         passage.asleep.release()
 
     def _forget(self, descriptor: int) -> None:

@@ -935,7 +935,7 @@ class Shape(Case):
     def test_no_thread_waits_for_another_while_it_holds_a_lock(self):
         """Under a lock nothing is called but what collections do at once, and what makes a new value."""
         quick = {"get", "pop", "popitem", "move_to_end", "add", "discard", "dict", "len", "tuple", "iter", "next",
-                 "update", "values", "list", "append", "popleft", "Record", "change"}
+                 "update", "values", "list", "append", "popleft", "Record", "change", "_forget"}
         pure = {"_replace", "bool", "learned", "failed", "succeeded", "Record"}
         tree = ast.parse(self.source)
         held = [node for node in ast.walk(tree) if isinstance(node, ast.With)
@@ -6483,67 +6483,188 @@ class Documented(Case):
 
 # === 10. Response out =================================================================================================
 
-BEFORE = b'data: {"id":"i","model":"m","choices":[{"index":0,"delta":{"content":"'
-AFTER = b'"},"finish_reason":null}]}\n\n'
+class Form(NamedTuple):
+    """How an upstream writes events: what stands before a text and after it, where %d differs from event to event."""
+    name: str
+    dialect: object
+    before: bytes
+    after: bytes
+
+    def said(self, *texts):
+        """Events that say these texts, as bytes of JSON."""
+        return b"".join(self.before.replace(b"%d", b"%d" % number) + text + self.after.replace(b"%d", b"%d" % number)
+                        for number, text in enumerate(texts, 7))
+
+    def stencil(self, *events):
+        """A stencil that has studied these events, or one."""
+        provider = oblix.PROVIDERS[self.dialect.name]
+
+        def show(event):
+            piece = provider.text_chunk(event)
+            return piece and oblix.sse({"id": "x", **piece, "model": "m:m"})
+        stencil = oblix.Stencil(provider.text_form, show)
+        for event in events or [self.said(b"first")]:
+            stencil.study(event)
+        return stencil
 
 
-def said(*texts):
-    """Events that say these texts, as bytes of JSON."""
-    return b"".join(BEFORE + text + AFTER for text in texts)
-
-
-NOT_PASSED = [  # what is not a row of texts in the known event, in spite of looking alike
-    ("another finish", said(b"a") + said(b"b").replace(b"null", b'"stop"')),
-    ("[DONE]", said(b"a") + b"data: [DONE]\n\n"),
-    ("an error", said(b"a") + b'data: {"error":{"message":"no"}}\n\n'), ("a comment", b": hello\n\n" + said(b"a")),
-    ("a quote", said(b'a","role":"b')), ("a quote that is escaped no more", said(b'a\\\\","role":"b')),
-    ("a foreign end", BEFORE + b"fine" + AFTER + b"data: [DONE] " + AFTER + BEFORE + BEFORE + AFTER),
-    ("one quote for two", said(b"a\\n") + BEFORE + AFTER[1:]), ("a line end in a text", said(b"a\nb")),
-    ("a bare CR", said(b"a\rb")), ("NUL", said(b"a\0")), ("no UTF-8", said(b"\xff")), ("a bad escape", said(b"\\x41")),
-    ("what str.splitlines splits", said("a\u2028b".encode())), ("the same", said("a\x85b".encode())),
-    ("a piece of an event", said(b"a")[5:]), ("too large", said(b"a" * (1 << 20))),
+FORMS = [
+    Form("openai", OPENAI, b'data: {"id":"i","model":"m","choices":[{"index":0,"delta":{"content":"',
+         b'"},"finish_reason":null}]}\n\n'),
+    Form("openai, padded", OPENAI, b'data: {"id": "i", "choices": [{"index": 0, "delta": {"content": "',
+         b'"}, "finish_reason": null}], "usage": null, "obfuscation": "aB%d"}\n\n'),
+    Form("ollama", OLLAMA, b'{"model":"m","created_at":"2026-11-24T10:00:00.%d+01:00","message":{"role":"assistant",'
+         b'"content":"', b'"},"done":false}\n'),
+    Form("claude", CLAUDE, b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":'
+         b'{"type":"text_delta","text":"', b'"}}\n\n'),
+]
+NO_TEXT = [  # between the quotes of an event's text: the event does not pass
+    ("nothing", b""), ("a quote", b'a","role":"b'), ("a quote that is escaped no more", b'a\\\\","role":"b'),
+    ("an end of the text", b'a"'), ("an escape of the end", b"a\\"), ("a line end", b"a\nb"), ("two", b"a\n\nb"),
+    ("CR", b"a\rb"), ("CR LF", b"a\r\n"), ("NUL", b"a\0"), ("a tab", b"\t"), ("a bad escape", b"\\x41"),
+    ("half an escape", b"\\u12"), ("no hexadecimal", b"\\u12g4"),
+    *((f"U+{ord(mark):04X}, where str.splitlines splits", f"a{mark}b".encode()) for mark in "\x85\u2028\u2029"),
+]
+NOT_PASSED = [  # what is no known event, by a form: where it begins nothing passes any more
+    ("[DONE]", lambda form: b"data: [DONE]\n\n"), ("a comment", lambda form: b": hello\n\n"),
+    ("an empty line", lambda form: b"\n"),
+    ("a line before it", lambda form: b"data: x\n" + form.said(b"a")),
+    ("a comment with it", lambda form: b": " + form.said(b"a")),
+    ("an error", lambda form: form.dialect.error_event("no")),
+    ("a foreign end", lambda form: b"data: [DONE] " + form.after + form.before * 2 + form.after),
+    ("one quote for two", lambda form: form.before + form.after[1:]),
+    ("a piece of an event", lambda form: form.said(b"a")[5:]), ("half an event", lambda form: form.said(b"a")[:-1]),
+    ("a line more", lambda form: form.said(b"a")[:-1] + b"data: x\n\n"),
+    ("a padding of other letters", lambda form: form.said(b"a").replace(b"aB7", b"aB\\u0041")),
+    ("a time of other letters", lambda form: form.said(b"a").replace(b"+01:00", b"\\u0041")),
+]
+NOT_STUDIED = [  # events that no other one is known by
+    ("an empty text", lambda form: form.said(b"")),
+    ("a second data line", lambda form: form.said(b"a")[:-1] + b"data: {}\n\n"),
+    ("an empty data line", lambda form: form.said(b"a")[:-1] + b"data:\n\n"),
+    ("a comment that holds one", lambda form: b": " + form.said(b"a")[form.said(b"a").rfind(b"\n", 0, -2) + 1:]),
+    ("a comment with a brace", lambda form: b": {\n" + form.said(b"a")),
+    ("no data:", lambda form: b"dat: " + form.said(b"a")[form.said(b"a").find(b"{"):]),
+    ("no JSON", lambda form: form.said(b"a").replace(b"}", b"")), ("a bad escape", lambda form: form.said(b"\\x41")),
+    ("too large", lambda form: form.said(b"a" * oblix.MAX_STUDIED)),
+    ("two texts", lambda form: form.said(b'a","%b":"b' % (b"text" if form.dialect is CLAUDE else b"content"))),
+    ("another field", lambda form: form.said(b'a","tool_calls":"b')),
+    ("no object", lambda form: b"data: [" + form.said(b"a")[form.said(b"a").find(b"{"):]),
 ]
 
 
 class Passing(Case):
     """A stream's events are passed on unread only if reading them would not have changed anything else."""
 
-    def stencil(self):
-        stencil = oblix.Stencil({"id": "x", "created": 1}, "openai:m", False)
-        self.assertIsNone(stencil.passes(said(b"first")), "nothing is known yet")
-        return stencil
+    def shows(self, stencil, text, *texts):
+        """That a text begins with events which say these texts, and that no more of it passes."""
+        shown, size = stencil.fits(text)
+        chunks = [json.loads(event[len(b"data: "):]) for event in shown.split(b"\n\n")[:-1]]
+        self.assertEqual([piece["choices"][0]["delta"]["content"] for piece in chunks],
+                         [json.loads(b'"%b"' % text) for text in texts])
+        self.assertEqual({piece["model"] for piece in chunks}, {"m:m"} if texts else set())
+        self.assertNotIn(b"obfuscation", shown)
+        return size
 
-    def test_texts_pass_with_the_models_name_changed(self):
-        for texts in ([b"a"], [b"", b"b" * 999], [b"\\n\\u00e9\\\"", b"c"], ["é日".encode()], [b"{[,:"] * 500):
-            with self.subTest(texts=texts[:3]):
-                events = self.stencil().passes(said(*texts)).events
-                chunks = [json.loads(event[len(b"data: "):]) for event in events.split(b"\n\n")[:-1]]
-                self.assertEqual([chunk["choices"][0]["delta"]["content"] for chunk in chunks],
-                                 [json.loads(b'"%b"' % text) for text in texts])
-                self.assertEqual({chunk["model"] for chunk in chunks}, {"openai:m"})
+    def test_texts_pass_as_what_the_client_would_have_seen_of_them(self):
+        for form in FORMS:
+            for texts in ([b"a"], [b"b" * 99999], [b"\\n\\u00e9\\\"\\\\", b"c"], ["é日 \x7f\u00a0\u2027 🎈".encode()],
+                          [b"{[,:}]"] * 500, [b"\\ud83c"], [b"data: x", b"\\/"]):
+                with self.subTest(form.name, texts=texts[:3]):
+                    stencil = form.stencil()
+                    self.assertEqual(self.shows(stencil, form.said(*texts), *texts), len(form.said(*texts)))
 
-    def test_nothing_else_passes(self):
-        for name, events in NOT_PASSED:
-            with self.subTest(name):
-                self.assertIsNone(self.stencil().passes(events))
+    def test_nothing_passes_before_one_is_known(self):
+        for form in FORMS:
+            provider = oblix.PROVIDERS[form.dialect.name]
+            self.assertEqual(oblix.Stencil(provider.text_form, mock.Mock()).fits(form.said(b"a")), (b"", 0))
 
-    def test_a_large_event_is_not_even_looked_at(self):
-        stencil = self.stencil()
-        with mock.patch.object(stencil, "_study", side_effect=AssertionError), \
-                mock.patch.object(stencil, "_fits", side_effect=AssertionError):
-            self.assertIsNone(stencil.passes(said(b"a" * (1 << 20))))
+    def test_what_is_no_such_event_leaves_what_comes_before_it(self):
+        good = [b"a", b"b"]
+        for form in FORMS:
+            rows = [*((name, form.said(b"a", text)[len(form.said(b"a")):]) for name, text in NO_TEXT),
+                    *((name, make(form)) for name, make in NOT_PASSED)]
+            for name, bad in rows:
+                if bad != form.said(b"a"):    # not every row is about every form
+                    with self.subTest(form.name, what=name):
+                        size = self.shows(form.stencil(), form.said(*good) + bad + form.said(b"c"), *good)
+                        self.assertEqual(size, len(form.said(*good)))
+                        self.assertEqual(form.stencil().fits(bad + form.said(b"c")), (b"", 0))
+
+    def test_no_other_byte_may_differ(self):
+        for form in FORMS:
+            stencil, good, event = form.stencil(), form.said(b"a"), form.said(b"b")
+            changing = {event.index(b'b"')}
+            for field in re.finditer(rb'"(?:obfuscation|created_at)": ?"([^"]*)"', event):
+                changing |= {*range(*field.span(1))}
+            for at in {*range(len(event))} - changing:
+                for other in {event[at:at + 1].swapcase(), b"~", b" "} - {event[at:at + 1]}:
+                    bad = event[:at] + other + event[at + 1:]
+                    self.assertEqual(stencil.fits(good + bad)[1], len(good), (form.name, bad))
+
+    def test_bytes_that_are_no_utf_8_end_it(self):
+        for form, text in itertools.product(FORMS, (b"\xff", b"a\xc3", b"\xed\xa0\xbd", b"\xc2\xc2\xa0")):
+            stencil = form.stencil()
+            self.assertEqual(stencil.fits(form.said(b"a", text)), (b"", 0), (form.name, text))
+            stencil.study(form.said(b"a"))
+            self.assertEqual(stencil.fits(form.said(b"a")), (b"", 0), "it has given up")
+
+    def test_what_is_not_studied(self):
+        for form in FORMS:
+            for name, make in NOT_STUDIED:
+                with self.subTest(form.name, what=name):
+                    self.assertEqual(form.stencil(make(form)).fits(make(form) * 2), (b"", 0))
+            for at in range(1, len(form.said(b"a"))):
+                form.stencil(form.said(b"a")[:at])    # a piece of one: whatever it is, it raises nothing
+
+    def test_what_says_more_than_a_text_is_not_studied(self):
+        rows = {
+            OPENAI: [(b'"index":0', b'"index":1'), (b"null", b'"stop"'), (b'{"content"', b'{"role":"x","content"'),
+                     (b'"id":"i"', b'"usage":{"total_tokens":1}'), (b'"id":"i"', b'"error":{"message":"no"}'),
+                     (b'"id":"i"', b'"object":"error"'), (b'}]}', b'},{"index":1}]}'), (b'}]}', b'},5]}'),
+                     (b'"delta"', b'"message"')],
+            OLLAMA: [(b'"done":false', b'"done":true'), (b'"role"', b'"thinking"'), (b'"model"', b'"logprobs"'),
+                     (b'"message"', b'"response"'), (b',"done":false', b""), (b'{"role"', b'[{"role"')],
+            CLAUDE: [(b'"text_delta",', b'"text_delta","citations":[],'), (b'"index":0', b'"index":0,"usage":{}'),
+                     (b'"content_block_delta",', b'"content_block_start",'), (b'"delta"', b'"content_block"')],
+        }
+        for form in FORMS:
+            for old, new in rows[form.dialect] if "padded" not in form.name else ():
+                event = form.said(b"a").replace(old, new, 1)
+                with self.subTest(form.name, event=event):
+                    self.assertNotEqual(event, form.said(b"a"))
+                    self.assertEqual(form.stencil(event).fits(event), (b"", 0))
+
+    def test_another_kind_takes_the_place_of_the_one_before(self):
+        for form in FORMS:
+            other = form._replace(before=form.before.replace(b"0", b"0 " if form.dialect is not OLLAMA else b"1"))
+            stencil = form.stencil()
+            stencil.study(other.said(b"a"))
+            self.assertEqual(self.shows(stencil, other.said(b"a", b"b"), b"a", b"b"), len(other.said(b"a", b"b")))
+
+    def test_a_stream_that_is_always_different_is_not_studied_for_ever(self):
+        kinds = [FORMS[0]._replace(before=FORMS[0].before.replace(b'"i"', b'"i%d"' % number)) for number in range(9)]
+        chances = oblix.Stencil.chances
+        stencil = kinds[0].stencil(*(kind.said(b"a") for kind in kinds[:chances + 1]))
+        self.assertEqual(stencil.fits(kinds[chances].said(b"a")), (b"", 0), "one more than it is given")
+        self.assertGreater(stencil.fits(kinds[chances - 1].said(b"a"))[1], 0, "the last one it was given")
+        stencil.study(kinds[chances].said(b"a"))
+        self.assertGreater(stencil.fits(kinds[chances].said(b"a"))[1], 0, "what fits gives it new ones")
 
     def test_a_stream_that_is_passed_says_what_it_says_when_it_is_read(self):
         text = [Text(word) for word in ('a "b" \\n', "é", "\u2028", "{}", "x" * 9000, "\U0001f600", "") * 30]
-        with Upstream(OPENAI, answer(*text), answer(*text, split=777)) as upstream, running(upstream) as server:
-            wanted = "".join(piece.text for piece in text)
-            with mock.patch.object(oblix.Stencil, "passes", lambda *_: None):
-                self.answered(ask(server, upstream.target, stream=True), wanted)
-            for usage in (False, True):
-                reply = ask(server, upstream.target, stream=True, stream_options={"include_usage": usage})
-                self.answered(reply, wanted)
-                self.assertEqual(bool([chunk for chunk in reply.chunks if chunk.get("usage")]), usage)
-                self.assertEqual({chunk["model"] for chunk in reply.chunks}, {upstream.target})
+        for dialect in DIALECTS:
+            with self.subTest(dialect.name), Upstream(dialect, answer(*text), answer(*text, split=777)) as upstream, \
+                    running(upstream) as server:
+                wanted = "".join(piece.text for piece in text)
+                with mock.patch.object(oblix.Stencil, "fits", lambda *_: (b"", 0)):
+                    self.answered(ask(server, upstream.target, stream=True), wanted)
+                for usage in (False, True):
+                    reply = ask(server, upstream.target, stream=True, stream_options={"include_usage": usage})
+                    self.answered(reply, wanted)
+                    self.assertEqual(bool([chunk for chunk in reply.chunks if chunk.get("usage")]), usage)
+                    self.assertEqual({chunk["model"] for chunk in reply.chunks}, {upstream.target})
+                    self.assertEqual(len({(chunk["id"], chunk["created"]) for chunk in reply.chunks}), 1)
 
     def test_the_second_half_of_an_event_is_no_event(self):
         """Two data lines are one event, whatever the second one looks like."""
@@ -11585,18 +11706,30 @@ def listing_gateway():
 
 
 class CannedWire:
-    """An upstream's bytes, in these pieces."""
+    """An upstream's bytes, in these pieces; `asked` is called before each of them.  With chance, some come late."""
 
-    def __init__(self, pieces):
-        self._pieces = iter(pieces)
+    def __init__(self, pieces, asked=lambda: None, chance=None):
+        self._pieces, self._asked, self._chance = iter(pieces), asked, chance
+        self._late, self.watched = False, {}
 
     def receive(self):
+        self._asked()
         return next(self._pieces, b"")
+
+    def receive_now(self):
+        self._late = not self._late and self._chance.random() < 0.5
+        if self._late:
+            raise BlockingIOError
+        return self.receive()
 
     def begin(self, *_):
         """Nothing here waits."""
 
-    progress = drain_within = close = begin
+    progress = drain_within = close = wait = check = fileno = begin
+
+    @property
+    def upstream(self):
+        return self
 
     def makefile(self, *_):
         """As http.client wants to have it."""
@@ -11681,72 +11814,125 @@ def check_beside_stdlib(data, ours):
 
 
 def make_passed(chance):
-    """A stream of OpenAI's, most of whose events differ in their text alone, in pieces"""
-    texts = ["Hi", "", "\n", "\"", "é", "\\", "\u2028", "}", "data: x", "\x7f", "\ud83c", '"content": "a"', "a\n\nb"]
-    spaced = chance.choice([{}, {"separators": (",", ":")}])
-    plain = chance.random() < 0.6
+    """(dialect, an answer whose events mostly differ in their text alone, in pieces, a seed)"""
+    dialect, layout = chance.choice(DIALECTS), chance.choice([{}, {"separators": (",", ":")}])
+    texts = ["Hi", "", "\n", '"', "é", "\\", "\u2028", "}", "data: x", "\x7f", "half", '"content": "a"', "a\n\nb", "{"]
+    plain, padded = chance.random() < 0.6, dialect is OPENAI and chance.random() < 0.5
+    usual, second = chance.choice([b"\n", b"\n", b"\n", b"\n", b"\r\n", b"\r"]), itertools.count(10)
 
-    def event(delta, finish=None):
-        said = OPENAI.chunk([{"index": 0, "delta": delta, "finish_reason": finish}])
-        return b"data: " + json.dumps(said, ensure_ascii=plain or "\ud83c" in str(delta.get("content")),
-                                      **spaced).encode() + b"\n\n"
-    events = [event({"role": "assistant", "content": ""})]
-    events += [event({"content": chance.choice(texts)}) for _ in range(chance.randrange(1, 12))]
-    good = list(events)
-    for _ in range(chance.choice((0, 1, 1, 2))):
-        number = chance.randrange(len(events))
-        tree = json.loads(good[number][6:])
-        way = chance.randrange(5)
+    def event(tree, data=None):
+        if data is None:
+            padding = {"obfuscation": "x" * chance.randrange(5)} if padded else {}
+            said = json.dumps({**tree, **padding}, ensure_ascii=plain, **layout).replace("half", "\\ud83c")
+            data = said.replace("10:00:00", "10:00:%d" % next(second)).encode()
+        if dialect is OLLAMA:
+            return data + b"\n"
+        return (b"event: %b\n" % tree["type"].encode() if dialect is CLAUDE else b"") + b"data: " + data + b"\n\n"
+    saying = Saying(tuple(Text(chance.choice(texts)) for _ in range(chance.randrange(1, 12))), "stop", 9, 7)
+    parts = dialect.events(Saying(saying.pieces if plain else [Text("Hi"), *saying.pieces], "stop", 9, 7), {})
+    trees = [json.loads(re.search(rb"{.*}", part)[0]) for part in parts if b"{" in part]
+    for _ in range(chance.choice((0, 0, 1, 2))):
+        trees.insert(chance.randrange(len(trees) + 1), json.loads(chance.choice(STRANGE[dialect])))
+    events = [*map(event, trees)]
+    for _ in range(chance.choice((0, 0, 1, 2))):
+        at, way = chance.randrange(len(trees)), chance.randrange(6)
         if way == 0:
-            text = twisted(tree, chance)
-        elif way == 1:
-            tree["choices"][0]["delta"] = chance.choice([{"content": "a", "tool_calls": []},
-                                                         {"reasoning_content": "a"}, {}, None,
-                                                         {"role": "user", "content": "b"}, {"content": None},
-                                                         {"refusal": "c"}])
-            text = json.dumps(tree, **spaced).encode()
+            events[at] = event(trees[at], twisted(trees[at], chance))
+        elif way == 1:    # between the quotes of a text
+            events[at] = events[at].replace(b"Hi", b"a" + chance.choice(BETWEEN_QUOTES))
         elif way == 2:
-            tree["choices"] = chance.choice([[], tree["choices"] * 2, [{**tree["choices"][0], "index": 1}]])
-            text = json.dumps(tree, **spaced).encode()
-        elif way == 3:    # between the quotes of a text
-            tree["choices"][0]["delta"] = {"content": "a@@"}
-            text = json.dumps(tree, **spaced).encode().replace(b"@@", chance.choice(BETWEEN_QUOTES))
+            events[at] = mangled(events[at], chance, STREAM_WORDS + JSON_WORDS)
+        elif way == 3:
+            events[at] = chance.choice(AMONG_EVENTS) + events[at]
+        elif way == 4:
+            events[at] = events[at].replace(b"\n", chance.choice([b"\r\n", b"\r", b"\n\r\n"]))
         else:
-            text = mangled(good[number][6:-2], chance, STREAM_WORDS + JSON_WORDS)
-        events[number] = b"data: " + text + b"\n\n"
-    events += [event({}, "stop"), b"data: [DONE]\n\n"]
-    return cut_up(b"".join(events), chance, 12) if chance.random() < 0.5 else events
+            events[at] += events[at] * 3
+    body = b"".join([*events, b"data: [DONE]\n\n" * (dialect is OPENAI)])
+    data = framed(body.replace(b"\n", usual), chance)
+    data = data[:-chance.randrange(1, 99)] if chance.random() < 0.1 else data
+    return dialect.name, cut_up(data, chance, 12), chance.randrange(1 << 30)
 
 
 BETWEEN_QUOTES = [b"\xff", b"\xed\xa0\xbd", b"\xc3", b"\x01", b"\t", b"\r", b"\n", b"\r\n", b"\0", b"\x7f", b'"',
-                  b'""', b"\\", b"\\x",
+                  b'""', b"\\", b"\\x", b"\xc2\x85", b"\xe2\x80\xa9", b"\n\n",
                   b"\\u12", b"\\ud800", b'\\"', b'","role":"x', b'", "role": "x', b'"}}],"a":[{"b":{"c":"', b"\\\\"]
+AMONG_EVENTS = [b"\n", b": ping\n\n", b": data: {}\n", b": ping\n", b"data: {}\n", b"data:\n", b"event: ping\n",
+                b"id: 5\n", b"event: ping\ndata: {\"type\": \"ping\"}\n\n", b"retry: 5\n\n", b"data\n", b"{}\n", b" \n",
+                b"data: "]
+CHOICE = '{"index": 0, "delta": %s, "finish_reason": null}'
+STRANGE = {    # events that come among those which say a text
+    OPENAI: ['{"choices": [%s]}' % ", ".join([CHOICE % delta] * times) for delta, times in (
+        ('{"content": "a", "tool_calls": []}', 1), ('{"reasoning_content": "a"}', 1), ("{}", 1), ("null", 1),
+        ('{"role": "user", "content": "b"}', 1), ('{"content": null}', 1), ('{"refusal": "c"}', 1),
+        ('{"content": "a"}', 2), ('{"content": "a"}', 0),
+        ('{"tool_calls": [{"index": 0, "id": "i", "function": {"name": "f"}}]}', 1))] + [
+        '{"choices": [%s]}' % (CHOICE % '{"content": "a"}').replace("0", "1"), '{"choices": [], "usage": {}}',
+        '{"choices": [%s], "usage": {"total_tokens": 5}}' % CHOICE % '{"content": "a"}',
+        '{"error": {"message": "no"}}', '{"object": "error", "message": "no"}'],
+    OLLAMA: ['{"message": {"content": "a", "thinking": "b"}, "done": false}', '{"message": {"content": "a"}}', "{}",
+             '{"message": {"content": "a"}, "done": false, "logprobs": [{"token": "a"}]}', '{"error": "no"}',
+             '{"message": {"tool_calls": [{"function": {"name": "f"}}]}, "done": false}', '{"done": false}',
+             '{"message": {"content": "a"}, "done": true}',
+             '{"message": {"content": "a", "images": []}, "done": false}'],
+    CLAUDE: ['{"type": "content_block_delta", "index": %d, "delta": {"type": "%s", %s}}' % row for row in (
+        (1, "text_delta", '"text": "a"'), (0, "thinking_delta", '"thinking": "a"'), (0, "x", '"text": "a"'),
+        (0, "input_json_delta", '"partial_json": "{}"'), (0, "text_delta", '"text": "a", "citations": []'))] + [
+        '{"type": "content_block_start", "index": 1, "content_block": {"type": "text", "text": "b"}}',
+        '{"type": "content_block_start", "index": 1, "content_block": {"type": "tool_use", "id": "i", "name": "f"}}',
+        '{"type": "content_block_stop", "index": 0}', '{"type": "ping"}', '{"type": "error", "error": {}}',
+        '{"type": "error", "error": {"type": "overloaded_error", "message": "no"}}', '{"type": "message_stop"}'],
+}
 PASSED_FOR = oblix.ChatRequest("m", {"messages": [{"role": "user", "content": "Hi"}]}, True)
 
 
-def passed_on(pieces, passes):
-    """The events that a client gets of this stream, and the kind of its error; whether some may pass unread."""
-    answer = oblix.Answer(CannedWire([head(200), *pieces]), CannedWire([]), list)
-    envelope, sent = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1}, []
+class HalfDeaf:
+    """A client's socket that takes half of what it is sent, or nothing."""
+
+    def __init__(self, taken, chance):
+        self._taken, self._chance = taken, chance
+
+    def send(self, data, *_):
+        if self._chance.random() < 0.3:
+            raise BlockingIOError
+        self._taken.append(data[:len(data) // 2] if self._chance.random() < 0.5 else data)
+        return len(self._taken[-1])
+
+
+NO_RELAY = mock.Mock(**{"lend.return_value": False})
+
+
+def passed_on(case, passes):
+    """(the events that a client gets of an answer, how many it had before each of its pieces, the kind of an error)"""
+    name, pieces, seed = case
+    chance, provider, sent, before = random.Random(seed), oblix.PROVIDERS[name], [], []
+    envelope = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1}
+
+    def shown(piece):
+        return oblix.for_client({**envelope, **piece, "model": "m"}, False)
+
+    def show(event):
+        piece = provider.text_chunk(event)
+        return None if piece is None else oblix.sse(shown(piece) or {})
+    wire = CannedWire(pieces, lambda: before.append(b"".join(sent).count(b"\n\n")), chance)
+    client = oblix.Client(HalfDeaf(sent, chance), list, bytes, sent.append)
+    fault = None
     try:
-        for piece in oblix.PROVIDERS["openai"].decode(answer.lines(), PASSED_FOR):
-            if isinstance(piece, oblix.Passed):
-                sent.append(piece.events)
-                continue
-            if passes and oblix.has_content(piece):
-                answer.passes = answer.passes or oblix.Stencil(envelope, "m", False).passes
-            shown = oblix.for_client({**envelope, **piece, "model": "m"}, False)
-            sent += [oblix.sse(shown)] if shown is not None else []
+        with oblix._upstream_faults:
+            answer = oblix.Answer(wire, CannedWire([]), list)
+        for piece in provider.decode(answer.lines(), PASSED_FOR):
+            if passes and oblix.has_content(piece) and not answer.passage:
+                answer.pass_on(oblix.Stencil(provider.text_form, show), client, NO_RELAY)
+            sent += [oblix.sse(shown(piece))] if shown(piece) is not None else []
     except DECODER_FAULTS as error:
         fault = getattr(error, "code", "format")
-    else:
-        fault = None
-    return [json.loads(event[len("data: "):]) for event in b"".join(sent).decode().split("\n\n") if event], fault
+    events = b"".join(sent).decode().split("\n\n")
+    return [json.loads(event[len("data: "):]) for event in events if event], before, fault
 
 
-def check_passed(pieces):
-    """Events that pass unread are what they would be if they were read."""
-    read, passed = passed_on(pieces, False), passed_on(pieces, True)
+def check_passed(case):
+    """Events that pass unread are what they would be if they were read, and come no later."""
+    read, passed = passed_on(case, False), passed_on(case, True)
     if read != passed:
         raise AssertionError("read %.1500r\npassed %.1500r" % (read, passed))
 
