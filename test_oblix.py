@@ -39,6 +39,7 @@ import json
 import logging
 import math
 import os
+import platform
 import plistlib
 import queue
 import random
@@ -3514,6 +3515,17 @@ class Connections:
                 client.sendall(post(chat(upstream.target)))
                 request = upstream.next_request()
             self.assertTrue(request.hung_up.wait(1))
+
+    def test_a_process_loads_tls_only_if_it_needs_it(self):
+        """It is a quarter of its memory.  The stdlib's modules, which load it in any case, get it all the same."""
+        need(os.path.exists("/proc/self/maps"), IMPOSSIBLE + ": what a process has loaded is Linux's to say")
+        library = need(getattr(ssl._ssl, "__file__", ""), IMPOSSIBLE + ": TLS is built into this Python")
+        with Upstream(OPENAI, tls=self.tls) as upstream:
+            env = {**env_for(upstream), "SSL_CERT_FILE": os.environ.get("SSL_CERT_FILE", "")}
+            with Service("--port=0", *flags_for(upstream), env=env) as process:
+                self.answered(ask(process, upstream.target), "Hello")
+                loaded = Path("/proc/%d/maps" % process.pid).read_text()
+        self.assertEqual(os.path.realpath(library) in loaded, bool(self.tls))
 
     def test_hints_before_the_answer_are_passed_over(self):
         def script(dialect, request):
@@ -9259,6 +9271,18 @@ class CommandLine(Case):
             with Process("--demo", "--port=0") as process:
                 process.end(signal.SIGINT, signal.SIGTERM)
                 self.assertNotIn("Traceback", process.said())
+
+    def test_memory_that_only_the_start_needed_is_given_back(self):
+        """It is for the script's syntax tree above all, which Python keeps for as long as the script runs."""
+        need(platform.libc_ver()[0] == "glibc", IMPOSSIBLE + ": only glibc's memory is given back")
+        need(not (3, 12) <= sys.version_info < (3, 12, 3), IMPOSSIBLE + ": this Python wants the script to go on")
+        with Service("--demo", "--port=0") as process:
+            status = Path("/proc/%d/status" % process.pid)
+
+            def given_back():
+                kib = {name: int(size) for name, size in re.findall(r"(\w+):\s+(\d+) kB", status.read_text())}
+                return kib["VmHWM"] - kib["VmRSS"] > 8 << 10
+            eventually(given_back, within=10)
 
 
 # --- 14. As a service ------------------------------------------------------------------------------------------------
