@@ -155,7 +155,7 @@ class TextForm(NamedTuple):
     """How a provider writes the events of a stream that say a text and nothing else."""
     start: bytes                   # of a line, before its JSON
     text: re.Pattern[bytes]        # finds the text, as JSON has it between its quotes
-    changing: re.Pattern[bytes]    # what differs between two such events beside it
+    changing: re.Pattern[bytes] | None    # what differs between two such events beside it
     end: bytes                     # of an event
 
 
@@ -2603,10 +2603,10 @@ def data_url(url: str) -> tuple[str, str] | None:
     return head[5:].split(";")[0].lower().replace("image/jpg", "image/jpeg"), data
 
 
-def _text_form(start: bytes, name: str, changing: bytes, end: bytes) -> TextForm:
+def _text_form(start: bytes, name: str, end: bytes, changing: bytes = b"") -> TextForm:
     """The form of events whose field of this name says a text that is not empty."""
     text = rb'"%b": ?"((?!")%b)"' % (name.encode(), LITERAL.pattern)
-    return TextForm(start, re.compile(text), re.compile(changing), end)
+    return TextForm(start, re.compile(text), re.compile(changing) if changing else None, end)
 
 
 class OpenAI(Provider):
@@ -2615,7 +2615,7 @@ class OpenAI(Provider):
     key_variable, default_model = "OPENAI_API_KEY", "gpt-6-luna"
     chat_path, probe_path = "/chat/completions", "/models"
     translates = False
-    text_form = _text_form(b"data: ", "content", rb'"obfuscation": ?"[0-9A-Za-z]*"', b"\n\n")
+    text_form = _text_form(b"data: ", "content", b"\n\n", rb'"obfuscation": ?"[0-9A-Za-z]*"')
     renames = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
     official = "https://api.openai.com/v1"
 
@@ -2702,7 +2702,7 @@ class Ollama(Provider):
     chat_path, probe_path, state_path, details_path = "/api/chat", "/api/tags", "/api/ps", "/api/show"
     refuses = _NEITHER_HAS
     official = "https://ollama.com:443"
-    text_form = _text_form(b"", "content", rb'"created_at":"[0-9TZ:.+-]*"', b"\n")
+    text_form = _text_form(b"", "content", b"\n", rb'"created_at": ?"[0-9TZ:.+-]*"')
     _options = {"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
                 "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
                 "max_tokens": "num_predict", "max_completion_tokens": "num_predict"}
@@ -2925,7 +2925,7 @@ class Claude(Provider):
     key_variable, default_model = "ANTHROPIC_API_KEY", "claude-haiku-5-5"
     chat_path, probe_path = "/v1/messages", "/v1/models?limit=1000"
     official = "https://api.anthropic.com"
-    text_form = _text_form(b"data: ", "text", rb"(?!)", b"\n\n")
+    text_form = _text_form(b"data: ", "text", b"\n\n")
     refuses = {**_NEITHER_HAS, "logprobs": "it does not tell them", "top_logprobs": "it does not tell them"}
     _finish = {"max_tokens": "length", "model_context_window_exceeded": "length", "pause_turn": "length",
                "tool_use": "tool_calls", "refusal": "content_filter"}
@@ -3325,7 +3325,7 @@ class Limits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-    """Who waits for an answer: its socket is watched, and `beat` is called every BEAT_S seconds or sooner meanwhile.
+    """Who waits for an answer: its socket is watched, and `beat` is called before each wait and every BEAT_S in it.
 
     All of it raises ClientGone when the client has left.
     """
@@ -3338,6 +3338,7 @@ class Client:
     def wait(self, event: threading.Event, limit_s: float) -> bool:
         """Whether something of ours has happened within the limit; the client may leave meanwhile."""
         deadline = time.monotonic() + limit_s
+        self.beat()
         while not event.wait(min(HANG_UP_S, max(0.0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
                 return False
@@ -3374,15 +3375,15 @@ class Turn:
 
     def take(self) -> None:
         """Wait for one's turn."""
-        me, called = threading.get_ident(), threading.Lock()
-        called.acquire()
+        me = threading.get_ident()
         with self._lock:
-            waits, number = self._whose is not None, self._number
-            if waits:
-                self._line.append((me, called))
-            else:
+            if self._whose is None:
                 self._whose = me
-        while waits and not called.acquire(timeout=TURN_S):
+                return
+            number, called = self._number, threading.Lock()
+            called.acquire()
+            self._line.append((me, called))
+        while not called.acquire(timeout=TURN_S):
             number = self._pass_on(number)
 
     def leave(self) -> bool:
@@ -3479,6 +3480,8 @@ class _Wire:
 
     def receive(self) -> bytes:
         """What has come, 64 KiB at most; nothing at the end.  Raises OSError, UpstreamError, ClientGone."""
+        if self._beat:
+            self._beat()
         worked = TURN.leave()
         try:
             while True:
@@ -4092,13 +4095,18 @@ class Passage:
 
     def _pass(self) -> None:
         """Pass on what fits of the rest, which has to be read if it still has a whole event then."""
-        end = self._sieve.form.end
-        shown, size = self._sieve.fits(self._rest) if end in self._rest else (b"", 0)
-        if size and self._client.frame:
-            self._rest = self._rest[size:]
-            self._unsent += self._client.frame(shown)
-            self.wire.progress()
+        end, pieces = self._sieve.form.end, list[bytes]()
         whole = end in self._rest
+        while whole:
+            shown, size = self._sieve.fits(self._rest)
+            if not size:
+                break
+            pieces.append(shown)
+            self._rest = self._rest[size:]
+            whole = end in self._rest
+        if pieces and self._client.frame:
+            self._unsent += self._client.frame(b"".join(pieces))
+            self.wire.progress()
         if whole or b"\r" in self._rest or len(self._rest) > MAX_PASSED:    # CR: events may end in another way
             self._going = False
         if whole:
@@ -5300,21 +5308,35 @@ class Stencil:
     def __init__(self, form: TextForm, show: Callable[[Json], bytes | None]) -> None:
         """`show` makes of an event what the client is to see, if it says a text and nothing else."""
         self.form, self._show, self._chances = form, show, self.chances
-        self._one = self._row = _NEVER    # of the known events: one, as many as there are
-        self._before = self._after = b""    # what the client is to see around its text
+        self._before = self._after = b""            # around the text of the known events, without what changes
+        self._new_before = self._new_after = b""    # what the client is to see there
 
     def fits(self, text: bytes) -> tuple[bytes, int]:
-        """(what the client may see of the known events that a text begins with, how many bytes these are)."""
-        found = self._row.match(text)
-        if not found:
+        """(what the client may see of known events that a text begins with, how many bytes these are): of MAX_FITTED of
+        them at most, as others may come in between, and the rest be asked for again after each."""
+        if not self._before:
             return b"", 0
-        events, self._chances = found[0], self.chances
-        if not _is_utf8(events):
-            self._one = self._row = _NEVER
-            self._chances = 0
+        events = text.split(self.form.end, MAX_FITTED)[:-1]
+        texts = self._texts(events if self.form.changing is None else [
+            self.form.changing.sub(b"", event) for event in events])
+        if not texts:
             return b"", 0
-        texts = self._one.findall(events)
-        return self._before + (self._after + self._before).join(texts) + self._after, len(events)
+        self._chances = self.chances
+        shown = self._new_before + (self._new_after + self._new_before).join(texts) + self._new_after
+        return shown, sum(map(len, events[:len(texts)])) + len(texts) * len(self.form.end)
+
+    def _texts(self, events: Iterable[bytes]) -> list[bytes]:
+        """The texts of the events up to the first that is not a known one."""
+        before, after, texts = self._before, self._after, list[bytes]()
+        start, most = len(before), -len(after)
+        for event in events:
+            if not event.startswith(before) or not event.endswith(after) or len(event) <= start - most:
+                break
+            texts.append(event[start:most])
+        joined = _BETWEEN.join(texts)
+        if _TEXTS.fullmatch(joined) and _is_utf8(joined):
+            return texts
+        return [*itertools.takewhile(lambda text: _TEXTS.fullmatch(text) and _is_utf8(text), texts)]
 
     def study(self, event: bytes) -> None:
         """Know events like this one from now on, if it says a text and nothing else."""
@@ -5329,24 +5351,22 @@ class Stencil:
             return
         texts = [*_CONTENT_IN.finditer(shown or b"")]
         if shown and len(texts) == 1:
-            self._before, self._after = shown[:texts[0].start(1)], shown[texts[0].end(1):]
-            before, after = self._pattern(event[:found[0].start(1)]), self._pattern(event[found[0].end(1):])
-            self._one = re.compile(before + b"(" + _TEXT + b")" + after)
-            self._row = re.compile(b"(?:" + before + _TEXT + after + b")+")
-
-    def _pattern(self, part: bytes) -> bytes:
-        """What matches a part of an event, whatever changes in it."""
-        return self.form.changing.pattern.join(map(re.escape, self.form.changing.split(part)))
+            self._new_before, self._new_after = shown[:texts[0].start(1)], shown[texts[0].end(1):]
+            parts = event[:found[0].start(1)], event[found[0].end(1):-len(self.form.end)]
+            self._before, self._after = parts if self.form.changing is None else [
+                self.form.changing.sub(b"", part) for part in parts]
 
 
+MAX_FITTED = 64
 MAX_STUDIED = 4096    # bytes; an event that says a piece of text is some 200 long
-_NEVER = re.compile(b"(?!)")
 _CONTENT_IN = re.compile(rb'"content":"(' + LITERAL.pattern + rb')"')
-# A text between a JSON string's quotes, without the line ends that clients see in it which use str.splitlines, as httpx
-# does: U+0085, U+2028, U+2029.
+# Texts as they are between a JSON string's quotes, with _BETWEEN two; without U+0085, U+2028 and U+2029, which are line
+# ends to clients that use str.splitlines (httpx does).
 _IN_TEXT = rb'[^"\\\x00-\x1f\xc2\xe2]*'
-_TEXT = (rb'(?!")' + _IN_TEXT + rb'(?:(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})|\xc2(?!\x85)|\xe2(?!\x80[\xa8\xa9]))'
-         + _IN_TEXT + rb')*')
+_TEXT = (_IN_TEXT + rb'(?:(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})|\xc2(?!\x85)|\xe2(?!\x80[\xa8\xa9]))' + _IN_TEXT
+         + rb')*')
+_BETWEEN = b'"\0'    # which no text can hold
+_TEXTS = re.compile(_TEXT + b"(?:" + _BETWEEN + _TEXT + b")*")
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -6060,11 +6080,11 @@ class _Handler(_Connection):
                 self.told["tokens"] = tokens_of(chunk) or self.told.get("tokens", 0)
                 shown = for_client(chunk, include_usage)
                 if shown is not None:
-                    events.send(sse(shown))
+                    events.add(sse(shown))
         except UpstreamError as error:
             log.warning("%s cut: %s", self.id, error.brief)
             raise
-        events.send(DONE, last=True)
+        events.add(DONE, last=True)
 
 
 ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health": ("GET", "HEAD"),
@@ -6072,23 +6092,40 @@ ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health":
 
 
 class _Events:
-    """A stream of server-sent events to a client, one write each; the head goes out with the first."""
+    """A stream of server-sent events to a client.  Those that are there are sent together, with the head if need be,
+    before anything is waited for: a write takes 20 us, and what a model says comes in pieces of several events."""
 
     def __init__(self, handler: _Handler) -> None:
         self._handler, self._frames = handler, handler.frames
         self._last = time.monotonic()    # when the client last got something
+        self._held = b""                 # framed, to be sent
         self.begun = False
         self.headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
                         "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._frames else {})}
 
-    def frame(self, events: bytes, last: bool = False) -> bytes:
-        """What carries events to the client; they count as sent."""
+    def add(self, events: bytes, last: bool = False) -> None:
+        """Have events sent before the next wait."""
+        self._held += self._framed(events, last)
+        if last or len(self._held) > MAX_HELD_BYTES:
+            self.flush()
+
+    def frame(self, events: bytes) -> bytes:
+        """What carries events to the client, and all that was to be sent before them; it counts as sent."""
+        held, self._held = self._held, b""
+        return held + self._framed(events)
+
+    def _framed(self, events: bytes, last: bool = False) -> bytes:
         head = b"" if self.begun else self._handler.stream_head(self.headers)
         self.begun, self._last = True, time.monotonic()
         self._handler.count(len(events))
         if not self._frames:
             return head + events
         return b"%b%x\r\n%b\r\n%b" % (head, len(events), events, b"0\r\n\r\n" if last else b"")
+
+    def flush(self) -> None:
+        """Send what is to be sent.  Raises ClientGone."""
+        held, self._held = self._held, b""
+        self.write(held)
 
     def write(self, framed: bytes) -> None:
         """Send what `frame` has made.  Raises ClientGone."""
@@ -6097,24 +6134,24 @@ class _Events:
         except OSError:
             raise ClientGone from None
 
-    def send(self, events: bytes, last: bool = False) -> None:
-        """Send events.  Raises OSError."""
-        self._handler.write(self.frame(events, last))
-
     def beat(self) -> None:
-        """After a long silence, write a comment, which keeps clients and proxies waiting.  Raises ClientGone.
+        """Send what is to be sent, and after a long silence a comment, which keeps clients and proxies waiting.
 
-        It commits the status 200, but no answer: another target may still give that.
+        It commits the status 200, but no answer: another target may still give that.  Raises ClientGone.
         """
         if time.monotonic() - self._last >= KEEP_ALIVE_S:
-            self.write(self.frame(b": keep-alive\n\n"))
+            self.add(b": keep-alive\n\n")
+        if self._held:
+            self.flush()
 
     def fail(self, error: OblixError) -> None:
         """End with an error event and a connection that breaks off: the framing, too, must not look complete."""
         self._handler.close_connection = True
-        self.send(sse(error_body(error)))
+        self.add(sse(error_body(error)))
+        self.flush()
 
 
+MAX_HELD_BYTES = 64 << 10
 KEEP_ALIVE_S = 15.0    # proxies give up on a silent connection after 30 to 60 s
 
 
