@@ -762,6 +762,12 @@ _ONCE = frozenset(["authorization", "content-length", "content-type", "host", "o
 _PATH = re.compile(r"(?:(?i:https?)://[^/?#]*)?(?:/v1(?=[/?#]|$))?([^?#]*)")
 
 
+@functools.lru_cache(32)
+def _path_of(target: str) -> str:
+    found = _PATH.match(target)
+    return (found[1] if found else "").rstrip("/") or "/"
+
+
 def is_size(text: str) -> bool:
     """Whether a text is a size in bytes, as Content-Length has it."""
     return text.isascii() and text.isdecimal() and len(text) <= 18
@@ -775,11 +781,10 @@ class Head:
     version: str
     fields: Mapping[str, str]
 
-    @functools.cached_property
+    @property
     def path(self) -> str:
         """The path without query, /v1 and trailing slash; still percent-encoded."""
-        found = _PATH.match(self.target)
-        return (found[1] if found else "").rstrip("/") or "/"
+        return _path_of(self.target)
 
     @property
     def authority(self) -> str | None:
@@ -799,7 +804,7 @@ class Head:
         options = [option.strip(" \t") for option in self.fields.get("connection", "").lower().split(",")]
         return "close" not in options and (self.version != "HTTP/1.0" or "keep-alive" in options)
 
-    @functools.cached_property
+    @property
     def body_size(self) -> int:
         """The size of its body in bytes, or CHUNKED.  Raises BadRequest."""
         length, coding = self.fields.get("content-length"), self.fields.get("transfer-encoding")
@@ -1827,7 +1832,7 @@ class Watch:
     @property
     def readings(self) -> tuple[Reading, ...]:
         """What is known now; never waits."""
-        return tuple(monitor.reading for monitor in self.monitors)
+        return tuple([monitor.reading for monitor in self.monitors])
 
     def tell(self, endpoint: Endpoint, lost: bool) -> None:
         """Pass on what a real request found at an endpoint; never waits."""
@@ -1950,7 +1955,7 @@ class Pace(NamedTuple):    # made anew with each answer, as the record is: a dat
         firsts = (*self.firsts_s, first_s)[-20:] if first_s is not None else self.firsts_s
         rate = tokens / seconds if tokens > 1 and seconds > 0.001 else self.tokens_per_s
         rate = 0.7 * self.tokens_per_s + 0.3 * rate if self.tokens_per_s else rate
-        return self._replace(firsts_s=firsts, tokens_per_s=rate)
+        return Pace(firsts, rate, self.load_s)    # _replace takes three times as long
 
     def first_s(self, share: float) -> float:
         """The time within which this share of the first contents came, in seconds."""
@@ -3310,6 +3315,7 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 MAX_BODY_BYTES = 64 << 20     # of a whole answer
 MAX_STREAM_BYTES = 256 << 20  # of a streamed one: 128,000 tokens take some 30 MiB
 MAX_IDLE = 64                 # connections kept open to one host: as many as Oblix is meant to serve at once
+LEAST_IDLE_S = 1.0            # no server gives up a connection as idle so soon, and says so unasked
 IDLE_S = 55.0                 # below the 60 s after which many load balancers drop an idle connection
 PIECE_BYTES = 1 << 16         # sent under one time limit
 DRAIN_S = 0.05                # wait for the few bytes behind an end mark, so that the connection can be kept
@@ -3323,8 +3329,7 @@ class Limits(NamedTuple):
     until: float = math.inf    # when the time for the whole request is over, by time.monotonic
 
 
-@dataclasses.dataclass(frozen=True)
-class Client:
+class Client(NamedTuple):
     """Who waits for an answer: its socket is watched, and `beat` is called before each wait and every BEAT_S in it.
 
     All of it raises ClientGone when the client has left.
@@ -3359,7 +3364,8 @@ HANG_UP_S = 0.25   # within which a client's leaving is noticed where its socket
 
 
 class Turn:
-    """One thread at a time works on requests, in the order in which they came; the others wait in line, asleep.
+    """One thread at a time works on requests; the others wait in line, asleep: answers first, in the order in which they
+    came, then requests.
 
     They could not run beside it anyway, as the interpreter is held by one.  But each of its system calls would hand the
     interpreter to one of them, and it would have to wait for it again: with 64 clients the slowest requests took five
@@ -3371,10 +3377,10 @@ class Turn:
         self._lock = threading.Lock()
         self._whose: int | None = None    # guarded by _lock, as all that follows: a thread's number
         self._number = 0                  # of this turn
-        self._line: collections.deque[tuple[int, threading.Lock]] = collections.deque()
+        self._answers, self._requests = (collections.deque[tuple[int, threading.Lock]]() for _ in range(2))
 
-    def take(self) -> None:
-        """Wait for one's turn."""
+    def take(self, answers: bool = False) -> None:
+        """Wait for one's turn, to go on with an answer or with a new request."""
         me = threading.get_ident()
         with self._lock:
             if self._whose is None:
@@ -3382,7 +3388,7 @@ class Turn:
                 return
             number, called = self._number, threading.Lock()
             called.acquire()
-            self._line.append((me, called))
+            (self._answers if answers else self._requests).append((me, called))
         while not called.acquire(timeout=TURN_S):
             number = self._pass_on(number)
 
@@ -3398,7 +3404,8 @@ class Turn:
         called = None
         with self._lock:
             if number == self._number:
-                self._whose, called = self._line.popleft() if self._line else (None, None)
+                line = self._answers or self._requests
+                self._whose, called = line.popleft() if line else (None, None)
                 self._number += 1
             number = self._number
         if called:
@@ -3451,7 +3458,9 @@ def _timeval(connection: socket.socket, which: int, known: list[str] = []) -> st
 class _Wire:
     """An upstream's bytes as they come: each wait has a deadline, and ends when the client hangs up."""
 
-    def __init__(self, upstream: socket.socket, client: Client | None, limits: Limits) -> None:
+    def __init__(self, upstream: socket.socket, client: Client | None, limits: Limits, at_once: bool = False) -> None:
+        """`at_once`: what comes first is so near that it is waited for without leaving the turn."""
+        self._at_once, self.came = at_once, 0.0    # when something came last
         self.upstream, self._stall_s, self._until = upstream, limits.stall_s, limits.until
         self._client = {client.socket: _READABLE} if client else {}
         self._beat = client.beat if client else None
@@ -3482,16 +3491,19 @@ class _Wire:
         """What has come, 64 KiB at most; nothing at the end.  Raises OSError, UpstreamError, ClientGone."""
         if self._beat:
             self._beat()
-        worked = TURN.leave()
+        worked, self._at_once = not self._at_once and TURN.leave(), False
         try:
             while True:
                 if time.monotonic() >= self._soon:    # till then nobody is missed: this saves a system call
                     self.wait()
-                with contextlib.suppress(*nothing_yet()):    # or a TLS record that carries no data
+                try:
                     return self.upstream.recv(PIECE_BYTES)
+                except nothing_yet():    # or a TLS record that carries no data
+                    worked = TURN.leave() or worked
         finally:
+            self.came = time.monotonic()
             if worked:
-                TURN.take()
+                TURN.take(answers=True)
 
     def receive_now(self) -> bytes:
         """As `receive`, but without waiting: raises one of `nothing_yet`."""
@@ -3546,6 +3558,9 @@ def nothing_yet() -> tuple[type[Exception], ...]:
 
 
 _NOW = getattr(socket, "MSG_DONTWAIT", 0)    # Windows does without: the sockets there do not wait by themselves
+# Within which a cache answers, or a test: to leave the turn and to take it again would take longer.  When it answers
+# later, once, others wait for SOON_S.
+AT_ONCE_S = 0.001
 SOON_S = 0.02    # in which most answers of a fast upstream come; a client that leaves is noticed after it
 
 
@@ -3619,6 +3634,7 @@ class _Pool:
     def __init__(self) -> None:
         self._idle: dict[Any, collections.deque[tuple[socket.socket, float]]] = {}
         self._closed = False
+        self._waited_s: dict[Any, float] = {}    # for the last answer of each place
         self._tls: ssl.SSLContext | None = None    # made when first needed: it reads every certificate there is
 
     def exchange(self, way: _Way, raw: bytes, limits: Limits, client: Client | None) -> Answer:
@@ -3626,8 +3642,10 @@ class _Pool:
         place = way[:3]
         kept = self._acquire(place)
         if kept:
-            with contextlib.suppress(ConnectionError, *_of_ssl("SSLError")):    # it died while idle; try a fresh one
+            try:
                 return self._send(kept, raw, place, limits, client)
+            except _deaths():    # while it was idle; try a fresh one
+                pass
         upstream = _within(limits.connect_s, lambda: self._connect(way, limits.connect_s), client)
         return self._send(upstream, raw, place, limits, client)
 
@@ -3655,7 +3673,10 @@ class _Pool:
     def _send(self, upstream: socket.socket, raw: bytes, place: Any, limits: Limits, client: Client | None) -> Answer:
         try:
             _send_all(upstream, raw, limits, client)
-            return Answer(_Wire(upstream, client, limits), upstream, lambda: self._release(place, upstream))
+            wire = _Wire(upstream, client, limits, self._waited_s.get(place, 1.0) < AT_ONCE_S)
+            answer = Answer(wire, upstream, lambda: self._release(place, upstream))
+            self._waited_s[place] = answer.waited_s
+            return answer
         except BaseException:
             upstream.close()
             raise
@@ -3668,19 +3689,22 @@ class _Pool:
                 upstream, since = idle.pop()
             except IndexError:    # another thread was quicker
                 break
-            if time.monotonic() - since < IDLE_S and _is_quiet(upstream):
+            idle_s = time.monotonic() - since
+            if idle_s < LEAST_IDLE_S or idle_s < IDLE_S and _is_quiet(upstream):
                 return upstream
             upstream.close()
         return None
 
     def _release(self, place: Any, upstream: socket.socket) -> None:
-        idle = self._idle.setdefault(place, collections.deque())
-        idle.append((upstream, time.monotonic()))
+        now, idle = time.monotonic(), self._idle.get(place) or self._idle.setdefault(place, collections.deque())
+        idle.append((upstream, now))
         if self._closed:
             self.forget()
-        with contextlib.suppress(IndexError):    # another thread was quicker
-            while len(idle) > MAX_IDLE or time.monotonic() - idle[0][1] > IDLE_S:
+        try:
+            while len(idle) > MAX_IDLE or now - idle[0][1] > IDLE_S:
                 idle.popleft()[0].close()
+        except IndexError:    # another thread was quicker
+            pass
 
     def close(self) -> None:
         """Close the idle connections, and from now on each one that becomes idle."""
@@ -3693,6 +3717,11 @@ class _Pool:
             with contextlib.suppress(IndexError):    # another thread was quicker
                 while idle and (not host or host in place):
                     idle.popleft()[0].close()
+
+
+def _deaths() -> tuple[type[Exception], ...]:
+    """What shows that a connection has died."""
+    return (ConnectionError, *_of_ssl("SSLError"))
 
 
 def _is_quiet(upstream: socket.socket) -> bool:
@@ -3772,7 +3801,7 @@ def send_some(connection: socket.socket, data: memoryview) -> int:
         return connection.send(data[:PIECE_BYTES])
     finally:
         if worked:
-            TURN.take()
+            TURN.take(answers=True)
 
 
 def _send_all(upstream: socket.socket, raw: bytes, limits: Limits, client: Client | None) -> None:
@@ -3823,7 +3852,7 @@ class Answer:
         self._read_head()
         while self.status < 200:    # 100, 102, 103: the answer is still to come
             self._read_head()
-        self.waited_s = time.monotonic() - sent    # from the request's last byte: neither connecting nor TLS
+        self.waited_s = wire.came - sent    # from the request's last byte: neither connecting nor TLS
         self.content_type = self._fields.get("content-type", "").partition(";")[0].strip().lower()
         self._set_framing()
 
@@ -4072,7 +4101,7 @@ class Passage:
                 TURN.leave()
                 if not self._relay.lend(self):
                     self.wire.wait()
-                TURN.take()
+                TURN.take(answers=True)
 
     def step(self) -> bool:
         """Take what has come and pass on what fits; whether something has come.  Neither waits nor raises."""
@@ -4424,7 +4453,8 @@ class Ledger:
 
     def learn_pace(self, target: Target, first_s: float | None, tokens: int, seconds: float) -> None:
         """Remember how fast an answer was."""
-        self._update(target, lambda record: record._replace(pace=record.pace.learned(first_s, tokens, seconds)))
+        self._update(target, lambda old: Record(
+            old.breaker, old.trial, old.refused, old.pace.learned(first_s, tokens, seconds), old.context))
 
     def learn_load(self, target: Target, load_s: float, context: int) -> None:
         """Remember how long the model took to load, and for which context."""
@@ -4981,16 +5011,16 @@ class Course:
 
         Raises UpstreamError when no time is left.
         """
-        limits, left_s = self._gateway.limits(self._until), self._until - time.monotonic()
+        usual, left_s = self._gateway.limits(self._until), self._until - time.monotonic()
         if left_s <= 0:
             raise time_is_up()
-        connect_s, patience_s = min(limits.connect_s, left_s), limits.first_byte_s
+        connect_s, patience_s = min(usual.connect_s, left_s), usual.first_byte_s
         if self._hoping:
             connect_s = min(connect_s, LAST_HOPE_CONNECT_S)
         if target.side is Side.LOCAL and self._queue:
             patience_s = max(self._settings.patience_s, 3 * self.ledger.record(target).pace.first_s(0.9))
-        self._hurried = patience_s < limits.first_byte_s
-        return limits._replace(connect_s=connect_s, first_byte_s=min(patience_s, limits.first_byte_s))
+        self._hurried = patience_s < usual.first_byte_s
+        return Limits(connect_s, min(patience_s, usual.first_byte_s), usual.stall_s, usual.until)
 
     def _attempt(self, target: Target) -> Served:
         """One try of one target, up to its first content, or to its end where the client wants a whole answer.
@@ -5932,9 +5962,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             facts = {"id": self.id, "method": self.head.method[:20], "path": self.head.path[:64], **self.told,
                      "seconds": time.monotonic() - self.started}
             facts.update(tokens_per_s(facts))
-            record = logging.LogRecord(log.name, level, "", 0, log_text(facts), None, None)    # half of log.log's time
-            record.facts = facts
-            log.handle(record)
+            log.handle(_Line(level, facts))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: `_tell` writes the one line of a request."""
@@ -5954,6 +5982,16 @@ def http_date(second: int) -> str:
 
 
 # --- 11. The log line -------------------------------------------------------------------------------------------------
+
+class _Line(logging.LogRecord):
+    """A request's line in the log, of which neither file nor thread are found out: a quarter of log.log's time."""
+
+    def __init__(self, level: int, facts: Json) -> None:
+        self.name, self.levelno, self.levelname, self.facts = log.name, level, logging.getLevelName(level), facts
+        self.msg, self.args, self.created = log_text(facts), (), time.time()
+        self.msecs = self.created % 1 * 1000
+        self.exc_info = self.exc_text = self.stack_info = None
+
 
 def told_of_request(facts: Json) -> Json:
     """What a log line for machines says of a request, out of what is known: numbers rounded, in the order of lines."""
@@ -6040,6 +6078,11 @@ class _Handler(_Connection):
                 raise
             events.fail(error)
             self.told["error"] = error.code or error.type
+        except ClientGone:
+            raise
+        except Exception:    # a bug of ours: what was said before it may be seen
+            events.flush()
+            raise
         finally:
             self.admission.wait(self._inbound)    # who does not read an error may be sent away
             self.admission.take(-1, 0)
