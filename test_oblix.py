@@ -7136,7 +7136,8 @@ class Relayed(Lent, Case):
         need(hard >= FILES or resource and hard == resource.RLIM_INFINITY, IMPOSSIBLE + ": too few files may be open")
         count = 300
         before, contents, after = streamed_parts(OPENAI, tuple(TEXTS[:9]))
-        with allowed(FILES), Choir(b"".join([before, *contents[:5]]), b"".join([*contents[5:], after]), count) as choir, \
+        start, rest = b"".join([before, *contents[:5]]), b"".join([*contents[5:], after])
+        with allowed(FILES), Choir(start, rest, count) as choir, \
                 running(choir, probed=False) as server, contextlib.ExitStack() as clients:
             streams = [clients.enter_context(connected(server)) for _ in range(count)]
             for client in streams:
