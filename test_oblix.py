@@ -6687,6 +6687,520 @@ class Passing(Case):
         self.answered(reply, "abc")
 
 
+# --- 10. What one thread passes on for all ---------------------------------------------------------------------------
+
+TEXTS = ["w%d " % number for number in range(30)]
+
+
+def flow(*texts, pause=0.02, then=None, rewrite=None):
+    """The script of a stream that says these texts, with a pause after each, and then ends, or plays these steps."""
+    def script(dialect, request):
+        events = dialect.events(Saying(tuple(map(Text, texts)), "stop", 9, 7), request.json)
+        last = max(number for number, event in enumerate(events) if texts[-1].encode() in event)
+        yield dialect.head
+        for event in events[:last + 1]:
+            yield chunk(rewrite(event) if rewrite else event)
+            yield pause
+        for step in then or [*map(chunk, events[last + 1:]), END]:
+            yield step(dialect) if callable(step) else step
+    return script
+
+
+def relays():
+    """The threads that pass events on."""
+    return [thread for thread in threading.enumerate() if thread.name == "relay"]
+
+
+def lent(server):
+    """Whatever is lent to a server's relay."""
+    return server.gateway.transport.relay._lent
+
+
+@contextlib.contextmanager
+def begun_and_lent(server, upstream, *said, **fields):
+    """A stream's response, when so much has been said and its connections are lent."""
+    with asking(server, upstream.target, stream=True, **fields) as response:
+        events, texts = sse(response), []
+        while texts[-len(said):] != [*said]:
+            texts.append(json.loads(next(events))["choices"][0]["delta"].get("content"))
+        eventually(lambda: lent(server))
+        yield response
+
+
+@contextlib.contextmanager
+def who_passes():
+    """How many texts pass unread meanwhile, by the name of the thread."""
+    ways, fits = collections.Counter(), oblix.Stencil.fits
+
+    def counted(stencil, text):
+        shown, size = fits(stencil, text)
+        ways["relay" if threading.current_thread().name == "relay" else "own"] += shown.count(b"\n\n")
+        return shown, size
+    with mock.patch.object(oblix.Stencil, "fits", counted):
+        yield ways
+
+
+ALL_READ = mock.patch.object(oblix.Stencil, "fits", lambda *_: (b"", 0))
+BREAKS = [  # how a stream breaks off, and the error's code
+    ([CLOSE], "upstream_cut"), ([RESET], "upstream_cut"), ([chunk(b'data: {"a'), CLOSE], "upstream_cut"),
+    ([b"9\r\ndata", CLOSE], "upstream_cut"), ([END], "upstream_cut"), ([b"no chunk\r\n"], "bad_upstream_answer"),
+    ([broken_event], "bad_upstream_answer"), ([late_error], None),
+]
+
+
+class Lent:
+    """What happens to a stream while its connections are lent to the relay."""
+    tls, dialects = None, DIALECTS
+
+    def setUp(self):
+        if not oblix._EPOLL:
+            self.skipTest(IMPOSSIBLE + ": only Linux has epoll")
+        eventually(lambda: not relays())    # of the tests before
+
+    def played(self, dialect, *scripts, flags=()):
+        """(an upstream, a server before it) as a context."""
+        stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as opened:
+            upstream = opened.enter_context(Upstream(dialect, *scripts, tls=self.tls))
+            server = opened.enter_context(running(upstream, flags=flags))
+            stack.push(opened.pop_all())
+        return stack, upstream, server
+
+    def test_one_thread_passes_on_all_streams_and_ends_after_them(self):
+        for dialect in self.dialects:
+            eventually(lambda: not relays())    # of the one before
+            stack, upstream, server = self.played(dialect, flow(*TEXTS))
+            with self.subTest(dialect.name), stack, who_passes() as ways, \
+                    concurrent.futures.ThreadPoolExecutor(20) as pool:
+                replies = [pool.submit(ask, server, upstream.target, 15, stream=True) for _ in range(20)]
+                threads, most = 0, 0
+                while not all(reply.done() for reply in replies):
+                    threads, most = max(threads, len(relays())), max(most, len(lent(server)))
+                    time.sleep(0.01)
+                for reply in replies:
+                    self.answered(reply.result(), "".join(TEXTS))
+                    said = [delta["content"] for delta in reply.result().deltas if delta.get("content")]
+                    self.assertEqual(said, TEXTS, "an event was split, or joined to another")
+                self.assertEqual(threads, 1)
+                self.assertGreater(most, 10)
+                self.assertGreater(ways["relay"], 100, ways)
+                self.assertEqual(lent(server), {})
+                eventually(lambda: not relays(), within=3)
+                self.answered(ask(server, upstream.target, stream=True), "".join(TEXTS))    # by a new one
+
+    def test_one_that_breaks_off_is_never_complete_and_the_ledger_learns_it(self):
+        def broken(dialect, steps):
+            gate = threading.Event()
+            stack, upstream, server = self.played(dialect, flow("a ", "b ", "c ", then=[gate, *steps]))
+            with stack, begun_and_lent(server, upstream, "a ", "b ", "c ") as response, \
+                    mock.patch.object(server.gateway, "note", wraps=server.gateway.note) as note:
+                gate.set()
+                reply = Reply(response)
+                eventually(lambda: server.gateway.ledger.in_flight() == {})
+                return reply, [call[0][1] for call in note.call_args_list]
+        rows = [(dialect, steps) for dialect in self.dialects for steps, _ in BREAKS]
+        codes = [code for _ in self.dialects for _, code in BREAKS]
+        for (dialect, steps), code, (reply, noted) in zip(rows, codes, at_once(broken, rows)):
+            with self.subTest(dialect.name, steps=steps):
+                self.assertTrue(reply.cut)
+                self.assertNotIn("[DONE]", reply.events)
+                self.assertIn("error", json.loads(reply.events[-1]))
+                self.shaped(reply.error)
+                self.assertEqual([type(error) for error in noted], [oblix.UpstreamError])
+                if code:
+                    self.assertEqual(noted[0].code, code)
+
+    def test_its_limits_hold(self):
+        comments = (chunk(b": ping\n\n"), 0.1)
+        rows = [(dialect, *row) for dialect in self.dialects for row in (
+            ("--stall-timeout-s=0.4", [HANG], "upstream_timeout"),
+            ("--stall-timeout-s=0.4", comments * 99, "upstream_timeout"),
+            ("--request-timeout-s=0.8", [HANG], "request_timeout"),
+            ("--request-timeout-s=0.8", None, "request_timeout")) if row[1] != comments * 99 or dialect is not OLLAMA]
+
+        def limited(dialect, flag, then, _):
+            texts = ("a ", "b ", "c ") if then else TEXTS * 9
+            with Took() as took:
+                stack, upstream, server = self.played(dialect, flow(*texts, then=then), flags=[flag])
+                with stack, mock.patch.object(oblix, "BEAT_S", 60):
+                    return ask(server, upstream.target, stream=True), took
+        for (dialect, flag, _, code), (reply, took) in zip(rows, at_once(limited, rows)):
+            with self.subTest(dialect.name, flag=flag):
+                self.assertEqual(reply.error["code"], code, reply.body)
+                self.assertTrue(reply.cut)
+                self.assertGreater(took.seconds, 0.4)
+
+    def test_a_client_that_leaves_is_noticed_at_once(self):
+        """Also while nothing comes: before the stream's own thread would look, which here it does not do at all."""
+        def reset(client):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+
+        def left(dialect, leave, then):
+            stack, upstream, server = self.played(dialect, flow("a ", "b ", "c ", then=then))
+            with stack, connected(server) as client:
+                client.sendall(post(chat(upstream.target, stream=True)))
+                request, come = upstream.next_request(), b""
+                while b"c " not in come:
+                    come += client.recv(65536)
+                eventually(lambda: lent(server))
+                with Took() as took:
+                    leave(client)
+                    self.assertTrue(request.hung_up.wait(5))
+                eventually(lambda: not lent(server) and server.gateway.ledger.in_flight() == {})
+                return took.seconds
+        rows = [(dialect, leave, then) for dialect in self.dialects for leave in (socket.socket.close, reset, half_left)
+                for then in ([HANG], [chunk(b"data: {"), HANG])]
+        with mock.patch.object(oblix, "BEAT_S", 60):
+            self.assertLess(statistics.median(at_once(left, rows)), 0.5)
+
+    def test_events_cut_anywhere_are_whole_again(self):
+        def cut_at(dialect, size, pause):
+            rest = answer(*map(Text, TEXTS[:9]), split=size)
+
+            def script(*asked):
+                steps = rest(*asked)
+                return [part for step in steps for part in (step, pause)] if pause else steps
+            stack, upstream, server = self.played(dialect, script)
+            with stack:
+                return ask(server, upstream.target, stream=True)
+        rows = [(dialect, size, pause) for dialect in self.dialects
+                for size, pause in ((1, 0.0), (2, 0.0), (19, 0.0), (61, 0.004), (100, 0.004))]
+        for row, reply in zip(rows, at_once(cut_at, rows)):
+            with self.subTest(row[0].name, size=row[1]):
+                self.answered(reply, "".join(TEXTS[:9]))
+
+
+class RelayedOverTls(Lent, Case):
+    """The same of an https: upstream."""
+    dialects = [OPENAI]
+    setUpClass = TransportOverTls.__dict__["setUpClass"]
+
+
+class Registrar:
+    """In the place of a relay's poller: `before` is told which of its registrations comes, and may raise."""
+
+    def __init__(self, poller, before):
+        self._before, self._numbers = before, itertools.count(1)
+        self.poll, self.unregister, self._register = poller.poll, poller.unregister, poller.register
+
+    def register(self, *what):
+        self._before(next(self._numbers))
+        self._register(*what)
+
+
+class Relayed(Lent, Case):
+    """Streams whose events need not be read, and what takes them from the relay again."""
+
+    def test_a_client_that_takes_nothing_for_a_while_holds_up_nobody_and_misses_nothing(self):
+        texts = [("%04d " % number) * 200 for number in range(500)]
+        for dialect in DIALECTS:
+            stack, upstream, server = self.played(dialect, flow(*texts, pause=0.0), flow(*TEXTS))
+            with self.subTest(dialect.name), stack, thirstless(server, model=upstream.target, stream=True) as client:
+                upstream.next_request()
+                for reply in at_once(lambda: ask(server, upstream.target, stream=True), [()] * 3):
+                    self.answered(reply, "".join(TEXTS))
+                reply = reply_in(rest_of(client))
+                self.answered(reply, "".join(texts))
+                self.assertEqual([delta["content"] for delta in reply.deltas if delta.get("content")], texts)
+
+    def test_a_client_that_never_takes_anything_is_cut(self):
+        def cut_off(dialect):
+            stack, upstream, server = self.played(dialect, endless(0.0))
+            with stack, thirstless(server, model=upstream.target, stream=True):
+                gone = upstream.next_request().hung_up.wait(5)
+                eventually(lambda: server.gateway.ledger.in_flight() == {})
+                return gone, lent(server)
+        with mock.patch.object(oblix, "SEND_S", 0.4):
+            self.assertEqual(at_once(cut_off, [(dialect,) for dialect in DIALECTS]), [(True, {})] * 3)
+
+    def test_events_of_another_kind_among_them_change_nothing(self):
+        """Whatever they are: the client gets what it gets when each event is read."""
+        for dialect in DIALECTS:
+            texts = tuple(map(Text, TEXTS[:8]))
+            events = dialect.events(Saying(texts, "stop", 9, 7), chat(stream_options={"include_usage": True}))
+            frame = dialect.line if dialect is OLLAMA else data_event
+            strange = [
+                *(frame(json.loads(event)) for event in STRANGE[dialect]), *AMONG_EVENTS,
+                dialect.error_event("overheated"), events[4], events[-2], events[3] + b": ping\n\n" + events[4],
+                events[3][:-1] + b"\r\n", b"event: x\n" + events[3], events[3] * 50,
+                *(events[3].replace(b"w", text) for text in (b"\xff", b"\\u2028", "\u2028".encode(),
+                                                             b"w" * oblix.MAX_PASSED))]
+            rows = [[*events[:5], more, *events[5:]] for more in strange] + [
+                [*events[:5], *events[5:3:-1], *events[5:]], [event.replace(b"\n", b"\r\n") for event in events]]
+
+            def script(dialect, request, rows=rows):
+                row = rows[int(re.search(rb"row(\d+)", request.body)[1])]
+                return [dialect.head, *(part for event in row for part in (chunk(event), 0.003)), END]
+            stack, upstream, server = self.played(dialect, script)
+
+            def asked(number, usage):
+                reply = ask(server, upstream.target, stream=True, **talk({"role": "user", "content": "row%d" % number}),
+                            stream_options={"include_usage": usage})
+                alike = [{**piece, "id": 0, "created": 0} for piece in reply.chunks]
+                return reply.status, alike, reply.events[-1] == "[DONE]", reply.cut
+            asks = [(number, number % 2 == 1) for number in range(len(rows))]
+            with stack:
+                with ALL_READ:
+                    read = at_once(asked, asks)
+                with who_passes() as ways:
+                    for row, one, other in zip(rows, read, at_once(asked, asks)):
+                        with self.subTest(dialect.name, row=row[5:6]):
+                            self.assertEqual(one, other)
+                self.assertGreater(ways["relay"], 0)
+
+    def test_events_with_other_line_ends_are_not_held_back(self):
+        for dialect in DIALECTS:
+            gate = threading.Event()
+            for end in (b"\r\n", b"\r"):
+                def other(event, end=end):
+                    return event.replace(b"\n", end)
+                stack, upstream, server = self.played(dialect, flow("a ", "b ", "c ", "d ", then=[gate], rewrite=other))
+                with self.subTest(dialect.name, end=end), stack, \
+                        asking(server, upstream.target, stream=True) as response:
+                    said = itertools.takewhile(lambda event: '"c ' not in event, sse(response))
+                    self.assertGreater(len([*said]), 1)
+
+    def test_who_is_served_when_it_stops_is_told_so_in_band(self):
+        for dialect in DIALECTS:
+            stack, upstream, server = self.played(dialect, flow("a ", "b ", "c ", then=[HANG]), flow(*TEXTS * 30))
+            with self.subTest(dialect.name), stack, begun_and_lent(server, upstream, "a ", "b ", "c ") as silent, \
+                    begun_and_lent(server, upstream, "w0 ", "w1 ") as flowing, Took() as took:
+                self.assertEqual(server.drain(0.1, lambda: time.sleep(0.02) or 0), 0)
+                for response in (silent, flowing):
+                    reply = Reply(response)
+                    self.assertTrue(reply.cut)
+                    self.assertEqual(reply.error["code"], "shutting_down")
+                    self.assertNotIn("[DONE]", reply.events)
+                self.assertEqual(lent(server), {})
+            self.assertLess(took.seconds, 5)
+            eventually(lambda: not relays(), within=3)
+
+    def test_the_thread_ends_soon_with_its_server(self):
+        stack, upstream, server = self.played(OPENAI, flow("a ", "b ", "c ", then=[HANG]))
+        with mock.patch.object(oblix, "RELAY_END_S", 60), stack:
+            with begun_and_lent(server, upstream, "a ", "b ", "c "):
+                pass
+            eventually(lambda: not lent(server))
+            self.assertEqual(len(relays()), 1)
+            server.close()
+            eventually(lambda: not relays(), within=3)
+
+    def test_a_client_hears_of_us_in_a_silence(self):
+        with mock.patch.multiple(oblix, KEEP_ALIVE_S=0.1, BEAT_S=0.03):
+            for dialect in DIALECTS:
+                texts = tuple(map(Text, TEXTS[:6]))
+                events = [chunk(event) for event in dialect.events(Saying(texts, "stop", 9, 7), {})]
+                at = next(number for number, event in enumerate(events) if b"w3 " in event)
+                stack, upstream, server = self.played(dialect, [dialect.head, *(
+                    part for event in events[:at + 1] for part in (event, 0.02)), 0.8, *events[at + 1:], END])
+                with self.subTest(dialect.name), stack, who_passes() as ways:
+                    reply = ask(server, upstream.target, stream=True)
+                    self.answered(reply, "".join(TEXTS[:6]))
+                    silence = reply.body[reply.body.index(b"w3 "):reply.body.index(b"w4 ")]
+                    self.assertGreaterEqual(silence.count(b"\n\n: keep-alive\n\n"), 2, reply.body)
+                    self.assertEqual(reply.body.count(b": keep-alive"), silence.count(b": keep-alive"))
+                    self.assertGreater(ways.total() if hasattr(ways, "total") else sum(ways.values()), 2)
+
+    def test_without_a_thread_for_it_each_stream_passes_its_own_on(self):
+        start = threading.Thread.start
+
+        def no_relay(thread):
+            if thread.name == "relay":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+        for dialect in DIALECTS:
+            stack, upstream, server = self.played(dialect, flow(*TEXTS, pause=0.005))
+            with self.subTest(dialect.name), stack:
+                with mock.patch.object(threading.Thread, "start", no_relay), who_passes() as ways:
+                    for reply in at_once(lambda: ask(server, upstream.target, stream=True), [()] * 5):
+                        self.answered(reply, "".join(TEXTS))
+                self.assertEqual([*ways], ["own"])
+                self.assertEqual(lent(server), {})
+                with who_passes() as ways:
+                    self.answered(ask(server, upstream.target, stream=True), "".join(TEXTS))
+                self.assertGreater(ways["relay"], 0, "once there is one again")
+
+    def test_what_can_t_be_registered_is_passed_on_all_the_same(self):
+        def fails(*numbers):
+            def before(number):
+                if number in numbers:
+                    raise OSError(errno.ENOSPC, "no room")
+            return before
+
+        def taken_back(number):    # the relay has done with it before the second one is registered
+            if number % 2 == 0:
+                gate.set()
+                eventually(lambda: not lent(server))
+                raise FileExistsError(errno.EEXIST, "it is registered")
+        gate = threading.Event()
+        rows = [("the first", fails(1), ()), ("the second", fails(2), ()), ("all", fails(*range(999)), ()),
+                ("each second", fails(*range(0, 999, 2)), ()), ("given back meanwhile", taken_back, [gate])]
+        for name, before, then in rows:
+            for dialect in DIALECTS:
+                gate.clear()
+                rest = dialect.events(Saying((Text("z"),), "stop", 9, 7), {})[-4:]
+                stack, upstream, server = self.played(
+                    dialect, flow(*TEXTS[:9], then=[*then, *map(chunk, rest), END] if then else None))
+                relay = server.gateway.transport.relay
+                with self.subTest(dialect.name, what=name), stack, \
+                        mock.patch.object(relay, "_poller", Registrar(relay._poller, before)):
+                    reply = ask(server, upstream.target, stream=True)
+                    self.assertIsNone(reply.error)
+                    self.assertIn("[DONE]", reply.events)
+                    self.assertIn("".join(TEXTS[:9]), reply.text)
+                    self.assertEqual(lent(server), {})
+
+    def test_a_request_that_comes_during_a_stream_is_answered_after_it_and_costs_nothing_meanwhile(self):
+        for dialect in DIALECTS:
+            gate = threading.Event()
+            stack, upstream, server = self.played(dialect, self.gated(gate, flow("a ", "b ", "c ")),
+                                                  flow("d ", "e ", "f "))
+            with self.subTest(dialect.name), stack, connected(server) as client:
+                client.sendall(post(chat(upstream.target, stream=True)))
+                come = b""
+                while b"c " not in come:
+                    come += client.recv(65536)
+                eventually(lambda: lent(server))
+                client.sendall(post(chat(upstream.target, stream=True), "Connection: close"))
+                before = time.process_time()
+                time.sleep(0.5)
+                self.assertLess(time.process_time() - before, 0.3, "it goes round and round")
+                gate.set()
+                come += rest_of(client)
+                self.assertEqual(come.count(b"data: [DONE]"), 2)
+                self.assertEqual(re.findall(rb'"content":"(\w) "', come), [b"a", b"b", b"c", b"d", b"e", b"f"])
+
+    @staticmethod
+    def gated(gate, script):
+        """This script, which waits at the gate when it has said "c "."""
+        def steps(*asked):
+            for step in script(*asked):
+                yield step
+                if isinstance(step, bytes) and b"c " in step:
+                    yield gate
+        return steps
+
+    def test_an_upstream_without_chunks_and_a_client_without_them(self):
+        def unframed(dialect, ends, length):
+            events = dialect.events(Saying(tuple(map(Text, TEXTS[:9])), "stop", 9, 7), {})
+            size = sum(map(len, events))
+            said = events if ends else events[:-3]
+            fields = ["Content-Length: %d" % size] if length else ["Connection: close"]
+            kind = re.search(rb"Content-Type: ([^\r]+)", dialect.head)[1].decode()
+            return [head(200, "Content-Type: " + kind, *fields), *(part for event in said for part in (event, 0.01)),
+                    *([] if ends and length else [CLOSE])]
+        rows = [(dialect, ends, length, version) for dialect in DIALECTS for ends in (True, False)
+                for length in (True, False) for version in ("1.0", "1.1")]
+
+        def sent_so(dialect, ends, length, version):
+            stack, upstream, server = self.played(dialect, unframed(dialect, ends, length))
+            with stack:
+                return raw(server, post(chat(upstream.target, stream=True), "Connection: close", version=version))
+        for row, data in zip(rows, at_once(sent_so, rows)):
+            with self.subTest(row[0].name, ends=row[1], length=row[2], version=row[3]):
+                texts = re.findall(rb'"content":"(w\d )"', data)
+                self.assertEqual(texts, [text.encode() for text in TEXTS[:len(texts)]])
+                self.assertEqual(len(texts), 9 if row[1] else max(6, len(texts)))
+                self.assertEqual(data.count(b"data: [DONE]"), row[1])
+                self.assertEqual(data.count(b'"upstream_cut"'), not row[1])
+                self.assertEqual(data.endswith(END), row[1] and row[3] == "1.1")
+
+    def test_what_somebody_has_to_know_does_not_pass_unread(self):
+        fenced = answer(*map(Text, ("```json\n", "{", '"a"', ": 1", "}", "\n```")))
+        usual, text = flow(*TEXTS[:9], pause=0.005), "".join(TEXTS[:9])
+        rows = [  # dialect, flags, fields, script, what is said, whether it may pass
+            *((dialect, ["--on-cut=continue"], {}, usual, text, False) for dialect in DIALECTS),
+            *((dialect, [], {}, usual, text, True) for dialect in DIALECTS),
+            (OPENAI, [], {"n": 2}, usual, None, False),
+            (OPENAI, [], {"response_format": {"type": "json_object"}}, usual, text, True),
+            (CLAUDE, [], {"response_format": {"type": "json_object"}}, fenced, '{"a": 1}', False),
+            (CLAUDE, [], {"response_format": JSON_SCHEMA}, usual, text, True),
+        ]
+        for dialect, flags, fields, script, text, may in rows:
+            stack, upstream, server = self.played(dialect, script, flags=flags)
+            with self.subTest(dialect.name, flags=flags, fields=fields), stack, who_passes() as ways:
+                reply = ask(server, upstream.target, stream=True, **fields)
+                if text:
+                    self.answered(reply, text)
+                self.assertEqual(sum(ways.values()) > 0, may)
+
+    def test_what_is_said_beside_the_texts_is_read(self):
+        """Each event's logprobs, the choices of n=2, in a stream that may pass."""
+        def rich(number):
+            token = {"token": TEXTS[number], "logprob": -number / 8, "bytes": None, "top_logprobs": []}
+            choice = {"index": 0, "delta": {"content": TEXTS[number]}, "logprobs": {"content": [token]},
+                      "finish_reason": None}
+            return data_event(OPENAI.chunk([choice]))
+        numbers = range(9)
+        last = OPENAI.events(HELLO, {})[-2:]
+        stack, upstream, server = self.played(OPENAI, [OPENAI.head, *(
+            part for number in numbers for part in (chunk(rich(number)), 0.005)), *map(chunk, last), END])
+        with stack:
+            reply = ask(server, upstream.target, stream=True, logprobs=True)
+        self.answered(reply, "".join(TEXTS[:9]))
+        told = [choice["logprobs"]["content"][0]["logprob"] for piece in reply.chunks for choice in piece["choices"]
+                if choice.get("logprobs")]
+        self.assertEqual(told, [-number / 8 for number in numbers])
+
+    def test_300_streams_that_end_at_the_same_moment(self):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1] if resource else 0
+        need(hard >= FILES or resource and hard == resource.RLIM_INFINITY, IMPOSSIBLE + ": too few files may be open")
+        count = 300
+        before, contents, after = streamed_parts(OPENAI, tuple(TEXTS[:9]))
+        start, rest = b"".join([before, *contents[:5]]), b"".join([*contents[5:], after])
+        with allowed(FILES), Choir(start, rest, count) as choir, \
+                running(choir, probed=False) as server, contextlib.ExitStack() as clients:
+            streams = [clients.enter_context(connected(server)) for _ in range(count)]
+            for client in streams:
+                client.sendall(post(chat(choir.target, stream=True), "Connection: close"))
+            eventually(lambda: len(lent(server)) == 2 * count, within=20)    # the connections at both sides
+            self.assertEqual(len(relays()), 1)
+            choir.end.set()
+            for client in streams:
+                client.settimeout(20)
+                self.answered(reply_in(rest_of(client)), "".join(TEXTS[:9]))
+            eventually(lambda: server.gateway.ledger.in_flight() == {})
+            self.assertEqual(lent(server), {})
+
+
+class Choir:
+    """An upstream of one thread, which begins `count` streams, and ends them all at once."""
+    dialect, side, target = OPENAI, OPENAI.side, "openai:" + OPENAI.model
+
+    def __init__(self, start, rest, count):
+        self._start, self._rest, self._count, self.end = start, rest, count, threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.url = "http://127.0.0.1:%d" % self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._sing, daemon=True)
+
+    def _sing(self):
+        voices = []
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            while len(voices) < self._count:
+                voice = stack.enter_context(self._listener.accept()[0])
+                with voice.makefile("rb") as stream:
+                    request = read_request(stream, voice)
+                if request and request.method == "POST":
+                    voices.append(voice)
+                    voice.sendall(self._start)
+                elif request:
+                    voice.sendall(whole(200, OPENAI.probe(), "Connection: close")[0])
+            self.end.wait(30)
+            for voice in voices:
+                voice.sendall(self._rest)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.end.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(30)
+
+
 class HostileUpstream(Case):
     """What an upstream may try beside the faults of part 7."""
 
