@@ -3364,8 +3364,8 @@ HANG_UP_S = 0.25   # within which a client's leaving is noticed where its socket
 
 
 class Turn:
-    """One thread at a time works on requests; the others wait in line, asleep: answers first, in the order in which they
-    came, then requests.
+    """One thread at a time works on requests.  The others wait in line, asleep: first those that go on with an answer,
+    then those that begin, each in the order in which they came.
 
     They could not run beside it anyway, as the interpreter is held by one.  But each of its system calls would hand the
     interpreter to one of them, and it would have to wait for it again: with 64 clients the slowest requests took five
