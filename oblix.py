@@ -3603,6 +3603,26 @@ def _still_there(client: dict[socket.socket, int]) -> dict[socket.socket, int]:
     raise ClientGone
 
 
+MANY_CHUNKS_BYTES = 4096    # in which there may be many chunks
+
+
+def _plain_chunks(held: bytes) -> tuple[bytes, int]:
+    """(the data of the chunks in these bytes, how many bytes they are), if there is nothing unusual about them.
+
+    A model's words come in chunks of some 200 bytes: to look at each takes 0.7 us, so it takes 0.2 us.
+    """
+    start = 2 if held.startswith(b"\r\n") else 0    # the end of the chunk before
+    parts = held[start:].split(b"\r\n")
+    count = (len(parts) - 1) // 2    # of those that are all there, if no data has a line end in it
+    sizes, data = parts[0:2 * count:2], parts[1:2 * count:2]
+    if not _SIZES.fullmatch(b",".join(sizes)):
+        return b"", 0
+    lengths = [int(size, 16) for size in sizes]
+    if 0 in lengths or lengths != [*map(len, data)]:
+        return b"", 0
+    return b"".join(data), start + sum(map(len, sizes)) + sum(lengths) + 4 * count
+
+
 class _Way(NamedTuple):
     """How an address is reached."""
     scheme: str
@@ -3831,6 +3851,7 @@ _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [^\r\n]*)?(?:\n|$)")
 _FIELDS_USED = re.compile(r"(?i)\n(connection|content-length|content-type|openai-processing-ms|retry-after(?:-ms)?|"
                           r"transfer-encoding):([^\n]*)")
+_SIZES = re.compile(rb"[0-9a-fA-F]{1,15}(?:,[0-9a-fA-F]{1,15})*")
 _CHUNK_SIZE = re.compile(rb"(?:\r\n)?([0-9a-fA-F]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")    # with the end of the chunk before
 
 
@@ -3945,8 +3966,10 @@ class Answer:
 
     def _unframed(self) -> bytes:
         """What has come of a body in chunks (RFC 9112, 7.1), without their frames."""
-        found: list[bytes] = []
-        held, at = self._held, 0
+        held, found, at = self._held, list[bytes](), 0
+        if len(held) > MANY_CHUNKS_BYTES and not self._left:
+            data, at = _plain_chunks(held)
+            found.append(data)
         while not self._trailing:
             if self._left and at < len(held):
                 found.append(held[at:at + self._left])
@@ -5340,6 +5363,7 @@ class Stencil:
         self.form, self._show, self._chances = form, show, self.chances
         self._before = self._after = b""            # around the text of the known events, without what changes
         self._new_before = self._new_after = b""    # what the client is to see there
+        self._changing: re.Pattern[bytes] | None = None    # if they have what may change
 
     def fits(self, text: bytes) -> tuple[bytes, int]:
         """(what the client may see of known events that a text begins with, how many bytes these are): of MAX_FITTED of
@@ -5347,8 +5371,7 @@ class Stencil:
         if not self._before:
             return b"", 0
         events = text.split(self.form.end, MAX_FITTED)[:-1]
-        texts = self._texts(events if self.form.changing is None else [
-            self.form.changing.sub(b"", event) for event in events])
+        texts = self._texts([*map(self._constant, events)] if self._changing else events)
         if not texts:
             return b"", 0
         self._chances = self.chances
@@ -5382,9 +5405,13 @@ class Stencil:
         texts = [*_CONTENT_IN.finditer(shown or b"")]
         if shown and len(texts) == 1:
             self._new_before, self._new_after = shown[:texts[0].start(1)], shown[texts[0].end(1):]
-            parts = event[:found[0].start(1)], event[found[0].end(1):-len(self.form.end)]
-            self._before, self._after = parts if self.form.changing is None else [
-                self.form.changing.sub(b"", part) for part in parts]
+            self._changing = self.form.changing if self.form.changing and self.form.changing.search(event) else None
+            self._before = self._constant(event[:found[0].start(1)])
+            self._after = self._constant(event[found[0].end(1):-len(self.form.end)])
+
+    def _constant(self, part: bytes) -> bytes:
+        """Part of an event without what changes."""
+        return self._changing.sub(b"", part) if self._changing else part
 
 
 MAX_FITTED = 64
