@@ -3620,7 +3620,7 @@ def _plain_chunks(held: bytes) -> tuple[bytes, int]:
     lengths = [int(size, 16) for size in sizes]
     if 0 in lengths or lengths != [*map(len, data)]:
         return b"", 0
-    return b"".join(data), start + sum(map(len, sizes)) + sum(lengths) + 4 * count
+    return b"".join(data), start + sum(map(len, sizes)) + sum(lengths) + 4 * count - 2    # the last one's end is left
 
 
 class _Way(NamedTuple):
