@@ -543,7 +543,8 @@ def deeper_than(value: Any, limit: int) -> bool:
 def is_too_deep(text: str | bytes, value: Any) -> bool:
     """Whether JSON nests more than MAX_JSON_DEPTH levels deep; only that with many brackets is walked."""
     brackets: Any = "{[" if isinstance(text, str) else (b"{", b"[")
-    return any(occurs(text, bracket, MAX_JSON_DEPTH // 2) for bracket in brackets) and deeper_than(value, MAX_JSON_DEPTH)
+    rich = any(occurs(text, bracket, MAX_JSON_DEPTH // 2) for bracket in brackets)
+    return rich and deeper_than(value, MAX_JSON_DEPTH)
 
 
 def occurs(text: Any, mark: Any, times: int) -> bool:
@@ -4638,6 +4639,7 @@ class Served:
     whole: Json | None = None
     raw: bytes = b""    # the whole answer in JSON, where the upstream's own could be taken
     chunks: Iterator[Chunk] = iter(())
+    held: int = 0       # how many of the chunks have come; the last of them has content
 
 
 class Outlook(NamedTuple):
@@ -5060,7 +5062,7 @@ class Course:
         if request.stream:
             stream = self._stream(request, target, context, limits)
             held = _until_content(stream)
-            served = Served(target, chunks=self._relayed(target, _chained(held, stream)))
+            served = Served(target, chunks=self._relayed(target, _chained(held, stream)), held=len(held))
         elif PROVIDERS[target.endpoint.provider].translates:
             served = Served(target, whole=fold(self._stream(request, target, context, limits)))
             held = [served.whole or {}]
@@ -6135,7 +6137,7 @@ class _Handler(_Connection):
                 self.told["first_token_s"] = time.monotonic() - self.started
                 events.headers.update(headers)
                 with contextlib.closing(served.chunks):  # type: ignore[type-var]
-                    self._stream(served.chunks, request.include_usage, events)
+                    self._stream(served, request.include_usage, events)
         except ClientGone:
             if not self.admission.ended:
                 raise
@@ -6148,14 +6150,16 @@ class _Handler(_Connection):
         if events:
             events.beat()
 
-    def _stream(self, chunks: Iterator[Chunk], include_usage: bool, events: _Events) -> None:
-        """Relay the chunks.  Raises UpstreamError where they are cut off."""
+    def _stream(self, served: Served, include_usage: bool, events: _Events) -> None:
+        """Relay the chunks, the first content at once.  Raises UpstreamError where they are cut off."""
         try:
-            for chunk in chunks:
+            for number, chunk in enumerate(served.chunks, 1):
                 self.told["tokens"] = tokens_of(chunk) or self.told.get("tokens", 0)
                 shown = for_client(chunk, include_usage)
                 if shown is not None:
                     events.add(sse(shown))
+                if number == served.held:
+                    events.flush()
         except UpstreamError as error:
             log.warning("%s cut: %s", self.id, error.brief)
             raise
