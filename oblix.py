@@ -3489,8 +3489,7 @@ class _Wire:
 
     def receive(self) -> bytes:
         """What has come, 64 KiB at most; nothing at the end.  Raises OSError, UpstreamError, ClientGone."""
-        if self._beat:
-            self._beat()
+        self._tend()
         worked, self._at_once = not self._at_once and TURN.leave(), False
         try:
             while True:
@@ -3524,9 +3523,15 @@ class _Wire:
         left_s = min(self._deadline, self._until) - time.monotonic()
         if left_s <= 0:
             raise self._late()
-        if self._beat:
-            self._beat()
+        self._tend()
         return left_s
+
+    def _tend(self) -> None:
+        """See to the client; how long it takes to take what it is sent is no silence of the upstream."""
+        if self._beat:
+            before = time.monotonic()
+            self._beat()
+            self._deadline += time.monotonic() - before
 
     def wait(self) -> None:
         """Return when the upstream can be read.  Raises UpstreamError at the deadline, ClientGone on a hang-up.
@@ -4113,8 +4118,10 @@ class Passage:
         self._rest, self._going = text, not self._answer.complete
         self._pass()
         while True:
-            self._client.send(self._unsent)
-            self._unsent = b""
+            if self._unsent:
+                self._client.send(self._unsent)
+                self._unsent = b""
+                self.wire.progress()    # its silence counts from when the client has taken this
             if self._error:
                 raise self._error
             if not self._going:

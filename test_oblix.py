@@ -6904,6 +6904,20 @@ class Relayed(Lent, Case):
                 self.answered(reply, "".join(texts))
                 self.assertEqual([delta["content"] for delta in reply.deltas if delta.get("content")], texts)
 
+    def test_its_pause_is_no_silence_of_the_upstream(self):
+        texts = [("%04d " % number) * 200 for number in range(500)]
+
+        def paused(dialect, *flags):
+            stack, upstream, server = self.played(dialect, flow(*texts, pause=0.0),
+                                                  flags=["--stall-timeout-s=0.6", *flags])
+            with stack, thirstless(server, model=upstream.target, stream=True) as client:
+                upstream.next_request()
+                time.sleep(1.5)
+                return reply_in(rest_of(client))
+        rows = [(dialect, *flags) for dialect in DIALECTS for flags in ([], ["--on-cut=continue"])]    # it has all read
+        for reply in at_once(paused, rows):
+            self.answered(reply, "".join(texts))
+
     def test_a_client_that_never_takes_anything_is_cut(self):
         def cut_off(dialect):
             stack, upstream, server = self.played(dialect, endless(0.0))
