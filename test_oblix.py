@@ -2865,6 +2865,102 @@ class SentUpstream(Case):
             self.assertEqual(len(differences(expected, actual)), 1)
 
 
+# --- 6. The client's own bytes ---------------------------------------------------------------------------------------
+
+ASKED = b'"messages":[{"role":"user","content":"Hi"}]'
+AS_IT_CAME = [  # a body around the model's name
+    (b'{"model":', b"," + ASKED + b"}"), (b"{" + ASKED + b',"model":', b"}"),
+    (b'{"temperature": 0.50,\n "model" :\t', b"\r\n, " + ASKED + b" } \n"), (b'{"model":\n', b"," + ASKED + b"}\n"),
+    (b'{"top_p":1E-1,"model":', ',"messages":[{"role":"user","content":"é\u2028 \\ud83c\\u00e9\\/"}]}'.encode()),
+    (b'{"model":', b',"messages":[{"role":"user","content":"a \\"model\\": \\"b\\", model, \'model\'"}]}'),
+    (b'{"model":', b',"seed":1,"seed":2,"no_such_field":{"a":null,"streams":1,"b":[]},"stream":true,' + ASKED + b"}"),
+    (b'{"model":', b',"metadata":{"Model":"m","\xc3\xa9":"models"},"n":2,' + ASKED + b"}"),
+]
+WRITTEN_ANEW = [  # a body: the client's bytes might be read otherwise, or say what the upstream need not see
+    b'\xef\xbb\xbf{"model":"@",' + ASKED + b"}", b' {"model":"@",' + ASKED + b"}",
+    b'{"model":"x","model":"@",' + ASKED + b"}", b'{"model":5,"model":"@",' + ASKED + b"}",
+    b'{"metadata":{"model":"x"},"model":"@",' + ASKED + b"}", b'{"model":"@","metadata":{"model":"x"},' + ASKED + b"}",
+    b'{"model":"@","user":"model",' + ASKED + b"}", b'{"m\\u006fdel":"@",' + ASKED + b"}",
+    b'{"m\\u006Fdel":"@","metadata":{"model":"x"},' + ASKED + b"}", b'{"model":"x","\\u006dodel":"@",' + ASKED + b"}",
+    b'{"model":"@","stream":true,"stream":false,' + ASKED + b"}",
+    b'{"model":"@","stream":false,"str\\u0065am":true,' + ASKED + b"}",
+    b'{"model":"@","n":2,"n":3,' + ASKED + b"}", b'{"model":"@","n":3,"\\u006e":2,' + ASKED + b"}",
+    b'{"model":"@","user":null,' + ASKED + b"}", b'{"model":"@","n":1,' + ASKED + b"}",
+    b'{"model":"@","stream":false,' + ASKED + b"}", b'{"model":"@","stream_options":{},' + ASKED + b"}",
+    b'{"model":"@","tool_choice":"none",' + ASKED + b"}",
+    b'{"model":"@","response_format":{"type":"text"},' + ASKED + b"}",
+]
+
+
+class OwnBytes(Case):
+    """What goes on as it came, but for the model's name."""
+
+    def sent(self, upstream, server, body):
+        reply = fetch(server, "POST", "/v1/chat/completions", body, JSON)
+        self.assertEqual(reply.status, 200, reply.body)
+        return reply, upstream.last.body
+
+    def test_a_request_goes_on_in_the_clients_own_bytes(self):
+        with Upstream(OPENAI) as upstream, running(upstream) as server:
+            for before, after in AS_IT_CAME:
+                for name in (b'"openai:gpt-test"', b'"auto"', b'"openai:gpt\\u002dtest"', b'"openai:gpt-test" '):
+                    with self.subTest(body=before + name + after):
+                        _, body = self.sent(upstream, server, before + name + after)
+                        self.assertEqual(body, before + b'"gpt-test"' + name[len(name.rstrip()):] + after)
+
+    def test_it_is_written_anew_where_they_might_mean_something_else(self):
+        with Upstream(OPENAI) as upstream, running(upstream) as server:
+            for body in WRITTEN_ANEW:
+                with self.subTest(body=body):
+                    body = body.replace(b"@", b"openai:gpt-test").replace(b"{", b"{ ", 1)
+                    _, sent = self.sent(upstream, server, body)
+                    self.assertNotEqual(sent, body.replace(b"openai:gpt-test", b"gpt-test"))
+                    pairs = json.loads(sent, object_pairs_hook=list)
+                    self.assertEqual(len({name for name, _ in pairs}), len(pairs), "a name comes twice")
+                    meant = {**json.loads(body.decode("utf-8-sig")), "model": "gpt-test"}
+                    dropped = {name for name in meant if meant[name] == oblix.NO_OPS.get(name) or not meant[name]
+                               or name == "tool_choice"}
+                    self.assertEqual(json.loads(sent), {name: meant[name] for name in meant.keys() - dropped})
+
+    def test_what_a_model_refuses_is_not_in_them(self):
+        for field, left in (("temperature", {}), ("max_tokens", {"max_completion_tokens": 5})):
+            refuses = refusing(field, unsupported(field))
+            with self.subTest(field), Upstream(OPENAI, refuses) as upstream, running(upstream) as server:
+                body = b'{"model":"openai:gpt-test","%b":5,' % field.encode() + ASKED + b"}"
+                body = body.replace(b"5", b"1") if field == "temperature" else body
+                for _ in range(2):    # it has learned it then
+                    _, sent = self.sent(upstream, server, body)
+                    self.assertEqual(json.loads(sent), {"model": "gpt-test", **json.loads(b"{" + ASKED + b"}"), **left})
+
+    def test_what_is_translated_is_not_in_them(self):
+        for dialect in (OLLAMA, CLAUDE):
+            with self.subTest(dialect.name), Upstream(dialect) as upstream, running(upstream) as server:
+                _, sent = self.sent(upstream, server, json.dumps(chat(upstream.target, stream=True, max_tokens=5)))
+                self.assertNotIn(b'": ', sent, "it is written anew")
+
+    def test_an_answer_comes_back_in_the_upstreams_own_bytes(self):
+        usual = json.dumps(OPENAI.whole(HELLO)).encode().replace(b'"Hel', '"é\\n\\ud83cHel'.encode())
+        name = b'"gpt-test-2026-11-01"'
+        self.assertEqual(usual.count(name), 1)
+        same = [usual, usual.replace(b": ", b":"), usual[:-1] + b' , "x": 1.50}\n',
+                usual.replace(b'"model": ', b'"model"\t:\n')]
+        anew = [b" " + usual, b"\xef\xbb\xbf" + usual, usual[:-1] + b', "model": %b}' % name,
+                usual[:-1] + b', "more": {"model": "y"}}', usual.replace(b'"model"', b'"m\\u006fdel"'),
+                usual.replace(b'"model": %b' % name, b'"more": 5'), usual.replace(name, b"5"),
+                usual[:-1] + b', "user": "model"}']
+        script = mock.Mock()
+        with Upstream(OPENAI, lambda *_: script()) as upstream, running(upstream) as server:
+            for data, as_it_is in [*((data, True) for data in same), *((data, False) for data in anew)]:
+                with self.subTest(data=data):
+                    script.return_value = whole(200, data, "Content-Type: application/json")
+                    reply, _ = self.sent(upstream, server, json.dumps(chat(upstream.target)))
+                    meant = {**json.loads(data.decode("utf-8-sig")), "model": upstream.target}
+                    self.assertEqual(reply.json, meant)
+                    self.assertEqual(reply.body == data.replace(name, b'"%b"' % upstream.target.encode(), 1), as_it_is)
+                    pairs = json.loads(reply.body, object_pairs_hook=list)
+                    self.assertEqual(len({name for name, _ in pairs}), len(pairs), "a name comes twice")
+
+
 # --- 6. What a provider cannot do ------------------------------------------------------------------------------------
 
 BOTH_REFUSE = [  # the parameter that is named, the fields
@@ -3548,6 +3644,57 @@ class Connections:
                     self.assertTrue(up.requests[0].hung_up.wait(1), "the connection is still in use")
 
 
+    def test_a_request_that_is_taken_slowly_but_steadily_is_not_cut(self):
+        with Upstream(OPENAI, pace=0.008, tls=self.tls) as upstream, \
+                running(upstream, flags=["--stall-timeout-s=0.3"]) as server:
+            with Took() as took:
+                self.answered(ask(server, upstream.target, **talk(user("x" * 7000000))), "Hello")
+            self.assertGreater(took.seconds, 0.3)
+
+    def test_a_request_that_nobody_takes_ends_at_its_limit_or_with_its_client(self):
+        for leaves in (False, True):
+            flag = "--stall-timeout-s=%g" % (60 if leaves else 0.5)
+            with self.subTest(leaves=leaves), Deaf(self.tls) as upstream, \
+                    running(upstream, flags=[flag], probed=False) as server, connected(server) as client:
+                data = post(chat(upstream.target, **talk(user("x" * 7000000))), "Connection: close")
+                client.sendall(data)
+                self.assertTrue(upstream.begun.wait(5))
+                if leaves:
+                    client.close()
+                    eventually(lambda: server.gateway.ledger.in_flight() == {})
+                else:
+                    self.refused(reply_in(rest_of(client)), 504, "not accepted")
+
+
+class Deaf:
+    """An upstream that lets everybody in and reads nothing of what they send after the first bytes."""
+    dialect, side, target = OPENAI, OPENAI.side, "openai:" + OPENAI.model
+
+    def __init__(self, tls):
+        self._tls, self._listener, self.begun = tls, socket.create_server(("127.0.0.1", 0)), threading.Event()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        self.url = "%s:%d" % ("https://localhost" if tls else "http://127.0.0.1", self._listener.getsockname()[1])
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def _serve(self):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            while True:
+                connection = stack.enter_context(self._listener.accept()[0])
+                with contextlib.suppress(OSError):
+                    connection = self._tls.wrap_socket(connection, server_side=True) if self._tls else connection
+                    if stack.enter_context(connection).recv(4) == b"POST":
+                        self.begun.set()
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(5)
+
+
 class TransportOverTls(Connections, Case):
     """The same in front of https: servers, with a certificate that is made and trusted here."""
 
@@ -3607,12 +3754,6 @@ class Transport(Connections, Case):
                     with self.subTest(host), running(upstream, env=env) as server:
                         self.answered(ask(server, upstream.target), way)
             self.assertEqual({request.path for request in proxy.requests}, {env["OLLAMA_HOST"] + OLLAMA.path})
-
-    def test_a_request_that_is_taken_slowly_but_steadily_is_not_cut(self):
-        with Upstream(OPENAI, pace=0.008) as upstream, running(upstream, flags=["--stall-timeout-s=0.3"]) as server:
-            with Took() as took:
-                self.answered(ask(server, upstream.target, **talk(user("x" * 7000000))), "Hello")
-            self.assertGreater(took.seconds, 0.3)
 
     def test_dripping_bytes_do_not_outlive_the_limits(self):
         """A limit is a length of time, not the patience for one more byte."""
