@@ -540,11 +540,17 @@ def deeper_than(value: Any, limit: int) -> bool:
     return True
 
 
-def occurs(raw: bytes, mark: bytes, times: int) -> bool:
+def is_too_deep(text: str | bytes, value: Any) -> bool:
+    """Whether JSON nests more than MAX_JSON_DEPTH levels deep; only that with many brackets is walked."""
+    brackets: Any = "{[" if isinstance(text, str) else (b"{", b"[")
+    return any(occurs(text, bracket, MAX_JSON_DEPTH // 2) for bracket in brackets) and deeper_than(value, MAX_JSON_DEPTH)
+
+
+def occurs(text: Any, mark: Any, times: int) -> bool:
     """Whether a mark occurs so often.  In a long text without many this is ten times faster than to count them all."""
     at = -1
     for _ in range(times):
-        at = raw.find(mark, at + 1)
+        at = text.find(mark, at + 1)
         if at < 0:
             return False
     return True
@@ -1106,8 +1112,7 @@ def _json_object(raw: bytes) -> Json:
         raise BadRequest(f"The body is not valid JSON: {_without_content(error)}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
-    # The count of opening brackets bounds the depth, and is nearly free; only rich bodies are walked.
-    if any(occurs(raw, bracket, MAX_JSON_DEPTH // 2) for bracket in (b"{", b"[")) and deeper_than(body, MAX_JSON_DEPTH):
+    if is_too_deep(raw, body):
         raise BadRequest(f"The body nests more than {MAX_JSON_DEPTH} levels deep.", code="invalid_json")
     return body
 
@@ -2533,7 +2538,7 @@ def event_of(text: str | bytes) -> Json:
         event = loads(text)
     except (ValueError, RecursionError):
         event = None
-    if not isinstance(event, dict):
+    if not isinstance(event, dict) or is_too_deep(text, event):
         raise UpstreamError("a piece of the answer is not a JSON object", code="bad_upstream_answer")
     if event.get("object") == "error":    # so do vLLM's older versions write it
         event = {"error": event}
@@ -3625,7 +3630,7 @@ def _plain_chunks(held: bytes) -> tuple[bytes, int]:
     lengths = [int(size, 16) for size in sizes]
     if 0 in lengths or lengths != [*map(len, data)]:
         return b"", 0
-    return b"".join(data), start + sum(map(len, sizes)) + sum(lengths) + 4 * count
+    return b"".join(data), start + sum(map(len, sizes)) + sum(lengths) + 4 * count - 2    # the last one's end is left
 
 
 class _Way(NamedTuple):

@@ -12474,7 +12474,7 @@ def wire_answer(pieces, read):
 def check_wire(case):
     """An answer is read, or is no HTTP, or broke off, however it is cut up; an intact one is read well."""
     pieces, body = case
-    with mock.patch.object(oblix, "MANY_CHUNKS_BYTES", 0):    # so that chunks are looked at together where there are few
+    with mock.patch.object(oblix, "MANY_CHUNKS_BYTES", 0):    # even a few chunks are looked at together
         found = wire_answer(pieces, lambda answer: list(answer.lines()))
     at_once_found = wire_answer([b"".join(pieces)], lambda answer: list(answer.lines()))
     if found[:3] != at_once_found[:3]:
