@@ -6724,7 +6724,7 @@ def local_time(second: int) -> str:
 
 
 class _LogWriter(logging.Handler):
-    """Writes what comes within LOG_S at once, on a thread of its own; warnings, and worse, at once.
+    """Writes what comes within LOG_S together, on a thread of its own; warnings, and worse, at once.
 
     No request waits for the disk or the terminal; and a write hands the interpreter to another thread (see
     `limit_receive`).  Where nobody takes the log any more its oldest lines are dropped.
@@ -6732,32 +6732,40 @@ class _LogWriter(logging.Handler):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
-        self._stream, self._due, self._writing = stream, threading.Event(), threading.Lock()
+        self._stream, self._due, self._hurry, self._writing = stream, threading.Event(), threading.Event(), False
         self._lines: collections.deque[str] = collections.deque(maxlen=MAX_LOG_LINES)
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines.append(self.format(record) + "\n")
         if record.levelno >= logging.WARNING:
-            self.flush()
-        elif not self._due.is_set():
+            self._hurry.set()
+        if not self._due.is_set():
             self._due.set()
 
     def _run(self) -> None:
         while self._due.wait():
-            time.sleep(LOG_S)
+            self._hurry.wait(LOG_S)
             self._due.clear()
-            self.flush()
+            self._hurry.clear()
+            self._writing = True
+            with contextlib.suppress(OSError, ValueError):    # nobody reads it, or it is closed
+                come = [self._lines.popleft() for _ in range(len(self._lines))]
+                self._stream.write("".join(come))
+                self._stream.flush()
+            self._writing = False
 
     def flush(self) -> None:
-        """Write what has come."""
-        with self._writing, contextlib.suppress(OSError, ValueError):    # nobody reads it, or it is closed
-            come = [self._lines.popleft() for _ in range(len(self._lines))]
-            self._stream.write("".join(come))
-            self._stream.flush()
+        """Have what has come written now, and wait for it, but no longer than LOG_END_S."""
+        deadline = time.monotonic() + LOG_END_S
+        while (self._lines or self._writing) and time.monotonic() < deadline:
+            self._hurry.set()
+            self._due.set()
+            time.sleep(0.005)
 
 
 LOG_S = 0.1
+LOG_END_S = 1.0
 MAX_LOG_LINES = 10_000
 SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))    # level -> priority (sd-daemon(3))
 
@@ -6804,6 +6812,7 @@ def leave_server(settings: Settings) -> int:
                 status = _status_of(lambda: _serve(settings, waiting))
             except BaseException:
                 sys.excepthook(*sys.exc_info())
+            logging.shutdown()    # as it is with the process, but for os._exit: the last lines are written
             os._exit(status)
 
     threading.Thread(target=run, name="main").start()
