@@ -6732,7 +6732,7 @@ class _LogWriter(logging.Handler):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
-        self._stream, self._due, self._hurry, self._writing = stream, threading.Event(), threading.Event(), False
+        self.stream, self._due, self._hurry, self._writing = stream, threading.Event(), threading.Event(), False
         self._lines: collections.deque[str] = collections.deque(maxlen=MAX_LOG_LINES)
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
@@ -6751,8 +6751,8 @@ class _LogWriter(logging.Handler):
             self._writing = True
             with contextlib.suppress(OSError, ValueError):    # nobody reads it, or it is closed
                 come = [self._lines.popleft() for _ in range(len(self._lines))]
-                self._stream.write("".join(come))
-                self._stream.flush()
+                self.stream.write("".join(come))
+                self.stream.flush()
             self._writing = False
 
     def flush(self) -> None:
@@ -6772,10 +6772,10 @@ SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))  
 
 def start_log(settings: Settings, journal_stream: str) -> None:
     """Log to stderr; `journal_stream` is systemd's word for where that goes (systemd.exec(5), JOURNAL_STREAM)."""
-    handler = _LogWriter(sys.stderr)
+    handler = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii"))    # None: it is closed, as pythonw has it
     journal = False
     with contextlib.suppress(OSError, ValueError):    # a stderr that is no file
-        stderr = os.fstat(sys.stderr.fileno())
+        stderr = os.fstat(handler.stream.fileno())
         journal = journal_stream == f"{stderr.st_dev}:{stderr.st_ino}"
     handler.setFormatter(_LogFormatter(settings.log_json, journal))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
