@@ -6772,7 +6772,8 @@ SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))  
 
 def start_log(settings: Settings, journal_stream: str) -> None:
     """Log to stderr; `journal_stream` is systemd's word for where that goes (systemd.exec(5), JOURNAL_STREAM)."""
-    handler = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii"))    # None: it is closed, as pythonw has it
+    # None where it is closed, as pythonw has it.
+    handler = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii"))
     journal = False
     with contextlib.suppress(OSError, ValueError):    # a stderr that is no file
         stderr = os.fstat(handler.stream.fileno())

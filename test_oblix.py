@@ -10706,6 +10706,143 @@ class Logs(Case):
             self.assertEqual(seen.log.count("monitor resources failed"), 1, form)
 
 
+class Outlet(io.StringIO):
+    """A stream for a log, which takes nothing while its gate is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.writes = threading.Event(), 0
+        self.gate.set()
+
+    def write(self, text):
+        self.gate.wait(10)
+        self.writes += 1
+        return super().write(text)
+
+
+class LogWriter(Case):
+    """Log lines are written by a thread of its own: in order, soon, to the last one, and nobody waits for it."""
+
+    def setUp(self):
+        self.outlet = Outlet()
+        self.writer = oblix._LogWriter(self.outlet)
+        self.writer.setFormatter(logging.Formatter("%(message)s"))
+        self.addCleanup(self.stop)
+
+    def stop(self):
+        """End the thread, which would wait for ever."""
+        self.outlet.gate.set()
+        with mock.patch.object(self.writer._due, "wait", return_value=False):
+            self.tell("the last one")
+            eventually(lambda: "log" not in [thread.name for thread in threading.enumerate()])
+
+    def tell(self, *texts, level=logging.INFO):
+        for text in texts:
+            self.writer.handle(logging.LogRecord("x", level, "", 0, text, None, None))
+
+    def test_lines_come_soon_in_order_and_together(self):
+        texts = ["line %d" % number for number in range(100)]
+        self.tell(*texts)
+        eventually(lambda: "line 99" in self.outlet.getvalue())
+        self.assertEqual(self.outlet.getvalue().splitlines(), texts)
+        self.assertLess(self.outlet.writes, 20)
+        self.tell("one more")    # after a rest
+        eventually(lambda: "one more" in self.outlet.getvalue())
+
+    def test_a_warning_comes_at_once_with_what_was_said_before(self):
+        with mock.patch.object(oblix, "LOG_S", 60):
+            for level in (logging.WARNING, logging.ERROR, logging.CRITICAL):
+                self.tell("before %d" % level)
+                self.tell("it %d" % level, level=level)
+                eventually(lambda: "it %d" % level in self.outlet.getvalue())    # noqa: B023 - it is over here
+            self.tell("a while")
+            time.sleep(0.1)
+            self.assertNotIn("a while", self.outlet.getvalue())
+            self.writer.flush()
+            self.assertEqual(self.outlet.getvalue().splitlines()[-1], "a while")
+        self.assertEqual(len(self.outlet.getvalue().splitlines()), 7)
+
+    def test_nobody_waits_where_nothing_is_taken_and_the_oldest_lines_are_dropped(self):
+        self.outlet.gate.clear()
+        with mock.patch.object(oblix, "LOG_END_S", 0.1), Took() as took:
+            self.tell("it is being written", level=logging.WARNING)
+            eventually(lambda: not self.writer._lines)
+            self.tell(*map(str, range(oblix.MAX_LOG_LINES + 5)))
+            self.tell("a warning", level=logging.WARNING)
+            self.writer.flush()
+        self.assertLess(took.seconds, 5)
+        self.outlet.gate.set()
+        eventually(lambda: "a warning" in self.outlet.getvalue())
+        lines = self.outlet.getvalue().splitlines()
+        self.assertEqual((lines[:2], lines[-2:]), (["it is being written", "6"],
+                                                   [str(oblix.MAX_LOG_LINES + 4), "a warning"]))
+
+    def test_a_stream_that_fails_is_tried_again(self):
+        for error in (BrokenPipeError(), ValueError("it is closed")):
+            with mock.patch.object(self.outlet, "write", side_effect=error) as write:
+                self.tell("lost", level=logging.WARNING)
+                eventually(lambda: write.called and not self.writer._writing)    # noqa: B023 - it is over here
+        self.tell("told", level=logging.WARNING)
+        eventually(lambda: "told" in self.outlet.getvalue())
+
+    @unittest.skipUnless(os.name == "posix", IMPOSSIBLE + ": signals are POSIX's")
+    def test_the_last_lines_of_a_process_are_written(self):
+        for changed in ("", "pass"):    # as a script, and as a module
+            with self.subTest(changed=changed), Upstream(OPENAI) as upstream, \
+                    Service("--port=0", *CALM, *flags_for(upstream), env=env_for(upstream), changed=changed) as service:
+                asked = [ask(service, upstream.target).headers["x-request-id"] for _ in range(20)]
+                service.signal(signal.SIGTERM)
+                self.assertEqual(service.status(), 0)
+                lines = service.log().splitlines()
+                told = [line.split(" INFO ")[1].split()[0] for line in lines if "POST" in line]
+                self.assertEqual(told, asked)
+                self.assertIn("stopping", lines[-1])
+
+    @unittest.skipUnless(os.name == "posix", IMPOSSIBLE + ": signals are POSIX's")
+    def test_a_process_whose_log_nobody_takes_answers_and_ends(self):
+        """A pipe that is full, one whose other end is closed, and no stderr at all."""
+        for how in ("full", "left", "closed"):
+            read, write = os.pipe()
+            with self.subTest(how), Upstream(OPENAI, [OPENAI.head, chunk(HEL[OPENAI]), CLOSE]) as upstream:
+                with socket.create_server(("127.0.0.1", 0)) as free:
+                    server = argparse.Namespace(port=free.getsockname()[1])
+                command = ["sh", "-c", 'exec "$@"%s' % (" 2>&-" if how == "closed" else ""), "sh", sys.executable,
+                           "oblix.py", "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
+                if how == "full":    # but for what the start says
+                    os.set_blocking(write, False)
+                    with contextlib.suppress(BlockingIOError):
+                        while True:
+                            os.write(write, b"x" * 512)
+                    os.set_blocking(write, True)
+                elif how == "left":
+                    os.close(read)
+                process = subprocess.Popen(command, cwd=HERE, env=bare_env(env_for(upstream)), stderr=write,
+                                           stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+                try:
+                    os.close(write)
+                    eventually(lambda: not refuses_connections(server), within=10)    # noqa: B023 - it is over here
+                    for _ in range(3):
+                        reply = ask(server, upstream.target, stream=True)    # which is cut, and warned of
+                        self.assertTrue(reply.cut)
+                    self.assertEqual(fetch(server, "GET", "/health").status in (200, 503), True)
+                    process.send_signal(signal.SIGTERM)
+                    self.assertEqual(process.wait(8), 0)
+                finally:
+                    process.kill()
+                    process.wait()
+                    if how != "left":
+                        os.close(read)
+
+
+def refuses_connections(server):
+    """Whether nobody listens there."""
+    try:
+        socket.create_connection(("127.0.0.1", server.port), 2).close()
+    except OSError:
+        return True
+    return False
+
+
 # --- 14. What goes wrong alone ----------------------------------------------------------------------------------------
 
 class Shaky(oblix.ResourceMonitor):
