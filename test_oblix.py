@@ -2883,6 +2883,8 @@ WRITTEN_ANEW = [  # a body: the client's bytes might be read otherwise, or say w
     b'{"model":"@","user":"model",' + ASKED + b"}", b'{"m\\u006fdel":"@",' + ASKED + b"}",
     b'{"m\\u006Fdel":"@","metadata":{"model":"x"},' + ASKED + b"}", b'{"model":"x","\\u006dodel":"@",' + ASKED + b"}",
     b'{"model":"@","stream":true,"stream":false,' + ASKED + b"}",
+    b'{"model":"@","stream":false,"stream":true,' + ASKED + b"}",
+    b'{"model":"@","stream":false,"\\u0073tream":true,' + ASKED + b"}",
     b'{"model":"@","stream":false,"str\\u0065am":true,' + ASKED + b"}",
     b'{"model":"@","n":2,"n":3,' + ASKED + b"}", b'{"model":"@","n":3,"\\u006e":2,' + ASKED + b"}",
     b'{"model":"@","user":null,' + ASKED + b"}", b'{"model":"@","n":1,' + ASKED + b"}",
@@ -2931,6 +2933,11 @@ class OwnBytes(Case):
                 for _ in range(2):    # it has learned it then
                     _, sent = self.sent(upstream, server, body)
                     self.assertEqual(json.loads(sent), {"model": "gpt-test", **json.loads(b"{" + ASKED + b"}"), **left})
+
+    def test_what_a_model_needs_beside_them_is_added(self):
+        with Upstream(OPENAI, target="openai:gpt-5.6") as upstream, running(upstream) as server:
+            _, sent = self.sent(upstream, server, json.dumps(chat(upstream.target, tools=TOOLS)))
+            self.assertEqual(json.loads(sent), chat("gpt-5.6", tools=TOOLS, reasoning_effort="none"))
 
     def test_what_is_translated_is_not_in_them(self):
         for dialect in (OLLAMA, CLAUDE):
