@@ -5373,7 +5373,7 @@ class Stencil:
     def __init__(self, form: TextForm, show: Callable[[Json], bytes | None]) -> None:
         """`show` makes of an event what the client is to see, if it says a text and nothing else."""
         self.form, self._show, self._chances = form, show, self.chances
-        self._before = self._after = b""            # around the text of the known events, without what changes
+        self._before = self._after = b""            # around the text of the known events, by `_constant`
         self._new_before = self._new_after = b""    # what the client is to see there
         self._changing: re.Pattern[bytes] | None = None    # if they have what may change
 
@@ -5399,9 +5399,9 @@ class Stencil:
                 break
             texts.append(event[start:most])
         joined = _BETWEEN.join(texts)
-        if _TEXTS.fullmatch(joined) and _is_utf8(joined):
+        if _TEXTS.fullmatch(joined) and joined.count(_BETWEEN) == len(texts) - 1 and _is_utf8(joined):
             return texts
-        return [*itertools.takewhile(lambda text: _TEXTS.fullmatch(text) and _is_utf8(text), texts)]
+        return [*itertools.takewhile(lambda text: _ONE_TEXT.fullmatch(text) and _is_utf8(text), texts)]
 
     def study(self, event: bytes) -> None:
         """Know events like this one from now on, if it says a text and nothing else."""
@@ -5422,8 +5422,8 @@ class Stencil:
             self._after = self._constant(event[found[0].end(1):-len(self.form.end)])
 
     def _constant(self, part: bytes) -> bytes:
-        """Part of an event without what changes."""
-        return self._changing.sub(b"", part) if self._changing else part
+        """Part of an event with a mark in the place of what changes."""
+        return self._changing.sub(b"\1", part) if self._changing else part    # which no text can hold
 
 
 MAX_FITTED = 64
@@ -5435,6 +5435,7 @@ _IN_TEXT = rb'[^"\\\x00-\x1f\xc2\xe2]*'
 _TEXT = (_IN_TEXT + rb'(?:(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})|\xc2(?!\x85)|\xe2(?!\x80[\xa8\xa9]))' + _IN_TEXT
          + rb')*')
 _BETWEEN = b'"\0'    # which no text can hold
+_ONE_TEXT = re.compile(_TEXT)
 _TEXTS = re.compile(_TEXT + b"(?:" + _BETWEEN + _TEXT + b")*")
 
 

@@ -6696,6 +6696,10 @@ NOT_PASSED = [  # what is no known event, by a form: where it begins nothing pas
     ("a piece of an event", lambda form: form.said(b"a")[5:]), ("half an event", lambda form: form.said(b"a")[:-1]),
     ("a line more", lambda form: form.said(b"a")[:-1] + b"data: x\n\n"),
     ("a padding of other letters", lambda form: form.said(b"a").replace(b"aB7", b"aB\\u0041")),
+    *((f"{what} in its text", lambda form, what=what: form.said(what)) for what in (
+        b'a"obfuscation":"x"b', b'a""obfuscation":"x"b', b'a"created_at":"5"b', b'"created_at":"5"', b"\1", b'a"\0b')),
+    ("no padding", lambda form: form.said(b"a").replace(b'"obfuscation": "aB7"', b"")),
+    ("no time", lambda form: re.sub(rb'"created_at":"[^"]*"', b"", form.said(b"a"))),
     ("a time of other letters", lambda form: form.said(b"a").replace(b"+01:00", b"\\u0041")),
 ]
 NOT_STUDIED = [  # events that no other one is known by
@@ -12734,7 +12738,7 @@ def make_passed(chance):
 
 
 BETWEEN_QUOTES = [b"\xff", b"\xed\xa0\xbd", b"\xc3", b"\x01", b"\t", b"\r", b"\n", b"\r\n", b"\0", b"\x7f", b'"',
-                  b'""', b"\\", b"\\x", b"\xc2\x85", b"\xe2\x80\xa9", b"\n\n",
+                  b'""', b'"\0', b'"created_at":"5"', b"\\", b"\\x", b"\xc2\x85", b"\xe2\x80\xa9", b"\n\n",
                   b"\\u12", b"\\ud800", b'\\"', b'","role":"x', b'", "role": "x', b'"}}],"a":[{"b":{"c":"', b"\\\\"]
 AMONG_EVENTS = [b"\n", b": ping\n\n", b": data: {}\n", b": ping\n", b"data: {}\n", b"data:\n", b"event: ping\n",
                 b"id: 5\n", b"event: ping\ndata: {\"type\": \"ping\"}\n\n", b"retry: 5\n\n", b"data\n", b"{}\n", b" \n",
