@@ -3495,8 +3495,7 @@ class _Wire:
 
     def receive(self) -> bytes:
         """What has come, 64 KiB at most; nothing at the end.  Raises OSError, UpstreamError, ClientGone."""
-        if self._beat:
-            self._beat()
+        self._tend()
         worked, self._at_once = not self._at_once and TURN.leave(), False
         try:
             while True:
@@ -3530,9 +3529,15 @@ class _Wire:
         left_s = min(self._deadline, self._until) - time.monotonic()
         if left_s <= 0:
             raise self._late()
-        if self._beat:
-            self._beat()
+        self._tend()
         return left_s
+
+    def _tend(self) -> None:
+        """See to the client; how long it takes to take what it is sent is no silence of the upstream."""
+        if self._beat:
+            before = time.monotonic()
+            self._beat()
+            self._deadline += time.monotonic() - before
 
     def wait(self) -> None:
         """Return when the upstream can be read.  Raises UpstreamError at the deadline, ClientGone on a hang-up.
@@ -4119,8 +4124,10 @@ class Passage:
         self._rest, self._going = text, not self._answer.complete
         self._pass()
         while True:
-            self._client.send(self._unsent)
-            self._unsent = b""
+            if self._unsent:
+                self._client.send(self._unsent)
+                self._unsent = b""
+                self.wire.progress()    # its silence counts from when the client has taken this
             if self._error:
                 raise self._error
             if not self._going:
@@ -5368,7 +5375,7 @@ class Stencil:
     def __init__(self, form: TextForm, show: Callable[[Json], bytes | None]) -> None:
         """`show` makes of an event what the client is to see, if it says a text and nothing else."""
         self.form, self._show, self._chances = form, show, self.chances
-        self._before = self._after = b""            # around the text of the known events, without what changes
+        self._before = self._after = b""            # around the text of the known events, by `_constant`
         self._new_before = self._new_after = b""    # what the client is to see there
         self._changing: re.Pattern[bytes] | None = None    # if they have what may change
 
@@ -5394,9 +5401,9 @@ class Stencil:
                 break
             texts.append(event[start:most])
         joined = _BETWEEN.join(texts)
-        if _TEXTS.fullmatch(joined) and _is_utf8(joined):
+        if _TEXTS.fullmatch(joined) and joined.count(_BETWEEN) == len(texts) - 1 and _is_utf8(joined):
             return texts
-        return [*itertools.takewhile(lambda text: _TEXTS.fullmatch(text) and _is_utf8(text), texts)]
+        return [*itertools.takewhile(lambda text: _ONE_TEXT.fullmatch(text) and _is_utf8(text), texts)]
 
     def study(self, event: bytes) -> None:
         """Know events like this one from now on, if it says a text and nothing else."""
@@ -5417,8 +5424,8 @@ class Stencil:
             self._after = self._constant(event[found[0].end(1):-len(self.form.end)])
 
     def _constant(self, part: bytes) -> bytes:
-        """Part of an event without what changes."""
-        return self._changing.sub(b"", part) if self._changing else part
+        """Part of an event with a mark in the place of what changes."""
+        return self._changing.sub(b"\1", part) if self._changing else part    # which no text can hold
 
 
 MAX_FITTED = 64
@@ -5430,6 +5437,7 @@ _IN_TEXT = rb'[^"\\\x00-\x1f\xc2\xe2]*'
 _TEXT = (_IN_TEXT + rb'(?:(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})|\xc2(?!\x85)|\xe2(?!\x80[\xa8\xa9]))' + _IN_TEXT
          + rb')*')
 _BETWEEN = b'"\0'    # which no text can hold
+_ONE_TEXT = re.compile(_TEXT)
 _TEXTS = re.compile(_TEXT + b"(?:" + _BETWEEN + _TEXT + b")*")
 
 
@@ -6721,7 +6729,7 @@ def local_time(second: int) -> str:
 
 
 class _LogWriter(logging.Handler):
-    """Writes what comes within LOG_S at once, on a thread of its own; warnings, and worse, at once.
+    """Writes what comes within LOG_S together, on a thread of its own; warnings, and worse, at once.
 
     No request waits for the disk or the terminal; and a write hands the interpreter to another thread (see
     `limit_receive`).  Where nobody takes the log any more its oldest lines are dropped.
@@ -6729,42 +6737,51 @@ class _LogWriter(logging.Handler):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
-        self._stream, self._due, self._writing = stream, threading.Event(), threading.Lock()
+        self.stream, self._due, self._hurry, self._writing = stream, threading.Event(), threading.Event(), False
         self._lines: collections.deque[str] = collections.deque(maxlen=MAX_LOG_LINES)
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines.append(self.format(record) + "\n")
         if record.levelno >= logging.WARNING:
-            self.flush()
-        elif not self._due.is_set():
+            self._hurry.set()
+        if not self._due.is_set():
             self._due.set()
 
     def _run(self) -> None:
         while self._due.wait():
-            time.sleep(LOG_S)
+            self._hurry.wait(LOG_S)
             self._due.clear()
-            self.flush()
+            self._hurry.clear()
+            self._writing = True
+            with contextlib.suppress(OSError, ValueError):    # nobody reads it, or it is closed
+                come = [self._lines.popleft() for _ in range(len(self._lines))]
+                self.stream.write("".join(come))
+                self.stream.flush()
+            self._writing = False
 
     def flush(self) -> None:
-        """Write what has come."""
-        with self._writing, contextlib.suppress(OSError, ValueError):    # nobody reads it, or it is closed
-            come = [self._lines.popleft() for _ in range(len(self._lines))]
-            self._stream.write("".join(come))
-            self._stream.flush()
+        """Have what has come written now, and wait for it, but no longer than LOG_END_S."""
+        deadline = time.monotonic() + LOG_END_S
+        while (self._lines or self._writing) and time.monotonic() < deadline:
+            self._hurry.set()
+            self._due.set()
+            time.sleep(0.005)
 
 
 LOG_S = 0.1
+LOG_END_S = 1.0
 MAX_LOG_LINES = 10_000
 SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))    # level -> priority (sd-daemon(3))
 
 
 def start_log(settings: Settings, journal_stream: str) -> None:
     """Log to stderr; `journal_stream` is systemd's word for where that goes (systemd.exec(5), JOURNAL_STREAM)."""
-    handler = _LogWriter(sys.stderr)
+    # None where it is closed, as pythonw has it.
+    handler = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii"))
     journal = False
     with contextlib.suppress(OSError, ValueError):    # a stderr that is no file
-        stderr = os.fstat(sys.stderr.fileno())
+        stderr = os.fstat(handler.stream.fileno())
         journal = journal_stream == f"{stderr.st_dev}:{stderr.st_ino}"
     handler.setFormatter(_LogFormatter(settings.log_json, journal))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
@@ -6801,6 +6818,7 @@ def leave_server(settings: Settings) -> int:
                 status = _status_of(lambda: _serve(settings, waiting))
             except BaseException:
                 sys.excepthook(*sys.exc_info())
+            logging.shutdown()    # as it is with the process, but for os._exit: the last lines are written
             os._exit(status)
 
     threading.Thread(target=run, name="main").start()

@@ -2865,6 +2865,109 @@ class SentUpstream(Case):
             self.assertEqual(len(differences(expected, actual)), 1)
 
 
+# --- 6. The client's own bytes ---------------------------------------------------------------------------------------
+
+ASKED = b'"messages":[{"role":"user","content":"Hi"}]'
+AS_IT_CAME = [  # a body around the model's name
+    (b'{"model":', b"," + ASKED + b"}"), (b"{" + ASKED + b',"model":', b"}"),
+    (b'{"temperature": 0.50,\n "model" :\t', b"\r\n, " + ASKED + b" } \n"), (b'{"model":\n', b"," + ASKED + b"}\n"),
+    (b'{"top_p":1E-1,"model":', ',"messages":[{"role":"user","content":"é\u2028 \\ud83c\\u00e9\\/"}]}'.encode()),
+    (b'{"model":', b',"messages":[{"role":"user","content":"a \\"model\\": \\"b\\", model, \'model\'"}]}'),
+    (b'{"model":', b',"seed":1,"seed":2,"no_such_field":{"a":null,"streams":1,"b":[]},"stream":true,' + ASKED + b"}"),
+    (b'{"model":', b',"metadata":{"Model":"m","\xc3\xa9":"models"},"n":2,' + ASKED + b"}"),
+]
+WRITTEN_ANEW = [  # a body: the client's bytes might be read otherwise, or say what the upstream need not see
+    b'\xef\xbb\xbf{"model":"@",' + ASKED + b"}", b' {"model":"@",' + ASKED + b"}",
+    b'{"model":"x","model":"@",' + ASKED + b"}", b'{"model":5,"model":"@",' + ASKED + b"}",
+    b'{"metadata":{"model":"x"},"model":"@",' + ASKED + b"}", b'{"model":"@","metadata":{"model":"x"},' + ASKED + b"}",
+    b'{"model":"@","user":"model",' + ASKED + b"}", b'{"m\\u006fdel":"@",' + ASKED + b"}",
+    b'{"m\\u006Fdel":"@","metadata":{"model":"x"},' + ASKED + b"}", b'{"model":"x","\\u006dodel":"@",' + ASKED + b"}",
+    b'{"model":"@","stream":true,"stream":false,' + ASKED + b"}",
+    b'{"model":"@","stream":false,"stream":true,' + ASKED + b"}",
+    b'{"model":"@","stream":false,"\\u0073tream":true,' + ASKED + b"}",
+    b'{"model":"@","stream":false,"str\\u0065am":true,' + ASKED + b"}",
+    b'{"model":"@","n":2,"n":3,' + ASKED + b"}", b'{"model":"@","n":3,"\\u006e":2,' + ASKED + b"}",
+    b'{"model":"@","user":null,' + ASKED + b"}", b'{"model":"@","n":1,' + ASKED + b"}",
+    b'{"model":"@","stream":false,' + ASKED + b"}", b'{"model":"@","stream_options":{},' + ASKED + b"}",
+    b'{"model":"@","tool_choice":"none",' + ASKED + b"}",
+    b'{"model":"@","response_format":{"type":"text"},' + ASKED + b"}",
+]
+
+
+class OwnBytes(Case):
+    """What goes on as it came, but for the model's name."""
+
+    def sent(self, upstream, server, body):
+        reply = fetch(server, "POST", "/v1/chat/completions", body, JSON)
+        self.assertEqual(reply.status, 200, reply.body)
+        return reply, upstream.last.body
+
+    def test_a_request_goes_on_in_the_clients_own_bytes(self):
+        with Upstream(OPENAI) as upstream, running(upstream) as server:
+            for before, after in AS_IT_CAME:
+                for name in (b'"openai:gpt-test"', b'"auto"', b'"openai:gpt\\u002dtest"', b'"openai:gpt-test" '):
+                    with self.subTest(body=before + name + after):
+                        _, body = self.sent(upstream, server, before + name + after)
+                        self.assertEqual(body, before + b'"gpt-test"' + name[len(name.rstrip()):] + after)
+
+    def test_it_is_written_anew_where_they_might_mean_something_else(self):
+        with Upstream(OPENAI) as upstream, running(upstream) as server:
+            for body in WRITTEN_ANEW:
+                with self.subTest(body=body):
+                    body = body.replace(b"@", b"openai:gpt-test").replace(b"{", b"{ ", 1)
+                    _, sent = self.sent(upstream, server, body)
+                    self.assertNotEqual(sent, body.replace(b"openai:gpt-test", b"gpt-test"))
+                    pairs = json.loads(sent, object_pairs_hook=list)
+                    self.assertEqual(len({name for name, _ in pairs}), len(pairs), "a name comes twice")
+                    meant = {**json.loads(body.decode("utf-8-sig")), "model": "gpt-test"}
+                    dropped = {name for name in meant if meant[name] == oblix.NO_OPS.get(name) or not meant[name]
+                               or name == "tool_choice"}
+                    self.assertEqual(json.loads(sent), {name: meant[name] for name in meant.keys() - dropped})
+
+    def test_what_a_model_refuses_is_not_in_them(self):
+        for field, left in (("temperature", {}), ("max_tokens", {"max_completion_tokens": 5})):
+            refuses = refusing(field, unsupported(field))
+            with self.subTest(field), Upstream(OPENAI, refuses) as upstream, running(upstream) as server:
+                body = b'{"model":"openai:gpt-test","%b":5,' % field.encode() + ASKED + b"}"
+                body = body.replace(b"5", b"1") if field == "temperature" else body
+                for _ in range(2):    # it has learned it then
+                    _, sent = self.sent(upstream, server, body)
+                    self.assertEqual(json.loads(sent), {"model": "gpt-test", **json.loads(b"{" + ASKED + b"}"), **left})
+
+    def test_what_a_model_needs_beside_them_is_added(self):
+        with Upstream(OPENAI, target="openai:gpt-5.6") as upstream, running(upstream) as server:
+            _, sent = self.sent(upstream, server, json.dumps(chat(upstream.target, tools=TOOLS)))
+            self.assertEqual(json.loads(sent), chat("gpt-5.6", tools=TOOLS, reasoning_effort="none"))
+
+    def test_what_is_translated_is_not_in_them(self):
+        for dialect in (OLLAMA, CLAUDE):
+            with self.subTest(dialect.name), Upstream(dialect) as upstream, running(upstream) as server:
+                _, sent = self.sent(upstream, server, json.dumps(chat(upstream.target, stream=True, max_tokens=5)))
+                self.assertNotIn(b'": ', sent, "it is written anew")
+
+    def test_an_answer_comes_back_in_the_upstreams_own_bytes(self):
+        usual = json.dumps(OPENAI.whole(HELLO)).encode().replace(b'"Hel', '"é\\n\\ud83cHel'.encode())
+        name = b'"gpt-test-2026-11-01"'
+        self.assertEqual(usual.count(name), 1)
+        same = [usual, usual.replace(b": ", b":"), usual[:-1] + b' , "x": 1.50}\n',
+                usual.replace(b'"model": ', b'"model"\t:\n')]
+        anew = [b" " + usual, b"\xef\xbb\xbf" + usual, usual[:-1] + b', "model": %b}' % name,
+                usual[:-1] + b', "more": {"model": "y"}}', usual.replace(b'"model"', b'"m\\u006fdel"'),
+                usual.replace(b'"model": %b' % name, b'"more": 5'), usual.replace(name, b"5"),
+                usual[:-1] + b', "user": "model"}']
+        script = mock.Mock()
+        with Upstream(OPENAI, lambda *_: script()) as upstream, running(upstream) as server:
+            for data, as_it_is in [*((data, True) for data in same), *((data, False) for data in anew)]:
+                with self.subTest(data=data):
+                    script.return_value = whole(200, data, "Content-Type: application/json")
+                    reply, _ = self.sent(upstream, server, json.dumps(chat(upstream.target)))
+                    meant = {**json.loads(data.decode("utf-8-sig")), "model": upstream.target}
+                    self.assertEqual(reply.json, meant)
+                    self.assertEqual(reply.body == data.replace(name, b'"%b"' % upstream.target.encode(), 1), as_it_is)
+                    pairs = json.loads(reply.body, object_pairs_hook=list)
+                    self.assertEqual(len({name for name, _ in pairs}), len(pairs), "a name comes twice")
+
+
 # --- 6. What a provider cannot do ------------------------------------------------------------------------------------
 
 BOTH_REFUSE = [  # the parameter that is named, the fields
@@ -3548,6 +3651,57 @@ class Connections:
                     self.assertTrue(up.requests[0].hung_up.wait(1), "the connection is still in use")
 
 
+    def test_a_request_that_is_taken_slowly_but_steadily_is_not_cut(self):
+        with Upstream(OPENAI, pace=0.008, tls=self.tls) as upstream, \
+                running(upstream, flags=["--stall-timeout-s=0.3"]) as server:
+            with Took() as took:
+                self.answered(ask(server, upstream.target, **talk(user("x" * 7000000))), "Hello")
+            self.assertGreater(took.seconds, 0.3)
+
+    def test_a_request_that_nobody_takes_ends_at_its_limit_or_with_its_client(self):
+        for leaves in (False, True):
+            flag = "--stall-timeout-s=%g" % (60 if leaves else 0.5)
+            with self.subTest(leaves=leaves), Deaf(self.tls) as upstream, \
+                    running(upstream, flags=[flag], probed=False) as server, connected(server) as client:
+                data = post(chat(upstream.target, **talk(user("x" * 7000000))), "Connection: close")
+                client.sendall(data)
+                self.assertTrue(upstream.begun.wait(5))
+                if leaves:
+                    client.close()
+                    eventually(lambda: server.gateway.ledger.in_flight() == {})
+                else:
+                    self.refused(reply_in(rest_of(client)), 504, "not accepted")
+
+
+class Deaf:
+    """An upstream that lets everybody in and reads nothing of what they send after the first bytes."""
+    dialect, side, target = OPENAI, OPENAI.side, "openai:" + OPENAI.model
+
+    def __init__(self, tls):
+        self._tls, self._listener, self.begun = tls, socket.create_server(("127.0.0.1", 0)), threading.Event()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        self.url = "%s:%d" % ("https://localhost" if tls else "http://127.0.0.1", self._listener.getsockname()[1])
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def _serve(self):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            while True:
+                connection = stack.enter_context(self._listener.accept()[0])
+                with contextlib.suppress(OSError):
+                    connection = self._tls.wrap_socket(connection, server_side=True) if self._tls else connection
+                    if stack.enter_context(connection).recv(4) == b"POST":
+                        self.begun.set()
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(5)
+
+
 class TransportOverTls(Connections, Case):
     """The same in front of https: servers, with a certificate that is made and trusted here."""
 
@@ -3607,12 +3761,6 @@ class Transport(Connections, Case):
                     with self.subTest(host), running(upstream, env=env) as server:
                         self.answered(ask(server, upstream.target), way)
             self.assertEqual({request.path for request in proxy.requests}, {env["OLLAMA_HOST"] + OLLAMA.path})
-
-    def test_a_request_that_is_taken_slowly_but_steadily_is_not_cut(self):
-        with Upstream(OPENAI, pace=0.008) as upstream, running(upstream, flags=["--stall-timeout-s=0.3"]) as server:
-            with Took() as took:
-                self.answered(ask(server, upstream.target, **talk(user("x" * 7000000))), "Hello")
-            self.assertGreater(took.seconds, 0.3)
 
     def test_dripping_bytes_do_not_outlive_the_limits(self):
         """A limit is a length of time, not the patience for one more byte."""
@@ -6548,6 +6696,10 @@ NOT_PASSED = [  # what is no known event, by a form: where it begins nothing pas
     ("a piece of an event", lambda form: form.said(b"a")[5:]), ("half an event", lambda form: form.said(b"a")[:-1]),
     ("a line more", lambda form: form.said(b"a")[:-1] + b"data: x\n\n"),
     ("a padding of other letters", lambda form: form.said(b"a").replace(b"aB7", b"aB\\u0041")),
+    *((f"{what} in its text", lambda form, what=what: form.said(what)) for what in (
+        b'a"obfuscation":"x"b', b'a""obfuscation":"x"b', b'a"created_at":"5"b', b'"created_at":"5"', b"\1", b'a"\0b')),
+    ("no padding", lambda form: form.said(b"a").replace(b'"obfuscation": "aB7"', b"")),
+    ("no time", lambda form: re.sub(rb'"created_at":"[^"]*"', b"", form.said(b"a"))),
     ("a time of other letters", lambda form: form.said(b"a").replace(b"+01:00", b"\\u0041")),
 ]
 NOT_STUDIED = [  # events that no other one is known by
@@ -6634,7 +6786,7 @@ class Passing(Case):
             OPENAI: [(b'"index":0', b'"index":1'), (b"null", b'"stop"'), (b'{"content"', b'{"role":"x","content"'),
                      (b'"id":"i"', b'"usage":{"total_tokens":1}'), (b'"id":"i"', b'"error":{"message":"no"}'),
                      (b'"id":"i"', b'"object":"error"'), (b'}]}', b'},{"index":1}]}'), (b'}]}', b'},5]}'),
-                     (b'"delta"', b'"message"')],
+                     (b'"delta"', b'"message"'), (b'"id":"i"', b'"id":"i","conte\\u006et":"b"')],
             OLLAMA: [(b'"done":false', b'"done":true'), (b'"role"', b'"thinking"'), (b'"model"', b'"logprobs"'),
                      (b'"message"', b'"response"'), (b',"done":false', b""), (b'{"role"', b'[{"role"')],
             CLAUDE: [(b'"text_delta",', b'"text_delta","citations":[],'), (b'"index":0', b'"index":0,"usage":{}'),
@@ -6679,12 +6831,24 @@ class Passing(Case):
                     self.assertEqual(len({(chunk["id"], chunk["created"]) for chunk in reply.chunks}), 1)
 
     def test_the_second_half_of_an_event_is_no_event(self):
-        """Two data lines are one event, whatever the second one looks like."""
-        events = OPENAI.events(Saying((Text("a"), Text("b"), Text("c")), "stop", 1, 1), {})
-        pieces = [*events[:3], b"data: \n", events[3], *events[4:]]
-        reply = through(OPENAI, [OPENAI.head, *(step for piece in pieces for step in (chunk(piece), 0.02)), END],
-                        stream=True)
-        self.answered(reply, "abc")
+        """Neither after another data line, with which it is one event, nor after the beginning of its own line."""
+        events = OPENAI.events(Saying(tuple(map(Text, "abcd")), "stop", 1, 1), {})
+        rows = [  # before the third text, what is said, the error's code
+            (b"data: \n", "abcd", None), (b"data: \r\n", "abcd", None), (b"data: 5\n", "ab", "bad_upstream_answer"),
+            (b"data: 5\r\n", "ab", "bad_upstream_answer"), (b": x\r\n\r\n: y ", "abd", None), (b": y ", "abd", None),
+            (b": x\r\n\r\n", "abcd", None), (b"id: 5\r", "abcd", None)]
+
+        def said_so(before, text, code):
+            pieces = [*events[:3], before, events[3], *events[4:]]
+            return through(OPENAI, [OPENAI.head, *(step for piece in pieces for step in (chunk(piece), 0.02)), END],
+                           stream=True)
+        for (before, text, code), reply in zip(rows, at_once(said_so, rows)):
+            with self.subTest(before=before):
+                if code:
+                    self.broken_off(reply, text)
+                    self.assertEqual(reply.error["code"], code)
+                else:
+                    self.answered(reply, text)
 
 
 # --- 10. What one thread passes on for all ---------------------------------------------------------------------------
@@ -6904,6 +7068,20 @@ class Relayed(Lent, Case):
                 self.answered(reply, "".join(texts))
                 self.assertEqual([delta["content"] for delta in reply.deltas if delta.get("content")], texts)
 
+    def test_its_pause_is_no_silence_of_the_upstream(self):
+        texts = [("%04d " % number) * 200 for number in range(500)]
+
+        def paused(dialect, *flags):
+            stack, upstream, server = self.played(dialect, flow(*texts, pause=0.0),
+                                                  flags=["--stall-timeout-s=0.6", *flags])
+            with stack, thirstless(server, model=upstream.target, stream=True) as client:
+                upstream.next_request()
+                time.sleep(1.5)
+                return reply_in(rest_of(client))
+        rows = [(dialect, *flags) for dialect in DIALECTS for flags in ([], ["--on-cut=continue"])]    # it has all read
+        for reply in at_once(paused, rows):
+            self.answered(reply, "".join(texts))
+
     def test_a_client_that_never_takes_anything_is_cut(self):
         def cut_off(dialect):
             stack, upstream, server = self.played(dialect, endless(0.0))
@@ -7007,6 +7185,8 @@ class Relayed(Lent, Case):
 
         def no_relay(thread):
             if thread.name == "relay":
+                with contextlib.suppress(AssertionError):    # meanwhile others may count on it
+                    eventually(lambda: len(lent(server)) > 2, within=0.1)
                 raise RuntimeError("can't start new thread")
             start(thread)
         for dialect in DIALECTS:
@@ -7050,6 +7230,33 @@ class Relayed(Lent, Case):
                     self.assertIn("[DONE]", reply.events)
                     self.assertIn("".join(TEXTS[:9]), reply.text)
                     self.assertEqual(lent(server), {})
+
+    def test_what_passes_is_a_sign_of_life(self):
+        def spoken(dialect):
+            stack, upstream, server = self.played(dialect, flow(*TEXTS, pause=0.06), flags=["--stall-timeout-s=0.9"])
+            with stack:
+                return ask(server, upstream.target, stream=True)
+        for reply in at_once(spoken, [(dialect,) for dialect in DIALECTS]):
+            self.answered(reply, "".join(TEXTS))
+
+    def test_an_answer_without_its_end_mark_that_comes_at_once_is_cut_at_once(self):
+        for dialect in DIALECTS:
+            def texts_alone(dialect, request):
+                events = dialect.events(Saying(tuple(map(Text, TEXTS)), "stop", 9, 7), request.json)
+                return [dialect.head + b"".join(chunk(event) for event in events if b"w" in event) + END]
+            with self.subTest(dialect.name):
+                reply = through(dialect, texts_alone, stream=True)
+                self.broken_off(reply, "".join(TEXTS))
+                self.assertEqual(reply.error["code"], "upstream_cut")
+
+    def test_what_nobody_has_lent_any_more_is_forgotten(self):
+        relay, (one, other) = oblix._Relay(), socket.socketpair()
+        with one, other, contextlib.closing(relay._poller):
+            relay._poller.register(one, select.EPOLLIN)
+            other.send(b"x")
+            relay.close()
+            relay._run()
+            relay._poller.register(one, select.EPOLLIN)
 
     def test_a_request_that_comes_during_a_stream_is_answered_after_it_and_costs_nothing_meanwhile(self):
         for dialect in DIALECTS:
@@ -10551,6 +10758,143 @@ class Logs(Case):
             self.assertEqual(seen.log.count("monitor resources failed"), 1, form)
 
 
+class Outlet(io.StringIO):
+    """A stream for a log, which takes nothing while its gate is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.writes = threading.Event(), 0
+        self.gate.set()
+
+    def write(self, text):
+        self.gate.wait(10)
+        self.writes += 1
+        return super().write(text)
+
+
+class LogWriter(Case):
+    """Log lines are written by a thread of its own: in order, soon, to the last one, and nobody waits for it."""
+
+    def setUp(self):
+        self.outlet = Outlet()
+        self.writer = oblix._LogWriter(self.outlet)
+        self.writer.setFormatter(logging.Formatter("%(message)s"))
+        self.addCleanup(self.stop)
+
+    def stop(self):
+        """End the thread, which would wait for ever."""
+        self.outlet.gate.set()
+        with mock.patch.object(self.writer._due, "wait", return_value=False):
+            self.tell("the last one")
+            eventually(lambda: "log" not in [thread.name for thread in threading.enumerate()])
+
+    def tell(self, *texts, level=logging.INFO):
+        for text in texts:
+            self.writer.handle(logging.LogRecord("x", level, "", 0, text, None, None))
+
+    def test_lines_come_soon_in_order_and_together(self):
+        texts = ["line %d" % number for number in range(100)]
+        self.tell(*texts)
+        eventually(lambda: "line 99" in self.outlet.getvalue())
+        self.assertEqual(self.outlet.getvalue().splitlines(), texts)
+        self.assertLess(self.outlet.writes, 20)
+        self.tell("one more")    # after a rest
+        eventually(lambda: "one more" in self.outlet.getvalue())
+
+    def test_a_warning_comes_at_once_with_what_was_said_before(self):
+        with mock.patch.object(oblix, "LOG_S", 60):
+            for level in (logging.WARNING, logging.ERROR, logging.CRITICAL):
+                self.tell("before %d" % level)
+                self.tell("it %d" % level, level=level)
+                eventually(lambda: "it %d" % level in self.outlet.getvalue())    # noqa: B023 - it is over here
+            self.tell("a while")
+            time.sleep(0.1)
+            self.assertNotIn("a while", self.outlet.getvalue())
+            self.writer.flush()
+            self.assertEqual(self.outlet.getvalue().splitlines()[-1], "a while")
+        self.assertEqual(len(self.outlet.getvalue().splitlines()), 7)
+
+    def test_nobody_waits_where_nothing_is_taken_and_the_oldest_lines_are_dropped(self):
+        self.outlet.gate.clear()
+        with mock.patch.object(oblix, "LOG_END_S", 0.1), Took() as took:
+            self.tell("it is being written", level=logging.WARNING)
+            eventually(lambda: not self.writer._lines)
+            self.tell(*map(str, range(oblix.MAX_LOG_LINES + 5)))
+            self.tell("a warning", level=logging.WARNING)
+            self.writer.flush()
+        self.assertLess(took.seconds, 5)
+        self.outlet.gate.set()
+        eventually(lambda: "a warning" in self.outlet.getvalue())
+        lines = self.outlet.getvalue().splitlines()
+        self.assertEqual((lines[:2], lines[-2:]), (["it is being written", "6"],
+                                                   [str(oblix.MAX_LOG_LINES + 4), "a warning"]))
+
+    def test_a_stream_that_fails_is_tried_again(self):
+        for error in (BrokenPipeError(), ValueError("it is closed")):
+            with mock.patch.object(self.outlet, "write", side_effect=error) as write:
+                self.tell("lost", level=logging.WARNING)
+                eventually(lambda: write.called and not self.writer._writing)    # noqa: B023 - it is over here
+        self.tell("told", level=logging.WARNING)
+        eventually(lambda: "told" in self.outlet.getvalue())
+
+    @unittest.skipUnless(os.name == "posix", IMPOSSIBLE + ": signals are POSIX's")
+    def test_the_last_lines_of_a_process_are_written(self):
+        for changed in ("", "pass"):    # as a script, and as a module
+            with self.subTest(changed=changed), Upstream(OPENAI) as upstream, \
+                    Service("--port=0", *CALM, *flags_for(upstream), env=env_for(upstream), changed=changed) as service:
+                asked = [ask(service, upstream.target).headers["x-request-id"] for _ in range(20)]
+                service.signal(signal.SIGTERM)
+                self.assertEqual(service.status(), 0)
+                lines = service.log().splitlines()
+                told = [line.split(" INFO ")[1].split()[0] for line in lines if "POST" in line]
+                self.assertEqual(told, asked)
+                self.assertIn("stopping", lines[-1])
+
+    @unittest.skipUnless(os.name == "posix", IMPOSSIBLE + ": signals are POSIX's")
+    def test_a_process_whose_log_nobody_takes_answers_and_ends(self):
+        """A pipe that is full, one whose other end is closed, and no stderr at all."""
+        for how in ("full", "left", "closed"):
+            read, write = os.pipe()
+            with self.subTest(how), Upstream(OPENAI, [OPENAI.head, chunk(HEL[OPENAI]), CLOSE]) as upstream:
+                with socket.create_server(("127.0.0.1", 0)) as free:
+                    server = argparse.Namespace(port=free.getsockname()[1])
+                command = ["sh", "-c", 'exec "$@"%s' % (" 2>&-" if how == "closed" else ""), "sh", sys.executable,
+                           "oblix.py", "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
+                if how == "full":    # but for what the start says
+                    os.set_blocking(write, False)
+                    with contextlib.suppress(BlockingIOError):
+                        while True:
+                            os.write(write, b"x" * 512)
+                    os.set_blocking(write, True)
+                elif how == "left":
+                    os.close(read)
+                process = subprocess.Popen(command, cwd=HERE, env=bare_env(env_for(upstream)), stderr=write,
+                                           stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+                try:
+                    os.close(write)
+                    eventually(lambda: not refuses_connections(server), within=10)    # noqa: B023 - it is over here
+                    for _ in range(3):
+                        reply = ask(server, upstream.target, stream=True)    # which is cut, and warned of
+                        self.assertTrue(reply.cut)
+                    self.assertEqual(fetch(server, "GET", "/health").status in (200, 503), True)
+                    process.send_signal(signal.SIGTERM)
+                    self.assertEqual(process.wait(8), 0)
+                finally:
+                    process.kill()
+                    process.wait()
+                    if how != "left":
+                        os.close(read)
+
+
+def refuses_connections(server):
+    """Whether nobody listens there."""
+    try:
+        socket.create_connection(("127.0.0.1", server.port), 2).close()
+    except OSError:
+        return True
+    return False
+
+
 # --- 14. What goes wrong alone ----------------------------------------------------------------------------------------
 
 class Shaky(oblix.ResourceMonitor):
@@ -12394,7 +12738,7 @@ def make_passed(chance):
 
 
 BETWEEN_QUOTES = [b"\xff", b"\xed\xa0\xbd", b"\xc3", b"\x01", b"\t", b"\r", b"\n", b"\r\n", b"\0", b"\x7f", b'"',
-                  b'""', b"\\", b"\\x", b"\xc2\x85", b"\xe2\x80\xa9", b"\n\n",
+                  b'""', b'"\0', b'"created_at":"5"', b"\\", b"\\x", b"\xc2\x85", b"\xe2\x80\xa9", b"\n\n",
                   b"\\u12", b"\\ud800", b'\\"', b'","role":"x', b'", "role": "x', b'"}}],"a":[{"b":{"c":"', b"\\\\"]
 AMONG_EVENTS = [b"\n", b": ping\n\n", b": data: {}\n", b": ping\n", b"data: {}\n", b"data:\n", b"event: ping\n",
                 b"id: 5\n", b"event: ping\ndata: {\"type\": \"ping\"}\n\n", b"retry: 5\n\n", b"data\n", b"{}\n", b" \n",
