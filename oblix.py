@@ -4740,7 +4740,8 @@ class Gateway:
                 text = answer.body(within_first_byte=True).decode("utf-8", "replace")
             if answer.status >= 300:
                 raise classify(answer.status, text, answer.retry_after_s, endpoint)
-            event_of(text)    # an error, or a login page, may come with any status
+            for line in text.splitlines() or [text]:    # an error, or a login page, may come with any status
+                event_of(line)
         except UpstreamError as error:
             log.info("%s was not loaded: %s", target.id, error.brief)
             self.ledger.settle(target, error)    # it rests before it is tried again
