@@ -32,6 +32,8 @@ Promises, each held by a test of its name
 Who owns which state
   monitors' readings     each monitor's own thread writes its one attribute; everybody reads it without a lock (4)
   idle connections       deques of the transport, whose append and pop are atomic (7)
+  whose turn it is       one for the process, behind its lock; who forgets to leave it loses it (7)
+  last waits of places   a dict of the transport, whose entries anybody overwrites (7)
   streams passed unread  a dict of the relay, added to behind its lock; a stream's state is the relay's while its own
                          thread sleeps, and else its thread's (7)
   ways to upstreams      a dict of the transport, whose entries are made anew by whoever finds them old (7)
@@ -43,6 +45,7 @@ Who owns which state
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
+  lines of the log       a deque of its writer, whose operations are atomic (14)
   admission              clients' connections, how much is asked at once, whether it ends; behind its lock (11)
   everything else        immutable, or local to the thread of one request
 
@@ -3446,19 +3449,17 @@ def _limit_waits(connection: socket.socket, option: str, limit_s: float) -> None
     if sys.platform != "linux" or hasattr(connection, "pending"):    # TLS
         return connection.settimeout(limit_s)
     which: int = getattr(socket, option)
-    value = struct.pack(_timeval(connection, which), int(limit_s), int(limit_s % 1 * 1e6))
+    value = struct.pack(_timeval(), int(limit_s), int(limit_s % 1 * 1e6))
     connection.setsockopt(socket.SOL_SOCKET, which, value)    # a system call that keeps the interpreter
     if connection.gettimeout() is not None:
         connection.settimeout(None)
 
 
-_TIMEVALS = {16: "qq", 8: "ii"}    # a struct timeval by its size
-
-
-def _timeval(connection: socket.socket, which: int, known: list[str] = []) -> str:  # noqa: B006 - found once
-    if not known:
-        known.append(_TIMEVALS[len(connection.getsockopt(socket.SOL_SOCKET, which, 16))])
-    return known[0]
+@functools.lru_cache(1)
+def _timeval() -> str:
+    """How a struct timeval is packed; on 32-bit systems that depends on how the C library was built."""
+    with socket.socket() as one:
+        return {16: "qq", 8: "ii"}[len(one.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))]
 
 
 class _Wire:
@@ -3704,9 +3705,9 @@ class _Pool:
     def _send(self, upstream: socket.socket, raw: bytes, place: Any, limits: Limits, client: Client | None) -> Answer:
         try:
             _send_all(upstream, raw, limits, client)
-            wire = _Wire(upstream, client, limits, self._waited_s.get(place, 1.0) < AT_ONCE_S)
+            sent, wire = time.monotonic(), _Wire(upstream, client, limits, self._waited_s.get(place, 1.0) < AT_ONCE_S)
             answer = Answer(wire, upstream, lambda: self._release(place, upstream))
-            self._waited_s[place] = answer.waited_s
+            self._waited_s[place] = wire.came - sent    # without the wait for the turn
             return answer
         except BaseException:
             upstream.close()
@@ -3884,7 +3885,7 @@ class Answer:
         self._read_head()
         while self.status < 200:    # 100, 102, 103: the answer is still to come
             self._read_head()
-        self.waited_s = wire.came - sent    # from the request's last byte: neither connecting nor TLS
+        self.waited_s = time.monotonic() - sent    # from the request's last byte: neither connecting nor TLS
         self.content_type = self._fields.get("content-type", "").partition(";")[0].strip().lower()
         self._set_framing()
 
@@ -4283,6 +4284,7 @@ class _Relay:
 
 RELAY_LOOK_S = 0.1    # between two looks at the time
 RELAY_END_S = 1.0
+
 
 def _of_ssl(name: str) -> tuple[type[Exception], ...]:
     """This kind of error, or none where ssl has not been imported and can't have raised it."""
