@@ -3318,8 +3318,8 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 # === 7. Transport =====================================================================================================
 # uses: 1 3
 # How do bytes get to an upstream and back?  urllib says by which way (proxies), http.client connects and does TLS, and
-# what is said over connections that stay open between requests is written and read here.  It knows addresses, deadlines
-# and the client's hang-up, and nothing of what the bytes mean.
+# what is said over connections that stay open between requests is written and read here.  It knows addresses,
+# deadlines, whose turn it is and the client's hang-up, and nothing of what the bytes mean.
 
 MAX_BODY_BYTES = 64 << 20     # of a whole answer
 MAX_STREAM_BYTES = 256 << 20  # of a streamed one: 128,000 tokens take some 30 MiB
@@ -3466,8 +3466,9 @@ class _Wire:
     """An upstream's bytes as they come: each wait has a deadline, and ends when the client hangs up."""
 
     def __init__(self, upstream: socket.socket, client: Client | None, limits: Limits, at_once: bool = False) -> None:
-        """`at_once`: what comes first is so near that it is waited for without leaving the turn."""
-        self._at_once, self.came = at_once, 0.0    # when something came last
+        """`at_once`: what comes first is so near that it is waited for without leaving the turn, for SOON_S."""
+        self._at_once = at_once and upstream.gettimeout() is None    # else `wait` would keep it for as long as it waits
+        self.came = 0.0    # when something came last
         self.upstream, self._stall_s, self._until = upstream, limits.stall_s, limits.until
         self._client = {client.socket: _READABLE} if client else {}
         self._beat = client.beat if client else None

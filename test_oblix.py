@@ -3702,6 +3702,62 @@ class Deaf:
         self._thread.join(5)
 
 
+class Turns(Case):
+    """One thread at a time works on requests, as long as nobody forgets it."""
+
+    def setUp(self):
+        self.turn, self.called = oblix.Turn(), []
+        self.turn.take()
+
+    def line_up(self, *names):
+        """Threads that take their turn one after the other, those whose names begin with `a` to answer."""
+        threads = [threading.Thread(target=self.work, args=(name,)) for name in names]
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            eventually(lambda: len(self.turn._answers) + len(self.turn._requests) == number)    # noqa: B023 - at once
+        return threads
+
+    def work(self, name):
+        self.turn.take(answers=name.startswith("a"))
+        self.called.append(name)
+        self.turn.leave()
+
+    def test_answers_come_first_and_each_in_order(self):
+        with mock.patch.object(oblix, "TURN_S", 30):
+            threads = self.line_up("r1", "a1", "r2", "a2")
+            self.assertEqual(self.called, [])
+            self.assertTrue(self.turn.leave())
+            for thread in threads:
+                thread.join(5)
+        self.assertEqual(self.called, ["a1", "a2", "r1", "r2"])
+        self.assertFalse(self.turn.leave(), "it is not ours any more")
+
+    def test_who_keeps_it_for_too_long_loses_it(self):
+        with mock.patch.object(oblix, "TURN_S", 0.05):
+            for thread in self.line_up("r1"):
+                thread.join(5)
+        self.assertEqual(self.called, ["r1"])
+        self.assertFalse(self.turn.leave())
+
+    def test_who_waits_for_an_upstream_leaves_it_however_near_that_seemed(self):
+        for kernel, at_once_ in itertools.product((True, False), repeat=2):
+            ours, theirs = socket.socketpair()
+            with self.subTest(kernel=kernel, at_once=at_once_), ours, theirs, \
+                    mock.patch.object(oblix, "TURN", self.turn), mock.patch.object(oblix, "TURN_S", 30):
+                oblix.limit_receive(ours, oblix.SOON_S) if kernel else ours.settimeout(1)
+                self.called.clear()
+                threads = self.line_up("r1")
+                fallback = threading.Timer(3, theirs.sendall, [b"too late"])
+                threads.append(threading.Thread(target=lambda: (threads[0].join(2.5), theirs.sendall(b"in time"))))    # noqa: B023
+                threads[1].start()
+                fallback.start()
+                wire = oblix._Wire(ours, None, oblix.Limits(1, 5, 5), at_once_)
+                self.assertEqual((wire.receive(), self.called), (b"in time", ["r1"]))
+                fallback.cancel()
+                for thread in (*threads, fallback):
+                    thread.join(5)
+
+
 class TransportOverTls(Connections, Case):
     """The same in front of https: servers, with a certificate that is made and trusted here."""
 
