@@ -103,6 +103,7 @@ from typing import (
     Optional,
     Protocol,
     TextIO,
+    Union,
 )
 
 if TYPE_CHECKING:
@@ -304,6 +305,21 @@ class ChatRequest:
         return int(self.body.get("max_completion_tokens") or self.body.get("max_tokens") or usual)
 
     @functools.cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """Return hashes of the prompt's blocks of BLOCK characters, in the order in which chat templates write it.
+
+        Two prompts whose first n hashes are equal begin with the same n blocks.  A last block that is not full is left
+        out: a conversation that goes on would fill it.  vLLM finds shared prefixes in the same way.
+        """
+        parts = [dumps(self.body["tools"]).decode()] if "tools" in self.body else []
+        for message in self.messages:
+            calls = message.get("tool_calls")
+            parts += [message["role"], text_of(message), dumps(calls).decode() if calls else ""]
+        text = "\n".join(parts)
+        most = min(len(text) // BLOCK, MAX_BLOCKS)
+        return tuple([hash(text[number * BLOCK:(number + 1) * BLOCK]) for number in range(most)])
+
+    @functools.cached_property
     def size(self) -> int:
         """The prompt's length in bytes of UTF-8, an image counted as the 4 KB of text that a thousand tokens are."""
         texts = sum(len(text_of(message).encode("utf-8", "replace")) + 4 for message in self.messages)
@@ -345,6 +361,10 @@ class Plan:
     conditions: Mapping[Target, Condition] = dataclasses.field(default_factory=dict)    # of them; none if named
 
 
+TOKEN_BYTES = 4              # of English; code has some 3
+TEMPLATE_BYTES = 100         # of a prompt besides its messages: Llama 3's template has 26 tokens
+BLOCK = 256                  # characters of a prompt, some 64 tokens: 3 s of a Raspberry Pi's reading
+MAX_BLOCKS = 4096            # a million characters, more than a local model's window
 MAX_RETRY_AFTER_S = 600.0
 MOST_TOKENS = 1 << 32        # no window has so many
 MAX_LINE_BYTES = 32 << 20    # of an event in an answer: as much as a request may have; more is an attack
@@ -569,10 +589,15 @@ MAX_JSON_DEPTH = 100    # tool schemas nest some 10-20 deep; json itself gives u
 # derive from the declaration.  Secrets never print.
 
 def setting(default: Any, help: str, *, env: str = "", secret: bool = False, choices: Any = None,
-            low: float = 0, high: float = 1e6) -> Any:
-    """Declare a setting.  `env` names a variable that other tools share and that has no flag of its own."""
-    return dataclasses.field(default=default, repr=not secret, metadata={"help": help, "env": env, "choices": choices,
-                                                                             "low": low, "high": high})
+            low: float = 0, high: float = 1e6, form: str = "") -> Any:
+    """Declare a setting.  `env` names a variable that other tools share and that has no flag of its own; `form` is a
+    regular expression that its text matches."""
+    return dataclasses.field(default=default, repr=not secret, metadata={
+        "help": help, "env": env, "choices": choices, "low": low, "high": high, "form": form})
+
+
+NUMBER = r"[+-]?\d+(\.\d*)?"
+DURATION = rf"{NUMBER}|[+-]?((\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h))+"    # as Ollama reads keep_alive; the latter is Go's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -602,16 +627,22 @@ class Settings:
                                        high=3600)
     prefer: str = setting("local", "what auto prefers while both sides are well: local, cloud, or whichever is "
                                    "measured to answer sooner", choices=("local", "cloud", "fast"))
+    local_first_s: float = setting(5.0, "expected seconds to local's first word from which the cloud goes first, if it "
+                                        "is expected in less than half of that; inf stays local", high=math.inf)
+    local_whole_s: float = setting(30.0, "the same for the end of an answer that is not streamed", high=math.inf)
     local_slots: int = setting(1, "requests that the local model answers at once (Ollama's OLLAMA_NUM_PARALLEL); more "
                                   "overflow to the cloud", low=1)
     warm_up: str = setting("auto", "whether to load the local model at start, while the cloud is not well, and when "
                                    "the cloud answers in its place", choices=("auto", "never"))
+    keep_alive: str = setting("auto", "how long Ollama keeps a model in memory after its last use: seconds, or 10m, "
+                                      "1h30m, -1 for ever; auto is 30m, and 5m on battery; default leaves it to Ollama",
+                              form=rf"auto|default|{DURATION}")
     on_cut: str = setting("error", "what follows when a plain text stream breaks off: an error, or another model that "
                                    "continues it", choices=("error", "continue"))
     first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; Ollama may load a model for "
                                                  "minutes", low=0.1, high=86_400)
-    patience_s: float = setting(60.0, "seconds until a local answer's first content while another model could answer",
-                                low=0.1, high=86_400)
+    patience_s: float = setting(60.0, "seconds until an answer's first content while another model could answer; a "
+                                      "silent cloud is left sooner", low=0.1, high=86_400)
     stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; comments don't count",
                                      low=0.1, high=86_400)
     request_timeout_s: float = setting(900.0, "seconds that a whole request may take, all attempts together", low=0.1,
@@ -635,7 +666,7 @@ class Settings:
     gpu_critical_percent: float = setting(95.0, "GPU or GPU memory use by others from which local is critical")
     battery_constrained_percent: float = setting(25.0, "charge down to which local is constrained while unplugged")
     battery_critical_percent: float = setting(10.0, "charge down to which local is critical while unplugged")
-    latency_degraded_ms: float = setting(200.0, "probe latency above which a cloud is degraded")
+    latency_degraded_ms: float = setting(1000.0, "probe latency above which a cloud is degraded")
     loss_degraded_percent: float = setting(10.0, "share of failed probes above which a cloud is degraded")
     log_level: str = setting("info", "what is logged; info is a line per request",
                              choices=("debug", "info", "warning", "error"))
@@ -710,6 +741,15 @@ def _number_of(field: dataclasses.Field[Any]) -> Callable[[str], int | float]:
     return number
 
 
+def _text_of(field: dataclasses.Field[Any]) -> Callable[[str], str]:
+    """Return a converter for argparse, which lets only texts of the setting's form through."""
+    def text_of_form(text: str) -> str:
+        if field.metadata["form"] and not re.fullmatch(field.metadata["form"], text):
+            raise argparse.ArgumentTypeError(f"{text!r} is no time such as 300, 10m, 1h30m or -1")
+        return text
+    return text_of_form
+
+
 def shown(field: dataclasses.Field[Any]) -> str:
     """A default as --help and the README show it."""
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
@@ -742,7 +782,7 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
         else:
             number = isinstance(field.default, (int, float))
             how.update(metavar="N" if number else field.name.rsplit("_", 1)[-1].upper(),
-                       type=_number_of(field) if number else str, choices=field.metadata["choices"])
+                       type=_number_of(field) if number else _text_of(field), choices=field.metadata["choices"])
         parser.add_argument(flag_of(field), **how)
     return parser
 
@@ -1448,7 +1488,8 @@ class ResourceMonitor(Monitor):
         keep = math.exp(-passed_s / 60)
         self._load_ours = keep * self._load_ours + (1 - keep) * ours_s / max(passed_s, 0.01)
         others = max(0.0, psutil.getloadavg()[0] - self._load_ours)
-        return {"load_per_core": round(others / (psutil.cpu_count() or 1), 2)}
+        cores = psutil.cpu_count() or 1
+        return {"load_per_core": round(others / cores, 2), "cores": cores}
 
     def judge(self, facts: Json) -> Reading:
         return Reading(self.side, *worst(facts, self._limits), facts)
@@ -1854,7 +1895,8 @@ class Watch:
         for monitor in self.monitors:
             while monitor.endpoint == endpoint and not seen(monitor.reading) and time.monotonic() < deadline:
                 monitor.wake.set()
-                self._stop.wait(0.02)
+                if self._stop.wait(0.02):
+                    return
 
     def first(self, endpoint: Endpoint) -> threading.Event:
         """What is set once an endpoint has been probed; at once for one that is not watched."""
@@ -1912,6 +1954,8 @@ _SET.set()
 # Which target first?  Decides from a snapshot of the readings and of what requests have shown.  It has no clock and no
 # memory, so a decision can be replayed; what it decides from is remembered elsewhere (8), as the values defined here.
 
+TYPICAL_TOKENS = 200    # of an answer whose length nobody knows
+
 REST_S, MAX_REST_S = 1.0, 60.0                      # after a fault, doubled for each further one in a row
 ACCOUNT_REST_S, MAX_ACCOUNT_REST_S = 600.0, 3600.0    # a person must act: not soon
 MISSING_REST_S = 60.0                               # the model may be pulled or named rightly at any time
@@ -1946,7 +1990,10 @@ class Breaker:
         rest_s = min(first_s * 2.0 ** min(failures - 1, 60), most_s)
         asked_s = error.retry_after_s or 0.0
         hopeless = error.fault is Fault.ACCOUNT or asked_s > 0 or resting and not self.last_hope
-        return Breaker(failures, max(self.until, now + max(rest_s, asked_s)), error.brief, error.fault, not hopeless)
+        until = now + max(rest_s, asked_s)
+        if until < self.until:    # the fault before it is what still keeps the target from being asked
+            return dataclasses.replace(self, failures=failures, last_hope=not hopeless)
+        return Breaker(failures, until, error.brief, error.fault, not hopeless)
 
     def succeeded(self) -> Breaker:
         """The breaker after an answer: closed."""
@@ -1958,17 +2005,60 @@ class Pace(NamedTuple):    # made anew with each answer, as the record is: a dat
     firsts_s: tuple[float, ...] = ()    # seconds to the first content
     tokens_per_s: float = 0.0           # after it, a moving average
     load_s: float = 0.0                 # the model's last load into memory
+    lengths: tuple[int, ...] = ()       # of answers, in tokens
+    read: tuple[float, float] = (0.0, 0.0)    # tokens of prompts, and the seconds in which they were read
+    at: float = 0.0                     # when it was learned, in the seconds of the ledger's clock
 
-    def learned(self, first_s: float | None, tokens: int, seconds: float) -> Pace:
-        """The pace after one more answer: its first content came after `first_s`, its tokens took `seconds` more."""
+    def learned(self, first_s: float | None, tokens: int, seconds: float, read: tuple[float, float] = (0.0, 0.0),
+                now: float = 0.0) -> Pace:
+        """Return the pace after one more answer.
+
+        Its first content came after `first_s`, its tokens took `seconds` more; `read`: tokens of its prompt that were
+        read, and in how many seconds, (0, 0) where that is not known.
+        """
         firsts = (*self.firsts_s, first_s)[-20:] if first_s is not None else self.firsts_s
         rate = tokens / seconds if tokens > 1 and seconds > 0.001 else self.tokens_per_s
         rate = 0.7 * self.tokens_per_s + 0.3 * rate if self.tokens_per_s else rate
-        return Pace(firsts, rate, self.load_s)    # _replace takes three times as long
+        before, took_s = self.read
+        both = (0.8 * before + read[0], 0.8 * took_s + read[1]) if read[1] else self.read    # a long prompt tells more
+        lengths = (*self.lengths, tokens)[-10:] if tokens else self.lengths
+        return Pace(firsts, rate, self.load_s, lengths, both, now)    # _replace takes three times as long
+
+    def reading_s(self, size: int) -> float:
+        """Return the seconds that it takes to read so many bytes of a prompt; 0 where that is not known."""
+        return size / TOKEN_BYTES * self.read[1] / self.read[0] if self.read[0] else 0.0
 
     def first_s(self, share: float) -> float:
         """The time within which this share of the first contents came, in seconds."""
         return sorted(self.firsts_s)[int(share * (len(self.firsts_s) - 1) + 0.5)] if self.firsts_s else 0.0
+
+
+class Work(NamedTuple):
+    """How much a request asks of a model."""
+    size: int = 0                   # bytes of the prompt; 0: nobody knows
+    blocks: tuple[int, ...] = ()    # as ChatRequest.blocks
+    conversation: int = 0           # what tells it from others
+    tokens: int = TYPICAL_TOKENS    # that the answer is expected to have
+    most_tokens: int = 0            # that it may have; 0: the client does not say
+    whole: bool = False             # the client sees nothing before the end
+
+    def unread(self, cache: Cache) -> int:
+        """Return how many bytes of the prompt a model that has this in its cache has to read."""
+        same = 0
+        while same < min(len(self.blocks), len(cache.blocks)) and self.blocks[same] == cache.blocks[same]:
+            same += 1
+        goes_on = same == len(cache.blocks) and self.conversation == cache.conversation
+        return max(self.size - (cache.size if goes_on else same * BLOCK), 1)
+
+
+USUAL_WORK = Work()
+
+
+class Cache(NamedTuple):
+    """What a local model read and wrote last, and so need not read again."""
+    blocks: tuple[int, ...] = ()
+    conversation: int = 0
+    size: int = 0                   # bytes of the prompt and of the answer
 
 
 class Record(NamedTuple):
@@ -1978,6 +2068,7 @@ class Record(NamedTuple):
     refused: frozenset[str] = frozenset()    # parameters that the model refuses
     pace: Pace = Pace()
     context: int = 0                         # the context that it was last asked to load, in tokens; 0: its own
+    cache: Cache = Cache()
 
 
 UNTRIED = Record()
@@ -1994,6 +2085,9 @@ class Snapshot:
     now: float = 0.0              # of the clock by which breakers rest
     prefer: str = "local"
     slots: int = 1                # requests that a local target answers at once
+    first_limit_s: float = 5.0    # --local-first-s
+    whole_limit_s: float = 30.0   # --local-whole-s
+    patience_s: float = 60.0
 
     def record(self, target: Target) -> Record:
         """What requests have shown of a target."""
@@ -2090,10 +2184,7 @@ def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
 
     The GPU's counts too, and what Ollama's other models take, as it makes room for one that is asked for.
     """
-    facts: Json = {}
-    for reading in readings:
-        if reading.side is Side.LOCAL and reading.endpoint is None:
-            facts.update(reading.facts)
+    facts = device_facts(readings)
     if not target.endpoint.on_device or "memory_free_mb" not in facts:
         return None
     own = reading_of(target, readings)
@@ -2102,11 +2193,20 @@ def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
     return free + sum(loaded) if max(loaded, default=0) < 1 << 60 else None    # more than there is: nothing is known
 
 
+def device_facts(readings: Iterable[Reading]) -> Json:
+    """Return the facts of all monitors of this device."""
+    facts: Json = {}
+    for reading in readings:
+        if reading.side is Side.LOCAL and reading.endpoint is None:
+            facts.update(reading.facts)
+    return facts
+
+
 def _burden(target: Target, model: Model | None, snapshot: Snapshot, stands: Standing) -> tuple[str, str]:
     """(state, why a local target now acts worse than its readings say, or "")."""
     if target.side is Side.CLOUD:
         return "ready", ""
-    # With --prefer fast `predicted_s` has it anyway.
+    # With --prefer fast `predicted` has it anyway.
     quick = 0 < stands.load_s < (math.inf if snapshot.prefer == "fast" else QUICK_LOAD_S)
     if target in snapshot.loading:
         return "loading", "" if quick else f"{target.model} is loading"
@@ -2159,39 +2259,146 @@ TABLE: dict[tuple[Level, Level], tuple[Side, ...]] = {    # (local, cloud) -> th
     (Level.GOOD, Level.STRAINED): _LOCAL_FIRST,
     (Level.GOOD, Level.OUT): _LOCAL_ONLY,
     (Level.STRAINED, Level.GOOD): _CLOUD_FIRST,
-    (Level.STRAINED, Level.STRAINED): _LOCAL_FIRST,
+    (Level.STRAINED, Level.STRAINED): _CLOUD_FIRST,
     (Level.STRAINED, Level.OUT): _LOCAL_ONLY,
     (Level.OUT, Level.GOOD): _CLOUD_FIRST,
     (Level.OUT, Level.STRAINED): _CLOUD_FIRST,
     (Level.OUT, Level.OUT): _LOCAL_ONLY,    # the last resort
 }
-PREFER_CLOUD = {**TABLE, (Level.GOOD, Level.GOOD): _CLOUD_FIRST, (Level.STRAINED, Level.STRAINED): _CLOUD_FIRST}
-
-TYPICAL_TOKENS = 200    # of an answer whose length nobody knows
-SWITCH_BELOW = 0.75     # --prefer fast leaves the table's order only for less than this share of the time
+PREFER_CLOUD = {**TABLE, (Level.GOOD, Level.GOOD): _CLOUD_FIRST, (Level.GOOD, Level.STRAINED): _CLOUD_FIRST}
 
 
-def predicted_s(target: Target, found: Condition, snapshot: Snapshot, tokens: int) -> float:
-    """Seconds to a whole answer of so many tokens; 0 where nothing is measured: asking is how to find out.
+# --- 5. Time ----------------------------------------------------------------------------------------------------------
 
-    Of a cloud the slow tail counts, as its usual time is not what makes people wait.  A local model loads and works off
-    its queue first, and a constrained device is about half as fast as it was measured.
+SWITCH_BELOW = 0.75    # --prefer fast leaves the table's order only for less than this share of the time
+# After so long without an answer, a target's first word is expected in half of the measured time.  Nobody asks a target
+# that is thought slow, so it would be thought slow for ever.  A cloud's trouble passes sooner than a device's.
+FADE_S = {Side.LOCAL: 6 * 3600.0, Side.CLOUD: 600.0}
+CLOUD_FIRST_S = 1.0    # of a cloud that has not been measured: half of them begin within 0.5 s (modelstats.ai)
+CLOUD_LEAST_S, CLOUD_WHOLE_S = 10.0, 60.0    # patience with a cloud's stream, at least, and with its whole answer
+# Bytes of prompt times bytes of model that a core, or a GPU, reads in a second, at least.  llama.cpp reads 28 tokens/s
+# with a 1.5 GB model on a Raspberry Pi's 4 cores; with a 4.9 GB one 6.5 on an N100's 4, 26-50 on laptops' 8, 225 on an
+# M4's GPU and 2,365 on a laptop's RTX 4070 (Potato OS bench; brand-o/normiebench 3, 4, 8, 38).
+CORE_READS, GPU_READS = TOKEN_BYTES * 8e9, TOKEN_BYTES * 1000e9
+
+
+class Times(NamedTuple):
+    """The seconds from now after which a target is expected to answer; 0 where nothing is measured."""
+    first_s: float    # to its first word
+    end_s: float
+
+
+def predicted(target: Target, found: Condition, snapshot: Snapshot, work: Work, share: float = 0.5) -> Times:
+    """Return the times at which a target is expected to answer.
+
+    A cloud's first word takes as long as this share of its last ones did.  A local model loads, works off its queue,
+    and reads that part of the prompt that is not in its cache; a constrained device is about half as fast as measured.
+    """
+    record = snapshot.record(target)
+    pace, fade = record.pace, 1 + max(0.0, snapshot.now - record.pace.at) / FADE_S[target.side]
+    writing_s = work.tokens / pace.tokens_per_s if pace.tokens_per_s else 0.0
+    if target.side is Side.CLOUD:
+        first_s = pace.first_s(share) / fade
+        return Times(first_s, first_s + writing_s)
+    unloaded = found.state in ("cold", "loading")
+    first_s = (pace.reading_s(work.unread(Cache() if unloaded else record.cache)) or pace.first_s(0.5)) / fade
+    slower = 1 if unloaded else found.level if found.state == "busy" else 1 + found.level
+    waves = snapshot.in_flight.get(target, 0) // snapshot.slots
+    begun_s = (pace.load_s if unloaded else 0.0) + waves * slower * (first_s + writing_s)
+    return Times(begun_s + slower * first_s, begun_s + slower * (first_s + writing_s))
+
+
+def finding_out_s(target: Target, found: Condition, snapshot: Snapshot, work: Work) -> float:
+    """Return the seconds to the end of a target's answer, for --prefer fast.
+
+    Of a cloud the slow tail counts, as its usual time is not what makes people wait.  One request finds out about a
+    target that has not been measured: for it the time is 0, and for those that come meanwhile infinite.
     """
     pace = snapshot.record(target).pace
-    writing_s = tokens / pace.tokens_per_s if pace.tokens_per_s else 0.0
-    if target.side is Side.CLOUD:
-        return pace.first_s(0.9) + writing_s
-    waves = snapshot.in_flight.get(target, 0) // snapshot.slots
-    load_s = pace.load_s if found.state in ("cold", "loading") else 0.0
-    return load_s + (1 + waves) * (1 + found.level) * (pace.first_s(0.5) + writing_s)
+    if pace.firsts_s or pace.tokens_per_s or not snapshot.in_flight.get(target):
+        return predicted(target, found, snapshot, work, 0.9).end_s
+    return math.inf
 
 
-def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None = None, tokens: int = TYPICAL_TOKENS,
+def guessed_s(target: Target, work: Work, snapshot: Snapshot) -> float:
+    """Return a cautious guess of the seconds in which an unmeasured local model reads a prompt, or 0 without facts."""
+    model, facts = model_of(target, reading_of(target, snapshot.readings)), device_facts(snapshot.readings)
+    if not model or not target.endpoint.on_device:
+        return 0.0
+    fits_gpu = facts.get("gpu_memory_free_mb", 0) * 2**20 >= model.size
+    on_gpu = model.gpu_share > 0.9 if model.gpu_share is not None else fits_gpu
+    per_s = GPU_READS if on_gpu else CORE_READS * facts.get("cores", 0)
+    return work.size * model.size / per_s if per_s else 0.0
+
+
+def waits_s(target: Target, found: Condition, snapshot: Snapshot, work: Work) -> float:
+    """Return the seconds that a client would wait for a local target: to the first word, or to a whole answer's end.
+
+    One request at a time finds out about a target that has not been measured, if the guess lets its first word come
+    before patience ends: for that one the time is 0.
+    """
+    times = predicted(target, found, snapshot, work)
+    if not snapshot.record(target).pace.read[1]:
+        guess_s = guessed_s(target, work, snapshot)
+        if not snapshot.in_flight.get(target) and guess_s <= snapshot.patience_s:
+            return 0.0
+        times = Times(guess_s, guess_s + times.end_s - times.first_s)
+    return times.end_s if work.whole else times.first_s
+
+
+def in_time(plan: Plan, snapshot: Snapshot, work: Work) -> Plan:
+    """Return the plan with the clouds before those local targets that would keep the client waiting for much longer.
+
+    A cloud that merely rests is asked as well, by one request at a time.  A whole answer is expected to be as long as
+    the longest of late, since the client sees nothing of it before its end.
+    """
+    clouds = [target for target in (*plan.order, *plan.last_hope) if target.side is Side.CLOUD and (
+        target in plan.order or plan.conditions[target].state == "resting")]
+    if not clouds or not plan.order or plan.order[0].side is Side.CLOUD:
+        return plan
+    what, limit_s = "first word", snapshot.first_limit_s
+    if work.whole:
+        what, limit_s, work = "end", snapshot.whole_limit_s, work._replace(tokens=longest_answer(snapshot, work))
+    theirs = predicted(clouds[0], plan.conditions[clouds[0]], snapshot, work)
+    cloud_s = (theirs.first_s or CLOUD_FIRST_S) + (theirs.end_s - theirs.first_s if work.whole else 0.0)
+    waits = {target: waits_s(target, plan.conditions[target], snapshot, work)
+             for target in plan.order if target.side is Side.LOCAL}
+    late = [target for target, wait_s in waits.items() if wait_s > max(limit_s, 2 * cloud_s)]
+    if not late:
+        return plan
+    near = [target for target in waits if target not in late]
+    return dataclasses.replace(
+        plan, order=(*near, *clouds, *late), last_hope=tuple(hope for hope in plan.last_hope if hope not in clouds),
+        reason=f"{plan.reason}; local {brief_s(waits[late[0]])} to the {what}, cloud {brief_s(cloud_s)}")
+
+
+def longest_answer(snapshot: Snapshot, work: Work) -> int:
+    """Return the tokens of the longest answer of late, or those that the client allows if they are fewer."""
+    lengths = [tokens for record in snapshot.records.values() for tokens in record.pace.lengths]
+    longest = max(lengths, default=TYPICAL_TOKENS)
+    return min(work.most_tokens or longest, longest)
+
+
+def cloud_patience_s(pace: Pace, stream: bool, patience_s: float) -> float:
+    """Return the seconds that a cloud may be silent while a local model could answer."""
+    if not stream:
+        return max(CLOUD_WHOLE_S, patience_s)
+    return max(CLOUD_LEAST_S, min(4 * pace.first_s(0.9), patience_s))
+
+
+def brief_s(seconds: float) -> str:
+    """Return seconds as a reason states them."""
+    return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+
+
+# --- 5. The order -----------------------------------------------------------------------------------------------------
+
+def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None = None, work: Work = USUAL_WORK,
          last: Target | None = None) -> Plan:
     """The order in which to try targets, and why.
 
-    `refusals` says what targets can't do of this request; `only` keeps to one side, whatever its level; `tokens` may
-    be answered at most; `last` answered this conversation before, so that its prompt may still be in a cache.
+    `refusals` says what targets can't do of this request; `only` keeps to one side, whatever its level; `work` counts
+    with --prefer fast; `last` answered this conversation before, so that its prompt may still be in a cache.
     """
     conditions = {target: condition(target, snapshot) for target in snapshot.targets}
     verdicts = {side: judge_side(side, snapshot, conditions, refusals) for side in Side}
@@ -2201,7 +2408,7 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
               and conditions[target].use is not Use.NO]
     planned = [target for target in usable if conditions[target].use is Use.YES and target.side in sides]
     fast = snapshot.prefer == "fast"
-    seconds = {target: predicted_s(target, conditions[target], snapshot, tokens) for target in planned if fast}
+    seconds = {target: finding_out_s(target, conditions[target], snapshot, work) for target in planned if fast}
     turns = {replica(target): turn for turn, target in reversed([*enumerate(snapshot.targets)])}
 
     def place(target: Target) -> tuple[Any, ...]:
@@ -2233,8 +2440,8 @@ def _why_not(target: Target, found: Condition, refusals: Mapping[Target, str], o
 def _reason(verdicts: Mapping[Side, Verdict], only: Side | None, times: Iterable[tuple[Target, float]]) -> str:
     """Why the order is as it is, in a line."""
     levels = ", ".join(f"{side.value} {verdicts[side].describe(side)}" for side in Side if only in (None, side))
-    predicted = ", ".join(f"{target.id} {seconds:.1f} s" for target, seconds in times if seconds)
-    return levels + (f"; kept to {only.value}" if only else "") + (f"; {predicted}" if predicted else "")
+    known = ", ".join(f"{target.id} {seconds:.1f} s" for target, seconds in times if 0 < seconds < math.inf)
+    return levels + (f"; kept to {only.value}" if only else "") + (f"; {known}" if known else "")
 
 
 def _sooner_first(order: list[Target], seconds: Mapping[Target, float]) -> list[Target]:
@@ -2253,6 +2460,7 @@ def _sooner_first(order: list[Target], seconds: Mapping[Target, float]) -> list[
 # tests do the rest.
 
 Lines = Iterable[bytes]    # without their ends
+KeepAlive = Union[float, str, None]    # seconds, or Go's words for a duration; below zero for ever
 
 # What may not be dropped to please a model: without it the answer would be to another question.
 ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_format", "format", "output_config", "n",
@@ -2307,10 +2515,11 @@ class Provider:
         """Headers that every request to the endpoint carries beside its content type."""
         raise NotImplementedError
 
-    def encode(self, request: ChatRequest, target: Target, context: int = 0) -> Json:
+    def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         """The body of the upstream request, for a request that `refusal` has nothing against.
 
         `context`: the window to load the model for, in tokens, where the provider can; 0 leaves it as it is.
+        `keep_alive`: how long to keep it in memory, where the provider can; None leaves that to its server.
         """
         raise NotImplementedError
 
@@ -2335,7 +2544,7 @@ class Provider:
         """The models that the probe's answer lists; None where it lists none."""
         return None
 
-    def load(self, target: Target, context: int) -> Json:
+    def load(self, target: Target, context: int, keep_alive: KeepAlive = None) -> Json:
         """The body of a request to `chat_path` that has the model loaded and nothing said; only where models load."""
         raise NotImplementedError
 
@@ -2472,6 +2681,20 @@ def usage_chunk(prompt: int, completion: int, **details: Any) -> Chunk:
         raise ValueError("a count of tokens out of range")
     return {"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": completion,
                                      "total_tokens": prompt + completion, **details}}
+
+
+def told_of_reading(timings: Any, unread: float) -> tuple[float, float]:
+    """Return the tokens of a prompt that were read and the seconds that it took; (0, 0) where a server tells nothing.
+
+    llama.cpp's `timings` tell both: `prompt_n` leaves out what was cached, `prompt_ms` is its time.  Of Ollama's count
+    (`prompt_total`) the cached part is known as `cache_n`, or believed to be all but the share `unread`.
+    """
+    told = timings if isinstance(timings, dict) else {}
+    took_ms, read, total, cached = [
+        number if isinstance(number, (int, float)) and 0 < number < MOST_TOKENS else 0
+        for number in map(told.get, ("prompt_ms", "prompt_n", "prompt_total", "cache_n"))]
+    read = read or (total - cached if told.get("cache_n") is not None else total * unread)
+    return (read, took_ms / 1000) if took_ms and read > 0 else (0.0, 0.0)
 
 
 def tool_chunk(index: int, arguments: str, id: str = "", name: str = "") -> Chunk:
@@ -2642,7 +2865,7 @@ class OpenAI(Provider):
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         return {**({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}), **dict(endpoint.headers)}
 
-    def encode(self, request: ChatRequest, target: Target, context: int = 0) -> Json:
+    def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         payload = {"model": target.model, **request.body}
         if target.endpoint.base_url == self.official:    # its models all know the new name, and none of Ollama's fields
             payload = self.adapt(payload, frozenset({"max_tokens", "options", "keep_alive", "think"}))
@@ -2741,7 +2964,7 @@ class Ollama(Provider):
             refused = Unsupported("Ollama can't be made to call a tool: only auto and none work.", param="tool_choice")
         return refused
 
-    def encode(self, request: ChatRequest, target: Target, context: int = 0) -> Json:
+    def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         body = request.body
         payload: Json = {"model": target.model, "messages": self._messages(modernised(request.messages)),
                          "stream": True, "truncate": False}    # without it the oldest messages are forgotten silently
@@ -2756,6 +2979,8 @@ class Ollama(Provider):
             payload["options"] = options
         if tools:
             payload["tools"] = tools
+        if keep_alive is not None:
+            payload["keep_alive"] = keep_alive
         payload.update({name: body[name] for name in self._as_they_are if name in body})
         if "reasoning_effort" in body:
             payload.setdefault("think", self._think[body["reasoning_effort"]])
@@ -2806,9 +3031,21 @@ class Ollama(Provider):
             if event.get("done"):
                 reason = "length" if event.get("done_reason") == "length" else "tool_calls" if calls else "stop"
                 yield chunk_of(reason)
-                yield usage_chunk(event.get("prompt_eval_count", 0), event.get("eval_count", 0))
+                yield {**usage_chunk(event.get("prompt_eval_count", 0), event.get("eval_count", 0)),
+                       "timings": self._timings(event)}
                 return
         raise cut()    # a runaway repetition ends without done: true as well
+
+    @staticmethod
+    def _timings(event: Json) -> Json:
+        """Return how the prompt was read, in the words of llama.cpp.
+
+        Ollama's count includes what was cached and its duration does not.  Since 2026-08 it tells how much that was
+        (its pull requests 16428 and 17943).
+        """
+        took_ns = event.get("prompt_eval_duration")
+        return {"prompt_ms": took_ns / 1e6 if isinstance(took_ns, (int, float)) else 0,
+                "prompt_total": event.get("prompt_eval_count"), "cache_n": event.get("prompt_eval_cached_count")}
 
     def text_chunk(self, event: Json) -> Chunk | None:
         message = event.get("message")
@@ -2856,8 +3093,9 @@ class Ollama(Provider):
         return dataclasses.replace(model, can=_able(details) or model.can, max_context=fact("context_length"),
                                    token_bytes=token_bytes)
 
-    def load(self, target: Target, context: int) -> Json:
-        return {"model": target.model, "messages": [], **({"options": {"num_ctx": context}} if context else {})}
+    def load(self, target: Target, context: int, keep_alive: KeepAlive = None) -> Json:
+        return {"model": target.model, "messages": [], **({"options": {"num_ctx": context}} if context else {}),
+                **({} if keep_alive is None else {"keep_alive": keep_alive})}
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
         """As in Provider.  The steps are few, since each change reloads the model; one that was asked for is asked for
@@ -2967,7 +3205,7 @@ class Claude(Provider):
             return "files must be sent as base64 data: URLs of a PDF or of text"
         return None if part["type"] in ("text", "refusal") else f"parts of type {part['type']} are not supported"
 
-    def encode(self, request: ChatRequest, target: Target, context: int = 0) -> Json:
+    def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         body, version = request.body, claude_version(target.model)
         system, turns = claude_conversation(modernised(request.messages), prefills=version < (4, 6))
         form = body.get("response_format", {})
@@ -4490,14 +4728,18 @@ class Ledger:
         """Remember that this model refuses a parameter of the upstream's dialect."""
         self._update(target, lambda record: record._replace(refused=record.refused | {param}))
 
-    def learn_pace(self, target: Target, first_s: float | None, tokens: int, seconds: float) -> None:
-        """Remember how fast an answer was."""
+    def learn_pace(self, target: Target, first_s: float | None, tokens: int, seconds: float,
+                   read: tuple[float, float] = (0.0, 0.0), cache: Cache | None = None) -> None:
+        """Remember how fast an answer was, and what its model has in its cache."""
+        now = self.clock()
         self._update(target, lambda old: Record(
-            old.breaker, old.trial, old.refused, old.pace.learned(first_s, tokens, seconds), old.context))
+            old.breaker, old.trial, old.refused, old.pace.learned(first_s, tokens, seconds, read, now), old.context,
+            cache or old.cache))
 
     def learn_load(self, target: Target, load_s: float, context: int) -> None:
-        """Remember how long the model took to load, and for which context."""
-        self._update(target, lambda record: record._replace(pace=record.pace._replace(load_s=load_s), context=context))
+        """Remember how long the model took to load, and for which context.  It has nothing in its cache."""
+        self._update(target, lambda record: record._replace(
+            pace=record.pace._replace(load_s=load_s), context=context, cache=Cache()))
 
     def last_of(self, conversation: int) -> Target | None:
         """Who answered this conversation last."""
@@ -4520,8 +4762,12 @@ class Ledger:
 
 PROBE_LIMITS = Limits(connect_s=5.0, first_byte_s=5.0, stall_s=5.0)
 SECOND_TRY_S = 0.5           # sooner nothing will have changed
+PAUSE_S, MAX_PAUSE_S = 0.5, 2.0    # before a cloud that has failed is asked again: at least, and less than,
+SLOW_S = 15.0                # where the local model would take longer than this
+OVERHEAD_S = 0.2             # of a first word besides its reading: HTTP, the template, the first token's writing
 LAST_HOPE_CONNECT_S = 1.5    # where nobody else is left to answer, but hardly this one either
 WARM_AGAIN_S = 300.0         # as long as Ollama keeps a model by itself
+KEPT_S, KEPT_ON_BATTERY_S = 1800, 300    # a model in memory; Ollama's own default is the latter
 LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
 MAX_MODELS = 4096            # of an endpoint; the largest catalogue known has some 500
 DETAILS_AT_ONCE = 4          # models that one probe asks the details of: each takes Ollama some milliseconds
@@ -4696,7 +4942,8 @@ class Gateway:
     def _seen(self, outlook: Outlook) -> Snapshot:
         """An outlook with what requests show now."""
         return Snapshot(outlook.readings, outlook.targets, self.ledger.records(), self.ledger.in_flight(),
-                        outlook.loading, self.ledger.clock(), self.settings.prefer, self.settings.local_slots)
+                        outlook.loading, self.ledger.clock(), self.settings.prefer, self.settings.local_slots,
+                        self.settings.local_first_s, self.settings.local_whole_s, self.settings.patience_s)
 
     def outlook(self) -> Outlook:
         """What follows from the readings and the loads of now: the last one until one of them is another object."""
@@ -4737,8 +4984,9 @@ class Gateway:
         provider, endpoint, started = PROVIDERS[target.endpoint.provider], target.endpoint, time.monotonic()
         limits = self.limits()._replace(first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
         try:
+            payload = provider.load(target, context, self.keep_alive(target))
             answer = self.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
-                                         dumps(provider.load(target, context)), limits)
+                                         dumps(payload), limits)
             with contextlib.closing(answer):
                 text = answer.body(within_first_byte=True).decode("utf-8", "replace")
             if answer.status >= 300:
@@ -4753,6 +5001,16 @@ class Gateway:
         log.info("%s is loaded, %.1f s", target.id, load_s)
         self.ledger.learn_load(target, load_s, context)
         self.watch.look(endpoint, lambda reading: _shows_loaded(target, context, reading))
+
+    def keep_alive(self, target: Target) -> KeepAlive:
+        """Return how long a target's server is asked to keep the model, or None to leave that to it."""
+        said = self.settings.keep_alive
+        if said == "default" or target.side is Side.CLOUD:
+            return None
+        if said == "auto":
+            plugged = device_facts(self.watch.readings).get("battery_plugged")
+            return KEPT_ON_BATTERY_S if plugged is False and target.endpoint.on_device else KEPT_S
+        return float(said) if re.fullmatch(NUMBER, said) else said    # Ollama reads "300" as no duration
 
     def limits(self, until: float = math.inf) -> Limits:
         """The configured limits of an exchange."""
@@ -4800,6 +5058,8 @@ class Gateway:
         refusals = self._refusals(request, snapshot)
         last = self.ledger.last_of(conversation_of(request)) if self.replicated else None
         plan = self._ranked(request, snapshot, refusals, last, outlook.plans)
+        if snapshot.prefer == "local" and request.model == "auto" and len(snapshot.targets) > 1:
+            plan = in_time(plan, snapshot, work_of(request))
         if not plan.order and not plan.last_hope:
             raise self._nothing_left(plan, refusals, snapshot, [target for target in snapshot.targets
                                                                 if request.model in ("auto", target.side.value)])
@@ -4814,8 +5074,8 @@ class Gateway:
         """
         only = None if request.model == "auto" else Side(request.model)
         if refusals or snapshot.prefer == "fast":
-            tokens = min(request.most_tokens(TYPICAL_TOKENS), TYPICAL_TOKENS)
-            return rank(snapshot, {target: refused.message for target, refused in refusals.items()}, only, tokens, last)
+            messages = {target: refused.message for target, refused in refusals.items()}
+            return rank(snapshot, messages, only, work_of(request), last)
         alike = only, last, *[standing(target, snapshot) for target in snapshot.targets]
         plan = plans.get(alike)
         if plan is None:
@@ -4989,7 +5249,9 @@ class Course:
         self._plan = gateway.plan(request)
         self._named = request.model not in ("auto", "local", "cloud")
         self._queue, self._hope = collections.deque(self._plan.order), collections.deque(self._plan.last_hope)
-        self._hoping = self._asked_again = self._trial = self._hurried = False
+        self._hoping = self._asked_again = self._trial = self._alone = False
+        self._asked_at, self._patience_s = 0.0, math.inf    # of the attempt under way: its beginning, and what it may
+                                                            # take to its first content, if less than if it were alone
         self._failed: list[_Failure] = []
 
     def run(self) -> Served:
@@ -5041,11 +5303,29 @@ class Course:
     def _fail(self, target: Target, error: UpstreamError) -> None:
         log.info("%s failed: %s", target.id, error.brief)
         self._gateway.note(target, error)
-        self._failed.append(_Failure(target, error, time.monotonic(), self._hurried))
+        if error.code == "upstream_timeout" and time.monotonic() - self._asked_at >= self._patience_s:
+            self._learn_silence(target)
+        pause_s = self._pause_s(target, error)
+        self._failed.append(_Failure(target, error, time.monotonic(), self._patience_s < math.inf))
         if not error.fault.moves_on:    # nobody else would do better
             self._asked_again = True
             self._queue.clear()
             self._hope.clear()
+        elif pause_s:
+            self._wait(threading.Event(), pause_s)
+            self._queue.appendleft(target)
+
+    def _pause_s(self, target: Target, error: UpstreamError) -> float:
+        """Return the seconds after which a failed cloud is asked once more before a slow local model, or 0."""
+        local = self._queue[0] if self._queue else target
+        pause_s = max(PAUSE_S, error.retry_after_s or 0.0)
+        at_once = error.fault is Fault.BUSY or error.code in ("upstream_unreachable", "upstream_cut")
+        if target.side is local.side or not at_once or pause_s >= MAX_PAUSE_S or any(
+                tried.target == target for tried in self._failed):
+            return 0.0
+        work = work_of(self._request)._replace(whole=True)
+        local_s = waits_s(local, self._plan.conditions[local], self._gateway.snapshot(), work)
+        return pause_s if target.side is Side.CLOUD and local_s > SLOW_S else 0.0
 
     def _limits(self, target: Target) -> Limits:
         """How long this attempt may take: a slow local model is waited for longer where nobody else could answer.
@@ -5059,8 +5339,11 @@ class Course:
         if self._hoping:
             connect_s = min(connect_s, LAST_HOPE_CONNECT_S)
         if target.side is Side.LOCAL and self._queue:
-            patience_s = max(self._settings.patience_s, 3 * self.ledger.record(target).pace.first_s(0.9))
-        self._hurried = patience_s < usual.first_byte_s
+            patience_s = self._settings.patience_s
+        elif any(other.side is Side.LOCAL for other in self._queue):
+            pace = self.ledger.record(target).pace
+            patience_s = cloud_patience_s(pace, self._request.stream, self._settings.patience_s)
+        self._asked_at, self._patience_s = time.monotonic(), patience_s if patience_s < usual.first_byte_s else math.inf
         return Limits(connect_s, min(patience_s, usual.first_byte_s), usual.stall_s, usual.until)
 
     def _attempt(self, target: Target) -> Served:
@@ -5144,20 +5427,24 @@ class Course:
         """The chunks of a target's streamed answer, all with one id, time and model."""
         envelope = {"id": new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": int(time.time())}
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], time.monotonic(), 0.0, 0
-        with _Exchange(self, request, target, context, limits) as answer:
-            if answer.content_type == "application/json" and not provider.translates:
-                event_of(answer.body())
-                raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
-            for chunk in provider.decode(answer.lines(), request):
-                if not begun and has_content(chunk):
-                    begun = time.monotonic()
-                    answer.begin()
-                    self._pass_on(answer, request, provider, {**envelope, "model": target.id})
-                tokens = tokens_of(chunk) or tokens
-                yield {**envelope, **chunk, "model": target.id}
-            answer.mark_complete()
-        if begun:
-            self.ledger.learn_pace(target, begun - started, tokens, time.monotonic() - begun)
+        timings: Json | None = None
+        try:
+            with _Exchange(self, request, target, context, limits) as answer:
+                if answer.content_type == "application/json" and not provider.translates:
+                    event_of(answer.body())
+                    raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
+                for chunk in provider.decode(answer.lines(), request):
+                    if not begun and has_content(chunk):
+                        begun = time.monotonic()
+                        answer.begin()
+                        self._pass_on(answer, request, provider, {**envelope, "model": target.id})
+                    tokens = tokens_of(chunk) or tokens
+                    timings = (chunk.pop if provider.translates else chunk.get)("timings", timings)
+                    yield {**envelope, **chunk, "model": target.id}
+                answer.mark_complete()
+        finally:    # a client that has read enough has seen how fast it was
+            if begun:
+                self._learn(request, target, begun - started, tokens, time.monotonic() - begun, timings)
 
     def _pass_on(self, answer: Answer, request: ChatRequest, provider: Provider, envelope: Json) -> None:
         """Have events that say a text pass on unread, where nobody here needs to know it and no other event differs."""
@@ -5180,12 +5467,47 @@ class Course:
             whole = event_of(raw)
             if not isinstance(choices_of(whole)[0]["message"], dict):
                 raise TypeError("message")
-        self.ledger.learn_pace(target, None, tokens_of(whole), time.monotonic() - started)
+        self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
         around = around_model(raw, whole)
         return {**whole, "model": target.id}, dumps(target.id).join(around) if around else b""
 
+    def _learn(self, request: ChatRequest, target: Target, first_s: float | None, tokens: int, seconds: float,
+               timings: Any) -> None:
+        """Remember how fast a target answered, and of a local model how fast it read and what its cache has.
+
+        Where its server does not tell how long it read, our own clock does, if nobody else was answered meanwhile.
+        """
+        if target.side is Side.CLOUD:
+            self.ledger.learn_pace(target, first_s, tokens, seconds)
+            return
+        work = work_of(request)
+        unread = work.unread(self.ledger.record(target).cache)
+        read = told_of_reading(timings, unread / work.size)
+        if not read[1] and first_s and self._alone:
+            read = unread / TOKEN_BYTES, max(first_s - OVERHEAD_S, first_s / 4)
+        seconds -= read[1] if first_s is None else 0.0
+        self.ledger.learn_pace(target, first_s, tokens, seconds, read if self._is_well(target) else (0.0, 0.0),
+                               Cache(work.blocks, work.conversation, work.size + TOKEN_BYTES * tokens))
+
+    def _is_well(self, target: Target) -> bool:
+        """Return True if nothing slowed a target down when the plan was made, as far as that is known."""
+        found = self._plan.conditions.get(target)
+        return found is None or found.level is Level.GOOD
+
+    def _learn_silence(self, target: Target) -> None:
+        """Remember that a target said nothing for as long as it was waited for: it takes that long at least."""
+        waited_s, record = time.monotonic() - self._asked_at, self.ledger.record(target)
+        read = (0.0, 0.0)
+        if target.side is Side.LOCAL and self._alone and self._is_well(target):
+            work = work_of(self._request)
+            unread = work.unread(record.cache)
+            if record.pace.reading_s(unread) < waited_s:
+                read = unread / TOKEN_BYTES, waited_s
+        self.ledger.learn_pace(target, waited_s, 0, 0.0, read, Cache())
+
     def open(self, request: ChatRequest, target: Target, context: int, limits: Limits, number: int) -> Answer:
         """The upstream's answer, for a request that is the `number`th there.  Raises UpstreamError, ClientGone."""
+        self._alone = number == 1
         if number > self._settings.local_slots and self._queue and self._took_a_free_slot(target):
             raise _Overtaken
         return self._open(request, target, context, limits)
@@ -5201,7 +5523,7 @@ class Course:
         Parameters that the model refuses are left out one by one; those that it refuses as such are remembered.
         """
         provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
-        encoded = provider.encode(request, target, context)
+        encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
         dropped: frozenset[str] = frozenset()
         while True:
             refused = self.ledger.record(target).refused | dropped
@@ -5311,6 +5633,13 @@ def conversation_of(request: ChatRequest) -> int:
     messages = request.messages
     first_user = next((number for number, message in enumerate(messages) if message["role"] == "user"), 0)
     return hash(tuple(text_of(message) for message in messages[:first_user + 1]))
+
+
+def work_of(request: ChatRequest) -> Work:
+    """Return how much a request asks of a model."""
+    tokens = min(request.most_tokens(TYPICAL_TOKENS), TYPICAL_TOKENS)
+    return Work(TEMPLATE_BYTES + request.size, request.blocks, conversation_of(request), tokens, request.most_tokens(0),
+                not request.stream)
 
 
 def _chained(held: list[Chunk], stream: Generator[Chunk, None, None]) -> Iterator[Chunk]:

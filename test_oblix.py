@@ -937,7 +937,7 @@ class Shape(Case):
         """Under a lock nothing is called but what collections do at once, and what makes a new value."""
         quick = {"get", "pop", "popitem", "move_to_end", "add", "discard", "dict", "len", "tuple", "iter", "next",
                  "update", "values", "list", "append", "popleft", "Lock", "acquire", "Record", "change", "_forget"}
-        pure = {"_replace", "bool", "learned", "failed", "succeeded", "Record"}
+        pure = {"_replace", "bool", "learned", "failed", "succeeded", "Record", "Cache"}
         tree = ast.parse(self.source)
         held = [node for node in ast.walk(tree) if isinstance(node, ast.With)
                 and any("_lock" in ast.dump(item.context_expr) for item in node.items)]
@@ -1141,7 +1141,7 @@ class Monitors(Case):
     def test_connectivity_is_judged_at_its_thresholds(self):
         fine = {"status": 200, "latency_ms": 20, "loss_percent": 0}
         for side, facts, level in (
-            (CLOUD, {}, GOOD), (CLOUD, {"latency_ms": 200}, GOOD), (CLOUD, {"latency_ms": 201}, STRAINED),
+            (CLOUD, {}, GOOD), (CLOUD, {"latency_ms": 1000}, GOOD), (CLOUD, {"latency_ms": 1001}, STRAINED),
             (CLOUD, {"loss_percent": 10}, GOOD), (CLOUD, {"loss_percent": 20}, STRAINED),
             (CLOUD, {"error": "refused"}, OUT), (CLOUD, {"status": 401}, OUT), (CLOUD, {"status": 404}, GOOD),
             (LOCAL, {"latency_ms": 900}, GOOD), (LOCAL, {"error": "refused"}, OUT),
@@ -1354,13 +1354,13 @@ class OwnWork(Case):
         cores = os.cpu_count()
         with mock.patch("psutil.getloadavg", return_value=(2.0 * cores, 0, 0)), \
                 mock.patch("time.monotonic", side_effect=itertools.count(time.monotonic() + 1)):
-            self.assertEqual(monitor._load(0.0), {"load_per_core": 2.0})
+            self.assertEqual(monitor._load(0.0), {"load_per_core": 2.0, "cores": cores})
             for _ in range(60):    # of seconds with one core of each used by the servers
                 facts = monitor._load(1.0 * cores)
             self.assertAlmostEqual(facts["load_per_core"], 2 - (1 - 1 / 2.718), delta=0.02)
             for _ in range(400):
                 facts = monitor._load(3.0 * cores)
-            self.assertEqual(facts, {"load_per_core": 0.0})
+            self.assertEqual(facts, {"load_per_core": 0.0, "cores": cores})
 
     def test_which_processes_are_model_servers(self):
         servers = oblix.ServerProcesses()
@@ -1832,7 +1832,7 @@ class Hysteresis(Case):
             ("down later", Link(900, lambda now: now > 595), 600, [1.0, 2.0, 4.0, 8.0, 15.0, 15.0]),
             ("back", Link(900, between(595, 660)), 660, [1.0] * 10 + [30.0] * 2),
             ("down again", Link(900, lambda now: 595 < now < 660 or now > 690), 690, [1.0, 2.0, 4.0, 8.0, 15.0]),
-            ("slow", Link(300, always(False), latency_ms=lambda now: 900.0), 0, [1.0, 2.0, 4.0, 8.0, 15.0, 15.0]),
+            ("slow", Link(300, always(False), latency_ms=lambda now: 1900.0), 0, [1.0, 2.0, 4.0, 8.0, 15.0, 15.0]),
         ):
             with self.subTest(what):
                 self.assertEqual(link.pauses(since, len(pauses)), pauses)
@@ -1859,7 +1859,7 @@ class Hysteresis(Case):
                     self.assertEqual(link.monitor.every_s(), 1.0)
 
     def test_a_slow_cloud_is_not_probed_more_for_being_used(self):
-        link = Link(300, always(False), asking=1.0, latency_ms=lambda now: 900.0)
+        link = Link(300, always(False), asking=1.0, latency_ms=lambda now: 1900.0)
         self.assertEqual(link.levels, [STRAINED])
         self.assertLess(len(link.probes), 300 / oblix.ConnectivityMonitor.latest_s + 10)
 
@@ -1873,6 +1873,9 @@ class Hysteresis(Case):
         watch.look(NEAR, lambda reading: seen.append(reading) or len(seen) == 3)
         self.assertEqual([monitor.wake.is_set() for monitor in watch.monitors], [False, True, True])
         self.assertEqual(seen, [monitors[1].reading] * 3, "it looks until it is shown what it looks for")
+        watch.stop()
+        watch.look(NEAR, seen.append)
+        self.assertEqual(len(seen), 4, "a watch that has ended looks once, and does not spin")
 
 
 # === 5. Policy =======================================================================================================
@@ -1913,10 +1916,10 @@ MB = 2**20
 
 CELLS = [  # local, cloud, what is tried with --prefer local, with --prefer cloud, and when all of that has failed
     (GOOD, GOOD, [LOCAL_1, CLOUD_1], [CLOUD_1, LOCAL_1], []),
-    (GOOD, STRAINED, [LOCAL_1, CLOUD_1], [LOCAL_1, CLOUD_1], []),
+    (GOOD, STRAINED, [LOCAL_1, CLOUD_1], [CLOUD_1, LOCAL_1], []),
     (GOOD, OUT, [LOCAL_1], [LOCAL_1], [CLOUD_1]),
     (STRAINED, GOOD, [CLOUD_1, LOCAL_1], [CLOUD_1, LOCAL_1], []),
-    (STRAINED, STRAINED, [LOCAL_1, CLOUD_1], [CLOUD_1, LOCAL_1], []),
+    (STRAINED, STRAINED, [CLOUD_1, LOCAL_1], [CLOUD_1, LOCAL_1], []),
     (STRAINED, OUT, [LOCAL_1], [LOCAL_1], [CLOUD_1]),
     (OUT, GOOD, [CLOUD_1, LOCAL_1], [CLOUD_1, LOCAL_1], []),
     (OUT, STRAINED, [CLOUD_1, LOCAL_1], [CLOUD_1, LOCAL_1], []),
@@ -1981,7 +1984,8 @@ class Policy(Case):
         """And every snapshot gives a total order, no filter is ever ignored, and nothing is without a reason."""
         for seed in range(2500):
             made, again = Situation(seed), Situation(seed)
-            plan, twin = (oblix.rank(one.snapshot, one.refusals, one.only, one.tokens, one.last)
+            plan, twin = (oblix.in_time(
+                oblix.rank(one.snapshot, one.refusals, one.only, one.work, one.last), one.snapshot, one.work)
                           for one in (made, again))
             with self.subTest(seed):
                 self.assertEqual(plan, twin)
@@ -1998,7 +2002,8 @@ class Policy(Case):
                     levels = [plan.conditions[target].level for target in plan.order if target.side is side]
                     self.assertEqual(levels, sorted(levels), "what is well comes first")
                 levels = [plan.conditions[target].level for target in plan.order]
-                self.assertFalse(levels[:1] == [OUT] and min(levels) < OUT, "one that is out before one that is not")
+                late = "to the first word" in plan.reason or "to the end" in plan.reason
+                self.assertFalse(levels[:1] == [OUT] and min(levels) < OUT and not late, "out, before one that is not")
 
     def test_the_situations_are_of_every_kind(self):
         made = [Situation(seed) for seed in range(600)]
@@ -2241,6 +2246,10 @@ class Policy(Case):
             ("a short one is waited for", GOOD, GOOD, paced(0.5), paced(5.0), {"in_flight": {LOCAL_1: 1}}, LOCAL_1),
             ("a free slot", GOOD, GOOD, paced(2.0), paced(5.0), {"in_flight": {LOCAL_1: 3}, "slots": 4}, LOCAL_1),
             ("a cloud has no queue", GOOD, GOOD, paced(4.0), paced(2.0), {"in_flight": {CLOUD_1: 99}}, CLOUD_1),
+            ("one finds out", GOOD, GOOD, None, paced(2.0), {"slots": 9}, LOCAL_1),
+            ("not all", GOOD, GOOD, None, paced(2.0), {"in_flight": {LOCAL_1: 1}, "slots": 9}, CLOUD_1),
+            ("one, of a cloud", GOOD, GOOD, paced(2.0), None, {}, CLOUD_1),
+            ("not all, of a cloud", GOOD, GOOD, paced(2.0), None, {"in_flight": {CLOUD_1: 1}}, LOCAL_1),
         ):
             with self.subTest(what):
                 records = {target: record for target, record in ((LOCAL_1, near), (CLOUD_1, far)) if record}
@@ -2279,13 +2288,17 @@ class Policy(Case):
             ("a load where it is cold", LOCAL_1, paced(2.0, load_s=30.0), cold, {}, 50, 32.0),
             ("and while it loads", LOCAL_1, paced(2.0, load_s=30.0), cold, {"loading": {LOCAL_1}}, 50, 32.0),
             ("two wait, three slots", LOCAL_1, paced(2.0), loaded, {"in_flight": {LOCAL_1: 2}, "slots": 3}, 50, 2.0),
-            ("three wait: busy", LOCAL_1, paced(2.0), loaded, {"in_flight": {LOCAL_1: 3}, "slots": 3}, 50, 8.0),
+            ("three wait: busy", LOCAL_1, paced(2.0), loaded, {"in_flight": {LOCAL_1: 3}, "slots": 3}, 50, 4.0),
+            ("six wait", LOCAL_1, paced(2.0), loaded, {"in_flight": {LOCAL_1: 6}, "slots": 3}, 50, 6.0),
+            ("old words fade", LOCAL_1, paced(2.0, 10.0), loaded, {"now": 6 * 3600.0}, 50, 6.0),
+            ("a cloud's sooner", CLOUD_1, paced(2.0, 10.0), loaded, {"now": 600.0}, 50, 6.0),
         ):
             with self.subTest(what):
                 found = oblix.Snapshot((installed(model),), (target,), {target: record}, prefer="fast", **rest)
-                self.assertAlmostEqual(
-                    oblix.predicted_s(target, oblix.condition(target, found), found, tokens), seconds)
-                said = re.findall(r"%s ([\d.]+) s" % target.id, oblix.rank(found, {}, tokens=tokens).reason)
+                work = oblix.Work(tokens=tokens)
+                times = oblix.predicted(target, oblix.condition(target, found), found, work, 0.9)
+                self.assertAlmostEqual(times.end_s, seconds)
+                said = re.findall(r"%s ([\d.]+) s" % target.id, oblix.rank(found, {}, work=work).reason)
                 self.assertEqual(said, ["%.1f" % seconds] if seconds else [])
 
     def test_targets_that_stand_alike_are_planned_alike(self):
@@ -2329,6 +2342,212 @@ class Policy(Case):
         self.assertEqual(oblix.Pace(load_s=3.0).learned(1.0, 9, 1.0).load_s, 3.0)
 
 
+def reads(read_per_s, tokens_per_s=0.0, cache=None, **pace):
+    """The record of a local target that reads and writes so many tokens a second."""
+    return oblix.Record(pace=oblix.Pace(tokens_per_s=tokens_per_s, read=(read_per_s, 1.0), **pace),
+                        cache=cache or oblix.Cache())
+
+
+def begins(*firsts_s, tokens_per_s=0.0):
+    """The record of a cloud whose answers began so soon."""
+    return oblix.Record(pace=oblix.Pace(firsts_s, tokens_per_s))
+
+
+PI = reads(20.0, 5.0)                # 20 tokens a second read, 5 written
+QUICK = begins(0.8, tokens_per_s=100.0)
+LENGTHY = oblix.Work(5600, tuple(range(21)), conversation=7)    # 1,400 tokens: 70 s of a Pi's reading
+CURT = oblix.Work(80, (), conversation=8)
+BEHIND = [CLOUD_1, LOCAL_1]
+GB = 10**9
+
+IN_TIME = [  # what, the records of local and cloud, the work, more of the snapshot, the order, what the reason adds
+    ("a long prompt", PI, QUICK, LENGTHY, {}, BEHIND, "local 70 s to the first word, cloud 0.8 s"),
+    ("a short one", PI, QUICK, CURT, {}, BEHIND[::-1], ""),
+    ("just within the limit", PI, QUICK, oblix.Work(400), {}, BEHIND[::-1], ""),
+    ("just past it", PI, QUICK, oblix.Work(401), {}, BEHIND, "local 5.0 s to the first word, cloud 0.8 s"),
+    ("a limit of one's own", PI, QUICK, LENGTHY, {"first_limit_s": 80.0}, BEHIND[::-1], ""),
+    ("local whatever it takes", PI, QUICK, LENGTHY, {"first_limit_s": math.inf}, BEHIND[::-1], ""),
+    ("not twice the cloud's", PI, begins(35.1), LENGTHY, {}, BEHIND[::-1], ""),
+    ("just twice the cloud's", PI, begins(34.9), LENGTHY, {}, BEHIND, "local 70 s to the first word, cloud 35 s"),
+    ("the cloud's usual time, not its tail", PI, begins(1.0, 1.0, 60.0), LENGTHY, {}, BEHIND, "cloud 1.0 s"),
+    ("the cloud is not measured", PI, None, LENGTHY, {}, BEHIND, "local 70 s to the first word, cloud 1.0 s"),
+    ("a conversation that goes on", reads(20.0, cache=oblix.Cache(tuple(range(20)), 7, 5500)), QUICK, LENGTHY, {},
+     BEHIND[::-1], ""),
+    ("another one", reads(20.0, cache=oblix.Cache((9, 9), 5, 5500)), QUICK, LENGTHY, {}, BEHIND, "local 70 s"),
+    ("another one with the same system prompt", reads(20.0, cache=oblix.Cache((*range(20), 99), 5, 9999)), QUICK,
+     LENGTHY, {}, BEHIND, "local 6.0 s"),
+    ("two are before it", reads(200.0, 10.0), QUICK, oblix.Work(800), {"in_flight": {LOCAL_1: 8}, "slots": 4},
+     BEHIND, "local constrained (busy)"),    # the table's doing, not the time's
+    ("a whole answer", PI, QUICK, CURT._replace(whole=True), {}, BEHIND, "local 41 s to the end, cloud 2.8 s"),
+    ("a whole answer that is soon", reads(2000.0, 40.0), QUICK, LENGTHY._replace(whole=True), {}, BEHIND[::-1], ""),
+    ("one that the client keeps short", PI, QUICK, CURT._replace(whole=True, most_tokens=100), {}, BEHIND[::-1], ""),
+    ("the longest of late counts", reads(2000.0, 40.0, lengths=(9, 2000, 9)), QUICK, CURT._replace(whole=True), {},
+     BEHIND, "local 50 s to the end, cloud 21 s"),
+    ("of the cloud's, too", reads(2000.0, 40.0), oblix.Record(pace=oblix.Pace((0.8,), 100.0, lengths=(2000,))),
+     CURT._replace(whole=True), {}, BEHIND, "local 50 s to the end, cloud 21 s"),
+    ("a limit for whole answers", PI, QUICK, CURT._replace(whole=True), {"whole_limit_s": 50.0}, BEHIND[::-1], ""),
+    ("the first word's limit is not theirs", PI, QUICK, CURT._replace(whole=True), {"first_limit_s": math.inf}, BEHIND,
+     "local 41 s to the end"),
+    ("old measurements fade", PI, QUICK, LENGTHY, {"now": 13 * 6 * 3600.0}, BEHIND[::-1], ""),
+    ("not measured", None, QUICK, LENGTHY, {}, BEHIND[::-1], ""),
+    ("how long a prompt is, nobody says", PI, QUICK, oblix.Work(), {}, BEHIND[::-1], ""),
+]
+
+
+class Timely(Case):
+    """What time costs: pure functions of a snapshot."""
+
+    def ranked(self, local, cloud, work, readings_=None, targets=(LOCAL_1, CLOUD_1), **rest):
+        records = {target: record for target, record in ((LOCAL_1, local), (CLOUD_1, cloud)) if record}
+        found = snapshot(targets=targets, records=records, **rest)
+        found = dataclasses.replace(found, readings=readings_) if readings_ else found
+        plan = oblix.rank(found, {})
+        return plan, oblix.in_time(plan, found, work)
+
+    def test_the_cloud_goes_first_where_local_would_take_long(self):
+        for what, local, cloud, work, rest, order, says in IN_TIME:
+            with self.subTest(what):
+                usual, plan = self.ranked(local, cloud, work, **rest)
+                self.assertEqual(list(plan.order), order, plan.reason)
+                self.assertIn(says, plan.reason)
+                if usual.order == plan.order:
+                    self.assertEqual(plan, usual)
+                else:
+                    self.assertTrue(plan.reason.startswith(usual.reason + "; local "))
+
+    def test_what_the_table_puts_first_stays_first(self):
+        for local, cloud in itertools.product(oblix.Level, repeat=2):
+            with self.subTest(local=local, cloud=cloud):
+                records = {LOCAL_1: PI, CLOUD_1: QUICK}
+                found = snapshot(local, cloud, records=records)
+                plan = oblix.in_time(oblix.rank(found, {}), found, LENGTHY)
+                cloud_first = cloud is not OUT
+                self.assertEqual(plan.order[0], CLOUD_1 if cloud_first else LOCAL_1)
+                self.assertEqual("to the first word" in plan.reason, local is GOOD and cloud_first)
+
+    def test_the_first_local_model_that_is_soon_is_asked(self):
+        fast = oblix.Target(NEAR, "tiny", LOCAL)
+        known = (*readings(GOOD, GOOD), oblix.Reading(LOCAL, GOOD, "", {}, LOCAL_2.endpoint))
+        found = oblix.Snapshot(known, (LOCAL_1, fast, LOCAL_2, CLOUD_1),
+                               {LOCAL_1: PI, fast: reads(2000.0), LOCAL_2: PI, CLOUD_1: QUICK})
+        plan = oblix.in_time(oblix.rank(found, {}), found, LENGTHY)
+        self.assertEqual(list(plan.order), [fast, CLOUD_1, LOCAL_1, LOCAL_2])
+
+    def test_a_cloud_that_merely_rests_is_asked_before_a_local_model_that_takes_long(self):
+        for what, breaker, work, order in (
+            ("it rests", oblix.Breaker(1, 5.0, "busy (503)"), LENGTHY, BEHIND),
+            ("it has said when", oblix.Breaker(1, 5.0, "busy (429)", last_hope=False), LENGTHY, [LOCAL_1]),
+            ("local is soon", oblix.Breaker(1, 5.0, "busy (503)"), CURT, [LOCAL_1]),
+        ):
+            with self.subTest(what):
+                usual, plan = self.ranked(PI, QUICK._replace(breaker=breaker), work, now=1.0)
+                self.assertEqual(list(usual.order), [LOCAL_1])
+                self.assertEqual(list(plan.order), order)
+                self.assertCountEqual([*plan.order, *plan.last_hope], [*usual.order, *usual.last_hope])
+
+    def test_a_guess_speaks_until_it_is_measured(self):
+        cpu, gpu = {"cores": 4}, {"cores": 4, "gpu_memory_free_mb": 9000}
+        for what, facts, model, size, rest, first in (
+            ("no core is known", {}, {}, 40_000, {}, LOCAL_1),
+            ("a short prompt", cpu, {}, 400, {}, LOCAL_1),
+            ("one that patience can await finds out", cpu, {}, 3600, {}, LOCAL_1),
+            ("the next one need not", cpu, {}, 3600, {"in_flight": {LOCAL_1: 1}, "slots": 2}, CLOUD_1),
+            ("unless it is short", cpu, {}, 80, {"in_flight": {LOCAL_1: 1}, "slots": 2}, LOCAL_1),
+            ("one that patience can't", cpu, {}, 4200, {}, CLOUD_1),
+            ("a person with more patience", cpu, {}, 4200, {"patience_s": 90.0}, LOCAL_1),
+            ("it fits into the GPU", gpu, {}, 42_000, {}, LOCAL_1),
+            ("it is not on the GPU", gpu, {"gpu_share": 0.3}, 42_000, {}, CLOUD_1),
+            ("it is on the GPU", cpu, {"gpu_share": 1.0}, 42_000, {}, LOCAL_1),
+        ):
+            with self.subTest(what):    # 2 GB on four cores: 64 bytes a second
+                model = oblix.Model("small", **{"size": 2 * GB, "context": 4096, **model})
+                known = (oblix.Reading(LOCAL, GOOD, "", facts), installed(model), *readings(GOOD, GOOD)[2:])
+                _, plan = self.ranked(None, QUICK, oblix.Work(size), known, **rest)
+                self.assertEqual(plan.order[0], first, plan.reason)
+
+    def test_a_guess_is_not_made_of_another_machine(self):
+        model = oblix.Model("small", size=2 * GB, context=4096)
+        known = (oblix.Reading(LOCAL, GOOD, "", {"cores": 4}), installed(model, endpoint=BOX.endpoint),
+                 *readings(GOOD, GOOD)[2:])
+        _, plan = self.ranked(None, QUICK, oblix.Work(400_000), known, (BOX, CLOUD_1))
+        self.assertEqual(plan.order[0], BOX)
+
+    def test_what_of_a_prompt_has_to_be_read(self):
+        held = oblix.Cache((1, 2, 3), 7, 1000)    # of three blocks, with the answer
+        for what, work, cache, unread in (
+            ("nothing is in the cache", oblix.Work(900, (1, 2, 3), 7), oblix.Cache(), 900),
+            ("the conversation goes on", oblix.Work(1100, (1, 2, 3, 4), 7), held, 100),
+            ("it is asked again", oblix.Work(900, (1, 2, 3), 7), held, 1),
+            ("its last message was edited", oblix.Work(900, (1, 2, 9), 7), held, 900 - 2 * oblix.BLOCK),
+            ("another one with the same beginning", oblix.Work(900, (1, 2, 9), 8), held, 900 - 2 * oblix.BLOCK),
+            ("another one", oblix.Work(900, (8, 2, 3), 8), held, 900),
+            ("a short one goes on", oblix.Work(300, (1,), 7), oblix.Cache((), 7, 200), 100),
+            ("a short one, another one", oblix.Work(300, (1,), 8), oblix.Cache((), 7, 200), 300),
+        ):
+            with self.subTest(what):
+                self.assertEqual(work.unread(cache), unread)
+
+    def test_prompts_that_begin_alike_have_the_same_first_blocks(self):
+        def blocks(*texts, **fields):
+            roles = itertools.cycle(("system", "user", "assistant"))
+            messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+            return oblix.ChatRequest("auto", {"messages": messages, **fields}).blocks
+        rules, tools = "rule " * 400, [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+        one, two = blocks(rules, "Hello"), blocks(rules, "Hello", "Hi", "And now?" * 200)
+        self.assertEqual((one, len(one)), (two[:len(one)], 2007 // oblix.BLOCK))
+        self.assertEqual(blocks(rules, "x" * 999)[:7], one)
+        self.assertNotEqual(blocks(rules, "Hello", tools=tools)[0], one[0])
+        self.assertEqual(blocks("a", "b"), ())
+        self.assertEqual(len(blocks("é" * (2 << 20))), oblix.MAX_BLOCKS)
+
+    def test_how_long_a_silent_cloud_is_waited_for(self):
+        for what, firsts_s, stream, setting, patience_s in (
+            ("not measured", (), True, 60.0, 10.0), ("quick", (0.5, 0.6), True, 60.0, 10.0),
+            ("four times its tail", (3.0, 4.0), True, 60.0, 16.0),
+            ("never above the setting", (30.0,), True, 60.0, 60.0),
+            ("but ten seconds", (5.0,), True, 1.0, 10.0), ("whole", (30.0,), False, 60.0, 60.0),
+            ("whole, of the patient", (0.5,), False, 90.0, 90.0),
+        ):
+            with self.subTest(what):
+                self.assertEqual(oblix.cloud_patience_s(oblix.Pace(firsts_s), stream, setting), patience_s)
+
+    def test_a_reading_speed_is_learned(self):
+        pace = oblix.Pace()
+        for what, read, now, speed in (
+            ("the first", (200.0, 10.0), 5.0, 20.0), ("nothing is told", (0.0, 0.0), 6.0, 20.0),
+            ("a long prompt tells more", (1600.0, 40.0), 7.0, 1760 / 48),
+            ("a short one less", (4.0, 4.0), 8.0, 1412 / 42.4),
+        ):
+            with self.subTest(what):
+                pace = pace.learned(1.0, 50, 5.0, read, now)
+                self.assertAlmostEqual(pace.reading_s(4000), 1000 / speed)
+                self.assertEqual(pace.at, now)
+        self.assertEqual(oblix.Pace().reading_s(1000), 0.0)
+        for tokens in range(20):
+            pace = pace.learned(None, tokens, 1.0)
+        self.assertEqual(pace.lengths, tuple(range(10, 20)))
+
+    def test_what_servers_tell_of_their_reading(self):
+        for what, timings, read in (
+            ("llama.cpp", {"prompt_n": 100, "cache_n": 300, "prompt_ms": 2000.0, "predicted_n": 9}, (100, 2.0)),
+            ("an older one", {"prompt_n": 100, "prompt_ms": 2000.0}, (100, 2.0)),
+            ("Ollama", oblix.Ollama._timings({"prompt_eval_count": 400, "prompt_eval_duration": 2 * GB}), (60, 2.0)),
+            ("that tells of its cache", oblix.Ollama._timings({
+                "prompt_eval_count": 400, "prompt_eval_cached_count": 300, "prompt_eval_duration": 2e9}), (100, 2.0)),
+            ("all was cached", {"prompt_n": 0, "cache_n": 300, "prompt_ms": 20.0}, (0.0, 0.0)),
+            ("no time", {"prompt_n": 100, "prompt_ms": 0}, (0.0, 0.0)), ("nothing", None, (0.0, 0.0)),
+            ("an Ollama that tells nothing", oblix.Ollama._timings({}), (0.0, 0.0)), ("a list", [1], (0.0, 0.0)),
+            ("nonsense", {"prompt_n": "x", "prompt_total": -1, "prompt_ms": [1]}, (0.0, 0.0)),
+            ("more than there can be", {"prompt_n": 1e300, "prompt_ms": 1.0}, (0.0, 0.0)),
+            ("more cached than read", {"prompt_total": 5, "cache_n": 9, "prompt_ms": 1.0}, (0.0, 0.0)),
+            ("an Ollama's nonsense", oblix.Ollama._timings({
+                "prompt_eval_count": [], "prompt_eval_cached_count": "x", "prompt_eval_duration": "1s"}), (0.0, 0.0)),
+            ("half of it nonsense", {"prompt_n": None, "prompt_total": {}, "prompt_ms": 500}, (0.0, 0.0)),
+        ):
+            with self.subTest(what):
+                self.assertEqual(oblix.told_of_reading(timings, 0.15), read)
+
+
 class Situation:
     """A snapshot and a request of a seed, with who must not be asked of them, and who not before the others."""
     names = ("small", "gone", "far", "large", "spilled", "cold")    # models of the Ollama on the device
@@ -2340,7 +2559,8 @@ class Situation:
         targets = [oblix.Target(NEAR, name, LOCAL) for name in draw.sample(self.names, draw.randint(0, 3))]
         targets += draw.sample([LOCAL_2, BOX, CLOUD_1, CLOUD_2, KEYLESS], draw.randint(0, 5))
         draw.shuffle(targets)
-        self.only, self.tokens, self.last = draw.choice([None, None, *oblix.Side]), 200, draw.choice([None, *targets])
+        self.only, self.last = draw.choice([None, None, *oblix.Side]), draw.choice([None, *targets])
+        self.work = oblix.Work(draw.choice([0, 80, 40_000]), (1,), 1, whole=self.one_in(2))
         self.refusals = {target: "no tools" for target in targets if self.one_in(6)}
         records = {target: self.record() for target in targets}
         self.resting = {target for target, record in records.items() if record.trial or record.breaker.until > 100.0}
@@ -3844,7 +4064,7 @@ LEVELS = [  # local, cloud, flags, who answers -- the table of nine cells
     ("available", "degraded", DEGRADED, "local"),
     ("available", "disconnected", [], "local"),
     ("constrained", "optimal", CONSTRAINED, "cloud"),
-    ("constrained", "degraded", CONSTRAINED + DEGRADED, "local"),
+    ("constrained", "degraded", CONSTRAINED + DEGRADED, "cloud"),
     ("constrained", "disconnected", CONSTRAINED, "local"),
     ("critical", "optimal", CRITICAL, "cloud"),
     ("critical", "degraded", CRITICAL + DEGRADED, "cloud"),
@@ -4598,6 +4818,22 @@ class Breaker(Case):
                     self.assertEqual(breaker.rest_s(start + later_s), 0.0)
                 self.assertEqual(breaker.failures, 1)    # until a success
 
+    def test_it_rests_after_the_fault_that_keeps_it_from_being_asked(self):
+        for what, faults, reason in (
+            ("a key, and then a server", (("ACCOUNT", 401), ("BUSY", 503)), "account (401)"),
+            ("a server, and then a key", (("BUSY", 503), ("ACCOUNT", 401)), "account (401)"),
+            ("a model, and then a link", (("MISSING", 404), ("DOWN", 502)), "not found (404)"),
+        ):
+            with self.subTest(what):
+                breaker = oblix.Breaker()
+                for fault, status in faults:
+                    error = oblix.UpstreamError("gone", oblix.Fault[fault], status=status)
+                    breaker = breaker.failed(error, 100.0)
+                self.assertEqual(breaker.reason, reason)
+                self.assertIs(breaker.fault, oblix.Fault[reason.split(" (")[0].upper().replace("NOT FOUND", "MISSING")])
+                found = snapshot(records={CLOUD_1: oblix.Record(breaker)}, now=101.0)
+                self.assertIn("rests after: " + reason, oblix.rank(found, {}, CLOUD).reason)
+
     def test_a_rest_begins_with_the_last_fault(self):
         breaker = after("DOWN")[0].failed(failure("DOWN"), 100.0)
         self.assertEqual((breaker.rest_s(100.0), breaker.rest_s(101.5), breaker.rest_s(102.0)), (2.0, 0.5, 0.0))
@@ -5307,6 +5543,218 @@ class Contexts(Orchestrated):
                 self.refused(reply, 400, cloud.target + ": ")
                 self.assertIn("logprobs", reply.error["message"])
             self.assertEqual((local.requests, cloud.requests), ([], []))
+
+
+def reading(tokens_per_s, text="local"):
+    """The script of an Ollama that says it has read the whole prompt so fast; it does not take the time."""
+    def script(dialect, request):
+        tokens = sum(len(message["content"]) for message in request.json["messages"]) // 4 + 26
+
+        def tell(line):
+            event = json.loads(line)
+            took = {"prompt_eval_duration": int(1e9 * tokens / tokens_per_s), "prompt_eval_cached_count": 0}
+            return dialect.line({**event, **took}) if event["done"] else line
+        return answer(Text(text), usage=(tokens, 7), rewrite=tell)(dialect, request)
+    return script
+
+
+def told_timings(script, timings):
+    """The script of an OpenAI-compatible server that plays this one and ends it as llama.cpp does: with its timings."""
+    def play(dialect, request):
+        last = {**dialect.chunk([]), "timings": timings}
+        *head, done, end = script(dialect, request)
+        return [*head, chunk(data_event(last)), done, end]
+    return play
+
+
+LONG_TALK = talk(user("Tell me about it. " * 311))    # 5,598 bytes, some 1,400 tokens
+TOO_BUSY = whole(503, OPENAI.error("Later."))
+RETRIES = [  # what the cloud does first, what of local is known, who answers, how often the cloud is asked
+    ("503", TOO_BUSY, PI, "cloud", 2), ("429", whole(429, OPENAI.error("Later.")), PI, "cloud", 2),
+    ("429, soon", whole(429, OPENAI.error("Later."), "Retry-After: 0.1"), PI, "cloud", 2),
+    ("429, not so soon", whole(429, OPENAI.error("Later."), "Retry-After: 2"), PI, "local", 1),
+    ("it breaks off", [CLOSE], PI, "cloud", 2), ("its key is refused", whole(401, OPENAI.error("No.")), PI, "local", 1),
+    ("it is silent", [HANG], PI, "local", 1), ("a login page", whole(200, "<html>"), PI, "local", 1),
+    ("local is soon", TOO_BUSY, reads(2000.0, 50.0), "local", 1), ("local is not measured", TOO_BUSY, None, "local", 1),
+]
+KEPT = [  # --keep-alive, on battery, what Ollama is asked for
+    ([], False, 1800), ([], True, 300), (["auto"], True, 300), (["default"], False, None), (["default"], True, None),
+    (["10m"], True, "10m"), (["1h30m"], False, "1h30m"), (["3600"], False, 3600), (["-1"], True, -1), (["0"], False, 0),
+    (["1.5h"], False, "1.5h"), (["-1m"], False, "-1m"),
+]
+
+
+class Time(Orchestrated):
+    """What an answer costs in time, told by real servers."""
+
+    def learned(self, server, target, **known):
+        """What requests have shown of the target; `known` is made known before."""
+        ledger = server.gateway.ledger
+        [target] = [one for one in server.gateway.snapshot().targets if one.id == target]
+        for record in known.values():
+            ledger._update(target, lambda _, record=record: record)
+        return ledger.record(target)
+
+    def test_a_long_prompt_goes_to_the_cloud_and_the_reason_says_the_seconds(self):
+        with small(reading(20)) as local, cloudy() as cloud, running(local, cloud) as server:
+            for stream, what in ((True, "first word"), (False, "end")):
+                with self.subTest(what):
+                    self.answered(ask(server, "auto", stream=stream), "local", by=local.target)
+                    reply = ask(server, "auto", stream=stream, **LONG_TALK)
+                    self.answered(reply, "cloud", by=cloud.target)
+                    self.assertRegex(reply.headers["x-oblix-reason"], r"^local available, cloud optimal; "
+                                     r"local \d\d s to the %s, cloud \d\.\d s$" % what)
+                    self.answered(ask(server, "local", stream=stream, **LONG_TALK), "local")
+                    self.answered(ask(server, local.target, stream=stream, **LONG_TALK), "local")
+                    self.answered(ask(server, "auto", stream=stream, **LONG_TALK), "local")    # it is in the cache now
+                    self.answered(ask(server, "auto", stream=stream), "local")
+
+    def test_who_wants_local_whatever_it_takes_says_so(self):
+        flags = ["--local-first-s=inf", "--local-whole-s=inf"]
+        with small(reading(20)) as local, cloudy() as cloud, running(local, cloud, flags=flags) as server:
+            for stream, fields in itertools.product((True, False), ({}, LONG_TALK)):
+                self.answered(ask(server, "auto", stream=stream, **fields), "local")
+            self.assertEqual(cloud.requests, [])
+
+    def test_a_conversation_that_goes_on_stays(self):
+        with small(reading(20)) as local, cloudy() as cloud, running(local, cloud) as server:
+            self.answered(ask(server, "auto"), "local")
+            begun = LONG_TALK["messages"]
+            self.answered(ask(server, "local", stream=True, messages=begun), "local")
+            goes_on = [*begun, {"role": "assistant", "content": "local"}, {"role": "user", "content": "Go on."}]
+            self.answered(ask(server, "auto", stream=True, messages=goes_on), "local")
+            other = [{"role": "user", "content": "Another one. " + begun[0]["content"]}]
+            self.answered(ask(server, "auto", stream=True, messages=other), "cloud")
+            local.loaded = {}    # Ollama has forgotten it, and loads it again
+            eventually(lambda: look(server) or states(server)[local.target] == "cold")
+            server.gateway.loader.begin(server.gateway.snapshot().targets[0], 0).done.wait(5)
+            self.assertEqual(self.learned(server, local.target).cache, oblix.Cache())
+
+    def test_what_llama_cpp_tells_is_learned_too(self):
+        timings = {"prompt_n": 100, "prompt_ms": 5000.0, "cache_n": 0}
+        script = told_timings(answer(Text("local")), timings)
+        with Upstream(OPENAI, script, side="local", target="openai:smol@{url}/v1") as local, \
+                cloudy(dialect=CLAUDE) as cloud, running(local, cloud) as server:
+            reply = ask(server, "auto", stream=True)
+            self.assertIn(timings, [event.get("timings") for event in reply.chunks])
+            self.answered(ask(server, "auto", stream=True, **LONG_TALK), "cloud")
+
+    def test_ollamas_clients_see_no_timings_that_openai_has_not(self):
+        with small(reading(20)) as local, running(local) as server:
+            reply = ask(server, "auto", stream=True, stream_options={"include_usage": True})
+            self.assertEqual(reply.chunks[-1]["usage"]["completion_tokens"], 7)
+            for answered in (*reply.chunks, ask(server, "auto").json):
+                self.assertNotIn("timings", answered)
+
+    def test_a_server_that_tells_nothing_is_timed(self):
+        with small(delayed(0.3)) as local, running(local) as server:
+            for stream in (True, False):
+                self.answered(ask(server, "auto", stream=stream, **LONG_TALK), "local")
+            record = self.learned(server, local.target)
+            self.assertGreater(record.pace.read[1], 0.08)    # 0.3 s, less than 0.2 s of which are not reading
+            self.assertGreater(record.pace.read[0], 0.8 * 5598 / 4)
+            self.assertGreater(record.cache.size, 5598)
+
+    def test_a_client_that_leaves_has_seen_how_fast_it_was(self):
+        with small(pausing(0.0, 0.0, HANG)) as local, running(local) as server:
+            with asking(server, "auto", stream=True, **LONG_TALK) as response:
+                next(sse(response))
+            eventually(lambda: self.learned(server, local.target).pace.firsts_s)
+            self.assertGreater(self.learned(server, local.target).cache.size, 5000)
+
+    def test_a_silent_cloud_is_left_where_a_local_model_could_answer(self):
+        limits = mock.patch.multiple(oblix, CLOUD_LEAST_S=0.3, CLOUD_WHOLE_S=0.3)
+        with limits, small() as local, cloudy([HANG]) as cloud, \
+                running(local, cloud, flags=["--prefer=cloud", "--patience-s=0.2"]) as server:
+            for stream in (True, False):
+                reply = ask(server, "auto", stream=stream)
+                self.answered(reply, "local", by=local.target)
+                self.assertEqual(reply.headers["x-oblix-attempts"], "2")
+                self.assertTrue(cloud.last.hung_up.wait(5))
+                self.learned(server, cloud.target, rested=self.learned(server, cloud.target)._replace(
+                    breaker=oblix.Breaker()))
+            self.assertEqual(len(self.learned(server, cloud.target).pace.firsts_s), 2, "a wait is evidence")
+            self.assertGreaterEqual(min(self.learned(server, cloud.target).pace.firsts_s), 0.25)
+
+    def test_a_silent_local_model_is_known_to_take_that_long(self):
+        with small([HANG]) as local, cloudy() as cloud, running(local, cloud, flags=["--patience-s=0.3"]) as server:
+            self.answered(ask(server, "auto", stream=True, **LONG_TALK), "cloud")
+            pace = self.learned(server, local.target).pace
+            self.assertGreaterEqual(pace.firsts_s[0], 0.25)
+            self.assertGreater(pace.reading_s(56_000), 2.5)
+
+    def test_a_cloud_that_refuses_at_once_is_asked_once_more_before_a_slow_local_model(self):
+        flags = ["--prefer=cloud", "--first-byte-timeout-s=0.5"]
+
+        def tried(script, record):
+            with small() as local, cloudy(script, answer(Text("cloud"))) as cloud, \
+                    running(local, cloud, flags=flags) as server:
+                if record:
+                    self.learned(server, local.target, known=record)
+                return ask(server, "auto", stream=True), len(cloud.requests)
+        with mock.patch.object(oblix, "PAUSE_S", 0.05):
+            rows = [(script, record) for _, script, record, _, _ in RETRIES]
+            for (what, _, _, text, count), (reply, asked) in zip(RETRIES, at_once(tried, rows)):
+                with self.subTest(what):
+                    self.answered(reply, text)
+                    self.assertEqual(asked, count)
+                    if what != "it breaks off":    # a kept connection that was found dead: that was no attempt
+                        self.assertEqual(reply.headers["x-oblix-attempts"], str(count + (text == "local")))
+
+    def test_it_is_asked_once_more_and_no_oftener(self):
+        with mock.patch.object(oblix, "PAUSE_S", 0.05), small() as local, cloudy(TOO_BUSY) as cloud, \
+                running(local, cloud, flags=["--prefer=cloud"]) as server:
+            self.learned(server, local.target, known=PI)
+            self.answered(ask(server, "auto", stream=True), "local")
+            self.assertEqual(len(cloud.requests), 2)
+
+    def test_a_model_that_is_wanted_stays_in_memory(self):
+        def asked(said, on_battery):
+            with small(loaded={}) as local, running(local, flags=["--keep-alive=" + text for text in said]) as server:
+                watch = server.gateway.watch
+                [power] = [monitor for monitor in watch.monitors if isinstance(monitor, oblix.PowerMonitor)]
+                power.sample = lambda: {"battery_plugged": not on_battery}
+                power.wake.set()
+                eventually(lambda: oblix.device_facts(watch.readings).get("battery_plugged") is (not on_battery))
+                local.loads.clear()
+                ask(server, "auto", options={"num_ctx": 8192}, stream=True)
+                ask(server, "auto", keep_alive="7s")
+                server.gateway.loader.begin(server.gateway.snapshot().targets[0], 0).done.wait(5)
+                kept = [request.json.get("keep_alive") for request in (*local.requests, *local.loads[-1:])]
+                return kept
+        rows = [row[:2] for row in KEPT]
+        for (said, on_battery, wanted), kept in zip(KEPT, at_once(asked, rows)):
+            with self.subTest(said, on_battery=on_battery):
+                self.assertEqual(kept, [wanted, "7s", wanted], "a client's own wins")
+
+    def test_a_cloud_is_told_nothing_of_keeping(self):
+        with cloudy() as cloud, running(cloud) as server:
+            self.answered(ask(server, "auto"), "cloud")
+            self.assertNotIn("keep_alive", cloud.last.json)
+
+    def test_patience_never_grows(self):
+        gateway = oblix.Gateway(oblix.Settings.parse(
+            ["--port=0", "--local-model=ollama:small", "--cloud-model=openai:large"], {"OPENAI_API_KEY": "k"}))
+        self.addCleanup(gateway.close)
+        local, cloud = gateway.snapshot().targets
+        for target in (local, cloud):
+            for first_s in (59.0, 170.0, 290.0):
+                gateway.ledger.learn_pace(target, first_s, 9, 1.0)
+        for stream, model, first, limits in (
+            (True, "auto", local, [60.0, 300.0]), (False, "auto", local, [60.0, 300.0]),
+            (True, "auto", cloud, [60.0, 300.0]), (False, "auto", cloud, [60.0, 300.0]),
+            (True, "local", local, [300.0]), (True, local.id, local, [300.0]),
+        ):
+            with self.subTest(model, stream=stream, first=first.id):
+                request = oblix.ChatRequest(model, chat(), stream)
+                course = oblix.Course(gateway, request, None)
+                course._queue.clear()
+                course._queue.extend(one for one in ((local, cloud) if first is local else (cloud, local))
+                                     if model == "auto" or one is first)
+                found = []
+                while course._queue:
+                    found.append(course._limits(course._queue.popleft()).first_byte_s)
+                self.assertEqual(found, limits)
 
 
 class Slots(Orchestrated):
@@ -6650,6 +7098,10 @@ HELD = {    # a row of "what happens", by its beginning: the tests that hold it
     "the same in an answer that is not": [Auto.test_every_fault_before_content_is_answered_by_the_other_side],
     "a local model says nothing": [Patience.test_a_silent_local_is_left_after_patience_where_another_one_could_answer,
                                    Patience.test_where_nobody_else_could_answer_it_does_not_count],
+    "a cloud says nothing": [Time.test_a_silent_cloud_is_left_where_a_local_model_could_answer,
+                             Timely.test_how_long_a_silent_cloud_is_waited_for],
+    "a cloud answers 429 or 5xx": [
+        Time.test_a_cloud_that_refuses_at_once_is_asked_once_more_before_a_slow_local_model],
     "the local model has to be loaded": [Warmth.test_while_it_loads_the_cloud_answers_and_the_load_goes_on,
                                          Warmth.test_without_a_cloud_all_requests_wait_for_the_one_load],
     "nothing comes for 15 s": [KeepAlive.test_a_silence_before_content, KeepAlive.test_a_total_failure_is_told_in_band],
@@ -6681,12 +7133,19 @@ class Documented(Case):
         flags = {oblix.flag_of(field): getattr(settings, field.name) for field in dataclasses.fields(settings)}
         named = re.findall(r"(\d+) s \(`(--[\w-]+)`\)", README)
         self.assertEqual({flag for _, flag in named},
-                         {"--patience-s", "--first-byte-timeout-s", "--request-timeout-s"})
+                         {"--patience-s", "--first-byte-timeout-s", "--request-timeout-s", "--local-first-s",
+                          "--local-whole-s"})
         for number, flag in named:
             self.assertEqual(float(number), flags[flag], flag)
         for words, value in (("nothing comes for %g s in a stream", oblix.KEEP_ALIVE_S),
                              ("its last load took less than %g s", oblix.QUICK_LOAD_S),
                              ("less than %g % of", 100 * oblix.SWITCH_BELOW),
+                             ("local's answer after %g s", oblix.CLOUD_LEAST_S),
+                             ("after %g s if the answer is not streamed", oblix.CLOUD_WHOLE_S),
+                             ("local would take over %g s", oblix.SLOW_S),
+                             ("if that is under %g s", oblix.MAX_PAUSE_S),
+                             ("keep a model for %g minutes", oblix.KEPT_S / 60),
+                             ("on battery for %g (`--keep-alive`)", oblix.KEPT_ON_BATTERY_S / 60),
                              ("as long as it says, up to %g;", oblix.MAX_RETRY_AFTER_S)):
             self.assertIn(words.replace("%g", "%g" % value), README.replace("\n", " "))
         self.assertIn("after ten seconds of better ones (`--better-after-s`)", README)
@@ -9848,7 +10307,8 @@ FLAGS = [  # flag, its default as --help shows it
     ("connect-timeout-s", "5"), ("first-byte-timeout-s", "300"), ("stall-timeout-s", "60"), ("probe-every-s", "30"),
     ("cpu-constrained-percent", "80"), ("cpu-critical-percent", "95"), ("memory-constrained-percent", "85"),
     ("memory-critical-percent", "95"), ("load-constrained", "1.5"), ("load-critical", "3"),
-    ("latency-degraded-ms", "200"), ("loss-degraded-percent", "10"), ("log-level", ""),
+    ("latency-degraded-ms", "1000"), ("local-first-s", "5"), ("local-whole-s", "30"), ("keep-alive", "auto"),
+    ("loss-degraded-percent", "10"), ("log-level", ""),
 ]
 MISTAKES = [  # flags, environment, what the one line names
     (["--nope"], {}, "--nope"), (["extra"], {}, "extra"), (["--port", "many"], {}, "many"),
