@@ -933,7 +933,7 @@ class Shape(Case):
         for promise in promises:
             self.assertTrue("test_" + re.sub(r"\W+", "_", promise.lower()).strip("_") in tests, promise)
 
-    def test_no_thread_waits_for_another_while_it_holds_a_lock(self):
+    def test_no_thread_waits_for_another(self):
         """Under a lock nothing is called but what collections do at once, and what makes a new value."""
         quick = {"get", "pop", "popitem", "move_to_end", "add", "discard", "dict", "len", "tuple", "iter", "next",
                  "update", "values", "list", "append", "popleft", "Lock", "acquire", "Record", "change", "_forget"}
@@ -3702,60 +3702,70 @@ class Deaf:
         self._thread.join(5)
 
 
-class Turns(Case):
-    """One thread at a time works on requests, as long as nobody forgets it."""
+class Unhindered(Case):
+    """A request that waits for something costs no other request anything, however many of them there are."""
 
-    def setUp(self):
-        self.turn, self.called = oblix.Turn(), []
-        self.turn.take()
+    def quick(self, server):
+        """That another client is answered, some hundred times slower than usual at most."""
+        with Took() as took:
+            self.assertEqual(fetch(server, "GET", "/v1/models").status, 200)
+        self.assertLess(took.seconds, 1)
 
-    def line_up(self, *names):
-        """Threads that take their turn one after the other, those whose names begin with `a` to answer."""
-        threads = [threading.Thread(target=self.work, args=(name,)) for name in names]
-        for number, thread in enumerate(threads, 1):
-            thread.start()
-            eventually(lambda: len(self.turn._answers) + len(self.turn._requests) == number)    # noqa: B023 - at once
-        return threads
+    def test_clients_that_were_refused_and_do_not_leave(self):
+        with running(flags=["--max-requests=99"]) as server, contextlib.ExitStack() as clients:
+            for _ in range(40):
+                client = clients.enter_context(connected(server))
+                client.sendall(body_head("Content-Length: 1000000", "Origin: http://x.example"))
+            self.quick(server)
+            self.assertIn(b" 403 ", client.recv(9999))
 
-    def work(self, name):
-        self.turn.take(answers=name.startswith("a"))
-        self.called.append(name)
-        self.turn.leave()
+    def test_connections_that_are_slow_to_come(self):
+        gate, resolve, asked = threading.Event(), socket.getaddrinfo, []
 
-    def test_answers_come_first_and_each_in_order(self):
-        with mock.patch.object(oblix, "TURN_S", 30):
-            threads = self.line_up("r1", "a1", "r2", "a2")
-            self.assertEqual(self.called, [])
-            self.assertTrue(self.turn.leave())
-            for thread in threads:
-                thread.join(5)
-        self.assertEqual(self.called, ["a1", "a2", "r1", "r2"])
-        self.assertFalse(self.turn.leave(), "it is not ours any more")
+        def resolve_late(host, *more, **options):
+            if host == "slow.example":
+                asked.append(host)
+                gate.wait(20)
+                raise socket.gaierror(socket.EAI_NONAME, "not ours")
+            return resolve(host, *more, **options)
+        with mock.patch.object(socket, "getaddrinfo", resolve_late), \
+                running(env={"OLLAMA_HOST": "http://slow.example"}, probed=False) as server:
+            clients = [threading.Thread(target=ask, args=(server, "ollama:llama3.2")) for _ in range(40)]
+            for client in clients:
+                client.start()
+            eventually(lambda: asked)
+            self.quick(server)
+            gate.set()
+            for client in clients:
+                client.join()
 
-    def test_who_keeps_it_for_too_long_loses_it(self):
-        with mock.patch.object(oblix, "TURN_S", 0.05):
-            for thread in self.line_up("r1"):
-                thread.join(5)
-        self.assertEqual(self.called, ["r1"])
-        self.assertFalse(self.turn.leave())
+    def test_threads_of_requests_are_held_on_the_fastest_core_and_monitors_are_not(self):
+        need(hasattr(os, "sched_setaffinity"), IMPOSSIBLE + ": only Linux holds a thread on a core")
+        rows = [({}, 5), ({2: "800000", 5: "2400000", 3: "2400000\n"}, 5), ({2: "9", 3: "8"}, 2), ({2: "x", 3: "1"}, 3)]
+        for speeds, core in rows:
+            with self.subTest(speeds=speeds), tempfile.TemporaryDirectory() as files:
+                for one, speed in speeds.items():
+                    Path(files, str(one)).write_text(speed)
+                with mock.patch.object(os, "sched_getaffinity", lambda _: {2, 3, 5}), \
+                        mock.patch.object(os, "sched_setaffinity") as held:
+                    oblix.hold_on_one_core(files + "/%d")
+                held.assert_called_once_with(0, {core})
+        parse, held = oblix.parse_request, []
 
-    def test_who_waits_for_an_upstream_leaves_it_however_near_that_seemed(self):
-        for kernel, at_once_ in itertools.product((True, False), repeat=2):
-            ours, theirs = socket.socketpair()
-            with self.subTest(kernel=kernel, at_once=at_once_), ours, theirs, \
-                    mock.patch.object(oblix, "TURN", self.turn), mock.patch.object(oblix, "TURN_S", 30):
-                oblix.limit_receive(ours, oblix.SOON_S) if kernel else ours.settimeout(1)
-                self.called.clear()
-                threads = self.line_up("r1")
-                fallback = threading.Timer(3, theirs.sendall, [b"too late"])
-                threads.append(threading.Thread(target=lambda: (threads[0].join(2.5), theirs.sendall(b"in time"))))    # noqa: B023
-                threads[1].start()
-                fallback.start()
-                wire = oblix._Wire(ours, None, oblix.Limits(1, 5, 5), at_once_)
-                self.assertEqual((wire.receive(), self.called), (b"in time", ["r1"]))
-                fallback.cancel()
-                for thread in (*threads, fallback):
-                    thread.join(5)
+        def look(raw):
+            held.append(os.sched_getaffinity(0))
+            return parse(raw)
+        with Upstream(OPENAI) as upstream, running(upstream) as server, mock.patch.object(oblix, "parse_request", look):
+            self.answered(ask(server, upstream.target), "Hello")
+            cores = [os.sched_getaffinity(thread.native_id) for thread in threading.enumerate()
+                     if thread.name.startswith("watch-")]
+        self.assertEqual([*map(len, held)], [1])
+        self.assertEqual([*map(len, cores)], [len(os.sched_getaffinity(0))] * len(cores))
+
+    def test_where_no_thread_can_be_held_requests_are_answered(self):
+        with mock.patch.object(os, "sched_setaffinity", side_effect=PermissionError, create=True), \
+                Upstream(OPENAI) as upstream, running(upstream) as server:
+            self.answered(ask(server, upstream.target), "Hello")
 
 
 class TransportOverTls(Connections, Case):
