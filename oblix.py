@@ -39,6 +39,7 @@ Who owns which state
   loads under way        a dict of the loader, whose setdefault and del are atomic (9)
   outlook                an attribute of the gateway, made anew by whoever finds it old (9)
   plans of an outlook    a dict whose get, setitem and clear are atomic; who finds none makes the same as another (9)
+  contexts of loads      a dict of the gateway, whose entries the threads of loads replace (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
@@ -4225,6 +4226,7 @@ class Gateway:
         self.ledger, self.transport, self.loader = Ledger(), Transport(), Loader(self._load)
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
+        self._said: dict[Target, tuple[int, int]] = {}    # the context of a target's last load, and what was said of it
         self._configured = configured_targets(settings)
         self.replicated = len({*map(replica, self._configured)}) < len(self._configured)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
@@ -4303,6 +4305,17 @@ class Gateway:
         log.info("%s is loaded, %.1f s", target.id, load_s)
         self.ledger.learn_load(target, load_s, context)
         self.watch.look(endpoint, lambda reading: _shows_loaded(target, context, reading))
+        model = model_of(target, reading_of(target, self.watch.readings))
+        self._said[target] = context, model.context if model else 0
+
+    def context_of(self, target: Target, model: Model) -> int:
+        """Return the context that a model is loaded for.
+
+        Some servers don't say it, or say another one than they were asked for (clamped, times the parallel slots): what
+        they said after the last load stands for what that asked for, as another load would change nothing.
+        """
+        asked, said = self._said.get(target, (0, 0))
+        return asked if asked and said == model.context else model.context
 
     def limits(self, until: float = math.inf) -> Limits:
         """The configured limits of an exchange."""
@@ -4412,10 +4425,10 @@ class Gateway:
         """The context to load the target's model for, or 0 to leave it as it is.  Raises Unsupported."""
         return self._context(request, target, model_of(target, reading_of(target, snapshot.readings)), snapshot)
 
-    @staticmethod
-    def _context(request: ChatRequest, target: Target, model: Model | None, snapshot: Snapshot) -> int:
+    def _context(self, request: ChatRequest, target: Target, model: Model | None, snapshot: Snapshot) -> int:
         if not model or not model.max_context:
             return 0
+        model = dataclasses.replace(model, context=self.context_of(target, model))
         return PROVIDERS[target.endpoint.provider].context_for(
             request, model, snapshot.record(target).context, free_bytes(target, snapshot.readings))
 
@@ -4482,7 +4495,7 @@ _LOST = ("upstream_unreachable", "upstream_tls", "upstream_timeout", "upstream_c
 def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
     """Whether a reading knows of a load that has ended."""
     model = model_of(target, reading)
-    return model is None or not model.cold and context in (0, model.context)
+    return model is None or not model.cold and (not context or model.context in (0, context))
 
 
 _NOTHING = "no model is configured: start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
@@ -4650,7 +4663,7 @@ class Course:
             model = model_of(target, reading_of(target, snapshot.readings))
             if not load and model and not model.remote:
                 context = self._context(request, target, snapshot)
-                if model.cold or context not in (0, model.context):
+                if model.cold or context not in (0, self._gateway.context_of(target, model)):
                     load = loader.begin(target, context)
             if not load:
                 break

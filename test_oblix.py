@@ -5282,6 +5282,23 @@ class Contexts(Orchestrated):
                 told(server, expected or 4096)
             self.assertEqual([load.json["options"] for load in local.loads], [{"num_ctx": 8192}, {"num_ctx": 16384}])
 
+    def test_a_load_that_the_server_does_not_tell_of_is_not_repeated(self):
+        """Older Ollamas say no context, and servers that imitate it another one than they were asked for."""
+        told = OllamaDialect.ps
+
+        def said_of(said):
+            def ps(dialect, loaded):
+                grown = {name: {**how, "context_length": said} for name, how in loaded.items()
+                         if how.get("context_length", 0) > 4096}
+                return told(dialect, {**loaded, **grown})
+            with mock.patch.object(OllamaDialect, "ps", ps), small() as local, running(local) as server:
+                for size in (2, 40_000, 2, 40_000, 15_000, 40_000, 2):
+                    self.answered(ask(server, "auto", **talk(user("a" * size))), "local")
+                return [load.json["options"] for load in local.loads]
+        for said in (None, 0, 4096, 20_000, 131072):
+            with self.subTest(said=said):
+                self.assertEqual(said_of(said), [{"num_ctx": 16384}])
+
     def test_a_hopeless_prompt_is_for_somebody_else(self):
         with small(trained=1000, loaded={"llama3.2:latest": {"context_length": 1000}}) as local, cloudy() as cloud, \
                 running(local, cloud) as server:
