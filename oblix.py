@@ -5103,7 +5103,7 @@ BODY_BYTES_PER_S = 8 << 10      # the slowest that one may come after that, on a
 IDLE_CLIENT_S = 75.0            # between requests; SDKs drop idle connections after 4-5 s, proxies after 60
 SEND_S = 60.0                   # in which a client takes nothing of its answer
 LINGER_S = 2.0                  # for the rest of a body that is refused
-FRESH_S = 1.0                   # for a fresh connection's first request, once Oblix is being stopped
+GRACE_S = 1.0                   # for a request that is on its way when Oblix is being stopped
 MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes some times its size
 LARGE_BODY_BYTES = 64 << 10     # smaller ones are not counted: --max-requests limits them
 AGAIN_S = 1.0                   # after which a client that was sent away may ask again
@@ -5111,44 +5111,90 @@ AGAIN_S = 1.0                   # after which a client that was sent away may as
 
 # --- 11. Who is here --------------------------------------------------------------------------------------------------
 
-class _Inbound(io.RawIOBase):
-    """A client's bytes as its handler reads them.  However slowly they come, their time is limited."""
+class Guest:
+    """A client's connection, and what the client sends on it.  However slowly that comes, its time is limited."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.fresh = self.silent = True    # nothing has ever come; nothing of the next request has
+    def __init__(self, connection: socket.socket, admission: Admission) -> None:
+        self.connection, self._admission = connection, admission
+        self.silent = True               # nothing of the next request has come
+        self.busy = False                # a chat request is being answered
+        self.since = time.monotonic()    # when it was last busy, or began to send its next request
+        self._held = bytearray()         # what has come and is not used yet
         self._deadline, self._bytes_per_s = 0.0, math.inf
 
-    def await_request(self, limit_s: float) -> None:
-        """From now on a head may come: its first byte within the limit, the rest within HEAD_S after that."""
-        self.silent, self._deadline, self._bytes_per_s = True, time.monotonic() + limit_s, math.inf
+    def await_request(self) -> None:
+        """Expect a head from now on: its first byte within IDLE_CLIENT_S, the rest within HEAD_S after that."""
+        self.since, self.silent, self._bytes_per_s = time.monotonic(), not self._held, math.inf
+        self._deadline = self.since + (IDLE_CLIENT_S if self.silent else HEAD_S)
 
     def await_body(self) -> None:
-        """From now on a body may come, at BODY_BYTES_PER_S at least."""
+        """Expect a body from now on, at BODY_BYTES_PER_S at least."""
         self._deadline, self._bytes_per_s = time.monotonic() + BODY_S, BODY_BYTES_PER_S
 
-    def _receive_into(self, buffer: Any) -> int:
-        """As a socket's recv_into.  Raise one of NOT_YET where the time is over."""
-        while time.monotonic() < self._deadline:
-            with contextlib.suppress(*NOT_YET):
-                return self.connection.recv_into(buffer)
-        raise socket.timeout
+    def line(self, limit: int) -> bytes:
+        """Return the next line with its end, or one byte too much of one that is too long.  Raise as `_receive`."""
+        while True:
+            end = self._held.find(b"\n", 0, limit + 1) + 1
+            if end or len(self._held) > limit:
+                return self._take(end or limit + 1)
+            self._receive()
 
-    def readable(self) -> bool:
-        return True
+    def some(self, most: int) -> bytes:
+        """Return what comes next, so many bytes at most.  Raise as `_receive`."""
+        if not self._held:
+            self._receive()
+        return self._take(most)
 
-    def readinto(self, buffer: Any) -> int:
-        """As any raw stream's.  Raises BadRequest where the time is over, ClientGone where nothing had come at all."""
-        try:
-            size = self._receive_into(buffer)
-        except NOT_YET:
-            if self.silent:
+    def _take(self, size: int) -> bytes:
+        piece = bytes(self._held[:size])
+        del self._held[:size]
+        return piece
+
+    def _receive(self) -> None:
+        """Wait for more.  Raise ClientGone where none comes, and what `_look` raises."""
+        while True:
+            try:
+                piece = self.connection.recv(PIECE_BYTES)
+            except NOT_YET:
+                self._look()
+                continue
+            except OSError:
                 raise ClientGone from None
-            raise BadRequest("The request came too slowly.", status=408, code="request_too_slow") from None
+            if not piece:
+                raise ClientGone
+            break
+        now = time.monotonic()
         if self.silent:
-            self.fresh, self.silent, self._deadline = False, False, time.monotonic() + HEAD_S
-        self._deadline = min(self._deadline + size / self._bytes_per_s, time.monotonic() + BODY_S)
-        return size
+            self.silent, self._deadline = False, now + HEAD_S
+        self._look()    # bytes may drip, each within the tick
+        self._deadline = min(self._deadline + len(piece) / self._bytes_per_s, now + BODY_S)
+        self._held += piece
+
+    def _look(self) -> None:
+        """Raise ClientGone if nothing of a request has come in its time, BadRequest if it comes too slowly.
+
+        Raise Busy if Oblix ends before it has come.
+        """
+        now = time.monotonic()
+        if self.silent and now >= min(self._deadline, self._admission.idle_until):
+            raise ClientGone
+        if not self.silent and self._admission.ended:
+            raise shutting_down()
+        if not self.silent and now >= self._deadline:
+            raise BadRequest("The request came too slowly.", status=408, code="request_too_slow")
+
+    def linger(self) -> None:
+        """Take the rest of a request whose body was not read, within reason.
+
+        Closed over unread bytes TCP resets the connection, and the client never sees the reply.
+        """
+        self.since = time.monotonic()
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while time.monotonic() < self.since + LINGER_S:
+                with contextlib.suppress(*NOT_YET):
+                    if not self.connection.recv(PIECE_BYTES):
+                        return
 
 
 class Admission:
@@ -5158,44 +5204,43 @@ class Admission:
         self._max_requests, self._max_connections = max_requests, 2 * max_requests
         self.max_body_bytes = min(max_body_bytes, MAX_BODIES_BYTES)
         self._lock = threading.Lock()
-        self._open: set[socket.socket] = set()    # guarded by _lock, as all that follows
-        self._waiting: collections.OrderedDict[_Inbound, None] = collections.OrderedDict()    # no answer is due
+        self._open: dict[socket.socket, Guest] = {}    # guarded by _lock, as the next two
         self._requests = self._bytes = 0
         self.stopping = self.ended = False    # no new client is let in; what runs is being ended
+        self.idle_until = math.inf            # when connections close on which nothing is being asked
 
     def enter(self, connection: socket.socket) -> None:
         """A client has connected; one more than there may be takes another's place."""
+        guest = Guest(connection, self)
         with self._lock:
-            self._open.add(connection)
+            self._open[connection] = guest
             crowded = len(self._open) > self._max_connections
         if crowded:
             self.make_room()
 
+    def guest(self, connection: socket.socket) -> Guest:
+        """Return who came in on a connection."""
+        return self._open[connection]
+
     def make_room(self) -> None:
         """Close the connection that has gone longest without a chat request: idle, sending slowly, reading nothing."""
-        with self._lock:
-            slowest = self._waiting.popitem(last=False)[0] if self._waiting else None
+        waiting = [guest for guest in self._guests() if not guest.busy]
+        slowest = min(waiting, key=lambda guest: guest.since, default=None)
         if slowest:
-            _hang_up(slowest.connection, socket.SHUT_RDWR)
+            slowest.since = math.inf    # another one is next
+            _hang_up(slowest.connection)
+
+    def _guests(self) -> tuple[Guest, ...]:
+        with self._lock:
+            return tuple(self._open.values())
 
     def leave(self, connection: socket.socket) -> None:
         """A client's connection has been closed."""
         with self._lock:
-            self._open.discard(connection)
-
-    def wait(self, inbound: _Inbound) -> None:
-        """A client has no chat request here that is being answered."""
-        with self._lock:
-            self._waiting[inbound] = None
-            self._waiting.move_to_end(inbound)
-
-    def serve(self, inbound: _Inbound) -> None:
-        """A client's chat request is being answered, or the client has gone."""
-        with self._lock:
-            self._waiting.pop(inbound, None)
+            self._open.pop(connection, None)
 
     def take(self, requests: int, size: int) -> None:
-        """Count chat requests and bytes of bodies; negative ones have ended.  Raises Busy if that is too much."""
+        """Count chat requests and bytes of bodies; negative ones have ended.  Raise Busy if that is too much."""
         with self._lock:
             full = requests > 0 and self.full or size > 0 and self._bytes + size > MAX_BODIES_BYTES
             if not full:
@@ -5205,38 +5250,26 @@ class Admission:
 
     @property
     def full(self) -> bool:
-        """Whether one more chat request would be too many."""
+        """True if one more chat request would be too many."""
         return self._requests >= self._max_requests
 
     @property
     def empty(self) -> bool:
-        """Whether nobody is connected."""
+        """True if nobody is connected."""
         return not self._open
 
-    def stop(self, fresh: bool) -> None:
-        """Close the connections on which nothing is being asked, fresh ones if so wanted: their first request may be on
-        its way.  The others close with their answers."""
-        with self._lock:
-            silent = [inbound.connection for inbound in self._waiting
-                      if inbound.silent and (fresh or not inbound.fresh)]
-        for connection in silent:
-            # Linux lets what has come meanwhile be read, and the reader wake up; Windows does not do the latter.
-            _hang_up(connection, socket.SHUT_RD if os.name == "posix" else socket.SHUT_RDWR)
+    def stop(self) -> None:
+        """Have each connection close with its answer, and those on which nothing is being asked after GRACE_S."""
+        self.stopping, self.idle_until = True, time.monotonic() + GRACE_S
 
     def end(self) -> None:
-        """Have every request that runs end now: it finds its client's half of the connection closed, and `ended`."""
-        with self._lock:
-            self.ended = True
-            still_open = tuple(self._open)
-        for connection in still_open:
-            _hang_up(connection, socket.SHUT_RD)
+        """Have every request that runs end at its next look."""
+        self.ended, self.idle_until = True, 0.0
 
     def close(self) -> None:
         """Cut every connection."""
-        with self._lock:
-            still_open = tuple(self._open)
-        for connection in still_open:
-            _hang_up(connection, socket.SHUT_RDWR)
+        for guest in self._guests():
+            _hang_up(guest.connection)
 
 
 def too_much(what: str) -> Busy:
@@ -5250,42 +5283,34 @@ def shutting_down() -> Busy:
     return Busy("Oblix is being stopped; ask again in a moment.", code="shutting_down", retry_after_s=AGAIN_S)
 
 
-def _hang_up(connection: socket.socket, how: int) -> None:
+def _hang_up(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):    # it was closed meanwhile
-        connection.shutdown(how)
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 # --- 11. A connection -------------------------------------------------------------------------------------------------
 
-class _Connection(http.server.BaseHTTPRequestHandler):
-    """One client connection, on a thread of its own: requests in and replies out, whatever they are about."""
-    server_version = f"oblix/{__version__}"
-    disable_nagle_algorithm = True      # else a second small write waits 40 ms for the client's delayed ACK
+class _Handler(socketserver.BaseRequestHandler):
+    """One client connection, on a thread of its own: requests in and replies out."""
     server: _Listener
 
     def setup(self) -> None:
-        super().setup()
-        self.rfile.close()
-        self._inbound = _Inbound(self.connection)
-        limit_waits(self.connection, TICK_S)
-        self.rfile = io.BufferedReader(self._inbound)
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)    # else a second small write waits 40 ms
+        limit_waits(self.request, TICK_S)
         self.admission, self.guard = self.server.admission, self.server.guard
-
-    def finish(self) -> None:
-        self.admission.serve(self._inbound)
-        super().finish()
+        self.guest = self.admission.guest(self.request)
 
     def handle(self) -> None:
-        with contextlib.suppress(OSError):    # the client left: nobody to tell
-            super().handle()
+        with contextlib.suppress(ClientGone):    # nobody is left to tell
+            while self._answer_next():
+                pass
 
-    def handle_one_request(self) -> None:
-        """Read a request and answer it; unlike the stdlib's, whose parser is too lenient, by `parse_head`."""
+    def _answer_next(self) -> bool:
+        """Read a request and answer it.  Return True if another one may follow."""
         self.close_connection, self._unread = True, True
         self.head, self._cors, self.told = _NO_HEAD, dict[str, str](), dict[str, Any]()
         self.id, self._sent, self._come, self._held = new_id("req_"), 0, 0, 0
-        self._inbound.await_request(FRESH_S if self.admission.stopping else IDLE_CLIENT_S)
-        self.admission.wait(self._inbound)
+        self.guest.await_request()
         try:
             asked = self._serve()
         finally:
@@ -5293,33 +5318,18 @@ class _Connection(http.server.BaseHTTPRequestHandler):
                 self.admission.take(0, -self._held)
         if asked:
             self._tell()
-            self._linger()
+            if self._unread:
+                self.guest.linger()
+        return not self.close_connection
 
     def _serve(self) -> bool:
-        """Answer the next request, whatever it is; False where none came."""
+        """Answer the next request, whatever it is.  Return False if none came."""
         self.started = time.monotonic()
         try:
-            first = self._line(MAX_REQUEST_LINE)
-            if first == b"\r\n":    # one is let pass: RFC 9112, 2.2
-                first = self._line(MAX_REQUEST_LINE)
-            if not first:
-                return False
-            self.started = time.monotonic()
-            if len(first) > MAX_REQUEST_LINE:
-                raise BadRequest(f"The request line is longer than {MAX_REQUEST_LINE} bytes.", status=414,
-                                 code="uri_too_long")
-            self.head = parse_head(first, self._lines())
-            self._unread = self.head.body_size != 0
-            self.close_connection = not self.head.keeps_open
-            self._cors = self.guard.cors_headers(self.head)
-            self.guard.check(self.head)
-            self.route()
-        except (ClientGone, OSError):    # the latter while it was written to
-            self.close_connection = True
-            if self.admission.ended and not self._sent:    # it was us
-                self._refuse(shutting_down())
-            else:
-                self.told["error"] = "client hung up"
+            self._read_head()
+            self._route()
+        except ClientGone:
+            self.close_connection, self.told["error"] = True, "client hung up"
             return self.head is not _NO_HEAD
         except OblixError as error:
             self._refuse(error)
@@ -5330,38 +5340,31 @@ class _Connection(http.server.BaseHTTPRequestHandler):
                 self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self.id}."))
         return True
 
-    def route(self) -> None:
-        """Answer the request.  Raises OblixError, ClientGone."""
-        raise NotImplementedError
+    def _read_head(self) -> None:
+        """Read a request's head, and see whether it may be asked.  Raise OblixError, ClientGone."""
+        first = self.guest.line(MAX_REQUEST_LINE)
+        if first == b"\r\n":    # one is let pass: RFC 9112, 2.2
+            first = self.guest.line(MAX_REQUEST_LINE)
+        self.started = time.monotonic()
+        if len(first) > MAX_REQUEST_LINE:
+            raise BadRequest(f"The request line is longer than {MAX_REQUEST_LINE} bytes.", status=414,
+                             code="uri_too_long")
+        self.head = parse_head(first, self._fields())
+        self._unread = self.head.body_size != 0
+        self.close_connection = not self.head.keeps_open
+        self._cors = self.guard.cors_headers(self.head)
+        self.guard.check(self.head)
 
-    def _line(self, limit: int) -> bytes:
-        """The next line with its end, or one byte too much of one that is too long; empty at the end.
-
-        Raises BadRequest, ClientGone.
-        """
-        line = self.rfile.readline(limit + 1)
-        if line and not line.endswith(b"\n") and len(line) <= limit:
-            raise ClientGone
-        return line
-
-    def _lines(self) -> Iterator[bytes]:
-        """The lines of the head's fields.  Raises BadRequest, ClientGone."""
-        come = self.rfile.peek()  # type: ignore[attr-defined]  # of a BufferedReader
-        end = come.find(b"\r\n\r\n") + 2
-        if end > 1 and come[:2] != b"\r\n" and come.count(b"\n", 0, end) <= MAX_FIELDS:    # nearly always
-            self.rfile.read(end + 2)
-            yield from come[:end].splitlines(True)
-            return
+    def _fields(self) -> Iterator[bytes]:
+        """Yield the lines of the head's fields.  Raise OblixError, ClientGone."""
         size = 0
         for _ in range(MAX_FIELDS + 1):
-            line = self._line(MAX_FIELD_LINE)
+            line = self.guest.line(MAX_FIELD_LINE)
             if line == b"\r\n":
                 return
             size += len(line)
             if len(line) > MAX_FIELD_LINE or size > MAX_HEAD_BYTES:
                 break
-            if not line:
-                raise ClientGone
             yield line
         raise BadRequest(f"The request's head has more than {MAX_FIELDS} fields, or one that is too long.", status=431,
                          code="headers_too_large")
@@ -5380,8 +5383,8 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             raise too_much("--max-requests")    # before the body is waited for
         self._check_size(size)
         if expected and self.head.version != "HTTP/1.0":
-            self.wfile.write(CONTINUE_NOW)
-        self._inbound.await_body()
+            self.write(CONTINUE_NOW)
+        self.guest.await_body()
         body = self._chunked_body() if size == CHUNKED else self._exactly(size)
         self._unread = False
         self.told["bytes_in"] = len(body)
@@ -5397,9 +5400,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         """So many bytes, taken and counted as they come.  Raises Busy, ClientGone."""
         body = bytearray()
         while len(body) < size:
-            piece = self.rfile.read1(min(size - len(body), 1 << 16))
-            if not piece:
-                raise ClientGone
+            piece = self.guest.some(size - len(body))
             body += piece
             self._come += len(piece)
             if self._come > LARGE_BODY_BYTES:
@@ -5411,7 +5412,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         """A body in chunks (RFC 9112, 7.1), which the stdlib leaves to us."""
         body = bytearray()
         while True:
-            start = _CHUNK_START.fullmatch(self._line(MAX_CHUNK_LINE))
+            start = _CHUNK_START.fullmatch(self.guest.line(MAX_CHUNK_LINE))
             if not start:
                 raise BadRequest("The chunked body is malformed.", code="bad_framing")
             size = int(start[1], 16)
@@ -5419,29 +5420,15 @@ class _Connection(http.server.BaseHTTPRequestHandler):
                 break
             self._check_size(len(body) + size)
             body += self._exactly(size)
-            if self._line(2) != b"\r\n":
+            if self.guest.line(2) != b"\r\n":
                 raise BadRequest("The chunked body is malformed.", code="bad_framing")
         for _ in range(MAX_FIELDS):    # trailers, of which none is of use
-            line = self._line(MAX_FIELD_LINE)
+            line = self.guest.line(MAX_FIELD_LINE)
             if line == b"\r\n":
                 return bytes(body)
             if not FIELD_LINE.fullmatch(line):
                 break
         raise BadRequest("The chunked body's trailers are malformed or too many.", code="bad_framing")
-
-    def _linger(self) -> None:
-        """After a reply to a body that was not read: take the rest, within reason, and close.
-
-        Closed over unread bytes TCP resets the connection, and the client never sees the reply.
-        """
-        if not self._unread:
-            return
-        self.admission.wait(self._inbound)
-        self.connection.shutdown(socket.SHUT_WR)
-        deadline, going = time.monotonic() + LINGER_S, True
-        while going and time.monotonic() < deadline:
-            with contextlib.suppress(*NOT_YET):
-                going = bool(self.connection.recv(PIECE_BYTES))
 
     def json(self, status: int, body: Json, headers: Mapping[str, str] | None = None) -> None:
         self.reply(status, dumps(body), {**JSON_HEADERS, **(headers or {})})
@@ -5468,7 +5455,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
 
     @property
     def frames(self) -> bool:
-        """Whether the client reads chunked bodies."""
+        """True if the client reads chunked bodies."""
         return self.head.version != "HTTP/1.0"
 
     def _reply_head(self, status: int, headers: Mapping[str, str]) -> bytes:
@@ -5476,7 +5463,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         self.told["status"] = status
         if self._unread or self.admission.stopping:    # unread bytes are not a next request
             self.close_connection = True
-        fields = {**headers, **self._cors, "x-request-id": self.id, "Server": self.server_version,
+        fields = {**headers, **self._cors, "x-request-id": self.id, "Server": f"oblix/{__version__}",
                   "Date": http_date(int(time.time())), "Connection": "close" if self.close_connection else "keep-alive"}
         lines = [f"{name}: {value}" for name, value in fields.items()]
         if not is_plain("".join(lines)):
@@ -5488,9 +5475,12 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         self._sent += size
         self.told["bytes_out"] = self._sent
 
-    def write(self, piece: bytes) -> None:
-        """Send a piece of the answer.  Raises OSError, also where the client takes nothing for SEND_S."""
-        send_all(self.connection, piece, SEND_S)
+    def write(self, data: bytes) -> None:
+        """Send data.  Raise ClientGone, also where the client takes nothing of it for SEND_S."""
+        try:
+            send_all(self.request, data, SEND_S)
+        except OSError:
+            raise ClientGone from None
 
     def _tell(self) -> None:
         """Write the one line that the log has of a request."""
@@ -5500,70 +5490,11 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             facts = {"id": self.id, "method": self.head.method[:20], "path": self.head.path[:64], **self.told,
                      "seconds": time.monotonic() - self.started}
             facts.update(tokens_per_s(facts))
-            log.handle(_Line(level, facts))
+            log.log(level, log_text(facts), extra={"facts": facts})
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: `_tell` writes the one line of a request."""
+    # The routes.
 
-
-JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
-_NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
-_CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
-CONTINUE_NOW = b"HTTP/1.1 100 Continue\r\n\r\n"
-_PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
-
-
-@functools.lru_cache(1)
-def http_date(second: int) -> str:
-    """A unix time as HTTP has it (RFC 9110, 5.6.7)."""
-    return email.utils.formatdate(second, usegmt=True)
-
-
-# --- 11. The log line -------------------------------------------------------------------------------------------------
-
-class _Line(logging.LogRecord):
-    """A request's line in the log, of which neither file nor thread are found out: a quarter of log.log's time."""
-
-    def __init__(self, level: int, facts: Json) -> None:
-        self.name, self.levelno, self.levelname, self.facts = log.name, level, logging.getLevelName(level), facts
-        self.msg, self.args, self.created = log_text(facts), (), time.time()
-        self.msecs = self.created % 1 * 1000
-        self.exc_info = self.exc_text = self.stack_info = None
-
-
-def told_of_request(facts: Json) -> Json:
-    """What a log line for machines says of a request, out of what is known: numbers rounded, in the order of lines."""
-    told = {name: facts[name] for name in (*_LOG_WORDS, *facts) if name in facts}
-    if not told.get("tokens"):    # the upstream has not said
-        told.pop("tokens", None)
-    return {name: round(value, 3) if isinstance(value, float) else value for name, value in told.items()}
-
-
-def tokens_per_s(facts: Json) -> Json:
-    """How fast an answer was, in tokens a second, if its upstream said how many there were."""
-    tokens, answering_s = facts.get("tokens"), facts["seconds"] - facts.get("first_token_s", 0.0)
-    return {"tokens_per_s": round(tokens / answering_s, 1)} if tokens and answering_s > 0 else {}
-
-
-# How a fact of a request reads in the log, in this order; one that is not known is left out.
-_LOG_WORDS = {"id": "%s", "method": " %s", "path": " %s", "status": " %s", "asked": " %s", "served": " -> %s",
-              "side": " (%s)", "first_token_s": ", first %.2f s", "tokens_per_s": ", %.1f tokens/s",
-              "bytes_in": ", in %s B", "bytes_out": ", out %s B", "seconds": ", %.2f s", "error": ": %s",
-              "reason": ": %s"}
-
-
-def log_text(facts: Json) -> str:
-    """The log's line of a request, without control characters that it may quote."""
-    line = "".join([words % facts[name] for name, words in _LOG_WORDS.items() if name in facts])
-    return line if is_plain(line) else re.sub("[^ -~]", "?", line)
-
-
-# --- 11. The routes ---------------------------------------------------------------------------------------------------
-
-class _Handler(_Connection):
-    """What is answered on a connection."""
-
-    def route(self) -> None:
+    def _route(self) -> None:
         """Answer the request.  Raises OblixError, ClientGone."""
         head, path = self.head, self.head.path
         model = urllib.parse.unquote(path[len("/models/"):]) if path.startswith("/models/") else ""
@@ -5607,9 +5538,8 @@ class _Handler(_Connection):
         request = parse_request(self.body())
         self.told["asked"] = request.model
         self.admission.take(1, 0)
-        self.admission.serve(self._inbound)
         events = _Events(self)
-        self._streaming, self._looked = events if request.stream else None, time.monotonic()
+        self._streaming, self._looked, self.guest.busy = events if request.stream else None, time.monotonic(), True
         try:
             self._answer(request, events)
         except OblixError as error:
@@ -5623,26 +5553,22 @@ class _Handler(_Connection):
             events.flush()
             raise
         finally:
-            self.admission.wait(self._inbound)    # who does not read an error may be sent away
+            self.guest.busy, self.guest.since = False, time.monotonic()    # who does not read an error may be sent away
             self.admission.take(-1, 0)
 
     def _answer(self, request: ChatRequest, events: _Events) -> None:
         """Pass on what the gateway answers.  Raises OblixError, ClientGone."""
-        try:
-            served = self.server.gateway.answer(request, self._look)
-            headers = answer_headers(served.target, served.reason, served.attempts)
-            self.told.update(served=served.target.id, side=served.target.side.value, attempts=served.attempts,
-                              reason=served.reason)
-            if served.whole is not None:
-                self.told["tokens"] = tokens_of(served.whole)
-                self.reply(200, served.raw or dumps(served.whole), {**JSON_HEADERS, **headers})
-            else:
-                self.told["first_token_s"] = time.monotonic() - self.started
-                events.headers.update(headers)
-                with contextlib.closing(served.chunks):  # type: ignore[type-var]
-                    self._stream(served, request.include_usage, events)
-        except OSError:
-            raise ClientGone from None
+        served = self.server.gateway.answer(request, self._look)
+        headers = answer_headers(served.target, served.reason, served.attempts)
+        self.told.update(served=served.target.id, side=served.target.side.value, attempts=served.attempts,
+                         reason=served.reason)
+        if served.whole is not None:
+            self.told["tokens"] = tokens_of(served.whole)
+            return self.reply(200, served.raw or dumps(served.whole), {**JSON_HEADERS, **headers})
+        self.told["first_token_s"] = time.monotonic() - self.started
+        events.headers.update(headers)
+        with contextlib.closing(served.chunks):  # type: ignore[type-var]
+            self._stream(served, request.include_usage, events)
 
     def _look(self) -> None:
         """See to the client, as its thread does before it waits for something else, and at each tick.
@@ -5657,7 +5583,7 @@ class _Handler(_Connection):
         self._looked = now
         if self.admission.ended:
             raise shutting_down()
-        if has_left(self.connection):
+        if has_left(self.request):
             raise ClientGone
         if self._streaming:
             self._streaming.keep_alive(now)
@@ -5678,12 +5604,56 @@ class _Handler(_Connection):
         except UpstreamError as error:
             log.warning("%s cut: %s", self.id, error.brief)
             raise
-        events.add(DONE, last=True)
+        events.add(DONE)
+        events.flush(last=True)
 
 
 ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health": ("GET", "HEAD"),
           "/": ("GET", "HEAD")}    # path without /v1 -> methods; OPTIONS goes everywhere
 
+JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
+_NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
+_CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
+CONTINUE_NOW = b"HTTP/1.1 100 Continue\r\n\r\n"
+_PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
+
+
+@functools.lru_cache(1)
+def http_date(second: int) -> str:
+    """A unix time as HTTP has it (RFC 9110, 5.6.7)."""
+    return email.utils.formatdate(second, usegmt=True)
+
+
+# --- 11. The log line -------------------------------------------------------------------------------------------------
+
+def told_of_request(facts: Json) -> Json:
+    """What a log line for machines says of a request, out of what is known: numbers rounded, in the order of lines."""
+    told = {name: facts[name] for name in (*_LOG_WORDS, *facts) if name in facts}
+    if not told.get("tokens"):    # the upstream has not said
+        told.pop("tokens", None)
+    return {name: round(value, 3) if isinstance(value, float) else value for name, value in told.items()}
+
+
+def tokens_per_s(facts: Json) -> Json:
+    """How fast an answer was, in tokens a second, if its upstream said how many there were."""
+    tokens, answering_s = facts.get("tokens"), facts["seconds"] - facts.get("first_token_s", 0.0)
+    return {"tokens_per_s": round(tokens / answering_s, 1)} if tokens and answering_s > 0 else {}
+
+
+# How a fact of a request reads in the log, in this order; one that is not known is left out.
+_LOG_WORDS = {"id": "%s", "method": " %s", "path": " %s", "status": " %s", "asked": " %s", "served": " -> %s",
+              "side": " (%s)", "first_token_s": ", first %.2f s", "tokens_per_s": ", %.1f tokens/s",
+              "bytes_in": ", in %s B", "bytes_out": ", out %s B", "seconds": ", %.2f s", "error": ": %s",
+              "reason": ": %s"}
+
+
+def log_text(facts: Json) -> str:
+    """The log's line of a request, without control characters that it may quote."""
+    line = "".join([words % facts[name] for name, words in _LOG_WORDS.items() if name in facts])
+    return line if is_plain(line) else re.sub("[^ -~]", "?", line)
+
+
+# --- 11. A stream of events ------------------------------------------------------------------------------------------
 
 class _Events:
     """A stream of server-sent events to a client.  Those that are there are sent together, with the head if need be,
@@ -5692,33 +5662,29 @@ class _Events:
     def __init__(self, handler: _Handler) -> None:
         self._handler, self._frames = handler, handler.frames
         self._last = time.monotonic()    # when the client last got something
-        self._held = b""                 # framed, to be sent
-        self.begun = False
+        self._held = b""                 # events that are to be sent
+        self.begun = self._head_sent = False    # there are events, so the status is 200
         self.headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
                         "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._frames else {})}
 
-    def add(self, events: bytes, last: bool = False) -> None:
-        """Have events sent before the next wait."""
-        self._held += self._framed(events, last)
-        if last or len(self._held) > MAX_HELD_BYTES:
+    def add(self, events: bytes) -> None:
+        """Have events sent before the next wait.  Raise ClientGone."""
+        self._held += events
+        self.begun = True
+        if len(self._held) > MAX_HELD_BYTES:
             self.flush()
 
-    def _framed(self, events: bytes, last: bool = False) -> bytes:
-        head = b"" if self.begun else self._handler.stream_head(self.headers)
-        self.begun, self._last = True, time.monotonic()
-        self._handler.count(len(events))
-        if not self._frames:
-            return head + events
-        return b"%b%x\r\n%b\r\n%b" % (head, len(events), events, b"0\r\n\r\n" if last else b"")
-
-    def flush(self) -> None:
-        """Send what is to be sent.  Raise ClientGone."""
-        held, self._held = self._held, b""
-        try:
-            if held:
-                self._handler.write(held)
-        except OSError:
-            raise ClientGone from None
+    def flush(self, last: bool = False) -> None:
+        """Send what is to be sent; with `last`, end the stream well.  Raise ClientGone."""
+        if not self._held and not last:
+            return
+        held, self._held, self._last = self._held, b"", time.monotonic()
+        head = b"" if self._head_sent else self._handler.stream_head(self.headers)
+        self._head_sent = True
+        self._handler.count(len(held))
+        if self._frames:
+            held = (b"%x\r\n%b\r\n" % (len(held), held) if held else b"") + (END_OF_CHUNKS if last else b"")
+        self._handler.write(head + held)
 
     def keep_alive(self, now: float) -> None:
         """Send a comment after a long silence, which keeps clients and proxies waiting.  Raise ClientGone.
@@ -5736,6 +5702,7 @@ class _Events:
         self.flush()
 
 
+END_OF_CHUNKS = b"0\r\n\r\n"
 MAX_HELD_BYTES = 64 << 10
 KEEP_ALIVE_S = 15.0    # proxies give up on a silent connection after 30 to 60 s
 
@@ -5917,13 +5884,10 @@ class Server:
 
         `pause` waits for a moment; something else than 0 ends the waiting, and is returned.
         """
-        self.admission.stopping = True
+        self.admission.stop()
         for listener in self._listeners:
             listener.stop_listening()
-        self.admission.stop(fresh=False)
-        first_s = min(FRESH_S, limit_s)
-        for seconds, at_its_end in ((first_s, functools.partial(self.admission.stop, fresh=True)),
-                                    (limit_s - first_s, self.admission.end), (LAST_WORDS_S, self.admission.close)):
+        for seconds, at_its_end in ((limit_s, self.admission.end), (LAST_WORDS_S, self.admission.close)):
             deadline = time.monotonic() + seconds
             while not self.admission.empty and time.monotonic() < deadline:
                 hurried = pause()
@@ -5941,9 +5905,7 @@ class Server:
         self.gateway.close()
 
 
-# For the threads of requests that are being ended to say so; where the half-closed connection of their client does not
-# wake them up they look after BEAT_S.
-LAST_WORDS_S = 1.0 if sys.platform == "linux" else 3.0
+LAST_WORDS_S = 1.0    # for the threads of requests that are being ended to say so: each looks after a tick
 
 
 @contextlib.contextmanager

@@ -7527,6 +7527,17 @@ class Server(Case):
             self.assertFalse(reply.endswith(END))
             self.assertIn("a bug of ours", "".join(logged.output))
 
+    def test_a_bug_of_ours_is_told_as_one_and_is_no_fault_of_others(self):
+        """Neither is its OSError a client that hung up, nor its AttributeError an upstream's format."""
+        rows = [("parse_request", OSError("no space"), False), ("parse_request", ConnectionResetError(), False),
+                ("tokens_of", AttributeError("a bug"), False), ("tokens_of", AttributeError("a bug"), True)]
+        for name, bug, stream in rows:
+            with self.subTest(name, bug=bug), mock.patch.object(oblix, name, side_effect=bug), \
+                    self.assertLogs("oblix", "ERROR") as logged:
+                self.refused(ask(self.server, stream=stream), 500, "failed internally")
+            self.assertIn("internal error", logged.output[0])
+            self.assertEqual({target["failures"] for target in health(self.server)["targets"]}, {0})
+
     def test_no_control_characters_reach_the_log(self):
         with self.assertLogs("oblix", "INFO") as logged:
             raw(self.server, b"GET /\x1b[31mred\x07\x7f\x9b HTTP/1.1\r\nConnection: close\r\n\r\n")
@@ -7567,7 +7578,7 @@ class Server(Case):
             self.assertNotIn(b"chunked", head)
             self.assertTrue(body.endswith(b"\n\ndata: [DONE]\n\n") if stream else json.loads(body)["choices"])
 
-    def test_a_stream_is_framed_to_the_letter_one_event_a_chunk(self):
+    def test_a_stream_is_framed_to_the_letter(self):
         head, _, body = raw(self.server, post(chat(stream=True), "Connection: close")).partition(b"\r\n\r\n")
         headers = dict(line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:])
         self.assertNotIn("content-length", headers)
@@ -7580,9 +7591,10 @@ class Server(Case):
             chunks.append(body[:int(size, 16)])
             self.assertEqual(body[int(size, 16):][:2], b"\r\n")
             body = body[int(size, 16) + 2:]
-        role, hel, lo, finish, done, end = chunks
-        self.assertEqual([event.count(b"\n\n") for event in chunks], [1, 1, 1, 1, 1, 0])
-        self.assertEqual([event[-2:] for event in chunks], [b"\n\n"] * 5 + [b""])
+        *events, end = chunks
+        self.assertEqual(end, b"")
+        self.assertEqual({event[-2:] for event in events}, {b"\n\n"}, "no chunk ends inside an event")
+        self.assertEqual([line[:6] for line in b"".join(events).split(b"\n\n")], [b"data: "] * 5 + [b""])
 
     def test_events_arrive_while_the_upstream_is_still_thinking(self):
         gates = [threading.Event(), threading.Event()]
