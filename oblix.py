@@ -45,6 +45,7 @@ Who owns which state
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
   lines of the log       a deque of its writer, whose operations are atomic (14)
   admission              clients' connections, how much is asked at once, whether it ends; behind its lock (11)
+  how busy a client is   attributes of its guest, written by its thread, and once more by a thread that makes room (11)
   everything else        immutable, or local to the thread of one request
 
 Contents
@@ -60,6 +61,7 @@ import base64
 import collections
 import contextlib
 import copy
+import dataclasses
 import datetime
 import email.utils
 import enum
@@ -67,7 +69,6 @@ import errno
 import functools
 import glob
 import http
-import importlib
 import io
 import ipaddress
 import itertools
@@ -88,7 +89,6 @@ import sys
 import threading
 import time
 import traceback
-import types
 import urllib.parse
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import (
@@ -105,36 +105,15 @@ from typing import (
 if TYPE_CHECKING:
     import ssl
 
+# http.client imports ssl where it is there, used or not: 5 of 15 MiB.  Here an https: upstream alone needs it.  Whoever
+# imports this file has it at once.
+if __name__ == "__main__":
+    sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails, which http.client allows for
+import http.client
+import http.server
 
-class _StandIn(types.ModuleType):
-    """In the place of a module, which it imports when something of it is first used."""
-
-    def __getattr__(self, name: str) -> Any:
-        self.leave()
-        return getattr(importlib.import_module(self.__name__), name)
-
-    def leave(self) -> None:
-        """From now on, who imports the module gets itself."""
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-
-
-@contextlib.contextmanager
-def _put_off(*names: str) -> Iterator[None]:
-    """Have what the block imports find stand-ins for these modules."""
-    found = [_StandIn(name) for name in names if name not in sys.modules]
-    sys.modules.update({module.__name__: module for module in found})
-    yield
-    for module in found:
-        module.leave()
-
-
-# The stdlib's HTTP imports TLS and hashes whether or not they are used, and dataclasses a parser of Python: 6 of 24 MiB
-# and 20 of 170 ms.  Here an https: upstream needs them, and who checks keys.  Who imports this file has them at once.
-with _put_off(*(("ssl", "hashlib", "html", "inspect") if __name__ == "__main__" else ())):
-    import dataclasses
-    import http.client
-    import http.server
+if __name__ == "__main__":
+    del sys.modules["ssl"]
 
 __version__ = "0.1.0"
 
@@ -6204,44 +6183,37 @@ def local_time(second: int) -> str:
 
 
 class _LogWriter(logging.Handler):
-    """Writes what comes within LOG_S together, on a thread of its own; warnings, and worse, at once.
+    """Writes the lines of LOG_S together, on a thread of its own: no request waits for the disk or the terminal.
 
-    No request waits for the disk or the terminal; and a write hands the interpreter to another thread (see
-    `limit_receive`).  Where nobody takes the log any more its oldest lines are dropped.
+    Where nobody takes the log any more its oldest lines are dropped.  (A buffered stream would be simpler; but when its
+    buffer is full each request would wait, and a write to it holds the lock of all that log.)
     """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
-        self.stream, self._due, self._hurry, self._writing = stream, threading.Event(), threading.Event(), False
+        self.stream, self._come, self._writing = stream, threading.Event(), False
         self._lines: collections.deque[str] = collections.deque(maxlen=MAX_LOG_LINES)
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines.append(self.format(record) + "\n")
-        if record.levelno >= logging.WARNING:
-            self._hurry.set()
-        if not self._due.is_set():
-            self._due.set()
+        self._come.set()
 
     def _run(self) -> None:
-        while self._due.wait():
-            self._hurry.wait(LOG_S)
-            self._due.clear()
-            self._hurry.clear()
+        while self._come.wait():
+            time.sleep(LOG_S)
+            self._come.clear()
             self._writing = True
             with contextlib.suppress(OSError, ValueError):    # nobody reads it, or it is closed
-                come = [self._lines.popleft() for _ in range(len(self._lines))]
-                self.stream.write("".join(come))
+                self.stream.write("".join([self._lines.popleft() for _ in range(len(self._lines))]))
                 self.stream.flush()
             self._writing = False
 
     def flush(self) -> None:
-        """Have what has come written now, and wait for it, but no longer than LOG_END_S."""
+        """Wait until all that has come is written, but no longer than LOG_END_S."""
         deadline = time.monotonic() + LOG_END_S
         while (self._lines or self._writing) and time.monotonic() < deadline:
-            self._hurry.set()
-            self._due.set()
-            time.sleep(0.005)
+            time.sleep(LOG_S / 10)
 
 
 LOG_S = 0.1
@@ -6261,7 +6233,6 @@ def start_log(settings: Settings, journal_stream: str) -> None:
     handler.setFormatter(_LogFormatter(settings.log_json, journal))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     # What no line shows need not be found out for each (logging's documentation, "Optimization").
-    logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 

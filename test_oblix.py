@@ -10788,7 +10788,7 @@ class LogWriter(Case):
     def stop(self):
         """End the thread, which would wait for ever."""
         self.outlet.gate.set()
-        with mock.patch.object(self.writer._due, "wait", return_value=False):
+        with mock.patch.object(self.writer._come, "wait", return_value=False):
             self.tell("the last one")
             eventually(lambda: "log" not in [thread.name for thread in threading.enumerate()])
 
@@ -10805,18 +10805,12 @@ class LogWriter(Case):
         self.tell("one more")    # after a rest
         eventually(lambda: "one more" in self.outlet.getvalue())
 
-    def test_a_warning_comes_at_once_with_what_was_said_before(self):
-        with mock.patch.object(oblix, "LOG_S", 60):
-            for level in (logging.WARNING, logging.ERROR, logging.CRITICAL):
-                self.tell("before %d" % level)
-                self.tell("it %d" % level, level=level)
-                eventually(lambda: "it %d" % level in self.outlet.getvalue())    # noqa: B023 - it is over here
-            self.tell("a while")
-            time.sleep(0.1)
-            self.assertNotIn("a while", self.outlet.getvalue())
-            self.writer.flush()
-            self.assertEqual(self.outlet.getvalue().splitlines()[-1], "a while")
-        self.assertEqual(len(self.outlet.getvalue().splitlines()), 7)
+    def test_a_flush_waits_until_all_is_written(self):
+        with mock.patch.object(oblix, "LOG_END_S", 10):
+            for number in range(3):
+                self.tell("line %d" % number)
+                self.writer.flush()
+                self.assertEqual(len(self.outlet.getvalue().splitlines()), number + 1)
 
     def test_nobody_waits_where_nothing_is_taken_and_the_oldest_lines_are_dropped(self):
         self.outlet.gate.clear()
