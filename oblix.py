@@ -3750,8 +3750,9 @@ class Answer:
         if self.text_event:
             whole = come[:come.rfind(self.text_event.end) + len(self.text_event.end)]
             between = self.text_event.pattern.split(whole)    # a gap, a text, a gap, a text, a gap
-            if len(between) > 1 and not any(between[::2]) and _is_utf8(whole):
-                return Texts(between[1::2]), come[len(whole):]
+            with contextlib.suppress(UnicodeDecodeError):
+                if len(between) > 1 and not any(between[::2]) and (whole.isascii() or whole.decode()):
+                    return Texts(between[1::2]), come[len(whole):]
         return Texts(), come
 
     def mark_complete(self) -> None:
@@ -3774,13 +3775,6 @@ class Answer:
         with contextlib.suppress(UpstreamError):
             collections.deque(self._pieces(), 0)
         limit_waits(self._upstream, TICK_S)
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        return data.isascii() or bool(data.decode())
-    except UnicodeDecodeError:
-        return False
 
 
 def time_is_up() -> UpstreamError:
@@ -4918,7 +4912,7 @@ DONE = b"data: [DONE]\n\n"    # exactly so: some clients reject an extra space
 
 
 def sse(event: Json) -> bytes:
-    """One server-sent event."""
+    """Return one server-sent event."""
     return b"data: " + dumps(event) + b"\n\n"
 
 
@@ -4937,14 +4931,14 @@ def text_frame(chunk: Chunk, include_usage: bool) -> tuple[bytes, bytes] | None:
 
 
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
-    """The chunk as a client may see it: usage only when asked, as many clients index choices[0] unseen."""
+    """Return the chunk as a client may see it: usage only when asked, as many clients index choices[0] unseen."""
     if include_usage or "usage" not in chunk:
         return chunk
     return {name: value for name, value in chunk.items() if name != "usage"} if choices_of(chunk) else None
 
 
 def fold(chunks: Iterable[Chunk]) -> Json:
-    """One chat.completion out of a translated stream, which has at least one chunk and no choice but 0."""
+    """Return one chat.completion out of a translated stream of at least one chunk and of choice 0 alone."""
     message: Json = {"role": "assistant", "content": "", "refusal": None}
     choice: Json = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
     whole: Json = {}
@@ -4961,7 +4955,7 @@ def fold(chunks: Iterable[Chunk]) -> Json:
 
 
 def tokens_of(answer: Json) -> int:
-    """The completion tokens that an answer or a chunk tells of, or 0."""
+    """Return the completion tokens that an answer or a chunk tells of, or 0."""
     usage = answer.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
     return tokens if isinstance(tokens, int) and 0 <= tokens < MOST_TOKENS else 0
@@ -4975,7 +4969,7 @@ LEAST_OVERLAP, OVERLAP = 8, 200    # characters of what was said that a continua
 
 
 def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
-    """What a stream said before it broke off, if another model may continue it: plain text that had not ended."""
+    """Return what a stream said before it broke off, if another model may continue it: plain text without its end."""
     deltas = [choice.get("delta") or {} for chunk in said for choice in choices_of(chunk)]
     ended = any(choice.get("finish_reason") for chunk in said for choice in choices_of(chunk))
     plain = all(name in ("role", "content", "refusal") and isinstance(delta[name], str)
@@ -4986,7 +4980,7 @@ def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
 
 
 def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | None:
-    """The request for the rest of an answer that said `text` in about so many tokens; None where none is left."""
+    """Return the request for the rest of an answer that said `text` in so many tokens; None where none is left."""
     body = {**request.body, "messages": [*request.messages, {"role": "assistant", "content": text},
                                          {"role": "user", "content": CONTINUE}]}
     for name in ("max_tokens", "max_completion_tokens"):
@@ -4998,8 +4992,8 @@ def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | 
 
 
 def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iterator[Chunk]:
-    """The chunks of a continuation as if they were the first target's: its id, time and model, no second role, nothing
-    of `text` said again.  The first of them says who continues."""
+    """Yield the chunks of a continuation as if they were the first target's: its id, time and model, no second role,
+    nothing of `text` said again.  The first of them says who continues."""
     envelope: Json = {**{name: first[name] for name in ("id", "created", "model")}, "oblix": {"continued_by": by}}
     held: str | None = ""    # what may repeat the end of the text; None when that is settled
     for chunk in chunks:
@@ -5018,7 +5012,7 @@ def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iter
 
 
 def without_overlap(said: str, more: str) -> str:
-    """`more` without the longest beginning that repeats the end of `said`; a few characters may do so by chance."""
+    """Return `more` without the longest beginning that repeats the end of `said`; a few characters do so by chance."""
     for size in range(min(OVERLAP, len(said), len(more)), LEAST_OVERLAP - 1, -1):
         if said.endswith(more[:size]):
             return more[size:]
@@ -5044,13 +5038,13 @@ def _fold_piece(choice: Json, piece: Json) -> None:
 
 
 def error_body(error: OblixError) -> Json:
-    """The error object that the SDKs read (OpenAI API reference, errors)."""
+    """Return the error object that the SDKs read (OpenAI API reference, errors)."""
     return {"error": {"message": error.message or type(error).__name__, "type": error.type, "param": error.param,
                       "code": error.code}}
 
 
 def error_headers(error: OblixError) -> dict[str, str]:
-    """What tells an SDK whether and when to try again."""
+    """Return the headers that tell an SDK whether and when to try again."""
     headers = {} if error.retry is None else {"x-should-retry": str(error.retry).lower()}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"    # RFC 9110, 15.5.2
@@ -5060,13 +5054,13 @@ def error_headers(error: OblixError) -> dict[str, str]:
 
 
 def answer_headers(target: Target, reason: str, attempts: int) -> dict[str, str]:
-    """Who answered, and why."""
+    """Return the headers that tell who answered, and why."""
     return {"x-oblix-model": target.id, "x-oblix-side": target.side.value, "x-oblix-reason": reason,
             "x-oblix-attempts": str(attempts)}
 
 
 def models_body(models: Iterable[tuple[str, int, str]]) -> Json:
-    """GET /v1/models."""
+    """Return the answer to GET /v1/models."""
     return {"object": "list", "data": [{"id": id, "object": "model", "created": created, "owned_by": owner}
                                        for id, created, owner in models]}
 
@@ -5189,7 +5183,7 @@ class Admission:
         self.idle_until = math.inf            # when connections close on which nothing is being asked
 
     def enter(self, connection: socket.socket) -> None:
-        """A client has connected; one more than there may be takes another's place."""
+        """Count a client that has connected.  One more than there may be takes another's place."""
         guest = Guest(connection, self)
         with self._lock:
             self._open[connection] = guest
@@ -5214,7 +5208,7 @@ class Admission:
             return tuple(self._open.values())
 
     def leave(self, connection: socket.socket) -> None:
-        """A client's connection has been closed."""
+        """Forget a client whose connection has been closed."""
         with self._lock:
             self._open.pop(connection, None)
 
@@ -5229,12 +5223,12 @@ class Admission:
 
     @property
     def full(self) -> bool:
-        """True if one more chat request would be too many."""
+        """Return True if one more chat request would be too many."""
         return self._requests >= self._max_requests
 
     @property
     def empty(self) -> bool:
-        """True if nobody is connected."""
+        """Return True if nobody is connected."""
         return not self._open
 
     def stop(self) -> None:
@@ -5252,13 +5246,13 @@ class Admission:
 
 
 def too_much(what: str) -> Busy:
-    """What a client is told that asks when Oblix has enough to do."""
+    """Return the error for a client that asks when Oblix has enough to do."""
     return Busy(f"Oblix has as much to do as it takes on at once ({what}); ask again in a moment.",
                 retry_after_s=AGAIN_S)
 
 
 def shutting_down() -> Busy:
-    """What a client is told whose request is ended because Oblix is."""
+    """Return the error for a client whose request ends because Oblix does."""
     return Busy("Oblix is being stopped; ask again in a moment.", code="shutting_down", retry_after_s=AGAIN_S)
 
 
@@ -5288,7 +5282,7 @@ class _Handler(socketserver.BaseRequestHandler):
         """Read a request and answer it.  Return True if another one may follow."""
         self.close_connection, self._unread = True, True
         self.head, self._cors, self.told = _NO_HEAD, dict[str, str](), dict[str, Any]()
-        self.id, self._sent, self._come, self._held = new_id("req_"), 0, 0, 0
+        self.id, self._come, self._held = new_id("req_"), 0, 0
         self.guest.await_request()
         try:
             asked = self._serve()
@@ -5315,7 +5309,7 @@ class _Handler(socketserver.BaseRequestHandler):
         except Exception:  # a bug of ours takes down one request and is told in the log
             log.exception("%s internal error", self.id)
             self.close_connection, self.told["error"] = True, "internal error"
-            if not self._sent:
+            if "status" not in self.told:
                 self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self.id}."))
         return True
 
@@ -5349,7 +5343,7 @@ class _Handler(socketserver.BaseRequestHandler):
                          code="headers_too_large")
 
     def body(self) -> bytes:
-        """The request's body.  Raises OblixError, ClientGone."""
+        """Return the request's body.  Raise OblixError, ClientGone."""
         refused = body_kind_refusal(self.head)
         if refused:
             raise refused
@@ -5370,13 +5364,13 @@ class _Handler(socketserver.BaseRequestHandler):
         return body
 
     def _check_size(self, size: int) -> None:
-        """Refuse a body that is, or has become, so large."""
+        """Raise BadRequest if a body of this size is too large."""
         if size > self.admission.max_body_bytes:
             raise BadRequest(f"The body is larger than {self.admission.max_body_bytes >> 20} MiB (--max-body-mib).",
                              status=413, code="request_too_large")
 
     def _exactly(self, size: int) -> bytes:
-        """So many bytes, taken and counted as they come.  Raises Busy, ClientGone."""
+        """Return so many bytes, counted as they come.  Raise Busy, ClientGone."""
         body = bytearray()
         while len(body) < size:
             piece = self.guest.some(size - len(body))
@@ -5388,7 +5382,7 @@ class _Handler(socketserver.BaseRequestHandler):
         return bytes(body)
 
     def _chunked_body(self) -> bytes:
-        """A body in chunks (RFC 9112, 7.1), which the stdlib leaves to us."""
+        """Return a body in chunks (RFC 9112, 7.1), which the stdlib leaves to us."""
         body = bytearray()
         while True:
             start = _CHUNK_START.fullmatch(self.guest.line(MAX_CHUNK_LINE))
@@ -5420,25 +5414,25 @@ class _Handler(socketserver.BaseRequestHandler):
         self.json(error.status, error_body(error), {**error_headers(error), **allow})
 
     def reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        """A whole reply in one write."""
+        """Send a whole reply in one write."""
         length = {} if status == 204 else {"Content-Length": str(len(body))}
         head = self._reply_head(status, {**headers, **length})
         body = b"" if self.head.method == "HEAD" else body
-        self.count(len(body))
+        self.told["bytes_out"] = len(body)
         self.write(head + body)
 
     def stream_head(self, headers: Mapping[str, str]) -> bytes:
-        """The head of a stream, whose end only a framed body can show without closing the connection."""
+        """Return the head of a stream.  Only a framed body shows its end without closing the connection."""
         self.close_connection = self.close_connection or not self.frames
         return self._reply_head(200, headers)
 
     @property
     def frames(self) -> bool:
-        """True if the client reads chunked bodies."""
+        """Return True if the client reads chunked bodies."""
         return self.head.version != "HTTP/1.0"
 
     def _reply_head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        """The head of a reply; values are made safe for a header line."""
+        """Return the head of a reply, whose values are made safe for a header line."""
         self.told["status"] = status
         if self._unread or self.admission.stopping:    # unread bytes are not a next request
             self.close_connection = True
@@ -5448,11 +5442,6 @@ class _Handler(socketserver.BaseRequestHandler):
         if not is_plain("".join(lines)):
             lines = [re.sub("[^ -~]+", " ", line) for line in lines]
         return "\r\n".join([f"HTTP/1.1 {status} {_PHRASES.get(status, 'Status')}", *lines, "", ""]).encode("ascii")
-
-    def count(self, size: int) -> None:
-        """So many bytes of an answer's body are being sent."""
-        self._sent += size
-        self.told["bytes_out"] = self._sent
 
     def write(self, data: bytes) -> None:
         """Send data.  Raise ClientGone, also where the client takes nothing of it for SEND_S."""
@@ -5474,7 +5463,7 @@ class _Handler(socketserver.BaseRequestHandler):
     # The routes.
 
     def _route(self) -> None:
-        """Answer the request.  Raises OblixError, ClientGone."""
+        """Answer the request.  Raise OblixError, ClientGone."""
         head, path = self.head, self.head.path
         model = urllib.parse.unquote(path[len("/models/"):]) if path.startswith("/models/") else ""
         methods = ROUTES.get("/models" if model else path)
@@ -5513,7 +5502,7 @@ class _Handler(socketserver.BaseRequestHandler):
         return self.json(200, models_body(found)["data"][0])
 
     def _chat(self) -> None:
-        """Answer a chat request.  Raises OblixError, ClientGone."""
+        """Answer a chat request.  Raise OblixError, ClientGone."""
         request = parse_request(self.body())
         self.told["asked"] = request.model
         self.admission.take(1, 0)
@@ -5536,7 +5525,7 @@ class _Handler(socketserver.BaseRequestHandler):
             self.admission.take(-1, 0)
 
     def _answer(self, request: ChatRequest, events: _Events) -> None:
-        """Pass on what the gateway answers.  Raises OblixError, ClientGone."""
+        """Pass on what the gateway answers.  Raise OblixError, ClientGone."""
         served = self.server.gateway.answer(request, self._look)
         headers = answer_headers(served.target, served.reason, served.attempts)
         self.told.update(served=served.target.id, side=served.target.side.value, attempts=served.attempts,
@@ -5568,7 +5557,7 @@ class _Handler(socketserver.BaseRequestHandler):
             self._streaming.keep_alive(now)
 
     def _stream(self, served: Served, include_usage: bool, events: _Events) -> None:
-        """Relay the chunks, the first content at once.  Raises UpstreamError where they are cut off."""
+        """Pass on the chunks, the first content at once.  Raise UpstreamError where they are cut off."""
         try:
             for number, chunk in enumerate(served.chunks, 1):
                 if isinstance(chunk, bytes):
@@ -5599,14 +5588,14 @@ _PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 
 @functools.lru_cache(1)
 def http_date(second: int) -> str:
-    """A unix time as HTTP has it (RFC 9110, 5.6.7)."""
+    """Return a unix time as HTTP has it (RFC 9110, 5.6.7)."""
     return email.utils.formatdate(second, usegmt=True)
 
 
 # --- 11. The log line -------------------------------------------------------------------------------------------------
 
 def told_of_request(facts: Json) -> Json:
-    """What a log line for machines says of a request, out of what is known: numbers rounded, in the order of lines."""
+    """Return what a log line for machines says of a request: numbers rounded, in the order of lines."""
     told = {name: facts[name] for name in (*_LOG_WORDS, *facts) if name in facts}
     if not told.get("tokens"):    # the upstream has not said
         told.pop("tokens", None)
@@ -5614,7 +5603,7 @@ def told_of_request(facts: Json) -> Json:
 
 
 def tokens_per_s(facts: Json) -> Json:
-    """How fast an answer was, in tokens a second, if its upstream said how many there were."""
+    """Return how fast an answer was, in tokens a second, if its upstream said how many there were."""
     tokens, answering_s = facts.get("tokens"), facts["seconds"] - facts.get("first_token_s", 0.0)
     return {"tokens_per_s": round(tokens / answering_s, 1)} if tokens and answering_s > 0 else {}
 
@@ -5627,7 +5616,7 @@ _LOG_WORDS = {"id": "%s", "method": " %s", "path": " %s", "status": " %s", "aske
 
 
 def log_text(facts: Json) -> str:
-    """The log's line of a request, without control characters that it may quote."""
+    """Return the log's line of a request, without control characters that it may quote."""
     line = "".join([words % facts[name] for name, words in _LOG_WORDS.items() if name in facts])
     return line if is_plain(line) else re.sub("[^ -~]", "?", line)
 
@@ -5660,7 +5649,7 @@ class _Events:
         held, self._held, self._last = self._held, b"", time.monotonic()
         head = b"" if self._head_sent else self._handler.stream_head(self.headers)
         self._head_sent = True
-        self._handler.count(len(held))
+        self._handler.told["bytes_out"] = self._handler.told.get("bytes_out", 0) + len(held)
         if self._frames:
             held = (b"%x\r\n%b\r\n" % (len(held), held) if held else b"") + (END_OF_CHUNKS if last else b"")
         self._handler.write(head + held)
@@ -5749,7 +5738,7 @@ class _Listener(QuickServer):
             stopping.join(0.02)
 
     def stop_listening(self) -> None:
-        """Let in who is already waiting at the door, and nobody after that."""
+        """Let in the clients that have already connected, and nobody after that."""
         self.shutdown()
         self.socket.settimeout(0)
         with contextlib.suppress(OSError):
@@ -5781,7 +5770,7 @@ NO_ROOM_S = 0.1    # until some descriptor may be free again
 
 
 def guard_of(settings: Settings) -> Guard:
-    """Who may ask.  Raises UsageError where everybody could who reaches this device."""
+    """Return who may ask.  Raise UsageError where everybody could who reaches this device."""
     host = settings.host.strip("[]").lower()
     if settings.api_key and settings.no_auth:
         raise UsageError("--no-auth and --api-key exclude each other")
@@ -5794,7 +5783,7 @@ def guard_of(settings: Settings) -> Guard:
 
 
 def listen(settings: Settings, gateway: Gateway) -> list[_Listener]:
-    """Listening sockets: one, or for localhost one for each of its two addresses.  Raises UsageError."""
+    """Return listening sockets: one, or for localhost one for each of its two addresses.  Raise UsageError."""
     host, port = settings.host.strip("[]"), settings.port
     parts = gateway, Admission(settings.max_requests, settings.max_body_mib << 20), guard_of(settings)
     first = _listener("127.0.0.1" if host == "localhost" else host, port, *parts)
@@ -5822,7 +5811,7 @@ def _listener(host: str, port: int, *parts: Any) -> _Listener:
 
 
 def with_keys_from_files(settings: Settings) -> Settings:
-    """The settings with the keys that files hold.  Raises UsageError."""
+    """Return the settings with the keys that files hold.  Raise UsageError."""
     for name in ("api_key", "cloud_api_key"):
         path, flag = getattr(settings, f"{name}_file"), f"--{name.replace('_', '-')}-file"
         if path and getattr(settings, name):
@@ -5861,7 +5850,7 @@ class Server:
     def drain(self, limit_s: float, pause: Callable[[], int]) -> int:
         """Let in nobody any more, let what runs end by itself within the limit, and end the rest in-band.
 
-        `pause` waits for a moment; something else than 0 ends the waiting, and is returned.
+        `pause` waits for a moment; if it returns something else than 0 the wait is over, and that is returned.
         """
         self.admission.stop()
         for listener in self._listeners:
@@ -5889,7 +5878,7 @@ LAST_WORDS_S = 1.0    # for the threads of requests that are being ended to say 
 
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[Server]:
-    """A server that answers until the block ends.  Raises UsageError."""
+    """Serve until the block ends.  Raise UsageError."""
     settings = with_keys_from_files(settings)
     gateway = Gateway(settings)
     server = Server(gateway, listen(settings, gateway))
@@ -6063,7 +6052,7 @@ CPU_S = 1.3       # until the second sample, the first that knows the CPU's use
 
 
 def start_text(settings: Settings, server: Server) -> str:
-    """The lines that a start prints."""
+    """Return the lines that a start prints."""
     host = server.url.split("//")[1].rsplit(":", 1)[0]
     host = {"0.0.0.0": socket.gethostname(), "[::]": socket.gethostname()}.get(host, host)
     base = f"http://{'localhost' if settings.host == 'localhost' else host}:{server.port}/v1"
@@ -6079,7 +6068,7 @@ def start_text(settings: Settings, server: Server) -> str:
 
 
 def findings(health: Json) -> list[str]:
-    """What was found, what `auto` does now and why, and what to fix."""
+    """Return what was found, what `auto` does now and why, and what to fix."""
     lines = [line for side in Side for line in _side_lines(side, health)]
     first, *others = (health["status"] == "healthy" and health["plan"]["order"]) or ["nothing"]
     order = f"{first} answers now" + (f", and {' then '.join(others)} if it fails" if others else "")
@@ -6102,7 +6091,7 @@ def _side_lines(side: Side, health: Json) -> list[str]:
 
 
 def advices(health: Json) -> list[str]:
-    """What a person could do to have both sides answer, a line each."""
+    """Return what a person could do to have both sides answer, a line each."""
     found = [f"{target['id']} {target['state']}: {target['reason']}" for target in health["targets"]
              if target["state"] in ("no key", "not installed", "remote", "too large", "unreachable", "resting")]
     sides = {target["side"] for target in health["targets"]}
@@ -6121,7 +6110,7 @@ def advices(health: Json) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None, script: bool = False) -> int:
-    """Run the server until SIGTERM or Ctrl-C, or `check`.  Returns the exit status: 2 for a mistake in what was set.
+    """Run the server until SIGTERM or Ctrl-C, or `check`.  Return the exit status: 2 for a mistake in what was set.
 
     As a script it returns when the server begins, which ends the process itself: see `leave_server`.
     """
@@ -6140,7 +6129,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
 
 
 def _status_of(run: Callable[[], int]) -> int:
-    """What it returns, or 2 and a line for a mistake in what was set."""
+    """Return what `run` returns, or 2 after a line on stderr for a mistake in what was set."""
     try:
         return run()
     except UsageError as error:
@@ -6172,13 +6161,13 @@ class _LogFormatter(logging.Formatter):
         return "\n".join(f"<{priority}>{line}" for line in lines)    # each line is an entry of its own there
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name for it
-        """Where it happened, and of which kind; its own text may quote a prompt."""
+        """Return where it happened, and of which kind; its own text may quote a prompt."""
         return "".join(traceback.format_tb(ei[2])) + str(ei[0].__name__)
 
 
 @functools.lru_cache(1)
 def local_time(second: int) -> str:
-    """A unix time as logs have it."""
+    """Return a unix time as logs have it."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
@@ -6237,8 +6226,9 @@ def start_log(settings: Settings, journal_stream: str) -> None:
 
 
 def run_server(settings: Settings) -> int:
-    """Answer requests until a signal comes, then let them end.  Returns 0, or 128 more than a second signal that ended
-    them.  Raises UsageError.
+    """Answer requests until a signal comes, then let them end.  Raise UsageError.
+
+    Return 0, or 128 more than a second signal that ended them.
     """
     waiting, woken = catch_signals()
     with waiting, woken:
@@ -6249,7 +6239,7 @@ def run_server(settings: Settings) -> int:
 
 
 def leave_server(settings: Settings) -> int:
-    """`run_server` as a thread, which ends the process with that status.  Returns 0 at once, for the script to end.
+    """Do as `run_server` on a thread, which ends the process with that status.  Return 0 at once: the script ends.
 
     Python keeps a script's syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
     """
@@ -6272,7 +6262,7 @@ def leave_server(settings: Settings) -> int:
 
 
 def catch_signals() -> tuple[socket.socket, socket.socket]:
-    """Two sockets: from now on, the first one gets the number of each signal that asks for the end."""
+    """Return two sockets: from now on the first one gets the number of each signal that asks for the end."""
     # Python itself writes to the other when a signal comes: no handler of ours that another signal could interrupt.
     waiting, woken = socket.socketpair()
     woken.setblocking(False)
@@ -6301,7 +6291,7 @@ TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
 
 @functools.cache
 def _malloc_trim() -> Callable[[int], Any]:
-    """glibc's, which returns to the system the freed memory that it has kept; where it is not there nothing is done."""
+    """Return glibc's malloc_trim, which gives freed memory back to the system, or what does nothing in its place."""
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
         return ctypes.CDLL(None).malloc_trim
@@ -6312,7 +6302,7 @@ DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
 
 
 def signal_within(waiting: socket.socket, limit_s: float | None) -> int:
-    """The number of the signal that comes within the limit (None: whenever it comes), or 0."""
+    """Return the number of the signal that comes within the limit (None: whenever it comes), or 0."""
     waiting.settimeout(limit_s)
     try:
         return waiting.recv(1)[0]
@@ -6334,7 +6324,10 @@ def raise_file_limit(wanted: int) -> None:
 
 
 def run_check(settings: Settings) -> int:
-    """Print what is found and what `auto` would do; 0 if a request would be answered, else 1.  Raises UsageError."""
+    """Print what is found and what `auto` would do.  Return 0 if a request would be answered, else 1.
+
+    Raise UsageError.
+    """
     settings = with_keys_from_files(settings)
     guard_of(settings)    # a mistake in who may ask is one that a start would find
     with demo(settings) as settings:

@@ -3806,6 +3806,51 @@ class Unhindered(Case):
             self.answered(ask(server, upstream.target), "Hello")
 
 
+def late(*asked):
+    """An answer after more than a tick."""
+    return [0.4, *answer(Text("Hello"))(*asked)]
+
+
+class Elsewhere(Case):
+    """Waits where the kernel does not limit them, on systems without poll (Windows) or without its hang-ups (macOS)."""
+
+    def setUp(self):
+        no_poll = types.SimpleNamespace(select=select.select)
+        self.systems = [("macOS", {"_HUNG_UP": 0}), ("Windows", {"_HUNG_UP": 0, "select": no_poll})]
+        patched = mock.patch.object(oblix, "limit_waits", lambda connection, limit_s: connection.settimeout(limit_s))
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def test_answers_come_whole_and_in_streams_over_kept_connections(self):
+        for system, names in self.systems:
+            with self.subTest(system), mock.patch.multiple(oblix, **names), Upstream(OPENAI) as upstream, \
+                    running(upstream) as server:
+                for stream in (False, True, True, False):
+                    self.answered(ask(server, upstream.target, stream=stream), "Hello")
+                upstream.play(late)
+                self.answered(ask(server, upstream.target), "Hello")
+                self.assertEqual(len({request.connection for request in upstream.requests}), 1)
+                upstream.drop_connections()
+                self.answered(ask(server, upstream.target), "Hello")
+
+    def test_a_client_that_leaves_is_noticed(self):
+        for system, names in self.systems:
+            with self.subTest(system), mock.patch.multiple(oblix, **names), Upstream(OPENAI, [HANG]) as upstream, \
+                    running(upstream) as server:
+                for stream in (False, True):
+                    with connected(server) as client:
+                        client.sendall(post(chat(upstream.target, stream=stream)))
+                        request = upstream.next_request()
+                    self.assertTrue(request.hung_up.wait(5))
+
+    def test_one_that_sends_its_next_request_has_not_left(self):
+        for system, names in self.systems:
+            with self.subTest(system), mock.patch.multiple(oblix, **names), \
+                    Upstream(OPENAI, late) as upstream, running(upstream) as server:
+                data = raw(server, post(chat(upstream.target)) + post(chat(upstream.target), "Connection: close"))
+                self.assertEqual(data.count(b'"Hello"'), 2)
+
+
 class TransportOverTls(Connections, Case):
     """The same in front of https: servers, with a certificate that is made and trusted here."""
 
@@ -3865,6 +3910,33 @@ class Transport(Connections, Case):
                     with self.subTest(host), running(upstream, env=env) as server:
                         self.answered(ask(server, upstream.target), way)
             self.assertEqual({request.path for request in proxy.requests}, {env["OLLAMA_HOST"] + OLLAMA.path})
+
+    def test_the_way_is_the_one_that_the_environment_says(self):
+        proxy, secret = "http://user:p%40ss@proxy.example:3128", "Basic dXNlcjpwQHNz"
+        rows = [  # variables, URL; connects to, by TLS, tunnel, the request line's target, what the proxy wants to see
+            ({}, "http://far.example:8000/v1/x?a=b", "far.example:8000", False, "", "/v1/x?a=b", ""),
+            ({}, "https://far.example", "far.example", True, "", "/", ""),
+            ({"http_proxy": proxy}, "http://far.example/v1", "proxy.example:3128", False, "", "http://far.example/v1",
+             secret),
+            ({"https_proxy": proxy}, "https://far.example/v1", "proxy.example:3128", True, "far.example", "/v1",
+             secret),
+            ({"https_proxy": "proxy.example:3128"}, "https://far.example:8443/", "proxy.example:3128", True,
+             "far.example:8443", "/", ""),
+            ({"http_proxy": proxy, "no_proxy": "example"}, "http://far.example/", "far.example", False, "", "/", ""),
+            ({"http_proxy": proxy}, "http://192.168.1.2:11434/", "192.168.1.2:11434", False, "", "/", ""),
+            ({"http_proxy": proxy}, "http://[::1]:11434/", "[::1]:11434", False, "", "/", ""),
+            ({"https_proxy": proxy}, "http://far.example/", "far.example", False, "", "/", ""),
+        ]
+        for variables, url, host, tls, tunnel, path, known in rows:
+            with self.subTest(url, **variables), mock.patch.dict(os.environ, variables):
+                way = oblix.way_to(url)
+                self.assertEqual((way.host, way.tls, way.tunnel), (host, tls, tunnel))
+                line, *fields = way.head.split("\r\n")[:-1]
+                told = {**dict(field.split(": ") for field in fields), **way.secret}
+                self.assertEqual(line, path + " HTTP/1.1")
+                self.assertEqual((told.pop("Host"), told.pop("Proxy-Authorization", "")), (way.upstream, known))
+                self.assertEqual(told, {})
+                self.assertEqual(bool(way.secret), bool(tunnel and known))
 
     def test_dripping_bytes_do_not_outlive_the_limits(self):
         """A limit is a length of time, not the patience for one more byte."""
