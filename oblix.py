@@ -3729,14 +3729,12 @@ class Answer:
                 raise UpstreamError(f"a piece of the answer is larger than {MAX_LINE_BYTES >> 20} MiB")
             if b"\n" not in piece and b"\r" not in piece:
                 continue
-            come = b"".join(held)
-            texts, come = self._texts(come) if fresh else (Texts(), come)
+            whole, rest = self._whole(b"".join(held), fresh)
+            held, size = [rest] if rest else [], len(rest)
+            texts = self._texts(whole) if fresh else None
+            lines = [] if texts else whole.splitlines(True)
             if texts:
                 yield texts
-            lines = come.splitlines(True)
-            # the last line may go on, and so may a CR that an LF could follow
-            held = [lines.pop()] if lines and not come.endswith(b"\n") else []
-            size = sum(map(len, held))
             for line in lines:
                 yield line.rstrip(b"\r\n")
             if lines:
@@ -3745,15 +3743,24 @@ class Answer:
                 self._progress()
         yield from b"".join(held).splitlines()    # nothing more can follow a CR
 
-    def _texts(self, come: bytes) -> tuple[Texts, bytes]:
-        """Return (texts, rest): those of the whole events that have come, if each says a text and nothing else."""
-        if self.text_event:
-            whole = come[:come.rfind(self.text_event.end) + len(self.text_event.end)]
-            between = self.text_event.pattern.split(whole)    # a gap, a text, a gap, a text, a gap
-            with contextlib.suppress(UnicodeDecodeError):
-                if len(between) > 1 and not any(between[::2]) and (whole.isascii() or whole.decode()):
-                    return Texts(between[1::2]), come[len(whole):]
-        return Texts(), come
+    def _whole(self, come: bytes, fresh: bool) -> tuple[bytes, bytes]:
+        """Return (the whole lines of what has come, the rest), or the whole events where these may pass unread."""
+        if fresh and self.text_event:
+            end = self.text_event.end
+            at = come.rfind(end) + len(end) if end in come else 0
+            if b"\r" not in come[at:] and len(come) - at <= PIECE_BYTES:    # else it may have whole events, or is none
+                return come[:at], come[at:]
+        # the last line may go on, and so may a CR that an LF could follow
+        at = len(come) if come.endswith(b"\n") else max(come.rfind(b"\n"), come.rfind(b"\r", 0, -1)) + 1
+        return come[:at], come[at:]
+
+    def _texts(self, whole: bytes) -> Texts | None:
+        """Return the texts of whole events, if each of them says one and nothing else."""
+        between = self.text_event.pattern.split(whole) if self.text_event else ()    # gap, text, gap, text, gap
+        with contextlib.suppress(UnicodeDecodeError):
+            if len(between) > 1 and not any(between[::2]) and (whole.isascii() or whole.decode()):
+                return Texts(between[1::2])
+        return None
 
     def mark_complete(self) -> None:
         """Know that the protocol's end mark has come; only the end of the framing may still be missing."""

@@ -6852,7 +6852,9 @@ class Form(NamedTuple):
         """(the texts that pass unread when this has come at an event's beginning, what is left to be read)"""
         answer = oblix.Answer(None, oblix.Limits(1, 1, 1), oblix.no_look, list)
         answer.text_event = oblix.PROVIDERS[self.dialect.name].text_event
-        return answer._texts(data)
+        whole, rest = answer._whole(data, True)
+        texts = answer._texts(whole)
+        return (texts, rest) if texts else ([], data)
 
     def read(self, event):
         """The deltas that are made of an event that is read, in a stream that has begun; None of what is no event."""
@@ -7058,7 +7060,7 @@ def begun_stream(server, upstream, *said, **fields):
 @contextlib.contextmanager
 def all_read():
     """Meanwhile nothing passes unread."""
-    with mock.patch.object(oblix.Answer, "_texts", lambda _, come: ([], come)):
+    with mock.patch.object(oblix.Answer, "_texts", lambda *_: None):
         yield
 
 
@@ -7067,10 +7069,10 @@ def what_passes():
     """The texts that pass unread meanwhile."""
     passed, texts = [], oblix.Answer._texts
 
-    def told(answer, come):
-        found, rest = texts(answer, come)
-        passed.extend(found)
-        return found, rest
+    def told(answer, whole):
+        found = texts(answer, whole)
+        passed.extend(found or ())
+        return found
     with mock.patch.object(oblix.Answer, "_texts", told):
         yield passed
 
@@ -7105,6 +7107,17 @@ class Unread:
                     said = [delta["content"] for delta in reply.deltas if delta.get("content")]
                     self.assertEqual(said, TEXTS, "an event was split, or joined to another")
                 self.assertGreater(len(passed), 5 * len(TEXTS))
+
+    def test_hardly_one_is_read_of_many_that_come_at_once(self):
+        """Wherever a read ends inside an event."""
+        for dialect in self.dialects:
+            texts = ["%05d " % number for number in range(9000)]
+            events = dialect.events(Saying(tuple(map(Text, texts)), "stop", 9, 7), {})
+            steps = [dialect.head, *map(chunk, events[:5]), 0.1, chunk(b"".join(events[5:])), END]
+            stack, upstream, server = self.played(dialect, steps)
+            with self.subTest(dialect.name), stack, what_passes() as passed:
+                self.answered(ask(server, upstream.target, 15, stream=True), "".join(texts))
+                self.assertGreater(len(passed), 6000)
 
     def test_one_that_breaks_off_is_never_complete_and_the_ledger_learns_it(self):
         def broken(dialect, steps):
