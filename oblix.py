@@ -2544,20 +2544,20 @@ def event_of(text: str | bytes) -> Json:
         event = None
     if not isinstance(event, dict) or is_too_deep(text, event):
         raise UpstreamError("a piece of the answer is not a JSON object", code="bad_upstream_answer")
-    if event.get("object") == "error":    # so do vLLM's older versions write it
-        event = {"error": event}
+    words = event.get("message", event.get("detail"))
+    if "error" in (event.get("object"), event.get("type")) or isinstance(words, str) and "choices" not in event:
+        event = {"error": event.get("error") or event}    # flat: vLLM's older versions, what follows `event: error`
     if event.get("error"):
         raise _error_event(event)
     return event
 
 
 def _error_event(event: Json) -> UpstreamError:
-    """An error sent inside an answer: its status is told by its words, or by a code that is one."""
+    """Return the error that an answer contains: its type, or a code that is one, tells the status."""
     error = event["error"] if isinstance(event["error"], dict) else {}
-    code = error.get("code")
-    number = code if isinstance(code, int) and 400 <= code < 600 else 502
-    return classify(_STATUS_OF.get(str(code)) or _STATUS_OF.get(str(error.get("type"))) or number,
-                    dumps(event).decode())
+    code = str(error.get("code"))
+    number = int(code) if re.fullmatch("[45][0-9]{2}", code) else 502
+    return classify(_STATUS_OF.get(code) or _STATUS_OF.get(str(error.get("type"))) or number, dumps(event).decode())
 
 
 _STATUS_OF = {"invalid_request_error": 400, "context_length_exceeded": 400, "authentication_error": 401,
@@ -2662,8 +2662,8 @@ class OpenAI(Provider):
         return kept
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Chunk]:
-        seen: set[Any] = set()            # what must be said once: roles and tool calls
-        finished: dict[int, bool] = {}    # choice -> whether its finish_reason came
+        calls: dict[int, _ToolCalls] = {}    # by choice; a choice is in it once its role was sent
+        finished: dict[int, bool] = {}       # choice -> True once its finish_reason came
         for data in sse_data(lines):
             if data.startswith("[DONE]") and finished:
                 return
@@ -2671,10 +2671,11 @@ class OpenAI(Provider):
             chunk.pop("obfuscation", None)    # padding, of no use on this side of TLS
             chunk["choices"] = choices_of(chunk)
             for choice in chunk["choices"]:
-                self._once(choice, seen)
+                self._once(choice, calls)
                 index = choice.get("index", 0)
                 finished[index] = finished.get(index, False) or bool(choice.get("finish_reason"))
-            yield chunk
+            if chunk["choices"] or chunk.get("usage"):    # Azure begins with an event that has neither
+                yield chunk
         if list(finished.values()) != [True] * request.body.get("n", 1):    # some servers leave [DONE] out
             raise cut()
 
@@ -2691,23 +2692,46 @@ class OpenAI(Provider):
         return {name: value for name, value in event.items() if name != "obfuscation"} if is_text else None
 
     @staticmethod
-    def _once(choice: Json, seen: set[Any]) -> None:
-        """Leave out what was seen before: the SDKs' helpers join a role, id or name that is repeated."""
+    def _once(choice: Json, calls: dict[int, _ToolCalls]) -> None:
+        """Drop a role, and a tool call's id and name, after the first: the SDKs' helpers join repeated strings."""
         index, delta = choice.get("index", 0), choice.get("delta") or {}
-        role = {} if index in seen else {"role": "assistant"}
-        seen.add(index)
+        role = {} if index in calls else {"role": "assistant"}
         choice["delta"] = {**role, **{name: value for name, value in delta.items() if name != "role"}}
+        known = calls.setdefault(index, _ToolCalls())
         for place, call in enumerate(delta.get("tool_calls") or ()):
-            which = (index, call.setdefault("index", place))
-            if which in seen:
-                for name in ("id", "type"):
-                    call.pop(name, None)
-                (call.get("function") or {}).pop("name", None)
-            seen.add(which)
+            known.number(call, place)
 
     def models(self, listing: Json) -> tuple[Model, ...] | None:
         items = listing["data"] if isinstance(listing.get("data"), list) else []
         return tuple(Model(str(item["id"]), created_at(item.get("created"))) for item in items)
+
+
+class _ToolCalls:
+    """The tool calls of one streamed choice, numbered from 0.
+
+    Servers repeat ids and names, leave indices out, or give parallel calls the same one (ollama#15457, ollama#7881).
+    vLLM before 0.9 has a new id in each piece of a call, but its name in the first piece only.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[str | int, int] = {}    # by id, and by the server's index or the place in its list
+        self._count = 0
+
+    def number(self, call: Json, place: int) -> None:
+        """Give a piece its call's number, and drop id, type and name unless it is the call's first piece."""
+        id, inner = call.get("id"), call.get("function") or call.get("custom") or {}
+        key = place if call.get("index") is None else call["index"]
+        known = self._numbers.get(id) if id else None
+        if known is None and not (id and inner.get("name")):
+            known = self._numbers.get(key)
+        if known is None:
+            self._count += 1
+        else:
+            for fields, name in ((call, "id"), (call, "type"), (inner, "name")):
+                fields.pop(name, None)
+        call["index"] = self._numbers[key] = self._count - 1 if known is None else known
+        if id:
+            self._numbers[id] = call["index"]
 
 
 class Ollama(Provider):
@@ -3065,8 +3089,8 @@ class Claude(Provider):
                 if block["type"] == "tool_use":
                     calls, fresh = calls + 1, True
                     yield tool_chunk(calls, "", block["id"], block["name"])
-                elif block["type"] == "text" and block.get("text"):
-                    yield chunk_of(content=block["text"])
+                elif block["type"] in ("text", "thinking"):    # mostly empty yet
+                    yield from self._delta(block, None)
             elif kind == "content_block_delta":
                 fresh = fresh and not delta.get("partial_json")
                 yield from self._delta(delta, calls if block.get("type") == "tool_use" else None)
@@ -4536,6 +4560,13 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{random.getrandbits(96):024x}"
 
 
+def _envelope(first: Chunk, model: str) -> Json:
+    """Return what all chunks of a stream have in common: the upstream's id and time where its first chunk has them."""
+    id, created = first.get("id"), first.get("created")
+    return {"id": id if id and isinstance(id, str) else new_id("chatcmpl-"), "object": "chat.completion.chunk",
+            "created": created if type(created) is int and created > 0 else int(time.time()), "model": model}
+
+
 class Prober:
     """Asks endpoints how they are, on the same way that requests take: same proxy, same TLS."""
 
@@ -5141,20 +5172,21 @@ class Course:
 
     def _stream(self, request: ChatRequest, target: Target, context: int,
                 limits: Limits) -> Generator[Chunk, None, None]:
-        """The chunks of a target's streamed answer, all with one id, time and model."""
-        envelope = {"id": new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": int(time.time())}
+        """Yield the chunks of a target's streamed answer, all with one id, time and model."""
+        envelope: Json = {}
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], time.monotonic(), 0.0, 0
         with _Exchange(self, request, target, context, limits) as answer:
             if answer.content_type == "application/json" and not provider.translates:
                 event_of(answer.body())
                 raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
             for chunk in provider.decode(answer.lines(), request):
+                envelope = envelope or _envelope(chunk, target.id)
                 if not begun and has_content(chunk):
                     begun = time.monotonic()
                     answer.begin()
-                    self._pass_on(answer, request, provider, {**envelope, "model": target.id})
+                    self._pass_on(answer, request, provider, envelope)
                 tokens = tokens_of(chunk) or tokens
-                yield {**envelope, **chunk, "model": target.id}
+                yield {**envelope, **chunk, **envelope}
             answer.mark_complete()
         if begun:
             self.ledger.learn_pace(target, begun - started, tokens, time.monotonic() - begun)
@@ -5169,7 +5201,7 @@ class Course:
             chunk = provider.text_chunk(event)
             if chunk is None:
                 return None
-            return sse(for_client({**envelope, **chunk, "model": envelope["model"]}, request.include_usage) or {})
+            return sse(for_client({**envelope, **chunk, **envelope}, request.include_usage) or {})
         answer.pass_on(Stencil(provider.text_form, show), self._client, self._gateway.transport.relay)
 
     def _whole(self, request: ChatRequest, target: Target, limits: Limits) -> tuple[Json, bytes]:

@@ -3367,6 +3367,16 @@ class Phrases(Case):
         for stream in (False, True):
             self.answered(through(CLAUDE, script, stream=stream), "Hello")
 
+    def test_claudes_blocks_may_begin_with_their_text(self):
+        thought = CLAUDE.event("content_block_start", index=0, content_block={"type": "thinking", "thinking": "hm, "})
+        text = CLAUDE.event("content_block_start", index=1, content_block={"type": "text", "text": "Oh. "})
+
+        def script(dialect, request):
+            start, *rest = dialect.events(HELLO)
+            return streamed(dialect, [start, thought, text, *rest])
+        message = through(CLAUDE, script).message
+        self.assertEqual((message["reasoning_content"], message["content"]), ("hm, ", "Oh. Hello"))
+
     def test_claude_counts_cached_tokens_as_part_of_the_prompt(self):
         usage = through(CLAUDE, answer(Text("Hello"), usage=(9, 7))).json["usage"]
         self.assertEqual(usage["prompt_tokens_details"]["cached_tokens"], 4)
@@ -3458,6 +3468,39 @@ def broken_streams(dialect):
                 yield [*events[:number], prefix + changed + b"\n\n", *events[number + 1:]]
 
 
+def piece(id=None, name=None, arguments="", **fields):
+    """A piece of a tool call: what is None is left out."""
+    function = {**({"name": name} if name else {}), "arguments": arguments}
+    return {**({"id": id, "type": "function"} if id else {}), "function": function, **fields}
+
+
+A, B = ("a", "f", '{"x":1}'), ("b", "g", '{"y":2}')
+TOOL_PIECES = [  # tool_calls of the deltas, what the client has joined at the end
+    ("all of index 0, whole", [piece(*A, index=0), piece(*B, index=0)], [A, B]),    # ollama#15457
+    ("all of index 0, in pieces", [piece("a", "f", '{"x"', index=0), piece(arguments=":1}", index=0),
+                                   piece("b", "g", '{"y"', index=0), piece(arguments=":2}", index=0)], [A, B]),
+    ("no index, a chunk each", [piece(*A), piece(*B)], [A, B]),    # ollama#7881
+    ("no index, one chunk", [[piece(*A), piece(*B)]], [A, B]),
+    ("no index, in pieces", [piece("a", "f", '{"x"'), piece(arguments=":1}"),
+                             piece("b", "g", '{"y"'), piece(arguments=":2}")], [A, B]),
+    ("one function twice", [piece("a", "f", "{}", index=0), piece("b", "f", "{}", index=0)],
+     [("a", "f", "{}"), ("b", "f", "{}")]),
+    ("id and name repeated", [piece("a", "f", '{"x"', index=0), piece("a", "f", ":1}", index=0)], [A]),
+    ("a new id in each piece", [piece("a", "f", '{"x"', index=0), piece("z", None, ":1}", index=0)], [A]),    # vLLM
+    ("counted from 1", [piece(*A, index=1), piece(*B, index=2)], [A, B]),
+    ("in turn", [piece("a", "f", '{"x"', index=0), piece("b", "g", '{"y"', index=1), piece(arguments=":1}", index=0),
+                 piece(arguments=":2}", index=1)], [A, B]),
+]
+FLAT_ERRORS = [  # an event that is an error, the status that a client sees before content, words of its message
+    ({"type": "error", "message": "boom"}, 502, "boom"),
+    ({"message": "boom", "code": "rate_limit_exceeded"}, 429, "boom"),
+    ({"object": "error", "message": "boom", "type": "BadRequestError", "code": 400}, 400, "boom"),    # vLLM
+    ({"error": {"message": "boom", "code": "429"}}, 429, "boom"),
+    ({"error": {"message": "boom", "code": 429}}, 429, "boom"),
+    ({"detail": "boom"}, 502, "boom"), ({"type": "error", "error": {"message": "boom"}}, 502, "boom"),
+]
+
+
 class BrokenAnswers(Case):
     def test_a_value_of_the_wrong_type_is_the_upstreams_fault_or_does_no_harm(self):
         """Decoder by decoder, each value of a rich answer: a sound completion, or an error that means "upstream"."""
@@ -3510,6 +3553,39 @@ class BrokenAnswers(Case):
                 said = joined(reply.deltas)
                 self.assertEqual((roles, said.get("content") or "", len(heads)), (["assistant"], text, len(calls)))
                 self.assertEqual([one["function"]["arguments"] for one in said.get("tool_calls") or []], calls)
+
+    def test_parallel_tool_calls_stay_apart_however_they_are_numbered(self):
+        for name, pieces, calls in TOOL_PIECES:
+            deltas = [{"tool_calls": [one]} if isinstance(one, dict) else {"tool_calls": one} for one in pieces]
+            events = [data_event(OPENAI.chunk([{"index": 0, "delta": delta}])) for delta in deltas]
+            events.append(data_event(OPENAI.chunk([{"index": 0, "delta": {}, "finish_reason": "tool_calls"}])))
+            with self.subTest(name):
+                said = joined(through(OPENAI, streamed(OPENAI, events), stream=True).deltas)["tool_calls"]
+                self.assertEqual([(call["id"], *call["function"].values()) for call in said], calls)
+
+    def test_a_stream_has_one_id_and_every_chunk_a_choice(self):
+        """Azure begins with an event without choices; some servers count their chunks where the id belongs."""
+        first = {"id": "", "created": 0, "object": "", "model": "", "choices": [], "prompt_filter_results": []}
+        for ids, seen in ((["c1", "c1"], {"c1"}), (["1", "2"], {"1"}), ([None, "2"], None), ([5, 6], None)):
+            chunks = [OPENAI.chunk([{"index": 0, "delta": delta, "finish_reason": finish}]) for delta, finish in (
+                ({"role": "assistant", "content": ""}, None), ({"content": "Hello"}, None), ({}, "stop"))]
+            events = [first, *({**one, "id": id, "object": ""} for one, id in zip(chunks, [*ids, ids[-1]]))]
+            with self.subTest(ids=ids):
+                reply = through(OPENAI, streamed(OPENAI, [*map(data_event, events), b"data: [DONE]\n\n"]), stream=True)
+                self.answered(reply, "Hello")
+                told = {(one["id"], one["created"], one["object"]) for one in reply.chunks}
+                self.assertEqual(len(told), 1)
+                self.assertTrue(all(id and isinstance(id, str) for id, *_ in told))
+                self.assertIn(seen, (None, {id for id, *_ in told}))
+                self.assertEqual({len(one["choices"]) for one in reply.chunks}, {1})
+
+    def test_an_error_in_a_stream_is_one_however_it_is_written(self):
+        for event, status, says in FLAT_ERRORS:
+            with self.subTest(event):
+                error = data_event(event, "error")
+                self.refused(through(OPENAI, streamed(OPENAI, [error]), stream=True), status, says)
+                script = answer(Text("Hel"), Text("lo"), rewrite=lambda event: error if b'"lo"' in event else event)
+                self.broken_off(through(OPENAI, script, stream=True), "Hel")
 
     def test_of_two_choices_both_must_come_to_their_end(self):
         events = [data_event(OPENAI.chunk([{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop"}]))]
