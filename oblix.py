@@ -1195,12 +1195,6 @@ def _tool_calls(calls: Any) -> str | None:
     return None
 
 
-def needs_of(request: ChatRequest) -> frozenset[str]:
-    """What a model must be able to do for a request, in Ollama's words for it (/api/show, capabilities)."""
-    pictures = any(part["type"] == "image_url" for _, part in request.parts())
-    return frozenset({"vision"} if pictures else ()) | frozenset({"tools"} if "tools" in request.body else ())
-
-
 # === 4. Monitors ======================================================================================================
 # uses: 1 2
 # How are the device and the network?  A monitor samples facts (IO) and judges them (pure); of requests it knows only
@@ -2261,18 +2255,15 @@ ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_fo
 
 # What several models have in common and no upstream can be asked for beforehand.  Anything else is learned from their
 # 400s at run time.  Source: wire formats of 2026-11; a model too new to be listed counts as the newest.
-_NO_FORCED_TOOLS = re.compile(r"claude-(?:(?:opus|sonnet)-5-5|(?:fable|mythos)-5-[12])")
 _NO_TOOLS_WHILE_REASONING = re.compile(r"gpt-(?:5\.6|6(?:\.1-terra|-sol|-luna))")
-_THINKING_OFF = {"claude-haiku-5-5": "disabled", "claude-opus-5": "disabled", "claude-sonnet-5-5": "between_tools"}
-_THINKING_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 4096, "high": 8192, "xhigh": 16384, "max": 16384}
-_CLAUDE_MAX_TOKENS = 16384    # Claude wants a limit; thinking is taken from it, so a small one gives empty answers
 
 # Words by which upstreams' errors are told apart where status and code do not tell: OpenAI's, Anthropic's, llama.cpp's.
 _CONTEXT_MARKS = ("prompt is too long", "context_length_exceeded", "context size", "context length",
                   "input tokens exceed")
 _MONEY_MARKS = ("insufficient_quota", "credit_balance", "credit balance", "api usage limits", "spend_limit",
                 "billing_error")
-_UNSUPPORTED = re.compile(r"unsupported|not support|unrecognized|unknown.parameter|not permitted|deprecated")
+_UNSUPPORTED = re.compile(r"unsupported|not support|unrecognized|unknown.parameter|not permitted|deprecated"
+                          r"|may (?:only|not) be")
 _PERMANENT = re.compile(r"unsupported_parameter|unsupported_value|unknown_parameter|deprecated|not permitted|"
                        r"unrecognized|not support thinking")
 
@@ -2483,35 +2474,24 @@ def tool_chunk(index: int, arguments: str, id: str = "", name: str = "") -> Chun
                                  "function": {**({"name": name} if name else {}), "arguments": arguments}}])
 
 
-class _Fence:
-    """Strips, piece by piece, the Markdown fence that models like to put around JSON."""
+def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """Yield the chunks of a translated answer without the fence or the sentences around its JSON object.
 
-    def __init__(self) -> None:
-        self._held = ""                       # text that may turn out to be fence
-        self._fenced: bool | None = None      # None: not known yet
-
-    def feed(self, text: str, last: bool = False) -> str:
-        """What of the text so far can be said now; with `last`, all that is left."""
-        self._held += text
-        start = self._held.lstrip()
-        if self._fenced is None:
-            if not last and "```".startswith(start[:3]) and "\n" not in start:
-                return ""
-            self._fenced = start.startswith("```") and "\n" in start
-            self._held = start.partition("\n")[2] if self._fenced else self._held
-        end = re.search(r"\s*(```)?\s*$" if last else r"\s*`{0,3}\s*$", self._held) if self._fenced else None
-        ready, self._held = (self._held[:end.start()], self._held[end.start():]) if end else (self._held, "")
-        return ready
-
-
-def unfenced(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """The chunks of a translated answer without a Markdown fence around their content."""
-    fence = _Fence()
+    What follows a closing brace is held until the next one: only after the last brace is it outside of the object.
+    """
+    begun, closed, held = False, False, ""
     for chunk in chunks:
         for choice in choices_of(chunk):
-            rest = fence.feed(choice["delta"].pop("content", ""), last=bool(choice["finish_reason"]))
-            if rest or "role" in choice["delta"]:
-                yield chunk_of(**{**choice["delta"], "content": rest})
+            text = held + choice["delta"].pop("content", "")
+            if not begun and "{" in text:
+                begun, text = True, text[text.index("{"):]
+            closed = closed or begun and "}" in text
+            end = text.rfind("}") + 1 if closed else len(text) if begun else 0
+            if choice["finish_reason"] and (not begun or choice["finish_reason"] == "length"):
+                end = len(text)    # no JSON at all, or a part of it
+            held = text[end:]
+            if end or "role" in choice["delta"]:
+                yield chunk_of(**{**choice["delta"], "content": text[:end]})
                 choice["delta"] = {}
             if choice["delta"] or choice["finish_reason"]:
                 yield chunk
@@ -2593,6 +2573,22 @@ def modernised(messages: Sequence[Json]) -> list[Json]:
             message.update(role="tool", tool_call_id=f"call_{number - 1}")
         converted.append(message)
     return converted
+
+
+def present(fields: Json) -> Json:
+    """Return the fields that are not empty."""
+    return {name: value for name, value in fields.items() if value}
+
+
+def as_list(value: str | list[str]) -> list[str]:
+    """Return one or several as several."""
+    return [value] if isinstance(value, str) else value
+
+
+def needs_of(request: ChatRequest) -> frozenset[str]:
+    """Return what a model must be capable of for a request, in Ollama's words (/api/show, capabilities)."""
+    pictures = any(part["type"] == "image_url" for _, part in request.parts())
+    return frozenset([*(["vision"] if pictures else []), *(["tools"] if chosen_tools(request.body)[0] else [])])
 
 
 def name_of(tool: Json) -> str:
@@ -2957,6 +2953,38 @@ def name_and_arguments(call: Json) -> tuple[str, str]:
     return inner["name"], inner.get("arguments", inner.get("input", ""))
 
 
+class _ClaudeModel(NamedTuple):
+    """The request fields that a Claude model takes, as far as models differ in them."""
+    sampling: int = 0         # of temperature and top_p: both, one, or neither
+    adaptive: bool = True     # thinks by an effort; older models within a budget of tokens
+    xhigh: bool = True        # knows this effort
+    off: str = ""             # the type of thinking that stops it, where it thinks unasked and can be stopped
+    forced: bool = True       # takes a tool_choice that forces a call
+    prefill: bool = False     # continues an assistant's message
+    most: int = 128_000       # tokens of an answer; it refuses more
+
+
+_CLAUDE_MODELS = (    # the first that fits (Anthropic's documentation, 2026-11); a new name counts as the newest model
+    (r"[a-z]+-(?:[1-3]|4(?:-[0-5])?)", _ClaudeModel(1, adaptive=False, prefill=True, most=64_000)),
+    (r"[a-z]+-4-6", _ClaudeModel(2, xhigh=False)),
+    (r"haiku-5-5|opus-5", _ClaudeModel(off="disabled")),
+    (r"sonnet-5-5", _ClaudeModel(off="between_tools", forced=False)),
+    (r"opus-5-5|(?:fable|mythos)-5-[12]", _ClaudeModel(forced=False)),
+    (r".*", _ClaudeModel()),
+)
+_CLAUDE_MAX_TOKENS = 16384    # where the client sets no limit: thinking counts too, so a small one gives empty answers
+_THINKING_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 4096, "high": 8192, "xhigh": 16384, "max": 16384}
+_CLAUDE_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+_ONLY_JSON = "Answer with one JSON object and nothing else: no prose, no Markdown fence."
+
+
+@functools.lru_cache(64)
+def _claude_model(name: str) -> _ClaudeModel:
+    """Return the fields that the model of this name takes; the date at its end makes no difference."""
+    base = re.sub(r"^claude-|-\d{8}$", "", name)
+    return next(model for pattern, model in _CLAUDE_MODELS if re.fullmatch(pattern, base, re.S))
+
+
 class Claude(Provider):
     """Anthropic's Messages API, in both directions."""
     name, label = "claude", "Claude"
@@ -2976,7 +3004,7 @@ class Claude(Provider):
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         # 2023-06-01 and not 2026-10-21: the later version refuses temperature and top_p for every model.
-        return {"anthropic-version": "2023-06-01", **({"x-api-key": endpoint.key} if endpoint.key else {})}
+        return {"anthropic-version": "2023-06-01", **present({"x-api-key": endpoint.key})}
 
     def refuse_part(self, part: Json) -> str | None:
         if part["type"] == "image_url":
@@ -2985,100 +3013,78 @@ class Claude(Provider):
             return None if fits else "images must be https: URLs or data: URLs of JPEG, PNG, GIF or WebP"
         if part["type"] == "file":
             kind, data = data_url(part["file"].get("file_data") or "") or ("", "")
-            with contextlib.suppress(ValueError):    # text is decoded on the way, so its base64 must be whole
+            with contextlib.suppress(ValueError):    # Claude takes text decoded, so its base64 must be whole
                 if kind == "application/pdf" or kind.startswith("text/") and base64.b64decode(data):
                     return None
             return "files must be sent as base64 data: URLs of a PDF or of text"
         return None if part["type"] in ("text", "refusal") else f"parts of type {part['type']} are not supported"
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0) -> Json:
-        body, version = request.body, claude_version(target.model)
-        system, turns = claude_conversation(modernised(request.messages), prefills=version < (4, 6))
-        form = body.get("response_format", {})
-        schema = form.get("type") == "json_schema" and form["json_schema"].get("schema")
-        if form.get("type", "text") != "text" and not schema:
-            system = [*system, "Answer with one JSON object and nothing else: no prose, no Markdown fence."]
-        forced = chosen_tools(body)[1]
-        if forced not in ("auto", "none") and _NO_FORCED_TOOLS.match(target.model):
-            which = name_of(forced) if isinstance(forced, dict) else "that fits best"
-            system = [*system, f"Answer with a call of the tool {which}."]
-        payload: Json = {
-            "model": target.model, "messages": turns, "stream": True,
-            "max_tokens": min(body.get("max_completion_tokens") or body.get("max_tokens") or _CLAUDE_MAX_TOKENS,
-                              128_000 if version >= (4, 6) else 64_000),    # more is refused
-            **({"system": "\n\n".join(system)} if system else {}), **self._sampling(body, version),
-            **self._identity(body), **self._tools(body, turns, target.model),
-        }
-        if schema:
-            payload["output_config"] = {"format": {"type": "json_schema", "schema": closed_schema(schema)}}
-        self._think(payload, body.get("reasoning_effort"), target.model, version)
+        body, model = request.body, _claude_model(target.model)
+        system, turns = claude_conversation(modernised(request.messages), model.prefill)
+        choice = chosen_tools(body)[1]
+        if _is_told_to_write_json(body):
+            system.append(_ONLY_JSON)
+        if choice not in ("auto", "none") and not model.forced:
+            which = name_of(choice) if isinstance(choice, dict) else "that fits best"
+            system.append(f"Answer with a call of the tool {which}.")
+            choice = "auto"
+        payload = present({
+            "model": target.model, "messages": turns, "stream": True, "max_tokens": min(
+                body.get("max_completion_tokens") or body.get("max_tokens") or _CLAUDE_MAX_TOKENS, model.most),
+            "system": "\n\n".join(system),
+            "stop_sequences": [stop for stop in as_list(body.get("stop", [])) if stop.strip()],
+            "service_tier": {"auto": "auto", "default": "standard_only"}.get(body.get("service_tier", "")),
+            **self._tools(body, choice, turns)})
+        if _schema_of(body):
+            payload["output_config"] = {"format": {"type": "json_schema", "schema": closed_schema(_schema_of(body))}}
+        self._think(payload, body.get("reasoning_effort"), model)
+        if "thinking" not in payload:    # with it, any temperature but 1 is a 400
+            asked = [name for name in ("temperature", "top_p") if name in body][:model.sampling]
+            payload.update({name: min(1.0, body[name]) for name in asked})
         return payload
 
     @staticmethod
-    def _sampling(body: Json, version: tuple[int, int]) -> Json:
-        stops = [stop for stop in as_list(body.get("stop", [])) if stop.strip()]
-        sampling: Json = {"stop_sequences": stops} if stops else {}
-        if version < (4, 7) and "temperature" in body:    # later models refuse both
-            sampling["temperature"] = min(1.0, body["temperature"])
-        if version < (4, 7) and "top_p" in body and ("temperature" not in sampling or version == (4, 6)):
-            sampling["top_p"] = body["top_p"]                 # 4.5 and earlier refuse the two together
-        return sampling
-
-    @staticmethod
-    def _identity(body: Json) -> Json:
-        user = body.get("safety_identifier") or body.get("user") or ""
-        tier = {"auto": "auto", "default": "standard_only"}.get(body.get("service_tier", ""))
-        opaque = user and "@" not in user and not re.fullmatch(r"[+\d ()./-]{7,}", user)    # no e-mail, no telephone
-        return {**({"metadata": {"user_id": user}} if opaque else {}), **({"service_tier": tier} if tier else {})}
-
-    @staticmethod
-    def _tools(body: Json, turns: Sequence[Json], model: str) -> Json:
-        tools, choice = chosen_tools(body)
-        if not tools:    # none offered or allowed; but those that the history calls must be known
+    def _tools(body: Json, choice: str | Json, turns: Sequence[Json]) -> Json:
+        """Return the fields for tools and for the choice among them."""
+        tools = [tool["function"] for tool in chosen_tools(body)[0]]
+        if not tools:    # none offered or allowed; but Claude must know those that the history calls
             offered = [tool["function"] for tool in body.get("tools", [])]
             known = offered or [{"name": name} for name in _tools_used(turns)]
-            return {"tools": list(map(claude_tool, known)), "tool_choice": {"type": "none"}} if known else {}
-        theirs: Json = {"type": "auto"}
-        if choice != "auto" and not _NO_FORCED_TOOLS.match(model):
-            theirs = {"type": "tool", "name": name_of(choice)} if isinstance(choice, dict) else {"type": "any"}
+            return {"tools": [*map(claude_tool, known)], "tool_choice": {"type": "none"}} if known else {}
+        theirs: Json = ({"type": "tool", "name": name_of(choice)} if isinstance(choice, dict)
+                        else {"type": "any" if choice == "required" else "auto"})
         if body.get("parallel_tool_calls") is False:
             theirs["disable_parallel_tool_use"] = True
-        return {"tools": [claude_tool(tool["function"]) for tool in tools],
-                **({"tool_choice": theirs} if theirs != {"type": "auto"} else {})}
+        return {"tools": [*map(claude_tool, tools)], "tool_choice": theirs if theirs != {"type": "auto"} else None}
 
     @staticmethod
-    def _think(payload: Json, effort: str | None, model: str, version: tuple[int, int]) -> None:
-        """Add to the payload what `reasoning_effort` means to the model."""
-        if effort is None:
-            return
+    def _think(payload: Json, effort: str | None, model: _ClaudeModel) -> None:
+        """Add what `reasoning_effort` means to the model."""
         if effort == "none":
-            if model in _THINKING_OFF:
-                payload["thinking"] = {"type": _THINKING_OFF[model]}
-        elif version >= (4, 6):
-            effort = {"minimal": "low", "xhigh": "xhigh" if version >= (4, 7) else "high"}.get(effort, effort)
+            payload.update({"thinking": {"type": model.off}} if model.off else {})
+        elif effort and model.adaptive:
+            effort = {"minimal": "low", "xhigh": "xhigh" if model.xhigh else "high"}.get(effort, effort)
             payload["thinking"] = {"type": "adaptive", "display": "summarized"}
             payload.setdefault("output_config", {})["effort"] = effort
-        elif payload.get("tool_choice", {}).get("type") in ("any", "tool") or _tools_used(payload["messages"]):
-            return    # thinking goes neither with a forced tool nor with calls whose own thinking is lost
-        else:
+        elif effort and payload.get("tool_choice", {}).get("type") not in ("any", "tool") and not _tools_used(
+                payload["messages"]):    # a budget goes with neither forced tools nor calls whose thinking is lost
             budget = _THINKING_BUDGETS[effort]
             payload["thinking"] = {"type": "enabled", "budget_tokens": budget}
             payload["max_tokens"] = max(payload["max_tokens"], budget + 1024)
-            for name in ("temperature", "top_p"):    # neither goes with thinking
-                payload.pop(name, None)
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Chunk]:
         chunks = self._chunks(lines)
-        return chunks if self.passes_text(request) else unfenced(chunks)
+        return only_json(chunks) if _is_told_to_write_json(request.body) else chunks
 
     def passes_text(self, request: ChatRequest) -> bool:
-        return bool(request.body.get("response_format", {}).get("type") != "json_object")    # which is by instruction
+        return not _is_told_to_write_json(request.body)
 
     def _chunks(self, lines: Lines) -> Iterator[Chunk]:
         usage: Json = {}
         stop: Json = {}
         calls, fresh = -1, False    # fresh: a tool call whose arguments have not begun
-        block: Json = {}            # the one that is open
+        block: Json = {}            # the open one
         for event in map(event_of, sse_data(lines)):
             kind, delta = event.get("type"), event.get("delta") or {}
             if kind == "message_start":
@@ -3114,65 +3120,64 @@ class Claude(Provider):
 
     @staticmethod
     def _delta(delta: Json, call: int | None) -> Iterator[Chunk]:
+        """Yield the chunk for what a block contains, if it has any; `call` is the number of a tool call's block."""
         if delta.get("text"):
             yield chunk_of(content=delta["text"])
         elif delta.get("thinking"):
             yield chunk_of(reasoning_content=delta["thinking"])
-        elif delta.get("partial_json") and call is not None:    # not of a block that is no call of ours
+        elif delta.get("partial_json") and call is not None:
             yield tool_chunk(call, delta["partial_json"])
 
     def _end(self, stop: Json, usage: Json) -> Iterator[Chunk]:
+        """Yield the last chunks: an explained refusal, the finish reason, the usage."""
         explanation = (stop.get("stop_details") or {}).get("explanation")
         if stop.get("stop_reason") == "refusal" and explanation:
             yield chunk_of(refusal=explanation)
         yield chunk_of(self._finish.get(stop.get("stop_reason") or "", "stop"))
         read, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
         thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens")
-        yield usage_chunk(
-            (usage.get("input_tokens") or 0) + read + written, usage.get("output_tokens") or 0,
-            prompt_tokens_details={"cached_tokens": read, "cache_write_tokens": written},
-            **({"completion_tokens_details": {"reasoning_tokens": thinking}} if thinking else {}))
+        yield usage_chunk((usage.get("input_tokens") or 0) + read + written, usage.get("output_tokens") or 0,
+                          prompt_tokens_details={"cached_tokens": read, "cache_write_tokens": written},
+                          **present({"completion_tokens_details": present({"reasoning_tokens": thinking})}))
 
     def models(self, listing: Json) -> tuple[Model, ...] | None:
         return tuple(Model(str(item["id"]), created_at(item.get("created_at"))) for item in listing.get("data") or [])
 
 
+def _schema_of(body: Json) -> Json | None:
+    """Return the JSON schema that the answer must fit, or None."""
+    form = body.get("response_format", {})
+    return form["json_schema"].get("schema") or None if form.get("type") == "json_schema" else None
+
+
+def _is_told_to_write_json(body: Json) -> bool:
+    """Return True if only the system prompt makes Claude answer in JSON: it has no field for JSON without a schema."""
+    return body.get("response_format", {"type": "text"})["type"] != "text" and not _schema_of(body)
+
+
 def _tools_used(turns: Sequence[Json]) -> list[str]:
-    """The names of the tools that the turns call, each once."""
+    """Return the names of the tools that the turns call, each once."""
     return list(dict.fromkeys(block["name"] for turn in turns for block in turn["content"]
                               if block["type"] == "tool_use"))
 
 
-_CLAUDE_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
-
-
-def as_list(value: str | list[str]) -> list[str]:
-    """One or several, as several."""
-    return [value] if isinstance(value, str) else value
-
-
-def claude_version(model: str) -> tuple[int, int]:
-    """(major, minor) in a Claude model's name; a name that does not tell counts as the newest."""
-    found = re.match(r"claude-[a-z]+-(\d+)(?:-(\d{1,2}))?(?=-\d{8}$|$)", model)
-    return (int(found[1]), int(found[2] or 0)) if found else (99, 0)
-
-
 def claude_tool(function: Json) -> Json:
-    """A tool definition in Claude's shape; `strict` stays behind, as few schemas qualify for it there."""
-    described = {"description": function["description"]} if function.get("description") else {}
-    return {"name": function["name"], **described,
+    """Return a tool in Claude's shape, without `strict`: few schemas qualify for it there."""
+    return {"name": function["name"], **present({"description": function.get("description")}),
             "input_schema": {"properties": {}, **(function.get("parameters") or {}), "type": "object"}}
 
 
 def closed_schema(schema: Any) -> Any:
-    """A JSON schema within what Claude's structured output takes: closed objects, no bounds, anyOf for oneOf."""
+    """Return a JSON schema as Claude's structured output takes it: closed objects, no bounds, anyOf for oneOf."""
     if isinstance(schema, list):
         return [closed_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     kept: Json = {}
     for name, value in schema.items():
-        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
+        if name in _DATA_IN_SCHEMAS:
+            kept[name] = value
+        elif name in _NAMED_SCHEMAS and isinstance(value, dict):
             kept[name] = {inner: closed_schema(one) for inner, one in value.items()}
         elif name not in _NOT_IN_SCHEMAS:
             kept["anyOf" if name == "oneOf" else name] = closed_schema(value)
@@ -3181,45 +3186,45 @@ def closed_schema(schema: Any) -> Any:
     return {**kept, "additionalProperties": False} if is_object else kept
 
 
+_DATA_IN_SCHEMAS = frozenset({"const", "enum", "default", "examples", "required", "dependentRequired"})
+_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
 _NOT_IN_SCHEMAS = frozenset({
     "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "pattern",
     "minItems", "maxItems", "minProperties", "maxProperties", "not", "if", "then", "else"})
 
 
 def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[str], list[Json]]:
-    """(system texts, turns) as Claude wants them.
+    """Return the system texts and the turns that Claude takes.
 
-    Turns alternate and begin with the user; each tool call is answered at the very start of the next user turn, where
-    need be by a placeholder; results of calls that nobody made become text.  `prefills`: whether the model may be
-    handed the beginning of its own answer.
+    Turns alternate and begin with the user.  The next user turn begins with the results of all tool calls, placeholders
+    among them; results of unknown calls become text.  Without `prefills` the last turn is the user's too.
     """
     is_system = [message["role"] in ("system", "developer") for message in messages]
     system = [text_of(message) for message, so in zip(messages, is_system) if so and text_of(message).strip()]
     waiting = collections.deque(message for message, so in zip(messages, is_system) if not so)
-    turns: list[Json] = []
+    blocks: list[tuple[str, list[Json]]] = [("user", [])] if waiting and waiting[0]["role"] == "assistant" else []
     used: set[str] = set()
     while waiting:
         message = waiting.popleft()
-        if message["role"] == "assistant":
-            calls = [(call["id"], _claude_call(call, used)) for call in message.get("tool_calls") or ()]
-            _add_turn(turns, "assistant", [*_text_block(text_of(message)), *(block for _, block in calls)])
-            if calls:
-                _add_turn(turns, "user", _claude_results(calls, waiting))
-        else:
-            _add_turn(turns, "user", claude_content(message))
-    return system, _completed(turns, prefills)
-
-
-def _add_turn(turns: list[Json], role: str, blocks: list[Json]) -> None:
-    """Add blocks to the last turn if its role is the same, else as a new one; an assistant without any says nothing."""
-    if turns and turns[-1]["role"] == role:
-        turns[-1]["content"].extend(blocks)
-    elif blocks or role == "user":
-        turns.append({"role": role, "content": blocks})
+        if message["role"] != "assistant":
+            blocks.append(("user", claude_content(message)))
+            continue
+        calls = [(call["id"], _claude_call(call, used)) for call in message.get("tool_calls") or ()]
+        said = [*_text_blocks(text_of(message)), *(block for _, block in calls)]
+        blocks.extend([("assistant", said)] if said else [])
+        blocks.extend([("user", _claude_results(calls, waiting))] if calls else [])
+    turns = [{"role": role, "content": [block for _, some in group for block in some] or _text_blocks(".")}
+             for role, group in itertools.groupby(blocks or [("user", [])], lambda pair: pair[0])]
+    last = turns[-1]
+    if last["role"] == "assistant" and not prefills:
+        turns.append({"role": "user", "content": _text_blocks("Continue.")})
+    elif last["role"] == "assistant" and last["content"][-1]["type"] == "text":
+        last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
+    return system, turns
 
 
 def _claude_call(call: Json, used: set[str]) -> Json:
-    """A tool call as a block, under an id that Claude allows and that the conversation has not used before."""
+    """Return a tool call as a block, under an id of Claude's letters that the conversation has not used yet."""
     name, arguments = name_and_arguments(call)
     id = re.sub(r"[^A-Za-z0-9_-]", "_", call["id"]) or "call"
     while id in used:
@@ -3229,7 +3234,10 @@ def _claude_call(call: Json, used: set[str]) -> Json:
 
 
 def _claude_results(calls: list[tuple[str, Json]], waiting: collections.deque[Json]) -> list[Json]:
-    """The blocks that answer (client's id, call)s, from the tool messages that come next; others' results go last."""
+    """Return the blocks that answer calls, each given with the client's id for it.
+
+    Takes the tool messages that come next from `waiting`.  Results of other calls go last, as plain blocks.
+    """
     calls, results, others = list(calls), [], []
     while waiting and waiting[0]["role"] == "tool":
         message = waiting.popleft()
@@ -3237,52 +3245,34 @@ def _claude_results(calls: list[tuple[str, Json]], waiting: collections.deque[Js
         pair = next((pair for pair in calls if pair[0] == message["tool_call_id"]), None)
         if pair:
             calls.remove(pair)
-            plain = blocks[0]["text"] if len(blocks) == 1 and blocks[0]["type"] == "text" else blocks
-            results.append({"type": "tool_result", "tool_use_id": pair[1]["id"], "content": plain or ""})
+            results.append({"type": "tool_result", "tool_use_id": pair[1]["id"], "content": blocks or ""})
         else:
             others.extend(blocks)
     return results + [{"type": "tool_result", "tool_use_id": call["id"], "content": "(no result)"}
                       for _, call in calls] + others
 
 
-def _completed(turns: list[Json], prefills: bool) -> list[Json]:
-    """The turns without what Claude refuses: an assistant to begin with, empty turns, a prefill that it can't take."""
-    if not turns or turns[0]["role"] == "assistant":
-        turns.insert(0, {"role": "user", "content": []})
-    for turn in turns:
-        turn["content"] = turn["content"] or _text_block(".")
-    last = turns[-1]
-    if last["role"] == "assistant" and not prefills:
-        turns.append({"role": "user", "content": _text_block("Continue.")})
-    elif last["role"] == "assistant" and last["content"][-1]["type"] == "text":
-        last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
-    return turns
-
-
-def _text_block(text: str) -> list[Json]:
-    """A text block, or nothing: Claude refuses empty ones."""
+def _text_blocks(text: str) -> list[Json]:
+    """Return a text as a block, or nothing for an empty one, which Claude refuses."""
     return [{"type": "text", "text": text}] if text.strip() else []
 
 
 def claude_content(message: Json) -> list[Json]:
-    """A message's parts as blocks."""
-    return [block for part in parts_of(message) for block in claude_blocks(part)]
+    """Return a message's parts as blocks; `refuse_part` has seen them before."""
+    return [block for part in parts_of(message) for block in _claude_blocks(part)]
 
 
-def claude_blocks(part: Json) -> list[Json]:
-    """The content blocks of one part.  Raises nothing: `refuse_part` has seen the part before."""
+def _claude_blocks(part: Json) -> list[Json]:
     if part["type"] in ("text", "refusal"):
-        return _text_block(part[part["type"]])
-    if part["type"] == "image_url":
-        url = part["image_url"]["url"]
-        media_type, data = data_url(url) or ("", "")
-        return [{"type": "image", "source": {"type": "base64", "media_type": media_type, "data": data} if data
-                 else {"type": "url", "url": url}}]
-    media_type, data = data_url(part["file"]["file_data"]) or ("", "")
+        return _text_blocks(part[part["type"]])
+    kind = "image" if part["type"] == "image_url" else "document"
+    url = part["image_url"]["url"] if kind == "image" else part["file"]["file_data"]
+    media_type, data = data_url(url) or ("", "")
+    source = {"type": "base64", "media_type": media_type, "data": data} if data else {"type": "url", "url": url}
     if media_type.startswith("text/"):
-        return [{"type": "document", "source": {"type": "text", "media_type": "text/plain",
-                                                "data": base64.b64decode(data).decode("utf-8", "replace")}}]
-    return [{"type": "document", "source": {"type": "base64", "media_type": media_type, "data": data}}]
+        text = base64.b64decode(data).decode("utf-8", "replace")
+        source = {"type": "text", "media_type": "text/plain", "data": text}
+    return [{"type": kind, "source": source}]
 
 
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in (Ollama(), OpenAI(), Claude())}

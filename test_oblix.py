@@ -2703,6 +2703,15 @@ def results(call_id, *texts):
     return {"type": "tool_result", "tool_use_id": call_id, **({"content": [*map(part, texts)]} if texts else {})}
 
 
+def by_schema(schema):
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
+
+
+def by_closed_schema(schema):
+    """The output format of this schema, and nothing else in it."""
+    return {"output_config": {"format": {"type": "json_schema", "schema": lambda given: given == schema}}}
+
+
 TO_CLAUDE = [
     ("the least", {}, {**talk(on_claude("user", "Hi")), "model": "claude-test", "stream": True,
                        "max_tokens": lambda limit: type(limit) is int and limit >= 4096,
@@ -2760,7 +2769,29 @@ TO_CLAUDE = [
      {"temperature": 0.2, **none_of("top_p")}),
     ("JSON by a schema", {"response_format": JSON_SCHEMA},
      {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}),
+    ("data in a schema is not schema", by_schema({
+        "const": {"pattern": "x"}, "enum": [{"minimum": 1}], "default": {"not": 1}, "examples": [{"if": 1}]}),
+     by_closed_schema({"const": {"pattern": "x"}, "enum": [{"minimum": 1}], "default": {"not": 1},
+                       "examples": [{"if": 1}]})),
+    ("names in a schema are not keywords", by_schema({"patternProperties": {"not": {"type": "string", "minLength": 1}},
+                                                      "$defs": {"pattern": {"oneOf": [{"maximum": 1}]}}}),
+     by_closed_schema({"patternProperties": {"not": {"type": "string"}}, "$defs": {"pattern": {"anyOf": [{}]}}})),
     ("any JSON", {"response_format": {"type": "json_object"}}, {"system": lambda text: "JSON" in text}),
+    ("JSON by a schema that is not there", {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+     {"system": lambda text: "JSON" in text, **none_of("output_config")}),
+    ("no temperature while it thinks", {"model": SONNET, "reasoning_effort": "high", "temperature": 0.3, "top_p": 0.5},
+     {"thinking": {"type": "adaptive", "display": "summarized"}, **none_of("temperature", "top_p")}),
+    ("temperature while it does not", {"model": SONNET, "temperature": 0.25, "top_p": 0.5},
+     {"temperature": 0.25, "top_p": 0.5, **none_of("thinking")}),
+    ("no thinking by a dated name", {"model": "claude:claude-haiku-5-5-20260901", "reasoning_effort": "none"},
+     {"thinking": {"type": "disabled"}}),
+    ("no thinking of a model that must think", {"model": OPUS, "reasoning_effort": "none"}, none_of("thinking")),
+    ("less thinking", {"model": "claude:claude-sonnet-5-5", "reasoning_effort": "none"},
+     {"thinking": {"type": "between_tools"}}),
+    ("the most that an older model may write", {"model": HAIKU + "-20251001", "max_tokens": 100_000},
+     {"max_tokens": 64_000}),
+    ("a name without a version is new", {"model": "claude:claude-next", "temperature": 0.25, "max_tokens": 100_000},
+     {"max_tokens": 100_000, **none_of("temperature")}),
     ("thinking of a newer model", {"model": SONNET, "reasoning_effort": "high"},
      {"thinking": {"type": "adaptive", "display": "summarized"}, "output_config": {"effort": "high"}}),
     ("little thinking of a newer model", {"model": SONNET, "reasoning_effort": "minimal"},
@@ -3014,6 +3045,21 @@ class Refusals(Case):
             self.assertEqual(local.requests + cloud.requests, [])
 
 
+NEEDS = [  # the fields, what a model must be capable of
+    ({}, set()), ({"tools": TOOLS}, {"tools"}), ({"tools": TOOLS, "tool_choice": "none"}, set()),
+    ({"tools": TOOLS, "tool_choice": "required"}, {"tools"}), (talk(user(part("a"), image(PNG_URL))), {"vision"}),
+    ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [ONLY_NOW]}}},
+     {"tools"}),
+]
+
+
+class Needs(Case):
+    def test_what_a_request_needs_of_a_model(self):
+        for fields, needs in NEEDS:
+            with self.subTest(fields=fields):
+                self.assertEqual(oblix.needs_of(parsed(**fields)), needs)
+
+
 # --- 6. Parameters that a model refuses ------------------------------------------------------------------------------
 
 def refusing(name, error):
@@ -3081,6 +3127,15 @@ class LearnedParameters(Case):
             for effort, sent in (("high", "high"), ("minimal", None), ("high", "high")):
                 self.answered(ask(server, upstream.target, reasoning_effort=effort), "Hello")
                 self.assertEqual(upstream.last.json.get("reasoning_effort"), sent)
+
+    def test_what_is_refused_beside_another_field_is_left_out_and_not_remembered(self):
+        """Claude's words, as dotCipher/opencode-claude-bridge had them of claude-sonnet-4-6."""
+        error = claude_refuses("`temperature` may only be set to 1 when thinking is enabled or in adaptive mode.")
+        with Upstream(CLAUDE, refusing("temperature", error)) as upstream, \
+                running(upstream, flags=["--cloud-model=" + SONNET]) as server:
+            for _ in range(2):
+                self.answered(ask(server, SONNET, temperature=0.25), "Hello")
+                self.assertEqual(["temperature" in sent.json for sent in upstream.requests[-2:]], [True, False])
 
     def test_the_first_requests_may_learn_it_side_by_side(self):
         with Upstream(OPENAI, refusing("stop", unsupported("stop"))) as upstream, running(upstream) as server:
@@ -3343,18 +3398,25 @@ class Phrases(Case):
                     script = answer(Text("Hello"), rewrite=swap(b"\"end_turn\"", b"\"%b\"" % reason.encode()))
                     self.assertEqual(through(CLAUDE, script, stream=stream).finish, finish)
 
-    def test_claudes_json_comes_without_the_fence_around_it(self):
-        json_object = {"response_format": {"type": "json_object"}}
+    def test_claudes_json_comes_without_what_is_around_it(self):
         for told, wanted in (
             ('{"a":1}', '{"a":1}'), ('```json\n{"a":1}\n```', '{"a":1}'), ('\n```\n{"a":"```"}\n```\n', '{"a":"```"}'),
-            ('```json\n{"a":1}', '{"a":1}'), ('``', '``'), (' {"a":"`"} ', ' {"a":"`"} '),
+            ('```json\n{"a":1}', '{"a":1}'), ('``', '``'), (' {"a":"`"} ', '{"a":"`"}'), ("No.", "No."),
+            ('```json\n{"a":1}\n```\nHope that helps!', '{"a":1}'), ('Here it is:\n```\n{"a":1}\n```', '{"a":1}'),
+            ('Sure! {"a":{"b":"}"},"c":[1, 2]} Bye.', '{"a":{"b":"}"},"c":[1, 2]}'),
         ):
             for size in (1, 3, 100):
+                form = {"type": "json_schema", "json_schema": {"name": "a"}} if size == 1 else {"type": "json_object"}
                 pieces = [Text(told[at:at + size]) for at in range(0, len(told), size)]
                 with self.subTest(told, size=size), Upstream(CLAUDE, answer(*pieces)) as upstream, \
                         running(upstream) as server:
-                    self.answered(ask(server, upstream.target, stream=size == 3, **json_object), wanted)
+                    self.answered(ask(server, upstream.target, stream=size == 3, response_format=form), wanted)
         self.answered(through(CLAUDE, answer(Text("```x\n1\n```"))), "```x\n1\n```")    # no JSON was asked for
+
+    def test_json_that_its_length_cuts_off_comes_as_far_as_it_goes(self):
+        script = answer(Text('```json\n{"a":{"b":1},'), Text('"c":"de'), finish="length")
+        reply = through(CLAUDE, script, response_format={"type": "json_object"})
+        self.assertEqual((reply.text, reply.finish), ('{"a":{"b":1},"c":"de', "length"))
 
     def test_claudes_unknown_events_deltas_and_blocks_are_skipped(self):
         strange = [CLAUDE.event("content_block_start", index=0, content_block={"type": "server_tool_use", "id": "s"}),
