@@ -92,7 +92,7 @@ import time
 import traceback
 import types
 import urllib.parse
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -2257,16 +2257,6 @@ ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_fo
 # 400s at run time.  Source: wire formats of 2026-11; a model too new to be listed counts as the newest.
 _NO_TOOLS_WHILE_REASONING = re.compile(r"gpt-(?:5\.6|6(?:\.1-terra|-sol|-luna))")
 
-# Words by which upstreams' errors are told apart where status and code do not tell: OpenAI's, Anthropic's, llama.cpp's.
-_CONTEXT_MARKS = ("prompt is too long", "context_length_exceeded", "context size", "context length",
-                  "input tokens exceed")
-_MONEY_MARKS = ("insufficient_quota", "credit_balance", "credit balance", "api usage limits", "spend_limit",
-                "billing_error")
-_UNSUPPORTED = re.compile(r"unsupported|not support|unrecognized|unknown.parameter|not permitted|deprecated"
-                          r"|may (?:only|not) be")
-_PERMANENT = re.compile(r"unsupported_parameter|unsupported_value|unknown_parameter|deprecated|not permitted|"
-                       r"unrecognized|not support thinking")
-
 _NEITHER_HAS = {    # what neither Ollama nor Claude has
     "n": "it gives one answer per request", "logit_bias": "it has no such option", "audio": "it answers in text",
     "modalities": "it answers in text", "web_search_options": "it does not search",
@@ -2380,49 +2370,59 @@ class Provider:
 
 
 def is_permanent(param: str, error: UpstreamError) -> bool:
-    """Whether a model refuses a parameter as such.  Of efforts each model knows some, and fewer beside tools."""
-    return param != "reasoning_effort" and bool(_PERMANENT.search(f"{error.code} {error.message}".lower()))
+    """Return True if the model never accepts the parameter.
+
+    An effort is excluded: each model knows some of them, and fewer with tools.
+    """
+    return param != "reasoning_effort" and bool(re.search(_PERMANENT, f"{error.code} {error.message}".lower()))
 
 
-def classify(status: int, text: str, retry_after_s: float | None = None,
-             endpoint: Endpoint | None = None) -> UpstreamError:
-    """The error behind an upstream's answer of status >= 300, whichever vendor's shape it has."""
-    if status < 400:
-        return UpstreamError(f"redirected elsewhere ({status}), which is refused: configure the final address")
-    key = endpoint.key if endpoint else ""
-    fields = _error_fields(redact(text, key))
-    message, code = fields.get("message") or f"the upstream answered {status} without a message", fields.get("code")
-    marks = f"{message} {code} {fields.get('type')}".lower()
-    fault = _fault_of(status, marks)
-    if fault is Fault.TOO_LONG:
-        return UpstreamError(message, fault, status=413 if status == 413 else 400, type="invalid_request_error",
-                             code="context_length_exceeded", param="messages", retry=False)
-    if fault is Fault.ACCOUNT and any(mark in marks for mark in _MONEY_MARKS):
-        code = "insufficient_quota"
-    elif status == 401 and key:
-        message = f"The upstream refused the key that Oblix has for it: {message}"
-    status = 400 if fault is Fault.CLIENT and status >= 500 else 503 if status == 529 else status
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return UpstreamError(message, fault, status=status, param=fields.get("param"), code=code or _CODES.get(status),
-                         type=fields.get("type") or kind, retry=None if fault is Fault.BUSY else False,
-                         retry_after_s=retry_after_s)
+_PERMANENT = ("unsupported_parameter|unsupported_value|unknown_parameter|deprecated|not permitted|unrecognized|"
+              "not support thinking")
+_UNSUPPORTED = "unsupported|not support|unrecognized|unknown.parameter|not permitted|deprecated|may (only|not) be"
+_MONEY = "insufficient_quota|credit.balance|api usage limits|spend_limit|billing_error"
+_TOO_LONG = "prompt is too long|context.(length|size)|input tokens exceed"
+_IN_A_STREAM = 0    # the status of an error that came after a 200 and whose code is no status
 
-
+# Statuses, and words in the message, type or code -> fault; the first rule that fits counts.
+_RULES: tuple[tuple[Collection[int], str, Fault], ...] = (
+    ((413,), "", Fault.TOO_LONG),                               # Claude: over 32 MB
+    ((_IN_A_STREAM, 400, 422), _TOO_LONG, Fault.TOO_LONG),      # "prompt is too long: 9 tokens > 8 maximum" (Claude)
+    ((500,), "exceeds the available context", Fault.TOO_LONG),  # llama.cpp before it sent 400
+    ((401, 402, 403), "", Fault.ACCOUNT),
+    ((400, 429), _MONEY, Fault.ACCOUNT),                        # "Your credit balance is too low" (Claude, 400)
+    ((500,), 'option ".*" must be of type', Fault.CLIENT),      # Ollama's status for a wrong type
+    ((400, 422), _UNSUPPORTED, Fault.CAPABILITY),               # '"m" does not support thinking' (Ollama)
+    ((400, 422), "", Fault.CLIENT),
+    ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", Fault.BUSY),
+    (range(400, 500), "", Fault.MISSING),                       # 404 of a model; 405, 410 and the like of a path
+)
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
 
 
-def _fault_of(status: int, marks: str) -> Fault:
-    """The class of an upstream's error; by status first and by its words last."""
-    if status == 413 or status not in (401, 403, 429) and any(mark in marks for mark in _CONTEXT_MARKS):
-        return Fault.TOO_LONG
-    if status in (401, 402, 403) or status in (400, 429) and any(mark in marks for mark in _MONEY_MARKS):
-        return Fault.ACCOUNT
-    if status == 500 and re.search(r'option ".*" must be of type', marks):    # Ollama's status for a client's mistake
-        return Fault.CLIENT
-    if status in (400, 422):
-        return Fault.CAPABILITY if _UNSUPPORTED.search(marks) else Fault.CLIENT
-    return Fault.BUSY if status in (408, 409, 425, 429) or status >= 500 else Fault.MISSING
+def classify(status: int, text: str, retry_after_s: float | None = None,
+             endpoint: Endpoint | None = None) -> UpstreamError:
+    """Return the error behind an upstream's answer of no status 2xx, whichever vendor's shape it has."""
+    if 300 <= status < 400:
+        return UpstreamError(f"redirected elsewhere ({status}), which is refused: configure the final address")
+    key = endpoint.key if endpoint else ""
+    fields = _error_fields(redact(text, key))
+    message = fields.get("message") or f"the upstream answered {status} without a message"
+    words = f"{message} {fields.get('code')} {fields.get('type')}".lower()
+    fault = next(fault for statuses, pattern, fault in _RULES if status in statuses and re.search(pattern, words))
+    if fault is Fault.TOO_LONG:
+        return UpstreamError(message, fault, status=413 if status == 413 else 400, type="invalid_request_error",
+                             code="context_length_exceeded", param="messages", retry=False)
+    if status == 401 and key:
+        message = f"The upstream refused the key that Oblix has for it: {message}"
+    status = 400 if fault is Fault.CLIENT and status == 500 else {_IN_A_STREAM: 502, 529: 503}.get(status, status)
+    code = fields.get("code") or _CODES.get(status)
+    if fault is Fault.ACCOUNT and re.search(_MONEY, words):
+        code = "insufficient_quota"
+    kind = fields.get("type") or _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return UpstreamError(message, fault, status=status, param=fields.get("param"), code=code, type=kind,
+                         retry=None if fault is Fault.BUSY else False, retry_after_s=retry_after_s)
 
 
 def _error_fields(text: str) -> dict[str, str]:
@@ -2536,7 +2536,7 @@ def _error_event(event: Json) -> UpstreamError:
     """Return the error that an answer contains: its type, or a code that is one, tells the status."""
     error = event["error"] if isinstance(event["error"], dict) else {}
     code = str(error.get("code"))
-    number = int(code) if re.fullmatch("[45][0-9]{2}", code) else 502
+    number = int(code) if re.fullmatch("[45][0-9]{2}", code) else _IN_A_STREAM
     return classify(_STATUS_OF.get(code) or _STATUS_OF.get(str(error.get("type"))) or number, dumps(event).decode())
 
 

@@ -3181,6 +3181,24 @@ ERRORS = [  # dialect, its status, its words, the rest of its error -> the statu
     (CLAUDE, 429, "Slow down.", {"kind": "rate_limit_error"}, 429, "rate_limit_exceeded"),
     (CLAUDE, 500, "Internal server error", {"kind": "api_error"}, 500, None),
     (CLAUDE, 529, "Overloaded", {"kind": "overloaded_error"}, 503, None),
+    (OPENAI, 503, "failed: context length of worker", {}, 503, None),    # the status goes before the words
+    (OPENAI, 404, "no context size for this model", {}, 404, "model_not_found"),
+    (OPENAI, 500, "the request exceeds the available context size, try increasing it", {},    # older llama.cpp
+     400, "context_length_exceeded"),
+    (OPENAI, 400, "too many tokens", {"kind": "exceed_context_size_error"}, 400, "context_length_exceeded"),
+    (CLAUDE, 400, "Your credit balance is too low to access the Anthropic API.", {"kind": "invalid_request_error"},
+     400, "insufficient_quota"),
+    (OLLAMA, 500, 'option "num_ctx" must be of type integer', {}, 400, None),
+]
+FAULT_OF = [  # status, words, code -> fault, where no client sees the difference
+    (400, "Thinking may not be enabled when tool_choice forces tool use.", None, oblix.Fault.CAPABILITY),    # Claude
+    (400, "`temperature` may only be set to 1 when thinking is enabled", None, oblix.Fault.CAPABILITY),
+    (400, "Invalid 'messages[0]'.", "invalid_type", oblix.Fault.CLIENT), (422, "No.", None, oblix.Fault.CLIENT),
+    (400, "You have reached your specified API usage limits.", None, oblix.Fault.ACCOUNT),
+    (429, "No.", "credit_balance_exhausted", oblix.Fault.ACCOUNT), (429, "No.", "slow_down", oblix.Fault.BUSY),
+    (503, "failed: context length of worker", None, oblix.Fault.BUSY), (999, "No.", None, oblix.Fault.BUSY),
+    (405, "No.", None, oblix.Fault.MISSING), (451, "No.", None, oblix.Fault.MISSING),
+    (302, "No.", None, oblix.Fault.DOWN),
 ]
 ODD_ERRORS = [  # dialect, status, body -> words that the client sees
     (OLLAMA, 403, b"", ""),
@@ -3206,6 +3224,12 @@ class UpstreamErrors(Case):
             with self.subTest(dialect.name, native=native, words=words, stream=stream):
                 self.refused(reply, status, words, **({"code": code} if code else {}))
                 self.assertEqual(reply.error["param"], more.get("param", reply.error["param"]))
+
+    def test_what_an_error_is_the_fault_of(self):
+        for status, words, code, fault in FAULT_OF:
+            with self.subTest(status=status, words=words, code=code):
+                text = json.dumps(OPENAI.error(words, "invalid_request_error", code))
+                self.assertEqual(oblix.classify(status, text).fault, fault)
 
     def test_errors_of_no_known_shape(self):
         for dialect, status, body, words in ODD_ERRORS:
