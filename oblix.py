@@ -209,9 +209,14 @@ class Endpoint:
         return bool(self.key_variable) and not self.key
 
     @functools.cached_property
+    def host(self) -> str:
+        """The host in its address, in lower case."""
+        return host_of(self.base_url.partition("://")[2].partition("/")[0])
+
+    @functools.cached_property
     def on_device(self) -> bool:
-        """Whether it runs on this device, as far as its address tells: then the device's load is its own."""
-        return bool(re.match(r"https?://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", self.base_url))
+        """True if it runs on this device, as its address tells: then the device's load is its own."""
+        return is_loopback(self.host) or self.host in ("0.0.0.0", "::")    # a server's own words for where it listens
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -454,49 +459,53 @@ def is_plain(text: str) -> bool:
 
 
 def finite(text: str) -> float:
-    """The finite number in a text.  Raises ValueError."""
+    """Return the finite number in a text.  Raises ValueError."""
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"number out of range: {text[:20]}")
+        raise ValueError("number out of range")
     return number
 
 
 def integer(digits: str) -> int:
-    """The integer that JSON writes as these digits.  Raises ValueError."""
+    """Return the integer that JSON writes as these digits.  Raises ValueError."""
     if len(digits) > MAX_DIGITS:
-        raise ValueError(f"number out of range: {digits[:20]}")
+        raise ValueError("number out of range")
     return int(digits)
 
 
-MAX_DIGITS = 4300    # Python's own limit, which old patch releases lack: the work grows with the square
-try:
-    int("9" * (MAX_DIGITS + 1))
-    _integer_of: Callable[[str], int] | None = integer
-except ValueError:
-    _integer_of = None    # the built-in one, which is faster
-_JSON = json.JSONDecoder(parse_float=finite, parse_int=_integer_of, parse_constant=finite)
+MAX_JSON_DEPTH = 100         # tool schemas nest some 10-20 deep; json itself gives up near 1,000
+MAX_JSON_MARKS = 1 << 20     # each may cost 100 bytes of memory ("[[],[],…"); one in a text is about a token
+MAX_DIGITS = 4300            # Python's own limit, which 3.9.2 of Debian 11 lacks: the work grows with the square
+_JSON = json.JSONDecoder(parse_float=finite, parse_int=integer, parse_constant=finite)
 
 
-def loads(text: str | bytes) -> Any:
-    """Parse JSON as RFC 8259 has it: UTF-8, no NaN or Infinity (json.loads lets both in, and writes them out again).
+def loads(raw: str | bytes) -> Any:
+    """Parse JSON as RFC 8259 has it: UTF-8, finite numbers.  Raises ValueError, also for what is too deep or too large.
 
-    Raises ValueError, RecursionError.
+    The error's text does not quote the JSON.
     """
-    if too_rich(text):
-        raise ValueError("too many values")
-    text = text if isinstance(text, str) else text.decode()
-    return _JSON.decode(text[1:] if text[:1] == "\ufeff" else text)    # a BOM
+    text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
+    if len(text) > MAX_JSON_MARKS and sum(map(text.count, ",:[{")) > MAX_JSON_MARKS:
+        raise ValueError(f"more than {MAX_JSON_MARKS:,} commas, colons and brackets")
+    try:
+        value = _JSON.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    # to count in a long text takes longer than to walk through what it contains
+    if (len(text) > 4096 or text.count("[") + text.count("{") > MAX_JSON_DEPTH) and is_too_deep(value):
+        raise ValueError("nested too deeply")
+    return value
 
 
-# Each comma, colon or bracket costs up to some 100 bytes of memory once it is parsed ("[[],[],…" 30 times its size);
-# and one in a text is about a token, of which no model takes a million.
-MAX_JSON_MARKS = 1 << 20
-
-
-def too_rich(text: str | bytes) -> bool:
-    """Whether JSON may have so many values that it is a trap."""
-    marks: Any = ",:[{" if isinstance(text, str) else (b",", b":", b"[", b"{")
-    return len(text) > MAX_JSON_MARKS and sum(map(text.count, marks)) > MAX_JSON_MARKS
+def is_too_deep(value: Any) -> bool:
+    """Return True if JSON nests more than MAX_JSON_DEPTH levels deep."""
+    level: list[Any] = [[value]]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(inner, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def dumps(value: Any) -> bytes:
@@ -532,35 +541,33 @@ _SPELT_OUT = re.compile(rb"\\u00[3-7]")    # a letter or digit, which a name may
 _MODEL_IN = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("' + LITERAL.pattern + rb'")')
 
 
-def deeper_than(value: Any, limit: int) -> bool:
-    """Whether JSON nests more than `limit` levels deep."""
-    level = [value]
-    for _ in range(limit):
-        level = [inner for outer in level if isinstance(outer, (dict, list))
-                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
-        if not level:
-            return False
-    return True
+@functools.lru_cache(64)    # clients and settings name few hosts
+def host_of(authority: str) -> str:
+    """Return the host in a host[:port], in lower case, or "" if there is none."""
+    found = _AUTHORITY.fullmatch(authority.lower())
+    return found[1].strip("[]").rstrip(".") if found else ""
 
 
-def is_too_deep(text: str | bytes, value: Any) -> bool:
-    """Whether JSON nests more than MAX_JSON_DEPTH levels deep; only that with many brackets is walked."""
-    brackets: Any = "{[" if isinstance(text, str) else (b"{", b"[")
-    rich = any(occurs(text, bracket, MAX_JSON_DEPTH // 2) for bracket in brackets)
-    return rich and deeper_than(value, MAX_JSON_DEPTH)
+_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
 
 
-def occurs(text: Any, mark: Any, times: int) -> bool:
-    """Whether a mark occurs so often.  In a long text without many this is ten times faster than to count them all."""
-    at = -1
-    for _ in range(times):
-        at = text.find(mark, at + 1)
-        if at < 0:
-            return False
-    return True
+@functools.lru_cache(64)
+def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the address that a host is, or None if it is a name."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
 
 
-MAX_JSON_DEPTH = 100    # tool schemas nest some 10-20 deep; json itself gives up near 1,000
+@functools.lru_cache(64)
+def is_loopback(host: str) -> bool:
+    """Return True if a host is this device whatever any DNS says (RFC 6761, 6.3)."""
+    address = address_of(host)
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address is None:    # of short spellings like 127.1 every system makes 127.0.0.1
+        return bool(re.fullmatch(r"(?:.+\.)?localhost|127(?:\.[0-9]+){1,2}", host))
+    return bool(address.is_loopback)
 
 
 # === 2. Settings ======================================================================================================
@@ -749,9 +756,9 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
 
 # === 3. Request in ====================================================================================================
 # uses: 1; pure
-# What does the client want, and may it?  HTTP's heads and OpenAI's types and ranges are checked here and nowhere else:
-# behind `parse_request` every known field has them, null means absent, and unknown fields are kept.  What a provider
-# can't take it says itself (6).
+# What does the client want, and is it allowed to ask?  HTTP's heads and OpenAI's types and ranges are checked here and
+# nowhere else: behind `parse_request` each known field has its type, null means absent, and unknown fields are kept.
+# Section 6 checks the limits of each provider.
 
 # --- 3. The head of a request -----------------------------------------------------------------------------------------
 
@@ -759,27 +766,19 @@ MAX_REQUEST_LINE = 8 << 10    # bytes; nothing here has a long path
 MAX_FIELD_LINE = 16 << 10     # bytes; the longest that browsers and proxies send are tokens of a few KB
 MAX_FIELDS = 100              # as in http.client; the SDKs send some 20
 MAX_HEAD_BYTES = 64 << 10
-CHUNKED = -1                  # the size of a body that tells its size as it comes
+CHUNKED = -1                  # the size of a body that is sent with chunked transfer coding
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
 FIELD_LINE = re.compile(_TOKEN + rb":[\t -~\x80-\xff]*\r\n")
 _FIELD_LINES = re.compile(rb"(?:" + FIELD_LINE.pattern + rb")*")
-# Two of these may be read differently by two servers in a row.
+_TARGET = re.compile(r"(?:(?i:https?)://([^/?#]*))?(?:/v1(?=[/?#]|$))?([^?#]*)")    # authority, path
+# Two servers in a row may read two of these differently.
 _ONCE = frozenset(["authorization", "content-length", "content-type", "host", "origin", "transfer-encoding"])
 
 
-_PATH = re.compile(r"(?:(?i:https?)://[^/?#]*)?(?:/v1(?=[/?#]|$))?([^?#]*)")
-
-
-@functools.lru_cache(32)
-def _path_of(target: str) -> str:
-    found = _PATH.match(target)
-    return (found[1] if found else "").rstrip("/") or "/"
-
-
 def is_size(text: str) -> bool:
-    """Whether a text is a size in bytes, as Content-Length has it."""
+    """Return True if a text is a size in bytes, as Content-Length has it."""
     return text.isascii() and text.isdecimal() and len(text) <= 18
 
 
@@ -791,26 +790,27 @@ class Head:
     version: str
     fields: Mapping[str, str]
 
-    @property
+    @functools.cached_property
     def path(self) -> str:
         """The path without query, /v1 and trailing slash; still percent-encoded."""
-        return _path_of(self.target)
+        found = _TARGET.match(self.target)
+        return (found[2] if found else "").rstrip("/") or "/"
 
     @property
     def authority(self) -> str | None:
         """The host[:port] that it is addressed to, in lower case: a target that names one overrides Host."""
-        found = None if self.target[:1] == "/" else re.match("(?i)https?://([^/?#]*)", self.target)
-        authority = found[1] if found else self.fields.get("host")
+        found = None if self.target[:1] == "/" else _TARGET.match(self.target)
+        authority = found[1] if found and found[1] is not None else self.fields.get("host")
         return None if authority is None else authority.lower()
 
     @property
     def is_preflight(self) -> bool:
-        """Whether a browser asks what a page may send."""
+        """True if a browser asks what a page may send."""
         return self.method == "OPTIONS" and "origin" in self.fields and "access-control-request-method" in self.fields
 
     @property
     def keeps_open(self) -> bool:
-        """Whether the client wants the connection for its next request (RFC 9112, 9.3)."""
+        """True if the client wants the connection for its next request (RFC 9112, 9.3)."""
         options = [option.strip(" \t") for option in self.fields.get("connection", "").lower().split(",")]
         return "close" not in options and (self.version != "HTTP/1.0" or "keep-alive" in options)
 
@@ -828,24 +828,22 @@ class Head:
 
 
 def parse_head(first: bytes, more: Iterable[bytes]) -> Head:
-    """A request's head out of its first line and its fields' lines, each with its end.  Raises BadRequest.
+    """Return the head that a request's first line and its fields' lines contain.  Raises BadRequest.
 
-    Strict where the stdlib, which reads them as e-mail, is not: what another server might read otherwise is refused, so
-    that none in front of this one can be played against it (request smuggling; RFC 9112, 2.2, 5 and 11.2).
+    The stdlib reads them as e-mail.  This is strict: it refuses what a server in front of this one might read
+    differently, so that nobody can hide a request in another (RFC 9112, 2.2, 5 and 11.2).
     """
     start = _REQUEST_LINE.fullmatch(first)
     if not start:
-        raise BadRequest("This is no HTTP request line (RFC 9112, 3)." + (
+        raise BadRequest("This is not an HTTP request line (RFC 9112, 3)." + (
             " It looks like TLS: use http:// instead of https://." if first[:1] == b"\x16" else ""), code="bad_request")
     method, target, version = (part.decode("ascii") for part in start.groups())
     if not version.startswith("HTTP/1."):
-        raise BadRequest(f"{version} is not spoken here: use HTTP/1.1.", status=505, code="unsupported_http_version")
-    lines, fields = list(more), dict[str, str]()
-    if not _FIELD_LINES.fullmatch(b"".join(lines)):
-        number = next(number for number, line in enumerate(lines, 2) if not FIELD_LINE.fullmatch(line))
-        raise BadRequest(f"Line {number} of the request's head is no `name: value` that ends in CRLF.",
-                         code="bad_request")
-    for line in b"".join(lines).decode("latin-1").split("\r\n")[:-1]:
+        raise BadRequest(f"{version} is not supported: use HTTP/1.1.", status=505, code="unsupported_http_version")
+    lines, fields = b"".join(more), dict[str, str]()
+    if not _FIELD_LINES.fullmatch(lines):
+        raise BadRequest("A line of the request's head is not `name: value` and CRLF.", code="bad_request")
+    for line in lines.decode("latin-1").split("\r\n")[:-1]:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in _ONCE and name in fields:
@@ -857,7 +855,7 @@ def parse_head(first: bytes, more: Iterable[bytes]) -> Head:
 
 
 def body_kind_refusal(head: Head) -> BadRequest | None:
-    """What is wrong with the kind of body, if anything.
+    """Return the error for an unsupported Content-Type or Content-Encoding, or None.
 
     A page may send a text or a form to any address without asking first, but JSON only after a preflight.
     """
@@ -870,46 +868,22 @@ def body_kind_refusal(head: Head) -> BadRequest | None:
     return None
 
 
-# --- 3. Who may ask ---------------------------------------------------------------------------------------------------
+# --- 3. Access --------------------------------------------------------------------------------------------------------
 
-_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
 EXPOSED = "x-oblix-model, x-oblix-side, x-oblix-reason, x-oblix-attempts, x-request-id, x-should-retry, retry-after"
-
-
-@functools.lru_cache(32)    # of the few names that clients use
-def _name_in(authority: str) -> str:
-    """The host's name in a lower-case host[:port], or ""."""
-    found = _AUTHORITY.fullmatch(authority)
-    return found[1].strip("[]").rstrip(".") if found else ""
-
-
-@functools.lru_cache(32)
-def address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that a host's name is; None for a name that has to be looked up."""
-    try:
-        return ipaddress.ip_address(name)
-    except ValueError:
-        return None
-
-
-@functools.lru_cache(32)
-def is_loopback(name: str) -> bool:
-    """Whether a host's name or address is this device whatever any DNS says (RFC 6761, 6.3)."""
-    address = address_of(name)
-    return name == "localhost" or name.endswith(".localhost") or address is not None and address.is_loopback
 
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """Who may ask: who knows the key if there is one, calls by a name of ours, and is no page of somebody else's."""
+    """Access control: the API key if one is set, the Host header, the Origin header."""
     key: str = dataclasses.field(default="", repr=False)
-    names: frozenset[str] = frozenset()      # of this server, in lower case, beside localhost and addresses
-    origins: frozenset[str] = frozenset()    # of pages, in lower case, beside those on localhost; or "*"
+    names: frozenset[str] = frozenset()      # of this server, in lower case; localhost and addresses are too
+    origins: frozenset[str] = frozenset()    # of pages, in lower case, or "*"; pages on localhost may ask too
 
     def check(self, head: Head) -> None:
-        """Raises OblixError unless the request may be answered."""
-        if not self.key and head.authority is not None and not self._is_ours(head.authority):
-            # A page whose own name leads here (DNS rebinding) is of the same origin for the browser.
+        """Raise OblixError unless the client may ask."""
+        if not self.key and head.authority is not None and not self._is_ours(host_of(head.authority)):
+            # For the browser, a page whose own name leads here (DNS rebinding) is of the same origin.
             raise BadRequest("The Host header is none of this server's names. Use localhost or an IP address, or start "
                              "Oblix with --allow-host NAME, or with an --api-key.", status=403, code="host_not_allowed")
         if "origin" in head.fields and not self.welcomes(head):
@@ -920,27 +894,29 @@ class Guard:
                              "`Authorization: Bearer …`.", status=401, type="authentication_error",
                              code="invalid_api_key", retry=False)
 
-    def _is_ours(self, authority: str) -> bool:
-        name = _name_in(authority)
-        return name in self.names or is_loopback(name) or address_of(name) is not None
+    def _is_ours(self, host: str) -> bool:
+        return host in self.names or is_loopback(host) or address_of(host) is not None
 
     def welcomes(self, head: Head) -> bool:
-        """Whether the page that asks may: one of this device, of this server's own, or of an allowed origin."""
+        """Return True if the page that asks is of this device, of this server itself, or of an allowed origin."""
         origin = head.fields.get("origin", "").lower()
         place = origin.partition("://")[2]
-        return bool(self.origins & {origin, "*"} or place and (place == head.authority or is_loopback(_name_in(place))))
+        return bool(self.origins & {origin, "*"} or place and (place == head.authority or is_loopback(host_of(place))))
 
     def is_public(self, head: Head) -> bool:
-        """Whether it is asked, without the key that there is, if the server is up."""
-        return bool(self.key) and head.method in ("GET", "HEAD") and head.path == "/health" and not _keys(head)
+        """Return True for a /health without the key that is set: it says only that the server is up."""
+        return bool(self.key) and head.method in ("GET", "HEAD") and head.path == "/health" and not (
+            {"authorization", "api-key"} & head.fields.keys())
 
     def _knows_key(self, head: Head) -> bool:
         import hmac  # which loads libcrypto: see the imports
-        key = self.key.encode()    # equal in constant time, so that it can't be found letter by letter
-        return any(hmac.compare_digest(key, given) for given in _keys(head))
+        scheme, _, token = head.fields.get("authorization", "").partition(" ")
+        given = [token.strip() if scheme.lower() == "bearer" else "", head.fields.get("api-key", "")]
+        key = self.key.encode()    # in constant time, so that nobody finds it letter by letter
+        return any(hmac.compare_digest(key, one.encode("latin-1")) for one in given)
 
     def cors_headers(self, head: Head) -> dict[str, str]:
-        """What a browser must read in the answer so that the page may (Fetch standard, 3.2)."""
+        """Return the headers that let a page read the answer (Fetch standard, 3.2)."""
         if "origin" not in head.fields or not self.welcomes(head):
             return {}
         asked, allowed = head.fields, {"Access-Control-Allow-Origin": head.fields["origin"], "Vary": "Origin"}
@@ -953,121 +929,121 @@ class Guard:
         return allowed
 
 
-def _keys(head: Head) -> list[bytes]:
-    """The keys that a request gives."""
-    scheme, _, token = head.fields.get("authorization", "").partition(" ")
-    given = [token.strip()] if scheme.lower() == "bearer" else [""] if scheme else []
-    given += [head.fields["api-key"]] if "api-key" in head.fields else []
-    return [key.encode("latin-1") for key in given]
-
-
 # --- 3. The chat request ----------------------------------------------------------------------------------------------
 
-Check = Callable[[Any], Optional[str]]    # a value -> what is wrong with it, or None
+Rule = tuple[Callable[[Any], object], str]    # a test of a value, and the words for what passes it
 
-MAX_MODEL_NAME = 256    # the name goes into headers and logs
-
-
-def _kind(kind: type, words: str) -> Check:
-    return lambda value: None if isinstance(value, kind) else f"must be {words}"
+MAX_MODEL_NAME = 256    # characters: the name goes into headers and logs
 
 
-def _number(low: float, high: float, kinds: tuple[type, ...] = (int, float), words: str = "a number") -> Check:
-    def check(value: Any) -> str | None:
-        # subtle: type(), not isinstance(): True is an int, and `"temperature": true` must not pass for 1
-        fits = type(value) in kinds and low <= value <= high
-        return None if fits else f"must be {words} from {low} to {high}"
-    return check
+def need(ok: object, param: str, must: str, code: str = "invalid_value") -> None:
+    """Raise BadRequest, which names the parameter and what it must be, unless a test of it passed."""
+    if not ok:
+        raise BadRequest(f"{param} {must}.", param=param, code=code)
 
 
-def _integer(low: int, high: int) -> Check:
+def check_fields(fields: Json, rules: Mapping[str, Rule], where: str = "") -> None:
+    """Raise BadRequest for a field that breaks its rule; null counts as absent."""
+    for name, value in fields.items():
+        rule = rules.get(name)
+        if rule and value is not None and not rule[0](value):
+            need(False, f"{where}.{name}" if where else name, rule[1])
+
+
+def _a(kind: type, words: str) -> Rule:
+    return lambda value: isinstance(value, kind), f"must be {words}"
+
+
+def _number(low: float, high: float, kinds: tuple[type, ...] = (int, float), words: str = "a number") -> Rule:
+    # subtle: type(), not isinstance(): True is an int, and `"temperature": true` must not pass for 1
+    return lambda value: type(value) in kinds and low <= value <= high, f"must be {words} from {low} to {high}"
+
+
+def _integer(low: int, high: int) -> Rule:
     return _number(low, high, (int,), "an integer")
 
 
-def _one_of(*words: str) -> Check:
-    return lambda value: None if value in words else f"must be one of {', '.join(words)}"
+def _one_of(*words: str) -> Rule:
+    return lambda value: value in words, f"must be one of {', '.join(words)}"
 
 
-def _list_of(kind: type, words: str) -> Check:
-    return lambda value: (None if isinstance(value, list) and all(isinstance(item, kind) for item in value)
-                          else f"must be a list of {words}")
+def _list_of(kind: type, words: str) -> Rule:
+    return lambda value: isinstance(value, list) and all(isinstance(item, kind) for item in value), (
+        f"must be a list of {words}")
 
 
-_string, _boolean, _object = _kind(str, "a string"), _kind(bool, "true or false"), _kind(dict, "an object")
-
-
-def _stop(value: Any) -> str | None:
-    return None if isinstance(value, str) or _list_of(str, "")(value) is None else "must be a string or a list of them"
-
-
-def _stream_options(value: Any) -> str | None:
-    if not isinstance(value, dict):
-        return "must be an object"
-    return None if isinstance(value.get("include_usage") or False, bool) else "must have a boolean include_usage"
-
-
-def _response_format(value: Any) -> str | None:
-    kinds = ("text", "json_object", "json_schema")
-    if not isinstance(value, dict) or value.get("type") not in kinds:
-        return f"must be an object whose type is one of {', '.join(kinds)}"
-    schema = value.get("json_schema")
-    if value["type"] == "json_schema" and not (isinstance(schema, dict) and isinstance(schema.get("name"), str)
-                                               and isinstance(schema.get("schema") or {}, dict)):
-        return "needs json_schema: {name, schema}"
-    return None
+_string, _boolean, _object = _a(str, "a string"), _a(bool, "true or false"), _a(dict, "an object")
+_strings = _list_of(str, "strings")
 
 
 def _inner(value: Any, usual: str = "") -> Json | None:
-    """What {"type": kind, kind: {...}} holds, or None for any other value."""
-    kind = value.get("type", usual) if isinstance(value, dict) else None
+    """Return the object that {"type": kind, kind: {...}} contains, or None for any other value."""
+    kind = value.get("type") or usual if isinstance(value, dict) else None
     return value.get(kind) or None if isinstance(kind, str) and isinstance(value.get(kind), dict) else None
 
 
-def _tools(value: Any) -> str | None:
-    if not isinstance(value, list):
-        return "must be a list of tools"
-    for tool in value:
-        inner = _inner(tool)
-        if not inner or not isinstance(inner.get("name"), str) or not inner["name"]:
-            return 'must hold tools like {"type": "function", "function": {"name": …, "parameters": {…}}}'
-        if not isinstance(inner.get("parameters") or {}, dict) or not isinstance(inner.get("description") or "", str):
-            return f"has a tool {inner['name'][:64]!r} whose parameters are not an object, or description not a string"
-    return None
+def _is_response_format(value: Any) -> bool:
+    schema = value.get("json_schema") if isinstance(value, dict) else None
+    return isinstance(value, dict) and (value.get("type") in ("text", "json_object") or (
+        value.get("type") == "json_schema" and isinstance(schema, dict) and isinstance(schema.get("name"), str)
+        and isinstance(schema.get("schema") or {}, dict)))
 
 
-def _tool_choice(value: Any) -> str | None:
-    if isinstance(value, str):
-        return _one_of("none", "auto", "required")(value)
+def _is_tool(tool: Json) -> bool:
+    inner = _inner(tool) or {}
+    return bool(inner.get("name")) and isinstance(inner["name"], str) and (
+        isinstance(inner.get("parameters") or {}, dict) and isinstance(inner.get("description") or "", str))
+
+
+def _is_tool_choice(value: Any) -> bool:
     inner = _inner(value)
     if inner and value["type"] == "allowed_tools":
-        valid = inner.get("mode") in ("auto", "required") and _tools(inner.get("tools")) is None
-    else:
-        valid = inner is not None and isinstance(inner.get("name"), str)
-    return None if valid else 'must be "none", "auto", "required" or name a tool'
+        tools = inner.get("tools")
+        return inner.get("mode") in ("auto", "required") and isinstance(tools, list) and all(map(_is_tool, tools))
+    return value in ("none", "auto", "required") or inner is not None and isinstance(inner.get("name"), str)
 
 
-FIELDS: dict[str, Check] = {
+def _is_call(call: Any) -> bool:
+    inner = _inner(call, "function") or {}
+    return isinstance(inner.get("name"), str) and isinstance(inner.get("arguments", inner.get("input")), str) and (
+        isinstance(call.get("id"), str))
+
+
+FIELDS: dict[str, Rule] = {
     "temperature": _number(0, 2), "top_p": _number(0, 1),
     "presence_penalty": _number(-2, 2), "frequency_penalty": _number(-2, 2),
     "max_tokens": _integer(1, 2**31 - 1), "max_completion_tokens": _integer(1, 2**31 - 1),
     "n": _integer(1, 128), "seed": _integer(-2**63, 2**63 - 1), "top_logprobs": _integer(0, 20),
     "stream": _boolean, "logprobs": _boolean, "parallel_tool_calls": _boolean, "store": _boolean,
-    "stop": _stop, "response_format": _response_format, "tools": _tools, "tool_choice": _tool_choice,
+    "stop": (lambda value: isinstance(value, str) or _strings[0](value), "must be a string or a list of strings"),
+    "response_format": (_is_response_format, 'must be {"type": "text"}, {"type": "json_object"}, or {"type": '
+                                             '"json_schema", "json_schema": {"name": …, "schema": {…}}}'),
+    "tools": _list_of(dict, "tools"),
+    "tool_choice": (_is_tool_choice, 'must be "none", "auto", "required" or name a tool'),
     "reasoning_effort": _one_of("none", "minimal", "low", "medium", "high", "xhigh", "max"),
     "user": _string, "safety_identifier": _string, "service_tier": _string, "verbosity": _string,
-    "stream_options": _stream_options, "logit_bias": _object, "metadata": _object, "audio": _object,
-    "prediction": _object, "web_search_options": _object, "modalities": _list_of(str, "strings"),
-    "functions": _list_of(dict, "objects"),
+    "stream_options": (lambda value: isinstance(value, dict) and isinstance(value.get("include_usage") or False, bool),
+                       "must be an object with a boolean include_usage"),
+    "logit_bias": _object, "metadata": _object, "audio": _object, "prediction": _object, "web_search_options": _object,
+    "modalities": _strings, "functions": _list_of(dict, "objects"),
     "options": _object,    # not OpenAI's: Ollama's own options, sent by SDK users as extra_body
 }
 
-# Values that say the same as leaving the field out; many frameworks send them, and some upstreams refuse them.
+# Values that mean the same as no field; many frameworks send them, and some upstreams refuse them.
 NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop": [], "tools": [], "functions": [],
           "logit_bias": {}, "modalities": ["text"], "response_format": {"type": "text"}}
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
-PARTS: dict[str, Callable[[Json], bool]] = {    # part type -> does it hold what it must?
+_CALL = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
+MESSAGE_FIELDS: dict[str, Rule] = {
+    "role": _one_of(*ROLES), "tool_call_id": _string, "refusal": _string,
+    "content": (lambda value: isinstance(value, (str, list)), "must be a string or a list of content parts"),
+    "function_call": (lambda value: _is_call({"id": "", "function": value}), 'must be {"name": …, "arguments": "{}"}'),
+    "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), f"must be a list of {_CALL}"),
+}
+
+PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test of the rest
     "text": lambda part: isinstance(part.get("text"), str),
     "refusal": lambda part: isinstance(part.get("refusal"), str),
     "image_url": lambda part: isinstance(part.get("image_url"), dict) and isinstance(part["image_url"].get("url"), str),
@@ -1078,18 +1054,23 @@ PARTS: dict[str, Callable[[Json], bool]] = {    # part type -> does it hold what
 
 
 def parse_request(raw: bytes) -> ChatRequest:
-    """The request that a client's bytes ask for.
+    """Return the request that a client's bytes contain.
 
     Raises BadRequest, which names the parameter, for fields whose type or range is not that of OpenAI's reference.
     """
-    body = _json_object(raw)
+    try:
+        body = loads(raw)
+    except ValueError as error:
+        raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
     model = _model_name(body.pop("model", None))
-    for name, value in body.items():
-        if value is not None and name in FIELDS:
-            _refuse(name, FIELDS[name](value))
+    check_fields(body, FIELDS)
     kept = {name: value for name, value in body.items()
             if value is not None and not (name in NO_OPS and value == NO_OPS[name])}
     kept["messages"] = _messages(body.get("messages"))
+    if "tools" in kept:
+        kept["tools"] = [_tool(f"tools[{number}]", tool) for number, tool in enumerate(kept["tools"])]
     for name, needed in (("tool_choice", "tools"), ("parallel_tool_calls", "tools"), ("function_call", "functions")):
         if needed not in kept:    # OpenAI refuses the one without the other
             kept.pop(name, None)
@@ -1099,100 +1080,65 @@ def parse_request(raw: bytes) -> ChatRequest:
     return ChatRequest(model, kept, stream, bool(options.get("include_usage")), around)
 
 
-def _refuse(param: str, complaint: str | None) -> None:
-    if complaint:
-        raise BadRequest(f"{param} {complaint}.", param=param, code="invalid_value")
-
-
-def _json_object(raw: bytes) -> Json:
-    """The body as an object.  Raises BadRequest for whatever else it is."""
-    if too_rich(raw):
-        raise BadRequest(f"The body has more than {MAX_JSON_MARKS:,} commas, colons and brackets.", code="invalid_json")
-    try:
-        body = loads(raw)
-    except RecursionError:
-        raise BadRequest("The body is JSON nested far too deeply.", code="invalid_json") from None
-    except ValueError as error:    # not JSON, not UTF-8, a 5,000-digit integer, 1e999
-        raise BadRequest(f"The body is not valid JSON: {_without_content(error)}.", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
-    if is_too_deep(raw, body):
-        raise BadRequest(f"The body nests more than {MAX_JSON_DEPTH} levels deep.", code="invalid_json")
-    return body
-
-
-def _without_content(error: ValueError) -> str:
-    """A parse error's text without the piece of prompt that some of them quote."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at line {error.lineno} column {error.colno}"
-    return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else "it holds a number out of range"
-
-
 def _model_name(model: Any) -> str:
-    if model is None:
-        raise BadRequest('model is missing: send "model": "auto", or see GET /v1/models.', param="model",
-                         code="missing_required_parameter")
+    need(model is not None, "model", 'is missing: send "model": "auto", or see GET /v1/models',
+         "missing_required_parameter")
     # It ends up in headers: no control characters, line ends or lone surrogates.
-    if not isinstance(model, str) or not 0 < len(model) <= MAX_MODEL_NAME or not model.isprintable():
-        raise BadRequest(f"model must be a printable string of 1 to {MAX_MODEL_NAME} characters.", param="model",
-                         code="invalid_value")
-    return model
+    need(isinstance(model, str) and 0 < len(model) <= MAX_MODEL_NAME and model.isprintable(), "model",
+         f"must be a printable string of 1 to {MAX_MODEL_NAME} characters")
+    return str(model)
 
 
 def _messages(messages: Any) -> list[Json]:
-    if not isinstance(messages, list) or not messages:
-        raise BadRequest("messages must be a list of at least one message.", param="messages",
-                         code="invalid_value" if messages is not None else "missing_required_parameter")
+    need(isinstance(messages, list) and messages, "messages", "must be a list of at least one message",
+         "invalid_value" if messages is not None else "missing_required_parameter")
     return [_message(f"messages[{number}]", message) for number, message in enumerate(messages)]
 
 
 def _message(where: str, message: Any) -> Json:
-    """One checked message, without its nulls."""
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise BadRequest(f"{where} must be an object whose role is one of {', '.join(ROLES)}.", param=where,
-                         code="invalid_value")
-    checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
-    role, content = checked["role"], checked.get("content")
-    if content is None and role in ("system", "developer", "user"):
-        raise BadRequest(f"{where}.content is missing.", param=f"{where}.content", code="missing_required_parameter")
-    if isinstance(content, list):
-        checked["content"] = [_part(f"{where}.content[{number}]", part) for number, part in enumerate(content)]
-    elif content is not None and not isinstance(content, str):
-        _refuse(f"{where}.content", "must be a string or a list of content parts")
-    if role == "tool" or "tool_call_id" in checked:
-        _refuse(f"{where}.tool_call_id", _string(checked.get("tool_call_id")))
-    if "refusal" in checked:
-        _refuse(f"{where}.refusal", _string(checked["refusal"]))
-    if "function_call" in checked:
-        _refuse(f"{where}.function_call", _tool_calls([{"id": "", "function": checked["function_call"]}]))
-    if "tool_calls" in checked:
-        _refuse(f"{where}.tool_calls", _tool_calls(checked["tool_calls"]))
-        if not checked["tool_calls"]:
+    """Return a message, checked and without its nulls.  Raises BadRequest."""
+    need(isinstance(message, dict), where, "must be an object")
+    check_fields(message, MESSAGE_FIELDS, where)
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if role is None or content is None and role in ("system", "developer", "user"):
+        need(False, f"{where}.{'content' if role else 'role'}", "is missing", "missing_required_parameter")
+    if role == "tool":
+        need(message.get("tool_call_id") is not None, f"{where}.tool_call_id", "is missing",
+             "missing_required_parameter")
+    checked: Json = without_nulls(message)
+    if content is None and "content" in message:
+        checked["content"] = None    # servers' chat templates want the field
+    elif isinstance(content, list):
+        checked = {**checked, "content": [_part(f"{where}.content[{number}]", part)
+                                          for number, part in enumerate(content)]}
+    if calls is not None:
+        checked = {**checked, "tool_calls": [without_nulls(call) for call in calls]}
+        if not calls:
             del checked["tool_calls"]
     return checked
 
 
 def _part(where: str, part: Any) -> Json:
-    """One checked content part; an image_url that is a bare string becomes the object it should be."""
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise BadRequest(f"{where} must be an object with a type.", param=where, code="invalid_value")
-    if part["type"] == "image_url" and isinstance(part.get("image_url"), str):
+    """Return a content part, checked; an image_url that is a bare string becomes the object it should be."""
+    need(isinstance(part, dict) and isinstance(part.get("type"), str), where, "must be an object with a type")
+    kind = part["type"]
+    if kind == "image_url" and isinstance(part.get("image_url"), str):
         part = {**part, "image_url": {"url": part["image_url"]}}
-    checked: Json = part
-    if checked["type"] in PARTS and not PARTS[checked["type"]](checked):
-        raise BadRequest(f"{where} is not a well-formed {checked['type']} part.", param=where, code="invalid_value")
-    return checked
+    need(kind not in PARTS or PARTS[kind](part), where, f"is not a well-formed {kind} part")
+    return dict(part)
 
 
-def _tool_calls(calls: Any) -> str | None:
-    if not isinstance(calls, list):
-        return "must be a list"
-    for call in calls:
-        inner = _inner(call, "function") or {}
-        if not (isinstance(inner.get("name"), str) and isinstance(inner.get("arguments", inner.get("input")), str)
-                and isinstance(call.get("id"), str)):
-            return 'must hold calls like {"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
-    return None
+def _tool(where: str, tool: Json) -> Json:
+    """Return a tool, checked and without its nulls.  Raises BadRequest."""
+    need(_is_tool(tool), where, 'must be like {"type": "function", "function": {"name": …, "description": …, '
+                                '"parameters": {…}}}')
+    inner = without_nulls(tool[tool["type"]])
+    return without_nulls(tool if inner is tool[tool["type"]] else {**tool, tool["type"]: inner})
+
+
+def without_nulls(fields: Json) -> Json:
+    """Return an object without its nulls."""
+    return {name: value for name, value in fields.items() if value is not None} if None in fields.values() else fields
 
 
 # === 4. Monitors ======================================================================================================
@@ -2429,7 +2375,7 @@ def _error_fields(text: str) -> dict[str, str]:
     """What there is of message, type, code and param in an error body, in any of the shapes seen in the wild."""
     try:
         body = loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return {} if "<" in text else {"message": text.strip()[:300]}    # a page of HTML helps nobody
     if isinstance(body, list) and len(body) == 1:
         body = body[0]
@@ -2520,9 +2466,9 @@ def event_of(text: str | bytes) -> Json:
     """The JSON object of one event.  Raises UpstreamError for anything else, and for an error inside the answer."""
     try:
         event = loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         event = None
-    if not isinstance(event, dict) or is_too_deep(text, event):
+    if not isinstance(event, dict):
         raise UpstreamError("a piece of the answer is not a JSON object", code="bad_upstream_answer")
     words = event.get("message", event.get("detail"))
     if "error" in (event.get("object"), event.get("type")) or isinstance(words, str) and "choices" not in event:
@@ -2553,9 +2499,9 @@ def cut() -> UpstreamError:
 
 def arguments_of(text: str) -> Json:
     """A tool call's arguments as the object that Ollama and Claude want, whatever the model once wrote."""
-    with contextlib.suppress(ValueError, RecursionError):
+    with contextlib.suppress(ValueError):
         value = loads(text or "{}")
-        if isinstance(value, dict) and not deeper_than(value, MAX_JSON_DEPTH):
+        if isinstance(value, dict):
             return value
     return {"_raw": text}
 
@@ -2693,9 +2639,10 @@ class OpenAI(Provider):
         index, delta = choice.get("index", 0), choice.get("delta") or {}
         role = {} if index in calls else {"role": "assistant"}
         choice["delta"] = {**role, **{name: value for name, value in delta.items() if name != "role"}}
-        known = calls.setdefault(index, _ToolCalls())
+        if role:
+            calls[index] = _ToolCalls()
         for place, call in enumerate(delta.get("tool_calls") or ()):
-            known.number(call, place)
+            calls[index].number(call, place)
 
     def models(self, listing: Json) -> tuple[Model, ...] | None:
         items = listing["data"] if isinstance(listing.get("data"), list) else []
@@ -2949,7 +2896,7 @@ def ollama_url(host: str) -> str:
 
 def name_and_arguments(call: Json) -> tuple[str, str]:
     """(name, arguments) of a message's tool call, function or custom."""
-    inner = call[call.get("type", "function")]
+    inner = call[call.get("type") or "function"]
     return inner["name"], inner.get("arguments", inner.get("input", ""))
 
 

@@ -955,6 +955,23 @@ class Shape(Case):
 
 # === 1. Vocabulary ===================================================================================================
 
+HOSTS = [  # a URL, whether it is this device
+    ("http://localhost:11434", True), ("http://LOCALHOST:11434", True), ("http://ollama.localhost", True),
+    ("http://localhost.:1/v1", True), ("http://127.0.0.1:8080/v1", True), ("https://127.1.2.3", True),
+    ("http://127.1:1", True), ("http://[::1]:11434", True), ("http://[0:0:0:0:0:0:0:1]", True),
+    ("http://[::ffff:127.0.0.1]", True), ("http://0.0.0.0:8080/v1", True), ("http://[::]:1", True),
+    ("http://10.0.0.5:11434", False), ("http://localhost.example.com", False), ("http://127.example.com", False),
+    ("http://mylocalhost", False), ("http://[::2]", False), ("https://api.openai.com/v1", False), ("", False),
+]
+
+
+class Vocabulary(Case):
+    def test_an_endpoint_knows_whether_it_is_on_this_device(self):
+        for url, here in HOSTS:
+            with self.subTest(url):
+                self.assertEqual(oblix.Endpoint("openai", url).on_device, here)
+
+
 class Json(Case):
     def test_nothing_non_finite_ever_appears_in_json(self):
         for text in ("NaN", "Infinity", "-Infinity", "1e999", '{"a": [-1e999]}'):
@@ -967,6 +984,15 @@ class Json(Case):
         for text in (r'"\ud800"', '"é\u2028"', "1e308", '{"a":[true,null,-0.5,"x"]}'):
             with self.subTest(text):
                 self.assertEqual(oblix.loads(oblix.dumps(oblix.loads(text))), oblix.loads(text))
+
+    def test_what_is_too_much_is_a_value_error_as_is_what_is_no_json(self):
+        for text in ("", "{", b"\xff", "[" * 101 + "]" * 101, "[" * 100_000, '{"a":' * 100_000, "9" * 4301,
+                     "[" + "[]," * 2**20 + "1]", "[" * 101 + "]" * 101 + " " * 5000):
+            with self.subTest(text[:9]), self.assertRaises(ValueError):
+                oblix.loads(text)
+        for text in ("[" * 100 + "]" * 100, "9" * 4300, b"\xef\xbb\xbf[]", " " * 5000 + "[" * 100 + "]" * 100):
+            with self.subTest(text[:9]):
+                oblix.loads(text)
 
 
 # === 2. Settings =====================================================================================================
@@ -1109,12 +1135,27 @@ class RequestIn(Case):
             (b"", "not valid JSON"), (b"secret", "not valid JSON"), (b"[]", "must be a JSON object"),
             (b"null", "must be a JSON object"),
             (b'{"secret": NaN}', "number out of range"), (b'{"a": ' + b"9" * 5000 + b"}", "out of range"),
-            (b"\xff\xfe", "not UTF-8"), (b"[" * 100_000, "nested"), (b'{"a":' * 120 + b"1" + b"}" * 120, "levels deep"),
+            (b"\xff\xfe", "utf-8"), (b"[" * 100_000, "nested"), (b'{"a":' * 120 + b"1" + b"}" * 120, "nested"),
+            (b'["secret", 12345678e999]', "out of range"), (b'{"a": "secret', "not valid JSON"),
         ):
             with self.subTest(body[:20]), self.assertRaises(oblix.BadRequest) as raised:
                 oblix.parse_request(body)
             self.assertIn(says.lower(), raised.exception.message.lower())
             self.assertNotIn("secret", raised.exception.message)
+            self.assertNotIn("12345678", raised.exception.message)
+
+    def test_null_counts_as_absent_inside_of_messages_and_tools_too(self):
+        call = {"id": "a", "function": {"name": "f", "arguments": "{}"}}
+        tool = {"type": "function", "function": {"name": "f"}}
+        request = parsed(messages=[{**HI, "name": None}, {"role": "assistant", "content": None, "refusal": None,
+                                                          "tool_calls": [{**call, "type": None}]}],
+                         tools=[{**tool, "strict": None, "function": {"name": "f", "parameters": None,
+                                                                      "description": None}}])
+        self.assertEqual(request.body, {"messages": [HI, {"role": "assistant", "content": None, "tool_calls": [call]}],
+                                        "tools": [tool]})
+        target = oblix.Target(oblix.Endpoint("ollama", "http://x"), "m", oblix.Side.LOCAL)
+        for provider in oblix.PROVIDERS.values():
+            self.assertIn("messages", provider.encode(request, target))
 
 
 # === 4. Monitors =====================================================================================================
