@@ -209,14 +209,10 @@ class Endpoint:
         return bool(self.key_variable) and not self.key
 
     @functools.cached_property
-    def host(self) -> str:
-        """The host in its address, in lower case."""
-        return host_of(self.base_url.partition("://")[2].partition("/")[0])
-
-    @functools.cached_property
     def on_device(self) -> bool:
         """True if it runs on this device, as its address tells: then the device's load is its own."""
-        return is_loopback(self.host) or self.host in ("0.0.0.0", "::")    # a server's own words for where it listens
+        host = host_of(self.base_url)
+        return is_loopback(host) or host in ("0.0.0.0", "::")    # what servers print as where they listen
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -542,13 +538,13 @@ _MODEL_IN = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("' + LITERAL.pattern + rb
 
 
 @functools.lru_cache(64)    # clients and settings name few hosts
-def host_of(authority: str) -> str:
-    """Return the host in a host[:port], in lower case, or "" if there is none."""
-    found = _AUTHORITY.fullmatch(authority.lower())
-    return found[1].strip("[]").rstrip(".") if found else ""
+def host_of(place: str) -> str:
+    """Return the host in a host[:port] or a URL, in lower case, or "" if there is none."""
+    found = _PLACE.fullmatch(place.lower())
+    return found["host"].strip("[]").rstrip(".") if found else ""
 
 
-_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
+_PLACE = re.compile(r"(https?://)?(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{0,5})?(?(1)(/.*)?)", re.S)
 
 
 @functools.lru_cache(64)
@@ -2187,20 +2183,26 @@ def _sooner_first(order: list[Target], seconds: Mapping[Target, float]) -> list[
 
 # === 6. Providers =====================================================================================================
 # uses: 1 2; pure
-# How does each vendor say it?  A provider turns a ChatRequest into its own words, its answer's lines into chunks, and
-# its errors into a Fault.  It never sees a socket: a list of byte lines is a full fake.
+# How does each vendor say it?  A provider turns a ChatRequest into its vendor's words, its answer's lines into chunks,
+# and its errors into a Fault.  It never sees a socket: a list of byte lines is a full fake.
 # To add one: subclass Provider, fill what differs, declare its key in Settings, and name it in PROVIDERS; the contract
 # tests do the rest.
 
-Lines = Iterable[bytes]    # without their ends
+Lines = Iterable[bytes]                        # without their ends
+Ask = Callable[[str, Optional[Json]], Json]    # (path, JSON to POST or None) -> the JSON object in the answer
+
+MAX_MODELS = 4096      # of an endpoint; the largest catalogue known has some 500
+DETAILS_AT_ONCE = 4    # models that one probe asks for details: each takes Ollama some milliseconds
+
+# What code for a well-formed answer raises for another one.
+NOT_IN_ITS_FORMAT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 # What may not be dropped to please a model: without it the answer would be to another question.
 ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_format", "format", "output_config", "n",
                        "stream", "system", "max_tokens", "max_completion_tokens", "modalities", "functions",
                        "function_call", "audio"})
 
-# What several models have in common and no upstream can be asked for beforehand.  Anything else is learned from their
-# 400s at run time.  Source: wire formats of 2026-11; a model too new to be listed counts as the newest.
+# OpenAI's models that answer 400 to tools unless their effort is "none" (OpenAI's documentation, 2026-11).
 _NO_TOOLS_WHILE_REASONING = re.compile(r"gpt-(?:5\.6|6(?:\.1-terra|-sol|-luna))")
 
 _NEITHER_HAS = {    # what neither Ollama nor Claude has
@@ -2216,38 +2218,44 @@ class Provider:
     label: ClassVar[str]
     key_variable: ClassVar[str] = ""
     default_model: ClassVar[str] = ""       # cheap and current; "" where only the endpoint knows
-    official: ClassVar[str]                 # the vendor's own address
+    vendor: ClassVar[str]                   # the host of the vendor's own servers
     chat_path: ClassVar[str]
-    probe_path: ClassVar[str]               # free of cost, answers JSON, and lists the models
-    state_path: ClassVar[str] = ""          # says which models are in memory; "" where nobody does
-    details_path: ClassVar[str] = ""        # says more of one model
+    models_path: ClassVar[str]              # lists the models, without cost
     translates: ClassVar[bool] = True       # and is then always asked for a stream
-    refuses: ClassVar[dict[str, str]] = {}  # parameter -> why it can't be honoured
-    renames: ClassVar[dict[str, str]] = {}  # parameter -> what to call it for a model that refuses it by this name
+    refuses: ClassVar[dict[str, str]] = {}  # parameter -> the reason why it can't be honoured
+    renames: ClassVar[dict[str, str]] = {}  # parameter -> its name for a model that refuses this one
     text_form: ClassVar[TextForm]
 
     def endpoint(self, settings: Settings) -> Endpoint:
-        """Where the provider is by default, with the key that belongs there."""
+        """Return the provider's usual endpoint, with the key that belongs there."""
         raise NotImplementedError
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        """Headers that every request to the endpoint carries beside its content type."""
+        """Return the headers of each request to the endpoint, except for its content type."""
         raise NotImplementedError
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0) -> Json:
-        """The body of the upstream request, for a request that `refusal` has nothing against.
+        """Return the body of the upstream request, for a request without a `refusal`.
 
-        `context`: the window to load the model for, in tokens, where the provider can; 0 leaves it as it is.
+        `context` is the window to load the model for, in tokens, where the provider can; 0 leaves it as it is.
         """
         raise NotImplementedError
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Chunk]:
-        """Chunks of the streamed answer to a request.
+        """Yield the chunks of the streamed answer to a request.
 
-        Raises UpstreamError for an error among the lines and for an early end, and whatever a line that is not in the
-        provider's own format makes Python raise.
+        Raises UpstreamError for an error among the lines and for an early end, and one of NOT_IN_ITS_FORMAT for a line
+        that is not in the provider's own format.
         """
         raise NotImplementedError
+
+    def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
+        """Return the endpoint's models.  Raises what `ask` raises, and NOT_IN_ITS_FORMAT.
+
+        `known` keeps details of models from one call to the next.
+        """
+        return tuple(Model(str(item["id"]), created_at(item.get("created") or item.get("created_at")))
+                     for item in (ask(self.models_path, None).get("data") or [])[:MAX_MODELS])
 
     def passes_text(self, request: ChatRequest) -> bool:
         """Whether in the answer to a request an event that says a text says it to the client as it is."""
@@ -2257,10 +2265,6 @@ class Provider:
         """What `decode` makes of an event that says a text and nothing else, if it comes among others of its kind; None
         for any other event."""
         raise NotImplementedError
-
-    def models(self, listing: Json) -> tuple[Model, ...] | None:
-        """The models that the probe's answer lists; None where it lists none."""
-        return None
 
     def load(self, target: Target, context: int) -> Json:
         """The body of a request to `chat_path` that has the model loaded and nothing said; only where models load."""
@@ -2273,25 +2277,16 @@ class Provider:
         """
         return 0
 
-    def with_state(self, models: Sequence[Model], state: Json) -> tuple[Model, ...]:
-        """The models with what `state_path` answered."""
-        return tuple(models)
-
-    def with_details(self, model: Model, details: Json) -> Model:
-        """The model with what `details_path` answered."""
-        return model
-
     def refuse_part(self, part: Json) -> str | None:
-        """Why a content part can't be sent, or None."""
+        """Return the reason why a content part can't be sent, or None."""
         return None
 
     def refusal(self, request: ChatRequest) -> Unsupported | None:
-        """What of the request this provider can't honour."""
-        if not self.refuses.keys().isdisjoint(request.body):
-            param = next(param for param in self.refuses if param in request.body)
+        """Return the error for what of the request this provider can't honour, or None."""
+        for param in sorted(self.refuses.keys() & request.body.keys()):
             return Unsupported(f"{self.label} does not support {param}: {self.refuses[param]}.", param=param)
         for where, part in request.parts():
-            why = self.refuse_part(part) or ""
+            why = self.refuse_part(part)
             if why:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
         if self.translates and any(tool["type"] != "function" for tool in request.body.get("tools", [])):
@@ -2299,11 +2294,11 @@ class Provider:
         return None
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
-        """The payload without what the model is known to refuse."""
+        """Return the payload without the parameters that the model is known to refuse."""
         return {name: value for name, value in payload.items() if name not in refused} if refused else payload
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
-        """The parameter of our payload that an error complains of and that may be left out."""
+        """Return the parameter of our payload that an error names, or None if it may not be left out."""
         if error.fault is not Fault.CAPABILITY:
             return None
         quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", error.message)
@@ -2372,39 +2367,37 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
 
 
 def _error_fields(text: str) -> dict[str, str]:
-    """What there is of message, type, code and param in an error body, in any of the shapes seen in the wild."""
+    """Return message, type, code and param of an error body, as far as it has them, in any shape seen so far."""
     try:
         body = loads(text)
     except ValueError:
         return {} if "<" in text else {"message": text.strip()[:300]}    # a page of HTML helps nobody
-    if isinstance(body, list) and len(body) == 1:
-        body = body[0]
+    body = body[0] if isinstance(body, list) and len(body) == 1 else body
     error = body.get("error", body) if isinstance(body, dict) else body
     if not isinstance(error, dict):
         return {"message": error if isinstance(error, str) else text[:300]}
     details = error.get("details")
-    inner = details.get("error_code") if isinstance(details, dict) else None
-    fields = {"type": error.get("type"), "code": error.get("code") or inner, "param": error.get("param")}
-    named = {name: str(value) for name, value in fields.items()
-            if re.fullmatch(r"[\w.\[\]-]{1,100}", str(value or ""))}    # a name, and no sentence that quotes a prompt
+    code = error.get("code") or (details.get("error_code") if isinstance(details, dict) else None)
+    named = {name: str(value) for name, value in {**error, "code": code}.items() if name in ("type", "code", "param")
+             and re.fullmatch(r"[\w.\[\]-]{1,100}", str(value or ""))}    # a name, and not a sentence of a prompt
     message = error.get("message", error.get("detail"))
     return {**named, "message": message if isinstance(message, str) else text[:300]}
 
 
 def redact(text: str, key: str) -> str:
-    """The text without the key, and without whatever else looks like one."""
+    """Return the text without the key, and without anything else that looks like one."""
     return re.sub(r"\bsk-[\w*-]{4,}", "sk-…", text.replace(key, "…") if key else text)
 
 
 def chunk_of(finish_reason: str | None = None, logprobs: Json | None = None, **delta: Any) -> Chunk:
-    """A chunk of choice 0.  Raises TypeError where a broken upstream sent something else for text."""
+    """Return a chunk of choice 0.  Raises TypeError where a broken upstream sent something else for text."""
     if not all(isinstance(text, str) for name, text in delta.items() if name != "tool_calls"):
         raise TypeError("text expected")
     return {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]}
 
 
 def usage_chunk(prompt: int, completion: int, **details: Any) -> Chunk:
-    """The chunk that ends a stream.  Raises ValueError for counts that none can be."""
+    """Return the chunk that ends a stream.  Raises ValueError for impossible counts."""
     if max(prompt, completion) >= MOST_TOKENS:
         raise ValueError("a count of tokens out of range")
     return {"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": completion,
@@ -2412,12 +2405,12 @@ def usage_chunk(prompt: int, completion: int, **details: Any) -> Chunk:
 
 
 def tool_chunk(index: int, arguments: str, id: str = "", name: str = "") -> Chunk:
-    """A tool call's first chunk, which alone has id and name, or a later one.  Raises TypeError as `chunk_of` does."""
+    """Return a tool call's first chunk, with id and name, or a later one.  Raises TypeError as `chunk_of` does."""
     if not all(isinstance(text, str) for text in (arguments, id, name)) or bool(id) != bool(name):
         raise TypeError("a tool call needs id and name")
     head: Json = {"id": id, "type": "function"} if name else {}
-    return chunk_of(tool_calls=[{"index": index, **head,
-                                 "function": {**({"name": name} if name else {}), "arguments": arguments}}])
+    return chunk_of(tool_calls=[{"index": index, **head, "function": {**present({"name": name}),
+                                                                      "arguments": arguments}}])
 
 
 def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
@@ -2446,7 +2439,7 @@ def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
 
 
 def sse_data(lines: Lines) -> Iterator[str]:
-    """The data of each server-sent event; one that the stream's end cuts off is dropped (WHATWG HTML, 9.2.6)."""
+    """Yield the data of each server-sent event, except for one that the stream's end cuts (WHATWG HTML, 9.2.6)."""
     data: list[str] = []
     size = 0    # of the event
     for number, line in enumerate(lines):
@@ -2463,7 +2456,7 @@ def sse_data(lines: Lines) -> Iterator[str]:
 
 
 def event_of(text: str | bytes) -> Json:
-    """The JSON object of one event.  Raises UpstreamError for anything else, and for an error inside the answer."""
+    """Return the JSON object of one event.  Raises UpstreamError for anything else, and for an error in the answer."""
     try:
         event = loads(text)
     except ValueError:
@@ -2493,12 +2486,12 @@ _STATUS_OF = {"invalid_request_error": 400, "context_length_exceeded": 400, "aut
 
 
 def cut() -> UpstreamError:
-    """The error of a stream that ends without its protocol's end mark."""
+    """Return the error of a stream that ends without its protocol's end mark."""
     return UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
 
 
 def arguments_of(text: str) -> Json:
-    """A tool call's arguments as the object that Ollama and Claude want, whatever the model once wrote."""
+    """Return a tool call's arguments as the object that Ollama and Claude want, whatever the model once wrote."""
     with contextlib.suppress(ValueError):
         value = loads(text or "{}")
         if isinstance(value, dict):
@@ -2507,7 +2500,7 @@ def arguments_of(text: str) -> Json:
 
 
 def modernised(messages: Sequence[Json]) -> list[Json]:
-    """The messages with what is deprecated said in today's words: function_call, role function, a refusal apart."""
+    """Return the messages without deprecated fields: tool calls for function_call, a refusal as content."""
     converted = []
     for number, message in enumerate(messages):
         message = dict(message)
@@ -2519,6 +2512,16 @@ def modernised(messages: Sequence[Json]) -> list[Json]:
             message.update(role="tool", tool_call_id=f"call_{number - 1}")
         converted.append(message)
     return converted
+
+
+def bearer(key: str) -> dict[str, str]:
+    """Return the header that states a key, if there is one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def is_at(url: str, vendor: str) -> bool:
+    """Return True if a URL's host is a vendor's, or one of its regions like eu.api.openai.com."""
+    return f".{host_of(url)}".endswith(f".{vendor}")
 
 
 def present(fields: Json) -> Json:
@@ -2538,12 +2541,12 @@ def needs_of(request: ChatRequest) -> frozenset[str]:
 
 
 def name_of(tool: Json) -> str:
-    """The name in a tool, or in the choice of one: {"type": kind, kind: {"name": ...}}."""
+    """Return the name in a tool, or in the choice of one: {"type": kind, kind: {"name": ...}}."""
     return str(tool[tool["type"]]["name"])
 
 
 def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
-    """The tools that tool_choice leaves, and the choice among them: a word, or the named tool."""
+    """Return the tools that tool_choice leaves, and the choice among them: a word, or the named tool."""
     tools, choice = body.get("tools", []), body.get("tool_choice", "auto")
     if isinstance(choice, dict) and choice["type"] == "allowed_tools":
         allowed = {name_of(tool) for tool in choice["allowed_tools"]["tools"]}
@@ -2552,11 +2555,28 @@ def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
 
 
 def data_url(url: str) -> tuple[str, str] | None:
-    """(media type, base64) of a data: URL; None for any other."""
+    """Return (media type, base64) of a data: URL, or None for any other."""
     head, comma, data = url.partition(",")
     if not comma or not head.startswith("data:") or not head.endswith(";base64"):
         return None
     return head[5:].split(";")[0].lower().replace("image/jpg", "image/jpeg"), data
+
+
+def name_and_arguments(call: Json) -> tuple[str, str]:
+    """Return (name, arguments) of a message's tool call, function or custom."""
+    inner = call[call.get("type") or "function"]
+    return inner["name"], inner.get("arguments", inner.get("input", ""))
+
+
+def created_at(value: Any) -> int:
+    """Return the unix seconds of a number or an RFC 3339 time, or 0 for anything else."""
+    if isinstance(value, (int, float)):
+        return int(value)
+    try:
+        moment = datetime.datetime.fromisoformat(str(value)[:19])
+        return int(moment.replace(tzinfo=datetime.timezone.utc).timestamp())
+    except (ValueError, OverflowError):
+        return 0
 
 
 def _text_form(start: bytes, name: str, end: bytes, changing: bytes = b"") -> TextForm:
@@ -2569,24 +2589,23 @@ class OpenAI(Provider):
     """OpenAI's own API, and every server that is compatible with it: nearly nothing to translate."""
     name, label = "openai", "OpenAI"
     key_variable, default_model = "OPENAI_API_KEY", "gpt-6-luna"
-    chat_path, probe_path = "/chat/completions", "/models"
+    vendor, chat_path, models_path = "api.openai.com", "/chat/completions", "/models"
     translates = False
     text_form = _text_form(b"data: ", "content", b"\n\n", rb'"obfuscation": ?"[0-9A-Za-z]*"')
     renames = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
-    official = "https://api.openai.com/v1"
 
     def endpoint(self, settings: Settings) -> Endpoint:
-        url = (settings.openai_base_url or self.official).rstrip("/")
-        extra = (("OpenAI-Organization", settings.openai_org_id), ("OpenAI-Project", settings.openai_project_id))
-        return Endpoint(self.name, url, settings.openai_api_key, tuple(pair for pair in extra if pair[1]),
-                        self.key_variable if url == self.official else "")
+        url = (settings.openai_base_url or f"https://{self.vendor}/v1").rstrip("/")
+        extra = {"OpenAI-Organization": settings.openai_org_id, "OpenAI-Project": settings.openai_project_id}
+        return Endpoint(self.name, url, settings.openai_api_key, tuple(present(extra).items()),
+                        self.key_variable if is_at(url, self.vendor) else "")
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        return {**({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}), **dict(endpoint.headers)}
+        return {**bearer(endpoint.key), **dict(endpoint.headers)}
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0) -> Json:
         payload = {"model": target.model, **request.body}
-        if target.endpoint.base_url == self.official:    # its models all know the new name, and none of Ollama's fields
+        if is_at(target.endpoint.base_url, self.vendor):    # its models know the new name, and none of Ollama's fields
             payload = self.adapt(payload, frozenset({"max_tokens", "options", "keep_alive", "think"}))
         if "tools" in payload and _NO_TOOLS_WHILE_REASONING.match(target.model):
             payload.setdefault("reasoning_effort", "none")
@@ -2644,10 +2663,6 @@ class OpenAI(Provider):
         for place, call in enumerate(delta.get("tool_calls") or ()):
             calls[index].number(call, place)
 
-    def models(self, listing: Json) -> tuple[Model, ...] | None:
-        items = listing["data"] if isinstance(listing.get("data"), list) else []
-        return tuple(Model(str(item["id"]), created_at(item.get("created"))) for item in items)
-
 
 class _ToolCalls:
     """The tool calls of one streamed choice, numbered from 0.
@@ -2680,9 +2695,8 @@ class _ToolCalls:
 class Ollama(Provider):
     """Ollama's native API.  Its own /v1 can't set num_ctx, truncate or think, and takes images out of their message."""
     name, label = "ollama", "Ollama"
-    chat_path, probe_path, state_path, details_path = "/api/chat", "/api/tags", "/api/ps", "/api/show"
+    vendor, chat_path, models_path = "ollama.com", "/api/chat", "/api/tags"
     refuses = _NEITHER_HAS
-    official = "https://ollama.com:443"
     text_form = _text_form(b"", "content", b"\n", rb'"created_at": ?"[0-9TZ:.+-]*"')
     _options = {"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
                 "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
@@ -2695,7 +2709,7 @@ class Ollama(Provider):
         return Endpoint(self.name, ollama_url(settings.ollama_host))
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        return {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}    # ollama.com wants one
+        return bearer(endpoint.key)    # ollama.com wants one
 
     def refuse_part(self, part: Json) -> str | None:
         if part["type"] == "image_url":
@@ -2733,27 +2747,24 @@ class Ollama(Provider):
             payload["format"] = "json"
         return payload
 
-    def _messages(self, messages: Sequence[Json]) -> list[Json]:
-        names: dict[str, str] = {}    # tool call id -> the tool's name, which Ollama wants with the result
-        return [self._message(message, names) for message in messages]
-
-    def _message(self, message: Json, names: dict[str, str]) -> Json:
-        role = "system" if message["role"] == "developer" else message["role"]
-        converted: Json = {"role": role, "content": text_of(message)}
-        images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
-        if images:
-            converted["images"] = [image[1] for image in images if image]
-        if message.get("tool_calls"):
-            converted["tool_calls"] = [self._call(call, names) for call in message["tool_calls"]]
-        if message["role"] == "tool":
-            converted["tool_call_id"] = message["tool_call_id"]
-            converted["tool_name"] = names.get(message["tool_call_id"], "")
+    @staticmethod
+    def _messages(messages: Sequence[Json]) -> list[Json]:
+        """Return the messages in Ollama's shape, where a tool's result has the tool's name."""
+        names: dict[str, str] = {}    # by id of the call
+        converted: list[Json] = []
+        for message in messages:
+            role = "system" if message["role"] == "developer" else message["role"]
+            images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
+            calls = [(call["id"], *name_and_arguments(call)) for call in message.get("tool_calls") or ()]
+            names.update({id: name for id, name, _ in calls})
+            converted.append({"role": role, "content": text_of(message), **present({
+                "images": [image[1] for image in images if image],
+                "tool_calls": [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
+                               for id, name, arguments in calls]})})
+            if role == "tool":
+                id = message["tool_call_id"]
+                converted[-1].update(tool_call_id=id, tool_name=names.get(id, ""))
         return converted
-
-    def _call(self, call: Json, names: dict[str, str]) -> Json:
-        name, arguments = name_and_arguments(call)
-        names[call["id"]] = name
-        return {"id": call["id"], "function": {"name": name, "arguments": arguments_of(arguments)}}
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Chunk]:
         yield chunk_of(role="assistant", content="")
@@ -2789,39 +2800,22 @@ class Ollama(Provider):
             return "think"
         return super().refused_parameter(error, payload)
 
-    def models(self, listing: Json) -> tuple[Model, ...] | None:
-        found = [Model(str(item["name"]), created_at(item.get("modified_at")),
-                       is_remote(str(item["name"])) or bool(item.get("remote_host")), str(item.get("digest") or ""),
-                       int(item.get("size") or 0), _able(item))
-                 for item in listing.get("models") or []]
-        return tuple(sorted(found, key=lambda model: -model.created))
-
-    def with_state(self, models: Sequence[Model], state: Json) -> tuple[Model, ...]:
-        loaded = {str(item["name"]).lower(): item for item in state["models"]}
-
-        def stated(model: Model) -> Model:
-            item = loaded.get(model.name.lower())
-            if item is None:
-                return dataclasses.replace(model, cold=not model.remote)
-            size, on_gpu = int(item.get("size") or 0), int(item.get("size_vram") or 0)
-            return dataclasses.replace(model, context=int(item.get("context_length") or 0), size=size or model.size,
-                                       gpu_share=min(1.0, on_gpu / size) if size else None)
-        return tuple(map(stated, models))
-
-    def with_details(self, model: Model, details: Json) -> Model:
-        info = details.get("model_info") or {}
-        kind = info.get("general.architecture")
-
-        def fact(name: str) -> int:
-            value = info.get(f"{kind}.{name}")
-            return value if isinstance(value, int) else 0    # some are lists, one number a layer
-        heads = fact("attention.head_count")
-        usual = fact("embedding_length") // heads if heads else 0
-        row = (fact("attention.key_length") or usual) + (fact("attention.value_length") or usual)
-        # a key and a value of 16 bits each for every layer and head, as llama.cpp keeps them
-        token_bytes = 2 * fact("block_count") * fact("attention.head_count_kv") * row
-        return dataclasses.replace(model, can=_able(details) or model.can, max_context=fact("context_length"),
-                                   token_bytes=token_bytes)
+    def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
+        listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
+                        is_remote(str(item["name"])) or bool(item.get("remote_host")), str(item.get("digest") or ""),
+                        int(item.get("size") or 0), _able(item))
+                  for item in ask(self.models_path, None).get("models") or []]
+        models = sorted(listed, key=lambda model: -model.created)[:MAX_MODELS]
+        with contextlib.suppress(UpstreamError, *NOT_IN_ITS_FORMAT):
+            loaded = {str(item["name"]).lower(): item for item in ask("/api/ps", None)["models"]}
+            models = [_with_state(model, loaded.get(model.name.lower())) for model in models]
+        by_key = {model.digest or model.name: model for model in models if not model.remote}
+        for key in known.keys() - by_key.keys():
+            del known[key]
+        for key in [key for key in by_key if key not in known][:DETAILS_AT_ONCE]:
+            with contextlib.suppress(UpstreamError):
+                known[key] = _details(ask("/api/show", {"model": by_key[key].name}))
+        return tuple(dataclasses.replace(model, **known.get(model.digest or model.name, {})) for model in models)
 
     def load(self, target: Target, context: int) -> Json:
         return {"model": target.model, "messages": [], **({"options": {"num_ctx": context}} if context else {})}
@@ -2854,30 +2848,45 @@ DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 
 
+def _with_state(model: Model, loaded: Json | None) -> Model:
+    """Return the model with what /api/ps tells of it; None if that does not list it."""
+    if loaded is None:
+        return dataclasses.replace(model, cold=not model.remote)
+    size, on_gpu = int(loaded.get("size") or 0), int(loaded.get("size_vram") or 0)
+    return dataclasses.replace(model, context=int(loaded.get("context_length") or 0), size=size or model.size,
+                               gpu_share=min(1.0, on_gpu / size) if size else None)
+
+
+def _details(shown: Json) -> Json:
+    """Return the fields of a Model that /api/show tells; none if it is not in its format."""
+    with contextlib.suppress(*NOT_IN_ITS_FORMAT):
+        info = shown.get("model_info") or {}
+        kind = info.get("general.architecture")
+        number = {name[len(f"{kind}."):]: value for name, value in info.items()
+                  if name.startswith(f"{kind}.") and isinstance(value, int)}    # some are lists, one number a layer
+        heads = number.get("attention.head_count", 0)
+        usual = number.get("embedding_length", 0) // heads if heads else 0
+        row = sum(number.get(f"attention.{name}_length") or usual for name in ("key", "value"))
+        # a key and a value of 16 bits each for every layer and head, as llama.cpp keeps them
+        token_bytes = 2 * number.get("block_count", 0) * number.get("attention.head_count_kv", 0) * row
+        return {**present({"can": _able(shown)}), "max_context": number.get("context_length", 0),
+                "token_bytes": token_bytes}
+    return {}
+
+
 def _able(item: Json) -> frozenset[str] | None:
-    """The capabilities that Ollama lists; None from one that lists none."""
+    """Return the capabilities that Ollama lists, or None if it lists none."""
     return frozenset(map(str, item["capabilities"])) if item.get("capabilities") else None
 
 
 def is_remote(name: str) -> bool:
-    """Whether an Ollama name is answered by ollama.com: tag `cloud`, or a tag that ends in `-cloud`."""
+    """Return True if ollama.com answers for an Ollama name: tag `cloud`, or a tag that ends in `-cloud`."""
     tag = name.lower().rsplit("/", 1)[-1].partition(":")[2]
     return tag == "cloud" or tag.endswith("-cloud")
 
 
-def created_at(value: Any) -> int:
-    """Unix seconds of a number or an RFC 3339 time; 0 for anything else."""
-    if isinstance(value, (int, float)):
-        return int(value)
-    try:
-        moment = datetime.datetime.strptime(str(value)[:19], "%Y-%m-%dT%H:%M:%S")
-    except ValueError:
-        return 0
-    return int(moment.replace(tzinfo=datetime.timezone.utc).timestamp())
-
-
 def ollama_url(host: str) -> str:
-    """The address that OLLAMA_HOST means to a client, by Ollama's own rules (envconfig.Host).
+    """Return the address that OLLAMA_HOST means to a client, by Ollama's own rules (envconfig.Host).
 
     The variable is the server's bind address too, so an unspecified address becomes loopback.
     """
@@ -2892,12 +2901,6 @@ def ollama_url(host: str) -> str:
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
     number = int(port) if port.isdecimal() and int(port) < 65536 else default
     return f"{scheme}://{f'[{name}]' if ':' in name else name}:{number}{slash}{path}".rstrip("/")
-
-
-def name_and_arguments(call: Json) -> tuple[str, str]:
-    """(name, arguments) of a message's tool call, function or custom."""
-    inner = call[call.get("type") or "function"]
-    return inner["name"], inner.get("arguments", inner.get("input", ""))
 
 
 class _ClaudeModel(NamedTuple):
@@ -2936,18 +2939,17 @@ class Claude(Provider):
     """Anthropic's Messages API, in both directions."""
     name, label = "claude", "Claude"
     key_variable, default_model = "ANTHROPIC_API_KEY", "claude-haiku-5-5"
-    chat_path, probe_path = "/v1/messages", "/v1/models?limit=1000"
-    official = "https://api.anthropic.com"
+    vendor, chat_path, models_path = "api.anthropic.com", "/v1/messages", "/v1/models?limit=1000"
     text_form = _text_form(b"data: ", "text", b"\n\n")
     refuses = {**_NEITHER_HAS, "logprobs": "it does not tell them", "top_logprobs": "it does not tell them"}
     _finish = {"max_tokens": "length", "model_context_window_exceeded": "length", "pause_turn": "length",
                "tool_use": "tool_calls", "refusal": "content_filter"}
 
     def endpoint(self, settings: Settings) -> Endpoint:
-        url = (settings.anthropic_base_url or self.official).rstrip("/")
+        url = (settings.anthropic_base_url or f"https://{self.vendor}").rstrip("/")
         url = url[:-3] if url.endswith("/v1") else url
         return Endpoint(self.name, url, settings.anthropic_api_key, (),
-                        self.key_variable if url == self.official else "")
+                        self.key_variable if is_at(url, self.vendor) else "")
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         # 2023-06-01 and not 2026-10-21: the later version refuses temperature and top_p for every model.
@@ -3087,9 +3089,6 @@ class Claude(Provider):
                           prompt_tokens_details={"cached_tokens": read, "cache_write_tokens": written},
                           **present({"completion_tokens_details": present({"reasoning_tokens": thinking})}))
 
-    def models(self, listing: Json) -> tuple[Model, ...] | None:
-        return tuple(Model(str(item["id"]), created_at(item.get("created_at"))) for item in listing.get("data") or [])
-
 
 def _schema_of(body: Json) -> Json | None:
     """Return the JSON schema that the answer must fit, or None."""
@@ -3227,16 +3226,16 @@ ALIASES = {"anthropic": "claude"}
 
 
 def split_id(text: str) -> tuple[str, str]:
-    """(provider, model) of `provider:model`; ("", text) where no provider is named."""
+    """Return (provider, model) of `provider:model`, or ("", text) if no provider is named."""
     name, colon, model = text.partition(":")
     name = ALIASES.get(name.lower(), name.lower())
     return (name, model) if colon and name in PROVIDERS else ("", text)
 
 
 def configured_targets(settings: Settings) -> tuple[Target, ...]:
-    """The targets that flags and variables name, local ones first.
+    """Return the targets that flags and variables name, local ones first.  Raises UsageError.
 
-    Without --local-model there is none of these here: which one it is depends on what Ollama has.  Raises UsageError.
+    Without --local-model there is no local one here: it depends on the models that Ollama has.
     """
     if settings.cloud_api_key and not settings.cloud_model:
         raise UsageError("--cloud-api-key needs the --cloud-model that it is for")
@@ -3251,7 +3250,7 @@ def configured_targets(settings: Settings) -> tuple[Target, ...]:
 
 
 def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
-    """The target of `provider:model` or `provider:model@http://host:port/v1`.  Raises UsageError."""
+    """Return the target of `provider:model` or `provider:model@http://host:port/v1`.  Raises UsageError."""
     flag = f"--{side.value}-model {spec}"
     provider, rest = split_id(spec)
     if not provider:
@@ -3260,10 +3259,10 @@ def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
     if not model or not model.isprintable():
         raise UsageError(f"{flag}: name a model, like {provider}:NAME or {provider}:NAME@http://host:port/v1")
     usual = PROVIDERS[provider].endpoint(settings)
-    # Another server than the usual one: the usual key is not meant for it.
+    # The usual key is not meant for another server.
     endpoint = Endpoint(provider, url.rstrip("/"), key) if at else dataclasses.replace(usual, key=key or usual.key)
     if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[!-~]*)?", endpoint.base_url):
-        raise UsageError(f"{endpoint.base_url} is no address like https://host/v1")
+        raise UsageError(f"{endpoint.base_url} is not an address like https://host/v1")
     if side is Side.LOCAL and not may_be_local(endpoint, model):
         raise UsageError(f"{flag}: a cloud answers this model; name it with --cloud-model, or say where it runs, like "
                          f"{provider}:NAME@http://127.0.0.1:8080/v1")
@@ -3271,8 +3270,8 @@ def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
 
 
 def may_be_local(endpoint: Endpoint, model: str) -> bool:
-    """Whether a model may count as local: its endpoint is not its vendor's own, and does not pass it on to there."""
-    return endpoint.base_url != PROVIDERS[endpoint.provider].official and not (
+    """Return True if a model may count as local: neither a vendor's server nor ollama.com answers."""
+    return not any(is_at(endpoint.base_url, provider.vendor) for provider in PROVIDERS.values()) and not (
         endpoint.provider == "ollama" and is_remote(model))
 
 
@@ -4484,13 +4483,6 @@ SECOND_TRY_S = 0.5           # sooner nothing will have changed
 LAST_HOPE_CONNECT_S = 1.5    # where nobody else is left to answer, but hardly this one either
 WARM_AGAIN_S = 300.0         # as long as Ollama keeps a model by itself
 LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
-MAX_MODELS = 4096            # of an endpoint; the largest catalogue known has some 500
-DETAILS_AT_ONCE = 4          # models that one probe asks the details of: each takes Ollama some milliseconds
-
-
-# What code that takes a well-formed answer for granted trips over in another one.
-NOT_IN_ITS_FORMAT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-
 
 def new_id(prefix: str) -> str:
     """A fresh random id.  It is no secret, so no system call is made for it."""
@@ -4505,55 +4497,42 @@ def _envelope(first: Chunk, model: str) -> Json:
 
 
 class Prober:
-    """Asks endpoints how they are, on the same way that requests take: same proxy, same TLS."""
+    """Asks endpoints how they are, over the route that requests take: same proxy, same TLS."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._details: dict[Endpoint, dict[str, Json]] = {}    # each endpoint has one thread that asks
+        self._details: dict[Endpoint, dict[str, Json]] = {}    # of models; one thread asks each endpoint
 
     def __call__(self, endpoint: Endpoint) -> Probe:
-        """Raises UpstreamError: a captive portal's page is not a cloud."""
-        provider = PROVIDERS[endpoint.provider]
-        answer, text = self._ask(endpoint, provider.probe_path)
-        latency_ms = 1000 * max(0.0, answer.waited_s - answer.worked_s)
-        if answer.status in (404, 405):    # a compatible server without a list of models is there all the same
-            return Probe(answer.status, None, latency_ms)
-        try:
-            listing = loads(text)
-        except (RecursionError, ValueError):
-            raise UpstreamError(f"what answers there is no {provider.label} (a login page?)") from None
-        if answer.status >= 500 or 300 <= answer.status < 400:
-            raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
-        models = None
+        """Return the state of an endpoint.  Raises UpstreamError, also for a captive portal's page."""
+        provider, answers, models = PROVIDERS[endpoint.provider], list[Answer](), None
+
+        def ask(path: str, payload: Json | None) -> Json:
+            answer = self._transport.open(endpoint.base_url + path, provider.headers(endpoint),
+                                          None if payload is None else dumps(payload), PROBE_LIMITS)
+            answers.append(answer)
+            with contextlib.closing(answer):
+                return _probed(answer, endpoint)
         with contextlib.suppress(*NOT_IN_ITS_FORMAT):    # a list in no shape we know
-            models = (provider.models(listing) or ())[:MAX_MODELS] if answer.status == 200 else None
-        return Probe(answer.status, self._described(endpoint, provider, models) if models else models, latency_ms)
+            models = provider.catalogue(ask, self._details.setdefault(endpoint, {}))
+        first = answers[0]
+        latency_ms = 1000 * max(0.0, first.waited_s - first.worked_s)
+        return Probe(first.status, models if first.status == 200 else None, latency_ms)
 
-    def _ask(self, endpoint: Endpoint, path: str, payload: Json | None = None) -> tuple[Answer, bytes]:
-        """(the answer, its body); the answer is closed."""
-        answer = self._transport.open(endpoint.base_url + path, PROVIDERS[endpoint.provider].headers(endpoint),
-                                      None if payload is None else dumps(payload), PROBE_LIMITS)
-        with contextlib.closing(answer):
-            return answer, answer.body(within_first_byte=True)
 
-    def _described(self, endpoint: Endpoint, provider: Provider, models: Sequence[Model]) -> tuple[Model, ...]:
-        """The models with what the endpoint says of their state, and of a few new ones in detail."""
-        with contextlib.suppress(UpstreamError, RecursionError, *NOT_IN_ITS_FORMAT):
-            if provider.state_path:
-                models = provider.with_state(models, loads(self._ask(endpoint, provider.state_path)[1]))
-        known, current = self._details.get(endpoint, {}), {model.digest or model.name for model in models}
-        details = self._details[endpoint] = {key: known[key] for key in known.keys() & current}
-        new = [model for model in models if (model.digest or model.name) not in details and not model.remote]
-        for model in new[:DETAILS_AT_ONCE] if provider.details_path else ():
-            with contextlib.suppress(UpstreamError, AttributeError, ValueError, RecursionError):
-                said = loads(self._ask(endpoint, provider.details_path, {"model": model.name})[1])
-                details[model.digest or model.name] = {name: said.get(name) for name in ("model_info", "capabilities")}
-        described = []
-        for model in models:
-            with contextlib.suppress(*NOT_IN_ITS_FORMAT):
-                model = provider.with_details(model, details.get(model.digest or model.name, {}))
-            described.append(model)
-        return tuple(described)
+def _probed(answer: Answer, endpoint: Endpoint) -> Json:
+    """Return the JSON in the answer to a probe.  Raises UpstreamError."""
+    text = answer.body(within_first_byte=True)
+    if answer.status in (404, 405):    # a compatible server without a list of models is there anyway
+        return {}
+    try:
+        told = loads(text)
+    except ValueError:
+        label = PROVIDERS[endpoint.provider].label
+        raise UpstreamError(f"what answers there is not {label} (a login page?)") from None
+    if answer.status >= 500 or 300 <= answer.status < 400:
+        raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
+    return told  # type: ignore[no-any-return]
 
 
 class Load:

@@ -997,6 +997,14 @@ class Json(Case):
 
 # === 2. Settings =====================================================================================================
 
+VENDORS = [  # models that a vendor's own server answers, however its address is written
+    "ollama:x@https://ollama.com", "ollama:x@https://OLLAMA.com:443/", "openai:x@https://API.openai.com/v1",
+    "openai:x@https://api.openai.com:443/v1", "openai:x@https://api.openai.com./v1",
+    "openai:x@https://eu.api.openai.com/v1", "openai:x@https://api.anthropic.com/v1", "openai:x@https://ollama.com/v1",
+    "claude:x@http://api.anthropic.com",
+]
+
+
 class Settings(Case):
     def test_a_flag_wins_over_its_variable_and_that_over_the_default(self):
         for argv, env, port in (([], {}, 62549), ([], {"OBLIX_PORT": "1"}, 1), (["--port=2"], {"OBLIX_PORT": "1"}, 2)):
@@ -1025,9 +1033,10 @@ class Settings(Case):
     def test_what_no_target_can_be_made_of_is_told_in_one_line(self):
         for argv, says in (
             (["--local-model=llama3.2"], "ollama:"), (["--cloud-model=openai:"], "openai:NAME"),
-            (["--cloud-model=gemini:x"], "claude:"), (["--local-model=openai:x@http://"], "no address"),
+            (["--cloud-model=gemini:x"], "claude:"), (["--local-model=openai:x@http://"], "not an address"),
             (["--local-model=ollama:gpt-oss:120b-CLOUD"], "--cloud-model"),
             (["--local-model=openai:gpt-6-luna"], "say where it runs"), (["--cloud-api-key=k"], "--cloud-model"),
+            *((["--local-model=" + model], "say where it runs") for model in VENDORS),
         ):
             with self.subTest(argv=argv), self.assertRaises(oblix.UsageError) as raised:
                 oblix.configured_targets(oblix.Settings.parse(argv, {}))
@@ -3038,6 +3047,69 @@ class OwnBytes(Case):
                     self.assertEqual(reply.body == data.replace(name, b'"%b"' % upstream.target.encode(), 1), as_it_is)
                     pairs = json.loads(reply.body, object_pairs_hook=list)
                     self.assertEqual(len({name for name, _ in pairs}), len(pairs), "a name comes twice")
+
+
+# --- 6. Which models there are ---------------------------------------------------------------------------------------
+
+def asked_of(answers, asked):
+    """What a provider may ask: path -> JSON, or an error that is raised."""
+    def ask(path, payload):
+        asked.append((path, payload))
+        if isinstance(answers[path], Exception):
+            raise answers[path]
+        return answers[path]
+    return ask
+
+
+class Catalogue(Case):
+    """What a provider makes of its server's answers, which nobody sends here."""
+
+    def listed(self, name, answers, known=None):
+        asked = []
+        models = oblix.PROVIDERS[name].catalogue(asked_of(answers, asked), {} if known is None else known)
+        return models, asked
+
+    def test_a_listing_is_a_question_to_those_who_tell_no_more(self):
+        for dialect in (OPENAI, CLAUDE):
+            path = dialect.probe_path.replace("/v1/models", "/models") if dialect is OPENAI else dialect.probe_path
+            models, asked = self.listed(dialect.name, {path: dialect.probe()})
+            self.assertEqual(([model.name for model in models], asked), ([dialect.model], [(path, None)]))
+
+    def test_ollama_tells_what_is_in_memory_and_what_each_model_can(self):
+        answers = {"/api/tags": OLLAMA.probe(), "/api/ps": OLLAMA.ps({"llama3.2:latest": {"size_vram": 1500000000}}),
+                   "/api/show": OLLAMA.show()}
+        models, asked = self.listed("ollama", answers)
+        loaded, other = sorted(models, key=lambda model: model.cold)
+        self.assertEqual((loaded.name, loaded.cold, loaded.context, loaded.gpu_share, loaded.size),
+                         ("llama3.2:latest", False, 4096, 0.5, 3000000000))
+        self.assertEqual((other.cold, other.context, other.max_context), (True, 0, 131072))
+        self.assertEqual(loaded.can, {"completion", "tools", "vision", "thinking"})
+        self.assertEqual(loaded.token_bytes, 2 * 28 * 8 * 256)
+        self.assertEqual([path for path, _ in asked], ["/api/tags", "/api/ps", "/api/show"])    # both have one digest
+
+    def test_details_are_asked_for_a_few_at_once_and_once_each(self):
+        names = ["m%d" % number for number in range(oblix.DETAILS_AT_ONCE + 1)]
+        answers = {"/api/tags": {"models": [{"name": name, "digest": name} for name in [*names, "x:cloud"]]},
+                   "/api/ps": {"models": []}, "/api/show": OLLAMA.show()}
+        known = {"gone": {}}
+        shown = [[payload["model"] for path, payload in self.listed("ollama", answers, known)[1] if payload]
+                 for _ in range(3)]
+        self.assertEqual(shown, [names[:oblix.DETAILS_AT_ONCE], names[oblix.DETAILS_AT_ONCE:], []])
+        self.assertEqual({*known}, {*names})
+
+    def test_what_else_goes_wrong_leaves_the_models_as_listed(self):
+        tags, fault = OLLAMA.probe(), oblix.UpstreamError("no")
+        for ps, show in ((fault, fault), ({}, {}), ({"models": 5}, {"model_info": 5}), ({"models": [[]]}, {"a": []})):
+            with self.subTest(ps=ps, show=show):
+                models, _ = self.listed("ollama", {"/api/tags": tags, "/api/ps": ps, "/api/show": show})
+                self.assertEqual([(model.name, model.cold, model.can) for model in models],
+                                 [(one["name"], False, None) for one in tags["models"]])
+        with self.assertRaises(oblix.UpstreamError):
+            self.listed("ollama", {"/api/tags": fault})
+
+    def test_no_more_models_are_kept_than_the_readme_says(self):
+        many = [{"id": str(number)} for number in range(oblix.MAX_MODELS + 1)]
+        self.assertEqual(len(self.listed("openai", {"/models": {"data": many}})[0]), oblix.MAX_MODELS)
 
 
 # --- 6. What a provider cannot do ------------------------------------------------------------------------------------
