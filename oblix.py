@@ -6438,117 +6438,105 @@ show(); setInterval(show, 3000);
 
 
 # === 13. Demo =========================================================================================================
-# uses: 1 2 11
-# What can a newcomer run who has neither Ollama nor a key?  Two upstreams that speak Ollama's and OpenAI's formats on
-# loopback ports, and answer from a script.
+# uses: 1 2 10 11
+# What can a newcomer run who has neither Ollama nor a key?  A server on a loopback port that speaks Ollama's and
+# OpenAI's formats, and answers from a script.
 
 DEMO_TEXT = "A scripted answer by the demo's {side} model, in {dialect}'s wire format, to {count} message(s)."
 DEMO_PAUSE_S = 0.02    # between words, so that a stream looks like one
 
+_DEMO_LOCAL: Json = {"name": "demo-local:latest", "size": 1, "digest": "demo", "details": {},
+                     "modified_at": "2026-11-01T00:00:00Z", "capabilities": ["completion", "tools"]}
+_DEMO_CLOUD: Json = {"id": "demo-cloud", "object": "model", "created": 0, "owned_by": "demo"}
+_DEMO_FACTS: dict[str, Json] = {    # path -> the answer there
+    "/api/tags": {"models": [_DEMO_LOCAL]}, "/api/show": {"capabilities": _DEMO_LOCAL["capabilities"]},
+    "/api/ps": {"models": [{**_DEMO_LOCAL, "size_vram": 0, "context_length": 32768}]},
+    "/v1/models": {"object": "list", "data": [_DEMO_CLOUD]},
+}
+
+
+def _demo_words(side: str, dialect: str, asked: Json) -> Iterator[str]:
+    """Yield the script, a word at a time."""
+    for word in re.findall(r"\S+\s*", DEMO_TEXT.format(side=side, dialect=dialect, count=len(asked["messages"]))):
+        time.sleep(DEMO_PAUSE_S)
+        yield word
+
+
+def _demo_ollama(asked: Json) -> Iterator[bytes]:
+    """Yield the lines of the answer to /api/chat."""
+    head, count = {"model": asked["model"], "created_at": "2026-11-01T00:00:00Z"}, 0
+    for word in _demo_words("local", "Ollama", asked):
+        count += 1
+        yield dumps({**head, "message": {"role": "assistant", "content": word}, "done": False}) + b"\n"
+    yield dumps({**head, "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop",
+                 "prompt_eval_count": 10 * len(asked["messages"]), "eval_count": count}) + b"\n"
+
+
+def _demo_openai(asked: Json) -> Iterator[bytes]:
+    """Yield the events, or the one body, of the answer to /v1/chat/completions."""
+    head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": asked["model"]}
+    choice: Json = {"index": 0, "logprobs": None, "finish_reason": None}
+    words = _demo_words("cloud", "OpenAI", asked)
+    if asked.get("stream"):
+        head["object"] = "chat.completion.chunk"
+        for delta in itertools.chain([{"role": "assistant", "content": ""}], ({"content": word} for word in words)):
+            yield sse({**head, "choices": [{**choice, "delta": delta}]})
+        yield sse({**head, "choices": [{**choice, "delta": {}, "finish_reason": "stop"}]}) + DONE
+        return
+    said, prompt = list(words), 10 * len(asked["messages"])
+    message = {"role": "assistant", "content": "".join(said), "refusal": None}
+    yield dumps({**head, "object": "chat.completion", "choices": [{**choice, "message": message,
+                                                                   "finish_reason": "stop"}],
+                 "usage": {"prompt_tokens": prompt, "completion_tokens": len(said),
+                           "total_tokens": prompt + len(said)}})
+
 
 class _DemoHandler(http.server.BaseHTTPRequestHandler):
-    """What both scripted upstreams share."""
+    """Ollama's and OpenAI's API, as far as Oblix asks for them."""
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    facts: ClassVar[dict[str, Json]]    # path -> what is answered there
 
     def do_GET(self) -> None:
-        self._send("application/json", [dumps(self.facts[self.path])])
+        self._send("application/json", [dumps(_DEMO_FACTS[self.path])])
 
     def do_POST(self) -> None:
         asked = loads(self.rfile.read(int(self.headers["Content-Length"])))
-        kind, lines = ("application/json", [dumps(self.facts[self.path])]) if self.path in self.facts else (
-            self.script(asked))
-        with contextlib.suppress(ConnectionError):    # Oblix hung up because its client did
-            self._send(kind, lines)
-
-    def script(self, asked: Json) -> tuple[str, Iterable[bytes]]:
-        """(content type, pieces) of the answer to a request."""
-        raise NotImplementedError
+        if self.path in _DEMO_FACTS:
+            self.do_GET()
+        elif self.path == "/api/chat":
+            self._send("application/x-ndjson", _demo_ollama(asked))
+        else:
+            self._send("text/event-stream" if asked.get("stream") else "application/json", _demo_openai(asked))
 
     def _send(self, kind: str, pieces: Iterable[bytes]) -> None:
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for piece in itertools.chain(pieces, [b""]):
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-
-    @staticmethod
-    def words(side: str, dialect: str, asked: Json) -> Iterator[str]:
-        """The script, a word at a time."""
-        for word in re.findall(r"\S+\s*", DEMO_TEXT.format(side=side, dialect=dialect, count=len(asked["messages"]))):
-            time.sleep(DEMO_PAUSE_S)
-            yield word
+        with contextlib.suppress(ConnectionError):    # Oblix hung up because its client did
+            for piece in itertools.chain(pieces, [b""]):
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: Oblix's own log tells the story."""
-
-
-class _DemoOllama(_DemoHandler):
-    _model: ClassVar[Json] = {"name": "demo-local:latest", "size": 1, "digest": "demo", "details": {},
-                              "modified_at": "2026-11-01T00:00:00Z", "capabilities": ["completion", "tools"]}
-    facts = {"/api/tags": {"models": [_model]},
-             "/api/ps": {"models": [{**_model, "size_vram": 0, "context_length": 32768}]},
-             "/api/show": {"capabilities": _model["capabilities"]}}
-
-    def script(self, asked: Json) -> tuple[str, Iterable[bytes]]:
-        return "application/x-ndjson", (dumps(event) + b"\n" for event in self._events(asked))
-
-    def _events(self, asked: Json) -> Iterator[Json]:
-        head = {"model": asked["model"], "created_at": "2026-11-01T00:00:00Z"}
-        count = 0
-        for word in self.words("local", "Ollama", asked):
-            count += 1
-            yield {**head, "message": {"role": "assistant", "content": word}, "done": False}
-        yield {**head, "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop",
-               "prompt_eval_count": 10 * len(asked["messages"]), "eval_count": count}
-
-
-class _DemoOpenAI(_DemoHandler):
-    facts = {"/v1/models": {"object": "list", "data": [
-        {"id": "demo-cloud", "object": "model", "created": 0, "owned_by": "demo"}]}}
-
-    def script(self, asked: Json) -> tuple[str, Iterable[bytes]]:
-        head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": asked["model"]}
-        words = list(self.words("cloud", "OpenAI", asked)) if not asked.get("stream") else []
-        usage = {"prompt_tokens": 10 * len(asked["messages"]), "completion_tokens": len(words),
-                 "total_tokens": 10 * len(asked["messages"]) + len(words)}
-        if not asked.get("stream"):
-            message = {"role": "assistant", "content": "".join(words), "refusal": None}
-            return "application/json", [dumps({**head, "object": "chat.completion", "usage": usage, "choices": [
-                {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]})]
-        head["object"] = "chat.completion.chunk"
-        return "text/event-stream", self._events(head, asked)
-
-    def _events(self, head: Json, asked: Json) -> Iterator[bytes]:
-        deltas = itertools.chain([{"role": "assistant", "content": ""}],
-                                 ({"content": word} for word in self.words("cloud", "OpenAI", asked)), [{}])
-        for delta in deltas:
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None if delta else "stop"}
-            yield b"data: " + dumps({**head, "choices": [choice]}) + b"\n\n"
-        yield b"data: [DONE]\n\n"
+        """Log nothing: Oblix's own log tells the story."""
 
 
 @contextlib.contextmanager
 def demo(settings: Settings) -> Iterator[Settings]:
-    """Settings that point to the two scripted upstreams while the block runs; unchanged without --demo."""
+    """Yield settings that point to the scripted server while the block runs; unchanged ones without --demo."""
     if not settings.demo:
         yield settings
         return
-    servers = [QuickServer(("127.0.0.1", 0), kind) for kind in (_DemoOllama, _DemoOpenAI)]
-    for server in servers:
-        threading.Thread(target=server.serve_forever, args=(0.05,), name="demo", daemon=True).start()
-    local, cloud = (f"http://127.0.0.1:{server.server_port}" for server in servers)
+    server = QuickServer(("127.0.0.1", 0), _DemoHandler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), name="demo", daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
     try:
-        yield dataclasses.replace(settings, ollama_host=local, local_model=(),
-                                  cloud_model=(f"openai:demo-cloud@{cloud}/v1",), cloud_api_key="",
-                                  openai_api_key="", openai_base_url="", anthropic_api_key="",
-                                  anthropic_base_url="")    # without keys nothing can leave the device
+        yield dataclasses.replace(settings, ollama_host=url, local_model=(), cloud_api_key="",
+                                  cloud_model=(f"openai:demo-cloud@{url}/v1",), openai_api_key="", openai_base_url="",
+                                  anthropic_api_key="", anthropic_base_url="")    # nothing can leave the device
     finally:
-        for server in servers:
-            server.shutdown()
-            server.server_close()
+        server.shutdown()
+        server.server_close()
 
 
 # === 14. Command line =================================================================================================
