@@ -163,13 +163,13 @@ class TextForm(NamedTuple):
 
 
 class Side(str, enum.Enum):
-    """Where a target runs: on (or beside) the device, or in the cloud."""
+    """The place where a target runs: on or near the device, or in the cloud."""
     LOCAL = "local"
     CLOUD = "cloud"
 
 
 class Level(enum.IntEnum):
-    """How well a side can answer; each side shows it in its own words (`WORDS`)."""
+    """A side's ability to answer; each side has its own words for it (`WORDS`)."""
     GOOD, STRAINED, OUT = range(3)
 
 
@@ -177,26 +177,26 @@ WORDS = {Side.LOCAL: ("available", "constrained", "critical"), Side.CLOUD: ("opt
 
 
 class Fault(enum.Enum):
-    """Why an attempt failed, as far as it decides what to do next."""
+    """The reason why an attempt failed, as far as it decides the next step."""
     DOWN = "transport"          # refused, reset, DNS, TLS, silence, no HTTP, a cut answer
     BUSY = "busy"               # 408 409 425 429 5xx: later it may work
     ACCOUNT = "account"         # 401 402 403, no money: a person must act
     MISSING = "not found"       # 404 of the model; 405, 410 and the like of the path
     CAPABILITY = "capability"   # this model can't do what the request needs
     TOO_LONG = "too long"       # only a larger window helps
-    LOADING = "loading"         # the model is on its way into memory, which is no fault of anybody's
+    LOADING = "loading"         # the model is on its way into memory
     CLIENT = "client"           # the request itself is wrong: no other target would do better
     LATE = "late"               # the time for the whole request is over
 
     @property
     def moves_on(self) -> bool:
-        """Whether another target may do better."""
+        """True if another target may do better."""
         return self not in (Fault.CLIENT, Fault.LATE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """One upstream server: the dialect it speaks, where it is, and what it wants to see."""
+    """One upstream server: its dialect, its address, and the headers it wants."""
     provider: str
     base_url: str                                              # without a trailing slash
     key: str = dataclasses.field(default="", repr=False)
@@ -205,7 +205,7 @@ class Endpoint:
 
     @property
     def lacks_key(self) -> bool:
-        """Whether it wants a key that is not configured."""
+        """True if it wants a key that is not configured."""
         return bool(self.key_variable) and not self.key
 
     @functools.cached_property
@@ -218,7 +218,7 @@ class Endpoint:
     def _hash(self) -> int:
         return hash((self.provider, self.base_url, self.key))
 
-    def __hash__(self) -> int:    # a decision looks targets up some 25 times, each of which would hash all fields anew
+    def __hash__(self) -> int:    # a decision looks targets up some 25 times, and each would hash all fields
         return self._hash
 
 
@@ -244,7 +244,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model that an endpoint says it has.  Zero and None mean that it does not say."""
+    """A model that an endpoint lists.  Zero or None means unknown."""
     name: str
     created: int = 0                    # unix seconds
     remote: bool = False                # an Ollama name that is answered by ollama.com
@@ -271,12 +271,12 @@ class Reading:
     level: Level
     reason: str                                 # "" while all is well
     facts: Json
-    endpoint: Endpoint | None = None            # None: it speaks about the whole side
-    models: tuple[Model, ...] | None = None     # what the endpoint has; None where it does not say
+    endpoint: Endpoint | None = None            # None: it is about the whole side
+    models: tuple[Model, ...] | None = None     # of the endpoint; None if it lists none
     known: bool = True                          # False before the first sample: optimism, not evidence
 
     def made_stale(self, monitor: str) -> Reading:
-        """The same, with the fact that its monitor has failed to take a newer one."""
+        """Return a copy with the fact that its monitor has failed to take a newer one."""
         return dataclasses.replace(self, facts={**self.facts, f"{monitor}_stale": True})
 
 
@@ -301,12 +301,12 @@ class ChatRequest:
         return dumps(payload["model"]).join(self.around)
 
     def most_tokens(self, usual: int) -> int:
-        """How long the answer may be, in tokens."""
+        """Return the most tokens that the answer may have."""
         return int(self.body.get("max_completion_tokens") or self.body.get("max_tokens") or usual)
 
     @functools.cached_property
     def size(self) -> int:
-        """The prompt's length in bytes of UTF-8, an image counted as the 4 KB of text that a thousand tokens are."""
+        """The prompt's length in bytes of UTF-8.  An image counts as a thousand tokens, which are 4 KB of text."""
         texts = sum(len(text_of(message).encode("utf-8", "replace")) + 4 for message in self.messages)
         calls = [message["tool_calls"] for message in self.messages if "tool_calls" in message]
         images = sum(1 for _, part in self.parts() if part["type"] == "image_url")
@@ -314,7 +314,7 @@ class ChatRequest:
         return texts + 4096 * images + len(dumps([calls, tools]) if calls or tools else b"[[],[]]")
 
     def parts(self) -> Iterator[tuple[str, Json]]:
-        """Every content part, but for contents that are text alone, with the path that an error should name."""
+        """Yield each content part, except for contents that are one text, with the path for an error's param."""
         for m, message in enumerate(self.messages):
             if not isinstance(message.get("content"), str):
                 for p, part in enumerate(parts_of(message)):
@@ -322,23 +322,23 @@ class ChatRequest:
 
 
 class Use(enum.Enum):
-    """Whether a target may be asked."""
+    """A target's place in the plan: it may be asked, as a last resort only, or not at all."""
     YES, LAST_HOPE, NO = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """How a target is, in a word and in a line, and what that means for its use."""
+    """The state of a target, in a word and in a line, and the use that it allows."""
     state: str
     reason: str = ""
     level: Level = Level.GOOD
     use: Use = Use.YES
-    may_load: bool = True    # whether the device is well enough to load it, were it cold
+    may_load: bool = True    # False while the device is too busy to load it
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which targets to try in which order, which more when all of these have failed, what was left out, and why."""
+    """The targets in order, the last resorts after them, and the excluded ones, with reasons."""
     order: tuple[Target, ...]
     reason: str
     last_hope: tuple[Target, ...] = ()
@@ -352,7 +352,7 @@ MAX_LINE_BYTES = 32 << 20    # of an event in an answer: as much as a request ma
 
 
 class OblixError(Exception):
-    """What a client is told, in OpenAI's shape; each subclass knows its status and type."""
+    """An error for the client, in OpenAI's shape; each subclass knows its status and type."""
     status, type = 500, "server_error"
     code: str | None = None
 
@@ -397,7 +397,7 @@ class UpstreamError(OblixError):
 
     @property
     def brief(self) -> str:
-        """What may stand in a log or a header: our own words, never an upstream's, which may quote the prompt."""
+        """The text for logs and headers: our own words, as an upstream's may quote the prompt."""
         return self.message if self.fault is Fault.DOWN else f"{self.fault.value} ({self.status})"
 
 
@@ -410,7 +410,7 @@ class UsageError(Exception):
 
 
 def parts_of(message: Json) -> list[Json]:
-    """A message's content as a list of parts, whichever form it came in; empty for null."""
+    """Return a message's content as a list of parts, whichever form it came in; empty for null."""
     content = message.get("content")
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
@@ -418,13 +418,13 @@ def parts_of(message: Json) -> list[Json]:
 
 
 def choices_of(chunk: Chunk) -> list[Json]:
-    """The choices of a chunk that may have come from anywhere."""
+    """Return the choices of a chunk that may have come from anywhere."""
     choices = chunk.get("choices")
     return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
 
 
 def has_content(chunk: Chunk) -> bool:
-    """Whether a chunk, or a whole answer, says something that a client would miss."""
+    """Return True if a chunk, or a whole answer, has content that a client would miss."""
     for choice in choices_of(chunk):
         delta = choice.get("delta") or choice.get("message") or {}
         if isinstance(delta, dict) and any(delta.get(name) for name in CONTENT):
@@ -436,13 +436,13 @@ CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal",
 
 
 def is_empty(chunks: Iterable[Chunk]) -> bool:
-    """Whether an answer ended well and yet says nothing.  `length` and `content_filter` say something by themselves."""
+    """Return True if an answer ended normally but has no content; `length` and `content_filter` count as content."""
     return not any(has_content(chunk) or choice.get("finish_reason") not in ("stop", None)
                    for chunk in chunks for choice in choices_of(chunk))
 
 
 def text_of(message: Json) -> str:
-    """The text of a message's content, its parts on lines of their own; refusals count as text."""
+    """Return the text of a message's content, each part on its own line; refusals count as text."""
     content = message.get("content")
     if isinstance(content, str):    # nearly always
         return content
@@ -450,7 +450,7 @@ def text_of(message: Json) -> str:
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text is of printable ASCII alone, so that it may stand in a header or a log as it is."""
+    """Return True if a text is printable ASCII, which a header or a log takes as it is."""
     return text.isascii() and text.isprintable()
 
 
@@ -505,7 +505,7 @@ def is_too_deep(value: Any) -> bool:
 
 
 def dumps(value: Any) -> bytes:
-    """Compact ASCII JSON on one line; non-ASCII is escaped, so that a lone surrogate can't break the encoding."""
+    """Return compact ASCII JSON on one line; escapes keep a lone surrogate from breaking the encoding."""
     return _COMPACT.encode(value).encode("ascii")
 
 
@@ -558,7 +558,7 @@ def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
 
 @functools.lru_cache(64)
 def is_loopback(host: str) -> bool:
-    """Return True if a host is this device whatever any DNS says (RFC 6761, 6.3)."""
+    """Return True if a host is this device by its name alone, without DNS (RFC 6761, 6.3)."""
     address = address_of(host)
     address = getattr(address, "ipv4_mapped", None) or address
     if address is None:    # of short spellings like 127.1 every system makes 127.0.0.1
@@ -826,8 +826,8 @@ class Head:
 def parse_head(first: bytes, more: Iterable[bytes]) -> Head:
     """Return the head that a request's first line and its fields' lines contain.  Raises BadRequest.
 
-    The stdlib reads them as e-mail.  This is strict: it refuses what a server in front of this one might read
-    differently, so that nobody can hide a request in another (RFC 9112, 2.2, 5 and 11.2).
+    The stdlib reads them as e-mail.  This is strict, as a server in front of this one might read a line differently:
+    then a client could hide a request in another (request smuggling; RFC 9112, 2.2, 5 and 11.2).
     """
     start = _REQUEST_LINE.fullmatch(first)
     if not start:
@@ -853,7 +853,7 @@ def parse_head(first: bytes, more: Iterable[bytes]) -> Head:
 def body_kind_refusal(head: Head) -> BadRequest | None:
     """Return the error for an unsupported Content-Type or Content-Encoding, or None.
 
-    A page may send a text or a form to any address without asking first, but JSON only after a preflight.
+    A page may send a text or a form to any address unasked, but JSON only after a preflight.
     """
     kind = head.fields.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not re.fullmatch(r"application/[!-.0-~]+\+json", kind):
@@ -900,7 +900,7 @@ class Guard:
         return bool(self.origins & {origin, "*"} or place and (place == head.authority or is_loopback(host_of(place))))
 
     def is_public(self, head: Head) -> bool:
-        """Return True for a /health without the key that is set: it says only that the server is up."""
+        """Return True for GET /health without the key that is set: its answer has only status and version."""
         return bool(self.key) and head.method in ("GET", "HEAD") and head.path == "/health" and not (
             {"authorization", "api-key"} & head.fields.keys())
 
@@ -1052,7 +1052,7 @@ PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test
 def parse_request(raw: bytes) -> ChatRequest:
     """Return the request that a client's bytes contain.
 
-    Raises BadRequest, which names the parameter, for fields whose type or range is not that of OpenAI's reference.
+    Raises BadRequest, which names the parameter, for a type or range that OpenAI's reference does not allow.
     """
     try:
         body = loads(raw)
@@ -2244,8 +2244,8 @@ class Provider:
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Chunk]:
         """Yield the chunks of the streamed answer to a request.
 
-        Raises UpstreamError for an error among the lines and for an early end, and one of NOT_IN_ITS_FORMAT for a line
-        that is not in the provider's own format.
+        Raises UpstreamError for an error among the lines and for an early end.  Raises one of NOT_IN_ITS_FORMAT for a
+        line that is not in the provider's own format.
         """
         raise NotImplementedError
 
@@ -2323,7 +2323,7 @@ _PERMANENT = ("unsupported_parameter|unsupported_value|unknown_parameter|depreca
 _UNSUPPORTED = "unsupported|not support|unrecognized|unknown.parameter|not permitted|deprecated|may (only|not) be"
 _MONEY = "insufficient_quota|credit.balance|api usage limits|spend_limit|billing_error"
 _TOO_LONG = "prompt is too long|context.(length|size)|input tokens exceed"
-_IN_A_STREAM = 0    # the status of an error that came after a 200 and whose code is no status
+_IN_A_STREAM = 0    # the status of an error after a 200, if its code is not a status
 
 # Statuses, and words in the message, type or code -> fault; the first rule that fits counts.
 _RULES: tuple[tuple[Collection[int], str, Fault], ...] = (
@@ -2367,7 +2367,7 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
 
 
 def _error_fields(text: str) -> dict[str, str]:
-    """Return message, type, code and param of an error body, as far as it has them, in any shape seen so far."""
+    """Return the message, type, code and param that an error body has, in any shape seen so far."""
     try:
         body = loads(text)
     except ValueError:
@@ -2390,7 +2390,7 @@ def redact(text: str, key: str) -> str:
 
 
 def chunk_of(finish_reason: str | None = None, logprobs: Json | None = None, **delta: Any) -> Chunk:
-    """Return a chunk of choice 0.  Raises TypeError where a broken upstream sent something else for text."""
+    """Return a chunk of choice 0.  Raises TypeError where a broken upstream sent another type for text."""
     if not all(isinstance(text, str) for name, text in delta.items() if name != "tool_calls"):
         raise TypeError("text expected")
     return {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]}
@@ -2456,7 +2456,7 @@ def sse_data(lines: Lines) -> Iterator[str]:
 
 
 def event_of(text: str | bytes) -> Json:
-    """Return the JSON object of one event.  Raises UpstreamError for anything else, and for an error in the answer."""
+    """Return the JSON object of one event.  Raises UpstreamError for other JSON, and for an error in the answer."""
     try:
         event = loads(text)
     except ValueError:
@@ -2668,7 +2668,7 @@ class _ToolCalls:
     """The tool calls of one streamed choice, numbered from 0.
 
     Servers repeat ids and names, leave indices out, or give parallel calls the same one (ollama#15457, ollama#7881).
-    vLLM before 0.9 has a new id in each piece of a call, but its name in the first piece only.
+    Older vLLM has a new id in each piece of a call, but the name in the first piece only.
     """
 
     def __init__(self) -> None:
@@ -3235,7 +3235,7 @@ def split_id(text: str) -> tuple[str, str]:
 def configured_targets(settings: Settings) -> tuple[Target, ...]:
     """Return the targets that flags and variables name, local ones first.  Raises UsageError.
 
-    Without --local-model there is no local one here: it depends on the models that Ollama has.
+    Without --local-model none of them is local: the local one depends on the models that Ollama has.
     """
     if settings.cloud_api_key and not settings.cloud_model:
         raise UsageError("--cloud-api-key needs the --cloud-model that it is for")
@@ -5313,7 +5313,7 @@ DONE = b"data: [DONE]\n\n"    # exactly so: some clients reject an extra space
 
 
 def sse(event: Json) -> bytes:
-    """One server-sent event."""
+    """Return a server-sent event."""
     return b"data: " + dumps(event) + b"\n\n"
 
 
@@ -5401,14 +5401,14 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
-    """The chunk as a client may see it: usage only when asked, as many clients index choices[0] unseen."""
+    """Return the chunk as a client may see it, or None: many clients fail at an unasked usage without choices."""
     if include_usage or "usage" not in chunk:
         return chunk
     return {name: value for name, value in chunk.items() if name != "usage"} if choices_of(chunk) else None
 
 
 def fold(chunks: Iterable[Chunk]) -> Json:
-    """One chat.completion out of a translated stream, which has at least one chunk and no choice but 0."""
+    """Return the chat.completion of a translated stream, which has at least one chunk and only choice 0."""
     message: Json = {"role": "assistant", "content": "", "refusal": None}
     choice: Json = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
     whole: Json = {}
@@ -5425,21 +5425,21 @@ def fold(chunks: Iterable[Chunk]) -> Json:
 
 
 def tokens_of(answer: Json) -> int:
-    """The completion tokens that an answer or a chunk tells of, or 0."""
+    """Return the completion tokens that an answer or a chunk counts, or 0."""
     usage = answer.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
     return tokens if isinstance(tokens, int) and 0 <= tokens < MOST_TOKENS else 0
 
 
-# What asks another model to go on.  A prefill would be shorter, but the newer Claude models refuse one.
+# The prompt for another model to continue.  A prefill would be shorter, but the newer Claude models refuse one.
 CONTINUE = ("Your last message was cut off. Continue it exactly where it ends: repeat nothing of it, and say nothing "
             "about the interruption.")
 _NOT_CONTINUED = {"tools", "functions", "response_format", "logprobs", "n", "modalities", "audio", "prediction"}
-LEAST_OVERLAP, OVERLAP = 8, 200    # characters of what was said that a continuation may repeat at its beginning
+LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation may repeat at its beginning
 
 
 def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
-    """What a stream said before it broke off, if another model may continue it: plain text that had not ended."""
+    """Return the text of a stream that broke off, or "" unless it is plain text that had not ended."""
     deltas = [choice.get("delta") or {} for chunk in said for choice in choices_of(chunk)]
     ended = any(choice.get("finish_reason") for chunk in said for choice in choices_of(chunk))
     plain = all(name in ("role", "content", "refusal") and isinstance(delta[name], str)
@@ -5450,7 +5450,7 @@ def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
 
 
 def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | None:
-    """The request for the rest of an answer that said `text` in about so many tokens; None where none is left."""
+    """Return the request for the rest of an answer of about so many tokens, or None if its limit leaves none."""
     body = {**request.body, "messages": [*request.messages, {"role": "assistant", "content": text},
                                          {"role": "user", "content": CONTINUE}]}
     for name in ("max_tokens", "max_completion_tokens"):
@@ -5462,10 +5462,12 @@ def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | 
 
 
 def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iterator[Chunk]:
-    """The chunks of a continuation as if they were the first target's: its id, time and model, no second role, nothing
-    of `text` said again.  The first of them says who continues."""
+    """Yield a continuation's chunks as the first target's: with its id, time and model, without a second role.
+
+    What repeats the end of `text` is left out.  The first chunk names the target that continues.
+    """
     envelope: Json = {**{name: first[name] for name in ("id", "created", "model")}, "oblix": {"continued_by": by}}
-    held: str | None = ""    # what may repeat the end of the text; None when that is settled
+    held: str | None = ""    # a beginning that may repeat the end of the text; None once that is decided
     for chunk in chunks:
         for choice in choices_of(chunk):
             delta = {name: value for name, value in (choice.get("delta") or {}).items() if name != "role"}
@@ -5482,7 +5484,7 @@ def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iter
 
 
 def without_overlap(said: str, more: str) -> str:
-    """`more` without the longest beginning that repeats the end of `said`; a few characters may do so by chance."""
+    """Return `more` without the longest beginning that repeats the end of `said`; a few characters may by chance."""
     for size in range(min(OVERLAP, len(said), len(more)), LEAST_OVERLAP - 1, -1):
         if said.endswith(more[:size]):
             return more[size:]
@@ -5490,7 +5492,7 @@ def without_overlap(said: str, more: str) -> str:
 
 
 def _fold_piece(choice: Json, piece: Json) -> None:
-    """Add what a chunk says to the choice."""
+    """Add a chunk's choice to the whole choice."""
     message, delta = choice["message"], piece["delta"]
     for name in ("content", "reasoning_content", "refusal"):
         if delta.get(name):
@@ -5508,13 +5510,13 @@ def _fold_piece(choice: Json, piece: Json) -> None:
 
 
 def error_body(error: OblixError) -> Json:
-    """The error object that the SDKs read (OpenAI API reference, errors)."""
+    """Return the error object that the SDKs read (OpenAI API reference, errors)."""
     return {"error": {"message": error.message or type(error).__name__, "type": error.type, "param": error.param,
                       "code": error.code}}
 
 
 def error_headers(error: OblixError) -> dict[str, str]:
-    """What tells an SDK whether and when to try again."""
+    """Return the headers by which an SDK decides to retry, and when."""
     headers = {} if error.retry is None else {"x-should-retry": str(error.retry).lower()}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"    # RFC 9110, 15.5.2
@@ -5524,13 +5526,13 @@ def error_headers(error: OblixError) -> dict[str, str]:
 
 
 def answer_headers(target: Target, reason: str, attempts: int) -> dict[str, str]:
-    """Who answered, and why."""
+    """Return the headers that name the target that answered, and the reason."""
     return {"x-oblix-model": target.id, "x-oblix-side": target.side.value, "x-oblix-reason": reason,
             "x-oblix-attempts": str(attempts)}
 
 
 def models_body(models: Iterable[tuple[str, int, str]]) -> Json:
-    """GET /v1/models."""
+    """Return the body of GET /v1/models."""
     return {"object": "list", "data": [{"id": id, "object": "model", "created": created, "owned_by": owner}
                                        for id, created, owner in models]}
 
