@@ -194,36 +194,30 @@ class Fault(enum.Enum):
         return self not in (Fault.CLIENT, Fault.LATE)
 
 
-@dataclasses.dataclass(frozen=True)
-class Endpoint:
+class Endpoint(NamedTuple):
     """One upstream server: its dialect, its address, and the headers it wants."""
     provider: str
-    base_url: str                                              # without a trailing slash
-    key: str = dataclasses.field(default="", repr=False)
+    base_url: str                               # without a trailing slash
+    key: str = ""
     headers: tuple[tuple[str, str], ...] = ()
-    key_variable: str = ""                                     # named in advice; "" where no key is needed
+    key_variable: str = ""                      # named in advice; "" where no key is needed
+
+    def __repr__(self) -> str:    # without the key
+        return f"Endpoint({self.provider} at {self.base_url})"
 
     @property
     def lacks_key(self) -> bool:
         """True if it wants a key that is not configured."""
         return bool(self.key_variable) and not self.key
 
-    @functools.cached_property
+    @property
     def on_device(self) -> bool:
         """True if it runs on this device, as its address tells: then the device's load is its own."""
         host = host_of(self.base_url)
         return is_loopback(host) or host in ("0.0.0.0", "::")    # what servers print as where they listen
 
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash((self.provider, self.base_url, self.key))
 
-    def __hash__(self) -> int:    # a decision looks targets up some 25 times, and each would hash all fields
-        return self._hash
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Something that can answer: a model at an endpoint."""
     endpoint: Endpoint
     model: str
@@ -233,13 +227,6 @@ class Target:
     def id(self) -> str:
         """The name clients address it by, e.g. `ollama:llama3.2`."""
         return f"{self.endpoint.provider}:{self.model}"
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash((self.endpoint, self.model, self.side))
-
-    def __hash__(self) -> int:
-        return self._hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3260,7 +3247,7 @@ def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
         raise UsageError(f"{flag}: name a model, like {provider}:NAME or {provider}:NAME@http://host:port/v1")
     usual = PROVIDERS[provider].endpoint(settings)
     # The usual key is not meant for another server.
-    endpoint = Endpoint(provider, url.rstrip("/"), key) if at else dataclasses.replace(usual, key=key or usual.key)
+    endpoint = Endpoint(provider, url.rstrip("/"), key) if at else usual._replace(key=key or usual.key)
     if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[!-~]*)?", endpoint.base_url):
         raise UsageError(f"{endpoint.base_url} is not an address like https://host/v1")
     if side is Side.LOCAL and not may_be_local(endpoint, model):
