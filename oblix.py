@@ -2451,21 +2451,19 @@ def event_of(text: str | bytes) -> Json:
     if not isinstance(event, dict):
         raise UpstreamError("a piece of the answer is not a JSON object", code="bad_upstream_answer")
     words = event.get("message", event.get("detail"))
+    error = event.get("error")
     if "error" in (event.get("object"), event.get("type")) or isinstance(words, str) and "choices" not in event:
-        event = {"error": event.get("error") or event}    # flat: vLLM's older versions, what follows `event: error`
-    if event.get("error"):
-        raise _error_event(event)
+        error = error or event    # flat: vLLM's older versions, what follows `event: error`
+    if error:
+        named = error if isinstance(error, dict) else {}
+        code = str(named.get("code"))
+        status = _STATUS_OF.get(code) or _STATUS_OF.get(str(named.get("type"))) or (
+            int(code) if re.fullmatch("[45][0-9]{2}", code) else _IN_A_STREAM)
+        raise classify(status, dumps({"error": error}).decode())
     return event
 
 
-def _error_event(event: Json) -> UpstreamError:
-    """Return the error that an answer contains: its type, or a code that is one, tells the status."""
-    error = event["error"] if isinstance(event["error"], dict) else {}
-    code = str(error.get("code"))
-    number = int(code) if re.fullmatch("[45][0-9]{2}", code) else _IN_A_STREAM
-    return classify(_STATUS_OF.get(code) or _STATUS_OF.get(str(error.get("type"))) or number, dumps(event).decode())
-
-
+# The status of an error in an answer, by its code or type.
 _STATUS_OF = {"invalid_request_error": 400, "context_length_exceeded": 400, "authentication_error": 401,
               "billing_error": 402, "permission_error": 403, "not_found_error": 404, "model_not_found": 404,
               "rate_limit_error": 429, "rate_limit_exceeded": 429, "insufficient_quota": 429,
@@ -2499,11 +2497,6 @@ def modernised(messages: Sequence[Json]) -> list[Json]:
             message.update(role="tool", tool_call_id=f"call_{number - 1}")
         converted.append(message)
     return converted
-
-
-def bearer(key: str) -> dict[str, str]:
-    """Return the header that states a key, if there is one."""
-    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def is_at(url: str, vendor: str) -> bool:
@@ -2588,7 +2581,7 @@ class OpenAI(Provider):
                         self.key_variable if is_at(url, self.vendor) else "")
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        return {**bearer(endpoint.key), **dict(endpoint.headers)}
+        return {**present({"Authorization": endpoint.key and f"Bearer {endpoint.key}"}), **dict(endpoint.headers)}
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0) -> Json:
         payload = {"model": target.model, **request.body}
@@ -2696,7 +2689,7 @@ class Ollama(Provider):
         return Endpoint(self.name, ollama_url(settings.ollama_host))
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        return bearer(endpoint.key)    # ollama.com wants one
+        return present({"Authorization": endpoint.key and f"Bearer {endpoint.key}"})    # ollama.com wants one
 
     def refuse_part(self, part: Json) -> str | None:
         if part["type"] == "image_url":
@@ -3192,20 +3185,20 @@ def _text_blocks(text: str) -> list[Json]:
 
 def claude_content(message: Json) -> list[Json]:
     """Return a message's parts as blocks; `refuse_part` has seen them before."""
-    return [block for part in parts_of(message) for block in _claude_blocks(part)]
-
-
-def _claude_blocks(part: Json) -> list[Json]:
-    if part["type"] in ("text", "refusal"):
-        return _text_blocks(part[part["type"]])
-    kind = "image" if part["type"] == "image_url" else "document"
-    url = part["image_url"]["url"] if kind == "image" else part["file"]["file_data"]
-    media_type, data = data_url(url) or ("", "")
-    source = {"type": "base64", "media_type": media_type, "data": data} if data else {"type": "url", "url": url}
-    if media_type.startswith("text/"):
-        text = base64.b64decode(data).decode("utf-8", "replace")
-        source = {"type": "text", "media_type": "text/plain", "data": text}
-    return [{"type": kind, "source": source}]
+    blocks: list[Json] = []
+    for part in parts_of(message):
+        if part["type"] in ("text", "refusal"):
+            blocks.extend(_text_blocks(part[part["type"]]))
+            continue
+        kind = "image" if part["type"] == "image_url" else "document"
+        url = part["image_url"]["url"] if kind == "image" else part["file"]["file_data"]
+        media_type, data = data_url(url) or ("", "")
+        source = {"type": "base64", "media_type": media_type, "data": data} if data else {"type": "url", "url": url}
+        if media_type.startswith("text/"):
+            text = base64.b64decode(data).decode("utf-8", "replace")
+            source = {"type": "text", "media_type": "text/plain", "data": text}
+        blocks.append({"type": kind, "source": source})
+    return blocks
 
 
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in (Ollama(), OpenAI(), Claude())}
