@@ -760,6 +760,12 @@ _TARGET = re.compile(r"(?:(?i:https?)://([^/?#]*))?(?:/v1(?=[/?#]|$))?([^?#]*)")
 _ONCE = frozenset(["authorization", "content-length", "content-type", "host", "origin", "transfer-encoding"])
 
 
+@functools.lru_cache(32)
+def _path_of(target: str) -> str:
+    found = _TARGET.match(target)
+    return (found[2] if found else "").rstrip("/") or "/"
+
+
 def is_size(text: str) -> bool:
     """Return True if a text is a size in bytes, as Content-Length has it."""
     return text.isascii() and text.isdecimal() and len(text) <= 18
@@ -773,11 +779,10 @@ class Head:
     version: str
     fields: Mapping[str, str]
 
-    @functools.cached_property
+    @property
     def path(self) -> str:
         """The path without query, /v1 and trailing slash; still percent-encoded."""
-        found = _TARGET.match(self.target)
-        return (found[2] if found else "").rstrip("/") or "/"
+        return _path_of(self.target)
 
     @property
     def authority(self) -> str | None:
@@ -2405,20 +2410,21 @@ def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
 
     What follows a closing brace is held until the next one: only after the last brace is it outside of the object.
     """
-    begun, closed, held = False, False, ""
+    begun, closed, held = False, False, list[str]()
     for chunk in chunks:
         for choice in choices_of(chunk):
-            text = held + choice["delta"].pop("content", "")
+            text = choice["delta"].pop("content", "")
             if not begun and "{" in text:
-                begun, text = True, text[text.index("{"):]
+                begun, held, text = True, [], text[text.index("{"):]
             closed = closed or begun and "}" in text
-            end = text.rfind("}") + 1 if closed else len(text) if begun else 0
-            if choice["finish_reason"] and (not begun or choice["finish_reason"] == "length"):
-                end = len(text)    # no JSON at all, or a part of it
-            held = text[end:]
-            if end or "role" in choice["delta"]:
-                yield chunk_of(**{**choice["delta"], "content": text[:end]})
-                choice["delta"] = {}
+            size = text.rfind("}") + 1 if closed else len(text) if begun else 0
+            if choice["finish_reason"] == "length" or choice["finish_reason"] and not begun:
+                size = len(text) + 1    # a part of the object, or no JSON at all: nothing is held
+            held.append(text[:size])
+            if size or "role" in choice["delta"]:
+                yield chunk_of(**{**choice["delta"], "content": "".join(held)})
+                choice["delta"], held = {}, []
+            held.append(text[size:])
             if choice["delta"] or choice["finish_reason"]:
                 yield chunk
         if not choices_of(chunk):    # usage
