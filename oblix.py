@@ -213,7 +213,7 @@ class Endpoint(NamedTuple):
     @property
     def on_device(self) -> bool:
         """True if it runs on this device, as its address tells: then the device's load is its own."""
-        host = host_of(self.base_url)
+        host = host_in(self.base_url)
         return is_loopback(host) or host in ("0.0.0.0", "::")    # what servers print as where they listen
 
 
@@ -525,13 +525,18 @@ _MODEL_IN = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("' + LITERAL.pattern + rb
 
 
 @functools.lru_cache(64)    # clients and settings name few hosts
-def host_of(place: str) -> str:
-    """Return the host in a host[:port] or a URL, in lower case, or "" if there is none."""
-    found = _PLACE.fullmatch(place.lower())
-    return found["host"].strip("[]").rstrip(".") if found else ""
+def host_of(authority: str) -> str:
+    """Return the host in a host[:port], in lower case, or "" if there is none."""
+    found = _AUTHORITY.fullmatch(authority.lower())
+    return found[1].strip("[]").rstrip(".") if found else ""
 
 
-_PLACE = re.compile(r"(https?://)?(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{0,5})?(?(1)(/.*)?)", re.S)
+_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
+
+
+def host_in(url: str) -> str:
+    """Return the host in a URL, as `host_of` does."""
+    return host_of(url.partition("://")[2].partition("/")[0])
 
 
 @functools.lru_cache(64)
@@ -2507,7 +2512,7 @@ def modernised(messages: Sequence[Json]) -> list[Json]:
 
 def is_at(url: str, vendor: str) -> bool:
     """Return True if a URL's host is a vendor's, or one of its regions like eu.api.openai.com."""
-    return f".{host_of(url)}".endswith(f".{vendor}")
+    return f".{host_in(url)}".endswith(f".{vendor}")
 
 
 def present(fields: Json) -> Json:

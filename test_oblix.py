@@ -8234,7 +8234,7 @@ NOT_OUR_NAMES = [
     "localhost,evil.example", "evil.example,localhost", "localhost evil.example", "localhost\tevil",
     "localhost\\.evil.example", "evil.example:localhost", "localhost:1:2", "localhost%00.evil.example",
     "[::1].evil.example", "[::1", "::1]", "[evil.example]", "[localhost]", "l\xf6calhost", "a!b.evil.example", ":62549",
-    ".", "*", "host",
+    ".", "*", "host", "http://localhost", "localhost/",
 ]
 ADDRESSES = [  # target, version, Host (None is no such header), statuses
     ("http://localhost/health", "1.1", "localhost", {200}), ("HTTP://LOCALHOST:1/health", "1.1", "x", {200}),
