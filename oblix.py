@@ -1026,11 +1026,13 @@ FIELDS: dict[str, Rule] = {
 NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop": [], "tools": [], "functions": [],
           "logit_bias": {}, "modalities": ["text"], "response_format": {"type": "text"}}
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES: dict[str | None, tuple[str, ...]] = {    # role of a message -> the fields that it must have
+    "system": ("content",), "developer": ("content",), "user": ("content",), "assistant": (), "function": (),
+    "tool": ("tool_call_id",), None: ("role",)}
 
 _CALL = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
 MESSAGE_FIELDS: dict[str, Rule] = {
-    "role": _one_of(*ROLES), "tool_call_id": _string, "refusal": _string,
+    "role": _one_of(*filter(None, ROLES)), "tool_call_id": _string, "refusal": _string,
     "content": (lambda value: isinstance(value, (str, list)), "must be a string or a list of content parts"),
     "function_call": (lambda value: _is_call({"id": "", "function": value}), 'must be {"name": …, "arguments": "{}"}'),
     "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), f"must be a list of {_CALL}"),
@@ -1092,22 +1094,18 @@ def _message(where: str, message: Any) -> Json:
     """Return a message, checked and without its nulls.  Raises BadRequest."""
     need(isinstance(message, dict), where, "must be an object")
     check_fields(message, MESSAGE_FIELDS, where)
-    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    if role is None or content is None and role in ("system", "developer", "user"):
-        need(False, f"{where}.{'content' if role else 'role'}", "is missing", "missing_required_parameter")
-    if role == "tool":
-        need(message.get("tool_call_id") is not None, f"{where}.tool_call_id", "is missing",
-             "missing_required_parameter")
-    checked: Json = without_nulls(message)
-    if content is None and "content" in message:
-        checked["content"] = None    # servers' chat templates want the field
-    elif isinstance(content, list):
-        checked = {**checked, "content": [_part(f"{where}.content[{number}]", part)
-                                          for number, part in enumerate(content)]}
-    if calls is not None:
-        checked = {**checked, "tool_calls": [without_nulls(call) for call in calls]}
-        if not calls:
-            del checked["tool_calls"]
+    for name in ROLES[message.get("role")]:
+        if message.get(name) is None:
+            need(False, f"{where}.{name}", "is missing", "missing_required_parameter")
+    content, calls = message.get("content"), message.get("tool_calls")
+    # servers' chat templates want a content, if only null
+    checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
+    if isinstance(content, list):
+        checked["content"] = [_part(f"{where}.content[{number}]", part) for number, part in enumerate(content)]
+    if calls:
+        checked["tool_calls"] = [without_nulls(call, call.get("type") or "function") for call in calls]
+    elif calls is not None:
+        del checked["tool_calls"]
     return checked
 
 
@@ -1118,20 +1116,23 @@ def _part(where: str, part: Any) -> Json:
     if kind == "image_url" and isinstance(part.get("image_url"), str):
         part = {**part, "image_url": {"url": part["image_url"]}}
     need(kind not in PARTS or PARTS[kind](part), where, f"is not a well-formed {kind} part")
-    return dict(part)
+    return without_nulls(part, kind)
 
 
 def _tool(where: str, tool: Json) -> Json:
     """Return a tool, checked and without its nulls.  Raises BadRequest."""
     need(_is_tool(tool), where, 'must be like {"type": "function", "function": {"name": …, "description": …, '
                                 '"parameters": {…}}}')
-    inner = without_nulls(tool[tool["type"]])
-    return without_nulls(tool if inner is tool[tool["type"]] else {**tool, tool["type"]: inner})
+    return without_nulls(tool, tool["type"])
 
 
-def without_nulls(fields: Json) -> Json:
-    """Return an object without its nulls."""
-    return {name: value for name, value in fields.items() if value is not None} if None in fields.values() else fields
+def without_nulls(fields: Json, inner: str = "") -> Json:
+    """Return an object without its nulls, and without those of the object in its field `inner`."""
+    kept = {name: value for name, value in fields.items() if value is not None} if None in fields.values() else fields
+    nested = kept.get(inner)
+    if isinstance(nested, dict) and None in nested.values():
+        kept = {**kept, inner: without_nulls(nested)}
+    return kept
 
 
 # === 4. Monitors ======================================================================================================
@@ -2510,6 +2511,7 @@ def modernised(messages: Sequence[Json]) -> list[Json]:
     return converted
 
 
+@functools.lru_cache(64)
 def is_at(url: str, vendor: str) -> bool:
     """Return True if a URL's host is a vendor's, or one of its regions like eu.api.openai.com."""
     return f".{host_in(url)}".endswith(f".{vendor}")
@@ -2745,16 +2747,18 @@ class Ollama(Provider):
         converted: list[Json] = []
         for message in messages:
             role = "system" if message["role"] == "developer" else message["role"]
+            turn: Json = {"role": role, "content": text_of(message)}
             images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
-            calls = [(call["id"], *name_and_arguments(call)) for call in message.get("tool_calls") or ()]
-            names.update({id: name for id, name, _ in calls})
-            converted.append({"role": role, "content": text_of(message), **present({
-                "images": [image[1] for image in images if image],
-                "tool_calls": [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
-                               for id, name, arguments in calls]})})
+            if images:
+                turn["images"] = [image[1] for image in images if image]
+            if message.get("tool_calls"):
+                calls = [(call["id"], *name_and_arguments(call)) for call in message["tool_calls"]]
+                names.update({id: name for id, name, _ in calls})
+                turn["tool_calls"] = [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
+                                      for id, name, arguments in calls]
             if role == "tool":
-                id = message["tool_call_id"]
-                converted[-1].update(tool_call_id=id, tool_name=names.get(id, ""))
+                turn.update(tool_call_id=message["tool_call_id"], tool_name=names.get(message["tool_call_id"], ""))
+            converted.append(turn)
         return converted
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Chunk]:

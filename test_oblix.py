@@ -1156,12 +1156,15 @@ class RequestIn(Case):
     def test_null_counts_as_absent_inside_of_messages_and_tools_too(self):
         call = {"id": "a", "function": {"name": "f", "arguments": "{}"}}
         tool = {"type": "function", "function": {"name": "f"}}
-        request = parsed(messages=[{**HI, "name": None}, {"role": "assistant", "content": None, "refusal": None,
-                                                          "tool_calls": [{**call, "type": None}]}],
+        shown = {"type": "image_url", "image_url": {"url": PNG_URL}}
+        odd = {**shown, "cache_control": None, "image_url": {"url": PNG_URL, "detail": None}}
+        request = parsed(messages=[{**HI, "name": None}, {"role": "user", "content": [odd]},
+                                   {"role": "assistant", "content": None, "refusal": None,
+                                    "tool_calls": [{**call, "type": None}]}],
                          tools=[{**tool, "strict": None, "function": {"name": "f", "parameters": None,
                                                                       "description": None}}])
-        self.assertEqual(request.body, {"messages": [HI, {"role": "assistant", "content": None, "tool_calls": [call]}],
-                                        "tools": [tool]})
+        self.assertEqual(request.body, {"tools": [tool], "messages": [
+            HI, {"role": "user", "content": [shown]}, {"role": "assistant", "content": None, "tool_calls": [call]}]})
         target = oblix.Target(oblix.Endpoint("ollama", "http://x"), "m", oblix.Side.LOCAL)
         for provider in oblix.PROVIDERS.values():
             self.assertIn("messages", provider.encode(request, target))
