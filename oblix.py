@@ -151,7 +151,7 @@ log = logging.getLogger("oblix")
 # socket, a clock or a provider's dialect.
 
 Json = dict[str, Any]     # a JSON object
-Chunk = dict[str, Any]    # an OpenAI chat.completion.chunk, or the part of one that says something
+Chunk = dict[str, Any]    # an OpenAI chat.completion.chunk, or the part of one that has content
 
 
 class TextForm(NamedTuple):
@@ -883,8 +883,8 @@ class Guard:
             raise BadRequest("Pages of this origin may not use this server. Start Oblix with --allow-origin "
                              f"{head.fields['origin'][:100]} if they should.", status=403, code="origin_not_allowed")
         if self.key and not head.is_preflight and not (self.is_public(head) or self._knows_key(head)):
-            raise BadRequest("The key of this Oblix is missing or wrong: send what --api-key or OBLIX_API_KEY says as "
-                             "`Authorization: Bearer …`.", status=401, type="authentication_error",
+            raise BadRequest("The key of this Oblix is missing or wrong: send the one of --api-key or OBLIX_API_KEY "
+                             "as `Authorization: Bearer …`.", status=401, type="authentication_error",
                              code="invalid_api_key", retry=False)
 
     def _is_ours(self, host: str) -> bool:
@@ -2862,7 +2862,7 @@ def _details(shown: Json) -> Json:
         heads = number.get("attention.head_count", 0)
         usual = number.get("embedding_length", 0) // heads if heads else 0
         row = sum(number.get(f"attention.{name}_length") or usual for name in ("key", "value"))
-        # a key and a value of 16 bits each for every layer and head, as llama.cpp keeps them
+        # llama.cpp keeps a key and a value of 16 bits each for every layer and head
         token_bytes = 2 * number.get("block_count", 0) * number.get("attention.head_count_kv", 0) * row
         return {**present({"can": _able(shown)}), "max_context": number.get("context_length", 0),
                 "token_bytes": token_bytes}
@@ -2886,14 +2886,13 @@ def ollama_url(host: str) -> str:
     The variable is the server's bind address too, so an unspecified address becomes loopback.
     """
     text = host.strip().strip("\"'")
-    scheme, found, rest = text.partition("://")
-    if not found:
-        scheme, rest = ("https" if text == "ollama.com" else "http"), text
-    default = 11434 if not found and scheme == "http" else 443 if scheme == "https" else 80
+    scheme, found, rest = text.rpartition("://")
+    scheme = scheme or ("https" if text == "ollama.com" else "http")
+    default = 443 if scheme == "https" else 80 if found else 11434
     place, slash, path = rest.partition("/")
     name, _, port = place.rpartition(":") if re.search(r"^[^:]*:[^:]*$|\]:", place) else (place, "", "")
-    name = name.strip("[]") or "127.0.0.1"
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
+    name = name.strip("[]")
+    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
     number = int(port) if port.isdecimal() and int(port) < 65536 else default
     return f"{scheme}://{f'[{name}]' if ':' in name else name}:{number}{slash}{path}".rstrip("/")
 
@@ -5419,6 +5418,24 @@ def fold(chunks: Iterable[Chunk]) -> Json:
     return whole
 
 
+def _fold_piece(choice: Json, piece: Json) -> None:
+    """Add a chunk's choice to the whole choice."""
+    message, delta = choice["message"], piece["delta"]
+    for name in ("content", "reasoning_content", "refusal"):
+        if delta.get(name):
+            message[name] = (message.get(name) or "") + delta[name]
+    for call in delta.get("tool_calls", ()):
+        calls = message.setdefault("tool_calls", [])
+        if call["index"] == len(calls):
+            calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
+        else:
+            calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+    if piece["logprobs"]:
+        choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
+        choice["logprobs"]["content"].extend(piece["logprobs"]["content"])
+    choice["finish_reason"] = piece["finish_reason"] or choice["finish_reason"]
+
+
 def tokens_of(answer: Json) -> int:
     """Return the completion tokens that an answer or a chunk counts, or 0."""
     usage = answer.get("usage")
@@ -5484,24 +5501,6 @@ def without_overlap(said: str, more: str) -> str:
         if said.endswith(more[:size]):
             return more[size:]
     return more
-
-
-def _fold_piece(choice: Json, piece: Json) -> None:
-    """Add a chunk's choice to the whole choice."""
-    message, delta = choice["message"], piece["delta"]
-    for name in ("content", "reasoning_content", "refusal"):
-        if delta.get(name):
-            message[name] = (message.get(name) or "") + delta[name]
-    for call in delta.get("tool_calls", ()):
-        calls = message.setdefault("tool_calls", [])
-        if call["index"] == len(calls):
-            calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
-        else:
-            calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-    if piece["logprobs"]:
-        choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
-        choice["logprobs"]["content"].extend(piece["logprobs"]["content"])
-    choice["finish_reason"] = piece["finish_reason"] or choice["finish_reason"]
 
 
 def error_body(error: OblixError) -> Json:

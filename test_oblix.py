@@ -2922,9 +2922,8 @@ class SentUpstream(Case):
                 self.assertEqual(self.sent("openai", fields), {**chat(**fields), "model": "gpt-test"})
 
     def test_hints_that_a_provider_does_not_know_are_left_out(self):
-        self.assertEqual(differences(none_of(*HINTS), self.sent("ollama", HINTS)), [])
-        for_claude = {name for name in HINTS if name != "metadata"}  # Claude has a metadata of its own
-        self.assertEqual(differences(none_of(*for_claude), self.sent("claude", HINTS)), [])
+        for name in ("ollama", "claude"):
+            self.assertEqual(differences(none_of(*HINTS), self.sent(name, HINTS)), [])
         self.assertEqual(differences(HINTS, self.sent("openai", HINTS)), [])
 
     def test_each_gets_its_own_key_and_no_other(self):
