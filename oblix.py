@@ -90,7 +90,7 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -127,7 +127,7 @@ log = logging.getLogger("oblix")
 # socket, a clock or a provider's dialect.
 
 Json = dict[str, Any]     # a JSON object
-Chunk = dict[str, Any]    # an OpenAI chat.completion.chunk, or the part of one that says something
+Chunk = dict[str, Any]    # an OpenAI chat.completion.chunk, or the part of one that has content
 
 
 class TextEvent(NamedTuple):
@@ -141,13 +141,13 @@ class Texts(list[bytes]):
 
 
 class Side(str, enum.Enum):
-    """Where a target runs: on (or beside) the device, or in the cloud."""
+    """The place where a target runs: on or near the device, or in the cloud."""
     LOCAL = "local"
     CLOUD = "cloud"
 
 
 class Level(enum.IntEnum):
-    """How well a side can answer; each side shows it in its own words (`WORDS`)."""
+    """A side's ability to answer; each side has its own words for it (`WORDS`)."""
     GOOD, STRAINED, OUT = range(3)
 
 
@@ -155,52 +155,47 @@ WORDS = {Side.LOCAL: ("available", "constrained", "critical"), Side.CLOUD: ("opt
 
 
 class Fault(enum.Enum):
-    """Why an attempt failed, as far as it decides what to do next."""
+    """The reason why an attempt failed, as far as it decides the next step."""
     DOWN = "transport"          # refused, reset, DNS, TLS, silence, no HTTP, a cut answer
     BUSY = "busy"               # 408 409 425 429 5xx: later it may work
     ACCOUNT = "account"         # 401 402 403, no money: a person must act
     MISSING = "not found"       # 404 of the model; 405, 410 and the like of the path
     CAPABILITY = "capability"   # this model can't do what the request needs
     TOO_LONG = "too long"       # only a larger window helps
-    LOADING = "loading"         # the model is on its way into memory, which is no fault of anybody's
+    LOADING = "loading"         # the model is on its way into memory
     CLIENT = "client"           # the request itself is wrong: no other target would do better
     LATE = "late"               # the time for the whole request is over
 
     @property
     def moves_on(self) -> bool:
-        """Whether another target may do better."""
+        """True if another target may do better."""
         return self not in (Fault.CLIENT, Fault.LATE)
 
 
-@dataclasses.dataclass(frozen=True)
-class Endpoint:
-    """One upstream server: the dialect it speaks, where it is, and what it wants to see."""
+class Endpoint(NamedTuple):
+    """One upstream server: its dialect, its address, and the headers it wants."""
     provider: str
-    base_url: str                                              # without a trailing slash
-    key: str = dataclasses.field(default="", repr=False)
+    base_url: str                               # without a trailing slash
+    key: str = ""
     headers: tuple[tuple[str, str], ...] = ()
-    key_variable: str = ""                                     # named in advice; "" where no key is needed
+    key_variable: str = ""                      # named in advice; "" where no key is needed
+
+    def __repr__(self) -> str:    # without the key
+        return f"Endpoint({self.provider} at {self.base_url})"
 
     @property
     def lacks_key(self) -> bool:
-        """Whether it wants a key that is not configured."""
+        """True if it wants a key that is not configured."""
         return bool(self.key_variable) and not self.key
 
-    @functools.cached_property
+    @property
     def on_device(self) -> bool:
-        """Whether it runs on this device, as far as its address tells: then the device's load is its own."""
-        return bool(re.match(r"https?://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", self.base_url))
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash((self.provider, self.base_url, self.key))
-
-    def __hash__(self) -> int:    # a decision looks targets up some 25 times, each of which would hash all fields anew
-        return self._hash
+        """True if it runs on this device, as its address tells: then the device's load is its own."""
+        host = host_in(self.base_url)
+        return is_loopback(host) or host in ("0.0.0.0", "::")    # what servers print as where they listen
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Something that can answer: a model at an endpoint."""
     endpoint: Endpoint
     model: str
@@ -211,17 +206,10 @@ class Target:
         """The name clients address it by, e.g. `ollama:llama3.2`."""
         return f"{self.endpoint.provider}:{self.model}"
 
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash((self.endpoint, self.model, self.side))
-
-    def __hash__(self) -> int:
-        return self._hash
-
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model that an endpoint says it has.  Zero and None mean that it does not say."""
+    """A model that an endpoint lists.  Zero or None means unknown."""
     name: str
     created: int = 0                    # unix seconds
     remote: bool = False                # an Ollama name that is answered by ollama.com
@@ -248,12 +236,12 @@ class Reading:
     level: Level
     reason: str                                 # "" while all is well
     facts: Json
-    endpoint: Endpoint | None = None            # None: it speaks about the whole side
-    models: tuple[Model, ...] | None = None     # what the endpoint has; None where it does not say
+    endpoint: Endpoint | None = None            # None: it is about the whole side
+    models: tuple[Model, ...] | None = None     # of the endpoint; None if it lists none
     known: bool = True                          # False before the first sample: optimism, not evidence
 
     def made_stale(self, monitor: str) -> Reading:
-        """The same, with the fact that its monitor has failed to take a newer one."""
+        """Return a copy with the fact that its monitor has failed to take a newer one."""
         return dataclasses.replace(self, facts={**self.facts, f"{monitor}_stale": True})
 
 
@@ -278,7 +266,7 @@ class ChatRequest:
         return dumps(payload["model"]).join(self.around)
 
     def most_tokens(self, usual: int) -> int:
-        """How long the answer may be, in tokens."""
+        """Return the most tokens that the answer may have."""
         return int(self.body.get("max_completion_tokens") or self.body.get("max_tokens") or usual)
 
     @functools.cached_property
@@ -298,7 +286,7 @@ class ChatRequest:
 
     @functools.cached_property
     def size(self) -> int:
-        """The prompt's length in bytes of UTF-8, an image counted as the 4 KB of text that a thousand tokens are."""
+        """The prompt's length in bytes of UTF-8.  An image counts as a thousand tokens, which are 4 KB of text."""
         texts = sum(len(text_of(message).encode("utf-8", "replace")) + 4 for message in self.messages)
         calls = [message["tool_calls"] for message in self.messages if "tool_calls" in message]
         images = sum(1 for _, part in self.parts() if part["type"] == "image_url")
@@ -306,7 +294,7 @@ class ChatRequest:
         return texts + 4096 * images + len(dumps([calls, tools]) if calls or tools else b"[[],[]]")
 
     def parts(self) -> Iterator[tuple[str, Json]]:
-        """Every content part, but for contents that are text alone, with the path that an error should name."""
+        """Yield each content part, except for contents that are one text, with the path for an error's param."""
         for m, message in enumerate(self.messages):
             if not isinstance(message.get("content"), str):
                 for p, part in enumerate(parts_of(message)):
@@ -314,23 +302,23 @@ class ChatRequest:
 
 
 class Use(enum.Enum):
-    """Whether a target may be asked."""
+    """A target's place in the plan: it may be asked, as a last resort only, or not at all."""
     YES, LAST_HOPE, NO = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """How a target is, in a word and in a line, and what that means for its use."""
+    """The state of a target, in a word and in a line, and the use that it allows."""
     state: str
     reason: str = ""
     level: Level = Level.GOOD
     use: Use = Use.YES
-    may_load: bool = True    # whether the device is well enough to load it, were it cold
+    may_load: bool = True    # False while the device is too busy to load it
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which targets to try in which order, which more when all of these have failed, what was left out, and why."""
+    """The targets in order, the last resorts after them, and the excluded ones, with reasons."""
     order: tuple[Target, ...]
     reason: str
     last_hope: tuple[Target, ...] = ()
@@ -348,7 +336,7 @@ MAX_LINE_BYTES = 32 << 20    # of an event in an answer: as much as a request ma
 
 
 class OblixError(Exception):
-    """What a client is told, in OpenAI's shape; each subclass knows its status and type."""
+    """An error for the client, in OpenAI's shape; each subclass knows its status and type."""
     status, type = 500, "server_error"
     code: str | None = None
 
@@ -393,7 +381,7 @@ class UpstreamError(OblixError):
 
     @property
     def brief(self) -> str:
-        """What may stand in a log or a header: our own words, never an upstream's, which may quote the prompt."""
+        """The text for logs and headers: our own words, as an upstream's may quote the prompt."""
         return self.message if self.fault is Fault.DOWN else f"{self.fault.value} ({self.status})"
 
 
@@ -406,7 +394,7 @@ class UsageError(Exception):
 
 
 def parts_of(message: Json) -> list[Json]:
-    """A message's content as a list of parts, whichever form it came in; empty for null."""
+    """Return a message's content as a list of parts, whichever form it came in; empty for null."""
     content = message.get("content")
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
@@ -414,13 +402,13 @@ def parts_of(message: Json) -> list[Json]:
 
 
 def choices_of(chunk: Chunk) -> list[Json]:
-    """The choices of a chunk that may have come from anywhere."""
+    """Return the choices of a chunk that may have come from anywhere."""
     choices = chunk.get("choices")
     return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
 
 
 def has_content(chunk: Chunk) -> bool:
-    """Whether a chunk, or a whole answer, says something that a client would miss."""
+    """Return True if a chunk, or a whole answer, has content that a client would miss."""
     for choice in choices_of(chunk):
         delta = choice.get("delta") or choice.get("message") or {}
         if isinstance(delta, dict) and any(delta.get(name) for name in CONTENT):
@@ -432,13 +420,13 @@ CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal",
 
 
 def is_empty(chunks: Iterable[Chunk]) -> bool:
-    """Whether an answer ended well and yet says nothing.  `length` and `content_filter` say something by themselves."""
+    """Return True if an answer ended normally but has no content; `length` and `content_filter` count as content."""
     return not any(has_content(chunk) or choice.get("finish_reason") not in ("stop", None)
                    for chunk in chunks for choice in choices_of(chunk))
 
 
 def text_of(message: Json) -> str:
-    """The text of a message's content, its parts on lines of their own; refusals count as text."""
+    """Return the text of a message's content, each part on its own line; refusals count as text."""
     content = message.get("content")
     if isinstance(content, str):    # nearly always
         return content
@@ -446,58 +434,62 @@ def text_of(message: Json) -> str:
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text is of printable ASCII alone, so that it may stand in a header or a log as it is."""
+    """Return True if a text is printable ASCII, which a header or a log takes as it is."""
     return text.isascii() and text.isprintable()
 
 
 def finite(text: str) -> float:
-    """The finite number in a text.  Raises ValueError."""
+    """Return the finite number in a text.  Raises ValueError."""
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"number out of range: {text[:20]}")
+        raise ValueError("number out of range")
     return number
 
 
 def integer(digits: str) -> int:
-    """The integer that JSON writes as these digits.  Raises ValueError."""
+    """Return the integer that JSON writes as these digits.  Raises ValueError."""
     if len(digits) > MAX_DIGITS:
-        raise ValueError(f"number out of range: {digits[:20]}")
+        raise ValueError("number out of range")
     return int(digits)
 
 
-MAX_DIGITS = 4300    # Python's own limit, which old patch releases lack: the work grows with the square
-try:
-    int("9" * (MAX_DIGITS + 1))
-    _integer_of: Callable[[str], int] | None = integer
-except ValueError:
-    _integer_of = None    # the built-in one, which is faster
-_JSON = json.JSONDecoder(parse_float=finite, parse_int=_integer_of, parse_constant=finite)
+MAX_JSON_DEPTH = 100         # tool schemas nest some 10-20 deep; json itself gives up near 1,000
+MAX_JSON_MARKS = 1 << 20     # each may cost 100 bytes of memory ("[[],[],…"); one in a text is about a token
+MAX_DIGITS = 4300            # Python's own limit, which 3.9.2 of Debian 11 lacks: the work grows with the square
+_JSON = json.JSONDecoder(parse_float=finite, parse_int=integer, parse_constant=finite)
 
 
-def loads(text: str | bytes) -> Any:
-    """Parse JSON as RFC 8259 has it: UTF-8, no NaN or Infinity (json.loads lets both in, and writes them out again).
+def loads(raw: str | bytes) -> Any:
+    """Parse JSON as RFC 8259 has it: UTF-8, finite numbers.  Raises ValueError, also for what is too deep or too large.
 
-    Raises ValueError, RecursionError.
+    The error's text does not quote the JSON.
     """
-    if too_rich(text):
-        raise ValueError("too many values")
-    text = text if isinstance(text, str) else text.decode()
-    return _JSON.decode(text[1:] if text[:1] == "\ufeff" else text)    # a BOM
+    text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
+    if len(text) > MAX_JSON_MARKS and sum(map(text.count, ",:[{")) > MAX_JSON_MARKS:
+        raise ValueError(f"more than {MAX_JSON_MARKS:,} commas, colons and brackets")
+    try:
+        value = _JSON.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    # to count in a long text takes longer than to walk through what it contains
+    if (len(text) > 4096 or text.count("[") + text.count("{") > MAX_JSON_DEPTH) and is_too_deep(value):
+        raise ValueError("nested too deeply")
+    return value
 
 
-# Each comma, colon or bracket costs up to some 100 bytes of memory once it is parsed ("[[],[],…" 30 times its size);
-# and one in a text is about a token, of which no model takes a million.
-MAX_JSON_MARKS = 1 << 20
-
-
-def too_rich(text: str | bytes) -> bool:
-    """Whether JSON may have so many values that it is a trap."""
-    marks: Any = ",:[{" if isinstance(text, str) else (b",", b":", b"[", b"{")
-    return len(text) > MAX_JSON_MARKS and sum(map(text.count, marks)) > MAX_JSON_MARKS
+def is_too_deep(value: Any) -> bool:
+    """Return True if JSON nests more than MAX_JSON_DEPTH levels deep."""
+    level: list[Any] = [[value]]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(inner, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def dumps(value: Any) -> bytes:
-    """Compact ASCII JSON on one line; non-ASCII is escaped, so that a lone surrogate can't break the encoding."""
+    """Return compact ASCII JSON on one line; escapes keep a lone surrogate from breaking the encoding."""
     return _COMPACT.encode(value).encode("ascii")
 
 
@@ -529,35 +521,38 @@ _SPELT_OUT = re.compile(rb"\\u00[3-7]")    # a letter or digit, which a name may
 _MODEL_IN = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("' + LITERAL.pattern + rb'")')
 
 
-def deeper_than(value: Any, limit: int) -> bool:
-    """Whether JSON nests more than `limit` levels deep."""
-    level = [value]
-    for _ in range(limit):
-        level = [inner for outer in level if isinstance(outer, (dict, list))
-                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
-        if not level:
-            return False
-    return True
+@functools.lru_cache(64)    # clients and settings name few hosts
+def host_of(authority: str) -> str:
+    """Return the host in a host[:port], in lower case, or "" if there is none."""
+    found = _AUTHORITY.fullmatch(authority.lower())
+    return found[1].strip("[]").rstrip(".") if found else ""
 
 
-def is_too_deep(text: str | bytes, value: Any) -> bool:
-    """Whether JSON nests more than MAX_JSON_DEPTH levels deep; only that with many brackets is walked."""
-    brackets: Any = "{[" if isinstance(text, str) else (b"{", b"[")
-    rich = any(occurs(text, bracket, MAX_JSON_DEPTH // 2) for bracket in brackets)
-    return rich and deeper_than(value, MAX_JSON_DEPTH)
+_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
 
 
-def occurs(text: Any, mark: Any, times: int) -> bool:
-    """Whether a mark occurs so often.  In a long text without many this is ten times faster than to count them all."""
-    at = -1
-    for _ in range(times):
-        at = text.find(mark, at + 1)
-        if at < 0:
-            return False
-    return True
+def host_in(url: str) -> str:
+    """Return the host in a URL, as `host_of` does."""
+    return host_of(url.partition("://")[2].partition("/")[0])
 
 
-MAX_JSON_DEPTH = 100    # tool schemas nest some 10-20 deep; json itself gives up near 1,000
+@functools.lru_cache(64)
+def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the address that a host is, or None if it is a name."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+@functools.lru_cache(64)
+def is_loopback(host: str) -> bool:
+    """Return True if a host is this device by its name alone, without DNS (RFC 6761, 6.3)."""
+    address = address_of(host)
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address is None:    # of short spellings like 127.1 every system makes 127.0.0.1
+        return bool(re.fullmatch(r"(?:.+\.)?localhost|127(?:\.[0-9]+){1,2}", host))
+    return bool(address.is_loopback)
 
 
 # === 2. Settings ======================================================================================================
@@ -766,9 +761,9 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
 
 # === 3. Request in ====================================================================================================
 # uses: 1; pure
-# What does the client want, and may it?  HTTP's heads and OpenAI's types and ranges are checked here and nowhere else:
-# behind `parse_request` every known field has them, null means absent, and unknown fields are kept.  What a provider
-# can't take it says itself (6).
+# What does the client want, and is it allowed to ask?  HTTP's heads and OpenAI's types and ranges are checked here and
+# nowhere else: behind `parse_request` each known field has its type, null means absent, and unknown fields are kept.
+# Section 6 checks the limits of each provider.
 
 # --- 3. The head of a request -----------------------------------------------------------------------------------------
 
@@ -776,27 +771,25 @@ MAX_REQUEST_LINE = 8 << 10    # bytes; nothing here has a long path
 MAX_FIELD_LINE = 16 << 10     # bytes; the longest that browsers and proxies send are tokens of a few KB
 MAX_FIELDS = 100              # as in http.client; the SDKs send some 20
 MAX_HEAD_BYTES = 64 << 10
-CHUNKED = -1                  # the size of a body that tells its size as it comes
+CHUNKED = -1                  # the size of a body that is sent with chunked transfer coding
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
 FIELD_LINE = re.compile(_TOKEN + rb":[\t -~\x80-\xff]*\r\n")
 _FIELD_LINES = re.compile(rb"(?:" + FIELD_LINE.pattern + rb")*")
-# Two of these may be read differently by two servers in a row.
+_TARGET = re.compile(r"(?:(?i:https?)://([^/?#]*))?(?:/v1(?=[/?#]|$))?([^?#]*)")    # authority, path
+# Two servers in a row may read two of these differently.
 _ONCE = frozenset(["authorization", "content-length", "content-type", "host", "origin", "transfer-encoding"])
-
-
-_PATH = re.compile(r"(?:(?i:https?)://[^/?#]*)?(?:/v1(?=[/?#]|$))?([^?#]*)")
 
 
 @functools.lru_cache(32)
 def _path_of(target: str) -> str:
-    found = _PATH.match(target)
-    return (found[1] if found else "").rstrip("/") or "/"
+    found = _TARGET.match(target)
+    return (found[2] if found else "").rstrip("/") or "/"
 
 
 def is_size(text: str) -> bool:
-    """Whether a text is a size in bytes, as Content-Length has it."""
+    """Return True if a text is a size in bytes, as Content-Length has it."""
     return text.isascii() and text.isdecimal() and len(text) <= 18
 
 
@@ -816,18 +809,18 @@ class Head:
     @property
     def authority(self) -> str | None:
         """The host[:port] that it is addressed to, in lower case: a target that names one overrides Host."""
-        found = None if self.target[:1] == "/" else re.match("(?i)https?://([^/?#]*)", self.target)
-        authority = found[1] if found else self.fields.get("host")
+        found = None if self.target[:1] == "/" else _TARGET.match(self.target)
+        authority = found[1] if found and found[1] is not None else self.fields.get("host")
         return None if authority is None else authority.lower()
 
     @property
     def is_preflight(self) -> bool:
-        """Whether a browser asks what a page may send."""
+        """True if a browser asks what a page may send."""
         return self.method == "OPTIONS" and "origin" in self.fields and "access-control-request-method" in self.fields
 
     @property
     def keeps_open(self) -> bool:
-        """Whether the client wants the connection for its next request (RFC 9112, 9.3)."""
+        """True if the client wants the connection for its next request (RFC 9112, 9.3)."""
         options = [option.strip(" \t") for option in self.fields.get("connection", "").lower().split(",")]
         return "close" not in options and (self.version != "HTTP/1.0" or "keep-alive" in options)
 
@@ -845,24 +838,22 @@ class Head:
 
 
 def parse_head(first: bytes, more: Iterable[bytes]) -> Head:
-    """A request's head out of its first line and its fields' lines, each with its end.  Raises BadRequest.
+    """Return the head that a request's first line and its fields' lines contain.  Raises BadRequest.
 
-    Strict where the stdlib, which reads them as e-mail, is not: what another server might read otherwise is refused, so
-    that none in front of this one can be played against it (request smuggling; RFC 9112, 2.2, 5 and 11.2).
+    The stdlib reads them as e-mail.  This is strict, as a server in front of this one might read a line differently:
+    then a client could hide a request in another (request smuggling; RFC 9112, 2.2, 5 and 11.2).
     """
     start = _REQUEST_LINE.fullmatch(first)
     if not start:
-        raise BadRequest("This is no HTTP request line (RFC 9112, 3)." + (
+        raise BadRequest("This is not an HTTP request line (RFC 9112, 3)." + (
             " It looks like TLS: use http:// instead of https://." if first[:1] == b"\x16" else ""), code="bad_request")
     method, target, version = (part.decode("ascii") for part in start.groups())
     if not version.startswith("HTTP/1."):
-        raise BadRequest(f"{version} is not spoken here: use HTTP/1.1.", status=505, code="unsupported_http_version")
-    lines, fields = list(more), dict[str, str]()
-    if not _FIELD_LINES.fullmatch(b"".join(lines)):
-        number = next(number for number, line in enumerate(lines, 2) if not FIELD_LINE.fullmatch(line))
-        raise BadRequest(f"Line {number} of the request's head is no `name: value` that ends in CRLF.",
-                         code="bad_request")
-    for line in b"".join(lines).decode("latin-1").split("\r\n")[:-1]:
+        raise BadRequest(f"{version} is not supported: use HTTP/1.1.", status=505, code="unsupported_http_version")
+    lines, fields = b"".join(more), dict[str, str]()
+    if not _FIELD_LINES.fullmatch(lines):
+        raise BadRequest("A line of the request's head is not `name: value` and CRLF.", code="bad_request")
+    for line in lines.decode("latin-1").split("\r\n")[:-1]:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in _ONCE and name in fields:
@@ -874,9 +865,9 @@ def parse_head(first: bytes, more: Iterable[bytes]) -> Head:
 
 
 def body_kind_refusal(head: Head) -> BadRequest | None:
-    """What is wrong with the kind of body, if anything.
+    """Return the error for an unsupported Content-Type or Content-Encoding, or None.
 
-    A page may send a text or a form to any address without asking first, but JSON only after a preflight.
+    A page may send a text or a form to any address unasked, but JSON only after a preflight.
     """
     kind = head.fields.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not re.fullmatch(r"application/[!-.0-~]+\+json", kind):
@@ -887,77 +878,55 @@ def body_kind_refusal(head: Head) -> BadRequest | None:
     return None
 
 
-# --- 3. Who may ask ---------------------------------------------------------------------------------------------------
+# --- 3. Access --------------------------------------------------------------------------------------------------------
 
-_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
 EXPOSED = "x-oblix-model, x-oblix-side, x-oblix-reason, x-oblix-attempts, x-request-id, x-should-retry, retry-after"
-
-
-@functools.lru_cache(32)    # of the few names that clients use
-def _name_in(authority: str) -> str:
-    """The host's name in a lower-case host[:port], or ""."""
-    found = _AUTHORITY.fullmatch(authority)
-    return found[1].strip("[]").rstrip(".") if found else ""
-
-
-@functools.lru_cache(32)
-def address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that a host's name is; None for a name that has to be looked up."""
-    try:
-        return ipaddress.ip_address(name)
-    except ValueError:
-        return None
-
-
-@functools.lru_cache(32)
-def is_loopback(name: str) -> bool:
-    """Whether a host's name or address is this device whatever any DNS says (RFC 6761, 6.3)."""
-    address = address_of(name)
-    return name == "localhost" or name.endswith(".localhost") or address is not None and address.is_loopback
 
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """Who may ask: who knows the key if there is one, calls by a name of ours, and is no page of somebody else's."""
+    """Access control: the API key if one is set, the Host header, the Origin header."""
     key: str = dataclasses.field(default="", repr=False)
-    names: frozenset[str] = frozenset()      # of this server, in lower case, beside localhost and addresses
-    origins: frozenset[str] = frozenset()    # of pages, in lower case, beside those on localhost; or "*"
+    names: frozenset[str] = frozenset()      # of this server, in lower case; localhost and addresses are too
+    origins: frozenset[str] = frozenset()    # of pages, in lower case, or "*"; pages on localhost may ask too
 
     def check(self, head: Head) -> None:
-        """Raises OblixError unless the request may be answered."""
-        if not self.key and head.authority is not None and not self._is_ours(head.authority):
-            # A page whose own name leads here (DNS rebinding) is of the same origin for the browser.
+        """Raise OblixError unless the client may ask."""
+        if not self.key and head.authority is not None and not self._is_ours(host_of(head.authority)):
+            # For the browser, a page whose own name leads here (DNS rebinding) is of the same origin.
             raise BadRequest("The Host header is none of this server's names. Use localhost or an IP address, or start "
                              "Oblix with --allow-host NAME, or with an --api-key.", status=403, code="host_not_allowed")
         if "origin" in head.fields and not self.welcomes(head):
             raise BadRequest("Pages of this origin may not use this server. Start Oblix with --allow-origin "
                              f"{head.fields['origin'][:100]} if they should.", status=403, code="origin_not_allowed")
         if self.key and not head.is_preflight and not (self.is_public(head) or self._knows_key(head)):
-            raise BadRequest("The key of this Oblix is missing or wrong: send what --api-key or OBLIX_API_KEY says as "
-                             "`Authorization: Bearer …`.", status=401, type="authentication_error",
+            raise BadRequest("The key of this Oblix is missing or wrong: send the one of --api-key or OBLIX_API_KEY "
+                             "as `Authorization: Bearer …`.", status=401, type="authentication_error",
                              code="invalid_api_key", retry=False)
 
-    def _is_ours(self, authority: str) -> bool:
-        name = _name_in(authority)
-        return name in self.names or is_loopback(name) or address_of(name) is not None
+    def _is_ours(self, host: str) -> bool:
+        return host in self.names or is_loopback(host) or address_of(host) is not None
 
     def welcomes(self, head: Head) -> bool:
-        """Whether the page that asks may: one of this device, of this server's own, or of an allowed origin."""
+        """Return True if the page that asks is of this device, of this server itself, or of an allowed origin."""
         origin = head.fields.get("origin", "").lower()
         place = origin.partition("://")[2]
-        return bool(self.origins & {origin, "*"} or place and (place == head.authority or is_loopback(_name_in(place))))
+        return bool(self.origins & {origin, "*"} or place and (place == head.authority or is_loopback(host_of(place))))
 
     def is_public(self, head: Head) -> bool:
-        """Whether it is asked, without the key that there is, if the server is up."""
-        return bool(self.key) and head.method in ("GET", "HEAD") and head.path == "/health" and not _keys(head)
+        """Return True for GET /health without the key that is set: its answer has only status and version."""
+        return bool(self.key) and head.method in ("GET", "HEAD") and head.path == "/health" and not (
+            {"authorization", "api-key"} & head.fields.keys())
 
     def _knows_key(self, head: Head) -> bool:
         import hmac  # which loads libcrypto: see the imports
-        key = self.key.encode()    # equal in constant time, so that it can't be found letter by letter
-        return any(hmac.compare_digest(key, given) for given in _keys(head))
+        scheme, _, token = head.fields.get("authorization", "").partition(" ")
+        given = [token.strip() if scheme.lower() == "bearer" else "", head.fields.get("api-key", "")]
+        key = self.key.encode()    # in constant time, so that nobody finds it letter by letter
+        return any(hmac.compare_digest(key, one.encode("latin-1")) for one in given)
 
     def cors_headers(self, head: Head) -> dict[str, str]:
-        """What a browser must read in the answer so that the page may (Fetch standard, 3.2)."""
+        """Return the headers that let a page read the answer (Fetch standard, 3.2)."""
         if "origin" not in head.fields or not self.welcomes(head):
             return {}
         asked, allowed = head.fields, {"Access-Control-Allow-Origin": head.fields["origin"], "Vary": "Origin"}
@@ -970,121 +939,123 @@ class Guard:
         return allowed
 
 
-def _keys(head: Head) -> list[bytes]:
-    """The keys that a request gives."""
-    scheme, _, token = head.fields.get("authorization", "").partition(" ")
-    given = [token.strip()] if scheme.lower() == "bearer" else [""] if scheme else []
-    given += [head.fields["api-key"]] if "api-key" in head.fields else []
-    return [key.encode("latin-1") for key in given]
-
-
 # --- 3. The chat request ----------------------------------------------------------------------------------------------
 
-Check = Callable[[Any], Optional[str]]    # a value -> what is wrong with it, or None
+Rule = tuple[Callable[[Any], object], str]    # a test of a value, and the words for what passes it
 
-MAX_MODEL_NAME = 256    # the name goes into headers and logs
-
-
-def _kind(kind: type, words: str) -> Check:
-    return lambda value: None if isinstance(value, kind) else f"must be {words}"
+MAX_MODEL_NAME = 256    # characters: the name goes into headers and logs
 
 
-def _number(low: float, high: float, kinds: tuple[type, ...] = (int, float), words: str = "a number") -> Check:
-    def check(value: Any) -> str | None:
-        # subtle: type(), not isinstance(): True is an int, and `"temperature": true` must not pass for 1
-        fits = type(value) in kinds and low <= value <= high
-        return None if fits else f"must be {words} from {low} to {high}"
-    return check
+def need(ok: object, param: str, must: str, code: str = "invalid_value") -> None:
+    """Raise BadRequest, which names the parameter and what it must be, unless a test of it passed."""
+    if not ok:
+        raise BadRequest(f"{param} {must}.", param=param, code=code)
 
 
-def _integer(low: int, high: int) -> Check:
+def check_fields(fields: Json, rules: Mapping[str, Rule], where: str = "") -> None:
+    """Raise BadRequest for a field that breaks its rule; null counts as absent."""
+    for name, value in fields.items():
+        rule = rules.get(name)
+        if rule and value is not None and not rule[0](value):
+            need(False, f"{where}.{name}" if where else name, rule[1])
+
+
+def _a(kind: type, words: str) -> Rule:
+    return lambda value: isinstance(value, kind), f"must be {words}"
+
+
+def _number(low: float, high: float, kinds: tuple[type, ...] = (int, float), words: str = "a number") -> Rule:
+    # subtle: type(), not isinstance(): True is an int, and `"temperature": true` must not pass for 1
+    return lambda value: type(value) in kinds and low <= value <= high, f"must be {words} from {low} to {high}"
+
+
+def _integer(low: int, high: int) -> Rule:
     return _number(low, high, (int,), "an integer")
 
 
-def _one_of(*words: str) -> Check:
-    return lambda value: None if value in words else f"must be one of {', '.join(words)}"
+def _one_of(*words: str) -> Rule:
+    return lambda value: value in words, f"must be one of {', '.join(words)}"
 
 
-def _list_of(kind: type, words: str) -> Check:
-    return lambda value: (None if isinstance(value, list) and all(isinstance(item, kind) for item in value)
-                          else f"must be a list of {words}")
+def _list_of(kind: type, words: str) -> Rule:
+    return lambda value: isinstance(value, list) and all(isinstance(item, kind) for item in value), (
+        f"must be a list of {words}")
 
 
-_string, _boolean, _object = _kind(str, "a string"), _kind(bool, "true or false"), _kind(dict, "an object")
-
-
-def _stop(value: Any) -> str | None:
-    return None if isinstance(value, str) or _list_of(str, "")(value) is None else "must be a string or a list of them"
-
-
-def _stream_options(value: Any) -> str | None:
-    if not isinstance(value, dict):
-        return "must be an object"
-    return None if isinstance(value.get("include_usage") or False, bool) else "must have a boolean include_usage"
-
-
-def _response_format(value: Any) -> str | None:
-    kinds = ("text", "json_object", "json_schema")
-    if not isinstance(value, dict) or value.get("type") not in kinds:
-        return f"must be an object whose type is one of {', '.join(kinds)}"
-    schema = value.get("json_schema")
-    if value["type"] == "json_schema" and not (isinstance(schema, dict) and isinstance(schema.get("name"), str)
-                                               and isinstance(schema.get("schema") or {}, dict)):
-        return "needs json_schema: {name, schema}"
-    return None
+_string, _boolean, _object = _a(str, "a string"), _a(bool, "true or false"), _a(dict, "an object")
+_strings = _list_of(str, "strings")
 
 
 def _inner(value: Any, usual: str = "") -> Json | None:
-    """What {"type": kind, kind: {...}} holds, or None for any other value."""
-    kind = value.get("type", usual) if isinstance(value, dict) else None
+    """Return the object that {"type": kind, kind: {...}} contains, or None for any other value."""
+    kind = value.get("type") or usual if isinstance(value, dict) else None
     return value.get(kind) or None if isinstance(kind, str) and isinstance(value.get(kind), dict) else None
 
 
-def _tools(value: Any) -> str | None:
-    if not isinstance(value, list):
-        return "must be a list of tools"
-    for tool in value:
-        inner = _inner(tool)
-        if not inner or not isinstance(inner.get("name"), str) or not inner["name"]:
-            return 'must hold tools like {"type": "function", "function": {"name": …, "parameters": {…}}}'
-        if not isinstance(inner.get("parameters") or {}, dict) or not isinstance(inner.get("description") or "", str):
-            return f"has a tool {inner['name'][:64]!r} whose parameters are not an object, or description not a string"
-    return None
+def _is_response_format(value: Any) -> bool:
+    schema = value.get("json_schema") if isinstance(value, dict) else None
+    return isinstance(value, dict) and (value.get("type") in ("text", "json_object") or (
+        value.get("type") == "json_schema" and isinstance(schema, dict) and isinstance(schema.get("name"), str)
+        and isinstance(schema.get("schema") or {}, dict)))
 
 
-def _tool_choice(value: Any) -> str | None:
-    if isinstance(value, str):
-        return _one_of("none", "auto", "required")(value)
+def _is_tool(tool: Json) -> bool:
+    inner = _inner(tool) or {}
+    return bool(inner.get("name")) and isinstance(inner["name"], str) and (
+        isinstance(inner.get("parameters") or {}, dict) and isinstance(inner.get("description") or "", str))
+
+
+def _is_tool_choice(value: Any) -> bool:
     inner = _inner(value)
     if inner and value["type"] == "allowed_tools":
-        valid = inner.get("mode") in ("auto", "required") and _tools(inner.get("tools")) is None
-    else:
-        valid = inner is not None and isinstance(inner.get("name"), str)
-    return None if valid else 'must be "none", "auto", "required" or name a tool'
+        tools = inner.get("tools")
+        return inner.get("mode") in ("auto", "required") and isinstance(tools, list) and all(map(_is_tool, tools))
+    return value in ("none", "auto", "required") or inner is not None and isinstance(inner.get("name"), str)
 
 
-FIELDS: dict[str, Check] = {
+def _is_call(call: Any) -> bool:
+    inner = _inner(call, "function") or {}
+    return isinstance(inner.get("name"), str) and isinstance(inner.get("arguments", inner.get("input")), str) and (
+        isinstance(call.get("id"), str))
+
+
+FIELDS: dict[str, Rule] = {
     "temperature": _number(0, 2), "top_p": _number(0, 1),
     "presence_penalty": _number(-2, 2), "frequency_penalty": _number(-2, 2),
     "max_tokens": _integer(1, 2**31 - 1), "max_completion_tokens": _integer(1, 2**31 - 1),
     "n": _integer(1, 128), "seed": _integer(-2**63, 2**63 - 1), "top_logprobs": _integer(0, 20),
     "stream": _boolean, "logprobs": _boolean, "parallel_tool_calls": _boolean, "store": _boolean,
-    "stop": _stop, "response_format": _response_format, "tools": _tools, "tool_choice": _tool_choice,
+    "stop": (lambda value: isinstance(value, str) or _strings[0](value), "must be a string or a list of strings"),
+    "response_format": (_is_response_format, 'must be {"type": "text"}, {"type": "json_object"}, or {"type": '
+                                             '"json_schema", "json_schema": {"name": …, "schema": {…}}}'),
+    "tools": _list_of(dict, "tools"),
+    "tool_choice": (_is_tool_choice, 'must be "none", "auto", "required" or name a tool'),
     "reasoning_effort": _one_of("none", "minimal", "low", "medium", "high", "xhigh", "max"),
     "user": _string, "safety_identifier": _string, "service_tier": _string, "verbosity": _string,
-    "stream_options": _stream_options, "logit_bias": _object, "metadata": _object, "audio": _object,
-    "prediction": _object, "web_search_options": _object, "modalities": _list_of(str, "strings"),
-    "functions": _list_of(dict, "objects"),
+    "stream_options": (lambda value: isinstance(value, dict) and isinstance(value.get("include_usage") or False, bool),
+                       "must be an object with a boolean include_usage"),
+    "logit_bias": _object, "metadata": _object, "audio": _object, "prediction": _object, "web_search_options": _object,
+    "modalities": _strings, "functions": _list_of(dict, "objects"),
     "options": _object,    # not OpenAI's: Ollama's own options, sent by SDK users as extra_body
 }
 
-# Values that say the same as leaving the field out; many frameworks send them, and some upstreams refuse them.
+# Values that mean the same as no field; many frameworks send them, and some upstreams refuse them.
 NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop": [], "tools": [], "functions": [],
           "logit_bias": {}, "modalities": ["text"], "response_format": {"type": "text"}}
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES: dict[str | None, tuple[str, ...]] = {    # role of a message -> the fields that it must have
+    "system": ("content",), "developer": ("content",), "user": ("content",), "assistant": (), "function": (),
+    "tool": ("tool_call_id",), None: ("role",)}
 
-PARTS: dict[str, Callable[[Json], bool]] = {    # part type -> does it hold what it must?
+_CALL = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
+MESSAGE_FIELDS: dict[str, Rule] = {
+    "role": _one_of(*filter(None, ROLES)), "tool_call_id": _string, "refusal": _string,
+    "content": (lambda value: isinstance(value, (str, list)), "must be a string or a list of content parts"),
+    "function_call": (lambda value: _is_call({"id": "", "function": value}), 'must be {"name": …, "arguments": "{}"}'),
+    "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), f"must be a list of {_CALL}"),
+}
+
+PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test of the rest
     "text": lambda part: isinstance(part.get("text"), str),
     "refusal": lambda part: isinstance(part.get("refusal"), str),
     "image_url": lambda part: isinstance(part.get("image_url"), dict) and isinstance(part["image_url"].get("url"), str),
@@ -1095,18 +1066,23 @@ PARTS: dict[str, Callable[[Json], bool]] = {    # part type -> does it hold what
 
 
 def parse_request(raw: bytes) -> ChatRequest:
-    """The request that a client's bytes ask for.
+    """Return the request that a client's bytes contain.
 
-    Raises BadRequest, which names the parameter, for fields whose type or range is not that of OpenAI's reference.
+    Raises BadRequest, which names the parameter, for a type or range that OpenAI's reference does not allow.
     """
-    body = _json_object(raw)
+    try:
+        body = loads(raw)
+    except ValueError as error:
+        raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
     model = _model_name(body.pop("model", None))
-    for name, value in body.items():
-        if value is not None and name in FIELDS:
-            _refuse(name, FIELDS[name](value))
+    check_fields(body, FIELDS)
     kept = {name: value for name, value in body.items()
             if value is not None and not (name in NO_OPS and value == NO_OPS[name])}
     kept["messages"] = _messages(body.get("messages"))
+    if "tools" in kept:
+        kept["tools"] = [_tool(f"tools[{number}]", tool) for number, tool in enumerate(kept["tools"])]
     for name, needed in (("tool_choice", "tools"), ("parallel_tool_calls", "tools"), ("function_call", "functions")):
         if needed not in kept:    # OpenAI refuses the one without the other
             kept.pop(name, None)
@@ -1116,106 +1092,64 @@ def parse_request(raw: bytes) -> ChatRequest:
     return ChatRequest(model, kept, stream, bool(options.get("include_usage")), around)
 
 
-def _refuse(param: str, complaint: str | None) -> None:
-    if complaint:
-        raise BadRequest(f"{param} {complaint}.", param=param, code="invalid_value")
-
-
-def _json_object(raw: bytes) -> Json:
-    """The body as an object.  Raises BadRequest for whatever else it is."""
-    if too_rich(raw):
-        raise BadRequest(f"The body has more than {MAX_JSON_MARKS:,} commas, colons and brackets.", code="invalid_json")
-    try:
-        body = loads(raw)
-    except RecursionError:
-        raise BadRequest("The body is JSON nested far too deeply.", code="invalid_json") from None
-    except ValueError as error:    # not JSON, not UTF-8, a 5,000-digit integer, 1e999
-        raise BadRequest(f"The body is not valid JSON: {_without_content(error)}.", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
-    if is_too_deep(raw, body):
-        raise BadRequest(f"The body nests more than {MAX_JSON_DEPTH} levels deep.", code="invalid_json")
-    return body
-
-
-def _without_content(error: ValueError) -> str:
-    """A parse error's text without the piece of prompt that some of them quote."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at line {error.lineno} column {error.colno}"
-    return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else "it holds a number out of range"
-
-
 def _model_name(model: Any) -> str:
-    if model is None:
-        raise BadRequest('model is missing: send "model": "auto", or see GET /v1/models.', param="model",
-                         code="missing_required_parameter")
+    need(model is not None, "model", 'is missing: send "model": "auto", or see GET /v1/models',
+         "missing_required_parameter")
     # It ends up in headers: no control characters, line ends or lone surrogates.
-    if not isinstance(model, str) or not 0 < len(model) <= MAX_MODEL_NAME or not model.isprintable():
-        raise BadRequest(f"model must be a printable string of 1 to {MAX_MODEL_NAME} characters.", param="model",
-                         code="invalid_value")
-    return model
+    need(isinstance(model, str) and 0 < len(model) <= MAX_MODEL_NAME and model.isprintable(), "model",
+         f"must be a printable string of 1 to {MAX_MODEL_NAME} characters")
+    return str(model)
 
 
 def _messages(messages: Any) -> list[Json]:
-    if not isinstance(messages, list) or not messages:
-        raise BadRequest("messages must be a list of at least one message.", param="messages",
-                         code="invalid_value" if messages is not None else "missing_required_parameter")
+    need(isinstance(messages, list) and messages, "messages", "must be a list of at least one message",
+         "invalid_value" if messages is not None else "missing_required_parameter")
     return [_message(f"messages[{number}]", message) for number, message in enumerate(messages)]
 
 
 def _message(where: str, message: Any) -> Json:
-    """One checked message, without its nulls."""
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise BadRequest(f"{where} must be an object whose role is one of {', '.join(ROLES)}.", param=where,
-                         code="invalid_value")
+    """Return a message, checked and without its nulls.  Raises BadRequest."""
+    need(isinstance(message, dict), where, "must be an object")
+    check_fields(message, MESSAGE_FIELDS, where)
+    for name in ROLES[message.get("role")]:
+        if message.get(name) is None:
+            need(False, f"{where}.{name}", "is missing", "missing_required_parameter")
+    content, calls = message.get("content"), message.get("tool_calls")
+    # servers' chat templates want a content, if only null
     checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
-    role, content = checked["role"], checked.get("content")
-    if content is None and role in ("system", "developer", "user"):
-        raise BadRequest(f"{where}.content is missing.", param=f"{where}.content", code="missing_required_parameter")
     if isinstance(content, list):
         checked["content"] = [_part(f"{where}.content[{number}]", part) for number, part in enumerate(content)]
-    elif content is not None and not isinstance(content, str):
-        _refuse(f"{where}.content", "must be a string or a list of content parts")
-    if role == "tool" or "tool_call_id" in checked:
-        _refuse(f"{where}.tool_call_id", _string(checked.get("tool_call_id")))
-    if "refusal" in checked:
-        _refuse(f"{where}.refusal", _string(checked["refusal"]))
-    if "function_call" in checked:
-        _refuse(f"{where}.function_call", _tool_calls([{"id": "", "function": checked["function_call"]}]))
-    if "tool_calls" in checked:
-        _refuse(f"{where}.tool_calls", _tool_calls(checked["tool_calls"]))
-        if not checked["tool_calls"]:
-            del checked["tool_calls"]
+    if calls:
+        checked["tool_calls"] = [without_nulls(call, call.get("type") or "function") for call in calls]
+    elif calls is not None:
+        del checked["tool_calls"]
     return checked
 
 
 def _part(where: str, part: Any) -> Json:
-    """One checked content part; an image_url that is a bare string becomes the object it should be."""
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise BadRequest(f"{where} must be an object with a type.", param=where, code="invalid_value")
-    if part["type"] == "image_url" and isinstance(part.get("image_url"), str):
+    """Return a content part, checked; an image_url that is a bare string becomes the object it should be."""
+    need(isinstance(part, dict) and isinstance(part.get("type"), str), where, "must be an object with a type")
+    kind = part["type"]
+    if kind == "image_url" and isinstance(part.get("image_url"), str):
         part = {**part, "image_url": {"url": part["image_url"]}}
-    checked: Json = part
-    if checked["type"] in PARTS and not PARTS[checked["type"]](checked):
-        raise BadRequest(f"{where} is not a well-formed {checked['type']} part.", param=where, code="invalid_value")
-    return checked
+    need(kind not in PARTS or PARTS[kind](part), where, f"is not a well-formed {kind} part")
+    return without_nulls(part, kind)
 
 
-def _tool_calls(calls: Any) -> str | None:
-    if not isinstance(calls, list):
-        return "must be a list"
-    for call in calls:
-        inner = _inner(call, "function") or {}
-        if not (isinstance(inner.get("name"), str) and isinstance(inner.get("arguments", inner.get("input")), str)
-                and isinstance(call.get("id"), str)):
-            return 'must hold calls like {"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
-    return None
+def _tool(where: str, tool: Json) -> Json:
+    """Return a tool, checked and without its nulls.  Raises BadRequest."""
+    need(_is_tool(tool), where, 'must be like {"type": "function", "function": {"name": …, "description": …, '
+                                '"parameters": {…}}}')
+    return without_nulls(tool, tool["type"])
 
 
-def needs_of(request: ChatRequest) -> frozenset[str]:
-    """What a model must be able to do for a request, in Ollama's words for it (/api/show, capabilities)."""
-    pictures = any(part["type"] == "image_url" for _, part in request.parts())
-    return frozenset({"vision"} if pictures else ()) | frozenset({"tools"} if "tools" in request.body else ())
+def without_nulls(fields: Json, inner: str = "") -> Json:
+    """Return an object without its nulls, and without those of the object in its field `inner`."""
+    kept = {name: value for name, value in fields.items() if value is not None} if None in fields.values() else fields
+    nested = kept.get(inner)
+    if isinstance(nested, dict) and None in nested.values():
+        kept = {**kept, inner: without_nulls(nested)}
+    return kept
 
 
 # === 4. Monitors ======================================================================================================
@@ -2431,35 +2365,28 @@ def _sooner_first(order: list[Target], seconds: Mapping[Target, float]) -> list[
 
 # === 6. Providers =====================================================================================================
 # uses: 1 2; pure
-# How does each vendor say it?  A provider turns a ChatRequest into its own words, its answer's lines into chunks, and
-# its errors into a Fault.  It never sees a socket: a list of byte lines is a full fake.
+# How does each vendor say it?  A provider turns a ChatRequest into its vendor's words, its answer's lines into chunks,
+# and its errors into a Fault.  It never sees a socket: a list of byte lines is a full fake.
 # To add one: subclass Provider, fill what differs, declare its key in Settings, and name it in PROVIDERS; the contract
 # tests do the rest.
 
-Lines = Iterable[Any]    # bytes without their ends, or Texts
+Lines = Iterable[Any]                          # bytes without their ends, or Texts
 KeepAlive = Union[float, str, None]    # seconds, or Go's words for a duration; below zero for ever
+Ask = Callable[[str, Optional[Json]], Json]    # (path, JSON to POST or None) -> the JSON object in the answer
+
+MAX_MODELS = 4096      # of an endpoint; the largest catalogue known has some 500
+DETAILS_AT_ONCE = 4    # models that one probe asks for details: each takes Ollama some milliseconds
+
+# What code for a well-formed answer raises for another one.
+NOT_IN_ITS_FORMAT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 # What may not be dropped to please a model: without it the answer would be to another question.
 ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_format", "format", "output_config", "n",
                        "stream", "system", "max_tokens", "max_completion_tokens", "modalities", "functions",
                        "function_call", "audio"})
 
-# What several models have in common and no upstream can be asked for beforehand.  Anything else is learned from their
-# 400s at run time.  Source: wire formats of 2026-11; a model too new to be listed counts as the newest.
-_NO_FORCED_TOOLS = re.compile(r"claude-(?:(?:opus|sonnet)-5-5|(?:fable|mythos)-5-[12])")
+# OpenAI's models that answer 400 to tools unless their effort is "none" (OpenAI's documentation, 2026-11).
 _NO_TOOLS_WHILE_REASONING = re.compile(r"gpt-(?:5\.6|6(?:\.1-terra|-sol|-luna))")
-_THINKING_OFF = {"claude-haiku-5-5": "disabled", "claude-opus-5": "disabled", "claude-sonnet-5-5": "between_tools"}
-_THINKING_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 4096, "high": 8192, "xhigh": 16384, "max": 16384}
-_CLAUDE_MAX_TOKENS = 16384    # Claude wants a limit; thinking is taken from it, so a small one gives empty answers
-
-# Words by which upstreams' errors are told apart where status and code do not tell: OpenAI's, Anthropic's, llama.cpp's.
-_CONTEXT_MARKS = ("prompt is too long", "context_length_exceeded", "context size", "context length",
-                  "input tokens exceed")
-_MONEY_MARKS = ("insufficient_quota", "credit_balance", "credit balance", "api usage limits", "spend_limit",
-                "billing_error")
-_UNSUPPORTED = re.compile(r"unsupported|not support|unrecognized|unknown.parameter|not permitted|deprecated")
-_PERMANENT = re.compile(r"unsupported_parameter|unsupported_value|unknown_parameter|deprecated|not permitted|"
-                       r"unrecognized|not support thinking")
 
 _NEITHER_HAS = {    # what neither Ollama nor Claude has
     "n": "it gives one answer per request", "logit_bias": "it has no such option", "audio": "it answers in text",
@@ -2474,47 +2401,49 @@ class Provider:
     label: ClassVar[str]
     key_variable: ClassVar[str] = ""
     default_model: ClassVar[str] = ""       # cheap and current; "" where only the endpoint knows
-    official: ClassVar[str]                 # the vendor's own address
+    vendor: ClassVar[str]                   # the host of the vendor's own servers
     chat_path: ClassVar[str]
-    probe_path: ClassVar[str]               # free of cost, answers JSON, and lists the models
-    state_path: ClassVar[str] = ""          # says which models are in memory; "" where nobody does
-    details_path: ClassVar[str] = ""        # says more of one model
+    models_path: ClassVar[str]              # lists the models, without cost
     translates: ClassVar[bool] = True       # and is then always asked for a stream
-    refuses: ClassVar[dict[str, str]] = {}  # parameter -> why it can't be honoured
-    renames: ClassVar[dict[str, str]] = {}  # parameter -> what to call it for a model that refuses it by this name
+    refuses: ClassVar[dict[str, str]] = {}  # parameter -> the reason why it can't be honoured
+    renames: ClassVar[dict[str, str]] = {}  # parameter -> its name for a model that refuses this one
     text_event: ClassVar[TextEvent]
 
     def endpoint(self, settings: Settings) -> Endpoint:
-        """Where the provider is by default, with the key that belongs there."""
+        """Return the provider's usual endpoint, with the key that belongs there."""
         raise NotImplementedError
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        """Headers that every request to the endpoint carries beside its content type."""
+        """Return the headers of each request to the endpoint, except for its content type."""
         raise NotImplementedError
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
-        """The body of the upstream request, for a request that `refusal` has nothing against.
+        """Return the body of the upstream request, for a request without a `refusal`.
 
-        `context`: the window to load the model for, in tokens, where the provider can; 0 leaves it as it is.
-        `keep_alive`: how long to keep it in memory, where the provider can; None leaves that to its server.
+        `context` is the window to load the model for, in tokens, where the provider can; 0 leaves it as it is.
+        `keep_alive` is how long to keep it in memory, where the provider can; None leaves that to its server.
         """
         raise NotImplementedError
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        """Chunks of the streamed answer to a request; the Texts among the lines as they are.
+        """Yield the chunks of the streamed answer to a request, and the Texts among the lines.
 
-        Raises UpstreamError for an error among the lines and for an early end, and whatever a line that is not in the
-        provider's own format makes Python raise.
+        Raises UpstreamError for an error among the lines and for an early end.  Raises one of NOT_IN_ITS_FORMAT for a
+        line that is not in the provider's own format.
         """
         raise NotImplementedError
+
+    def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
+        """Return the endpoint's models.  Raises what `ask` raises, and NOT_IN_ITS_FORMAT.
+
+        `known` keeps details of models from one call to the next.
+        """
+        return tuple(Model(str(item["id"]), created_at(item.get("created") or item.get("created_at")))
+                     for item in (ask(self.models_path, None).get("data") or [])[:MAX_MODELS])
 
     def passes_text(self, request: ChatRequest) -> bool:
         """Return True if an event that says a text says it to this request's client as it is."""
         return True
-
-    def models(self, listing: Json) -> tuple[Model, ...] | None:
-        """The models that the probe's answer lists; None where it lists none."""
-        return None
 
     def load(self, target: Target, context: int, keep_alive: KeepAlive = None) -> Json:
         """The body of a request to `chat_path` that has the model loaded and nothing said; only where models load."""
@@ -2527,25 +2456,16 @@ class Provider:
         """
         return 0
 
-    def with_state(self, models: Sequence[Model], state: Json) -> tuple[Model, ...]:
-        """The models with what `state_path` answered."""
-        return tuple(models)
-
-    def with_details(self, model: Model, details: Json) -> Model:
-        """The model with what `details_path` answered."""
-        return model
-
     def refuse_part(self, part: Json) -> str | None:
-        """Why a content part can't be sent, or None."""
+        """Return the reason why a content part can't be sent, or None."""
         return None
 
     def refusal(self, request: ChatRequest) -> Unsupported | None:
-        """What of the request this provider can't honour."""
-        if not self.refuses.keys().isdisjoint(request.body):
-            param = next(param for param in self.refuses if param in request.body)
+        """Return the error for what of the request this provider can't honour, or None."""
+        for param in sorted(self.refuses.keys() & request.body.keys()):
             return Unsupported(f"{self.label} does not support {param}: {self.refuses[param]}.", param=param)
         for where, part in request.parts():
-            why = self.refuse_part(part) or ""
+            why = self.refuse_part(part)
             if why:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
         if self.translates and any(tool["type"] != "function" for tool in request.body.get("tools", [])):
@@ -2553,11 +2473,11 @@ class Provider:
         return None
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
-        """The payload without what the model is known to refuse."""
+        """Return the payload without the parameters that the model is known to refuse."""
         return {name: value for name, value in payload.items() if name not in refused} if refused else payload
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
-        """The parameter of our payload that an error complains of and that may be left out."""
+        """Return the parameter of our payload that an error names, or None if it may not be left out."""
         if error.fault is not Fault.CAPABILITY:
             return None
         quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", error.message)
@@ -2570,85 +2490,93 @@ class Provider:
 
 
 def is_permanent(param: str, error: UpstreamError) -> bool:
-    """Whether a model refuses a parameter as such.  Of efforts each model knows some, and fewer beside tools."""
-    return param != "reasoning_effort" and bool(_PERMANENT.search(f"{error.code} {error.message}".lower()))
+    """Return True if the model never accepts the parameter.
+
+    An effort is excluded: each model knows some of them, and fewer with tools.
+    """
+    return param != "reasoning_effort" and bool(re.search(_PERMANENT, f"{error.code} {error.message}".lower()))
 
 
-def classify(status: int, text: str, retry_after_s: float | None = None,
-             endpoint: Endpoint | None = None) -> UpstreamError:
-    """The error behind an upstream's answer of status >= 300, whichever vendor's shape it has."""
-    if status < 400:
-        return UpstreamError(f"redirected elsewhere ({status}), which is refused: configure the final address")
-    key = endpoint.key if endpoint else ""
-    fields = _error_fields(redact(text, key))
-    message, code = fields.get("message") or f"the upstream answered {status} without a message", fields.get("code")
-    marks = f"{message} {code} {fields.get('type')}".lower()
-    fault = _fault_of(status, marks)
-    if fault is Fault.TOO_LONG:
-        return UpstreamError(message, fault, status=413 if status == 413 else 400, type="invalid_request_error",
-                             code="context_length_exceeded", param="messages", retry=False)
-    if fault is Fault.ACCOUNT and any(mark in marks for mark in _MONEY_MARKS):
-        code = "insufficient_quota"
-    elif status == 401 and key:
-        message = f"The upstream refused the key that Oblix has for it: {message}"
-    status = 400 if fault is Fault.CLIENT and status >= 500 else 503 if status == 529 else status
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return UpstreamError(message, fault, status=status, param=fields.get("param"), code=code or _CODES.get(status),
-                         type=fields.get("type") or kind, retry=None if fault is Fault.BUSY else False,
-                         retry_after_s=retry_after_s)
+_PERMANENT = ("unsupported_parameter|unsupported_value|unknown_parameter|deprecated|not permitted|unrecognized|"
+              "not support thinking")
+_UNSUPPORTED = "unsupported|not support|unrecognized|unknown.parameter|not permitted|deprecated|may (only|not) be"
+_MONEY = "insufficient_quota|credit.balance|api usage limits|spend_limit|billing_error"
+_TOO_LONG = "prompt is too long|context.(length|size)|input tokens exceed"
+_IN_A_STREAM = 0    # the status of an error after a 200, if its code is not a status
 
-
+# Statuses, and words in the message, type or code -> fault; the first rule that fits counts.
+_RULES: tuple[tuple[Collection[int], str, Fault], ...] = (
+    ((413,), "", Fault.TOO_LONG),                               # Claude: over 32 MB
+    ((_IN_A_STREAM, 400, 422), _TOO_LONG, Fault.TOO_LONG),      # "prompt is too long: 9 tokens > 8 maximum" (Claude)
+    ((500,), "exceeds the available context", Fault.TOO_LONG),  # llama.cpp before it sent 400
+    ((401, 402, 403), "", Fault.ACCOUNT),
+    ((400, 429), _MONEY, Fault.ACCOUNT),                        # "Your credit balance is too low" (Claude, 400)
+    ((500,), 'option ".*" must be of type', Fault.CLIENT),      # Ollama's status for a wrong type
+    ((400, 422), _UNSUPPORTED, Fault.CAPABILITY),               # '"m" does not support thinking' (Ollama)
+    ((400, 422), "", Fault.CLIENT),
+    ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", Fault.BUSY),
+    (range(400, 500), "", Fault.MISSING),                       # 404 of a model; 405, 410 and the like of a path
+)
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
 
 
-def _fault_of(status: int, marks: str) -> Fault:
-    """The class of an upstream's error; by status first and by its words last."""
-    if status == 413 or status not in (401, 403, 429) and any(mark in marks for mark in _CONTEXT_MARKS):
-        return Fault.TOO_LONG
-    if status in (401, 402, 403) or status in (400, 429) and any(mark in marks for mark in _MONEY_MARKS):
-        return Fault.ACCOUNT
-    if status == 500 and re.search(r'option ".*" must be of type', marks):    # Ollama's status for a client's mistake
-        return Fault.CLIENT
-    if status in (400, 422):
-        return Fault.CAPABILITY if _UNSUPPORTED.search(marks) else Fault.CLIENT
-    return Fault.BUSY if status in (408, 409, 425, 429) or status >= 500 else Fault.MISSING
+def classify(status: int, text: str, retry_after_s: float | None = None,
+             endpoint: Endpoint | None = None) -> UpstreamError:
+    """Return the error behind an upstream's answer of no status 2xx, whichever vendor's shape it has."""
+    if 300 <= status < 400:
+        return UpstreamError(f"redirected elsewhere ({status}), which is refused: configure the final address")
+    key = endpoint.key if endpoint else ""
+    fields = _error_fields(redact(text, key))
+    message = fields.get("message") or f"the upstream answered {status} without a message"
+    words = f"{message} {fields.get('code')} {fields.get('type')}".lower()
+    fault = next(fault for statuses, pattern, fault in _RULES if status in statuses and re.search(pattern, words))
+    if fault is Fault.TOO_LONG:
+        return UpstreamError(message, fault, status=413 if status == 413 else 400, type="invalid_request_error",
+                             code="context_length_exceeded", param="messages", retry=False)
+    if status == 401 and key:
+        message = f"The upstream refused the key that Oblix has for it: {message}"
+    status = 400 if fault is Fault.CLIENT and status == 500 else {_IN_A_STREAM: 502, 529: 503}.get(status, status)
+    code = fields.get("code") or _CODES.get(status)
+    if fault is Fault.ACCOUNT and re.search(_MONEY, words):
+        code = "insufficient_quota"
+    kind = fields.get("type") or _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return UpstreamError(message, fault, status=status, param=fields.get("param"), code=code, type=kind,
+                         retry=None if fault is Fault.BUSY else False, retry_after_s=retry_after_s)
 
 
 def _error_fields(text: str) -> dict[str, str]:
-    """What there is of message, type, code and param in an error body, in any of the shapes seen in the wild."""
+    """Return the message, type, code and param that an error body has, in any shape seen so far."""
     try:
         body = loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return {} if "<" in text else {"message": text.strip()[:300]}    # a page of HTML helps nobody
-    if isinstance(body, list) and len(body) == 1:
-        body = body[0]
+    body = body[0] if isinstance(body, list) and len(body) == 1 else body
     error = body.get("error", body) if isinstance(body, dict) else body
     if not isinstance(error, dict):
         return {"message": error if isinstance(error, str) else text[:300]}
     details = error.get("details")
-    inner = details.get("error_code") if isinstance(details, dict) else None
-    fields = {"type": error.get("type"), "code": error.get("code") or inner, "param": error.get("param")}
-    named = {name: str(value) for name, value in fields.items()
-            if re.fullmatch(r"[\w.\[\]-]{1,100}", str(value or ""))}    # a name, and no sentence that quotes a prompt
+    code = error.get("code") or (details.get("error_code") if isinstance(details, dict) else None)
+    named = {name: str(value) for name, value in {**error, "code": code}.items() if name in ("type", "code", "param")
+             and re.fullmatch(r"[\w.\[\]-]{1,100}", str(value or ""))}    # a name, and not a sentence of a prompt
     message = error.get("message", error.get("detail"))
     return {**named, "message": message if isinstance(message, str) else text[:300]}
 
 
 def redact(text: str, key: str) -> str:
-    """The text without the key, and without whatever else looks like one."""
+    """Return the text without the key, and without anything else that looks like one."""
     return re.sub(r"\bsk-[\w*-]{4,}", "sk-…", text.replace(key, "…") if key else text)
 
 
 def chunk_of(finish_reason: str | None = None, logprobs: Json | None = None, **delta: Any) -> Chunk:
-    """A chunk of choice 0.  Raises TypeError where a broken upstream sent something else for text."""
+    """Return a chunk of choice 0.  Raises TypeError where a broken upstream sent another type for text."""
     if not all(isinstance(text, str) for name, text in delta.items() if name != "tool_calls"):
         raise TypeError("text expected")
     return {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]}
 
 
 def usage_chunk(prompt: int, completion: int, **details: Any) -> Chunk:
-    """The chunk that ends a stream.  Raises ValueError for counts that none can be."""
+    """Return the chunk that ends a stream.  Raises ValueError for impossible counts."""
     if max(prompt, completion) >= MOST_TOKENS:
         raise ValueError("a count of tokens out of range")
     return {"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": completion,
@@ -2670,44 +2598,34 @@ def told_of_reading(timings: Any, unread: float) -> tuple[float, float]:
 
 
 def tool_chunk(index: int, arguments: str, id: str = "", name: str = "") -> Chunk:
-    """A tool call's first chunk, which alone has id and name, or a later one.  Raises TypeError as `chunk_of` does."""
+    """Return a tool call's first chunk, with id and name, or a later one.  Raises TypeError as `chunk_of` does."""
     if not all(isinstance(text, str) for text in (arguments, id, name)) or bool(id) != bool(name):
         raise TypeError("a tool call needs id and name")
     head: Json = {"id": id, "type": "function"} if name else {}
-    return chunk_of(tool_calls=[{"index": index, **head,
-                                 "function": {**({"name": name} if name else {}), "arguments": arguments}}])
+    return chunk_of(tool_calls=[{"index": index, **head, "function": {**present({"name": name}),
+                                                                      "arguments": arguments}}])
 
 
-class _Fence:
-    """Strips, piece by piece, the Markdown fence that models like to put around JSON."""
+def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """Yield the chunks of a translated answer without the fence or the sentences around its JSON object.
 
-    def __init__(self) -> None:
-        self._held = ""                       # text that may turn out to be fence
-        self._fenced: bool | None = None      # None: not known yet
-
-    def feed(self, text: str, last: bool = False) -> str:
-        """What of the text so far can be said now; with `last`, all that is left."""
-        self._held += text
-        start = self._held.lstrip()
-        if self._fenced is None:
-            if not last and "```".startswith(start[:3]) and "\n" not in start:
-                return ""
-            self._fenced = start.startswith("```") and "\n" in start
-            self._held = start.partition("\n")[2] if self._fenced else self._held
-        end = re.search(r"\s*(```)?\s*$" if last else r"\s*`{0,3}\s*$", self._held) if self._fenced else None
-        ready, self._held = (self._held[:end.start()], self._held[end.start():]) if end else (self._held, "")
-        return ready
-
-
-def unfenced(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """The chunks of a translated answer without a Markdown fence around their content."""
-    fence = _Fence()
+    What follows a closing brace is held until the next one: only after the last brace is it outside of the object.
+    """
+    begun, closed, held = False, False, list[str]()
     for chunk in chunks:
         for choice in choices_of(chunk):
-            rest = fence.feed(choice["delta"].pop("content", ""), last=bool(choice["finish_reason"]))
-            if rest or "role" in choice["delta"]:
-                yield chunk_of(**{**choice["delta"], "content": rest})
-                choice["delta"] = {}
+            text = choice["delta"].pop("content", "")
+            if not begun and "{" in text:
+                begun, held, text = True, [], text[text.index("{"):]
+            closed = closed or begun and "}" in text
+            size = text.rfind("}") + 1 if closed else len(text) if begun else 0
+            if choice["finish_reason"] == "length" or choice["finish_reason"] and not begun:
+                size = len(text) + 1    # a part of the object, or no JSON at all: nothing is held
+            held.append(text[:size])
+            if size or "role" in choice["delta"]:
+                yield chunk_of(**{**choice["delta"], "content": "".join(held)})
+                choice["delta"], held = {}, []
+            held.append(text[size:])
             if choice["delta"] or choice["finish_reason"]:
                 yield chunk
         if not choices_of(chunk):    # usage
@@ -2715,9 +2633,9 @@ def unfenced(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
 
 
 def sse_data(lines: Lines) -> Iterator[Any]:
-    """The data of each server-sent event, and Texts as they are.
+    """Yield the data of each server-sent event, and Texts as they are.
 
-    An event that the stream's end cuts off is dropped (WHATWG HTML, 9.2.6).
+    An event that the stream's end cuts is dropped (WHATWG HTML, 9.2.6).
     """
     data: list[str] = []
     size = 0    # of the event
@@ -2737,29 +2655,27 @@ def sse_data(lines: Lines) -> Iterator[Any]:
 
 
 def event_of(text: str | bytes) -> Json:
-    """The JSON object of one event.  Raises UpstreamError for anything else, and for an error inside the answer."""
+    """Return the JSON object of one event.  Raises UpstreamError for other JSON, and for an error in the answer."""
     try:
         event = loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         event = None
-    if not isinstance(event, dict) or is_too_deep(text, event):
+    if not isinstance(event, dict):
         raise UpstreamError("a piece of the answer is not a JSON object", code="bad_upstream_answer")
-    if event.get("object") == "error":    # so do vLLM's older versions write it
-        event = {"error": event}
-    if event.get("error"):
-        raise _error_event(event)
+    words = event.get("message", event.get("detail"))
+    error = event.get("error")
+    if "error" in (event.get("object"), event.get("type")) or isinstance(words, str) and "choices" not in event:
+        error = error or event    # flat: vLLM's older versions, what follows `event: error`
+    if error:
+        named = error if isinstance(error, dict) else {}
+        code = str(named.get("code"))
+        status = _STATUS_OF.get(code) or _STATUS_OF.get(str(named.get("type"))) or (
+            int(code) if re.fullmatch("[45][0-9]{2}", code) else _IN_A_STREAM)
+        raise classify(status, dumps({"error": error}).decode())
     return event
 
 
-def _error_event(event: Json) -> UpstreamError:
-    """An error sent inside an answer: its status is told by its words, or by a code that is one."""
-    error = event["error"] if isinstance(event["error"], dict) else {}
-    code = error.get("code")
-    number = code if isinstance(code, int) and 400 <= code < 600 else 502
-    return classify(_STATUS_OF.get(str(code)) or _STATUS_OF.get(str(error.get("type"))) or number,
-                    dumps(event).decode())
-
-
+# The status of an error in an answer, by its code or type.
 _STATUS_OF = {"invalid_request_error": 400, "context_length_exceeded": 400, "authentication_error": 401,
               "billing_error": 402, "permission_error": 403, "not_found_error": 404, "model_not_found": 404,
               "rate_limit_error": 429, "rate_limit_exceeded": 429, "insufficient_quota": 429,
@@ -2767,21 +2683,21 @@ _STATUS_OF = {"invalid_request_error": 400, "context_length_exceeded": 400, "aut
 
 
 def cut() -> UpstreamError:
-    """The error of a stream that ends without its protocol's end mark."""
+    """Return the error of a stream that ends without its protocol's end mark."""
     return UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
 
 
 def arguments_of(text: str) -> Json:
-    """A tool call's arguments as the object that Ollama and Claude want, whatever the model once wrote."""
-    with contextlib.suppress(ValueError, RecursionError):
+    """Return a tool call's arguments as the object that Ollama and Claude want, whatever the model once wrote."""
+    with contextlib.suppress(ValueError):
         value = loads(text or "{}")
-        if isinstance(value, dict) and not deeper_than(value, MAX_JSON_DEPTH):
+        if isinstance(value, dict):
             return value
     return {"_raw": text}
 
 
 def modernised(messages: Sequence[Json]) -> list[Json]:
-    """The messages with what is deprecated said in today's words: function_call, role function, a refusal apart."""
+    """Return the messages without deprecated fields: tool calls for function_call, a refusal as content."""
     converted = []
     for number, message in enumerate(messages):
         message = dict(message)
@@ -2795,13 +2711,35 @@ def modernised(messages: Sequence[Json]) -> list[Json]:
     return converted
 
 
+@functools.lru_cache(64)
+def is_at(url: str, vendor: str) -> bool:
+    """Return True if a URL's host is a vendor's, or one of its regions like eu.api.openai.com."""
+    return f".{host_in(url)}".endswith(f".{vendor}")
+
+
+def present(fields: Json) -> Json:
+    """Return the fields that are not empty."""
+    return {name: value for name, value in fields.items() if value}
+
+
+def as_list(value: str | list[str]) -> list[str]:
+    """Return one or several as several."""
+    return [value] if isinstance(value, str) else value
+
+
+def needs_of(request: ChatRequest) -> frozenset[str]:
+    """Return what a model must be capable of for a request, in Ollama's words (/api/show, capabilities)."""
+    pictures = any(part["type"] == "image_url" for _, part in request.parts())
+    return frozenset([*(["vision"] if pictures else []), *(["tools"] if chosen_tools(request.body)[0] else [])])
+
+
 def name_of(tool: Json) -> str:
-    """The name in a tool, or in the choice of one: {"type": kind, kind: {"name": ...}}."""
+    """Return the name in a tool, or in the choice of one: {"type": kind, kind: {"name": ...}}."""
     return str(tool[tool["type"]]["name"])
 
 
 def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
-    """The tools that tool_choice leaves, and the choice among them: a word, or the named tool."""
+    """Return the tools that tool_choice leaves, and the choice among them: a word, or the named tool."""
     tools, choice = body.get("tools", []), body.get("tool_choice", "auto")
     if isinstance(choice, dict) and choice["type"] == "allowed_tools":
         allowed = {name_of(tool) for tool in choice["allowed_tools"]["tools"]}
@@ -2810,11 +2748,28 @@ def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
 
 
 def data_url(url: str) -> tuple[str, str] | None:
-    """(media type, base64) of a data: URL; None for any other."""
+    """Return (media type, base64) of a data: URL, or None for any other."""
     head, comma, data = url.partition(",")
     if not comma or not head.startswith("data:") or not head.endswith(";base64"):
         return None
     return head[5:].split(";")[0].lower().replace("image/jpg", "image/jpeg"), data
+
+
+def name_and_arguments(call: Json) -> tuple[str, str]:
+    """Return (name, arguments) of a message's tool call, function or custom."""
+    inner = call[call.get("type") or "function"]
+    return inner["name"], inner.get("arguments", inner.get("input", ""))
+
+
+def created_at(value: Any) -> int:
+    """Return the unix seconds of a number or an RFC 3339 time, or 0 for anything else."""
+    if isinstance(value, (int, float)):
+        return int(value)
+    try:
+        moment = datetime.datetime.fromisoformat(str(value)[:19])
+        return int(moment.replace(tzinfo=datetime.timezone.utc).timestamp())
+    except (ValueError, OverflowError):
+        return 0
 
 
 # An event that says a text and nothing else, in each provider's own form.  Such events pass unread, which takes a tenth
@@ -2844,24 +2799,23 @@ class OpenAI(Provider):
     """OpenAI's own API, and every server that is compatible with it: nearly nothing to translate."""
     name, label = "openai", "OpenAI"
     key_variable, default_model = "OPENAI_API_KEY", "gpt-6-luna"
-    chat_path, probe_path = "/chat/completions", "/models"
+    vendor, chat_path, models_path = "api.openai.com", "/chat/completions", "/models"
     translates = False
     text_event = TextEvent(_OPENAI_TEXT, b"\n\n")
     renames = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
-    official = "https://api.openai.com/v1"
 
     def endpoint(self, settings: Settings) -> Endpoint:
-        url = (settings.openai_base_url or self.official).rstrip("/")
-        extra = (("OpenAI-Organization", settings.openai_org_id), ("OpenAI-Project", settings.openai_project_id))
-        return Endpoint(self.name, url, settings.openai_api_key, tuple(pair for pair in extra if pair[1]),
-                        self.key_variable if url == self.official else "")
+        url = (settings.openai_base_url or f"https://{self.vendor}/v1").rstrip("/")
+        extra = {"OpenAI-Organization": settings.openai_org_id, "OpenAI-Project": settings.openai_project_id}
+        return Endpoint(self.name, url, settings.openai_api_key, tuple(present(extra).items()),
+                        self.key_variable if is_at(url, self.vendor) else "")
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        return {**({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}), **dict(endpoint.headers)}
+        return {**present({"Authorization": endpoint.key and f"Bearer {endpoint.key}"}), **dict(endpoint.headers)}
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         payload = {"model": target.model, **request.body}
-        if target.endpoint.base_url == self.official:    # its models all know the new name, and none of Ollama's fields
+        if is_at(target.endpoint.base_url, self.vendor):    # its models know the new name, and none of Ollama's fields
             payload = self.adapt(payload, frozenset({"max_tokens", "options", "keep_alive", "think"}))
         if "tools" in payload and _NO_TOOLS_WHILE_REASONING.match(target.model):
             payload.setdefault("reasoning_effort", "none")
@@ -2879,8 +2833,8 @@ class OpenAI(Provider):
         return kept
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        seen: set[Any] = set()            # what must be said once: roles and tool calls
-        finished: dict[int, bool] = {}    # choice -> whether its finish_reason came
+        calls: dict[int, _ToolCalls] = {}    # by choice; a choice is in it once its role was sent
+        finished: dict[int, bool] = {}       # choice -> True once its finish_reason came
         for data in sse_data(lines):
             if isinstance(data, Texts):
                 yield data
@@ -2891,10 +2845,11 @@ class OpenAI(Provider):
             chunk.pop("obfuscation", None)    # padding, of no use on this side of TLS
             chunk["choices"] = choices_of(chunk)
             for choice in chunk["choices"]:
-                self._once(choice, seen)
+                self._once(choice, calls)
                 index = choice.get("index", 0)
                 finished[index] = finished.get(index, False) or bool(choice.get("finish_reason"))
-            yield chunk
+            if chunk["choices"] or chunk.get("usage"):    # Azure begins with an event that has neither
+                yield chunk
         if list(finished.values()) != [True] * request.body.get("n", 1):    # some servers leave [DONE] out
             raise cut()
 
@@ -2902,31 +2857,50 @@ class OpenAI(Provider):
         return bool(request.body.get("n", 1) == 1)
 
     @staticmethod
-    def _once(choice: Json, seen: set[Any]) -> None:
-        """Leave out what was seen before: the SDKs' helpers join a role, id or name that is repeated."""
+    def _once(choice: Json, calls: dict[int, _ToolCalls]) -> None:
+        """Drop a role, and a tool call's id and name, after the first: the SDKs' helpers join repeated strings."""
         index, delta = choice.get("index", 0), choice.get("delta") or {}
-        role = {} if index in seen else {"role": "assistant"}
-        seen.add(index)
+        role = {} if index in calls else {"role": "assistant"}
         choice["delta"] = {**role, **{name: value for name, value in delta.items() if name != "role"}}
+        if role:
+            calls[index] = _ToolCalls()
         for place, call in enumerate(delta.get("tool_calls") or ()):
-            which = (index, call.setdefault("index", place))
-            if which in seen:
-                for name in ("id", "type"):
-                    call.pop(name, None)
-                (call.get("function") or {}).pop("name", None)
-            seen.add(which)
+            calls[index].number(call, place)
 
-    def models(self, listing: Json) -> tuple[Model, ...] | None:
-        items = listing["data"] if isinstance(listing.get("data"), list) else []
-        return tuple(Model(str(item["id"]), created_at(item.get("created"))) for item in items)
+
+class _ToolCalls:
+    """The tool calls of one streamed choice, numbered from 0.
+
+    Servers repeat ids and names, leave indices out, or give parallel calls the same one (ollama#15457, ollama#7881).
+    Older vLLM has a new id in each piece of a call, but the name in the first piece only.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[str | int, int] = {}    # by id, and by the server's index or the place in its list
+        self._count = 0
+
+    def number(self, call: Json, place: int) -> None:
+        """Give a piece its call's number, and drop id, type and name unless it is the call's first piece."""
+        id, inner = call.get("id"), call.get("function") or call.get("custom") or {}
+        key = place if call.get("index") is None else call["index"]
+        known = self._numbers.get(id) if id else None
+        if known is None and not (id and inner.get("name")):
+            known = self._numbers.get(key)
+        if known is None:
+            self._count += 1
+        else:
+            for fields, name in ((call, "id"), (call, "type"), (inner, "name")):
+                fields.pop(name, None)
+        call["index"] = self._numbers[key] = self._count - 1 if known is None else known
+        if id:
+            self._numbers[id] = call["index"]
 
 
 class Ollama(Provider):
     """Ollama's native API.  Its own /v1 can't set num_ctx, truncate or think, and takes images out of their message."""
     name, label = "ollama", "Ollama"
-    chat_path, probe_path, state_path, details_path = "/api/chat", "/api/tags", "/api/ps", "/api/show"
+    vendor, chat_path, models_path = "ollama.com", "/api/chat", "/api/tags"
     refuses = _NEITHER_HAS
-    official = "https://ollama.com:443"
     text_event = TextEvent(_OLLAMA_TEXT, b"\n")
     _options = {"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
                 "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
@@ -2939,7 +2913,7 @@ class Ollama(Provider):
         return Endpoint(self.name, ollama_url(settings.ollama_host))
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        return {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}    # ollama.com wants one
+        return present({"Authorization": endpoint.key and f"Bearer {endpoint.key}"})    # ollama.com wants one
 
     def refuse_part(self, part: Json) -> str | None:
         if part["type"] == "image_url":
@@ -2979,27 +2953,26 @@ class Ollama(Provider):
             payload["format"] = "json"
         return payload
 
-    def _messages(self, messages: Sequence[Json]) -> list[Json]:
-        names: dict[str, str] = {}    # tool call id -> the tool's name, which Ollama wants with the result
-        return [self._message(message, names) for message in messages]
-
-    def _message(self, message: Json, names: dict[str, str]) -> Json:
-        role = "system" if message["role"] == "developer" else message["role"]
-        converted: Json = {"role": role, "content": text_of(message)}
-        images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
-        if images:
-            converted["images"] = [image[1] for image in images if image]
-        if message.get("tool_calls"):
-            converted["tool_calls"] = [self._call(call, names) for call in message["tool_calls"]]
-        if message["role"] == "tool":
-            converted["tool_call_id"] = message["tool_call_id"]
-            converted["tool_name"] = names.get(message["tool_call_id"], "")
+    @staticmethod
+    def _messages(messages: Sequence[Json]) -> list[Json]:
+        """Return the messages in Ollama's shape, where a tool's result has the tool's name."""
+        names: dict[str, str] = {}    # by id of the call
+        converted: list[Json] = []
+        for message in messages:
+            role = "system" if message["role"] == "developer" else message["role"]
+            turn: Json = {"role": role, "content": text_of(message)}
+            images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
+            if images:
+                turn["images"] = [image[1] for image in images if image]
+            if message.get("tool_calls"):
+                calls = [(call["id"], *name_and_arguments(call)) for call in message["tool_calls"]]
+                names.update({id: name for id, name, _ in calls})
+                turn["tool_calls"] = [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
+                                      for id, name, arguments in calls]
+            if role == "tool":
+                turn.update(tool_call_id=message["tool_call_id"], tool_name=names.get(message["tool_call_id"], ""))
+            converted.append(turn)
         return converted
-
-    def _call(self, call: Json, names: dict[str, str]) -> Json:
-        name, arguments = name_and_arguments(call)
-        names[call["id"]] = name
-        return {"id": call["id"], "function": {"name": name, "arguments": arguments_of(arguments)}}
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
         yield chunk_of(role="assistant", content="")
@@ -3044,39 +3017,22 @@ class Ollama(Provider):
             return "think"
         return super().refused_parameter(error, payload)
 
-    def models(self, listing: Json) -> tuple[Model, ...] | None:
-        found = [Model(str(item["name"]), created_at(item.get("modified_at")),
-                       is_remote(str(item["name"])) or bool(item.get("remote_host")), str(item.get("digest") or ""),
-                       int(item.get("size") or 0), _able(item))
-                 for item in listing.get("models") or []]
-        return tuple(sorted(found, key=lambda model: -model.created))
-
-    def with_state(self, models: Sequence[Model], state: Json) -> tuple[Model, ...]:
-        loaded = {str(item["name"]).lower(): item for item in state["models"]}
-
-        def stated(model: Model) -> Model:
-            item = loaded.get(model.name.lower())
-            if item is None:
-                return dataclasses.replace(model, cold=not model.remote)
-            size, on_gpu = int(item.get("size") or 0), int(item.get("size_vram") or 0)
-            return dataclasses.replace(model, context=int(item.get("context_length") or 0), size=size or model.size,
-                                       gpu_share=min(1.0, on_gpu / size) if size else None)
-        return tuple(map(stated, models))
-
-    def with_details(self, model: Model, details: Json) -> Model:
-        info = details.get("model_info") or {}
-        kind = info.get("general.architecture")
-
-        def fact(name: str) -> int:
-            value = info.get(f"{kind}.{name}")
-            return value if isinstance(value, int) else 0    # some are lists, one number a layer
-        heads = fact("attention.head_count")
-        usual = fact("embedding_length") // heads if heads else 0
-        row = (fact("attention.key_length") or usual) + (fact("attention.value_length") or usual)
-        # a key and a value of 16 bits each for every layer and head, as llama.cpp keeps them
-        token_bytes = 2 * fact("block_count") * fact("attention.head_count_kv") * row
-        return dataclasses.replace(model, can=_able(details) or model.can, max_context=fact("context_length"),
-                                   token_bytes=token_bytes)
+    def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
+        listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
+                        is_remote(str(item["name"])) or bool(item.get("remote_host")), str(item.get("digest") or ""),
+                        int(item.get("size") or 0), _able(item))
+                  for item in ask(self.models_path, None).get("models") or []]
+        models = sorted(listed, key=lambda model: -model.created)[:MAX_MODELS]
+        with contextlib.suppress(UpstreamError, *NOT_IN_ITS_FORMAT):
+            loaded = {str(item["name"]).lower(): item for item in ask("/api/ps", None)["models"]}
+            models = [_with_state(model, loaded.get(model.name.lower())) for model in models]
+        by_key = {model.digest or model.name: model for model in models if not model.remote}
+        for key in known.keys() - by_key.keys():
+            del known[key]
+        for key in [key for key in by_key if key not in known][:DETAILS_AT_ONCE]:
+            with contextlib.suppress(UpstreamError):
+                known[key] = _details(ask("/api/show", {"model": by_key[key].name}))
+        return tuple(dataclasses.replace(model, **known.get(model.digest or model.name, {})) for model in models)
 
     def load(self, target: Target, context: int, keep_alive: KeepAlive = None) -> Json:
         return {"model": target.model, "messages": [], **({"options": {"num_ctx": context}} if context else {}),
@@ -3110,72 +3066,111 @@ DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 
 
+def _with_state(model: Model, loaded: Json | None) -> Model:
+    """Return the model with what /api/ps tells of it; None if that does not list it."""
+    if loaded is None:
+        return dataclasses.replace(model, cold=not model.remote)
+    size, on_gpu = int(loaded.get("size") or 0), int(loaded.get("size_vram") or 0)
+    return dataclasses.replace(model, context=int(loaded.get("context_length") or 0), size=size or model.size,
+                               gpu_share=min(1.0, on_gpu / size) if size else None)
+
+
+def _details(shown: Json) -> Json:
+    """Return the fields of a Model that /api/show tells; none if it is not in its format."""
+    with contextlib.suppress(*NOT_IN_ITS_FORMAT):
+        info = shown.get("model_info") or {}
+        kind = info.get("general.architecture")
+        number = {name[len(f"{kind}."):]: value for name, value in info.items()
+                  if name.startswith(f"{kind}.") and isinstance(value, int)}    # some are lists, one number a layer
+        heads = number.get("attention.head_count", 0)
+        usual = number.get("embedding_length", 0) // heads if heads else 0
+        row = sum(number.get(f"attention.{name}_length") or usual for name in ("key", "value"))
+        # llama.cpp keeps a key and a value of 16 bits each for every layer and head
+        token_bytes = 2 * number.get("block_count", 0) * number.get("attention.head_count_kv", 0) * row
+        return {**present({"can": _able(shown)}), "max_context": number.get("context_length", 0),
+                "token_bytes": token_bytes}
+    return {}
+
+
 def _able(item: Json) -> frozenset[str] | None:
-    """The capabilities that Ollama lists; None from one that lists none."""
+    """Return the capabilities that Ollama lists, or None if it lists none."""
     return frozenset(map(str, item["capabilities"])) if item.get("capabilities") else None
 
 
 def is_remote(name: str) -> bool:
-    """Whether an Ollama name is answered by ollama.com: tag `cloud`, or a tag that ends in `-cloud`."""
+    """Return True if ollama.com answers for an Ollama name: tag `cloud`, or a tag that ends in `-cloud`."""
     tag = name.lower().rsplit("/", 1)[-1].partition(":")[2]
     return tag == "cloud" or tag.endswith("-cloud")
 
 
-def created_at(value: Any) -> int:
-    """Unix seconds of a number or an RFC 3339 time; 0 for anything else."""
-    if isinstance(value, (int, float)):
-        return int(value)
-    try:
-        moment = datetime.datetime.strptime(str(value)[:19], "%Y-%m-%dT%H:%M:%S")
-    except ValueError:
-        return 0
-    return int(moment.replace(tzinfo=datetime.timezone.utc).timestamp())
-
-
 def ollama_url(host: str) -> str:
-    """The address that OLLAMA_HOST means to a client, by Ollama's own rules (envconfig.Host).
+    """Return the address that OLLAMA_HOST means to a client, by Ollama's own rules (envconfig.Host).
 
     The variable is the server's bind address too, so an unspecified address becomes loopback.
     """
     text = host.strip().strip("\"'")
-    scheme, found, rest = text.partition("://")
-    if not found:
-        scheme, rest = ("https" if text == "ollama.com" else "http"), text
-    default = 11434 if not found and scheme == "http" else 443 if scheme == "https" else 80
+    scheme, found, rest = text.rpartition("://")
+    scheme = scheme or ("https" if text == "ollama.com" else "http")
+    default = 443 if scheme == "https" else 80 if found else 11434
     place, slash, path = rest.partition("/")
     name, _, port = place.rpartition(":") if re.search(r"^[^:]*:[^:]*$|\]:", place) else (place, "", "")
-    name = name.strip("[]") or "127.0.0.1"
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
+    name = name.strip("[]")
+    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
     number = int(port) if port.isdecimal() and int(port) < 65536 else default
     return f"{scheme}://{f'[{name}]' if ':' in name else name}:{number}{slash}{path}".rstrip("/")
 
 
-def name_and_arguments(call: Json) -> tuple[str, str]:
-    """(name, arguments) of a message's tool call, function or custom."""
-    inner = call[call.get("type", "function")]
-    return inner["name"], inner.get("arguments", inner.get("input", ""))
+class _ClaudeModel(NamedTuple):
+    """The request fields that a Claude model takes, as far as models differ in them."""
+    sampling: int = 0         # of temperature and top_p: both, one, or neither
+    adaptive: bool = True     # thinks by an effort; older models within a budget of tokens
+    xhigh: bool = True        # knows this effort
+    off: str = ""             # the type of thinking that stops it, where it thinks unasked and can be stopped
+    forced: bool = True       # takes a tool_choice that forces a call
+    prefill: bool = False     # continues an assistant's message
+    most: int = 128_000       # tokens of an answer; it refuses more
+
+
+_CLAUDE_MODELS = (    # the first that fits (Anthropic's documentation, 2026-11); a new name counts as the newest model
+    (r"[a-z]+-(?:[1-3]|4(?:-[0-5])?)", _ClaudeModel(1, adaptive=False, prefill=True, most=64_000)),
+    (r"[a-z]+-4-6", _ClaudeModel(2, xhigh=False)),
+    (r"haiku-5-5|opus-5", _ClaudeModel(off="disabled")),
+    (r"sonnet-5-5", _ClaudeModel(off="between_tools", forced=False)),
+    (r"opus-5-5|(?:fable|mythos)-5-[12]", _ClaudeModel(forced=False)),
+    (r".*", _ClaudeModel()),
+)
+_CLAUDE_MAX_TOKENS = 16384    # where the client sets no limit: thinking counts too, so a small one gives empty answers
+_THINKING_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 4096, "high": 8192, "xhigh": 16384, "max": 16384}
+_CLAUDE_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+_ONLY_JSON = "Answer with one JSON object and nothing else: no prose, no Markdown fence."
+
+
+@functools.lru_cache(64)
+def _claude_model(name: str) -> _ClaudeModel:
+    """Return the fields that the model of this name takes; the date at its end makes no difference."""
+    base = re.sub(r"^claude-|-\d{8}$", "", name)
+    return next(model for pattern, model in _CLAUDE_MODELS if re.fullmatch(pattern, base, re.S))
 
 
 class Claude(Provider):
     """Anthropic's Messages API, in both directions."""
     name, label = "claude", "Claude"
     key_variable, default_model = "ANTHROPIC_API_KEY", "claude-haiku-5-5"
-    chat_path, probe_path = "/v1/messages", "/v1/models?limit=1000"
-    official = "https://api.anthropic.com"
+    vendor, chat_path, models_path = "api.anthropic.com", "/v1/messages", "/v1/models?limit=1000"
     text_event = TextEvent(_CLAUDE_TEXT, b"\n\n")
     refuses = {**_NEITHER_HAS, "logprobs": "it does not tell them", "top_logprobs": "it does not tell them"}
     _finish = {"max_tokens": "length", "model_context_window_exceeded": "length", "pause_turn": "length",
                "tool_use": "tool_calls", "refusal": "content_filter"}
 
     def endpoint(self, settings: Settings) -> Endpoint:
-        url = (settings.anthropic_base_url or self.official).rstrip("/")
+        url = (settings.anthropic_base_url or f"https://{self.vendor}").rstrip("/")
         url = url[:-3] if url.endswith("/v1") else url
         return Endpoint(self.name, url, settings.anthropic_api_key, (),
-                        self.key_variable if url == self.official else "")
+                        self.key_variable if is_at(url, self.vendor) else "")
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         # 2023-06-01 and not 2026-10-21: the later version refuses temperature and top_p for every model.
-        return {"anthropic-version": "2023-06-01", **({"x-api-key": endpoint.key} if endpoint.key else {})}
+        return {"anthropic-version": "2023-06-01", **present({"x-api-key": endpoint.key})}
 
     def refuse_part(self, part: Json) -> str | None:
         if part["type"] == "image_url":
@@ -3184,100 +3179,78 @@ class Claude(Provider):
             return None if fits else "images must be https: URLs or data: URLs of JPEG, PNG, GIF or WebP"
         if part["type"] == "file":
             kind, data = data_url(part["file"].get("file_data") or "") or ("", "")
-            with contextlib.suppress(ValueError):    # text is decoded on the way, so its base64 must be whole
+            with contextlib.suppress(ValueError):    # Claude takes text decoded, so its base64 must be whole
                 if kind == "application/pdf" or kind.startswith("text/") and base64.b64decode(data):
                     return None
             return "files must be sent as base64 data: URLs of a PDF or of text"
         return None if part["type"] in ("text", "refusal") else f"parts of type {part['type']} are not supported"
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
-        body, version = request.body, claude_version(target.model)
-        system, turns = claude_conversation(modernised(request.messages), prefills=version < (4, 6))
-        form = body.get("response_format", {})
-        schema = form.get("type") == "json_schema" and form["json_schema"].get("schema")
-        if form.get("type", "text") != "text" and not schema:
-            system = [*system, "Answer with one JSON object and nothing else: no prose, no Markdown fence."]
-        forced = chosen_tools(body)[1]
-        if forced not in ("auto", "none") and _NO_FORCED_TOOLS.match(target.model):
-            which = name_of(forced) if isinstance(forced, dict) else "that fits best"
-            system = [*system, f"Answer with a call of the tool {which}."]
-        payload: Json = {
-            "model": target.model, "messages": turns, "stream": True,
-            "max_tokens": min(body.get("max_completion_tokens") or body.get("max_tokens") or _CLAUDE_MAX_TOKENS,
-                              128_000 if version >= (4, 6) else 64_000),    # more is refused
-            **({"system": "\n\n".join(system)} if system else {}), **self._sampling(body, version),
-            **self._identity(body), **self._tools(body, turns, target.model),
-        }
-        if schema:
-            payload["output_config"] = {"format": {"type": "json_schema", "schema": closed_schema(schema)}}
-        self._think(payload, body.get("reasoning_effort"), target.model, version)
+        body, model = request.body, _claude_model(target.model)
+        system, turns = claude_conversation(modernised(request.messages), model.prefill)
+        choice = chosen_tools(body)[1]
+        if _is_told_to_write_json(body):
+            system.append(_ONLY_JSON)
+        if choice not in ("auto", "none") and not model.forced:
+            which = name_of(choice) if isinstance(choice, dict) else "that fits best"
+            system.append(f"Answer with a call of the tool {which}.")
+            choice = "auto"
+        payload = present({
+            "model": target.model, "messages": turns, "stream": True, "max_tokens": min(
+                body.get("max_completion_tokens") or body.get("max_tokens") or _CLAUDE_MAX_TOKENS, model.most),
+            "system": "\n\n".join(system),
+            "stop_sequences": [stop for stop in as_list(body.get("stop", [])) if stop.strip()],
+            "service_tier": {"auto": "auto", "default": "standard_only"}.get(body.get("service_tier", "")),
+            **self._tools(body, choice, turns)})
+        if _schema_of(body):
+            payload["output_config"] = {"format": {"type": "json_schema", "schema": closed_schema(_schema_of(body))}}
+        self._think(payload, body.get("reasoning_effort"), model)
+        if "thinking" not in payload:    # with it, any temperature but 1 is a 400
+            asked = [name for name in ("temperature", "top_p") if name in body][:model.sampling]
+            payload.update({name: min(1.0, body[name]) for name in asked})
         return payload
 
     @staticmethod
-    def _sampling(body: Json, version: tuple[int, int]) -> Json:
-        stops = [stop for stop in as_list(body.get("stop", [])) if stop.strip()]
-        sampling: Json = {"stop_sequences": stops} if stops else {}
-        if version < (4, 7) and "temperature" in body:    # later models refuse both
-            sampling["temperature"] = min(1.0, body["temperature"])
-        if version < (4, 7) and "top_p" in body and ("temperature" not in sampling or version == (4, 6)):
-            sampling["top_p"] = body["top_p"]                 # 4.5 and earlier refuse the two together
-        return sampling
-
-    @staticmethod
-    def _identity(body: Json) -> Json:
-        user = body.get("safety_identifier") or body.get("user") or ""
-        tier = {"auto": "auto", "default": "standard_only"}.get(body.get("service_tier", ""))
-        opaque = user and "@" not in user and not re.fullmatch(r"[+\d ()./-]{7,}", user)    # no e-mail, no telephone
-        return {**({"metadata": {"user_id": user}} if opaque else {}), **({"service_tier": tier} if tier else {})}
-
-    @staticmethod
-    def _tools(body: Json, turns: Sequence[Json], model: str) -> Json:
-        tools, choice = chosen_tools(body)
-        if not tools:    # none offered or allowed; but those that the history calls must be known
+    def _tools(body: Json, choice: str | Json, turns: Sequence[Json]) -> Json:
+        """Return the fields for tools and for the choice among them."""
+        tools = [tool["function"] for tool in chosen_tools(body)[0]]
+        if not tools:    # none offered or allowed; but Claude must know those that the history calls
             offered = [tool["function"] for tool in body.get("tools", [])]
             known = offered or [{"name": name} for name in _tools_used(turns)]
-            return {"tools": list(map(claude_tool, known)), "tool_choice": {"type": "none"}} if known else {}
-        theirs: Json = {"type": "auto"}
-        if choice != "auto" and not _NO_FORCED_TOOLS.match(model):
-            theirs = {"type": "tool", "name": name_of(choice)} if isinstance(choice, dict) else {"type": "any"}
+            return {"tools": [*map(claude_tool, known)], "tool_choice": {"type": "none"}} if known else {}
+        theirs: Json = ({"type": "tool", "name": name_of(choice)} if isinstance(choice, dict)
+                        else {"type": "any" if choice == "required" else "auto"})
         if body.get("parallel_tool_calls") is False:
             theirs["disable_parallel_tool_use"] = True
-        return {"tools": [claude_tool(tool["function"]) for tool in tools],
-                **({"tool_choice": theirs} if theirs != {"type": "auto"} else {})}
+        return {"tools": [*map(claude_tool, tools)], "tool_choice": theirs if theirs != {"type": "auto"} else None}
 
     @staticmethod
-    def _think(payload: Json, effort: str | None, model: str, version: tuple[int, int]) -> None:
-        """Add to the payload what `reasoning_effort` means to the model."""
-        if effort is None:
-            return
+    def _think(payload: Json, effort: str | None, model: _ClaudeModel) -> None:
+        """Add what `reasoning_effort` means to the model."""
         if effort == "none":
-            if model in _THINKING_OFF:
-                payload["thinking"] = {"type": _THINKING_OFF[model]}
-        elif version >= (4, 6):
-            effort = {"minimal": "low", "xhigh": "xhigh" if version >= (4, 7) else "high"}.get(effort, effort)
+            payload.update({"thinking": {"type": model.off}} if model.off else {})
+        elif effort and model.adaptive:
+            effort = {"minimal": "low", "xhigh": "xhigh" if model.xhigh else "high"}.get(effort, effort)
             payload["thinking"] = {"type": "adaptive", "display": "summarized"}
             payload.setdefault("output_config", {})["effort"] = effort
-        elif payload.get("tool_choice", {}).get("type") in ("any", "tool") or _tools_used(payload["messages"]):
-            return    # thinking goes neither with a forced tool nor with calls whose own thinking is lost
-        else:
+        elif effort and payload.get("tool_choice", {}).get("type") not in ("any", "tool") and not _tools_used(
+                payload["messages"]):    # a budget goes with neither forced tools nor calls whose thinking is lost
             budget = _THINKING_BUDGETS[effort]
             payload["thinking"] = {"type": "enabled", "budget_tokens": budget}
             payload["max_tokens"] = max(payload["max_tokens"], budget + 1024)
-            for name in ("temperature", "top_p"):    # neither goes with thinking
-                payload.pop(name, None)
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
         chunks = self._chunks(lines)
-        return chunks if self.passes_text(request) else unfenced(chunks)
+        return only_json(chunks) if _is_told_to_write_json(request.body) else chunks
 
     def passes_text(self, request: ChatRequest) -> bool:
-        return bool(request.body.get("response_format", {}).get("type") != "json_object")    # which is by instruction
+        return not _is_told_to_write_json(request.body)
 
     def _chunks(self, lines: Lines) -> Iterator[Any]:
         usage: Json = {}
         stop: Json = {}
         calls, fresh = -1, False    # fresh: a tool call whose arguments have not begun
-        block: Json = {}            # the one that is open
+        block: Json = {}            # the open one
         for data in sse_data(lines):
             if isinstance(data, Texts):
                 yield data
@@ -3292,8 +3265,8 @@ class Claude(Provider):
                 if block["type"] == "tool_use":
                     calls, fresh = calls + 1, True
                     yield tool_chunk(calls, "", block["id"], block["name"])
-                elif block["type"] == "text" and block.get("text"):
-                    yield chunk_of(content=block["text"])
+                elif block["type"] in ("text", "thinking"):    # mostly empty yet
+                    yield from self._delta(block, None)
             elif kind == "content_block_delta":
                 fresh = fresh and not delta.get("partial_json")
                 yield from self._delta(delta, calls if block.get("type") == "tool_use" else None)
@@ -3310,65 +3283,61 @@ class Claude(Provider):
 
     @staticmethod
     def _delta(delta: Json, call: int | None) -> Iterator[Chunk]:
+        """Yield the chunk for what a block contains, if it has any; `call` is the number of a tool call's block."""
         if delta.get("text"):
             yield chunk_of(content=delta["text"])
         elif delta.get("thinking"):
             yield chunk_of(reasoning_content=delta["thinking"])
-        elif delta.get("partial_json") and call is not None:    # not of a block that is no call of ours
+        elif delta.get("partial_json") and call is not None:
             yield tool_chunk(call, delta["partial_json"])
 
     def _end(self, stop: Json, usage: Json) -> Iterator[Chunk]:
+        """Yield the last chunks: an explained refusal, the finish reason, the usage."""
         explanation = (stop.get("stop_details") or {}).get("explanation")
         if stop.get("stop_reason") == "refusal" and explanation:
             yield chunk_of(refusal=explanation)
         yield chunk_of(self._finish.get(stop.get("stop_reason") or "", "stop"))
         read, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
         thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens")
-        yield usage_chunk(
-            (usage.get("input_tokens") or 0) + read + written, usage.get("output_tokens") or 0,
-            prompt_tokens_details={"cached_tokens": read, "cache_write_tokens": written},
-            **({"completion_tokens_details": {"reasoning_tokens": thinking}} if thinking else {}))
+        yield usage_chunk((usage.get("input_tokens") or 0) + read + written, usage.get("output_tokens") or 0,
+                          prompt_tokens_details={"cached_tokens": read, "cache_write_tokens": written},
+                          **present({"completion_tokens_details": present({"reasoning_tokens": thinking})}))
 
-    def models(self, listing: Json) -> tuple[Model, ...] | None:
-        return tuple(Model(str(item["id"]), created_at(item.get("created_at"))) for item in listing.get("data") or [])
+
+def _schema_of(body: Json) -> Json | None:
+    """Return the JSON schema that the answer must fit, or None."""
+    form = body.get("response_format", {})
+    return form["json_schema"].get("schema") or None if form.get("type") == "json_schema" else None
+
+
+def _is_told_to_write_json(body: Json) -> bool:
+    """Return True if only the system prompt makes Claude answer in JSON: it has no field for JSON without a schema."""
+    return body.get("response_format", {"type": "text"})["type"] != "text" and not _schema_of(body)
 
 
 def _tools_used(turns: Sequence[Json]) -> list[str]:
-    """The names of the tools that the turns call, each once."""
+    """Return the names of the tools that the turns call, each once."""
     return list(dict.fromkeys(block["name"] for turn in turns for block in turn["content"]
                               if block["type"] == "tool_use"))
 
 
-_CLAUDE_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
-
-
-def as_list(value: str | list[str]) -> list[str]:
-    """One or several, as several."""
-    return [value] if isinstance(value, str) else value
-
-
-def claude_version(model: str) -> tuple[int, int]:
-    """(major, minor) in a Claude model's name; a name that does not tell counts as the newest."""
-    found = re.match(r"claude-[a-z]+-(\d+)(?:-(\d{1,2}))?(?=-\d{8}$|$)", model)
-    return (int(found[1]), int(found[2] or 0)) if found else (99, 0)
-
-
 def claude_tool(function: Json) -> Json:
-    """A tool definition in Claude's shape; `strict` stays behind, as few schemas qualify for it there."""
-    described = {"description": function["description"]} if function.get("description") else {}
-    return {"name": function["name"], **described,
+    """Return a tool in Claude's shape, without `strict`: few schemas qualify for it there."""
+    return {"name": function["name"], **present({"description": function.get("description")}),
             "input_schema": {"properties": {}, **(function.get("parameters") or {}), "type": "object"}}
 
 
 def closed_schema(schema: Any) -> Any:
-    """A JSON schema within what Claude's structured output takes: closed objects, no bounds, anyOf for oneOf."""
+    """Return a JSON schema as Claude's structured output takes it: closed objects, no bounds, anyOf for oneOf."""
     if isinstance(schema, list):
         return [closed_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     kept: Json = {}
     for name, value in schema.items():
-        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
+        if name in _DATA_IN_SCHEMAS:
+            kept[name] = value
+        elif name in _NAMED_SCHEMAS and isinstance(value, dict):
             kept[name] = {inner: closed_schema(one) for inner, one in value.items()}
         elif name not in _NOT_IN_SCHEMAS:
             kept["anyOf" if name == "oneOf" else name] = closed_schema(value)
@@ -3377,45 +3346,45 @@ def closed_schema(schema: Any) -> Any:
     return {**kept, "additionalProperties": False} if is_object else kept
 
 
+_DATA_IN_SCHEMAS = frozenset({"const", "enum", "default", "examples", "required", "dependentRequired"})
+_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
 _NOT_IN_SCHEMAS = frozenset({
     "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "pattern",
     "minItems", "maxItems", "minProperties", "maxProperties", "not", "if", "then", "else"})
 
 
 def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[str], list[Json]]:
-    """(system texts, turns) as Claude wants them.
+    """Return the system texts and the turns that Claude takes.
 
-    Turns alternate and begin with the user; each tool call is answered at the very start of the next user turn, where
-    need be by a placeholder; results of calls that nobody made become text.  `prefills`: whether the model may be
-    handed the beginning of its own answer.
+    Turns alternate and begin with the user.  The next user turn begins with the results of all tool calls, placeholders
+    among them; results of unknown calls become text.  Without `prefills` the last turn is the user's too.
     """
     is_system = [message["role"] in ("system", "developer") for message in messages]
     system = [text_of(message) for message, so in zip(messages, is_system) if so and text_of(message).strip()]
     waiting = collections.deque(message for message, so in zip(messages, is_system) if not so)
-    turns: list[Json] = []
+    blocks: list[tuple[str, list[Json]]] = [("user", [])] if waiting and waiting[0]["role"] == "assistant" else []
     used: set[str] = set()
     while waiting:
         message = waiting.popleft()
-        if message["role"] == "assistant":
-            calls = [(call["id"], _claude_call(call, used)) for call in message.get("tool_calls") or ()]
-            _add_turn(turns, "assistant", [*_text_block(text_of(message)), *(block for _, block in calls)])
-            if calls:
-                _add_turn(turns, "user", _claude_results(calls, waiting))
-        else:
-            _add_turn(turns, "user", claude_content(message))
-    return system, _completed(turns, prefills)
-
-
-def _add_turn(turns: list[Json], role: str, blocks: list[Json]) -> None:
-    """Add blocks to the last turn if its role is the same, else as a new one; an assistant without any says nothing."""
-    if turns and turns[-1]["role"] == role:
-        turns[-1]["content"].extend(blocks)
-    elif blocks or role == "user":
-        turns.append({"role": role, "content": blocks})
+        if message["role"] != "assistant":
+            blocks.append(("user", claude_content(message)))
+            continue
+        calls = [(call["id"], _claude_call(call, used)) for call in message.get("tool_calls") or ()]
+        said = [*_text_blocks(text_of(message)), *(block for _, block in calls)]
+        blocks.extend([("assistant", said)] if said else [])
+        blocks.extend([("user", _claude_results(calls, waiting))] if calls else [])
+    turns = [{"role": role, "content": [block for _, some in group for block in some] or _text_blocks(".")}
+             for role, group in itertools.groupby(blocks or [("user", [])], lambda pair: pair[0])]
+    last = turns[-1]
+    if last["role"] == "assistant" and not prefills:
+        turns.append({"role": "user", "content": _text_blocks("Continue.")})
+    elif last["role"] == "assistant" and last["content"][-1]["type"] == "text":
+        last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
+    return system, turns
 
 
 def _claude_call(call: Json, used: set[str]) -> Json:
-    """A tool call as a block, under an id that Claude allows and that the conversation has not used before."""
+    """Return a tool call as a block, under an id of Claude's letters that the conversation has not used yet."""
     name, arguments = name_and_arguments(call)
     id = re.sub(r"[^A-Za-z0-9_-]", "_", call["id"]) or "call"
     while id in used:
@@ -3425,7 +3394,10 @@ def _claude_call(call: Json, used: set[str]) -> Json:
 
 
 def _claude_results(calls: list[tuple[str, Json]], waiting: collections.deque[Json]) -> list[Json]:
-    """The blocks that answer (client's id, call)s, from the tool messages that come next; others' results go last."""
+    """Return the blocks that answer calls, each given with the client's id for it.
+
+    Takes the tool messages that come next from `waiting`.  Results of other calls go last, as plain blocks.
+    """
     calls, results, others = list(calls), [], []
     while waiting and waiting[0]["role"] == "tool":
         message = waiting.popleft()
@@ -3433,52 +3405,34 @@ def _claude_results(calls: list[tuple[str, Json]], waiting: collections.deque[Js
         pair = next((pair for pair in calls if pair[0] == message["tool_call_id"]), None)
         if pair:
             calls.remove(pair)
-            plain = blocks[0]["text"] if len(blocks) == 1 and blocks[0]["type"] == "text" else blocks
-            results.append({"type": "tool_result", "tool_use_id": pair[1]["id"], "content": plain or ""})
+            results.append({"type": "tool_result", "tool_use_id": pair[1]["id"], "content": blocks or ""})
         else:
             others.extend(blocks)
     return results + [{"type": "tool_result", "tool_use_id": call["id"], "content": "(no result)"}
                       for _, call in calls] + others
 
 
-def _completed(turns: list[Json], prefills: bool) -> list[Json]:
-    """The turns without what Claude refuses: an assistant to begin with, empty turns, a prefill that it can't take."""
-    if not turns or turns[0]["role"] == "assistant":
-        turns.insert(0, {"role": "user", "content": []})
-    for turn in turns:
-        turn["content"] = turn["content"] or _text_block(".")
-    last = turns[-1]
-    if last["role"] == "assistant" and not prefills:
-        turns.append({"role": "user", "content": _text_block("Continue.")})
-    elif last["role"] == "assistant" and last["content"][-1]["type"] == "text":
-        last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
-    return turns
-
-
-def _text_block(text: str) -> list[Json]:
-    """A text block, or nothing: Claude refuses empty ones."""
+def _text_blocks(text: str) -> list[Json]:
+    """Return a text as a block, or nothing for an empty one, which Claude refuses."""
     return [{"type": "text", "text": text}] if text.strip() else []
 
 
 def claude_content(message: Json) -> list[Json]:
-    """A message's parts as blocks."""
-    return [block for part in parts_of(message) for block in claude_blocks(part)]
-
-
-def claude_blocks(part: Json) -> list[Json]:
-    """The content blocks of one part.  Raises nothing: `refuse_part` has seen the part before."""
-    if part["type"] in ("text", "refusal"):
-        return _text_block(part[part["type"]])
-    if part["type"] == "image_url":
-        url = part["image_url"]["url"]
+    """Return a message's parts as blocks; `refuse_part` has seen them before."""
+    blocks: list[Json] = []
+    for part in parts_of(message):
+        if part["type"] in ("text", "refusal"):
+            blocks.extend(_text_blocks(part[part["type"]]))
+            continue
+        kind = "image" if part["type"] == "image_url" else "document"
+        url = part["image_url"]["url"] if kind == "image" else part["file"]["file_data"]
         media_type, data = data_url(url) or ("", "")
-        return [{"type": "image", "source": {"type": "base64", "media_type": media_type, "data": data} if data
-                 else {"type": "url", "url": url}}]
-    media_type, data = data_url(part["file"]["file_data"]) or ("", "")
-    if media_type.startswith("text/"):
-        return [{"type": "document", "source": {"type": "text", "media_type": "text/plain",
-                                                "data": base64.b64decode(data).decode("utf-8", "replace")}}]
-    return [{"type": "document", "source": {"type": "base64", "media_type": media_type, "data": data}}]
+        source = {"type": "base64", "media_type": media_type, "data": data} if data else {"type": "url", "url": url}
+        if media_type.startswith("text/"):
+            text = base64.b64decode(data).decode("utf-8", "replace")
+            source = {"type": "text", "media_type": "text/plain", "data": text}
+        blocks.append({"type": kind, "source": source})
+    return blocks
 
 
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in (Ollama(), OpenAI(), Claude())}
@@ -3486,16 +3440,16 @@ ALIASES = {"anthropic": "claude"}
 
 
 def split_id(text: str) -> tuple[str, str]:
-    """(provider, model) of `provider:model`; ("", text) where no provider is named."""
+    """Return (provider, model) of `provider:model`, or ("", text) if no provider is named."""
     name, colon, model = text.partition(":")
     name = ALIASES.get(name.lower(), name.lower())
     return (name, model) if colon and name in PROVIDERS else ("", text)
 
 
 def configured_targets(settings: Settings) -> tuple[Target, ...]:
-    """The targets that flags and variables name, local ones first.
+    """Return the targets that flags and variables name, local ones first.  Raises UsageError.
 
-    Without --local-model there is none of these here: which one it is depends on what Ollama has.  Raises UsageError.
+    Without --local-model none of them is local: the local one depends on the models that Ollama has.
     """
     if settings.cloud_api_key and not settings.cloud_model:
         raise UsageError("--cloud-api-key needs the --cloud-model that it is for")
@@ -3510,7 +3464,7 @@ def configured_targets(settings: Settings) -> tuple[Target, ...]:
 
 
 def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
-    """The target of `provider:model` or `provider:model@http://host:port/v1`.  Raises UsageError."""
+    """Return the target of `provider:model` or `provider:model@http://host:port/v1`.  Raises UsageError."""
     flag = f"--{side.value}-model {spec}"
     provider, rest = split_id(spec)
     if not provider:
@@ -3519,10 +3473,10 @@ def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
     if not model or not model.isprintable():
         raise UsageError(f"{flag}: name a model, like {provider}:NAME or {provider}:NAME@http://host:port/v1")
     usual = PROVIDERS[provider].endpoint(settings)
-    # Another server than the usual one: the usual key is not meant for it.
-    endpoint = Endpoint(provider, url.rstrip("/"), key) if at else dataclasses.replace(usual, key=key or usual.key)
+    # The usual key is not meant for another server.
+    endpoint = Endpoint(provider, url.rstrip("/"), key) if at else usual._replace(key=key or usual.key)
     if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[!-~]*)?", endpoint.base_url):
-        raise UsageError(f"{endpoint.base_url} is no address like https://host/v1")
+        raise UsageError(f"{endpoint.base_url} is not an address like https://host/v1")
     if side is Side.LOCAL and not may_be_local(endpoint, model):
         raise UsageError(f"{flag}: a cloud answers this model; name it with --cloud-model, or say where it runs, like "
                          f"{provider}:NAME@http://127.0.0.1:8080/v1")
@@ -3530,8 +3484,8 @@ def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
 
 
 def may_be_local(endpoint: Endpoint, model: str) -> bool:
-    """Whether a model may count as local: its endpoint is not its vendor's own, and does not pass it on to there."""
-    return endpoint.base_url != PROVIDERS[endpoint.provider].official and not (
+    """Return True if a model may count as local: neither a vendor's server nor ollama.com answers."""
+    return not any(is_at(endpoint.base_url, provider.vendor) for provider in PROVIDERS.values()) and not (
         endpoint.provider == "ollama" and is_remote(model))
 
 
@@ -4300,69 +4254,56 @@ LAST_HOPE_CONNECT_S = 1.5    # where nobody else is left to answer, but hardly t
 WARM_AGAIN_S = 300.0         # as long as Ollama keeps a model by itself
 KEPT_S, KEPT_ON_BATTERY_S = 1800, 300    # a model in memory; Ollama's own default is the latter
 LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
-MAX_MODELS = 4096            # of an endpoint; the largest catalogue known has some 500
-DETAILS_AT_ONCE = 4          # models that one probe asks the details of: each takes Ollama some milliseconds
-
-
-# What code that takes a well-formed answer for granted trips over in another one.
-NOT_IN_ITS_FORMAT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-
 
 def new_id(prefix: str) -> str:
     """A fresh random id.  It is no secret, so no system call is made for it."""
     return f"{prefix}{random.getrandbits(96):024x}"
 
 
+def _envelope(first: Chunk, model: str) -> Json:
+    """Return what all chunks of a stream have in common: the upstream's id and time where its first chunk has them."""
+    id, created = first.get("id"), first.get("created")
+    return {"id": id if id and isinstance(id, str) else new_id("chatcmpl-"), "object": "chat.completion.chunk",
+            "created": created if type(created) is int and created > 0 else int(time.time()), "model": model}
+
+
 class Prober:
-    """Asks endpoints how they are, on the same way that requests take: same proxy, same TLS."""
+    """Asks endpoints how they are, over the route that requests take: same proxy, same TLS."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._details: dict[Endpoint, dict[str, Json]] = {}    # each endpoint has one thread that asks
+        self._details: dict[Endpoint, dict[str, Json]] = {}    # of models; one thread asks each endpoint
 
     def __call__(self, endpoint: Endpoint) -> Probe:
-        """Raises UpstreamError: a captive portal's page is not a cloud."""
-        provider = PROVIDERS[endpoint.provider]
-        answer, text = self._ask(endpoint, provider.probe_path)
-        latency_ms = 1000 * max(0.0, answer.waited_s - answer.worked_s)
-        if answer.status in (404, 405):    # a compatible server without a list of models is there all the same
-            return Probe(answer.status, None, latency_ms)
-        try:
-            listing = loads(text)
-        except (RecursionError, ValueError):
-            raise UpstreamError(f"what answers there is no {provider.label} (a login page?)") from None
-        if answer.status >= 500 or 300 <= answer.status < 400:
-            raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
-        models = None
+        """Return the state of an endpoint.  Raises UpstreamError, also for a captive portal's page."""
+        provider, answers, models = PROVIDERS[endpoint.provider], list[Answer](), None
+
+        def ask(path: str, payload: Json | None) -> Json:
+            answer = self._transport.open(endpoint.base_url + path, provider.headers(endpoint),
+                                          None if payload is None else dumps(payload), PROBE_LIMITS)
+            answers.append(answer)
+            with contextlib.closing(answer):
+                return _probed(answer, endpoint)
         with contextlib.suppress(*NOT_IN_ITS_FORMAT):    # a list in no shape we know
-            models = (provider.models(listing) or ())[:MAX_MODELS] if answer.status == 200 else None
-        return Probe(answer.status, self._described(endpoint, provider, models) if models else models, latency_ms)
+            models = provider.catalogue(ask, self._details.setdefault(endpoint, {}))
+        first = answers[0]
+        latency_ms = 1000 * max(0.0, first.waited_s - first.worked_s)
+        return Probe(first.status, models if first.status == 200 else None, latency_ms)
 
-    def _ask(self, endpoint: Endpoint, path: str, payload: Json | None = None) -> tuple[Answer, bytes]:
-        """(the answer, its body); the answer is closed."""
-        answer = self._transport.open(endpoint.base_url + path, PROVIDERS[endpoint.provider].headers(endpoint),
-                                      None if payload is None else dumps(payload), PROBE_LIMITS)
-        with contextlib.closing(answer):
-            return answer, answer.body(within_first_byte=True)
 
-    def _described(self, endpoint: Endpoint, provider: Provider, models: Sequence[Model]) -> tuple[Model, ...]:
-        """The models with what the endpoint says of their state, and of a few new ones in detail."""
-        with contextlib.suppress(UpstreamError, RecursionError, *NOT_IN_ITS_FORMAT):
-            if provider.state_path:
-                models = provider.with_state(models, loads(self._ask(endpoint, provider.state_path)[1]))
-        known, current = self._details.get(endpoint, {}), {model.digest or model.name for model in models}
-        details = self._details[endpoint] = {key: known[key] for key in known.keys() & current}
-        new = [model for model in models if (model.digest or model.name) not in details and not model.remote]
-        for model in new[:DETAILS_AT_ONCE] if provider.details_path else ():
-            with contextlib.suppress(UpstreamError, AttributeError, ValueError, RecursionError):
-                said = loads(self._ask(endpoint, provider.details_path, {"model": model.name})[1])
-                details[model.digest or model.name] = {name: said.get(name) for name in ("model_info", "capabilities")}
-        described = []
-        for model in models:
-            with contextlib.suppress(*NOT_IN_ITS_FORMAT):
-                model = provider.with_details(model, details.get(model.digest or model.name, {}))
-            described.append(model)
-        return tuple(described)
+def _probed(answer: Answer, endpoint: Endpoint) -> Json:
+    """Return the JSON in the answer to a probe.  Raises UpstreamError."""
+    text = answer.body(within_first_byte=True)
+    if answer.status in (404, 405):    # a compatible server without a list of models is there anyway
+        return {}
+    try:
+        told = loads(text)
+    except ValueError:
+        label = PROVIDERS[endpoint.provider].label
+        raise UpstreamError(f"what answers there is not {label} (a login page?)") from None
+    if answer.status >= 500 or 300 <= answer.status < 400:
+        raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
+    return told  # type: ignore[no-any-return]
 
 
 class Load:
@@ -4970,7 +4911,7 @@ class Course:
 
         After the first content, events that say a text and nothing else come as bytes that are ready for the client.
         """
-        envelope = {"id": new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": int(time.time())}
+        envelope: Json = {}
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], time.monotonic(), 0.0, 0
         timings: Json | None = None
         frame: tuple[bytes, bytes] | None = None
@@ -4986,7 +4927,8 @@ class Course:
                         yield before + (after + before).join(chunk) + after
                         continue
                     timings = (chunk.pop if provider.translates else chunk.get)("timings", timings)
-                    told = {**envelope, **chunk, "model": target.id}
+                    envelope = envelope or _envelope(chunk, target.id)
+                    told = {**envelope, **chunk, **envelope}
                     if not begun and has_content(chunk):
                         begun = time.monotonic()
                         answer.begin()
@@ -5248,7 +5190,7 @@ DONE = b"data: [DONE]\n\n"    # exactly so: some clients reject an extra space
 
 
 def sse(event: Json) -> bytes:
-    """Return one server-sent event."""
+    """Return a server-sent event."""
     return b"data: " + dumps(event) + b"\n\n"
 
 
@@ -5267,14 +5209,14 @@ def text_frame(chunk: Chunk, include_usage: bool) -> tuple[bytes, bytes] | None:
 
 
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
-    """Return the chunk as a client may see it: usage only when asked, as many clients index choices[0] unseen."""
+    """Return the chunk as a client may see it, or None: many clients fail at an unasked usage without choices."""
     if include_usage or "usage" not in chunk:
         return chunk
     return {name: value for name, value in chunk.items() if name != "usage"} if choices_of(chunk) else None
 
 
 def fold(chunks: Iterable[Chunk]) -> Json:
-    """Return one chat.completion out of a translated stream of at least one chunk and of choice 0 alone."""
+    """Return the chat.completion of a translated stream, which has at least one chunk and only choice 0."""
     message: Json = {"role": "assistant", "content": "", "refusal": None}
     choice: Json = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
     whole: Json = {}
@@ -5290,73 +5232,8 @@ def fold(chunks: Iterable[Chunk]) -> Json:
     return whole
 
 
-def tokens_of(answer: Json) -> int:
-    """Return the completion tokens that an answer or a chunk tells of, or 0."""
-    usage = answer.get("usage")
-    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
-    return tokens if isinstance(tokens, int) and 0 <= tokens < MOST_TOKENS else 0
-
-
-# What asks another model to go on.  A prefill would be shorter, but the newer Claude models refuse one.
-CONTINUE = ("Your last message was cut off. Continue it exactly where it ends: repeat nothing of it, and say nothing "
-            "about the interruption.")
-_NOT_CONTINUED = {"tools", "functions", "response_format", "logprobs", "n", "modalities", "audio", "prediction"}
-LEAST_OVERLAP, OVERLAP = 8, 200    # characters of what was said that a continuation may repeat at its beginning
-
-
-def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
-    """Return what a stream said before it broke off, if another model may continue it: plain text without its end."""
-    deltas = [choice.get("delta") or {} for chunk in said for choice in choices_of(chunk)]
-    ended = any(choice.get("finish_reason") for chunk in said for choice in choices_of(chunk))
-    plain = all(name in ("role", "content", "refusal") and isinstance(delta[name], str)
-                for delta in deltas for name in delta if delta[name])
-    if ended or not plain or _NOT_CONTINUED & request.body.keys():
-        return ""
-    return "".join(delta.get("content") or "" for delta in deltas)
-
-
-def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | None:
-    """Return the request for the rest of an answer that said `text` in so many tokens; None where none is left."""
-    body = {**request.body, "messages": [*request.messages, {"role": "assistant", "content": text},
-                                         {"role": "user", "content": CONTINUE}]}
-    for name in ("max_tokens", "max_completion_tokens"):
-        if name in body:
-            body[name] -= tokens
-            if body[name] < 1:
-                return None
-    return dataclasses.replace(request, body=body, around=None)
-
-
-def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iterator[Chunk]:
-    """Yield the chunks of a continuation as if they were the first target's: its id, time and model, no second role,
-    nothing of `text` said again.  The first of them says who continues."""
-    envelope: Json = {**{name: first[name] for name in ("id", "created", "model")}, "oblix": {"continued_by": by}}
-    held: str | None = ""    # what may repeat the end of the text; None when that is settled
-    for chunk in chunks:
-        for choice in choices_of(chunk):
-            delta = {name: value for name, value in (choice.get("delta") or {}).items() if name != "role"}
-            if held is not None:
-                content = delta.pop("content", None)
-                held += content if isinstance(content, str) else ""
-                if len(held) >= min(OVERLAP, len(text)) or choice.get("finish_reason"):
-                    rest, held = without_overlap(text, held), None
-                    delta.update({"content": rest} if rest else {})
-            choice["delta"] = delta
-        if any(choice["delta"] or choice.get("finish_reason") for choice in choices_of(chunk)) or "usage" in chunk:
-            yield {**chunk, **envelope}
-            envelope.pop("oblix", None)
-
-
-def without_overlap(said: str, more: str) -> str:
-    """Return `more` without the longest beginning that repeats the end of `said`; a few characters do so by chance."""
-    for size in range(min(OVERLAP, len(said), len(more)), LEAST_OVERLAP - 1, -1):
-        if said.endswith(more[:size]):
-            return more[size:]
-    return more
-
-
 def _fold_piece(choice: Json, piece: Json) -> None:
-    """Add what a chunk says to the choice."""
+    """Add a chunk's choice to the whole choice."""
     message, delta = choice["message"], piece["delta"]
     for name in ("content", "reasoning_content", "refusal"):
         if delta.get(name):
@@ -5373,6 +5250,73 @@ def _fold_piece(choice: Json, piece: Json) -> None:
     choice["finish_reason"] = piece["finish_reason"] or choice["finish_reason"]
 
 
+def tokens_of(answer: Json) -> int:
+    """Return the completion tokens that an answer or a chunk counts, or 0."""
+    usage = answer.get("usage")
+    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
+    return tokens if isinstance(tokens, int) and 0 <= tokens < MOST_TOKENS else 0
+
+
+# The prompt for another model to continue.  A prefill would be shorter, but the newer Claude models refuse one.
+CONTINUE = ("Your last message was cut off. Continue it exactly where it ends: repeat nothing of it, and say nothing "
+            "about the interruption.")
+_NOT_CONTINUED = {"tools", "functions", "response_format", "logprobs", "n", "modalities", "audio", "prediction"}
+LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation may repeat at its beginning
+
+
+def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
+    """Return the text of a stream that broke off, or "" unless it is plain text that had not ended."""
+    deltas = [choice.get("delta") or {} for chunk in said for choice in choices_of(chunk)]
+    ended = any(choice.get("finish_reason") for chunk in said for choice in choices_of(chunk))
+    plain = all(name in ("role", "content", "refusal") and isinstance(delta[name], str)
+                for delta in deltas for name in delta if delta[name])
+    if ended or not plain or _NOT_CONTINUED & request.body.keys():
+        return ""
+    return "".join(delta.get("content") or "" for delta in deltas)
+
+
+def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | None:
+    """Return the request for the rest of an answer of about so many tokens, or None if its limit leaves none."""
+    body = {**request.body, "messages": [*request.messages, {"role": "assistant", "content": text},
+                                         {"role": "user", "content": CONTINUE}]}
+    for name in ("max_tokens", "max_completion_tokens"):
+        if name in body:
+            body[name] -= tokens
+            if body[name] < 1:
+                return None
+    return dataclasses.replace(request, body=body, around=None)
+
+
+def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iterator[Chunk]:
+    """Yield a continuation's chunks as the first target's: with its id, time and model, without a second role.
+
+    What repeats the end of `text` is left out.  The first chunk names the target that continues.
+    """
+    envelope: Json = {**{name: first[name] for name in ("id", "created", "model")}, "oblix": {"continued_by": by}}
+    held: str | None = ""    # a beginning that may repeat the end of the text; None once that is decided
+    for chunk in chunks:
+        for choice in choices_of(chunk):
+            delta = {name: value for name, value in (choice.get("delta") or {}).items() if name != "role"}
+            if held is not None:
+                content = delta.pop("content", None)
+                held += content if isinstance(content, str) else ""
+                if len(held) >= min(OVERLAP, len(text)) or choice.get("finish_reason"):
+                    rest, held = without_overlap(text, held), None
+                    delta.update({"content": rest} if rest else {})
+            choice["delta"] = delta
+        if any(choice["delta"] or choice.get("finish_reason") for choice in choices_of(chunk)) or "usage" in chunk:
+            yield {**chunk, **envelope}
+            envelope.pop("oblix", None)
+
+
+def without_overlap(said: str, more: str) -> str:
+    """Return `more` without the longest beginning that repeats the end of `said`; a few characters may by chance."""
+    for size in range(min(OVERLAP, len(said), len(more)), LEAST_OVERLAP - 1, -1):
+        if said.endswith(more[:size]):
+            return more[size:]
+    return more
+
+
 def error_body(error: OblixError) -> Json:
     """Return the error object that the SDKs read (OpenAI API reference, errors)."""
     return {"error": {"message": error.message or type(error).__name__, "type": error.type, "param": error.param,
@@ -5380,7 +5324,7 @@ def error_body(error: OblixError) -> Json:
 
 
 def error_headers(error: OblixError) -> dict[str, str]:
-    """Return the headers that tell an SDK whether and when to try again."""
+    """Return the headers by which an SDK decides to retry, and when."""
     headers = {} if error.retry is None else {"x-should-retry": str(error.retry).lower()}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"    # RFC 9110, 15.5.2
@@ -5390,13 +5334,13 @@ def error_headers(error: OblixError) -> dict[str, str]:
 
 
 def answer_headers(target: Target, reason: str, attempts: int) -> dict[str, str]:
-    """Return the headers that tell who answered, and why."""
+    """Return the headers that name the target that answered, and the reason."""
     return {"x-oblix-model": target.id, "x-oblix-side": target.side.value, "x-oblix-reason": reason,
             "x-oblix-attempts": str(attempts)}
 
 
 def models_body(models: Iterable[tuple[str, int, str]]) -> Json:
-    """Return the answer to GET /v1/models."""
+    """Return the body of GET /v1/models."""
     return {"object": "list", "data": [{"id": id, "object": "model", "created": created, "owned_by": owner}
                                        for id, created, owner in models]}
 
@@ -6265,117 +6209,105 @@ show(); setInterval(show, 3000);
 
 
 # === 13. Demo =========================================================================================================
-# uses: 1 2 11
-# What can a newcomer run who has neither Ollama nor a key?  Two upstreams that speak Ollama's and OpenAI's formats on
-# loopback ports, and answer from a script.
+# uses: 1 2 10 11
+# What can a newcomer run who has neither Ollama nor a key?  A server on a loopback port that speaks Ollama's and
+# OpenAI's formats, and answers from a script.
 
 DEMO_TEXT = "A scripted answer by the demo's {side} model, in {dialect}'s wire format, to {count} message(s)."
 DEMO_PAUSE_S = 0.02    # between words, so that a stream looks like one
 
+_DEMO_LOCAL: Json = {"name": "demo-local:latest", "size": 1, "digest": "demo", "details": {},
+                     "modified_at": "2026-11-01T00:00:00Z", "capabilities": ["completion", "tools"]}
+_DEMO_CLOUD: Json = {"id": "demo-cloud", "object": "model", "created": 0, "owned_by": "demo"}
+_DEMO_FACTS: dict[str, Json] = {    # path -> the answer there
+    "/api/tags": {"models": [_DEMO_LOCAL]}, "/api/show": {"capabilities": _DEMO_LOCAL["capabilities"]},
+    "/api/ps": {"models": [{**_DEMO_LOCAL, "size_vram": 0, "context_length": 32768}]},
+    "/v1/models": {"object": "list", "data": [_DEMO_CLOUD]},
+}
+
+
+def _demo_words(side: str, dialect: str, asked: Json) -> Iterator[str]:
+    """Yield the script, a word at a time."""
+    for word in re.findall(r"\S+\s*", DEMO_TEXT.format(side=side, dialect=dialect, count=len(asked["messages"]))):
+        time.sleep(DEMO_PAUSE_S)
+        yield word
+
+
+def _demo_ollama(asked: Json) -> Iterator[bytes]:
+    """Yield the lines of the answer to /api/chat."""
+    head, count = {"model": asked["model"], "created_at": "2026-11-01T00:00:00Z"}, 0
+    for word in _demo_words("local", "Ollama", asked):
+        count += 1
+        yield dumps({**head, "message": {"role": "assistant", "content": word}, "done": False}) + b"\n"
+    yield dumps({**head, "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop",
+                 "prompt_eval_count": 10 * len(asked["messages"]), "eval_count": count}) + b"\n"
+
+
+def _demo_openai(asked: Json) -> Iterator[bytes]:
+    """Yield the events, or the one body, of the answer to /v1/chat/completions."""
+    head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": asked["model"]}
+    choice: Json = {"index": 0, "logprobs": None, "finish_reason": None}
+    words = _demo_words("cloud", "OpenAI", asked)
+    if asked.get("stream"):
+        head["object"] = "chat.completion.chunk"
+        for delta in itertools.chain([{"role": "assistant", "content": ""}], ({"content": word} for word in words)):
+            yield sse({**head, "choices": [{**choice, "delta": delta}]})
+        yield sse({**head, "choices": [{**choice, "delta": {}, "finish_reason": "stop"}]}) + DONE
+        return
+    said, prompt = list(words), 10 * len(asked["messages"])
+    message = {"role": "assistant", "content": "".join(said), "refusal": None}
+    yield dumps({**head, "object": "chat.completion", "choices": [{**choice, "message": message,
+                                                                   "finish_reason": "stop"}],
+                 "usage": {"prompt_tokens": prompt, "completion_tokens": len(said),
+                           "total_tokens": prompt + len(said)}})
+
 
 class _DemoHandler(http.server.BaseHTTPRequestHandler):
-    """What both scripted upstreams share."""
+    """Ollama's and OpenAI's API, as far as Oblix asks for them."""
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    facts: ClassVar[dict[str, Json]]    # path -> what is answered there
 
     def do_GET(self) -> None:
-        self._send("application/json", [dumps(self.facts[self.path])])
+        self._send("application/json", [dumps(_DEMO_FACTS[self.path])])
 
     def do_POST(self) -> None:
         asked = loads(self.rfile.read(int(self.headers["Content-Length"])))
-        kind, lines = ("application/json", [dumps(self.facts[self.path])]) if self.path in self.facts else (
-            self.script(asked))
-        with contextlib.suppress(ConnectionError):    # Oblix hung up because its client did
-            self._send(kind, lines)
-
-    def script(self, asked: Json) -> tuple[str, Iterable[bytes]]:
-        """(content type, pieces) of the answer to a request."""
-        raise NotImplementedError
+        if self.path in _DEMO_FACTS:
+            self.do_GET()
+        elif self.path == "/api/chat":
+            self._send("application/x-ndjson", _demo_ollama(asked))
+        else:
+            self._send("text/event-stream" if asked.get("stream") else "application/json", _demo_openai(asked))
 
     def _send(self, kind: str, pieces: Iterable[bytes]) -> None:
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for piece in itertools.chain(pieces, [b""]):
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-
-    @staticmethod
-    def words(side: str, dialect: str, asked: Json) -> Iterator[str]:
-        """The script, a word at a time."""
-        for word in re.findall(r"\S+\s*", DEMO_TEXT.format(side=side, dialect=dialect, count=len(asked["messages"]))):
-            time.sleep(DEMO_PAUSE_S)
-            yield word
+        with contextlib.suppress(ConnectionError):    # Oblix hung up because its client did
+            for piece in itertools.chain(pieces, [b""]):
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: Oblix's own log tells the story."""
-
-
-class _DemoOllama(_DemoHandler):
-    _model: ClassVar[Json] = {"name": "demo-local:latest", "size": 1, "digest": "demo", "details": {},
-                              "modified_at": "2026-11-01T00:00:00Z", "capabilities": ["completion", "tools"]}
-    facts = {"/api/tags": {"models": [_model]},
-             "/api/ps": {"models": [{**_model, "size_vram": 0, "context_length": 32768}]},
-             "/api/show": {"capabilities": _model["capabilities"]}}
-
-    def script(self, asked: Json) -> tuple[str, Iterable[bytes]]:
-        return "application/x-ndjson", (dumps(event) + b"\n" for event in self._events(asked))
-
-    def _events(self, asked: Json) -> Iterator[Json]:
-        head = {"model": asked["model"], "created_at": "2026-11-01T00:00:00Z"}
-        count = 0
-        for word in self.words("local", "Ollama", asked):
-            count += 1
-            yield {**head, "message": {"role": "assistant", "content": word}, "done": False}
-        yield {**head, "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop",
-               "prompt_eval_count": 10 * len(asked["messages"]), "eval_count": count}
-
-
-class _DemoOpenAI(_DemoHandler):
-    facts = {"/v1/models": {"object": "list", "data": [
-        {"id": "demo-cloud", "object": "model", "created": 0, "owned_by": "demo"}]}}
-
-    def script(self, asked: Json) -> tuple[str, Iterable[bytes]]:
-        head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": asked["model"]}
-        words = list(self.words("cloud", "OpenAI", asked)) if not asked.get("stream") else []
-        usage = {"prompt_tokens": 10 * len(asked["messages"]), "completion_tokens": len(words),
-                 "total_tokens": 10 * len(asked["messages"]) + len(words)}
-        if not asked.get("stream"):
-            message = {"role": "assistant", "content": "".join(words), "refusal": None}
-            return "application/json", [dumps({**head, "object": "chat.completion", "usage": usage, "choices": [
-                {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]})]
-        head["object"] = "chat.completion.chunk"
-        return "text/event-stream", self._events(head, asked)
-
-    def _events(self, head: Json, asked: Json) -> Iterator[bytes]:
-        deltas = itertools.chain([{"role": "assistant", "content": ""}],
-                                 ({"content": word} for word in self.words("cloud", "OpenAI", asked)), [{}])
-        for delta in deltas:
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None if delta else "stop"}
-            yield b"data: " + dumps({**head, "choices": [choice]}) + b"\n\n"
-        yield b"data: [DONE]\n\n"
+        """Log nothing: Oblix's own log tells the story."""
 
 
 @contextlib.contextmanager
 def demo(settings: Settings) -> Iterator[Settings]:
-    """Settings that point to the two scripted upstreams while the block runs; unchanged without --demo."""
+    """Yield settings that point to the scripted server while the block runs; unchanged ones without --demo."""
     if not settings.demo:
         yield settings
         return
-    servers = [QuickServer(("127.0.0.1", 0), kind) for kind in (_DemoOllama, _DemoOpenAI)]
-    for server in servers:
-        threading.Thread(target=server.serve_forever, args=(0.05,), name="demo", daemon=True).start()
-    local, cloud = (f"http://127.0.0.1:{server.server_port}" for server in servers)
+    server = QuickServer(("127.0.0.1", 0), _DemoHandler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), name="demo", daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
     try:
-        yield dataclasses.replace(settings, ollama_host=local, local_model=(),
-                                  cloud_model=(f"openai:demo-cloud@{cloud}/v1",), cloud_api_key="",
-                                  openai_api_key="", openai_base_url="", anthropic_api_key="",
-                                  anthropic_base_url="")    # without keys nothing can leave the device
+        yield dataclasses.replace(settings, ollama_host=url, local_model=(), cloud_api_key="",
+                                  cloud_model=(f"openai:demo-cloud@{url}/v1",), openai_api_key="", openai_base_url="",
+                                  anthropic_api_key="", anthropic_base_url="")    # nothing can leave the device
     finally:
-        for server in servers:
-            server.shutdown()
-            server.server_close()
+        server.shutdown()
+        server.server_close()
 
 
 # === 14. Command line =================================================================================================

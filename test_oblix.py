@@ -955,6 +955,23 @@ class Shape(Case):
 
 # === 1. Vocabulary ===================================================================================================
 
+HOSTS = [  # a URL, whether it is this device
+    ("http://localhost:11434", True), ("http://LOCALHOST:11434", True), ("http://ollama.localhost", True),
+    ("http://localhost.:1/v1", True), ("http://127.0.0.1:8080/v1", True), ("https://127.1.2.3", True),
+    ("http://127.1:1", True), ("http://[::1]:11434", True), ("http://[0:0:0:0:0:0:0:1]", True),
+    ("http://[::ffff:127.0.0.1]", True), ("http://0.0.0.0:8080/v1", True), ("http://[::]:1", True),
+    ("http://10.0.0.5:11434", False), ("http://localhost.example.com", False), ("http://127.example.com", False),
+    ("http://mylocalhost", False), ("http://[::2]", False), ("https://api.openai.com/v1", False), ("", False),
+]
+
+
+class Vocabulary(Case):
+    def test_an_endpoint_knows_whether_it_is_on_this_device(self):
+        for url, here in HOSTS:
+            with self.subTest(url):
+                self.assertEqual(oblix.Endpoint("openai", url).on_device, here)
+
+
 class Json(Case):
     def test_nothing_non_finite_ever_appears_in_json(self):
         for text in ("NaN", "Infinity", "-Infinity", "1e999", '{"a": [-1e999]}'):
@@ -968,8 +985,25 @@ class Json(Case):
             with self.subTest(text):
                 self.assertEqual(oblix.loads(oblix.dumps(oblix.loads(text))), oblix.loads(text))
 
+    def test_what_is_too_much_is_a_value_error_as_is_what_is_no_json(self):
+        for text in ("", "{", b"\xff", "[" * 101 + "]" * 101, "[" * 100_000, '{"a":' * 100_000, "9" * 4301,
+                     "[" + "[]," * 2**20 + "1]", "[" * 101 + "]" * 101 + " " * 5000):
+            with self.subTest(text[:9]), self.assertRaises(ValueError):
+                oblix.loads(text)
+        for text in ("[" * 100 + "]" * 100, "9" * 4300, b"\xef\xbb\xbf[]", " " * 5000 + "[" * 100 + "]" * 100):
+            with self.subTest(text[:9]):
+                oblix.loads(text)
+
 
 # === 2. Settings =====================================================================================================
+
+VENDORS = [  # models that a vendor's own server answers, however its address is written
+    "ollama:x@https://ollama.com", "ollama:x@https://OLLAMA.com:443/", "openai:x@https://API.openai.com/v1",
+    "openai:x@https://api.openai.com:443/v1", "openai:x@https://api.openai.com./v1",
+    "openai:x@https://eu.api.openai.com/v1", "openai:x@https://api.anthropic.com/v1", "openai:x@https://ollama.com/v1",
+    "claude:x@http://api.anthropic.com",
+]
+
 
 class Settings(Case):
     def test_a_flag_wins_over_its_variable_and_that_over_the_default(self):
@@ -999,9 +1033,10 @@ class Settings(Case):
     def test_what_no_target_can_be_made_of_is_told_in_one_line(self):
         for argv, says in (
             (["--local-model=llama3.2"], "ollama:"), (["--cloud-model=openai:"], "openai:NAME"),
-            (["--cloud-model=gemini:x"], "claude:"), (["--local-model=openai:x@http://"], "no address"),
+            (["--cloud-model=gemini:x"], "claude:"), (["--local-model=openai:x@http://"], "not an address"),
             (["--local-model=ollama:gpt-oss:120b-CLOUD"], "--cloud-model"),
             (["--local-model=openai:gpt-6-luna"], "say where it runs"), (["--cloud-api-key=k"], "--cloud-model"),
+            *((["--local-model=" + model], "say where it runs") for model in VENDORS),
         ):
             with self.subTest(argv=argv), self.assertRaises(oblix.UsageError) as raised:
                 oblix.configured_targets(oblix.Settings.parse(argv, {}))
@@ -1109,12 +1144,30 @@ class RequestIn(Case):
             (b"", "not valid JSON"), (b"secret", "not valid JSON"), (b"[]", "must be a JSON object"),
             (b"null", "must be a JSON object"),
             (b'{"secret": NaN}', "number out of range"), (b'{"a": ' + b"9" * 5000 + b"}", "out of range"),
-            (b"\xff\xfe", "not UTF-8"), (b"[" * 100_000, "nested"), (b'{"a":' * 120 + b"1" + b"}" * 120, "levels deep"),
+            (b"\xff\xfe", "utf-8"), (b"[" * 100_000, "nested"), (b'{"a":' * 120 + b"1" + b"}" * 120, "nested"),
+            (b'["secret", 12345678e999]', "out of range"), (b'{"a": "secret', "not valid JSON"),
         ):
             with self.subTest(body[:20]), self.assertRaises(oblix.BadRequest) as raised:
                 oblix.parse_request(body)
             self.assertIn(says.lower(), raised.exception.message.lower())
             self.assertNotIn("secret", raised.exception.message)
+            self.assertNotIn("12345678", raised.exception.message)
+
+    def test_null_counts_as_absent_inside_of_messages_and_tools_too(self):
+        call = {"id": "a", "function": {"name": "f", "arguments": "{}"}}
+        tool = {"type": "function", "function": {"name": "f"}}
+        shown = {"type": "image_url", "image_url": {"url": PNG_URL}}
+        odd = {**shown, "cache_control": None, "image_url": {"url": PNG_URL, "detail": None}}
+        request = parsed(messages=[{**HI, "name": None}, {"role": "user", "content": [odd]},
+                                   {"role": "assistant", "content": None, "refusal": None,
+                                    "tool_calls": [{**call, "type": None}]}],
+                         tools=[{**tool, "strict": None, "function": {"name": "f", "parameters": None,
+                                                                      "description": None}}])
+        self.assertEqual(request.body, {"tools": [tool], "messages": [
+            HI, {"role": "user", "content": [shown]}, {"role": "assistant", "content": None, "tool_calls": [call]}]})
+        target = oblix.Target(oblix.Endpoint("ollama", "http://x"), "m", oblix.Side.LOCAL)
+        for provider in oblix.PROVIDERS.values():
+            self.assertIn("messages", provider.encode(request, target))
 
 
 # === 4. Monitors =====================================================================================================
@@ -2923,6 +2976,15 @@ def results(call_id, *texts):
     return {"type": "tool_result", "tool_use_id": call_id, **({"content": [*map(part, texts)]} if texts else {})}
 
 
+def by_schema(schema):
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
+
+
+def by_closed_schema(schema):
+    """The output format of this schema, and nothing else in it."""
+    return {"output_config": {"format": {"type": "json_schema", "schema": lambda given: given == schema}}}
+
+
 TO_CLAUDE = [
     ("the least", {}, {**talk(on_claude("user", "Hi")), "model": "claude-test", "stream": True,
                        "max_tokens": lambda limit: type(limit) is int and limit >= 4096,
@@ -2980,7 +3042,29 @@ TO_CLAUDE = [
      {"temperature": 0.2, **none_of("top_p")}),
     ("JSON by a schema", {"response_format": JSON_SCHEMA},
      {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}),
+    ("data in a schema is not schema", by_schema({
+        "const": {"pattern": "x"}, "enum": [{"minimum": 1}], "default": {"not": 1}, "examples": [{"if": 1}]}),
+     by_closed_schema({"const": {"pattern": "x"}, "enum": [{"minimum": 1}], "default": {"not": 1},
+                       "examples": [{"if": 1}]})),
+    ("names in a schema are not keywords", by_schema({"patternProperties": {"not": {"type": "string", "minLength": 1}},
+                                                      "$defs": {"pattern": {"oneOf": [{"maximum": 1}]}}}),
+     by_closed_schema({"patternProperties": {"not": {"type": "string"}}, "$defs": {"pattern": {"anyOf": [{}]}}})),
     ("any JSON", {"response_format": {"type": "json_object"}}, {"system": lambda text: "JSON" in text}),
+    ("JSON by a schema that is not there", {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+     {"system": lambda text: "JSON" in text, **none_of("output_config")}),
+    ("no temperature while it thinks", {"model": SONNET, "reasoning_effort": "high", "temperature": 0.3, "top_p": 0.5},
+     {"thinking": {"type": "adaptive", "display": "summarized"}, **none_of("temperature", "top_p")}),
+    ("temperature while it does not", {"model": SONNET, "temperature": 0.25, "top_p": 0.5},
+     {"temperature": 0.25, "top_p": 0.5, **none_of("thinking")}),
+    ("no thinking by a dated name", {"model": "claude:claude-haiku-5-5-20260901", "reasoning_effort": "none"},
+     {"thinking": {"type": "disabled"}}),
+    ("no thinking of a model that must think", {"model": OPUS, "reasoning_effort": "none"}, none_of("thinking")),
+    ("less thinking", {"model": "claude:claude-sonnet-5-5", "reasoning_effort": "none"},
+     {"thinking": {"type": "between_tools"}}),
+    ("the most that an older model may write", {"model": HAIKU + "-20251001", "max_tokens": 100_000},
+     {"max_tokens": 64_000}),
+    ("a name without a version is new", {"model": "claude:claude-next", "temperature": 0.25, "max_tokens": 100_000},
+     {"max_tokens": 100_000, **none_of("temperature")}),
     ("thinking of a newer model", {"model": SONNET, "reasoning_effort": "high"},
      {"thinking": {"type": "adaptive", "display": "summarized"}, "output_config": {"effort": "high"}}),
     ("little thinking of a newer model", {"model": SONNET, "reasoning_effort": "minimal"},
@@ -3058,9 +3142,8 @@ class SentUpstream(Case):
                 self.assertEqual(self.sent("openai", fields), {**chat(**fields), "model": "gpt-test"})
 
     def test_hints_that_a_provider_does_not_know_are_left_out(self):
-        self.assertEqual(differences(none_of(*HINTS), self.sent("ollama", HINTS)), [])
-        for_claude = {name for name in HINTS if name != "metadata"}  # Claude has a metadata of its own
-        self.assertEqual(differences(none_of(*for_claude), self.sent("claude", HINTS)), [])
+        for name in ("ollama", "claude"):
+            self.assertEqual(differences(none_of(*HINTS), self.sent(name, HINTS)), [])
         self.assertEqual(differences(HINTS, self.sent("openai", HINTS)), [])
 
     def test_each_gets_its_own_key_and_no_other(self):
@@ -3188,6 +3271,69 @@ class OwnBytes(Case):
                     self.assertEqual(len({name for name, _ in pairs}), len(pairs), "a name comes twice")
 
 
+# --- 6. Which models there are ---------------------------------------------------------------------------------------
+
+def asked_of(answers, asked):
+    """What a provider may ask: path -> JSON, or an error that is raised."""
+    def ask(path, payload):
+        asked.append((path, payload))
+        if isinstance(answers[path], Exception):
+            raise answers[path]
+        return answers[path]
+    return ask
+
+
+class Catalogue(Case):
+    """What a provider makes of its server's answers, which nobody sends here."""
+
+    def listed(self, name, answers, known=None):
+        asked = []
+        models = oblix.PROVIDERS[name].catalogue(asked_of(answers, asked), {} if known is None else known)
+        return models, asked
+
+    def test_a_listing_is_a_question_to_those_who_tell_no_more(self):
+        for dialect in (OPENAI, CLAUDE):
+            path = dialect.probe_path.replace("/v1/models", "/models") if dialect is OPENAI else dialect.probe_path
+            models, asked = self.listed(dialect.name, {path: dialect.probe()})
+            self.assertEqual(([model.name for model in models], asked), ([dialect.model], [(path, None)]))
+
+    def test_ollama_tells_what_is_in_memory_and_what_each_model_can(self):
+        answers = {"/api/tags": OLLAMA.probe(), "/api/ps": OLLAMA.ps({"llama3.2:latest": {"size_vram": 1500000000}}),
+                   "/api/show": OLLAMA.show()}
+        models, asked = self.listed("ollama", answers)
+        loaded, other = sorted(models, key=lambda model: model.cold)
+        self.assertEqual((loaded.name, loaded.cold, loaded.context, loaded.gpu_share, loaded.size),
+                         ("llama3.2:latest", False, 4096, 0.5, 3000000000))
+        self.assertEqual((other.cold, other.context, other.max_context), (True, 0, 131072))
+        self.assertEqual(loaded.can, {"completion", "tools", "vision", "thinking"})
+        self.assertEqual(loaded.token_bytes, 2 * 28 * 8 * 256)
+        self.assertEqual([path for path, _ in asked], ["/api/tags", "/api/ps", "/api/show"])    # both have one digest
+
+    def test_details_are_asked_for_a_few_at_once_and_once_each(self):
+        names = ["m%d" % number for number in range(oblix.DETAILS_AT_ONCE + 1)]
+        answers = {"/api/tags": {"models": [{"name": name, "digest": name} for name in [*names, "x:cloud"]]},
+                   "/api/ps": {"models": []}, "/api/show": OLLAMA.show()}
+        known = {"gone": {}}
+        shown = [[payload["model"] for path, payload in self.listed("ollama", answers, known)[1] if payload]
+                 for _ in range(3)]
+        self.assertEqual(shown, [names[:oblix.DETAILS_AT_ONCE], names[oblix.DETAILS_AT_ONCE:], []])
+        self.assertEqual({*known}, {*names})
+
+    def test_what_else_goes_wrong_leaves_the_models_as_listed(self):
+        tags, fault = OLLAMA.probe(), oblix.UpstreamError("no")
+        for ps, show in ((fault, fault), ({}, {}), ({"models": 5}, {"model_info": 5}), ({"models": [[]]}, {"a": []})):
+            with self.subTest(ps=ps, show=show):
+                models, _ = self.listed("ollama", {"/api/tags": tags, "/api/ps": ps, "/api/show": show})
+                self.assertEqual([(model.name, model.cold, model.can) for model in models],
+                                 [(one["name"], False, None) for one in tags["models"]])
+        with self.assertRaises(oblix.UpstreamError):
+            self.listed("ollama", {"/api/tags": fault})
+
+    def test_no_more_models_are_kept_than_the_readme_says(self):
+        many = [{"id": str(number)} for number in range(oblix.MAX_MODELS + 1)]
+        self.assertEqual(len(self.listed("openai", {"/models": {"data": many}})[0]), oblix.MAX_MODELS)
+
+
 # --- 6. What a provider cannot do ------------------------------------------------------------------------------------
 
 BOTH_REFUSE = [  # the parameter that is named, the fields
@@ -3232,6 +3378,21 @@ class Refusals(Case):
         with Upstream(OLLAMA) as local, Upstream(CLAUDE) as cloud, running(local, cloud) as server:
             self.refused(ask(server, "auto", n=2), 400, param="n", code="unsupported_parameter")
             self.assertEqual(local.requests + cloud.requests, [])
+
+
+NEEDS = [  # the fields, what a model must be capable of
+    ({}, set()), ({"tools": TOOLS}, {"tools"}), ({"tools": TOOLS, "tool_choice": "none"}, set()),
+    ({"tools": TOOLS, "tool_choice": "required"}, {"tools"}), (talk(user(part("a"), image(PNG_URL))), {"vision"}),
+    ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [ONLY_NOW]}}},
+     {"tools"}),
+]
+
+
+class Needs(Case):
+    def test_what_a_request_needs_of_a_model(self):
+        for fields, needs in NEEDS:
+            with self.subTest(fields=fields):
+                self.assertEqual(oblix.needs_of(parsed(**fields)), needs)
 
 
 # --- 6. Parameters that a model refuses ------------------------------------------------------------------------------
@@ -3302,6 +3463,15 @@ class LearnedParameters(Case):
                 self.answered(ask(server, upstream.target, reasoning_effort=effort), "Hello")
                 self.assertEqual(upstream.last.json.get("reasoning_effort"), sent)
 
+    def test_what_is_refused_beside_another_field_is_left_out_and_not_remembered(self):
+        """Claude's words, as dotCipher/opencode-claude-bridge had them of claude-sonnet-4-6."""
+        error = claude_refuses("`temperature` may only be set to 1 when thinking is enabled or in adaptive mode.")
+        with Upstream(CLAUDE, refusing("temperature", error)) as upstream, \
+                running(upstream, flags=["--cloud-model=" + SONNET]) as server:
+            for _ in range(2):
+                self.answered(ask(server, SONNET, temperature=0.25), "Hello")
+                self.assertEqual(["temperature" in sent.json for sent in upstream.requests[-2:]], [True, False])
+
     def test_the_first_requests_may_learn_it_side_by_side(self):
         with Upstream(OPENAI, refusing("stop", unsupported("stop"))) as upstream, running(upstream) as server:
             replies = at_once(lambda _: ask(server, upstream.target, stop="X"), [(number,) for number in range(8)])
@@ -3346,6 +3516,24 @@ ERRORS = [  # dialect, its status, its words, the rest of its error -> the statu
     (CLAUDE, 429, "Slow down.", {"kind": "rate_limit_error"}, 429, "rate_limit_exceeded"),
     (CLAUDE, 500, "Internal server error", {"kind": "api_error"}, 500, None),
     (CLAUDE, 529, "Overloaded", {"kind": "overloaded_error"}, 503, None),
+    (OPENAI, 503, "failed: context length of worker", {}, 503, None),    # the status goes before the words
+    (OPENAI, 404, "no context size for this model", {}, 404, "model_not_found"),
+    (OPENAI, 500, "the request exceeds the available context size, try increasing it", {},    # older llama.cpp
+     400, "context_length_exceeded"),
+    (OPENAI, 400, "too many tokens", {"kind": "exceed_context_size_error"}, 400, "context_length_exceeded"),
+    (CLAUDE, 400, "Your credit balance is too low to access the Anthropic API.", {"kind": "invalid_request_error"},
+     400, "insufficient_quota"),
+    (OLLAMA, 500, 'option "num_ctx" must be of type integer', {}, 400, None),
+]
+FAULT_OF = [  # status, words, code -> fault, where no client sees the difference
+    (400, "Thinking may not be enabled when tool_choice forces tool use.", None, oblix.Fault.CAPABILITY),    # Claude
+    (400, "`temperature` may only be set to 1 when thinking is enabled", None, oblix.Fault.CAPABILITY),
+    (400, "Invalid 'messages[0]'.", "invalid_type", oblix.Fault.CLIENT), (422, "No.", None, oblix.Fault.CLIENT),
+    (400, "You have reached your specified API usage limits.", None, oblix.Fault.ACCOUNT),
+    (429, "No.", "credit_balance_exhausted", oblix.Fault.ACCOUNT), (429, "No.", "slow_down", oblix.Fault.BUSY),
+    (503, "failed: context length of worker", None, oblix.Fault.BUSY), (999, "No.", None, oblix.Fault.BUSY),
+    (405, "No.", None, oblix.Fault.MISSING), (451, "No.", None, oblix.Fault.MISSING),
+    (302, "No.", None, oblix.Fault.DOWN),
 ]
 ODD_ERRORS = [  # dialect, status, body -> words that the client sees
     (OLLAMA, 403, b"", ""),
@@ -3371,6 +3559,12 @@ class UpstreamErrors(Case):
             with self.subTest(dialect.name, native=native, words=words, stream=stream):
                 self.refused(reply, status, words, **({"code": code} if code else {}))
                 self.assertEqual(reply.error["param"], more.get("param", reply.error["param"]))
+
+    def test_what_an_error_is_the_fault_of(self):
+        for status, words, code, fault in FAULT_OF:
+            with self.subTest(status=status, words=words, code=code):
+                text = json.dumps(OPENAI.error(words, "invalid_request_error", code))
+                self.assertEqual(oblix.classify(status, text).fault, fault)
 
     def test_errors_of_no_known_shape(self):
         for dialect, status, body, words in ODD_ERRORS:
@@ -3563,18 +3757,25 @@ class Phrases(Case):
                     script = answer(Text("Hello"), rewrite=swap(b"\"end_turn\"", b"\"%b\"" % reason.encode()))
                     self.assertEqual(through(CLAUDE, script, stream=stream).finish, finish)
 
-    def test_claudes_json_comes_without_the_fence_around_it(self):
-        json_object = {"response_format": {"type": "json_object"}}
+    def test_claudes_json_comes_without_what_is_around_it(self):
         for told, wanted in (
             ('{"a":1}', '{"a":1}'), ('```json\n{"a":1}\n```', '{"a":1}'), ('\n```\n{"a":"```"}\n```\n', '{"a":"```"}'),
-            ('```json\n{"a":1}', '{"a":1}'), ('``', '``'), (' {"a":"`"} ', ' {"a":"`"} '),
+            ('```json\n{"a":1}', '{"a":1}'), ('``', '``'), (' {"a":"`"} ', '{"a":"`"}'), ("No.", "No."),
+            ('```json\n{"a":1}\n```\nHope that helps!', '{"a":1}'), ('Here it is:\n```\n{"a":1}\n```', '{"a":1}'),
+            ('Sure! {"a":{"b":"}"},"c":[1, 2]} Bye.', '{"a":{"b":"}"},"c":[1, 2]}'),
         ):
             for size in (1, 3, 100):
+                form = {"type": "json_schema", "json_schema": {"name": "a"}} if size == 1 else {"type": "json_object"}
                 pieces = [Text(told[at:at + size]) for at in range(0, len(told), size)]
                 with self.subTest(told, size=size), Upstream(CLAUDE, answer(*pieces)) as upstream, \
                         running(upstream) as server:
-                    self.answered(ask(server, upstream.target, stream=size == 3, **json_object), wanted)
+                    self.answered(ask(server, upstream.target, stream=size == 3, response_format=form), wanted)
         self.answered(through(CLAUDE, answer(Text("```x\n1\n```"))), "```x\n1\n```")    # no JSON was asked for
+
+    def test_json_that_its_length_cuts_off_comes_as_far_as_it_goes(self):
+        script = answer(Text('```json\n{"a":{"b":1},'), Text('"c":"de'), finish="length")
+        reply = through(CLAUDE, script, response_format={"type": "json_object"})
+        self.assertEqual((reply.text, reply.finish), ('{"a":{"b":1},"c":"de', "length"))
 
     def test_claudes_unknown_events_deltas_and_blocks_are_skipped(self):
         strange = [CLAUDE.event("content_block_start", index=0, content_block={"type": "server_tool_use", "id": "s"}),
@@ -3586,6 +3787,16 @@ class Phrases(Case):
             return streamed(dialect, [start, *strange, *rest])
         for stream in (False, True):
             self.answered(through(CLAUDE, script, stream=stream), "Hello")
+
+    def test_claudes_blocks_may_begin_with_their_text(self):
+        thought = CLAUDE.event("content_block_start", index=0, content_block={"type": "thinking", "thinking": "hm, "})
+        text = CLAUDE.event("content_block_start", index=1, content_block={"type": "text", "text": "Oh. "})
+
+        def script(dialect, request):
+            start, *rest = dialect.events(HELLO)
+            return streamed(dialect, [start, thought, text, *rest])
+        message = through(CLAUDE, script).message
+        self.assertEqual((message["reasoning_content"], message["content"]), ("hm, ", "Oh. Hello"))
 
     def test_claude_counts_cached_tokens_as_part_of_the_prompt(self):
         usage = through(CLAUDE, answer(Text("Hello"), usage=(9, 7))).json["usage"]
@@ -3678,6 +3889,39 @@ def broken_streams(dialect):
                 yield [*events[:number], prefix + changed + b"\n\n", *events[number + 1:]]
 
 
+def piece(id=None, name=None, arguments="", **fields):
+    """A piece of a tool call: what is None is left out."""
+    function = {**({"name": name} if name else {}), "arguments": arguments}
+    return {**({"id": id, "type": "function"} if id else {}), "function": function, **fields}
+
+
+A, B = ("a", "f", '{"x":1}'), ("b", "g", '{"y":2}')
+TOOL_PIECES = [  # tool_calls of the deltas, what the client has joined at the end
+    ("all of index 0, whole", [piece(*A, index=0), piece(*B, index=0)], [A, B]),    # ollama#15457
+    ("all of index 0, in pieces", [piece("a", "f", '{"x"', index=0), piece(arguments=":1}", index=0),
+                                   piece("b", "g", '{"y"', index=0), piece(arguments=":2}", index=0)], [A, B]),
+    ("no index, a chunk each", [piece(*A), piece(*B)], [A, B]),    # ollama#7881
+    ("no index, one chunk", [[piece(*A), piece(*B)]], [A, B]),
+    ("no index, in pieces", [piece("a", "f", '{"x"'), piece(arguments=":1}"),
+                             piece("b", "g", '{"y"'), piece(arguments=":2}")], [A, B]),
+    ("one function twice", [piece("a", "f", "{}", index=0), piece("b", "f", "{}", index=0)],
+     [("a", "f", "{}"), ("b", "f", "{}")]),
+    ("id and name repeated", [piece("a", "f", '{"x"', index=0), piece("a", "f", ":1}", index=0)], [A]),
+    ("a new id in each piece", [piece("a", "f", '{"x"', index=0), piece("z", None, ":1}", index=0)], [A]),    # vLLM
+    ("counted from 1", [piece(*A, index=1), piece(*B, index=2)], [A, B]),
+    ("in turn", [piece("a", "f", '{"x"', index=0), piece("b", "g", '{"y"', index=1), piece(arguments=":1}", index=0),
+                 piece(arguments=":2}", index=1)], [A, B]),
+]
+FLAT_ERRORS = [  # an event that is an error, the status that a client sees before content, words of its message
+    ({"type": "error", "message": "boom"}, 502, "boom"),
+    ({"message": "boom", "code": "rate_limit_exceeded"}, 429, "boom"),
+    ({"object": "error", "message": "boom", "type": "BadRequestError", "code": 400}, 400, "boom"),    # vLLM
+    ({"error": {"message": "boom", "code": "429"}}, 429, "boom"),
+    ({"error": {"message": "boom", "code": 429}}, 429, "boom"),
+    ({"detail": "boom"}, 502, "boom"), ({"type": "error", "error": {"message": "boom"}}, 502, "boom"),
+]
+
+
 class BrokenAnswers(Case):
     def test_a_value_of_the_wrong_type_is_the_upstreams_fault_or_does_no_harm(self):
         """Decoder by decoder, each value of a rich answer: a sound completion, or an error that means "upstream"."""
@@ -3730,6 +3974,39 @@ class BrokenAnswers(Case):
                 said = joined(reply.deltas)
                 self.assertEqual((roles, said.get("content") or "", len(heads)), (["assistant"], text, len(calls)))
                 self.assertEqual([one["function"]["arguments"] for one in said.get("tool_calls") or []], calls)
+
+    def test_parallel_tool_calls_stay_apart_however_they_are_numbered(self):
+        for name, pieces, calls in TOOL_PIECES:
+            deltas = [{"tool_calls": [one]} if isinstance(one, dict) else {"tool_calls": one} for one in pieces]
+            events = [data_event(OPENAI.chunk([{"index": 0, "delta": delta}])) for delta in deltas]
+            events.append(data_event(OPENAI.chunk([{"index": 0, "delta": {}, "finish_reason": "tool_calls"}])))
+            with self.subTest(name):
+                said = joined(through(OPENAI, streamed(OPENAI, events), stream=True).deltas)["tool_calls"]
+                self.assertEqual([(call["id"], *call["function"].values()) for call in said], calls)
+
+    def test_a_stream_has_one_id_and_every_chunk_a_choice(self):
+        """Azure begins with an event without choices; some servers count their chunks where the id belongs."""
+        first = {"id": "", "created": 0, "object": "", "model": "", "choices": [], "prompt_filter_results": []}
+        for ids, seen in ((["c1", "c1"], {"c1"}), (["1", "2"], {"1"}), ([None, "2"], None), ([5, 6], None)):
+            chunks = [OPENAI.chunk([{"index": 0, "delta": delta, "finish_reason": finish}]) for delta, finish in (
+                ({"role": "assistant", "content": ""}, None), ({"content": "Hello"}, None), ({}, "stop"))]
+            events = [first, *({**one, "id": id, "object": ""} for one, id in zip(chunks, [*ids, ids[-1]]))]
+            with self.subTest(ids=ids):
+                reply = through(OPENAI, streamed(OPENAI, [*map(data_event, events), b"data: [DONE]\n\n"]), stream=True)
+                self.answered(reply, "Hello")
+                told = {(one["id"], one["created"], one["object"]) for one in reply.chunks}
+                self.assertEqual(len(told), 1)
+                self.assertTrue(all(id and isinstance(id, str) for id, *_ in told))
+                self.assertIn(seen, (None, {id for id, *_ in told}))
+                self.assertEqual({len(one["choices"]) for one in reply.chunks}, {1})
+
+    def test_an_error_in_a_stream_is_one_however_it_is_written(self):
+        for event, status, says in FLAT_ERRORS:
+            with self.subTest(event):
+                error = data_event(event, "error")
+                self.refused(through(OPENAI, streamed(OPENAI, [error]), stream=True), status, says)
+                script = answer(Text("Hel"), Text("lo"), rewrite=lambda event: error if b'"lo"' in event else event)
+                self.broken_off(through(OPENAI, script, stream=True), "Hel")
 
     def test_of_two_choices_both_must_come_to_their_end(self):
         events = [data_event(OPENAI.chunk([{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop"}]))]
@@ -8451,7 +8728,7 @@ NOT_OUR_NAMES = [
     "localhost,evil.example", "evil.example,localhost", "localhost evil.example", "localhost\tevil",
     "localhost\\.evil.example", "evil.example:localhost", "localhost:1:2", "localhost%00.evil.example",
     "[::1].evil.example", "[::1", "::1]", "[evil.example]", "[localhost]", "l\xf6calhost", "a!b.evil.example", ":62549",
-    ".", "*", "host",
+    ".", "*", "host", "http://localhost", "localhost/",
 ]
 ADDRESSES = [  # target, version, Host (None is no such header), statuses
     ("http://localhost/health", "1.1", "localhost", {200}), ("HTTP://LOCALHOST:1/health", "1.1", "x", {200}),
