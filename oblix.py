@@ -37,8 +37,7 @@ Who owns which state
   TLS context            made by the first thread that needs it; a second one made at once is just dropped (7)
   evidence of requests   a monitor's deque of losses and its wake-up, whose operations are atomic (4)
   loads under way        a dict of the loader, whose setdefault and del are atomic (9)
-  outlook                an attribute of the gateway, made anew by whoever finds it old (9)
-  plans of an outlook    a dict whose get, setitem and clear are atomic; who finds none makes the same as another (9)
+  what readings mean     caches of pure functions (lru_cache); two threads that miss at once put in the same (5, 9)
   contexts of loads      a dict of the gateway, whose entries the threads of loads replace (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
@@ -229,7 +228,7 @@ class Model:
         return "completion" in self.can if self.can else "embed" not in self.name
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)    # each is one of a kind: what follows from it is remembered by it
 class Reading:
     """A monitor's verdict on one side, or on one endpoint of it, with the facts behind it."""
     side: Side
@@ -308,12 +307,21 @@ class Use(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """The state of a target, in a word and in a line, and the use that it allows."""
+    """The state of a target, or of a side's best target, in a word and in a line, and what that means for its use."""
     state: str
     reason: str = ""
     level: Level = Level.GOOD
     use: Use = Use.YES
-    may_load: bool = True    # False while the device is too busy to load it
+    may_load: bool = True    # True if the device is well enough to load it, were it unloaded
+    known: bool = True       # False while a monitor that speaks of it has not sampled yet
+
+    def word(self, side: Side) -> str:
+        """Return the level as users know it."""
+        return WORDS[side][self.level] if self.known or self.level else "unknown"
+
+    def describe(self, side: Side) -> str:
+        """Return the level as users know it, with the reason where there is one."""
+        return self.word(side) + (f" ({self.reason})" if self.reason else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2005,45 +2013,55 @@ class Snapshot:
         return self.records.get(target, UNTRIED)
 
 
-class Standing(NamedTuple):
-    """What requests show of a target now, as far as its condition depends on it."""
-    rest: Condition | None    # while its breaker is not closed and lets nobody through but a trial
-    load_s: float
-    busy: bool                # a local one that answers as many requests as it does at once
-
-
-def standing(target: Target, snapshot: Snapshot) -> Standing:
-    """How a target stands with requests."""
-    record, rest = snapshot.record(target), None
-    breaker = record.breaker
-    resting = breaker.until > snapshot.now
-    if resting or record.trial:
-        rest = Condition("resting", f"rests after: {breaker.reason}", Level.OUT,
-                         Use.LAST_HOPE if breaker.last_hope or not resting else Use.NO)
-    busy = target.side is Side.LOCAL and snapshot.in_flight.get(target, 0) >= snapshot.slots
-    return Standing(rest, record.pace.load_s, busy)
-
-
 def condition(target: Target, snapshot: Snapshot) -> Condition:
-    """How a target is, from all that speaks of it: the readings, what is loading, and its standing."""
-    reading, stands = reading_of(target, snapshot.readings), standing(target, snapshot)
+    """Return a target's condition: what the readings say of it, and what requests have shown since."""
+    found, record = survey(target, snapshot.readings, target in snapshot.loading), snapshot.record(target)
+    if found.use is Use.NO:
+        return found
+    resting = record.breaker.until > snapshot.now
+    if resting or record.trial:
+        use = Use.LAST_HOPE if record.breaker.last_hope or not resting else Use.NO
+        return Condition("resting", f"rests after: {record.breaker.reason}", Level.OUT, use)
+    if target.side is Side.CLOUD or found.state == "unreachable":
+        return found
+    if found.state in ("cold", "loading"):
+        # With --prefer fast `predicted` counts the load, however long it is.
+        if 0 < record.pace.load_s < (math.inf if snapshot.prefer == "fast" else QUICK_LOAD_S):
+            return found
+        return _worse(found, f"{target.model} is {'loading' if found.state == 'loading' else 'not loaded'}", Level.OUT)
+    if snapshot.in_flight.get(target, 0) >= snapshot.slots:
+        return dataclasses.replace(_worse(found, "busy"), state="busy")
+    return found
+
+
+@functools.lru_cache(32)
+def survey(target: Target, readings: tuple[Reading, ...], loading: bool) -> Condition:
+    """Return what the readings say of a target.  They change about once a second, and many requests ask in between."""
+    reading = reading_of(target, readings)
     model = model_of(target, reading)
-    blocked = _obstacle(target, reading, model, snapshot.readings)
-    if blocked and not (blocked[0] == "too large" and target in snapshot.loading):    # its load takes that memory
+    blocked = _obstacle(target, reading, model, readings)
+    if blocked and not (blocked[0] == "too large" and loading):    # its load takes that memory
         return Condition(*blocked, Level.OUT, Use.NO)
-    if stands.rest:
-        return stands.rest
-    speaking = [one for one in snapshot.readings if _speaks_of(one, target)]
+    speaking = [one for one in readings if _speaks_of(one, target)]
     level = max((one.level for one in speaking), default=Level.GOOD)
-    reasons = [one.reason for one in speaking if one.level == level and one.reason]
     if reading and reading.level is Level.OUT:
         return Condition("unreachable", reading.reason, level)
-    state, burden = _burden(target, model, snapshot, stands)
-    if burden:
-        worse = Level.OUT if state in ("cold", "loading") else Level(min(level + 1, Level.OUT))
-        return Condition(state, "; ".join([*reasons, burden]), worse, may_load=level < Level.OUT)
-    known = state != "ready" or reading is not None and reading.known
-    return Condition(state if known else "unknown", "; ".join(reasons), level, may_load=level < Level.OUT)
+    reason = "; ".join(one.reason for one in speaking if one.level == level and one.reason)
+    found = Condition("ready" if reading and reading.known else "unknown", reason, level, may_load=level < Level.OUT,
+                      known=all(one.known for one in speaking))
+    if target.side is Side.LOCAL and (loading or model and model.cold):
+        return dataclasses.replace(found, state="loading" if loading else "cold")
+    spilled = target.side is Side.LOCAL and model and model.spilled
+    return _worse(found, f"{target.model} went from GPU to CPU") if spilled else found
+
+
+def _worse(found: Condition, reason: str, level: Level | None = None) -> Condition:
+    """Return a condition that is one level worse, or as bad as `level`, for one more reason."""
+    reasons = "; ".join(filter(None, (found.reason, reason)))
+    return dataclasses.replace(found, reason=reasons, level=level or Level(min(found.level + 1, Level.OUT)))
+
+
+QUICK_LOAD_S = 3.0    # a load that takes no longer is not worth leaving the device for
 
 
 def reading_of(target: Target, readings: Iterable[Reading]) -> Reading | None:
@@ -2113,54 +2131,16 @@ def device_facts(readings: Iterable[Reading]) -> Json:
     return facts
 
 
-def _burden(target: Target, model: Model | None, snapshot: Snapshot, stands: Standing) -> tuple[str, str]:
-    """(state, why a local target now acts worse than its readings say, or "")."""
-    if target.side is Side.CLOUD:
-        return "ready", ""
-    # With --prefer fast `predicted` has it anyway.
-    quick = 0 < stands.load_s < (math.inf if snapshot.prefer == "fast" else QUICK_LOAD_S)
-    if target in snapshot.loading:
-        return "loading", "" if quick else f"{target.model} is loading"
-    if model and model.cold:
-        return "cold", "" if quick else f"{target.model} is not loaded"
-    if stands.busy:
-        return "busy", "busy"
-    if model and model.spilled:
-        return "ready", f"{target.model} went from GPU to CPU"
-    return "ready", ""
-
-
-QUICK_LOAD_S = 3.0    # a load that takes no longer is not worth leaving the device for
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """How well a side can answer: as well as the best of its targets."""
-    level: Level
-    reason: str
-    known: bool = True
-
-    def describe(self, side: Side) -> str:
-        """The level as users know it, with the reason where there is one."""
-        return self.word(side) + (f" ({self.reason})" if self.reason else "")
-
-    def word(self, side: Side) -> str:
-        """The level as users know it."""
-        return WORDS[side][self.level] if self.known else "unknown"
-
-
-def judge_side(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition],
-               refusals: Mapping[Target, str]) -> Verdict:
-    """One verdict on a side: who refuses the request says nothing for a side that has others."""
+def side_condition(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition],
+                   refusals: Mapping[Target, str]) -> Condition:
+    """Return the condition of a side's best target.  Targets that refuse the request count only if all of them do."""
     mine = [target for target in conditions if target.side is side]
     if not mine:
         awaited = [reading for reading in snapshot.readings if reading.side is side and reading.endpoint]
-        return Verdict(Level.OUT, f"no {side.value} model", all(reading.known for reading in awaited))
+        return Condition("none", f"no {side.value} model" if all(reading.known for reading in awaited) else "",
+                         Level.OUT)
     able = [target for target in mine if target not in refusals] or mine
-    best = min(able, key=lambda target: (conditions[target].use is Use.NO, conditions[target].level))
-    known = all(reading.known for reading in snapshot.readings if _speaks_of(reading, best))
-    found = conditions[best]
-    return Verdict(found.level, found.reason if known or found.level else "", known or bool(found.level))
+    return min((conditions[target] for target in able), key=lambda found: (found.use is Use.NO, found.level))
 
 
 _LOCAL_FIRST, _CLOUD_FIRST, _LOCAL_ONLY = (Side.LOCAL, Side.CLOUD), (Side.CLOUD, Side.LOCAL), (Side.LOCAL,)
@@ -2304,41 +2284,30 @@ def brief_s(seconds: float) -> str:
 
 # --- 5. The order -----------------------------------------------------------------------------------------------------
 
-def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None = None, work: Work = USUAL_WORK,
-         last: Target | None = None) -> Plan:
-    """The order in which to try targets, and why.
+def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None = None,
+         work: Work = USUAL_WORK) -> Plan:
+    """Return the order in which to try targets, and the reason.
 
-    `refusals` says what targets can't do of this request; `only` keeps to one side, whatever its level; `work` counts
-    with --prefer fast; `last` answered this conversation before, so that its prompt may still be in a cache.
+    `refusals` are the reasons of targets that can't take this request; `only` keeps to one side, whatever its level.
     """
     conditions = {target: condition(target, snapshot) for target in snapshot.targets}
-    verdicts = {side: judge_side(side, snapshot, conditions, refusals) for side in Side}
+    sides_are = {side: side_condition(side, snapshot, conditions, refusals) for side in Side}
     table = PREFER_CLOUD if snapshot.prefer == "cloud" else TABLE
-    sides = (only,) if only else table[verdicts[Side.LOCAL].level, verdicts[Side.CLOUD].level]
+    sides = (only,) if only else table[sides_are[Side.LOCAL].level, sides_are[Side.CLOUD].level]
     usable = [target for target in snapshot.targets if target not in refusals and only in (None, target.side)
               and conditions[target].use is not Use.NO]
     planned = [target for target in usable if conditions[target].use is Use.YES and target.side in sides]
     fast = snapshot.prefer == "fast"
     seconds = {target: finding_out_s(target, conditions[target], snapshot, work) for target in planned if fast}
-    turns = {replica(target): turn for turn, target in reversed([*enumerate(snapshot.targets)])}
-
-    def place(target: Target) -> tuple[Any, ...]:
-        """Within its side: how well it is; then its time or its turn, shared by replicas; then its cache."""
-        turn = seconds[target] if fast else turns[replica(target)]
-        return sides.index(target.side), conditions[target].level, turn, target != last
-
-    order = sorted(planned, key=place)
-    if fast and verdicts[Side.LOCAL].level is not Level.OUT:
+    order = sorted(planned, key=lambda target: (sides.index(target.side), conditions[target].level,
+                                                seconds.get(target, 0.0)))
+    if fast and sides_are[Side.LOCAL].level is not Level.OUT:
         order = _sooner_first(order, seconds)
     left_out = [(target, _why_not(target, conditions[target], refusals, only))
                 for target in snapshot.targets if target not in usable]
-    return Plan(tuple(order), _reason(verdicts, only, [(target, seconds[target]) for target in order if fast]),
+    plan = Plan(tuple(order), _reason(sides_are, only, [(target, seconds[target]) for target in order if fast]),
                 tuple(target for target in usable if target not in order), tuple(left_out), conditions)
-
-
-def replica(target: Target) -> tuple[Side, str, str]:
-    """What is the same for all endpoints of a side that have one model."""
-    return target.side, target.endpoint.provider, target.model
+    return in_time(plan, snapshot, work) if snapshot.prefer == "local" and not only else plan
 
 
 def _why_not(target: Target, found: Condition, refusals: Mapping[Target, str], only: Side | None) -> str:
@@ -2348,9 +2317,9 @@ def _why_not(target: Target, found: Condition, refusals: Mapping[Target, str], o
     return found.reason if found.use is Use.NO else refusals[target]
 
 
-def _reason(verdicts: Mapping[Side, Verdict], only: Side | None, times: Iterable[tuple[Target, float]]) -> str:
+def _reason(sides: Mapping[Side, Condition], only: Side | None, times: Iterable[tuple[Target, float]]) -> str:
     """Why the order is as it is, in a line."""
-    levels = ", ".join(f"{side.value} {verdicts[side].describe(side)}" for side in Side if only in (None, side))
+    levels = ", ".join(f"{side.value} {sides[side].describe(side)}" for side in Side if only in (None, side))
     known = ", ".join(f"{target.id} {seconds:.1f} s" for target, seconds in times if 0 < seconds < math.inf)
     return levels + (f"; kept to {only.value}" if only else "") + (f"; {known}" if known else "")
 
@@ -4124,36 +4093,26 @@ class Transport:
 # What does the process remember from one request to the next?  It is shared and changes, so it is behind a lock, which
 # is held for a few dictionary operations and never while anything slow happens.
 
-MAX_REMEMBERED = 256    # targets and conversations: clients name the ones and begin the others, so it must have an end
-
-
-class _Flight:
-    """Counts a request while a block runs.  A generator made into a context manager takes twice as long."""
-    __slots__ = ("_count", "_target")
-
-    def __init__(self, count: Callable[[Target, int], int], target: Target) -> None:
-        self._count, self._target = count, target
-
-    def __enter__(self) -> int:
-        return self._count(self._target, 1)
-
-    def __exit__(self, *_: object) -> None:
-        self._count(self._target, -1)
+MAX_REMEMBERED = 256    # targets: clients name them, so there must be an end
 
 
 class Ledger:
-    """Requests in flight, what requests have shown of each target, and who answered which conversation."""
+    """Requests in flight, and what requests have shown of each target."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self._lock = threading.Lock()
         self._in_flight: dict[Target, int] = {}    # guarded by _lock; no zeros
         self._records: dict[Target, Record] = {}    # guarded by _lock; in the order in which they were last changed
-        self._last: collections.OrderedDict[int, Target] = collections.OrderedDict()    # guarded by _lock
 
-    def flight(self, target: Target) -> contextlib.AbstractContextManager[int]:
-        """Count a request as in flight while the block runs; gives how many there are with it."""
-        return _Flight(self._count, target)
+    @contextlib.contextmanager
+    def flight(self, target: Target) -> Iterator[int]:
+        """Count a request as in flight while the block runs, which is given the count."""
+        number = self._count(target, 1)
+        try:
+            yield number
+        finally:
+            self._count(target, -1)
 
     def _count(self, target: Target, step: int) -> int:
         with self._lock:
@@ -4225,19 +4184,6 @@ class Ledger:
         """Remember how long the model took to load, and for which context.  It has nothing in its cache."""
         self._update(target, lambda record: record._replace(
             pace=record.pace._replace(load_s=load_s), context=context, cache=Cache()))
-
-    def last_of(self, conversation: int) -> Target | None:
-        """Who answered this conversation last."""
-        with self._lock:
-            return self._last.get(conversation)
-
-    def learn_last(self, conversation: int, target: Target) -> None:
-        """Remember who answered this conversation."""
-        with self._lock:
-            self._last[conversation] = target
-            self._last.move_to_end(conversation)
-            while len(self._last) > MAX_REMEMBERED:
-                self._last.popitem(last=False)
 
 
 # === 9. Gateway =======================================================================================================
@@ -4370,21 +4316,6 @@ class Served:
     held: int = 0       # how many of the chunks have come; the last of them has content
 
 
-class Outlook(NamedTuple):
-    """What follows from the readings and the loads alone, and is therefore the same for many requests in a row.
-
-    Readings change about once a second.  A plan for `auto` takes 75 µs where one has, and else 20 (Python 3.11).
-    """
-    readings: tuple[Reading, ...]
-    loading: frozenset[Target]
-    targets: tuple[Target, ...]    # what `auto` may choose from
-    installed: dict[str, tuple[Model, ...]]    # Ollama's by their full names; none while it has not listed them
-    plans: dict[Any, Plan]         # made from it so far, by what else they go by
-
-
-MAX_PLANS = 64    # of one outlook: each target may be busy or not, loads take their time, and faults have their reasons
-
-
 class Gateway:
     """One per process: what is configured and known, and what to do with a request.  Any thread may call it."""
 
@@ -4395,42 +4326,25 @@ class Gateway:
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
         self._said: dict[Target, tuple[int, int]] = {}    # the context of a target's last load, and what was said of it
         self._configured = configured_targets(settings)
-        self.replicated = len({*map(replica, self._configured)}) < len(self._configured)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
+        self._ollama = self._default_endpoints["ollama"]
         # Ollama is watched in any case: whatever it has installed can be asked for by name
-        watched = (Target(self._default_endpoints["ollama"], "", Side.LOCAL), *self._configured)
+        watched = (Target(self._ollama, "", Side.LOCAL), *self._configured)
         prober = Prober(self.transport)
         self.watch = Watch([monitor for kind in MONITORS for monitor in kind.needed(settings, watched, prober)],
                            sampled=self._stand_by)
-        self._outlook = Outlook((), frozenset(), (), {}, {})
 
     def close(self) -> None:
         self.watch.stop()
         self.transport.close()
 
     def snapshot(self) -> Snapshot:
-        """All that a decision is made from, as it is now; never waits."""
-        return self._seen(self.outlook())
-
-    def _seen(self, outlook: Outlook) -> Snapshot:
-        """An outlook with what requests show now."""
-        return Snapshot(outlook.readings, outlook.targets, self.ledger.records(), self.ledger.in_flight(),
-                        outlook.loading, self.ledger.clock(), self.settings.prefer, self.settings.local_slots,
-                        self.settings.local_first_s, self.settings.local_whole_s, self.settings.patience_s)
-
-    def outlook(self) -> Outlook:
-        """What follows from the readings and the loads of now: the last one until one of them is another object."""
-        readings, loading, last = self.watch.readings, self.loader.loading, self._outlook
-        if [*map(id, readings)] == [*map(id, last.readings)] and loading == last.loading:
-            return last
-        listed = next((reading.models for reading in readings
-                       if reading.endpoint == self._default_endpoints["ollama"] and reading.models), ())
-        installed: dict[str, tuple[Model, ...]] = {}
-        for model in listed:
-            name = full_name(model.name)
-            installed[name] = (*installed.get(name, ()), model)
-        now = self._outlook = Outlook(readings, loading, self._targets(readings, loading, listed), installed, {})
-        return now
+        """Return all that a decision is made from, as it is now.  Does not wait."""
+        settings, readings, loading = self.settings, self.watch.readings, self.loader.loading
+        local = () if settings.local_model else newest_that_fits(self._ollama, readings, loading)
+        return Snapshot(readings, (*local, *self._configured), self.ledger.records(), self.ledger.in_flight(), loading,
+                        self.ledger.clock(), settings.prefer, settings.local_slots, settings.local_first_s,
+                        settings.local_whole_s, settings.patience_s)
 
     def _stand_by(self) -> None:
         """Load the local model if it is cold and may soon be needed: once at start, and while a cloud is not well."""
@@ -4501,76 +4415,42 @@ class Gateway:
         return Limits(self.settings.connect_timeout_s, self.settings.first_byte_timeout_s,
                       self.settings.stall_timeout_s, until)
 
-    def _targets(self, readings: tuple[Reading, ...], loading: frozenset[Target],
-                 installed: Sequence[Model]) -> tuple[Target, ...]:
-        """What `auto` may choose from, local first: what is configured, or else Ollama's newest model that fits."""
-        if self.settings.local_model:
-            return self._configured
-        ollama = self._default_endpoints["ollama"]
-        found = [Target(ollama, _short(model.name), Side.LOCAL) for model in installed
-                 if model.chats and not model.remote and may_be_local(ollama, model.name)]
-        known = Snapshot(readings, (), loading=loading)
-        fitting = (target for target in found if condition(target, known).use is Use.YES)
-        local = [next(fitting, found[0])] if found else []
-        return (*local, *self._configured)
-
-    def resolve(self, name: str, outlook: Outlook) -> Target:
-        """The one target that a model's name stands for.  Raises BadRequest (404)."""
+    def resolve(self, name: str, snapshot: Snapshot) -> Target:
+        """Return the one target that a model's name stands for.  Raises BadRequest (404)."""
         provider, model = split_id(name)
-        for target in outlook.targets:
-            if (provider in ("", target.endpoint.provider)) and (
+        for target in snapshot.targets:
+            if provider in ("", target.endpoint.provider) and (
                     model == target.model or target.endpoint.provider == "ollama" and same_model(model, target.model)):
                 return target
-        installed = outlook.installed.get(full_name(model), ())
-        if not model or not (provider or installed):
-            examples = ", ".join(["auto", "local", "cloud", *(target.id for target in outlook.targets)])
+        spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
+        if not model or not (provider or spelt):
+            examples = ", ".join(["auto", "local", "cloud", *(target.id for target in snapshot.targets)])
             raise BadRequest(f"There is no model {name!r}. Choose one of {examples}, or any other as provider:name "
                              f"with {', '.join(PROVIDERS)} as the provider; see GET /v1/models.", param="model",
                              status=404, code="model_not_found")
         endpoint = self._default_endpoints[provider or "ollama"]
         local = endpoint.provider == "ollama" and may_be_local(endpoint, model) and not any(
-            found.remote for found in installed)
-        model = _short(installed[0].name) if installed else model    # one target for all spellings
+            one.remote for one in spelt)
+        model = _short(spelt[0].name) if spelt else model    # one target for all spellings
         return Target(endpoint, model, Side.LOCAL if local else Side.CLOUD)
 
     def plan(self, request: ChatRequest) -> Plan:
-        """What to try for a request.  Raises OblixError: an unknown model, no key, nothing that can answer."""
-        outlook = self.outlook()
+        """Return what to try for a request.  Raises OblixError: an unknown model, no key, nothing that can answer."""
+        snapshot = self.snapshot()
         if request.model not in ("auto", "local", "cloud"):
-            return self._plan_of_one(request, outlook)
-        snapshot = self._seen(outlook)
+            return self._plan_of_one(request, snapshot)
+        only = None if request.model == "auto" else Side(request.model)
         refusals = self._refusals(request, snapshot)
-        last = self.ledger.last_of(conversation_of(request)) if self.replicated else None
-        plan = self._ranked(request, snapshot, refusals, last, outlook.plans)
-        if snapshot.prefer == "local" and request.model == "auto" and len(snapshot.targets) > 1:
-            plan = in_time(plan, snapshot, work_of(request))
+        plan = rank(snapshot, {target: refused.message for target, refused in refusals.items()}, only,
+                    work_of(request) if len(snapshot.targets) > 1 else USUAL_WORK)
         if not plan.order and not plan.last_hope:
             raise self._nothing_left(plan, refusals, snapshot, [target for target in snapshot.targets
-                                                                if request.model in ("auto", target.side.value)])
+                                                                if only in (None, target.side)])
         return plan
 
-    def _ranked(self, request: ChatRequest, snapshot: Snapshot, refusals: Mapping[Target, Unsupported],
-                last: Target | None, plans: dict[Any, Plan]) -> Plan:
-        """The plan of `rank`, made once for all requests that are alike in what it goes by: the outlook, whose `plans`
-        these are, and how each target stands.
-
-        It is made anew where a target refuses the request, and with --prefer fast, which goes by the last paces.
-        """
-        only = None if request.model == "auto" else Side(request.model)
-        if refusals or snapshot.prefer == "fast":
-            messages = {target: refused.message for target, refused in refusals.items()}
-            return rank(snapshot, messages, only, work_of(request), last)
-        alike = only, last, *[standing(target, snapshot) for target in snapshot.targets]
-        plan = plans.get(alike)
-        if plan is None:
-            if len(plans) >= MAX_PLANS:
-                plans.clear()
-            plan = plans[alike] = rank(snapshot, {}, only, last=last)
-        return plan
-
-    def _plan_of_one(self, request: ChatRequest, outlook: Outlook) -> Plan:
-        """The plan for a model that was named: it alone, whatever is known of it."""
-        target = self.resolve(request.model, outlook)
+    def _plan_of_one(self, request: ChatRequest, snapshot: Snapshot) -> Plan:
+        """Return the plan for a model that was named: it alone, whatever is known of it."""
+        target = self.resolve(request.model, snapshot)
         refused = PROVIDERS[target.endpoint.provider].refusal(request)
         if refused:
             raise refused
@@ -4580,33 +4460,28 @@ class Gateway:
         return Plan((target,), "the request named the model")
 
     def _refusals(self, request: ChatRequest, snapshot: Snapshot) -> dict[Target, Unsupported]:
-        """What of the request each target can't do."""
-        refusals = {}
-        for target in snapshot.targets:
-            refused = PROVIDERS[target.endpoint.provider].refusal(request)
-            if not refused and target.endpoint.provider == "ollama":
-                refused = self._model_refusal(request, target, snapshot)
-            if refused:
-                refusals[target] = refused
-        return refusals
+        """Return what of the request the targets can't do, by target."""
+        found = {target: self._refusal(request, target, snapshot) for target in snapshot.targets}
+        return {target: refused for target, refused in found.items() if refused}
 
-    def _model_refusal(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> Unsupported | None:
-        """What of the request a model can't do, from what its server says of it."""
+    def _refusal(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> Unsupported | None:
+        """Return what of the request a target can't do, from what its provider and its server say, or None."""
+        refused = PROVIDERS[target.endpoint.provider].refusal(request)
+        if refused or target.endpoint.provider != "ollama":
+            return refused
         model = model_of(target, reading_of(target, snapshot.readings))
         lacking = needs_of(request) - model.can if model and model.can else ()
         if lacking:
             return Unsupported(f"the model has no {' and no '.join(sorted(lacking))}", param="model")
         try:
-            self._context(request, target, model, snapshot)
+            self.context(request, target, snapshot)
         except Unsupported as error:
             return error
         return None
 
     def context(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> int:
-        """The context to load the target's model for, or 0 to leave it as it is.  Raises Unsupported."""
-        return self._context(request, target, model_of(target, reading_of(target, snapshot.readings)), snapshot)
-
-    def _context(self, request: ChatRequest, target: Target, model: Model | None, snapshot: Snapshot) -> int:
+        """Return the context to load the target's model for, or 0 to leave it as it is.  Raises Unsupported."""
+        model = model_of(target, reading_of(target, snapshot.readings))
         if not model or not model.max_context:
             return 0
         model = dataclasses.replace(model, context=self.context_of(target, model))
@@ -4663,12 +4538,28 @@ class Gateway:
         }
 
     def models(self) -> list[tuple[str, int, str]]:
-        """(id, created, owner) of all that can be asked for, from memory alone."""
-        outlook, found = self.outlook(), dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
-        found.update({target.id: (0, target.endpoint.provider) for target in outlook.targets})
+        """Return (id, created, owner) of all models that can be asked for.  Does not wait."""
+        snapshot, found = self.snapshot(), dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
+        found.update({target.id: (0, target.endpoint.provider) for target in snapshot.targets})
         found.update({f"ollama:{_short(model.name)}": (model.created, "ollama")
-                      for models in outlook.installed.values() for model in models})
+                      for model in installed(self._ollama, snapshot.readings)})
         return [(id, *rest) for id, rest in found.items()]
+
+
+@functools.lru_cache(4)
+def installed(ollama: Endpoint, readings: tuple[Reading, ...]) -> tuple[Model, ...]:
+    """Return the models that Ollama lists, newest first; none while it has not listed them."""
+    return next((reading.models for reading in readings if reading.endpoint == ollama and reading.models), ())
+
+
+@functools.lru_cache(4)
+def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
+                     loading: frozenset[Target]) -> tuple[Target, ...]:
+    """Return Ollama's newest model that fits into memory, or else its newest one, or none."""
+    found = [Target(ollama, _short(model.name), Side.LOCAL) for model in installed(ollama, readings)
+             if model.chats and not model.remote and may_be_local(ollama, model.name)]
+    fitting = (target for target in found if survey(target, readings, target in loading).use is Use.YES)
+    return (next(fitting, found[0]),) if found else ()
 
 
 # Codes of faults that tell of the way to an endpoint, so that it is worth a probe at once.
@@ -4696,12 +4587,12 @@ def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json
 
 
 def _side_report(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition]) -> Json:
-    verdict, facts = judge_side(side, snapshot, conditions, {}), {}
+    found, facts = side_condition(side, snapshot, conditions, {}), {}
     mine = [reading for reading in snapshot.readings if reading.side is side]
     for reading in mine:
         if reading.endpoint is None:
             facts.update(reading.facts)
-    return {"level": verdict.word(side), "reason": verdict.reason,
+    return {"level": found.word(side), "reason": found.reason,
             "facts": {**facts, "endpoints": [reading.facts for reading in mine if reading.endpoint and reading.facts]}}
 
 
@@ -4732,36 +4623,64 @@ class Course:
         self._until = time.monotonic() + self._settings.request_timeout_s
         self._plan = gateway.plan(request)
         self._named = request.model not in ("auto", "local", "cloud")
-        self._queue, self._hope = collections.deque(self._plan.order), collections.deque(self._plan.last_hope)
-        self._hoping = self._asked_again = self._trial = self._alone = False
-        self._asked_at, self._patience_s = 0.0, math.inf    # of the attempt under way: its beginning, and what it may
-                                                            # take to its first content, if less than if it were alone
         self._failed: list[_Failure] = []
+        self._overtaken: list[Target] = []
+        # Of the attempt under way: the targets that may be tried after it, whether it is the first or a last resort,
+        # its beginning, the limit to its first content where that is less than it would have alone.
+        self._others: tuple[Target, ...] = ()
+        self._hoping = self._alone = False
+        self._asked_at, self._patience_s = 0.0, math.inf
 
     def run(self) -> Served:
-        """The first answer.  Raises OblixError, ClientGone."""
+        """Return the first answer.  Raises OblixError, ClientGone."""
         self._warm_up()
-        while True:
-            target = self._next()
-            if target is None:
-                raise _all_failed(self._plan, self._failed)
+        with contextlib.closing(self._order()) as order:
+            for target, self._others in order:
+                try:
+                    served = self._attempt(target)
+                except _Overtaken:
+                    self._overtaken.append(target)
+                except UpstreamError as error:
+                    self._fail(target, error)
+                    if not error.fault.moves_on:    # no other target would do better
+                        break
+                else:
+                    return self._completed(served)
+        raise _all_failed(self._plan, self._failed)
+
+    def _completed(self, served: Served) -> Served:
+        """Note an answer that has come, or begun, and tell how it came about."""
+        self._gateway.watch.tell(served.target.endpoint, lost=False)
+        if served.whole is not None:    # a stream may still break off
+            self._gateway.note(served.target, None)
+        served.attempts = len(self._failed) + 1
+        served.reason = "; ".join([f"{tried.target.id}: {tried.error.brief}" for tried in self._failed]
+                                  + [self._plan.reason])
+        return served
+
+    def _order(self) -> Generator[tuple[Target, tuple[Target, ...]], None, None]:
+        """Yield each target to try, and those that would be tried after it.
+
+        The plan's order comes first, then the last resorts, then once more the targets that were only slow or away.
+        One request at a time tries a target whose breaker is not closed.
+        """
+        hope = [*self._plan.last_hope]
+        for place, target in enumerate(self._plan.order):
+            allowed, trial = (True, False) if self._named else self.ledger.admit(target)
+            if not allowed:
+                hope.append(target)
+                continue
             try:
-                served = self._attempt(target)
-            except _Overtaken:
-                self._queue.append(target)    # where nobody else answers it waits for its turn
-            except UpstreamError as error:
-                self._fail(target, error)
-            else:
-                self._gateway.watch.tell(target.endpoint, lost=False)
-                if served.whole is not None:    # a stream may still break off
-                    self._gateway.note(target, None)
-                served.attempts = len(self._failed) + 1
-                served.reason = "; ".join([f"{tried.target.id}: {tried.error.brief}" for tried in self._failed]
-                                          + [self._plan.reason])
-                return served
+                yield target, self._plan.order[place + 1:]
+                if self._again(target):
+                    yield target, self._plan.order[place + 1:]
             finally:
-                if self._trial:
+                if trial:
                     self.ledger.release(target)
+        yield from ((target, ()) for target in self._overtaken)
+        self._hoping = True
+        yield from ((target, ()) for target in hope)
+        yield from ((tried.target, ()) for tried in [*self._failed] if not self._named and tried.may_be_back())
 
     def _warm_up(self) -> None:
         """While the cloud answers in the place of a cold local model, that model is loaded for the next request."""
@@ -4770,46 +4689,27 @@ class Course:
         if local and order[0].side is Side.CLOUD and self._settings.prefer != "cloud":
             self._gateway.warm_up(local, self._plan.conditions[local])
 
-    def _next(self) -> Target | None:
-        """The next target to try: of the order, and when that is over of the last hope."""
-        while self._queue:
-            target = self._queue.popleft()
-            allowed, self._trial = (True, False) if self._named else self.ledger.admit(target)
-            if allowed:
-                return target
-            self._hope.append(target)
-        self._trial, self._hoping = False, True
-        if not self._hope and not self._asked_again and not self._named:
-            self._asked_again = True
-            self._hope.extend(tried.target for tried in self._failed if tried.may_be_back())
-        return self._hope.popleft() if self._hope else None
-
     def _fail(self, target: Target, error: UpstreamError) -> None:
+        """Note an attempt that has failed."""
         log.info("%s failed: %s", target.id, error.brief)
         self._gateway.note(target, error)
         if error.code == "upstream_timeout" and time.monotonic() - self._asked_at >= self._patience_s:
             self._learn_silence(target)
-        pause_s = self._pause_s(target, error)
         self._failed.append(_Failure(target, error, time.monotonic(), self._patience_s < math.inf))
-        if not error.fault.moves_on:    # nobody else would do better
-            self._asked_again = True
-            self._queue.clear()
-            self._hope.clear()
-        elif pause_s:
-            self._wait(threading.Event(), pause_s)
-            self._queue.appendleft(target)
 
-    def _pause_s(self, target: Target, error: UpstreamError) -> float:
-        """Return the seconds after which a failed cloud is asked once more before a slow local model, or 0."""
-        local = self._queue[0] if self._queue else target
+    def _again(self, target: Target) -> bool:
+        """Return True, after a pause, if a cloud has just failed and is worth another try before a slow local model."""
+        error = self._failed[-1].error if self._failed and self._failed[-1].target == target else None
+        if not error or not self._others or (target.side, self._others[0].side) != (Side.CLOUD, Side.LOCAL):
+            return False
         pause_s = max(PAUSE_S, error.retry_after_s or 0.0)
         at_once = error.fault is Fault.BUSY or error.code in ("upstream_unreachable", "upstream_cut")
-        if target.side is local.side or not at_once or pause_s >= MAX_PAUSE_S or any(
-                tried.target == target for tried in self._failed):
-            return 0.0
-        work = work_of(self._request)._replace(whole=True)
+        work, local = work_of(self._request)._replace(whole=True), self._others[0]
         local_s = waits_s(local, self._plan.conditions[local], self._gateway.snapshot(), work)
-        return pause_s if target.side is Side.CLOUD and local_s > SLOW_S else 0.0
+        if not at_once or pause_s >= MAX_PAUSE_S or local_s <= SLOW_S:
+            return False
+        self._wait(threading.Event(), pause_s)
+        return True
 
     def _limits(self, target: Target) -> Limits:
         """How long this attempt may take: a slow local model is waited for longer where nobody else could answer.
@@ -4822,9 +4722,9 @@ class Course:
         connect_s, patience_s = min(usual.connect_s, left_s), usual.first_byte_s
         if self._hoping:
             connect_s = min(connect_s, LAST_HOPE_CONNECT_S)
-        if target.side is Side.LOCAL and self._queue:
+        if target.side is Side.LOCAL and self._others:
             patience_s = self._settings.patience_s
-        elif any(other.side is Side.LOCAL for other in self._queue):
+        elif any(other.side is Side.LOCAL for other in self._others):
             pace = self.ledger.record(target).pace
             patience_s = cloud_patience_s(pace, self._request.stream, self._settings.patience_s)
         self._asked_at, self._patience_s = time.monotonic(), patience_s if patience_s < usual.first_byte_s else math.inf
@@ -4840,17 +4740,15 @@ class Course:
         if request.stream:
             stream = self._stream(request, target, context, limits)
             held = _until_content(stream)
-            served = Served(target, chunks=self._relayed(target, _chained(held, stream)), held=len(held))
+            served = Served(target, chunks=self._relayed(target, held, stream), held=len(held))
         elif PROVIDERS[target.endpoint.provider].translates:
             served = Served(target, whole=fold(self._stream(request, target, context, limits)))
             held = [served.whole or {}]
         else:
             whole, raw = self._whole(request, target, limits)
             served, held = Served(target, whole=whole, raw=raw), [whole]
-        if self._queue and is_empty(held):
+        if self._others and is_empty(held):
             raise UpstreamError("the answer was empty", code="empty_answer")
-        if self._gateway.replicated:
-            self.ledger.learn_last(conversation_of(request), target)
         return served
 
     def _loaded(self, request: ChatRequest, target: Target, limits: Limits) -> int:
@@ -4874,6 +4772,14 @@ class Course:
             self._await(load, limits.first_byte_s)
         return context
 
+    def _context(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> int:
+        """Return Gateway.context.  Raises UpstreamError where the prompt has grown too long since the plan was made."""
+        try:
+            return self._gateway.context(request, target, snapshot)
+        except Unsupported as error:
+            raise UpstreamError(error.message, Fault.TOO_LONG, status=error.status, type=error.type, code=error.code,
+                                param=error.param, retry=False) from None
+
     def _know(self, target: Target) -> None:
         """Make sure that what counts as local is not a name that Ollama passes on to a cloud.  Raises UpstreamError."""
         if self._request.model == "local":    # for `auto` a cloud is as good
@@ -4886,14 +4792,6 @@ class Course:
         """Whether the event came within the limit.  Raises ClientGone."""
         limit_s = min(limit_s, self._until - time.monotonic())
         return wait_for(event, limit_s, self._look)
-
-    def _context(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> int:
-        """As Gateway.context, for a plan that is under way.  Raises UpstreamError."""
-        try:
-            return self._gateway.context(request, target, snapshot)
-        except Unsupported as error:
-            raise UpstreamError(error.message, Fault.TOO_LONG, status=error.status, type=error.type, code=error.code,
-                                param=error.param, retry=False) from None
 
     def _await(self, load: Load, limit_s: float) -> None:
         """Wait for a load.  Raises UpstreamError where it fails or takes too long, ClientGone on a hang-up."""
@@ -4917,7 +4815,7 @@ class Course:
         frame: tuple[bytes, bytes] | None = None
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
-            with _Exchange(self, request, target, context, limits) as answer:
+            with self._exchange(request, target, context, limits) as answer:
                 if answer.content_type == "application/json" and not provider.translates:
                     event_of(answer.body())
                     raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
@@ -4944,7 +4842,7 @@ class Course:
     def _whole(self, request: ChatRequest, target: Target, limits: Limits) -> tuple[Json, bytes]:
         """The whole answer of a target that was asked for one, and its JSON if that need not be written anew."""
         started = time.monotonic()
-        with _Exchange(self, request, target, 0, limits) as answer:
+        with self._exchange(request, target, 0, limits) as answer:
             raw = answer.body()
             with _in_its_format():
                 whole = event_of(raw)
@@ -4988,17 +4886,26 @@ class Course:
                 read = unread / TOKEN_BYTES, waited_s
         self.ledger.learn_pace(target, waited_s, 0, 0.0, read, Cache())
 
-    def open(self, request: ChatRequest, target: Target, context: int, limits: Limits, number: int) -> Answer:
-        """The upstream's answer, for a request that is the `number`th there.  Raises UpstreamError, ClientGone."""
-        self._alone = number == 1
-        if number > self._settings.local_slots and self._queue and self._took_a_free_slot(target):
-            raise _Overtaken
-        return self._open(request, target, context, limits)
+    @contextlib.contextmanager
+    def _exchange(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Iterator[Answer]:
+        """Give the block the upstream's answer, in flight while the block reads it.
 
-    def _took_a_free_slot(self, target: Target) -> bool:
-        """Whether the plan counted on a free slot of this target, in a side that another one could stand in for."""
-        return (target.side is Side.LOCAL and self._plan.conditions[target].state != "busy"
-                and self._queue[0].side is Side.CLOUD)
+        Raises UpstreamError, without the key in its texts, ClientGone, and _Overtaken where another request has taken
+        the target's last slot since the plan was made and a cloud could answer.
+        """
+        with self.ledger.flight(target) as number:
+            self._alone = number == 1
+            counted_on = target.side is Side.LOCAL and self._others and self._others[0].side is Side.CLOUD
+            if counted_on and number > self._settings.local_slots and self._plan.conditions[target].state != "busy":
+                raise _Overtaken
+            try:
+                with contextlib.closing(self._open(request, target, context, limits)) as answer:
+                    yield answer
+            except UpstreamError as error:
+                for name in ("message", "code", "type", "param"):
+                    if getattr(error, name):
+                        setattr(error, name, redact(getattr(error, name), target.endpoint.key))
+                raise
 
     def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
         """The upstream's answer of status 2xx.
@@ -5029,13 +4936,13 @@ class Course:
             if is_permanent(param, error):
                 self.ledger.learn_refusal(target, param)
 
-    def _relayed(self, target: Target, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The chunks of an answer; where they break off, with --on-cut continue, those of one more target."""
+    def _relayed(self, target: Target, held: Sequence[Chunk],
+                 stream: Generator[Any, None, None]) -> Generator[Any, None, None]:
+        """Yield the chunks of an answer; where it breaks off, with --on-cut continue, those of one more target."""
         said: list[Chunk] = []
         keep = self._settings.on_cut == "continue"
-        noted = self._noted(target, chunks)
         try:
-            with contextlib.closing(noted):
+            with contextlib.closing(self._noted(target, held, stream)) as noted:
                 for chunk in noted:
                     keep = keep and len(said) < MAX_SAID
                     said.extend([chunk] if keep else ())
@@ -5046,21 +4953,25 @@ class Course:
                 raise
             yield from follower
 
-    def _noted(self, target: Target, chunks: Iterator[Chunk]) -> Generator[Chunk, None, None]:
-        """The chunks, whose end or break the ledger learns of."""
-        try:
-            yield from chunks
-        except UpstreamError as error:
-            self._gateway.note(target, error)
-            raise
+    def _noted(self, target: Target, held: Sequence[Chunk],
+               stream: Generator[Any, None, None]) -> Generator[Any, None, None]:
+        """Yield the held chunks and the rest of a stream.  Tell the ledger how it ends; close the upstream."""
+        with contextlib.closing(stream):
+            yield from held
+            try:
+                yield from stream
+            except UpstreamError as error:
+                self._gateway.note(target, error)
+                raise
         self._gateway.note(target, None)
 
     def _follower(self, said: Sequence[Chunk], error: UpstreamError) -> Iterator[Chunk] | None:
-        """The rest of an answer that broke off, from the next target that gives one; None where nobody may or does."""
+        """Return the rest of an answer that broke off, from the next target that gives one, or None without one."""
         text = continuable_text(self._request, said)
         request = continuation(self._request, text, len(said)) if text and error.fault.moves_on else None
-        while request and self._queue:
-            target = self._queue.popleft()
+        while request and self._others:
+            target, *others = self._others
+            self._others = tuple(others)
             try:
                 limits = self._limits(target)
                 stream = self._stream(request, target, self._loaded(request, target, limits), limits)
@@ -5073,35 +4984,8 @@ class Course:
                     self._gateway.note(target, failure)
                 continue
             log.warning("%s continues an answer that broke off: %s", target.id, error.brief)
-            return continued(self._noted(target, _chained(held, stream)), said[0], text, target.id)
+            return continued(self._noted(target, held, stream), said[0], text, target.id)
         return None
-
-
-class _Exchange:
-    """The upstream's answer, in flight while a block reads it; its errors are told without its key."""
-
-    def __init__(self, course: Course, request: ChatRequest, target: Target, context: int, limits: Limits) -> None:
-        self._open = functools.partial(course.open, request, target, context, limits)
-        self._flight, self._key = course.ledger.flight(target), target.endpoint.key
-
-    def __enter__(self) -> Answer:
-        number = self._flight.__enter__()
-        try:
-            self._answer = self._open(number)
-        except BaseException:
-            self._flight.__exit__(*sys.exc_info())
-            raise
-        return self._answer
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        try:
-            self._answer.close()
-        finally:
-            self._flight.__exit__(kind, error, trace)
-        if isinstance(error, UpstreamError):
-            for name in ("message", "code", "type", "param"):
-                if getattr(error, name):
-                    setattr(error, name, redact(getattr(error, name), self._key))
 
 
 @contextlib.contextmanager
@@ -5136,13 +5020,6 @@ def work_of(request: ChatRequest) -> Work:
     tokens = min(request.most_tokens(TYPICAL_TOKENS), TYPICAL_TOKENS)
     return Work(TEMPLATE_BYTES + request.size, request.blocks, conversation_of(request), tokens, request.most_tokens(0),
                 not request.stream)
-
-
-def _chained(held: list[Chunk], stream: Generator[Chunk, None, None]) -> Iterator[Chunk]:
-    """The held chunks and the rest; whoever closes it closes the upstream."""
-    with contextlib.closing(stream):
-        yield from held
-        yield from stream
 
 
 def _listing(lines: Iterable[str]) -> str:

@@ -2037,8 +2037,7 @@ class Policy(Case):
         """And every snapshot gives a total order, no filter is ever ignored, and nothing is without a reason."""
         for seed in range(2500):
             made, again = Situation(seed), Situation(seed)
-            plan, twin = (oblix.in_time(
-                oblix.rank(one.snapshot, one.refusals, one.only, one.work, one.last), one.snapshot, one.work)
+            plan, twin = (oblix.rank(one.snapshot, one.refusals, one.only, one.work)
                           for one in (made, again))
             with self.subTest(seed):
                 self.assertEqual(plan, twin)
@@ -2184,7 +2183,7 @@ class Policy(Case):
         ):
             with self.subTest(what, side=side):
                 conditions = {target: oblix.condition(target, found) for target in found.targets}
-                self.assertEqual(oblix.judge_side(side, found, conditions, {}).describe(side), words)
+                self.assertEqual(oblix.side_condition(side, found, conditions, {}).describe(side), words)
                 self.assertIn("%s %s" % (side.value, words), oblix.rank(found, {}).reason)
 
     def test_what_a_local_model_does_now_makes_it_worse(self):
@@ -2261,23 +2260,6 @@ class Policy(Case):
                 gone = oblix.Snapshot((device, installed(endpoint=endpoint, level=OUT)), (target, CLOUD_1))
                 self.assertEqual(oblix.rank(gone, {}).order[0], CLOUD_1, "what its own probe finds does count")
 
-    def test_a_conversation_stays_where_it_was_among_replicas_alone(self):
-        two = (installed(oblix.Model("small")), installed(oblix.Model("small"), endpoint=BOX.endpoint))
-        for what, targets, last, rest, order in (
-            ("nobody yet", (LOCAL_1, BOX), None, {}, [LOCAL_1, BOX]),
-            ("the first", (LOCAL_1, BOX), LOCAL_1, {}, [LOCAL_1, BOX]),
-            ("the second", (LOCAL_1, BOX), BOX, {}, [BOX, LOCAL_1]),
-            ("the second rests", (LOCAL_1, BOX), BOX, {"records": {BOX: resting(9.0)}}, [LOCAL_1]),
-            ("the second is busy", (LOCAL_1, BOX), BOX, {"in_flight": {BOX: 1}}, [LOCAL_1, BOX]),
-            ("another model", (LOCAL_1, LOCAL_2), LOCAL_2, {}, [LOCAL_1, LOCAL_2]),
-            ("with one between", (LOCAL_1, LOCAL_2, BOX), BOX, {}, [BOX, LOCAL_1, LOCAL_2]),
-            ("the other side", (LOCAL_1, CLOUD_1), CLOUD_1, {}, [LOCAL_1, CLOUD_1]),
-            ("another cloud", (CLOUD_1, CLOUD_2), CLOUD_2, {}, [CLOUD_1, CLOUD_2]),
-            ("one that is gone", (LOCAL_1, BOX), CLOUD_2, {}, [LOCAL_1, BOX]),
-        ):
-            with self.subTest(what):
-                self.assertEqual(list(oblix.rank(oblix.Snapshot(two, targets, **rest), {}, last=last).order), order)
-
     def test_the_faster_one_is_asked_where_that_is_preferred(self):
         for what, local, cloud, near, far, rest, first in (    # 200 tokens are answered
             ("nothing is measured", GOOD, GOOD, None, None, {}, LOCAL_1),
@@ -2353,26 +2335,6 @@ class Policy(Case):
                 self.assertAlmostEqual(times.end_s, seconds)
                 said = re.findall(r"%s ([\d.]+) s" % target.id, oblix.rank(found, {}, work=work).reason)
                 self.assertEqual(said, ["%.1f" % seconds] if seconds else [])
-
-    def test_targets_that_stand_alike_are_planned_alike(self):
-        """What a plan is remembered by (9) is all that it goes by, but for what --prefer fast measures."""
-        alike = 0
-        for seed in range(2000):
-            one = Situation(seed)
-            other = dataclasses.replace(one.snapshot, **one.draw.choice([
-                {"now": one.draw.choice([0.0, 98.0, 100.5, 101.0, 9999.0])},
-                {"in_flight": {target: one.draw.randint(1, 3) for target in one.snapshot.targets}},
-                {"records": {target: one.record() for target in one.snapshot.targets}},
-                {"records": {target: record._replace(pace=record.pace.learned(7.0, 900, 9.0), context=8192)
-                             for target, record in one.snapshot.records.items()}},
-                {"records": {target: record._replace(trial=one.one_in(2))
-                             for target, record in one.snapshot.records.items()}}]))
-            stands = [[oblix.standing(target, found) for target in found.targets] for found in (one.snapshot, other)]
-            if one.snapshot.prefer != "fast" and stands[0] == stands[1] and other.records != one.snapshot.records:
-                alike += 1
-                plans = [oblix.rank(found, one.refusals, one.only, last=one.last) for found in (one.snapshot, other)]
-                self.assertEqual(plans[0], plans[1], "seed %d" % seed)
-        self.assertGreater(alike, 200)
 
     def test_a_pace_is_learned(self):
         pace = oblix.Pace()
@@ -2454,8 +2416,7 @@ class Timely(Case):
         records = {target: record for target, record in ((LOCAL_1, local), (CLOUD_1, cloud)) if record}
         found = snapshot(targets=targets, records=records, **rest)
         found = dataclasses.replace(found, readings=readings_) if readings_ else found
-        plan = oblix.rank(found, {})
-        return plan, oblix.in_time(plan, found, work)
+        return oblix.rank(found, {}), oblix.rank(found, {}, work=work)
 
     def test_the_cloud_goes_first_where_local_would_take_long(self):
         for what, local, cloud, work, rest, order, says in IN_TIME:
@@ -2473,7 +2434,7 @@ class Timely(Case):
             with self.subTest(local=local, cloud=cloud):
                 records = {LOCAL_1: PI, CLOUD_1: QUICK}
                 found = snapshot(local, cloud, records=records)
-                plan = oblix.in_time(oblix.rank(found, {}), found, LENGTHY)
+                plan = oblix.rank(found, {}, work=LENGTHY)
                 cloud_first = cloud is not OUT
                 self.assertEqual(plan.order[0], CLOUD_1 if cloud_first else LOCAL_1)
                 self.assertEqual("to the first word" in plan.reason, local is GOOD and cloud_first)
@@ -2483,7 +2444,7 @@ class Timely(Case):
         known = (*readings(GOOD, GOOD), oblix.Reading(LOCAL, GOOD, "", {}, LOCAL_2.endpoint))
         found = oblix.Snapshot(known, (LOCAL_1, fast, LOCAL_2, CLOUD_1),
                                {LOCAL_1: PI, fast: reads(2000.0), LOCAL_2: PI, CLOUD_1: QUICK})
-        plan = oblix.in_time(oblix.rank(found, {}), found, LENGTHY)
+        plan = oblix.rank(found, {}, work=LENGTHY)
         self.assertEqual(list(plan.order), [fast, CLOUD_1, LOCAL_1, LOCAL_2])
 
     def test_a_cloud_that_merely_rests_is_asked_before_a_local_model_that_takes_long(self):
@@ -2612,7 +2573,7 @@ class Situation:
         targets = [oblix.Target(NEAR, name, LOCAL) for name in draw.sample(self.names, draw.randint(0, 3))]
         targets += draw.sample([LOCAL_2, BOX, CLOUD_1, CLOUD_2, KEYLESS], draw.randint(0, 5))
         draw.shuffle(targets)
-        self.only, self.last = draw.choice([None, None, *oblix.Side]), draw.choice([None, *targets])
+        self.only = draw.choice([None, None, *oblix.Side])
         self.work = oblix.Work(draw.choice([0, 80, 40_000]), (1,), 1, whole=self.one_in(2))
         self.refusals = {target: "no tools" for target in targets if self.one_in(6)}
         records = {target: self.record() for target in targets}
@@ -4678,7 +4639,7 @@ class Auto(Case):
 
 
 class Replanned(Case):
-    """A plan that was made serves the requests that are alike, and no longer than until what it goes by changes."""
+    """A plan follows each change of what it is made from, at once."""
 
     def setUp(self):
         self.make("--local-model=ollama:small", "--cloud-model=openai:large")
@@ -4708,16 +4669,6 @@ class Replanned(Case):
             plan = self.plan(asked, **fields)
             self.assertEqual([target.model for target in plan.order], list(models), plan.reason)
             self.assertIn(says, plan.reason)
-
-    def test_one_plan_serves_the_requests_that_are_alike(self):
-        with mock.patch.object(oblix, "rank", wraps=oblix.rank) as rank:
-            for number in range(20):
-                with self.ledger.flight(self.large) if number % 2 else contextlib.nullcontext():    # it has no slots
-                    self.tries("small", "large", seed=number)
-                self.ledger.learn_pace(self.small, 0.1 * number, 99, 1.0)
-                self.ledger.learn_pace(self.large, None, 99, 1.0)
-                self.clock.now += 1
-        self.assertEqual(rank.call_count, 1)
 
     def test_a_reading_changes(self):
         for _ in range(2):
@@ -4830,31 +4781,12 @@ class Replanned(Case):
             with self.assertRaises(oblix.Unsupported):
                 self.plan("local", tools=[tool])
 
-    def test_who_answered_a_conversation_last(self):
-        self.make("--local-model=ollama:small",
-                  *("--local-model=openai:m@http://%s:1/v1" % name for name in ("box-a", "box-b")))
-        self.finds(self.ollama, level=OUT)
-        first, second = self.gateway.snapshot().targets[1:3]
-        hello = oblix.ChatRequest("auto", {"messages": [{"role": "user", "content": "Hello"}]})
-        for last in (second, first, second):
-            self.ledger.learn_last(oblix.conversation_of(hello), last)
-            for _ in range(2):
-                self.assertEqual(self.gateway.plan(hello).order[0], last)
-                self.assertEqual(self.plan().order[0], first)
-
     def test_paces_when_the_fastest_is_wanted(self):
         self.make("--local-model=ollama:small", "--cloud-model=openai:large", "--prefer=fast")
         for first_s, order in ((1.0, ["small", "large"]), (20.0, ["large", "small"])):
             self.ledger.learn_pace(self.small, first_s, 100, 1.0)
             self.ledger.learn_pace(self.large, 5.0, 100, 1.0)
             self.tries(*order)
-
-    def test_plans_that_are_kept_are_few(self):
-        with mock.patch.object(oblix, "MAX_PLANS", 4):
-            for number in range(20):
-                self.ledger.learn_load(self.small, float(number), 0)
-                self.tries("small", "large")
-                self.assertLessEqual(len(self.gateway.outlook().plans), 4)
 
 
 class HangUp(Case):
@@ -6158,12 +6090,13 @@ class Time(Orchestrated):
             with self.subTest(model, stream=stream, first=first.id):
                 request = oblix.ChatRequest(model, chat(), stream)
                 course = oblix.Course(gateway, request, None)
-                course._queue.clear()
-                course._queue.extend(one for one in ((local, cloud) if first is local else (cloud, local))
-                                     if model == "auto" or one is first)
+                order = [one for one in ((local, cloud) if first is local else (cloud, local))
+                         if model == "auto" or one is first]
                 found = []
-                while course._queue:
-                    found.append(course._limits(course._queue.popleft()).first_byte_s)
+                while order:
+                    target, *order = order
+                    course._others = tuple(order)
+                    found.append(course._limits(target).first_byte_s)
                 self.assertEqual(found, limits)
 
 
@@ -10526,7 +10459,7 @@ def held(root, word):
 class Remembered(Orchestrated):
     """What clients and upstreams may name without end is not remembered without end."""
 
-    def test_models_that_clients_name_and_conversations_that_they_begin(self):
+    def test_models_that_clients_name(self):
         with mock.patch.object(oblix, "MAX_REMEMBERED", 4), \
                 Upstream(OPENAI, whole(500, OPENAI.error("No."))) as cloud, running(cloud) as server:
             for number in range(12):
@@ -10536,13 +10469,6 @@ class Remembered(Orchestrated):
             for number in range(12):
                 ask(server, "openai:fleeting-%d" % number)
             self.assertLessEqual(held(server.gateway, "fleeting"), 2 * 4)
-
-    def test_a_conversation_is_forgotten_for_the_newest_ones(self):
-        ledger, target = oblix.Ledger(), oblix.Target(FAR, "m", oblix.Side.CLOUD)
-        with mock.patch.object(oblix, "MAX_REMEMBERED", 4):
-            for number in range(12):
-                ledger.learn_last(number, target)
-        self.assertEqual([ledger.last_of(number) for number in range(12)], [None] * 8 + [target] * 4)
 
     def lists(self, server, name):
         return name in str(fetch(server, "GET", "/v1/models").json)
