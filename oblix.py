@@ -2498,7 +2498,7 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     key = endpoint.key if endpoint else ""
     fields = _error_fields(redact(text, key))
     message = fields.get("message") or f"the upstream answered {status} without a message"
-    words = f"{message} {fields.get('code')} {fields.get('type')}".lower()
+    words = f"{message[:1000]} {fields.get('code')} {fields.get('type')}".lower()
     fault = next(fault for statuses, pattern, fault in _RULES if status in statuses and re.search(pattern, words))
     if fault is Fault.TOO_LONG:
         return UpstreamError(message, fault, status=413 if status == 413 else 400, type="invalid_request_error",

@@ -3495,6 +3495,7 @@ FAULT_OF = [  # status, words, code -> fault, where no client sees the differenc
     (503, "failed: context length of worker", None, oblix.Fault.BUSY), (999, "No.", None, oblix.Fault.BUSY),
     (405, "No.", None, oblix.Fault.MISSING), (451, "No.", None, oblix.Fault.MISSING),
     (302, "No.", None, oblix.Fault.DOWN),
+    (400, "x" * 1000 + " context length", None, oblix.Fault.CLIENT),    # a prompt may be quoted there
 ]
 ODD_ERRORS = [  # dialect, status, body -> words that the client sees
     (OLLAMA, 403, b"", ""),
