@@ -313,11 +313,11 @@ class Condition:
     level: Level = Level.GOOD
     use: Use = Use.YES
     may_load: bool = True    # True if the device is well enough to load it, were it unloaded
-    known: bool = True       # False while a monitor that speaks of it has not sampled yet
+    known: bool = True       # False while it seems well to monitors of which one has not sampled yet
 
     def word(self, side: Side) -> str:
         """Return the level as users know it."""
-        return WORDS[side][self.level] if self.known or self.level else "unknown"
+        return WORDS[side][self.level] if self.known else "unknown"
 
     def describe(self, side: Side) -> str:
         """Return the level as users know it, with the reason where there is one."""
@@ -2048,7 +2048,7 @@ def survey(target: Target, readings: tuple[Reading, ...], loading: bool) -> Cond
         return Condition("unreachable", reading.reason, level)
     reason = "; ".join(one.reason for one in speaking if one.level == level and one.reason)
     found = Condition("ready" if reading and reading.known else "unknown", reason, level, may_load=level < Level.OUT,
-                      known=all(one.known for one in speaking))
+                      known=level > Level.GOOD or all(one.known for one in speaking))
     if target.side is Side.LOCAL and (loading or model and model.cold):
         return dataclasses.replace(found, state="loading" if loading else "cold")
     spilled = target.side is Side.LOCAL and model and model.spilled
@@ -2058,7 +2058,8 @@ def survey(target: Target, readings: tuple[Reading, ...], loading: bool) -> Cond
 def _worse(found: Condition, reason: str, level: Level | None = None) -> Condition:
     """Return a condition that is one level worse, or as bad as `level`, for one more reason."""
     reasons = "; ".join(filter(None, (found.reason, reason)))
-    return dataclasses.replace(found, reason=reasons, level=level or Level(min(found.level + 1, Level.OUT)))
+    worse = level or Level(min(found.level + 1, Level.OUT))
+    return dataclasses.replace(found, reason=reasons, level=worse, known=True)
 
 
 QUICK_LOAD_S = 3.0    # a load that takes no longer is not worth leaving the device for
@@ -2137,8 +2138,7 @@ def side_condition(side: Side, snapshot: Snapshot, conditions: Mapping[Target, C
     mine = [target for target in conditions if target.side is side]
     if not mine:
         awaited = [reading for reading in snapshot.readings if reading.side is side and reading.endpoint]
-        return Condition("none", f"no {side.value} model" if all(reading.known for reading in awaited) else "",
-                         Level.OUT)
+        return Condition("none", f"no {side.value} model", Level.OUT, known=all(reading.known for reading in awaited))
     able = [target for target in mine if target not in refusals] or mine
     return min((conditions[target] for target in able), key=lambda found: (found.use is Use.NO, found.level))
 
