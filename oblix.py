@@ -3301,7 +3301,11 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 # uses: 1 3
 # How do bytes get to an upstream and back?  http.client connects, by the way that urllib knows (proxies), and HTTP/1.1
 # is written and read here, over connections that stay open between requests.  It knows addresses and deadlines, and
-# nothing of what the bytes mean.
+# nothing of what the bytes mean.  Four rules hold here and in 11:
+#   A wait is a blocking call that ends by itself after a tick; then one callback looks at the clock and the client.
+#   A stream belongs to its own thread from head to end: what one read brought goes out in one write.
+#   Events that say a text and nothing else are known by one static pattern, and pass as values of their own type.
+#   The kernel schedules threads, not Oblix: those of requests are held on one core.
 
 MAX_BODY_BYTES = 64 << 20     # of a whole answer
 MAX_STREAM_BYTES = 256 << 20  # of a streamed one: 128,000 tokens take some 30 MiB
