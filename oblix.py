@@ -3607,7 +3607,7 @@ class Answer:
             self._fields[name] = value
 
     def _set_framing(self) -> None:
-        """Know where the body ends (RFC 9112, 6.3).  Raise ValueError for what two readers might not agree on."""
+        """Find out where the body ends (RFC 9112, 6.3).  Raise ValueError for what two readers might not agree on."""
         length, coding = self._fields.get("content-length"), self._fields.get("transfer-encoding", "").lower()
         if coding not in ("", "identity", "chunked") or not is_size(length or "0"):
             raise ValueError("unknown framing")
@@ -4210,7 +4210,7 @@ class Gateway:
         self.ledger, self.transport, self.loader = Ledger(), Transport(), Loader(self._load)
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
-        self._said: dict[Target, tuple[int, int]] = {}    # the context of a target's last load, and what was said of it
+        self._said: dict[Target, tuple[int, int]] = {}    # of a target's last load: context asked, context said
         self._configured = configured_targets(settings)
         self.replicated = len({*map(replica, self._configured)}) < len(self._configured)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
@@ -4434,7 +4434,7 @@ class Gateway:
                         retry_after_s=wait_s)
 
     def answer(self, request: ChatRequest, look: Look = no_look) -> Served:
-        """The first answer that a target of the plan gives.  Raises OblixError, and what the look raises.
+        """Return the first answer that a target of the plan gives.  Raise OblixError, and what the look raises.
 
         Before the first content every fault moves on to the next target; what is returned has content, and whatever
         happens later is told in its chunks' UpstreamError.
@@ -4663,7 +4663,7 @@ class Course:
             raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.MISSING, status=404)
 
     def _wait(self, event: threading.Event, limit_s: float) -> bool:
-        """Whether the event came within the limit.  Raises ClientGone."""
+        """Return True if the event comes within the limit.  Raise what the look raises."""
         limit_s = min(limit_s, self._until - time.monotonic())
         return wait_for(event, limit_s, self._look)
 
@@ -4717,7 +4717,7 @@ class Course:
             self.ledger.learn_pace(target, begun - started, tokens, time.monotonic() - begun)
 
     def _whole(self, request: ChatRequest, target: Target, limits: Limits) -> tuple[Json, bytes]:
-        """The whole answer of a target that was asked for one, and its JSON if that need not be written anew."""
+        """Return the whole answer of a target that was asked for one, and its JSON if that can be taken as it came."""
         started = time.monotonic()
         with _Exchange(self, request, target, 0, limits) as answer:
             raw = answer.body()
@@ -4846,7 +4846,7 @@ class _Exchange:
 
 @contextlib.contextmanager
 def _in_its_format() -> Iterator[None]:
-    """Turn what a block trips over that reads an answer into a fault of the upstream."""
+    """Turn the errors of a block that reads an answer into a fault of the upstream."""
     try:
         yield
     except NOT_IN_ITS_FORMAT as error:
@@ -5203,7 +5203,7 @@ class Admission:
             self.make_room()
 
     def guest(self, connection: socket.socket) -> Guest:
-        """Return who came in on a connection."""
+        """Return the guest on a connection."""
         return self._open[connection]
 
     def make_room(self) -> None:
@@ -5532,7 +5532,7 @@ class _Handler(socketserver.BaseRequestHandler):
             events.flush()
             raise
         finally:
-            self.guest.busy, self.guest.since = False, time.monotonic()    # who does not read an error may be sent away
+            self.guest.busy, self.guest.since = False, time.monotonic()    # it may be sent away now
             self.admission.take(-1, 0)
 
     def _answer(self, request: ChatRequest, events: _Events) -> None:
@@ -5808,7 +5808,7 @@ def listen(settings: Settings, gateway: Gateway) -> list[_Listener]:
         first.server_close()
         if not port:
             return listen(settings, gateway)    # another free port
-        # Clients that try ::1 first for `localhost` would send their prompts to whoever that is.
+        # Clients that try ::1 first for `localhost` would send their prompts to that program.
         raise UsageError(f"port {port} of ::1 is in use by another program: choose one with --port") from error
 
 
@@ -6265,7 +6265,7 @@ def leave_server(settings: Settings) -> int:
                 status = _status_of(lambda: _serve(settings, waiting))
             except BaseException:
                 sys.excepthook(*sys.exc_info())
-            logging.shutdown()    # as it is with the process, but for os._exit: the last lines are written
+            logging.shutdown()    # os._exit leaves it out: the last lines are to be written
             os._exit(status)
 
     threading.Thread(target=run, name="main").start()
