@@ -3462,7 +3462,11 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 # uses: 1 3
 # How do bytes get to an upstream and back?  http.client connects, by the way that urllib knows (proxies), and HTTP/1.1
 # is written and read here, over connections that stay open between requests.  It knows addresses and deadlines, and
-# nothing of what the bytes mean.
+# nothing of what the bytes mean.  Four rules hold here and in 11:
+#   A wait is a blocking call that ends by itself after a tick; then one callback looks at the clock and the client.
+#   A stream belongs to its own thread from head to end: what one read brought goes out in one write.
+#   Events that say a text and nothing else are known by one static pattern, and pass as values of their own type.
+#   The kernel schedules threads, not Oblix: those of requests are held on one core.
 
 MAX_BODY_BYTES = 64 << 20     # of a whole answer
 MAX_STREAM_BYTES = 256 << 20  # of a streamed one: 128,000 tokens take some 30 MiB
@@ -3764,7 +3768,7 @@ class Answer:
             self._fields[name] = value
 
     def _set_framing(self) -> None:
-        """Know where the body ends (RFC 9112, 6.3).  Raise ValueError for what two readers might not agree on."""
+        """Find out where the body ends (RFC 9112, 6.3).  Raise ValueError for what two readers might not agree on."""
         length, coding = self._fields.get("content-length"), self._fields.get("transfer-encoding", "").lower()
         if coding not in ("", "identity", "chunked") or not is_size(length or "0"):
             raise ValueError("unknown framing")
@@ -4324,7 +4328,7 @@ class Gateway:
         self.ledger, self.transport, self.loader = Ledger(), Transport(), Loader(self._load)
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
-        self._said: dict[Target, tuple[int, int]] = {}    # the context of a target's last load, and what was said of it
+        self._said: dict[Target, tuple[int, int]] = {}    # of a target's last load: context asked, context said
         self._configured = configured_targets(settings)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         self._ollama = self._default_endpoints["ollama"]
@@ -4506,7 +4510,7 @@ class Gateway:
                         retry_after_s=wait_s)
 
     def answer(self, request: ChatRequest, look: Look = no_look) -> Served:
-        """The first answer that a target of the plan gives.  Raises OblixError, and what the look raises.
+        """Return the first answer that a target of the plan gives.  Raise OblixError, and what the look raises.
 
         Before the first content every fault moves on to the next target; what is returned has content, and whatever
         happens later is told in its chunks' UpstreamError.
@@ -4789,7 +4793,7 @@ class Course:
             raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.MISSING, status=404)
 
     def _wait(self, event: threading.Event, limit_s: float) -> bool:
-        """Whether the event came within the limit.  Raises ClientGone."""
+        """Return True if the event comes within the limit.  Raise what the look raises."""
         limit_s = min(limit_s, self._until - time.monotonic())
         return wait_for(event, limit_s, self._look)
 
@@ -4840,7 +4844,7 @@ class Course:
                 self._learn(request, target, begun - started, tokens, time.monotonic() - begun, timings)
 
     def _whole(self, request: ChatRequest, target: Target, limits: Limits) -> tuple[Json, bytes]:
-        """The whole answer of a target that was asked for one, and its JSON if that need not be written anew."""
+        """Return the whole answer of a target that was asked for one, and its JSON if that can be taken as it came."""
         started = time.monotonic()
         with self._exchange(request, target, 0, limits) as answer:
             raw = answer.body()
@@ -4990,7 +4994,7 @@ class Course:
 
 @contextlib.contextmanager
 def _in_its_format() -> Iterator[None]:
-    """Turn what a block trips over that reads an answer into a fault of the upstream."""
+    """Turn the errors of a block that reads an answer into a fault of the upstream."""
     try:
         yield
     except NOT_IN_ITS_FORMAT as error:
@@ -5349,7 +5353,7 @@ class Admission:
             self.make_room()
 
     def guest(self, connection: socket.socket) -> Guest:
-        """Return who came in on a connection."""
+        """Return the guest on a connection."""
         return self._open[connection]
 
     def make_room(self) -> None:
@@ -5678,7 +5682,7 @@ class _Handler(socketserver.BaseRequestHandler):
             events.flush()
             raise
         finally:
-            self.guest.busy, self.guest.since = False, time.monotonic()    # who does not read an error may be sent away
+            self.guest.busy, self.guest.since = False, time.monotonic()    # it may be sent away now
             self.admission.take(-1, 0)
 
     def _answer(self, request: ChatRequest, events: _Events) -> None:
@@ -5954,7 +5958,7 @@ def listen(settings: Settings, gateway: Gateway) -> list[_Listener]:
         first.server_close()
         if not port:
             return listen(settings, gateway)    # another free port
-        # Clients that try ::1 first for `localhost` would send their prompts to whoever that is.
+        # Clients that try ::1 first for `localhost` would send their prompts to that program.
         raise UsageError(f"port {port} of ::1 is in use by another program: choose one with --port") from error
 
 
@@ -6399,7 +6403,7 @@ def leave_server(settings: Settings) -> int:
                 status = _status_of(lambda: _serve(settings, waiting))
             except BaseException:
                 sys.excepthook(*sys.exc_info())
-            logging.shutdown()    # as it is with the process, but for os._exit: the last lines are written
+            logging.shutdown()    # os._exit leaves it out: the last lines are to be written
             os._exit(status)
 
     threading.Thread(target=run, name="main").start()
