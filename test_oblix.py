@@ -696,6 +696,7 @@ def raw(server, data, leave=False, timeout=5):
 
 # === Harness: the server =============================================================================================
 
+NOBODY = {"OLLAMA_HOST": "http://127.0.0.1:1"}    # an environment in which no model is found, not the user's own either
 CALM = [  # whatever this machine is doing, local is available and a loopback cloud is optimal
     *("--cpu-constrained-percent=1000 --cpu-critical-percent=1000 --memory-constrained-percent=1000").split(),
     *("--memory-critical-percent=1000 --load-constrained=1000 --load-critical=1000").split(),
@@ -720,7 +721,7 @@ def env_for(*upstreams):
 def running(*upstreams, flags=(), env=None, probed=True):
     """Oblix in front of these upstreams, once it has probed them all (`probed=False`: at once)."""
     settings = oblix.Settings.parse(["--port=0", "--log-level=error", *CALM, *PATIENT, *flags_for(*upstreams), *flags],
-                                    {**env_for(*upstreams), **(env or {})})
+                                    {**NOBODY, **env_for(*upstreams), **(env or {})})
     with oblix.running(settings) as server:
         if probed:
             server.gateway.watch.settle(5)
@@ -8639,7 +8640,6 @@ class Hostile(Case):
 CHAT = "/v1/chat/completions"
 OUR_KEY = "a-secret-of-oblix"
 WITH_KEY = {"Authorization": "Bearer " + OUR_KEY}
-NOBODY = {"OLLAMA_HOST": "http://127.0.0.1:1"}    # an environment in which no model is found
 FOREIGN = "https://evil.example"
 PAGE_HERE = "http://localhost:3000"
 
