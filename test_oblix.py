@@ -11903,7 +11903,7 @@ class Services(Case):
                                text=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
                 for words in (["verify"], ["security", "--offline=yes", "--no-pager"]))
         self.assertEqual((verified.returncode, verified.stdout), (0, ""))
-        said = re.search(r"calls its exposure (\d\.\d)", README)[1]
+        said = re.search(r"exposure at (\d\.\d)", README)[1]
         self.assertLessEqual(float(re.search(r"exposure level for \S+: (\d+\.\d)", rated.stdout)[1]), float(said))
 
     def test_the_property_list_is_one_and_names_the_command(self):
