@@ -7499,26 +7499,32 @@ class Documented(Case):
         named = re.findall(r"(\d+) s \(`(--[\w-]+)`\)", README)
         self.assertEqual({flag for _, flag in named},
                          {"--patience-s", "--first-byte-timeout-s", "--request-timeout-s", "--local-first-s",
-                          "--local-whole-s"})
+                          "--local-whole-s", "--better-after-s"})
         for number, flag in named:
             self.assertEqual(float(number), flags[flag], flag)
         for words, value in (("nothing comes for %g s in a stream", oblix.KEEP_ALIVE_S),
                              ("its last load took less than %g s", oblix.QUICK_LOAD_S),
                              ("less than %g % of", 100 * oblix.SWITCH_BELOW),
-                             ("local's answer after %g s", oblix.CLOUD_LEAST_S),
-                             ("after %g s if the answer is not streamed", oblix.CLOUD_WHOLE_S),
+                             ("streamed: local's answer after %g s", oblix.CLOUD_LEAST_S),
+                             ("Not streamed: after %g s", oblix.CLOUD_WHOLE_S),
                              ("local would take over %g s", oblix.SLOW_S),
                              ("if that is under %g s", oblix.MAX_PAUSE_S),
                              ("keep a model for %g minutes", oblix.KEPT_S / 60),
                              ("on battery for %g (`--keep-alive`)", oblix.KEPT_ON_BATTERY_S / 60),
-                             ("as long as it says, up to %g;", oblix.MAX_RETRY_AFTER_S)):
-            self.assertIn(words.replace("%g", "%g" % value), README.replace("\n", " "))
-        self.assertIn("after ten seconds of better ones (`--better-after-s`)", README)
+                             ("as long as that states, up to %g;", oblix.MAX_RETRY_AFTER_S)):
+            self.assertIn(words.replace("%g", "%g" % value), " ".join(README.split()))
         limits = README.partition("### Limits")[2].partition("\n## ")[0]
         for words, *values in LIMITS:
             shown = tuple("%g" % value if value < 1000 else format(value, ",") for value in values)
             self.assertIn(words % shown, limits)
         self.assertEqual((settings.better_after_s, oblix.Monitor.worse_after, oblix.WARM_AGAIN_S), (10, 2, 300))
+        self.assertEqual(oblix.PowerMonitor.worse_after, 1)
+
+    def test_each_link_leads_to_a_heading(self):
+        headings = re.findall(r"^#+ (.+)$", re.sub(r"(?s)```.*?```", "", README), re.M)
+        anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+        self.assertEqual(len(anchors), len(set(anchors)))
+        self.assertEqual(set(re.findall(r"\]\(#([^)]+)\)", README)) - set(anchors), set())
 
 
 # === 10. Response out =================================================================================================
@@ -8211,7 +8217,7 @@ class HostileUpstream(Case):
 
 MIB, KIB = 1 << 20, 1 << 10
 LIMITS = [  # what the README's table of limits says, and the numbers in it
-    ("| %s MiB (`--max-body-mib`); those under way together %s MiB |", oblix.Settings().max_body_mib,
+    ("| %s MiB (`--max-body-mib`); all bodies under way together %s MiB |", oblix.Settings().max_body_mib,
      oblix.MAX_BODIES_BYTES / MIB),
     ("| %s levels, %s commas, colons and brackets, %s digits a number |", oblix.MAX_JSON_DEPTH, oblix.MAX_JSON_MARKS,
      oblix.MAX_DIGITS),
@@ -11897,7 +11903,7 @@ class Services(Case):
                                text=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
                 for words in (["verify"], ["security", "--offline=yes", "--no-pager"]))
         self.assertEqual((verified.returncode, verified.stdout), (0, ""))
-        said = re.search(r"calls its exposure (\d\.\d)", README)[1]
+        said = re.search(r"exposure at (\d\.\d)", README)[1]
         self.assertLessEqual(float(re.search(r"exposure level for \S+: (\d+\.\d)", rated.stdout)[1]), float(said))
 
     def test_the_property_list_is_one_and_names_the_command(self):
