@@ -1269,7 +1269,8 @@ def worst(facts: Json, settings: Settings) -> tuple[Level, str]:
     """Return the worst level of the facts, and a reason that names all that are not well.  A missing fact is fine."""
     values, found = {**vars(settings), **facts}, []
     for fact, (words, constrained, critical, sign) in LIMITS.items():
-        if fact in facts:
+        counts = fact != "battery_percent" or facts.get("battery_plugged") is False    # None: the system can't tell
+        if fact in facts and counts:
             level = level_of(sign * facts[fact], sign * values[constrained], sign * values[critical])
             found.append((level, words.format(facts[fact])))
     return max((level for level, _ in found), default=Level.GOOD), ", ".join(words for level, words in found if level)
@@ -1398,24 +1399,15 @@ class PowerMonitor(DeviceMonitor):
     pause_s = 10.0
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, self._charge, self._heat)
+        super().__init__(settings, charge, lambda psutil: hottest(psutil.sensors_temperatures()))
 
-    @staticmethod
-    def _charge(psutil: Any) -> Json:
-        battery = psutil.sensors_battery()
-        if battery is None or not has_battery():
-            return {}
-        return {"battery_percent": round(battery.percent, 1), "battery_plugged": battery.power_plugged}
 
-    @staticmethod
-    def _heat(psutil: Any) -> Json:
-        return hottest(psutil.sensors_temperatures())
-
-    def judge(self, facts: Json) -> Reading:
-        """Return the verdict, in which a battery counts while it is unplugged.  None: the system does not say."""
-        counts = {fact: facts[fact] for fact in facts
-                  if fact != "battery_percent" or facts.get("battery_plugged") is False}
-        return Reading(self.side, *worst(counts, self.settings), facts)
+def charge(psutil: Any) -> Json:
+    """Return the facts of the device's battery, none if it has none."""
+    battery = psutil.sensors_battery()
+    if battery is None or not has_battery():
+        return {}
+    return {"battery_percent": round(battery.percent, 1), "battery_plugged": battery.power_plugged}
 
 
 def has_battery(folder: str = "/sys/class/power_supply") -> bool:
