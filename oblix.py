@@ -553,15 +553,16 @@ def is_loopback(host: str) -> bool:
 
 # === 2. Settings ======================================================================================================
 # uses: 1; pure
-# What can a person set, and how?  Each setting is declared once; its flag, its variable, --help and the README's table
-# derive from the declaration.  Secrets never print.
+# The declaration of a setting yields its flag, its variable, --help and the README's table.  Secrets never print.
 
-def setting(default: Any, help: str, *, env: str = "", secret: bool = False, choices: Any = None,
-            low: float = 0, high: float = 1e6, form: str = "") -> Any:
-    """Declare a setting.  `env` names a variable that other tools share and that has no flag of its own; `form` is a
-    regular expression that its text matches."""
+def setting(default: Any, help: str, low: float = 0, high: float = 1e6, *, env: str = "", secret: bool = False,
+            choices: Any = None, form: str = "(?s).*") -> Any:
+    """Declare a setting: a number from `low` to `high`, or a text of this form.
+
+    `env` names a variable that other tools share, and that has no flag.
+    """
     return dataclasses.field(default=default, repr=not secret, metadata={
-        "help": help, "env": env, "choices": choices, "low": low, "high": high, "form": form})
+        "help": help, "low": low, "high": high, "env": env, "choices": choices, "form": form})
 
 
 NUMBER = r"[+-]?\d+(\.\d*)?"
@@ -570,60 +571,54 @@ DURATION = rf"{NUMBER}|[+-]?((\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h))+"    # as Ol
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything a person can set.  A flag wins over its variable, and that over the default."""
-    local_model: tuple[str, ...] = setting((), "local model, provider:name or openai:name@http://host:port/v1; "
-                                               "repeat in order of preference; default: the newest model of Ollama")
-    cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name; repeat in order of preference; "
-                                               "default: a cheap model of each provider with a key")
+    """Everything that a person can set.  A flag overrides its variable, and that the default."""
+    local_model: tuple[str, ...] = setting((), "local model, provider:name or openai:name@http://host:port/v1; repeat "
+        "in order of preference; default: the newest model of Ollama")
+    cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name; repeat in order of preference; default: a "
+        "cheap model of each provider with a key")
     cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags: better its variable or "
-                                     "file", secret=True)
+        "file", secret=True)
     cloud_api_key_file: str = setting("", "file that holds it")
     host: str = setting("localhost", "address to listen on; localhost is 127.0.0.1 and ::1; any other that the network "
-                                     "reaches needs --api-key")
-    port: int = setting(62549, "port to listen on; 0 picks a free one", high=65535)
-    api_key: str = setting("", "key that clients must send; `ps` shows flags: better its variable or file",
-                           secret=True)
+        "reaches needs --api-key")
+    port: int = setting(62549, "port to listen on; 0 picks a free one", 0, 65535)
+    api_key: str = setting("", "key that clients must send; `ps` shows flags: better its variable or file", secret=True)
     api_key_file: str = setting("", "file that holds it")
     no_auth: bool = setting(False, "let everybody in who reaches --host, without a key")
     allow_origin: tuple[str, ...] = setting((), "origin of web pages that may ask, as https://chat.example, or * for "
-                                                "all; repeat; those on localhost may")
+        "all; repeat; those on localhost may")
     allow_host: tuple[str, ...] = setting((), "name by which clients reach it, beside localhost, addresses and the "
-                                              "device's own name; repeat")
+        "device's own name; repeat")
     demo: bool = setting(False, "serve two built-in scripted models, one local and one cloud, to try Oblix with "
-                                "nothing installed")
-    connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together", low=0.1,
-                                       high=3600)
+        "nothing installed")
+    connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together", 0.1)
     prefer: str = setting("local", "what auto prefers while both sides are well: local, cloud, or whichever is "
-                                   "measured to answer sooner", choices=("local", "cloud", "fast"))
+        "measured to answer sooner", choices=("local", "cloud", "fast"))
     local_first_s: float = setting(5.0, "expected seconds to local's first word from which the cloud goes first, if it "
-                                        "is expected in less than half of that; inf stays local", high=math.inf)
-    local_whole_s: float = setting(30.0, "the same for the end of an answer that is not streamed", high=math.inf)
+        "is expected in less than half of that; inf stays local", 0, math.inf)
+    local_whole_s: float = setting(30.0, "the same for the end of an answer that is not streamed", 0, math.inf)
     local_slots: int = setting(1, "requests that the local model answers at once (Ollama's OLLAMA_NUM_PARALLEL); more "
-                                  "overflow to the cloud", low=1)
+        "overflow to the cloud", 1)
     warm_up: str = setting("auto", "whether to load the local model at start, while the cloud is not well, and when "
-                                   "the cloud answers in its place", choices=("auto", "never"))
+        "the cloud answers in its place", choices=("auto", "never"))
     keep_alive: str = setting("auto", "how long Ollama keeps a model in memory after its last use: seconds, or 10m, "
-                                      "1h30m, -1 for ever; auto is 30m, and 5m on battery; default leaves it to Ollama",
-                              form=rf"auto|default|{DURATION}")
+        "1h30m, -1 for ever; auto is 30m, and 5m on battery; default leaves it to Ollama",
+        form=rf"auto|default|{DURATION}")
     on_cut: str = setting("error", "what follows when a plain text stream breaks off: an error, or another model that "
-                                   "continues it", choices=("error", "continue"))
+        "continues it", choices=("error", "continue"))
     first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; Ollama may load a model for "
-                                                 "minutes", low=0.1, high=86_400)
+        "minutes", 0.1)
     patience_s: float = setting(60.0, "seconds until an answer's first content while another model could answer; a "
-                                      "silent cloud is left sooner", low=0.1, high=86_400)
-    stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; comments don't count",
-                                     low=0.1, high=86_400)
-    request_timeout_s: float = setting(900.0, "seconds that a whole request may take, all attempts together", low=0.1,
-                                       high=86_400)
+        "silent cloud is left sooner", 0.1)
+    stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; comments don't count", 0.1)
+    request_timeout_s: float = setting(900.0, "seconds that a whole request may take, all attempts together", 0.1)
     max_requests: int = setting(512, "chat requests answered at once, each on a thread; more get a 503 and are told to "
-                                     "come again", low=1, high=65_536)
-    max_body_mib: int = setting(32, "largest request, in MiB; images make 10 to 30 of them normal", low=1, high=128)
-    drain: float = setting(8.0, "seconds that requests may go on after SIGTERM or Ctrl-C; docker stop waits for 10",
-                           high=86_400)
-    probe_every_s: float = setting(30.0, "seconds between probes of a cloud that is well; sooner after trouble", low=1,
-                                   high=86_400)
+        "come again", 1, 65_536)
+    max_body_mib: int = setting(32, "largest request, in MiB; images make 10 to 30 of them normal", 1, 128)
+    drain: float = setting(8.0, "seconds that requests may go on after SIGTERM or Ctrl-C; docker stop waits for 10")
+    probe_every_s: float = setting(30.0, "seconds between probes of a cloud that is well; sooner after trouble", 1)
     better_after_s: float = setting(10.0, "seconds that better readings must last before they count; a flapping link "
-                                          "counts as down", high=86_400)
+        "counts as down")
     cpu_constrained_percent: float = setting(80.0, "CPU use from which local is constrained")
     cpu_critical_percent: float = setting(95.0, "CPU use from which local is critical")
     memory_constrained_percent: float = setting(85.0, "memory use from which local is constrained")
@@ -637,7 +632,7 @@ class Settings:
     latency_degraded_ms: float = setting(1000.0, "probe latency above which a cloud is degraded")
     loss_degraded_percent: float = setting(10.0, "share of failed probes above which a cloud is degraded")
     log_level: str = setting("info", "what is logged; info is a line per request",
-                             choices=("debug", "info", "warning", "error"))
+        choices=("debug", "info", "warning", "error"))
     log_json: bool = setting(False, "log lines as JSON, for machines")
     ollama_host: str = setting("", "where Ollama listens, by Ollama's own rules", env="OLLAMA_HOST")
     openai_api_key: str = setting("", "key for OpenAI", env="OPENAI_API_KEY", secret=True)
@@ -649,32 +644,30 @@ class Settings:
 
     @classmethod
     def parse(cls, argv: Sequence[str], env: Mapping[str, str]) -> Settings:
-        """Settings from flags and variables.  Raises UsageError; SystemExit(0) after --help and --version."""
+        """Return the settings of flags and variables.  Raise UsageError; SystemExit(0) after --help and --version."""
         parser = _parser(cls)
         found = vars(parser.parse_args(argv))
         for field in dataclasses.fields(cls):
             text = env.get(variable_of(field), "").strip()
             if text and field.name not in found:
                 found.update(_from_variable(parser, field, text))
-        found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-        for name, value in found.items():
-            if isinstance(value, tuple) and (not value or [] in value):    # argparse's reading of --flag=--
-                raise UsageError(f"--{name.replace('_', '-')} needs a value; see --help")
-        settings = cls(**found)
-        for field in dataclasses.fields(cls):
-            value = getattr(settings, field.name)
-            if not field.repr and not (value.isascii() and value.isprintable()):    # repr=False: a secret
+            value = found.get(field.name, field.default)
+            if isinstance(value, list):
+                if not value or [] in value:    # argparse's reading of --flag=--
+                    raise UsageError(f"{flag_of(field)} needs a value; see --help")
+                found[field.name] = tuple(value)
+            elif not field.repr and not is_plain(value):    # repr=False: a secret
                 raise UsageError(f"{variable_of(field)} holds characters that no key has: copy it again")
-        return settings
+        return cls(**found)
 
 
 def variable_of(field: dataclasses.Field[Any]) -> str:
-    """The environment variable of a setting."""
+    """Return the environment variable of a setting."""
     return field.metadata["env"] or "OBLIX_" + field.name.upper()
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
-    """The flag of a setting; "" where only a variable sets it."""
+    """Return the flag of a setting, "" if only a variable sets it."""
     return "" if field.metadata["env"] else "--" + field.name.replace("_", "-")
 
 
@@ -682,7 +675,7 @@ _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "fals
 
 
 def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], text: str) -> Json:
-    """What a variable's text sets: read as if it were the flag's, lists by commas.  Raises UsageError."""
+    """Return what a variable's text sets, read as the flag's would be, lists by commas.  Raise UsageError."""
     if not flag_of(field):
         return {field.name: text}
     if isinstance(field.default, bool):
@@ -696,30 +689,23 @@ def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any
         raise UsageError(f"{variable_of(field)}: {error}") from None
 
 
-def _number_of(field: dataclasses.Field[Any]) -> Callable[[str], int | float]:
-    """A converter for argparse: text to a number of the setting's type and range."""
+def _converter(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
+    """Return argparse's converter of a text to the setting's type, which raises for a wrong range or form."""
     kind: Any = type(field.default)
-    low, high = field.metadata["low"], field.metadata["high"]
+    low, high, form = (field.metadata[name] for name in ("low", "high", "form"))
+    wanted = "time such as 300, 10m, 1h30m or -1" if kind is str else f"number from {low:g} to {high:g}"
 
-    def number(text: str) -> int | float:
+    def convert(text: str) -> Any:
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)  # type: ignore[no-any-return]
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
-    return number
-
-
-def _text_of(field: dataclasses.Field[Any]) -> Callable[[str], str]:
-    """Return a converter for argparse, which lets only texts of the setting's form through."""
-    def text_of_form(text: str) -> str:
-        if field.metadata["form"] and not re.fullmatch(field.metadata["form"], text):
-            raise argparse.ArgumentTypeError(f"{text!r} is no time such as 300, 10m, 1h30m or -1")
-        return text
-    return text_of_form
+            value = kind(text)
+            if re.fullmatch(form, text) if kind is str else low <= value <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {wanted}")
+    return convert
 
 
 def shown(field: dataclasses.Field[Any]) -> str:
-    """A default as --help and the README show it."""
+    """Return a default as --help and the README show it."""
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 
 
@@ -729,7 +715,7 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
-    """The command line, from the declarations."""
+    """Return the parser of the command line, made from the declarations."""
     parser = _OneLineParser(
         prog="oblix.py", usage="python oblix.py [check] [flags]", allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -745,12 +731,10 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
         how: Json = {"help": text.replace("%", "%%")}
         if isinstance(field.default, bool):
             how["action"] = "store_true"
-        elif isinstance(field.default, tuple):
-            how.update(action="append", metavar=field.name.rsplit("_", 1)[-1].upper())
         else:
-            number = isinstance(field.default, (int, float))
-            how.update(metavar="N" if number else field.name.rsplit("_", 1)[-1].upper(),
-                       type=_number_of(field) if number else _text_of(field), choices=field.metadata["choices"])
+            how["metavar"] = "N" if isinstance(field.default, (int, float)) else field.name.rsplit("_", 1)[-1].upper()
+            how.update({"action": "append"} if isinstance(field.default, tuple) else
+                       {"type": _converter(field), "choices": field.metadata["choices"]})
         parser.add_argument(flag_of(field), **how)
     return parser
 
