@@ -1299,7 +1299,7 @@ class ServerProcesses:
 
     @property
     def pids(self) -> frozenset[int]:
-        """The servers that the last use() found."""
+        """The pids of the servers that the last use() found."""
         return frozenset(process.pid for process in self._found)
 
     def use(self) -> tuple[float, int]:
@@ -1350,6 +1350,7 @@ class ResourceMonitor(DeviceMonitor):
         self._load_ours = 0.0
 
     def _ours(self, _: Any) -> Json:
+        """Measure what the servers use, which the other readers subtract."""
         now = time.monotonic()
         self._passed_s, self._at = max(now - self._at, 0.01), now
         used_s, self._bytes_ours = self._servers.use()
@@ -1505,8 +1506,9 @@ APU_MB = 2048               # AMD's built-in GPUs have less of their own: a part
 def gpu_sources(root: str = "/") -> list[GpuSource]:
     """Return the readers of this device's GPUs, best first."""
     smi = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=root + WSL[1:])
-    table: list[tuple[Any, list[str]]] = [    # a reader, and the paths or the command that it reads
-        (jetson, [path for pattern in JETSON_LOADS for path in glob.glob(root + pattern)]),    # nvidia-smi says [N/A]
+    # A reader, and the paths or the command that it reads.  Jetsons have an nvidia-smi too, which says [N/A].
+    table: list[tuple[Any, list[str]]] = [
+        (jetson, [path for pattern in JETSON_LOADS for path in glob.glob(root + pattern)]),
         (nvidia, [smi, *glob.glob(root + "sys/bus/pci/drivers/nvidia/*:*")] if smi else []),
         (amd, [os.path.dirname(path) for path in glob.glob(root + "sys/class/drm/card*/device/gpu_busy_percent")]),
         (apple, "ioreg -r -d 1 -w 0 -c IOAccelerator".split() if sys.platform == "darwin" else []),
@@ -1530,7 +1532,8 @@ def nvidia(paths: list[str], servers: frozenset[int]) -> tuple[list[Gpu], float 
     if not servers or WSL in smi:    # an unknown server, in a container say, may hold what is in use
         return gpus, None
     held = [row for row in nvidia_rows(smi, "compute-apps=pid,used_gpu_memory") if row[0] is None or row[0] in servers]
-    return gpus, None if any(None in row for row in held) else sum(used_mb or 0.0 for _, used_mb in held)
+    own_mb = None if any(None in row for row in held) else sum(row[-1] or 0.0 for row in held)
+    return gpus, own_mb
 
 
 def nvidia_rows(smi: str, query: str) -> list[list[float | None]]:
@@ -1594,10 +1597,11 @@ class ConnectivityMonitor(Monitor):
     window = 10         # probes and requests that the share of losses is taken from
     soonest_s = 1.0     # the first probe after trouble; each further one waits twice as long,
     latest_s = 15.0     # up to this
+    endpoint: Endpoint
 
     def __init__(self, settings: Settings, side: Side, endpoint: Endpoint, fetch: Fetch) -> None:
         super().__init__(settings, side, endpoint)
-        self._watched, self._fetch = endpoint, fetch
+        self._fetch = fetch
         self._lost: collections.deque[bool] = collections.deque(maxlen=self.window)
         self._models: tuple[Model, ...] | None = None    # kept while the endpoint does not answer
         self._best_share: dict[str, float] = {}          # model -> the most of it that was seen on the GPU
@@ -1605,10 +1609,10 @@ class ConnectivityMonitor(Monitor):
         self._answered = False                           # a request, since a probe found the endpoint unwell
 
     def sample(self) -> Json:
-        facts: Json = {"url": self._watched.base_url}
+        facts: Json = {"url": self.endpoint.base_url}
         answered, self._answered = self._answered, False
         try:
-            probe = self._fetch(self._watched)
+            probe = self._fetch(self.endpoint)
             facts.update(status=probe.status, latency_ms=round(probe.latency_ms, 2))
             self._models = self._models if probe.models is None else self._with_spills(probe.models)
         except UpstreamError as error:
@@ -1628,7 +1632,7 @@ class ConnectivityMonitor(Monitor):
         return Reading(self.side, *self._verdict(facts), shown, self.endpoint, facts.get("models"))
 
     def _verdict(self, facts: Json) -> tuple[Level, str]:
-        where = self._watched.base_url.split("//")[1]
+        where = self.endpoint.base_url.split("//")[1]
         if "error" in facts:    # a key that must not list models, or a server that can't, may answer requests
             return Level.STRAINED if "answers" in facts else Level.OUT, f"{where}: {facts['error']}"
         if facts["status"] == 401:    # 403 may just mean that this key must not list models
@@ -1666,20 +1670,17 @@ class ConnectivityMonitor(Monitor):
 MONITORS: tuple[type[Monitor], ...] = (ResourceMonitor, PowerMonitor, GpuMonitor, ConnectivityMonitor)
 
 
-def monitors_for(settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
+def monitors_for(settings: Settings, targets: Sequence[Target], fetch: Fetch) -> list[Monitor]:
     """Return a server's monitors: of its targets' endpoints, and of the device if a local model runs on it."""
-    sides: dict[Endpoint, Side] = {}    # an endpoint of both sides is watched as a local one
+    sides: dict[Endpoint, Side] = {}    # an endpoint of both sides is watched as the first one says
     for target in targets:
         if not target.endpoint.lacks_key:
             sides.setdefault(target.endpoint, target.side)
-    found: list[Monitor] = []
-    for kind in MONITORS:
-        if issubclass(kind, ConnectivityMonitor):
-            found += [kind(settings, side, endpoint, fetch) for endpoint, side in sides.items()]
-        elif issubclass(kind, DeviceMonitor) and any(
-                side is Side.LOCAL and endpoint.on_device for endpoint, side in sides.items()):
-            found.append(kind(settings))
-    return [monitor for monitor in found if not isinstance(monitor, GpuMonitor) or monitor.sources]
+    here = any(target.side is Side.LOCAL and target.endpoint.on_device for target in targets)
+    device = [kind(settings) for kind in MONITORS if here and issubclass(kind, DeviceMonitor)]
+    network = [kind(settings, side, endpoint, fetch) for kind in MONITORS if issubclass(kind, ConnectivityMonitor)
+               for endpoint, side in sides.items()]
+    return [*(monitor for monitor in device if not isinstance(monitor, GpuMonitor) or monitor.sources), *network]
 
 
 class Watch:
@@ -1687,8 +1688,7 @@ class Watch:
     apart_s = 0.1    # between two samples at least, however often one is woken
 
     def __init__(self, monitors: Sequence[Monitor], sampled: Callable[[], None] = lambda: None) -> None:
-        """`sampled` is called after each probe, on its monitor's thread, once all monitors have had their first sample.
-        """
+        """`sampled` is called after each probe, on its monitor's thread, once every monitor has sampled."""
         self.monitors, self._after, self._settled = tuple(monitors), sampled, False
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(monitor, monitor.sampled), daemon=True,
