@@ -239,10 +239,6 @@ class Reading:
     models: tuple[Model, ...] | None = None     # of the endpoint; None if it lists none
     known: bool = True                          # False before the first sample: optimism, not evidence
 
-    def made_stale(self, monitor: str) -> Reading:
-        """Return a copy with the fact that its monitor has failed to take a newer one."""
-        return dataclasses.replace(self, facts={**self.facts, f"{monitor}_stale": True})
-
 
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
@@ -565,15 +561,16 @@ def is_loopback(host: str) -> bool:
 
 # === 2. Settings ======================================================================================================
 # uses: 1; pure
-# What can a person set, and how?  Each setting is declared once; its flag, its variable, --help and the README's table
-# derive from the declaration.  Secrets never print.
+# The declaration of a setting yields its flag, its variable, --help and the README's table.  Secrets never print.
 
-def setting(default: Any, help: str, *, env: str = "", secret: bool = False, choices: Any = None,
-            low: float = 0, high: float = 1e6, form: str = "") -> Any:
-    """Declare a setting.  `env` names a variable that other tools share and that has no flag of its own; `form` is a
-    regular expression that its text matches."""
+def setting(default: Any, help: str, low: float = 0, high: float = 1e6, *, env: str = "", secret: bool = False,
+            choices: Any = None, form: str = "(?s).*") -> Any:
+    """Declare a setting: a number from `low` to `high`, or a text of this form.
+
+    `env` names a variable that other tools share, and that has no flag.
+    """
     return dataclasses.field(default=default, repr=not secret, metadata={
-        "help": help, "env": env, "choices": choices, "low": low, "high": high, "form": form})
+        "help": help, "low": low, "high": high, "env": env, "choices": choices, "form": form})
 
 
 NUMBER = r"[+-]?\d+(\.\d*)?"
@@ -582,60 +579,54 @@ DURATION = rf"{NUMBER}|[+-]?((\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h))+"    # as Ol
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything a person can set.  A flag wins over its variable, and that over the default."""
-    local_model: tuple[str, ...] = setting((), "local model, provider:name or openai:name@http://host:port/v1; "
-                                               "repeat in order of preference; default: the newest model of Ollama")
-    cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name; repeat in order of preference; "
-                                               "default: a cheap model of each provider with a key")
+    """Everything that a person can set.  A flag overrides its variable, and that the default."""
+    local_model: tuple[str, ...] = setting((), "local model, provider:name or openai:name@http://host:port/v1; repeat "
+        "in order of preference; default: the newest model of Ollama")
+    cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name; repeat in order of preference; default: a "
+        "cheap model of each provider with a key")
     cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags: better its variable or "
-                                     "file", secret=True)
+        "file", secret=True)
     cloud_api_key_file: str = setting("", "file that holds it")
     host: str = setting("localhost", "address to listen on; localhost is 127.0.0.1 and ::1; any other that the network "
-                                     "reaches needs --api-key")
-    port: int = setting(62549, "port to listen on; 0 picks a free one", high=65535)
-    api_key: str = setting("", "key that clients must send; `ps` shows flags: better its variable or file",
-                           secret=True)
+        "reaches needs --api-key")
+    port: int = setting(62549, "port to listen on; 0 picks a free one", 0, 65535)
+    api_key: str = setting("", "key that clients must send; `ps` shows flags: better its variable or file", secret=True)
     api_key_file: str = setting("", "file that holds it")
     no_auth: bool = setting(False, "let everybody in who reaches --host, without a key")
     allow_origin: tuple[str, ...] = setting((), "origin of web pages that may ask, as https://chat.example, or * for "
-                                                "all; repeat; those on localhost may")
+        "all; repeat; those on localhost may")
     allow_host: tuple[str, ...] = setting((), "name by which clients reach it, beside localhost, addresses and the "
-                                              "device's own name; repeat")
+        "device's own name; repeat")
     demo: bool = setting(False, "serve two built-in scripted models, one local and one cloud, to try Oblix with "
-                                "nothing installed")
-    connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together", low=0.1,
-                                       high=3600)
+        "nothing installed")
+    connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together", 0.1)
     prefer: str = setting("local", "what auto prefers while both sides are well: local, cloud, or whichever is "
-                                   "measured to answer sooner", choices=("local", "cloud", "fast"))
+        "measured to answer sooner", choices=("local", "cloud", "fast"))
     local_first_s: float = setting(5.0, "expected seconds to local's first word from which the cloud goes first, if it "
-                                        "is expected in less than half of that; inf stays local", high=math.inf)
-    local_whole_s: float = setting(30.0, "the same for the end of an answer that is not streamed", high=math.inf)
+        "is expected in less than half of that; inf stays local", 0, math.inf)
+    local_whole_s: float = setting(30.0, "the same for the end of an answer that is not streamed", 0, math.inf)
     local_slots: int = setting(1, "requests that the local model answers at once (Ollama's OLLAMA_NUM_PARALLEL); more "
-                                  "overflow to the cloud", low=1)
+        "overflow to the cloud", 1)
     warm_up: str = setting("auto", "whether to load the local model at start, while the cloud is not well, and when "
-                                   "the cloud answers in its place", choices=("auto", "never"))
+        "the cloud answers in its place", choices=("auto", "never"))
     keep_alive: str = setting("auto", "how long Ollama keeps a model in memory after its last use: seconds, or 10m, "
-                                      "1h30m, -1 for ever; auto is 30m, and 5m on battery; default leaves it to Ollama",
-                              form=rf"auto|default|{DURATION}")
+        "1h30m, -1 for ever; auto is 30m, and 5m on battery; default leaves it to Ollama",
+        form=rf"auto|default|{DURATION}")
     on_cut: str = setting("error", "what follows when a plain text stream breaks off: an error, or another model that "
-                                   "continues it", choices=("error", "continue"))
+        "continues it", choices=("error", "continue"))
     first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; Ollama may load a model for "
-                                                 "minutes", low=0.1, high=86_400)
+        "minutes", 0.1)
     patience_s: float = setting(60.0, "seconds until an answer's first content while another model could answer; a "
-                                      "silent cloud is left sooner", low=0.1, high=86_400)
-    stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; comments don't count",
-                                     low=0.1, high=86_400)
-    request_timeout_s: float = setting(900.0, "seconds that a whole request may take, all attempts together", low=0.1,
-                                       high=86_400)
+        "silent cloud is left sooner", 0.1)
+    stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; comments don't count", 0.1)
+    request_timeout_s: float = setting(900.0, "seconds that a whole request may take, all attempts together", 0.1)
     max_requests: int = setting(512, "chat requests answered at once, each on a thread; more get a 503 and are told to "
-                                     "come again", low=1, high=65_536)
-    max_body_mib: int = setting(32, "largest request, in MiB; images make 10 to 30 of them normal", low=1, high=128)
-    drain: float = setting(8.0, "seconds that requests may go on after SIGTERM or Ctrl-C; docker stop waits for 10",
-                           high=86_400)
-    probe_every_s: float = setting(30.0, "seconds between probes of a cloud that is well; sooner after trouble", low=1,
-                                   high=86_400)
+        "come again", 1, 65_536)
+    max_body_mib: int = setting(32, "largest request, in MiB; images make 10 to 30 of them normal", 1, 128)
+    drain: float = setting(8.0, "seconds that requests may go on after SIGTERM or Ctrl-C; docker stop waits for 10")
+    probe_every_s: float = setting(30.0, "seconds between probes of a cloud that is well; sooner after trouble", 1)
     better_after_s: float = setting(10.0, "seconds that better readings must last before they count; a flapping link "
-                                          "counts as down", high=86_400)
+        "counts as down")
     cpu_constrained_percent: float = setting(80.0, "CPU use from which local is constrained")
     cpu_critical_percent: float = setting(95.0, "CPU use from which local is critical")
     memory_constrained_percent: float = setting(85.0, "memory use from which local is constrained")
@@ -649,7 +640,7 @@ class Settings:
     latency_degraded_ms: float = setting(1000.0, "probe latency above which a cloud is degraded")
     loss_degraded_percent: float = setting(10.0, "share of failed probes above which a cloud is degraded")
     log_level: str = setting("info", "what is logged; info is a line per request",
-                             choices=("debug", "info", "warning", "error"))
+        choices=("debug", "info", "warning", "error"))
     log_json: bool = setting(False, "log lines as JSON, for machines")
     ollama_host: str = setting("", "where Ollama listens, by Ollama's own rules", env="OLLAMA_HOST")
     openai_api_key: str = setting("", "key for OpenAI", env="OPENAI_API_KEY", secret=True)
@@ -661,32 +652,30 @@ class Settings:
 
     @classmethod
     def parse(cls, argv: Sequence[str], env: Mapping[str, str]) -> Settings:
-        """Settings from flags and variables.  Raises UsageError; SystemExit(0) after --help and --version."""
+        """Return the settings of flags and variables.  Raise UsageError; SystemExit(0) after --help and --version."""
         parser = _parser(cls)
         found = vars(parser.parse_args(argv))
         for field in dataclasses.fields(cls):
             text = env.get(variable_of(field), "").strip()
             if text and field.name not in found:
                 found.update(_from_variable(parser, field, text))
-        found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-        for name, value in found.items():
-            if isinstance(value, tuple) and (not value or [] in value):    # argparse's reading of --flag=--
-                raise UsageError(f"--{name.replace('_', '-')} needs a value; see --help")
-        settings = cls(**found)
-        for field in dataclasses.fields(cls):
-            value = getattr(settings, field.name)
-            if not field.repr and not (value.isascii() and value.isprintable()):    # repr=False: a secret
+            value = found.get(field.name, field.default)
+            if isinstance(value, list):
+                if not value or [] in value:    # argparse's reading of --flag=--
+                    raise UsageError(f"{flag_of(field)} needs a value; see --help")
+                found[field.name] = tuple(value)
+            elif not field.repr and not is_plain(value):    # repr=False: a secret
                 raise UsageError(f"{variable_of(field)} holds characters that no key has: copy it again")
-        return settings
+        return cls(**found)
 
 
 def variable_of(field: dataclasses.Field[Any]) -> str:
-    """The environment variable of a setting."""
+    """Return the environment variable of a setting."""
     return field.metadata["env"] or "OBLIX_" + field.name.upper()
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
-    """The flag of a setting; "" where only a variable sets it."""
+    """Return the flag of a setting, "" if only a variable sets it."""
     return "" if field.metadata["env"] else "--" + field.name.replace("_", "-")
 
 
@@ -694,7 +683,7 @@ _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "fals
 
 
 def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], text: str) -> Json:
-    """What a variable's text sets: read as if it were the flag's, lists by commas.  Raises UsageError."""
+    """Return what a variable's text sets, read as the flag's would be, lists by commas.  Raise UsageError."""
     if not flag_of(field):
         return {field.name: text}
     if isinstance(field.default, bool):
@@ -708,30 +697,23 @@ def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any
         raise UsageError(f"{variable_of(field)}: {error}") from None
 
 
-def _number_of(field: dataclasses.Field[Any]) -> Callable[[str], int | float]:
-    """A converter for argparse: text to a number of the setting's type and range."""
+def _converter(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
+    """Return argparse's converter of a text to the setting's type, which raises for a wrong range or form."""
     kind: Any = type(field.default)
-    low, high = field.metadata["low"], field.metadata["high"]
+    low, high, form = (field.metadata[name] for name in ("low", "high", "form"))
+    wanted = "time such as 300, 10m, 1h30m or -1" if kind is str else f"number from {low:g} to {high:g}"
 
-    def number(text: str) -> int | float:
+    def convert(text: str) -> Any:
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)  # type: ignore[no-any-return]
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
-    return number
-
-
-def _text_of(field: dataclasses.Field[Any]) -> Callable[[str], str]:
-    """Return a converter for argparse, which lets only texts of the setting's form through."""
-    def text_of_form(text: str) -> str:
-        if field.metadata["form"] and not re.fullmatch(field.metadata["form"], text):
-            raise argparse.ArgumentTypeError(f"{text!r} is no time such as 300, 10m, 1h30m or -1")
-        return text
-    return text_of_form
+            value = kind(text)
+            if re.fullmatch(form, text) if kind is str else low <= value <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {wanted}")
+    return convert
 
 
 def shown(field: dataclasses.Field[Any]) -> str:
-    """A default as --help and the README show it."""
+    """Return a default as --help and the README show it."""
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 
 
@@ -741,7 +723,7 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
-    """The command line, from the declarations."""
+    """Return the parser of the command line, made from the declarations."""
     parser = _OneLineParser(
         prog="oblix.py", usage="python oblix.py [check] [flags]", allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -757,12 +739,10 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
         how: Json = {"help": text.replace("%", "%%")}
         if isinstance(field.default, bool):
             how["action"] = "store_true"
-        elif isinstance(field.default, tuple):
-            how.update(action="append", metavar=field.name.rsplit("_", 1)[-1].upper())
         else:
-            number = isinstance(field.default, (int, float))
-            how.update(metavar="N" if number else field.name.rsplit("_", 1)[-1].upper(),
-                       type=_number_of(field) if number else _text_of(field), choices=field.metadata["choices"])
+            how["metavar"] = "N" if isinstance(field.default, (int, float)) else field.name.rsplit("_", 1)[-1].upper()
+            how.update({"action": "append"} if isinstance(field.default, tuple) else
+                       {"type": _converter(field), "choices": field.metadata["choices"]})
         parser.add_argument(flag_of(field), **how)
     return parser
 
@@ -1169,7 +1149,7 @@ def without_nulls(fields: Json, inner: str = "") -> Json:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What the probe of an endpoint found."""
+    """The result of an endpoint's probe."""
     status: int
     models: tuple[Model, ...] | None
     latency_ms: float    # from request to answer, without the time that the server says it worked
@@ -1179,8 +1159,10 @@ Fetch = Callable[[Endpoint], Probe]    # probes an endpoint; raises UpstreamErro
 
 
 class Steady:
-    """A level that turns worse after `worse_after` samples in a row, and better only after `better_after_s` seconds of
-    better ones: a spike reads as nothing, and a link that flaps as one that is down."""
+    """A level that turns worse after `worse_after` samples in a row, and better after `better_after_s` of better ones.
+
+    A spike changes nothing, and a link that flaps counts as down.
+    """
 
     def __init__(self, worse_after: int, better_after_s: float) -> None:
         self._worse_after, self._better_after_s = worse_after, better_after_s
@@ -1189,7 +1171,7 @@ class Steady:
         self._better: tuple[float, Level] | None = None    # since when all were better, and the worst of them
 
     def feed(self, level: Level, now: float) -> Level:
-        """The level that counts after one more sample, taken at `now` (seconds of any clock)."""
+        """Return the level that counts after one more sample, taken at `now` (seconds of any clock)."""
         if self._level is None:
             self._level = level
         self._worse = [*self._worse, level] if level > self._level else []
@@ -1203,52 +1185,33 @@ class Steady:
 
 
 class Monitor:
-    """One thing that is watched.  `reading` is written by the monitor's own thread only."""
+    """One thing that is watched.  Its own thread alone writes `reading`."""
     name: ClassVar[str] = ""
     worse_after: ClassVar[int] = 2    # samples in a row
+    pause_s: ClassVar[float] = 1.0    # between samples
 
     def __init__(self, settings: Settings, side: Side, endpoint: Endpoint | None = None) -> None:
         self.settings, self.side, self.endpoint = settings, side, endpoint
         self.reading = Reading(side, Level.GOOD, "", {}, endpoint, known=False)
-        self.wake = threading.Event()    # set it to have the next sample at once
+        self.sampled = threading.Event()    # set after the first sample
+        self.wake = threading.Event()       # set it for a sample at once
         self._steady, self._fresh = Steady(self.worse_after, settings.better_after_s), self.reading
-        self._found: dict[str, Json] = {}    # the last facts of each function that `read` has called
-        self._told: set[str] = set()         # kinds of failure that the log has
+        self._logged: set[str] = set()      # kinds of failure
 
     def sample(self) -> Json:
-        """Facts of now.  May block; any exception keeps the last reading."""
+        """Return the facts of now.  May block; any exception keeps the last reading."""
         raise NotImplementedError
 
     def judge(self, facts: Json) -> Reading:
-        """The verdict on facts.  Pure."""
+        """Return the verdict on facts.  Pure."""
         raise NotImplementedError
 
     def every_s(self) -> float:
-        """Seconds until the next sample."""
-        raise NotImplementedError
-
-    def read(self, function: Callable[..., Json], *given: Any) -> Json:
-        """The facts that a function finds: none while it fails, as not every system has or allows what it asks for, but
-        its last ones, marked as stale, once it has worked."""
-        name = function.__name__
-        try:
-            self._found[name] = function(*given)
-        except Exception as error:
-            if name not in self._found:
-                return {}
-            self.say_once(error)
-            return {**self._found[name], f"{self.name}_stale": True}
-        return self._found[name]
-
-    def say_once(self, error: Exception) -> None:
-        """Log a failure, unless one of its kind has been logged: samples are taken every second."""
-        kind = type(error).__name__
-        if kind not in self._told:
-            log.warning("monitor %s failed: %s: %s", self.name, kind, error)
-        self._told.add(kind)
+        """Return the seconds until the next sample."""
+        return self.pause_s
 
     def tell(self, lost: bool) -> None:
-        """A real request to the endpoint found it gone, or there: evidence as good as a sample's."""
+        """Take what a request found at the endpoint: evidence as good as a sample's."""
 
     def step(self, now: float) -> None:
         """Sample, judge, and publish a reading whose level is steady."""
@@ -1259,212 +1222,189 @@ class Monitor:
             reason = before if before.startswith("recovering") else f"recovering: {before}"
         self._fresh, self.reading = fresh, dataclasses.replace(fresh, level=level, reason=reason)
 
-    @classmethod
-    def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
-        """The monitors of this kind that a server with these targets wants."""
-        raise NotImplementedError
+    def fail(self, error: Exception) -> None:
+        """Mark the reading as stale, and log the first failure of each kind: samples are taken every second."""
+        facts, kind = {**self.reading.facts, f"{self.name}_stale": True}, type(error).__name__
+        self.reading = dataclasses.replace(self.reading, facts=facts)
+        if kind not in self._logged:
+            self._logged.add(kind)
+            log.warning("monitor %s failed: %s: %s", self.name, kind, error)
 
 
 # --- 4. The device ----------------------------------------------------------------------------------------------------
 
-@dataclasses.dataclass(frozen=True)
-class Threshold:
-    """The values of a fact from which local is constrained and critical, and how a reason says it."""
-    fact: str
+class Limit(NamedTuple):
+    """A fact's words in a reason, and the settings or facts from whose values it makes local constrained, critical."""
     words: str
-    constrained: float
-    critical: float
-    falling: bool = False    # low values are the bad ones
-
-    def level(self, value: float) -> Level:
-        sign = -1 if self.falling else 1
-        return (Level.OUT if sign * value >= sign * self.critical else
-                Level.STRAINED if sign * value >= sign * self.constrained else Level.GOOD)
+    constrained: str
+    critical: str
+    sign: int = 1    # -1 if low values are the bad ones
 
 
-def worst(facts: Json, limits: Iterable[Threshold]) -> tuple[Level, str]:
-    """The worst level that a limit gives, and all that is not well.  A fact that is missing is no trouble."""
-    found = [(limit.level(facts[limit.fact]), limit.words.format(facts[limit.fact]))
-             for limit in limits if limit.fact in facts]
+LIMITS = {
+    "cpu_percent": Limit("cpu {:.0f}%", "cpu_constrained_percent", "cpu_critical_percent"),
+    "memory_percent": Limit("memory {:.0f}%", "memory_constrained_percent", "memory_critical_percent"),
+    "load_per_core": Limit("load {:g}", "load_constrained", "load_critical"),
+    "gpu_percent": Limit("gpu {:.0f}%", "gpu_constrained_percent", "gpu_critical_percent"),
+    "gpu_memory_percent": Limit("gpu memory {:.0f}%", "gpu_constrained_percent", "gpu_critical_percent"),
+    "battery_percent": Limit("battery {:.0f}%", "battery_constrained_percent", "battery_critical_percent", -1),
+    "temperature_c": Limit("temperature {:.0f} C", "temperature_high_c", "temperature_critical_c"),
+}
+
+
+def level_of(value: float, constrained: float, critical: float) -> Level:
+    """Return the level of a value whose limits these are."""
+    return Level.OUT if value >= critical else Level.STRAINED if value >= constrained else Level.GOOD
+
+
+def worst(facts: Json, settings: Settings) -> tuple[Level, str]:
+    """Return the worst level of the facts, and a reason that names all that are not well.  A missing fact is fine."""
+    values, found = {**vars(settings), **facts}, []
+    for fact, (words, constrained, critical, sign) in LIMITS.items():
+        counts = fact != "battery_percent" or facts.get("battery_plugged") is False    # None: the system can't tell
+        if fact in facts and counts:
+            level = level_of(sign * facts[fact], sign * values[constrained], sign * values[critical])
+            found.append((level, words.format(facts[fact])))
     return max((level for level, _ in found), default=Level.GOOD), ", ".join(words for level, words in found if level)
 
 
-def local_is_here(targets: Iterable[Target]) -> bool:
-    """Whether the state of this device matters: some local model runs on it."""
-    return any(target.side is Side.LOCAL and target.endpoint.on_device for target in targets)
+class DeviceMonitor(Monitor):
+    """A monitor of this device.  Without psutil nothing is known, and local counts as available."""
+
+    def __init__(self, settings: Settings, *readers: Callable[[Any], Json]) -> None:
+        super().__init__(settings, Side.LOCAL)
+        self._readers, self._worked = readers, [False for _ in readers]
+
+    def sample(self) -> Json:
+        """Return the facts of all readers.  Raise what a reader raises that has worked before."""
+        import psutil  # takes 31 ms, so not on the way to the first answer; and the server starts without it
+        facts: Json = {}
+        for number, read in enumerate(self._readers):
+            try:
+                facts.update(read(psutil))
+                self._worked[number] = True
+            except Exception:    # Android and some containers deny one or another
+                if self._worked[number]:
+                    raise
+        return facts
+
+    def judge(self, facts: Json) -> Reading:
+        return Reading(self.side, *worst(facts, self.settings), facts)
 
 
 class ServerProcesses:
     """The processes of local model servers: what they use for our answers must not read as a busy machine.
 
-    Those that the system does not let us see, as other users' on macOS, are not counted.
+    Those that the system does not show, as other users' on macOS, are not counted.
     """
     names = ("ollama", "llama", "lm studio", "lms", "vllm")
-    afresh_s = 60.0    # until all are looked at again: exec changes a name, and so do vLLM's workers; pids are reused
+    afresh_s = 60.0    # between looks at all names: exec changes one, as vLLM's workers do, and pids are reused
 
     def __init__(self) -> None:
-        self._pids: set[int] = set()                    # all there were at the last call
-        self._found: dict[int, tuple[Any, float]] = {}  # pid -> its psutil.Process, its CPU seconds at the last call
+        self._pids: set[int] = set()          # of all processes at the last call
+        self._found: dict[Any, float] = {}    # psutil.Process of a server -> its CPU seconds at the last call
         self._afresh_at = -math.inf
 
     @property
     def pids(self) -> frozenset[int]:
-        """Those that the last cpu_s() found."""
-        return frozenset(self._found)
+        """The pids of the servers that the last use() found."""
+        return frozenset(process.pid for process in self._found)
 
-    def cpu_s(self) -> float:
-        """CPU seconds that they used since the last call."""
+    def use(self) -> tuple[float, int]:
+        """Return the CPU seconds that the servers used since the last call, and the bytes of memory that they hold.
+
+        Mapped weights do not count: they are page cache on Linux, so available anyway.
+        """
         import psutil
         self._look()
-        used_s = 0.0
-        for pid, (process, before_s) in self._found.items():
+        used_s, held = 0.0, 0
+        for process, before_s in self._found.items():
             with contextlib.suppress(psutil.Error):
-                now_s = sum(process.cpu_times()[:2])    # user and system
+                self._found[process] = now_s = sum(process.cpu_times()[:2])    # user and system
                 used_s += max(0.0, now_s - before_s)    # less: another process has got its pid
-                self._found[pid] = process, now_s
-        return used_s
-
-    def private_bytes(self) -> int:
-        """Memory of theirs alone.  Mapped weights are not: they are page cache (Linux), so available anyway."""
-        import psutil
-        total = 0
-        for process, _ in self._found.values():
-            with contextlib.suppress(psutil.Error):
                 memory = process.memory_info()
-                total += memory.rss - getattr(memory, "shared", 0)
-        return total
+                held += memory.rss - getattr(memory, "shared", 0)
+        return used_s, held
 
     def _look(self) -> None:
-        """Find new ones and forget the ended.  Only new pids are asked for their names: 60 us each, 300 a desktop."""
+        """Update the servers.  Reading a name takes 60 us and a desktop runs 300 processes: only new pids are read."""
         import psutil
         pids, now = set(psutil.pids()), time.monotonic()
-        afresh = now >= self._afresh_at
-        kept = {pid: server for pid, server in self._found.items()
-                if pid in pids and not (afresh and not server[0].is_running())}    # not running: its pid was given away
-        before = (self._pids or pids) - (self._found.keys() - kept.keys())
-        for pid in pids - (kept.keys() if afresh else before):
+        before, self._pids = self._pids or pids, pids
+        unread = pids - before
+        if now >= self._afresh_at:
+            unread, self._afresh_at = pids, now + self.afresh_s
+        kept = pids - unread
+        found = {process: used_s for process, used_s in self._found.items() if process.pid in kept}
+        for pid in unread:
             with contextlib.suppress(psutil.Error):
                 process = psutil.Process(pid)
                 if process.name().lower().startswith(self.names):
-                    # All that a new process used counts; one that was there before under another name counts from now.
-                    kept[pid] = process, sum(process.cpu_times()[:2]) if pid in before else 0.0
-        self._pids, self._found = pids, kept
-        self._afresh_at = now + self.afresh_s if afresh else self._afresh_at
+                    # All that a new process used counts; one that was there under another name counts from now.
+                    used_s = sum(process.cpu_times()[:2]) if pid in before else 0.0
+                    found[process] = self._found.get(process, used_s)
+        self._found = found
 
 
-class ResourceMonitor(Monitor):
-    """CPU, memory and load of the device, less what the model servers use, by psutil.
-
-    Without psutil nothing is known and local counts as available.
-    """
+class ResourceMonitor(DeviceMonitor):
+    """CPU, memory and load of the device, less what the model servers use."""
     name = "resources"
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, Side.LOCAL)
-        self._limits = (
-            Threshold("cpu_percent", "cpu {:.0f}%", settings.cpu_constrained_percent, settings.cpu_critical_percent),
-            Threshold("memory_percent", "memory {:.0f}%", settings.memory_constrained_percent,
-                  settings.memory_critical_percent),
-            Threshold("load_per_core", "load {:g}", settings.load_constrained, settings.load_critical))
-        self._servers = ServerProcesses()
-        self._cpu_before: tuple[float, float] | None = None
-        self._load_ours, self._load_at = 0.0, time.monotonic()
+        super().__init__(settings, self._ours, self._cpu, self._memory, self._load)
+        self._servers, self._cores = ServerProcesses(), os.cpu_count() or 1
+        self._at, self._passed_s = -math.inf, math.inf    # the last sample, and the seconds before it
+        self._cores_ours, self._bytes_ours = 0.0, 0       # that the servers used in these seconds, and hold
+        self._load_ours = 0.0
 
-    def sample(self) -> Json:
-        import psutil  # noqa: F401 - 31 ms to import: not on the way to the first answer; the server starts without it
-        facts: Json = {}
-        ours_s = 0.0
-        with contextlib.suppress(Exception):
-            ours_s = self._servers.cpu_s()
-        for function in (self._cpu, self._memory, self._load):    # Android and some containers deny one or the other
-            facts.update(self.read(function, ours_s))
-        return facts
+    def _ours(self, _: Any) -> Json:
+        """Measure what the servers use, which the other readers subtract."""
+        now = time.monotonic()
+        self._passed_s, self._at = max(now - self._at, 0.01), now
+        used_s, self._bytes_ours = self._servers.use()
+        self._cores_ours = used_s / self._passed_s
+        return {}
 
-    def _cpu(self, ours_s: float) -> Json:
-        """CPU use since the last call.  Not psutil.cpu_percent(): its idea of the last call is its own."""
-        import psutil
-        times = psutil.cpu_times()._asdict()
-        total = sum(times.values()) - times.get("guest", 0.0) - times.get("guest_nice", 0.0)    # in user and nice too
-        busy = total - times["idle"] - times.get("iowait", 0.0)
-        before, self._cpu_before = self._cpu_before, (busy, total)
-        if before is None or total <= before[1]:    # the first one, or one in the same tick
-            return {}
-        return {"cpu_percent": round(max(0.0, 100 * (busy - before[0] - ours_s) / (total - before[1])), 1)}
+    def _cpu(self, psutil: Any) -> Json:
+        percent = psutil.cpu_percent()    # since the last call of this thread; 0 at the first
+        others = max(0.0, percent - 100 * self._cores_ours / self._cores)
+        return {"cpu_percent": round(others, 1)} if self._passed_s < math.inf else {}
 
-    def _memory(self, _: float) -> Json:
-        import psutil
+    def _memory(self, psutil: Any) -> Json:
         memory = psutil.virtual_memory()
         used = memory.total - memory.available
-        ours = min(self._servers.private_bytes(), used)
+        ours = min(self._bytes_ours, used)
         return {"memory_percent": round(100 * (used - ours) / (memory.total - ours), 1),
                 "memory_free_mb": memory.available >> 20}
 
-    def _load(self, ours_s: float) -> Json:
-        """The load of one minute, less the cores that the servers used, damped as the kernel damps it."""
-        import psutil
-        passed_s = time.monotonic() - self._load_at
-        self._load_at += passed_s
-        keep = math.exp(-passed_s / 60)
-        self._load_ours = keep * self._load_ours + (1 - keep) * ours_s / max(passed_s, 0.01)
+    def _load(self, psutil: Any) -> Json:
+        """Return the load of one minute, less the cores that the servers used, damped as the kernel damps it."""
+        keep = math.exp(-self._passed_s / 60)
+        self._load_ours = keep * self._load_ours + (1 - keep) * self._cores_ours
         others = max(0.0, psutil.getloadavg()[0] - self._load_ours)
-        cores = psutil.cpu_count() or 1
-        return {"load_per_core": round(others / cores, 2), "cores": cores}
-
-    def judge(self, facts: Json) -> Reading:
-        return Reading(self.side, *worst(facts, self._limits), facts)
-
-    def every_s(self) -> float:
-        return 1.0
-
-    @classmethod
-    def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
-        return [cls(settings)] if local_is_here(targets) else []
+        return {"load_per_core": round(others / self._cores, 2), "cores": self._cores}
 
 
-class PowerMonitor(Monitor):
-    """Battery and temperature, where the device has a battery and tells temperatures."""
+class PowerMonitor(DeviceMonitor):
+    """Battery and temperature, where the device has a battery and reports temperatures."""
     name = "power"
     worse_after = 1
+    pause_s = 10.0
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, Side.LOCAL)
-        self._battery = Threshold("battery_percent", "battery {:.0f}%", settings.battery_constrained_percent,
-                              settings.battery_critical_percent, falling=True)
+        super().__init__(settings, charge, lambda psutil: hottest(psutil.sensors_temperatures()))
 
-    def sample(self) -> Json:
-        import psutil  # noqa: F401 - as above
-        return {**self.read(self._charge), **self.read(self._heat)}
 
-    @staticmethod
-    def _charge() -> Json:
-        import psutil
-        battery = psutil.sensors_battery()
-        if battery is None or not has_battery():
-            return {}
-        return {"battery_percent": round(battery.percent, 1), "battery_plugged": battery.power_plugged}
-
-    @staticmethod
-    def _heat() -> Json:
-        import psutil
-        return hottest(psutil.sensors_temperatures())
-
-    def judge(self, facts: Json) -> Reading:
-        limits = [self._battery] if facts.get("battery_plugged") is False else []    # None: the system does not say
-        if "temperature_c" in facts:
-            limits.append(Threshold("temperature_c", "temperature {:.0f} C", facts["temperature_high_c"],
-                                facts["temperature_critical_c"]))
-        return Reading(self.side, *worst(facts, limits), facts)
-
-    def every_s(self) -> float:
-        return 10.0
-
-    @classmethod
-    def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
-        return [cls(settings)] if local_is_here(targets) else []
+def charge(psutil: Any) -> Json:
+    """Return the facts of the device's battery, none if it has none."""
+    battery = psutil.sensors_battery()
+    if battery is None or not has_battery():
+        return {}
+    return {"battery_percent": round(battery.percent, 1), "battery_plugged": battery.power_plugged}
 
 
 def has_battery(folder: str = "/sys/class/power_supply") -> bool:
-    """False on a PC whose only battery is its mouse's: psutil takes it for the PC's, but Linux tells its scope."""
+    """Return False on a PC whose only battery is its mouse's: psutil takes it for the PC's, but Linux has its scope."""
     scopes = [text_in(f"{path[:-len('capacity')]}scope") for path in glob.glob(f"{folder}/*/capacity")]
     return scopes == [] or any(scope != "Device" for scope in scopes)
 
@@ -1473,7 +1413,7 @@ _CPU_SENSOR = re.compile("cpu|soc|core|package", re.I)
 
 
 def temperature_limits(chip: str, sensor: Any) -> tuple[float, float] | None:
-    """From where a sensor of psutil's is high and critical; None for one that can't be judged."""
+    """Return the temperatures from which a sensor of psutil's is high and critical, or None if nobody can tell."""
     high, critical = sensor.high or 0.0, sensor.critical or 0.0
     if chip == "acpitz":    # whatever the firmware's author wrote: 8.3 degrees of 31.3 in bpytop's issue 185
         return None
@@ -1485,48 +1425,46 @@ def temperature_limits(chip: str, sensor: Any) -> tuple[float, float] | None:
 
 
 def hottest(sensors: Mapping[str, Iterable[Any]]) -> Json:
-    """Facts of the sensor that is nearest to its limit, or past it the farthest; none where none can be judged."""
+    """Return the facts of the sensor nearest to its limit, or furthest past it; none if none can be judged."""
     found = []
     for chip, group in sensors.items():
         for sensor in group:
             limits = temperature_limits(chip, sensor)
             if limits and 0 < sensor.current < 150:    # beyond that it is broken
-                level = Threshold("", "", *limits).level(sensor.current)
-                found.append((level, sensor.current - limits[0], sensor.current, *limits))
+                found.append((level_of(sensor.current, *limits), sensor.current - limits[0], sensor.current, *limits))
     if not found:
         return {}
     _, _, current, high, critical = max(found)
     return {"temperature_c": round(current, 1), "temperature_high_c": high, "temperature_critical_c": critical}
 
 
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """What is known of a GPU; of memory only where it has its own."""
+# --- 4. GPUs ----------------------------------------------------------------------------------------------------------
+
+class Gpu(NamedTuple):
+    """Facts of a GPU; those of memory only if it has its own."""
     busy_percent: float | None = None
     used_mb: float | None = None
     total_mb: float | None = None
 
 
-# The pids of model servers -> the GPUs, and the MB of their memory that those pids hold, None where that is unknown
+# The pids of model servers -> the GPUs, and the MB of their memory that these servers hold, or None if nobody can tell
 GpuSource = Callable[[frozenset[int]], tuple[list[Gpu], Optional[float]]]
 
 
-class GpuMonitor(Monitor):
+class GpuMonitor(DeviceMonitor):
     """Use of the GPU and of its memory by others than the model servers."""
     name = "gpu"
     window_s = 0.3        # in which the servers' work tells whose the GPU's use is
     own_cores = 0.2       # servers that use more are at work
     share = 0.002         # of a core, that sampling may cost
 
-    def __init__(self, settings: Settings, sources: Sequence[GpuSource]) -> None:
-        super().__init__(settings, Side.LOCAL)
-        limits = settings.gpu_constrained_percent, settings.gpu_critical_percent
-        self._limits = (Threshold("gpu_percent", "gpu {:.0f}%", *limits),
-                        Threshold("gpu_memory_percent", "gpu memory {:.0f}%", *limits))
-        self._sources, self._servers, self._took_s = sources, ServerProcesses(), 0.0
+    def __init__(self, settings: Settings, sources: Sequence[GpuSource] | None = None) -> None:
+        super().__init__(settings, self._gpus)
+        self.sources = gpu_sources() if sources is None else sources
+        self._servers, self._took_s = ServerProcesses(), 0.0
 
-    def sample(self) -> Json:
-        self._servers.cpu_s()
+    def _gpus(self, _: Any) -> Json:
+        self._servers.use()
         begun = time.monotonic()
         if self._servers.pids:
             time.sleep(self.window_s)
@@ -1534,32 +1472,25 @@ class GpuMonitor(Monitor):
         gpus, own_mb = self._ask(self._servers.pids)
         done = time.monotonic()
         self._took_s = done - asked
-        return gpu_facts(gpus, own_mb, self._servers.cpu_s() > self.own_cores * (done - begun))
+        return gpu_facts(gpus, own_mb, self._servers.use()[0] > self.own_cores * (done - begun))
 
     def _ask(self, servers: frozenset[int]) -> tuple[list[Gpu], float | None]:
-        """What the first source says that knows anything."""
-        for source in self._sources:
-            gpus, own_mb = source(servers)
-            if any(gpu != Gpu() for gpu in gpus):
-                return gpus, own_mb
+        """Return what the first source finds that knows anything."""
+        for source in self.sources:
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                gpus, own_mb = source(servers)
+                if any(gpu != Gpu() for gpu in gpus):
+                    return gpus, own_mb
         return [], None
-
-    def judge(self, facts: Json) -> Reading:
-        return Reading(self.side, *worst(facts, self._limits), facts)
 
     def every_s(self) -> float:
         # nvidia-smi takes from 30 ms to seconds, most of them in the driver, so it paces itself: even if all of its
         # time were work, it would be 0.2% of a core.  One that hangs is asked again after 40 minutes.
         return max(5.0, self._took_s / self.share)
 
-    @classmethod
-    def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
-        sources = gpu_sources() if local_is_here(targets) else []
-        return [cls(settings, sources)] if sources else []
-
 
 def gpu_facts(gpus: Iterable[Gpu], own_mb: float | None, own_use: bool) -> Json:
-    """Facts of GPUs: the use of the least busy one, which is the model servers' own where they are at work."""
+    """Return facts of GPUs: the use of the least busy one, which is the model servers' own while they are at work."""
     facts: Json = {}
     busy = [gpu.busy_percent for gpu in gpus if gpu.busy_percent is not None]
     if busy:
@@ -1573,172 +1504,144 @@ def gpu_facts(gpus: Iterable[Gpu], own_mb: float | None, own_use: bool) -> Json:
     return facts
 
 
-# Where Jetsons tell their GPU's load (jetson_stats' issue 360 and its gpu.py: Nano, Xavier, Orin; a devfreq otherwise).
+# Files of a Jetson's GPU load (jetson_stats' issue 360 and its gpu.py: Nano, Xavier, Orin; a devfreq otherwise).
 JETSON_LOADS = ("sys/devices/gpu.0/load", "sys/devices/platform/*gpu*/load", "sys/class/devfreq/*gpu*/device/load",
                 "sys/class/devfreq/*.g[apv]1*b/device/load")
-WSL = "/usr/lib/wsl/lib"    # where nvidia-smi is on WSL, on PATH or not; it knows of no processes there
+WSL = "/usr/lib/wsl/lib"    # nvidia-smi's folder on WSL, on PATH or not; it knows of no processes there
 APU_MB = 2048               # AMD's built-in GPUs have less of their own: a part of RAM, which models do not use
 
 
 def gpu_sources(root: str = "/") -> list[GpuSource]:
-    """How the GPUs of this device can be asked, best way first; empty where there is none."""
-    sources: list[GpuSource] = []
-    loads = [path for pattern in JETSON_LOADS for path in glob.glob(root + pattern)]
-    if loads:    # before nvidia-smi, which is there too and says [N/A]
-        sources.append(lambda _: (jetson_gpus(text_in(loads[0])), None))
+    """Return the readers of this device's GPUs, best first."""
     smi = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=root + WSL[1:])
-    if smi:
-        sources.append(lambda servers: ask_nvidia(smi, root, servers))
-    cards = [os.path.dirname(path) for path in glob.glob(root + "sys/class/drm/card*/device/gpu_busy_percent")]
-    if cards:
-        sources.append(lambda _: (amd_gpus(map(ask_amd, cards)), None))
-    if sys.platform == "darwin":
-        sources.append(lambda _: (apple_gpus(output_of(*"ioreg -r -d 1 -w 0 -c IOAccelerator".split())), None))
-    return sources
+    # A reader, and the paths or the command that it reads.  Jetsons have an nvidia-smi too, which says [N/A].
+    table: list[tuple[Any, list[str]]] = [
+        (jetson, [path for pattern in JETSON_LOADS for path in glob.glob(root + pattern)]),
+        (nvidia, [smi, *glob.glob(root + "sys/bus/pci/drivers/nvidia/*:*")] if smi else []),
+        (amd, [os.path.dirname(path) for path in glob.glob(root + "sys/class/drm/card*/device/gpu_busy_percent")]),
+        (apple, "ioreg -r -d 1 -w 0 -c IOAccelerator".split() if sys.platform == "darwin" else []),
+    ]
+    return [functools.partial(reader, found) for reader, found in table if found]
 
 
-def ask_nvidia(smi: str, root: str, servers: frozenset[int]) -> tuple[list[Gpu], float | None]:
-    """NVIDIA's GPUs by nvidia-smi, and what the servers hold of their memory."""
-    devices = glob.glob(root + "sys/bus/pci/drivers/nvidia/*:*")
+def jetson(loads: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
+    """Read the load per mille.  Other boards write "45@800000000Hz", and run no models on their GPUs."""
+    text = text_in(loads[0])
+    return [Gpu(int(text) / 10)] if text.isdigit() and int(text) <= 1000 else [], None
+
+
+def nvidia(paths: list[str], servers: frozenset[int]) -> tuple[list[Gpu], float | None]:
+    """Ask nvidia-smi, unless all of its PCI devices are asleep."""
+    smi, *devices = paths
     if devices and all(map(asleep, devices)):
         return [Gpu(0.0)], None
-    as_csv = "--format=csv,noheader,nounits"
-    gpus = nvidia_gpus(output_of(smi, "--query-gpu=utilization.gpu,memory.used,memory.total", as_csv))
-    if not servers or WSL in smi:    # one that we don't know, in a container say, may hold what is in use
+    rows = nvidia_rows(smi, "gpu=utilization.gpu,memory.used,memory.total")
+    gpus = [Gpu(*row) for row in rows if len(row) == 3]
+    if not servers or WSL in smi:    # an unknown server, in a container say, may hold what is in use
         return gpus, None
-    return gpus, nvidia_share(output_of(smi, "--query-compute-apps=pid,used_gpu_memory", as_csv), servers)
+    held = [row for row in nvidia_rows(smi, "compute-apps=pid,used_gpu_memory") if row[0] is None or row[0] in servers]
+    own_mb = None if any(None in row for row in held) else sum(row[-1] or 0.0 for row in held)
+    return gpus, own_mb
 
 
-def ask_amd(device: str) -> Gpu:
-    """One of AMD's GPUs by the files of its driver, which count memory in bytes."""
-    if asleep(device):
-        return Gpu(0.0)
-    busy, used, total = (number_in(text_in(f"{device}/{name}"))
+def nvidia_rows(smi: str, query: str) -> list[list[float | None]]:
+    """Return the numbers of lines like "37, 2048, 24564"; DGX Spark: "0, [N/A], [N/A]" (nvitop's pull request 208)."""
+    text = output_of(smi, f"--query-{query}", "--format=csv,noheader,nounits")
+    return [[number_in(cell) for cell in line.split(",")] for line in text.splitlines()]
+
+
+def amd(devices: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
+    """Read the driver's files.  Built-in GPUs count only where there is no other, and without their memory."""
+    gpus = [Gpu(0.0) if asleep(device) else amd_gpu(device) for device in devices]
+    return [gpu for gpu in gpus if (gpu.total_mb or 0.0) >= APU_MB] or [Gpu(gpu.busy_percent) for gpu in gpus], None
+
+
+def amd_gpu(device: str) -> Gpu:
+    busy, used, total = (number_in(text_in(f"{device}/{name}"))    # memory in bytes
                          for name in ("gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total"))
-    return Gpu(busy, None if used is None else used / 2**20, None if total is None else total / 2**20)
+    return Gpu(busy, used and used / 2**20, total and total / 2**20)
+
+
+def apple(command: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
+    """Ask ioreg for its IOAccelerators: {…,"Device Utilization %"=31,…}."""
+    found = re.findall(r'"Device Utilization %"\s*=\s*(\d+)', output_of(*command))
+    return [Gpu(float(percent)) for percent in found], None
 
 
 def asleep(device: str) -> bool:
-    """Whether a PCI device is switched off until it is needed: then it is idle, and a question would wake it."""
+    """Return True if a PCI device is switched off until it is needed: it is idle, and a question would wake it."""
     return text_in(f"{device}/power/runtime_status") == "suspended"
 
 
-def nvidia_gpus(text: str | None) -> list[Gpu]:
-    """GPUs from lines like "37, 2048, 24564"; DGX Spark: "0, [N/A], [N/A]" (nvitop's pull request 208)."""
-    rows = [[number_in(cell) for cell in line.split(",")] for line in (text or "").splitlines()]
-    return [Gpu(*row) for row in rows if len(row) == 3]
-
-
-def nvidia_share(text: str | None, servers: frozenset[int]) -> float | None:
-    """MB that these processes hold, from lines like "1234, 4096"; None where it does not say (Windows: "[N/A]")."""
-    held_mb = 0.0
-    for line in ("?" if text is None else text).splitlines():
-        pid, _, used_mb = map(number_in, line.partition(","))
-        if pid is None or pid in servers and used_mb is None:
-            return None
-        held_mb += used_mb if used_mb and pid in servers else 0.0
-    return held_mb
-
-
-def amd_gpus(gpus: Iterable[Gpu]) -> list[Gpu]:
-    """Those that models run on: built-in ones only where there is no other, and without their memory."""
-    found = list(gpus)
-    return [gpu for gpu in found if (gpu.total_mb or 0.0) >= APU_MB] or [Gpu(gpu.busy_percent) for gpu in found]
-
-
-def jetson_gpus(text: str) -> list[Gpu]:
-    """The GPU from its load per mille.  Other boards write "45@800000000Hz", and run no models on theirs."""
-    return [Gpu(int(text) / 10)] if text.isdigit() and int(text) <= 1000 else []
-
-
-def apple_gpus(text: str | None) -> list[Gpu]:
-    """GPUs from what ioreg shows of IOAccelerators: {…,"Device Utilization %"=31,…}."""
-    return [Gpu(float(percent)) for percent in re.findall(r'"Device Utilization %"\s*=\s*(\d+)', text or "")]
-
-
 def number_in(text: str) -> float | None:
-    """The number that a tool or a driver wrote, or None for "[N/A]", "[Not Supported]" and whatever else."""
+    """Return the number that a tool or a driver wrote, or None for "[N/A]", "[Not Supported]" and other words."""
     with contextlib.suppress(ValueError):
         return finite(text) if finite(text) >= 0 else None
     return None
 
 
 def text_in(path: str) -> str:
-    """What a small file says, "" where it can't be read."""
+    """Return the text of a small file, "" if it can't be read."""
     with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as file:
         return file.read(4096).strip()
     return ""
 
 
-COMMAND_S = 5.0    # and a command that takes longer is killed
+COMMAND_S = 5.0    # a command that takes longer is killed
 
 
-def output_of(*command: str) -> str | None:
-    """What a command prints, or None where it fails or hangs."""
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              timeout=COMMAND_S, creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode("ascii", "replace") if done.returncode == 0 else None
+def output_of(*command: str) -> str:
+    """Return the output of a command.  Raise OSError or SubprocessError if it fails or hangs."""
+    return subprocess.check_output(
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=COMMAND_S, encoding="ascii",
+        errors="replace", creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
 
 
 # --- 4. Endpoints, and the watch over all -----------------------------------------------------------------------------
 
 class ConnectivityMonitor(Monitor):
-    """Whether an endpoint answers, how fast and how surely, and which models it says it has, in which state."""
+    """The state of an endpoint: answers, their latency and losses, and the models that it lists."""
     name = "connectivity"
     window = 10         # probes and requests that the share of losses is taken from
-    outage = 2          # lost in a row are no loss but an outage
     soonest_s = 1.0     # the first probe after trouble; each further one waits twice as long,
     latest_s = 15.0     # up to this
+    endpoint: Endpoint
 
     def __init__(self, settings: Settings, side: Side, endpoint: Endpoint, fetch: Fetch) -> None:
         super().__init__(settings, side, endpoint)
-        self._watched, self._fetch = endpoint, fetch
+        self._fetch = fetch
         self._lost: collections.deque[bool] = collections.deque(maxlen=self.window)
-        self._models: tuple[Model, ...] | None = None    # kept while it does not answer
+        self._models: tuple[Model, ...] | None = None    # kept while the endpoint does not answer
         self._best_share: dict[str, float] = {}          # model -> the most of it that was seen on the GPU
-        self._pause_s = self.soonest_s
-        self._answered = False                           # it has answered a request since a probe found it unwell
+        self._backoff_s = self.soonest_s
+        self._answered = False                           # a request, since a probe found the endpoint unwell
 
     def sample(self) -> Json:
-        facts: Json = {"url": self._watched.base_url}
+        facts: Json = {"url": self.endpoint.base_url}
         answered, self._answered = self._answered, False
         try:
-            probe = self._fetch(self._watched)
+            probe = self._fetch(self.endpoint)
             facts.update(status=probe.status, latency_ms=round(probe.latency_ms, 2))
-            models = self._with_spills(probe.models)
-            self._models = self._models if models is None else models
+            self._models = self._models if probe.models is None else self._with_spills(probe.models)
         except UpstreamError as error:
-            facts["error"] = error.brief
-        facts.update({"answers": True} if answered and "error" in facts else {})
+            facts.update({"error": error.brief, **({"answers": True} if answered else {})})
         self._count("error" in facts)
-        facts["loss_percent"] = round(100.0 * sum(self._lost) / self.window, 1)
-        return {**facts, "models": self._models}
+        return {**facts, "loss_percent": round(100.0 * sum(self._lost) / self.window, 1), "models": self._models}
 
-    def _with_spills(self, models: tuple[Model, ...] | None) -> tuple[Model, ...] | None:
-        """The models, those marked that were on the GPU and have quietly gone to the CPU (Ollama does so)."""
-        marked, shares = [], {}
-        for model in models or ():
-            best = self._best_share.get(model.name, 0.0)
-            share = model.gpu_share if model.gpu_share is not None else best
-            shares[model.name] = best = max(share, best)
-            marked.append(dataclasses.replace(model, spilled=share < best / 2))
-        if models is None:
-            return None
-        self._best_share = shares    # no longer of those that are gone
-        return tuple(marked)
+    def _with_spills(self, models: Iterable[Model]) -> tuple[Model, ...]:
+        """Return the models with those marked that Ollama has quietly moved from the GPU to the CPU."""
+        best = self._best_share = {model.name: max(model.gpu_share or 0.0, self._best_share.get(model.name, 0.0))
+                                   for model in models}
+        return tuple([dataclasses.replace(model, spilled=(
+            model.gpu_share is not None and model.gpu_share < best[model.name] / 2)) for model in models])
 
     def judge(self, facts: Json) -> Reading:
-        facts = dict(facts)
-        models = facts.pop("models", None)
-        level, reason = self._verdict(facts)
-        return Reading(self.side, level, reason, facts, self.endpoint, models)
+        shown = {fact: value for fact, value in facts.items() if fact != "models"}
+        return Reading(self.side, *self._verdict(facts), shown, self.endpoint, facts.get("models"))
 
     def _verdict(self, facts: Json) -> tuple[Level, str]:
-        where = self._watched.base_url.split("//")[1]
-        if "error" in facts:    # a key that must not list models, or a server that can't, may answer all the same
+        where = self.endpoint.base_url.split("//")[1]
+        if "error" in facts:    # a key that must not list models, or a server that can't, may answer requests
             return Level.STRAINED if "answers" in facts else Level.OUT, f"{where}: {facts['error']}"
         if facts["status"] == 401:    # 403 may just mean that this key must not list models
             return Level.OUT, f"{where}: its key was refused"
@@ -1751,78 +1654,79 @@ class ConnectivityMonitor(Monitor):
         return Level.GOOD, ""
 
     def _count(self, lost: bool) -> None:
-        if not lost and self._lost and self._lost[-1] and [*self._lost][-self.outage:] == [True] * self.outage:
-            self._lost.clear()    # an outage is over: how long it was says nothing of the link that is back
+        if not lost and [*self._lost][-2:] == [True, True]:
+            self._lost.clear()    # two in a row are an outage, whose length says nothing of the link that is back
         self._lost.append(lost)
 
     def tell(self, lost: bool) -> None:
         self._count(lost)
         self._answered = not lost and self._fresh.level is not Level.GOOD
         if lost or self._fresh.level is Level.OUT:
-            self._pause_s = self.soonest_s
+            self._backoff_s = self.soonest_s
             self.wake.set()
 
     def every_s(self) -> float:
         # The local server is asked often: it is near, and may be started or get a new model at any moment.
         usual = 5.0 if self.side is Side.LOCAL else self.settings.probe_every_s
         if self._fresh.level is Level.GOOD:
-            self._pause_s = self.soonest_s
+            self._backoff_s = self.soonest_s
             return usual if self.reading.level is Level.GOOD else min(self.soonest_s, usual)
-        pause, self._pause_s = self._pause_s, min(2 * self._pause_s, self.latest_s)
-        return min(pause, usual)
-
-    @classmethod
-    def needed(cls, settings: Settings, targets: Iterable[Target], fetch: Fetch) -> list[Monitor]:
-        sides: dict[Endpoint, Side] = {}    # one that serves both sides is watched as a local one
-        for target in targets:
-            if not target.endpoint.lacks_key:
-                sides.setdefault(target.endpoint, target.side)
-        return [cls(settings, side, endpoint, fetch) for endpoint, side in sides.items()]
+        pause_s, self._backoff_s = self._backoff_s, min(2 * self._backoff_s, self.latest_s)
+        return min(pause_s, usual)
 
 
 MONITORS: tuple[type[Monitor], ...] = (ResourceMonitor, PowerMonitor, GpuMonitor, ConnectivityMonitor)
 
 
+def monitors_for(settings: Settings, targets: Sequence[Target], fetch: Fetch) -> list[Monitor]:
+    """Return a server's monitors: of its targets' endpoints, and of the device if a local model runs on it."""
+    sides: dict[Endpoint, Side] = {}    # an endpoint of both sides is watched as the first one says
+    for target in targets:
+        if not target.endpoint.lacks_key:
+            sides.setdefault(target.endpoint, target.side)
+    here = any(target.side is Side.LOCAL and target.endpoint.on_device for target in targets)
+    device = [kind(settings) for kind in MONITORS if here and issubclass(kind, DeviceMonitor)]
+    network = [kind(settings, side, endpoint, fetch) for kind in MONITORS if issubclass(kind, ConnectivityMonitor)
+               for endpoint, side in sides.items()]
+    return [*(monitor for monitor in device if not isinstance(monitor, GpuMonitor) or monitor.sources), *network]
+
+
 class Watch:
-    """Runs the monitors, each on its own thread."""
+    """The monitors, each run on a thread of its own."""
     apart_s = 0.1    # between two samples at least, however often one is woken
 
     def __init__(self, monitors: Sequence[Monitor], sampled: Callable[[], None] = lambda: None) -> None:
-        """`sampled` is called after each probe, on its monitor's thread, once all monitors have had their first sample.
-        """
+        """`sampled` is called after each probe, on its monitor's thread, once every monitor has sampled."""
         self.monitors, self._after, self._settled = tuple(monitors), sampled, False
-        self._of = {endpoint: [monitor for monitor in monitors if monitor.endpoint == endpoint]
-                    for endpoint in {monitor.endpoint for monitor in monitors}}
         self._stop = threading.Event()
-        self._sampled = [threading.Event() for _ in self.monitors]
-        self._threads = [threading.Thread(target=self._run, args=pair, name=f"watch-{pair[0].name}", daemon=True)
-                         for pair in zip(self.monitors, self._sampled)]
+        self._threads = [threading.Thread(target=self._run, args=(monitor, monitor.sampled), daemon=True,
+                                          name=f"watch-{monitor.name}") for monitor in monitors]
 
     @property
     def readings(self) -> tuple[Reading, ...]:
-        """What is known now; never waits."""
+        """The readings of now; never waits."""
         return tuple([monitor.reading for monitor in self.monitors])
 
     def tell(self, endpoint: Endpoint, lost: bool) -> None:
-        """Pass on what a real request found at an endpoint; never waits."""
-        for monitor in self._of.get(endpoint, ()):
+        """Pass on what a request found at an endpoint; never waits."""
+        for monitor in self._of(endpoint):
             monitor.tell(lost)
 
     def look(self, endpoint: Endpoint, seen: Callable[[Reading], bool]) -> None:
-        """Have an endpoint probed until its reading shows something that has just changed, for a second at most."""
+        """Probe an endpoint until its reading shows something that has just changed, for a second at most."""
         deadline = time.monotonic() + 1
-        for monitor in self.monitors:
-            while monitor.endpoint == endpoint and not seen(monitor.reading) and time.monotonic() < deadline:
+        for monitor in self._of(endpoint):
+            while not seen(monitor.reading) and time.monotonic() < deadline:
                 monitor.wake.set()
                 if self._stop.wait(0.02):
                     return
 
     def first(self, endpoint: Endpoint) -> threading.Event:
-        """What is set once an endpoint has been probed; at once for one that is not watched."""
-        for monitor, sampled in zip(self.monitors, self._sampled):
-            if monitor.endpoint == endpoint:
-                return sampled
-        return _SET
+        """Return the event of an endpoint's first probe, which is set already for one that is not watched."""
+        return next((monitor.sampled for monitor in self._of(endpoint)), _SET)
+
+    def _of(self, endpoint: Endpoint) -> list[Monitor]:
+        return [monitor for monitor in self.monitors if monitor.endpoint == endpoint]
 
     def start(self) -> None:
         for thread in self._threads:
@@ -1831,8 +1735,8 @@ class Watch:
     def settle(self, limit_s: float) -> None:
         """Wait until every monitor has sampled once, `limit_s` seconds at most."""
         deadline = time.monotonic() + limit_s
-        for sampled in self._sampled:
-            sampled.wait(max(0.0, deadline - time.monotonic()))
+        for monitor in self.monitors:
+            monitor.sampled.wait(max(0.0, deadline - time.monotonic()))
 
     def stop(self) -> None:
         """End the threads; one that is stuck in a probe ends when its probe does."""
@@ -1851,15 +1755,14 @@ class Watch:
                 finally:
                     sampled.set()
                 self._announce(monitor)
-            except Exception as error:  # whatever psutil or a platform comes up with: the last reading stays
-                monitor.reading = monitor.reading.made_stale(monitor.name)
-                monitor.say_once(error)
+            except Exception as error:    # whatever psutil or a platform comes up with
+                monitor.fail(error)
             if monitor.wake.wait(monitor.every_s()):
                 self._stop.wait(self.apart_s)
 
     def _announce(self, monitor: Monitor) -> None:
-        """Tell of a sample that may matter to others: of an endpoint's models, or the last one that was missing."""
-        settled, self._settled = self._settled, all(event.is_set() for event in self._sampled)
+        """Report a sample that may matter to others: of an endpoint's models, or the last one that was missing."""
+        settled, self._settled = self._settled, all(each.sampled.is_set() for each in self.monitors)
         if self._settled and (monitor.endpoint or not settled):
             self._after()
 
@@ -4335,8 +4238,7 @@ class Gateway:
         # Ollama is watched in any case: whatever it has installed can be asked for by name
         watched = (Target(self._ollama, "", Side.LOCAL), *self._configured)
         prober = Prober(self.transport)
-        self.watch = Watch([monitor for kind in MONITORS for monitor in kind.needed(settings, watched, prober)],
-                           sampled=self._stand_by)
+        self.watch = Watch(monitors_for(settings, watched, prober), sampled=self._stand_by)
 
     def close(self) -> None:
         self.watch.stop()
