@@ -4937,8 +4937,8 @@ def text_frame(chunk: Chunk, include_usage: bool) -> tuple[bytes, bytes] | None:
         return None
     choice = {name: None if name in ("logprobs", "finish_reason") else value for name, value in choices[0].items()}
     told = for_client({**chunk, "choices": [{**choice, "delta": {"content": "\0"}}]}, include_usage) or {}
-    before, _, after = sse(told).partition(rb"\u0000")
-    return before, after
+    before, mark, after = sse(told).partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
+    return before + mark[:-len(rb'\u0000"')], b'"' + after
 
 
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:

@@ -6989,6 +6989,14 @@ class Passing(Case):
                     passed += not rest
         self.assertGreater(passed, len(FORMS))
 
+    def test_what_stands_around_a_text_may_be_anything(self):
+        for odd in ("\0", "\\u0000", '"content":"\0"', '"delta":{"content":"\0"'):
+            choice = {"odd": odd, "index": 0, "delta": {"role": "assistant", "content": "Hi"}, "finish_reason": None}
+            told = {"id": odd, "choices": [choice], odd: 1}
+            before, after = oblix.text_frame(told, False)
+            self.assertEqual(json.loads((before + b"x" + after)[len(b"data: "):]),
+                             {**told, "choices": [{**choice, "delta": {"content": "x"}}]})
+
     def test_bytes_that_are_no_utf_8_are_read(self):
         for form, text in itertools.product(FORMS, (b"\xff", b"a\xc3", b"\xed\xa0\xbd", b"\xc2\xc2\xa0")):
             for texts in ([text], [text, text[::-1]], [b"a", text], [b"a\xc3", b"\xa9"]):
