@@ -3974,7 +3974,7 @@ class Transport(Connections, Case):
         for (name, _), (reply, took) in zip(rows, at_once(dripped, rows)):
             with self.subTest(name):
                 self.broken_off(reply, "Hel") if "after" in name else self.refused(reply, {502, 504})
-                self.assertLess(took.seconds, 4)
+                self.assertLess(took.seconds, 30)
 
 
 # === 9. Gateway ======================================================================================================
@@ -7375,9 +7375,9 @@ class UnreadStreams(Unread, Case):
                 while b"c " not in come:
                     come += client.recv(65536)
                 client.sendall(post(chat(upstream.target, stream=True), "Connection: close"))
-                before = time.process_time()
-                time.sleep(0.5)
-                self.assertLess(time.process_time() - before, 0.3, "it goes round and round")
+                with mock.patch.object(oblix.Answer, "watch", autospec=True, side_effect=oblix.Answer.watch) as watch:
+                    time.sleep(0.5)
+                self.assertLess(watch.call_count, 20, "it goes round and round")
                 gate.set()
                 come += rest_of(client)
                 self.assertEqual(come.count(b"data: [DONE]"), 2)
