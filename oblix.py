@@ -4987,8 +4987,8 @@ def text_frame(chunk: Chunk, include_usage: bool) -> tuple[bytes, bytes] | None:
         return None
     choice = {name: None if name in ("logprobs", "finish_reason") else value for name, value in choices[0].items()}
     told = for_client({**chunk, "choices": [{**choice, "delta": {"content": "\0"}}]}, include_usage) or {}
-    before, _, after = sse(told).partition(rb"\u0000")
-    return before, after
+    before, mark, after = sse(told).partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
+    return before + mark[:-len(rb'\u0000"')], b'"' + after
 
 
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
@@ -5142,6 +5142,7 @@ LINGER_S = 2.0                  # for the rest of a body that is refused
 GRACE_S = 1.0                   # for a request that is on its way when Oblix is being stopped
 MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes some times its size
 LARGE_BODY_BYTES = 64 << 10     # smaller ones are not counted: --max-requests limits them
+FIRST_BYTES = 8 << 10           # of a request that are read at once: so large a buffer waits for each idle client
 AGAIN_S = 1.0                   # after which a client that was sent away may ask again
 
 
@@ -5190,7 +5191,7 @@ class Guest:
         """Wait for more.  Raise ClientGone where none comes, and what `_look` raises."""
         while True:
             try:
-                piece = self.connection.recv(PIECE_BYTES)
+                piece = self.connection.recv(FIRST_BYTES if self.silent else PIECE_BYTES)
             except NOT_YET:
                 self._look()
                 continue

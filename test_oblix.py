@@ -4459,7 +4459,7 @@ class Transport(Connections, Case):
         for (name, _), (reply, took) in zip(rows, at_once(dripped, rows)):
             with self.subTest(name):
                 self.broken_off(reply, "Hel") if "after" in name else self.refused(reply, {502, 504})
-                self.assertLess(took.seconds, 4)
+                self.assertLess(took.seconds, 30)
 
 
 # === 9. Gateway ======================================================================================================
@@ -7687,6 +7687,14 @@ class Passing(Case):
                     passed += not rest
         self.assertGreater(passed, len(FORMS))
 
+    def test_what_stands_around_a_text_may_be_anything(self):
+        for odd in ("\0", "\\u0000", '"content":"\0"', '"delta":{"content":"\0"'):
+            choice = {"odd": odd, "index": 0, "delta": {"role": "assistant", "content": "Hi"}, "finish_reason": None}
+            told = {"id": odd, "choices": [choice], odd: 1}
+            before, after = oblix.text_frame(told, False)
+            self.assertEqual(json.loads((before + b"x" + after)[len(b"data: "):]),
+                             {**told, "choices": [{**choice, "delta": {"content": "x"}}]})
+
     def test_bytes_that_are_no_utf_8_are_read(self):
         for form, text in itertools.product(FORMS, (b"\xff", b"a\xc3", b"\xed\xa0\xbd", b"\xc2\xc2\xa0")):
             for texts in ([text], [text, text[::-1]], [b"a", text], [b"a\xc3", b"\xa9"]):
@@ -8065,9 +8073,9 @@ class UnreadStreams(Unread, Case):
                 while b"c " not in come:
                     come += client.recv(65536)
                 client.sendall(post(chat(upstream.target, stream=True), "Connection: close"))
-                before = time.process_time()
-                time.sleep(0.5)
-                self.assertLess(time.process_time() - before, 0.3, "it goes round and round")
+                with mock.patch.object(oblix.Answer, "watch", autospec=True, side_effect=oblix.Answer.watch) as watch:
+                    time.sleep(0.5)
+                self.assertLess(watch.call_count, 20, "it goes round and round")
                 gate.set()
                 come += rest_of(client)
                 self.assertEqual(come.count(b"data: [DONE]"), 2)
