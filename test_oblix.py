@@ -11827,7 +11827,7 @@ class Stale(Orchestrated):
             return wrapped
         gate, hello = threading.Event(), answer(Text("Hel"), Text("lo"))
         cloud = cloudy(by_name(flowing=waiting_for(gate), silent=delayed(gate, by=hello), hello=hello,
-                               late=answer(Text("Hel"), Text("crash"))))
+                               late=answer(Text("Hel"), Call("call_1", "crash", {}))))    # no text: it may pass unread
         with cloud, self.assertLogs("oblix", "ERROR") as logged, running(cloud) as server, \
                 mock.patch.object(oblix, "for_client", crashing(oblix.for_client)), \
                 mock.patch.object(oblix, "parse_request", crashing(oblix.parse_request)):
