@@ -1405,7 +1405,7 @@ _CPU_SENSOR = re.compile("cpu|soc|core|package", re.I)
 
 
 def temperature_limits(chip: str, sensor: Any) -> tuple[float, float] | None:
-    """Return the temperatures from which a sensor of psutil's is high and critical, or None if nobody can tell."""
+    """Return the temperatures from which a sensor of psutil's is high and critical, or None if it can't be judged."""
     high, critical = sensor.high or 0.0, sensor.critical or 0.0
     if chip == "acpitz":    # whatever the firmware's author wrote: 8.3 degrees of 31.3 in bpytop's issue 185
         return None
@@ -1439,7 +1439,7 @@ class Gpu(NamedTuple):
     total_mb: float | None = None
 
 
-# The pids of model servers -> the GPUs, and the MB of their memory that these servers hold, or None if nobody can tell
+# The pids of model servers -> the GPUs, and the MB of their memory that these servers hold, or None if unknown
 GpuSource = Callable[[frozenset[int]], tuple[list[Gpu], Optional[float]]]
 
 
