@@ -1225,35 +1225,29 @@ class Monitor:
 
 # --- 4. The device ----------------------------------------------------------------------------------------------------
 
-class Limit(NamedTuple):
-    """A fact's words in a reason, and the settings or facts from whose values it makes local constrained, critical."""
-    words: str
-    constrained: str
-    critical: str
-    sign: int = 1    # -1 if low values are the bad ones
-
-
+# A fact, its words in a reason, and the settings or facts with the values from which local is constrained and critical.
 LIMITS = {
-    "cpu_percent": Limit("cpu {:.0f}%", "cpu_constrained_percent", "cpu_critical_percent"),
-    "memory_percent": Limit("memory {:.0f}%", "memory_constrained_percent", "memory_critical_percent"),
-    "load_per_core": Limit("load {:g}", "load_constrained", "load_critical"),
-    "gpu_percent": Limit("gpu {:.0f}%", "gpu_constrained_percent", "gpu_critical_percent"),
-    "gpu_memory_percent": Limit("gpu memory {:.0f}%", "gpu_constrained_percent", "gpu_critical_percent"),
-    "battery_percent": Limit("battery {:.0f}%", "battery_constrained_percent", "battery_critical_percent", -1),
-    "temperature_c": Limit("temperature {:.0f} C", "temperature_high_c", "temperature_critical_c"),
+    "cpu_percent": ("cpu {:.0f}%", "cpu_constrained_percent", "cpu_critical_percent"),
+    "memory_percent": ("memory {:.0f}%", "memory_constrained_percent", "memory_critical_percent"),
+    "load_per_core": ("load {:g}", "load_constrained", "load_critical"),
+    "gpu_percent": ("gpu {:.0f}%", "gpu_constrained_percent", "gpu_critical_percent"),
+    "gpu_memory_percent": ("gpu memory {:.0f}%", "gpu_constrained_percent", "gpu_critical_percent"),
+    "battery_percent": ("battery {:.0f}%", "battery_constrained_percent", "battery_critical_percent"),
+    "temperature_c": ("temperature {:.0f} C", "temperature_high_c", "temperature_critical_c"),
 }
 
 
 def level_of(value: float, constrained: float, critical: float) -> Level:
-    """Return the level of a value whose limits these are."""
+    """Return the level of a value with these limits."""
     return Level.OUT if value >= critical else Level.STRAINED if value >= constrained else Level.GOOD
 
 
 def worst(facts: Json, settings: Settings) -> tuple[Level, str]:
     """Return the worst level of the facts, and a reason that names all that are not well.  A missing fact is fine."""
     values, found = {**vars(settings), **facts}, []
-    for fact, (words, constrained, critical, sign) in LIMITS.items():
-        counts = fact != "battery_percent" or facts.get("battery_plugged") is False    # None: the system can't tell
+    for fact, (words, constrained, critical) in LIMITS.items():
+        sign = -1 if fact == "battery_percent" else 1    # a battery is bad when low,
+        counts = sign > 0 or facts.get("battery_plugged") is False    # and unplugged; None: the system can't tell
         if fact in facts and counts:
             level = level_of(sign * facts[fact], sign * values[constrained], sign * values[critical])
             found.append((level, words.format(facts[fact])))

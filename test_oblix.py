@@ -2049,8 +2049,8 @@ class Policy(Case):
         settings = oblix.Settings()
         hot = oblix.temperature_limits("cpu_thermal", mock.Mock(high=None, critical=None, label=""))
         values = {**vars(settings), "temperature_high_c": hot[0], "temperature_critical_c": hot[1]}
-        declared = {fact: tuple(("down to %g" if limit.sign < 0 else "from %g") % values[name] for name in limit[1:3])
-                    for fact, limit in oblix.LIMITS.items()}
+        declared = {fact: tuple("%s %g" % ("down to" if fact == "battery_percent" else "from", values[name])
+                                for name in names) for fact, (_, *names) in oblix.LIMITS.items()}
         cloud = {"latency_ms": ("over %g" % settings.latency_degraded_ms, ""), "error": ("", "any"),
                  "loss_percent": ("over %g" % settings.loss_degraded_percent, "")}
         table = README.partition("| signal, as")[2].partition("\n\n")[0]
