@@ -1233,35 +1233,29 @@ class Monitor:
 
 # --- 4. The device ----------------------------------------------------------------------------------------------------
 
-class Limit(NamedTuple):
-    """A fact's words in a reason, and the settings or facts from whose values it makes local constrained, critical."""
-    words: str
-    constrained: str
-    critical: str
-    sign: int = 1    # -1 if low values are the bad ones
-
-
+# A fact, its words in a reason, and the settings or facts with the values from which local is constrained and critical.
 LIMITS = {
-    "cpu_percent": Limit("cpu {:.0f}%", "cpu_constrained_percent", "cpu_critical_percent"),
-    "memory_percent": Limit("memory {:.0f}%", "memory_constrained_percent", "memory_critical_percent"),
-    "load_per_core": Limit("load {:g}", "load_constrained", "load_critical"),
-    "gpu_percent": Limit("gpu {:.0f}%", "gpu_constrained_percent", "gpu_critical_percent"),
-    "gpu_memory_percent": Limit("gpu memory {:.0f}%", "gpu_constrained_percent", "gpu_critical_percent"),
-    "battery_percent": Limit("battery {:.0f}%", "battery_constrained_percent", "battery_critical_percent", -1),
-    "temperature_c": Limit("temperature {:.0f} C", "temperature_high_c", "temperature_critical_c"),
+    "cpu_percent": ("cpu {:.0f}%", "cpu_constrained_percent", "cpu_critical_percent"),
+    "memory_percent": ("memory {:.0f}%", "memory_constrained_percent", "memory_critical_percent"),
+    "load_per_core": ("load {:g}", "load_constrained", "load_critical"),
+    "gpu_percent": ("gpu {:.0f}%", "gpu_constrained_percent", "gpu_critical_percent"),
+    "gpu_memory_percent": ("gpu memory {:.0f}%", "gpu_constrained_percent", "gpu_critical_percent"),
+    "battery_percent": ("battery {:.0f}%", "battery_constrained_percent", "battery_critical_percent"),
+    "temperature_c": ("temperature {:.0f} C", "temperature_high_c", "temperature_critical_c"),
 }
 
 
 def level_of(value: float, constrained: float, critical: float) -> Level:
-    """Return the level of a value whose limits these are."""
+    """Return the level of a value with these limits."""
     return Level.OUT if value >= critical else Level.STRAINED if value >= constrained else Level.GOOD
 
 
 def worst(facts: Json, settings: Settings) -> tuple[Level, str]:
     """Return the worst level of the facts, and a reason that names all that are not well.  A missing fact is fine."""
     values, found = {**vars(settings), **facts}, []
-    for fact, (words, constrained, critical, sign) in LIMITS.items():
-        counts = fact != "battery_percent" or facts.get("battery_plugged") is False    # None: the system can't tell
+    for fact, (words, constrained, critical) in LIMITS.items():
+        sign = -1 if fact == "battery_percent" else 1    # a battery is bad when low,
+        counts = sign > 0 or facts.get("battery_plugged") is False    # and unplugged; None: the system can't tell
         if fact in facts and counts:
             level = level_of(sign * facts[fact], sign * values[constrained], sign * values[critical])
             found.append((level, words.format(facts[fact])))
@@ -1413,7 +1407,7 @@ _CPU_SENSOR = re.compile("cpu|soc|core|package", re.I)
 
 
 def temperature_limits(chip: str, sensor: Any) -> tuple[float, float] | None:
-    """Return the temperatures from which a sensor of psutil's is high and critical, or None if nobody can tell."""
+    """Return the temperatures from which a sensor of psutil's is high and critical, or None if it can't be judged."""
     high, critical = sensor.high or 0.0, sensor.critical or 0.0
     if chip == "acpitz":    # whatever the firmware's author wrote: 8.3 degrees of 31.3 in bpytop's issue 185
         return None
@@ -1447,7 +1441,7 @@ class Gpu(NamedTuple):
     total_mb: float | None = None
 
 
-# The pids of model servers -> the GPUs, and the MB of their memory that these servers hold, or None if nobody can tell
+# The pids of model servers -> the GPUs, and the MB of their memory that these servers hold, or None if unknown
 GpuSource = Callable[[frozenset[int]], tuple[list[Gpu], Optional[float]]]
 
 

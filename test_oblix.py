@@ -1193,6 +1193,13 @@ class Monitors(Case):
                 reading = monitor.judge({**calm, name: value})
                 self.assertEqual((reading.level, bool(reading.reason)), (level, level is not GOOD))
 
+    def test_a_threshold_that_is_never_reached_leaves_the_other_one_as_it_is(self):
+        monitor = oblix.ResourceMonitor(oblix.Settings(cpu_constrained_percent=100.0))
+        self.assertEqual([monitor.judge({"cpu_percent": value}).level for value in (50, 94, 96)], [GOOD, GOOD, OUT])
+        monitor = oblix.PowerMonitor(oblix.Settings(battery_constrained_percent=0.0))
+        self.assertEqual([monitor.judge({"battery_percent": value, "battery_plugged": False}).level
+                          for value in (50, 11, 9)], [GOOD, GOOD, OUT])
+
     def test_connectivity_is_judged_at_its_thresholds(self):
         fine = {"status": 200, "latency_ms": 20, "loss_percent": 0}
         for side, facts, level in (
@@ -1686,6 +1693,13 @@ class Gpus(Case):
             with self.subTest(files=files, servers=servers), gpus(files) as sources:
                 self.assertEqual(self.facts(sources, servers), facts)
 
+    def test_a_gpu_that_is_asleep_is_not_woken(self):
+        """To read its driver's files would do so."""
+        with gpus(amd(0, 50, 6144, 8192, state="suspended")) as sources, \
+                mock.patch("oblix.text_in", side_effect=oblix.text_in) as read:
+            self.assertEqual(self.facts(sources), {"gpu_percent": 0})
+        self.assertEqual([Path(call.args[0]).name for call in read.call_args_list], ["runtime_status"])
+
     def facts(self, sources, servers=()):
         return oblix.gpu_facts(*oblix.GpuMonitor(oblix.Settings(), sources)._ask(frozenset(servers)), False)
 
@@ -2036,8 +2050,8 @@ class Policy(Case):
         settings = oblix.Settings()
         hot = oblix.temperature_limits("cpu_thermal", mock.Mock(high=None, critical=None, label=""))
         values = {**vars(settings), "temperature_high_c": hot[0], "temperature_critical_c": hot[1]}
-        declared = {fact: tuple(("down to %g" if limit.sign < 0 else "from %g") % values[name] for name in limit[1:3])
-                    for fact, limit in oblix.LIMITS.items()}
+        declared = {fact: tuple("%s %g" % ("down to" if fact == "battery_percent" else "from", values[name])
+                                for name in names) for fact, (_, *names) in oblix.LIMITS.items()}
         cloud = {"latency_ms": ("over %g" % settings.latency_degraded_ms, ""), "error": ("", "any"),
                  "loss_percent": ("over %g" % settings.loss_degraded_percent, "")}
         table = README.partition("| signal, as")[2].partition("\n\n")[0]
