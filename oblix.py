@@ -1767,8 +1767,8 @@ _SET.set()
 
 # === 5. Policy ========================================================================================================
 # uses: 1; pure
-# Which target first?  Decides from a snapshot of the readings and of what requests have shown.  It has no clock and no
-# memory, so a decision can be replayed; what it decides from is remembered elsewhere (8), as the values defined here.
+# Which target first, and when would it answer?  Decides from a snapshot of the readings and of what requests have
+# shown.  It has no clock and no memory, so a decision can be replayed; section 8 remembers the values defined here.
 
 TYPICAL_TOKENS = 200    # of an answer whose length nobody knows
 
@@ -1790,13 +1790,13 @@ class Breaker:
     last_hope: bool = True    # whether it may be tried even while it rests, when everything else has failed
 
     def rest_s(self, now: float) -> float:
-        """Seconds that it rests from now on."""
+        """Return the seconds that it rests from now on."""
         return max(0.0, self.until - now)
 
     def failed(self, error: UpstreamError, now: float) -> Breaker:
-        """The breaker after a fault.  Only what tells of the target's health counts (`_RESTS`).
+        """Return the breaker after a fault.  Only faults that tell of the target's health count (`_RESTS`).
 
-        Requests that fail together count as one: those that come in while it rests don't make the rest longer.
+        Requests that fail together count as one: a failure during a rest does not make the rest longer.
         """
         if error.fault not in _RESTS:
             return self
@@ -1812,7 +1812,7 @@ class Breaker:
         return Breaker(failures, until, error.brief, error.fault, not hopeless)
 
     def succeeded(self) -> Breaker:
-        """The breaker after an answer: closed."""
+        """Return the breaker after an answer: closed."""
         return Breaker()
 
 
@@ -1845,7 +1845,7 @@ class Pace(NamedTuple):    # made anew with each answer, as the record is: a dat
         return size / TOKEN_BYTES * self.read[1] / self.read[0] if self.read[0] else 0.0
 
     def first_s(self, share: float) -> float:
-        """The time within which this share of the first contents came, in seconds."""
+        """Return the seconds within which this share of the first contents came, or 0 if none has been measured."""
         return sorted(self.firsts_s)[int(share * (len(self.firsts_s) - 1) + 0.5)] if self.firsts_s else 0.0
 
 
@@ -1906,7 +1906,7 @@ class Snapshot:
     patience_s: float = 60.0
 
     def record(self, target: Target) -> Record:
-        """What requests have shown of a target."""
+        """Return what requests have shown of a target."""
         return self.records.get(target, UNTRIED)
 
 
@@ -1963,35 +1963,35 @@ QUICK_LOAD_S = 3.0    # a load that takes no longer is not worth leaving the dev
 
 
 def reading_of(target: Target, readings: Iterable[Reading]) -> Reading | None:
-    """The reading of the target's endpoint."""
+    """Return the reading of the target's endpoint, or None."""
     return next((reading for reading in readings if reading.endpoint == target.endpoint), None)
 
 
 def _speaks_of(reading: Reading, target: Target) -> bool:
-    """Whether a reading counts for a target: the device's load says nothing of a model on another machine."""
+    """Return True if a reading counts for a target.  The device's load says nothing of a model on another machine."""
     if reading.endpoint:
         return reading.endpoint == target.endpoint
     return reading.side is target.side and (target.side is Side.CLOUD or target.endpoint.on_device)
 
 
 def model_of(target: Target, reading: Reading | None) -> Model | None:
-    """What its endpoint says of a target's model."""
+    """Return the target's model as its endpoint lists it, or None."""
     return next((model for model in (reading and reading.models) or () if same_model(target.model, model.name)), None)
 
 
 def same_model(asked: str, installed: str) -> bool:
-    """Whether two Ollama names mean one model: case does not count, and `:latest` is implied."""
+    """Return True if two Ollama names mean one model.  Case does not count, and `:latest` is implied."""
     return asked == installed or full_name(asked) == full_name(installed)
 
 
 def full_name(name: str) -> str:
-    """What the Ollama names of one model have in common."""
+    """Return the one spelling of an Ollama name."""
     return name.lower() if ":" in name.rsplit("/", 1)[-1] else name.lower() + ":latest"
 
 
 def _obstacle(target: Target, reading: Reading | None, model: Model | None,
               readings: Sequence[Reading]) -> tuple[str, str] | None:
-    """Why a target can't answer as (state, advice), or None: what no order of targets can make good."""
+    """Return (state, advice) if the target must be excluded, else None."""
     if target.endpoint.lacks_key:
         return "no key", f"no key: set {target.endpoint.key_variable}"
     if target.endpoint.provider != "ollama" or reading is None or reading.models is None:
@@ -2007,9 +2007,9 @@ def _obstacle(target: Target, reading: Reading | None, model: Model | None,
 
 
 def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
-    """Memory that a target's model could be loaded into; None where nothing is known of it.
+    """Return the bytes of memory that a target's model could be loaded into, or None if they are unknown.
 
-    The GPU's counts too, and what Ollama's other models take, as it makes room for one that is asked for.
+    The GPU's memory counts, and so does that of Ollama's other models: Ollama makes room for the one that is asked for.
     """
     facts = device_facts(readings)
     if not target.endpoint.on_device or "memory_free_mb" not in facts:
@@ -2208,21 +2208,21 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
 
 
 def _why_not(target: Target, found: Condition, refusals: Mapping[Target, str], only: Side | None) -> str:
-    """Why a target is left out."""
+    """Return the reason why a target is left out."""
     if only and target.side is not only:
         return f"{target.side.value} models were not asked for"
     return found.reason if found.use is Use.NO else refusals[target]
 
 
 def _reason(sides: Mapping[Side, Condition], only: Side | None, times: Iterable[tuple[Target, float]]) -> str:
-    """Why the order is as it is, in a line."""
+    """Return the reason of the order, in a line."""
     levels = ", ".join(f"{side.value} {sides[side].describe(side)}" for side in Side if only in (None, side))
     known = ", ".join(f"{target.id} {seconds:.1f} s" for target, seconds in times if 0 < seconds < math.inf)
     return levels + (f"; kept to {only.value}" if only else "") + (f"; {known}" if known else "")
 
 
 def _sooner_first(order: list[Target], seconds: Mapping[Target, float]) -> list[Target]:
-    """The order with the other side first where its first target is clearly sooner."""
+    """Return the order, with the other side first if its first target is clearly sooner."""
     other = next((target for target in order if target.side is not order[0].side), None)
     if other and seconds[other] < SWITCH_BELOW * seconds[order[0]]:
         return sorted(order, key=lambda target: target.side is not other.side)
@@ -4023,17 +4023,17 @@ class Ledger:
         return number
 
     def in_flight(self) -> dict[Target, int]:
-        """Requests in flight by target."""
+        """Return the requests in flight by target."""
         with self._lock:
             return dict(self._in_flight)
 
     def records(self) -> dict[Target, Record]:
-        """What is known of each target."""
+        """Return what is known of each target."""
         with self._lock:
             return dict(self._records)
 
     def record(self, target: Target) -> Record:
-        """What is known of one target."""
+        """Return what is known of one target."""
         with self._lock:
             return self._records.get(target, UNTRIED)
 
@@ -4049,7 +4049,7 @@ class Ledger:
         return before, after
 
     def admit(self, target: Target) -> tuple[bool, bool]:
-        """(may this request try it, as the one trial after a rest).  Whoever has the trial must release it."""
+        """Return (True if this request may try the target, True if it is the trial after a rest, to be released)."""
         if not self.record(target).breaker.failures:    # nearly always
             return True, False
         before, after = self._update(target, lambda record: record._replace(
@@ -4057,11 +4057,11 @@ class Ledger:
         return not before.trial, after.trial and not before.trial
 
     def release(self, target: Target) -> None:
-        """A trial has ended, whatever it has shown."""
+        """End a trial, whatever it has shown."""
         self._update(target, lambda record: record._replace(trial=False))
 
     def settle(self, target: Target, error: UpstreamError | None) -> Breaker:
-        """An attempt has failed, or with None succeeded; returns the target's breaker of before."""
+        """Note that an attempt has failed, or with None succeeded.  Return the target's breaker of before."""
         now, known = self.clock(), self.record(target).breaker
         if not error and not known.failures:    # nearly always
             return known
@@ -4103,7 +4103,7 @@ KEPT_S, KEPT_ON_BATTERY_S = 1800, 300    # a model in memory; Ollama's own defau
 LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
 
 def new_id(prefix: str) -> str:
-    """A fresh random id.  It is no secret, so no system call is made for it."""
+    """Return a fresh random id.  It is not a secret, so it takes no system call."""
     return f"{prefix}{random.getrandbits(96):024x}"
 
 
@@ -4170,11 +4170,11 @@ class Loader:
 
     @property
     def loading(self) -> frozenset[Target]:
-        """What is being loaded."""
+        """Return the targets that are being loaded."""
         return frozenset(tuple(self._loads))
 
     def under_way(self, target: Target) -> Load | None:
-        """The load of a target that has not ended."""
+        """Return the load of a target that has not ended, or None."""
         return self._loads.get(target)
 
     def begin(self, target: Target, context: int) -> Load:
@@ -4259,14 +4259,14 @@ class Gateway:
                 self.warm_up(local, conditions[local])
 
     def warm_up(self, target: Target, found: Condition) -> None:
-        """Have a target's model loaded if it is cold and the device is well enough; does not wait."""
+        """Load a target's model if it is cold and the device is well enough.  Does not wait."""
         now = self.ledger.clock()
         if self.settings.warm_up == "auto" and found.state == "cold" and found.may_load and now >= self._warm_from:
             self._warm_from = now + WARM_AGAIN_S
             self.loader.begin(target, self.ledger.record(target).context)
 
     def _load(self, target: Target, context: int) -> None:
-        """Have a model loaded.  Raises UpstreamError."""
+        """Load a model by a request of our own.  Raises UpstreamError."""
         log.info("%s is loading", target.id)
         provider, endpoint, started = PROVIDERS[target.endpoint.provider], target.endpoint, time.monotonic()
         limits = self.limits()._replace(first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
@@ -4311,7 +4311,7 @@ class Gateway:
         return float(said) if re.fullmatch(NUMBER, said) else said    # Ollama reads "300" as no duration
 
     def limits(self, until: float = math.inf) -> Limits:
-        """The configured limits of an exchange."""
+        """Return the configured limits of an exchange."""
         return Limits(self.settings.connect_timeout_s, self.settings.first_byte_timeout_s,
                       self.settings.stall_timeout_s, until)
 
@@ -4391,7 +4391,7 @@ class Gateway:
     @staticmethod
     def _nothing_left(plan: Plan, refusals: Mapping[Target, Unsupported], snapshot: Snapshot,
                       asked: Sequence[Target]) -> OblixError:
-        """The error of a plan without a target: the client's, if it is the request that rules all of them out."""
+        """Return the error of a plan without a target: the client's, if the request itself excludes all of them."""
         text = _listing(f"{target.id}: {reason}" for target, reason in plan.left_out)
         if asked and all(target in refusals for target in asked):
             codes = {refused.code for refused in refusals.values()}
@@ -4423,7 +4423,7 @@ class Gateway:
             self.transport.forget(target.endpoint.base_url)
 
     def health(self) -> Json:
-        """The state of everything, from memory alone."""
+        """Return the state of everything.  Does not wait."""
         snapshot = self.snapshot()
         plan = rank(snapshot, {})
         able = any(plan.conditions[target].state != "unreachable" for target in plan.order)
@@ -4465,7 +4465,7 @@ def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
 # Codes of faults that tell of the way to an endpoint, so that it is worth a probe at once.
 _LOST = ("upstream_unreachable", "upstream_tls", "upstream_timeout", "upstream_cut")
 def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
-    """Whether a reading knows of a load that has ended."""
+    """Return True if a reading knows of a load that has ended."""
     model = model_of(target, reading)
     return model is None or not model.cold and (not context or model.context in (0, context))
 
@@ -4504,7 +4504,7 @@ class _Failure(NamedTuple):
     hurried: bool    # it was given less time than it would have had alone
 
     def may_be_back(self) -> bool:
-        """Whether the target was only slow, or was gone and that long enough ago: others took their time to fail."""
+        """Return True if the target was only slow, or was gone so long ago that it may be back."""
         slow = self.error.fault is Fault.LOADING or self.hurried and self.error.code == "upstream_timeout"
         gone = self.error.code in ("upstream_unreachable", "upstream_cut")
         return slow or gone and time.monotonic() - self.at >= SECOND_TRY_S
@@ -4583,7 +4583,7 @@ class Course:
         yield from ((tried.target, ()) for tried in [*self._failed] if not self._named and tried.may_be_back())
 
     def _warm_up(self) -> None:
-        """While the cloud answers in the place of a cold local model, that model is loaded for the next request."""
+        """Load a cold local model for the next request, while the cloud answers in its place."""
         order = self._plan.order
         local = next((target for target in order if target.side is Side.LOCAL), None)
         if local and order[0].side is Side.CLOUD and self._settings.prefer != "cloud":
@@ -4612,7 +4612,7 @@ class Course:
         return True
 
     def _limits(self, target: Target) -> Limits:
-        """How long this attempt may take: a slow local model is waited for longer where nobody else could answer.
+        """Return the limits of this attempt.  While the other side could answer, patience limits the first content.
 
         Raises UpstreamError when no time is left.
         """
@@ -4631,7 +4631,7 @@ class Course:
         return Limits(connect_s, min(patience_s, usual.first_byte_s), usual.stall_s, usual.until)
 
     def _attempt(self, target: Target) -> Served:
-        """One try of one target, up to its first content, or to its end where the client wants a whole answer.
+        """Try one target, up to its first content, or to its end where the client wants a whole answer.
 
         An empty answer is a fault as long as there is another target to ask.
         """
@@ -4808,9 +4808,9 @@ class Course:
                 raise
 
     def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
-        """The upstream's answer of status 2xx.
+        """Return the upstream's answer of status 2xx.  Raises UpstreamError, ClientGone.
 
-        Parameters that the model refuses are left out one by one; those that it refuses as such are remembered.
+        Leave out the parameters that the model refuses, one by one; remember those that it never accepts.
         """
         provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
         encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
@@ -4909,7 +4909,7 @@ LOAD_RETRY_S = 5.0    # what a client is told to wait whom only a loading model 
 
 
 def conversation_of(request: ChatRequest) -> int:
-    """What tells a conversation from others, as far as a prompt cache goes: its beginning."""
+    """Return a hash that tells a conversation from others, as far as a prompt cache goes: of its beginning."""
     messages = request.messages
     first_user = next((number for number, message in enumerate(messages) if message["role"] == "user"), 0)
     return hash(tuple(text_of(message) for message in messages[:first_user + 1]))
@@ -4927,7 +4927,7 @@ def _listing(lines: Iterable[str]) -> str:
 
 
 def _until_content(stream: Generator[Chunk, None, None]) -> list[Chunk]:
-    """The chunks up to the first with content: the commit point.  The stream's faults before it come out here."""
+    """Return the chunks up to the first with content, the commit point.  Raise the stream's faults before it."""
     held: list[Chunk] = []
     for chunk in stream:
         held.append(chunk)
@@ -4940,7 +4940,7 @@ def _until_content(stream: Generator[Chunk, None, None]) -> list[Chunk]:
 
 
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
-    """The most useful error when no target answered: the only one, or one that lists all of them."""
+    """Return the most useful error when no target answered: the only one, or one that lists all of them."""
     target, last = failed[-1].target, failed[-1].error
     if not last.fault.moves_on or (len(failed) == 1 and not plan.left_out):
         if last.fault is Fault.DOWN:    # our own words: say of whom
