@@ -1223,9 +1223,13 @@ class Monitor:
         self._fresh, self.reading = fresh, dataclasses.replace(fresh, level=level, reason=reason)
 
     def fail(self, error: Exception) -> None:
-        """Mark the reading as stale, and log the first failure of each kind: samples are taken every second."""
-        facts, kind = {**self.reading.facts, f"{self.name}_stale": True}, type(error).__name__
-        self.reading = dataclasses.replace(self.reading, facts=facts)
+        """Mark the reading as stale, and log why."""
+        self.reading = dataclasses.replace(self.reading, facts={**self.reading.facts, f"{self.name}_stale": True})
+        self.log_once(error)
+
+    def log_once(self, error: Exception) -> None:
+        """Log the first failure of each kind: samples are taken every second."""
+        kind = type(error).__name__
         if kind not in self._logged:
             self._logged.add(kind)
             log.warning("monitor %s failed: %s: %s", self.name, kind, error)
@@ -1267,19 +1271,23 @@ class DeviceMonitor(Monitor):
 
     def __init__(self, settings: Settings, *readers: Callable[[Any], Json]) -> None:
         super().__init__(settings, Side.LOCAL)
-        self._readers, self._worked = readers, [False for _ in readers]
+        self._found: dict[Callable[[Any], Json], Json] = dict.fromkeys(readers, {})    # the last facts of each
 
     def sample(self) -> Json:
-        """Return the facts of all readers.  Raise what a reader raises that has worked before."""
+        """Return the facts of all readers.  One that fails after it has worked keeps its last facts, marked as stale.
+
+        Android and some containers deny one fact or another from the beginning: those are just missing.
+        """
         import psutil  # takes 31 ms, so not on the way to the first answer; and the server starts without it
         facts: Json = {}
-        for number, read in enumerate(self._readers):
+        for read in self._found:
             try:
-                facts.update(read(psutil))
-                self._worked[number] = True
-            except Exception:    # Android and some containers deny one or another
-                if self._worked[number]:
-                    raise
+                self._found[read] = read(psutil)
+            except Exception as error:
+                if self._found[read]:
+                    self.log_once(error)
+                    facts[f"{self.name}_stale"] = True
+            facts.update(self._found[read])
         return facts
 
     def judge(self, facts: Json) -> Reading:
@@ -2982,7 +2990,7 @@ def ollama_url(host: str) -> str:
     name, _, port = place.rpartition(":") if re.search(r"^[^:]*:[^:]*$|\]:", place) else (place, "", "")
     name = name.strip("[]")
     name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
-    number = int(port) if port.isdecimal() and int(port) < 65536 else default
+    number = int(port) if re.fullmatch("[0-9]{1,5}", port) and int(port) < 65536 else default
     return f"{scheme}://{f'[{name}]' if ':' in name else name}:{number}{slash}{path}".rstrip("/")
 
 

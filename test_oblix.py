@@ -1083,7 +1083,7 @@ class OllamaHost(Case):
             ("ollama.com", "https://ollama.com:443"), (":56789", "http://127.0.0.1:56789"),
             ("0.0.0.0", "http://127.0.0.1:11434"), ("0.0.0.0:99", "http://127.0.0.1:99"),
             ("[::]:99", "http://[::1]:99"), ("::1", "http://[::1]:11434"), ("[::1]", "http://[::1]:11434"),
-            ("box:x", "http://box:11434"), ("box:70000", "http://box:11434"),
+            ("box:x", "http://box:11434"), ("box:" + "9" * 5000, "http://box:11434"), ("box:70000", "http://box:11434"),
             ("http://box:8/path/", "http://box:8/path"),
         ):
             with self.subTest(host=host):
@@ -1395,15 +1395,23 @@ class OwnWork(Case):
                 self.assertNotIn("cpu_percent", monitor.sample())
                 self.assertEqual(monitor.sample()["cpu_percent"], others)
 
-    def test_a_reader_that_has_worked_fails_the_sample_and_one_that_never_has_does_not(self):
-        """Android and some containers deny the load, say: the rest is known."""
+    def test_a_fact_that_can_no_longer_be_read_keeps_its_value_and_one_that_never_could_is_missing(self):
+        """Android and some containers deny the load, say: the rest is known, and stays fresh."""
         monitor = oblix.ResourceMonitor(oblix.Settings())
-        with mock.patch("psutil.getloadavg", side_effect=OSError("denied")):
+        denied = mock.patch("psutil.getloadavg", side_effect=OSError("denied"))
+        with denied:
             self.assertEqual(set(monitor.sample()), {"memory_percent", "memory_free_mb"})
             self.assertEqual(set(monitor.sample()), {"cpu_percent", "memory_percent", "memory_free_mb"})
-        self.assertIn("load_per_core", monitor.sample())
-        with mock.patch("psutil.getloadavg", side_effect=OSError("denied")), self.assertRaises(OSError):
-            monitor.sample()
+        load = monitor.sample()["load_per_core"]
+        memory = mock.Mock(total=100 << 20, available=42 << 20)
+        with denied, mock.patch("psutil.virtual_memory", return_value=memory), \
+                self.assertLogs("oblix", "WARNING") as logged:
+            for _ in range(3):
+                facts = monitor.sample()
+                self.assertEqual((facts["load_per_core"], facts["resources_stale"], facts["memory_free_mb"]),
+                                 (load, True, 42))
+        self.assertEqual(len(logged.records), 1)
+        self.assertNotIn("resources_stale", monitor.sample())
 
     def test_memory_of_a_model_server_is_not_held_against_local(self):
         hold = "import mmap, time; own = b'x' * (200 << 20); weights = open('weights', 'w+b'); " \
