@@ -17,7 +17,7 @@ The life of a request
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
 `chat.completion.chunk` objects, so there is no third vocabulary.  Two providers translate (Ollama, Claude) and are
 always streamed; where the client wants a whole answer one function, `fold`, puts the chunks together.  OpenAI's own
-answers pass through, with the model's name replaced and their streams tidied (`OpenAI._once`).
+answers pass through, with the model's name replaced and their streams tidied (`OpenAI.decode`).
 
 Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
@@ -2613,6 +2613,17 @@ def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
     return ([] if choice == "none" else tools), choice
 
 
+def _schema_of(body: Json) -> Json | None:
+    """Return the JSON schema that the answer must fit, or None."""
+    form = body.get("response_format", {})
+    return form["json_schema"].get("schema") or None if form.get("type") == "json_schema" else None
+
+
+def _wants_any_json(body: Json) -> bool:
+    """Return True if the answer must be JSON, whatever its schema."""
+    return body.get("response_format", {"type": "text"})["type"] != "text" and not _schema_of(body)
+
+
 def data_url(url: str) -> tuple[str, str] | None:
     """Return (media type, base64) of a data: URL, or None for any other."""
     head, comma, data = url.partition(",")
@@ -2699,67 +2710,62 @@ class OpenAI(Provider):
         return kept
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        calls: dict[int, _ToolCalls] = {}    # by choice; a choice is in it once its role was sent
-        finished: dict[int, bool] = {}       # choice -> True once its finish_reason came
+        choices: dict[int, _StreamedChoice] = collections.defaultdict(_StreamedChoice)
         for data in sse_data(lines):
             if isinstance(data, Texts):
                 yield data
                 continue
-            if data.startswith("[DONE]") and finished:
+            if data.startswith("[DONE]") and choices:
                 return
             chunk = event_of(data)
             chunk.pop("obfuscation", None)    # padding, of no use on this side of TLS
             chunk["choices"] = choices_of(chunk)
             for choice in chunk["choices"]:
-                self._once(choice, calls)
-                index = choice.get("index", 0)
-                finished[index] = finished.get(index, False) or bool(choice.get("finish_reason"))
+                choices[choice.get("index", 0)].tidy(choice)
             if chunk["choices"] or chunk.get("usage"):    # Azure begins with an event that has neither
                 yield chunk
-        if list(finished.values()) != [True] * request.body.get("n", 1):    # some servers leave [DONE] out
+        finished = [choice.finished for choice in choices.values()]
+        if finished != [True] * request.body.get("n", 1):    # some servers leave [DONE] out
             raise cut()
 
     def passes_text(self, request: ChatRequest) -> bool:
         return bool(request.body.get("n", 1) == 1)
 
-    @staticmethod
-    def _once(choice: Json, calls: dict[int, _ToolCalls]) -> None:
-        """Drop a role, and a tool call's id and name, after the first: the SDKs' helpers join repeated strings."""
-        index, delta = choice.get("index", 0), choice.get("delta") or {}
-        role = {} if index in calls else {"role": "assistant"}
-        choice["delta"] = {**role, **{name: value for name, value in delta.items() if name != "role"}}
-        if role:
-            calls[index] = _ToolCalls()
-        for place, call in enumerate(delta.get("tool_calls") or ()):
-            calls[index].number(call, place)
 
-
-class _ToolCalls:
-    """The tool calls of one streamed choice, numbered from 0.
+class _StreamedChoice:
+    """One choice of a stream, in which the SDKs' helpers join strings: what servers repeat is dropped.
 
     Servers repeat ids and names, leave indices out, or give parallel calls the same one (ollama#15457, ollama#7881).
     Older vLLM has a new id in each piece of a call, but the name in the first piece only.
     """
 
     def __init__(self) -> None:
-        self._numbers: dict[str | int, int] = {}    # by id, and by the server's index or the place in its list
+        self.begun = self.finished = False
+        self._numbers: dict[str | int, int] = {}    # of calls, by id, and by the server's index or the place
         self._count = 0
 
-    def number(self, call: Json, place: int) -> None:
-        """Give a piece its call's number, and drop id, type and name unless it is the call's first piece."""
+    def tidy(self, choice: Json) -> None:
+        """Drop a role, and a tool call's id, type and name, after the first; number the tool calls from 0."""
+        delta = choice.get("delta") or {}
+        choice["delta"] = {name: value for name, value in delta.items() if name != "role"}
+        if not self.begun:
+            self.begun, choice["delta"] = True, {"role": "assistant", **choice["delta"]}
+        self.finished = self.finished or bool(choice.get("finish_reason"))
+        for place, call in enumerate(delta.get("tool_calls") or ()):
+            self._number(call, place)
+
+    def _number(self, call: Json, place: int) -> None:
         id, inner = call.get("id"), call.get("function") or call.get("custom") or {}
         key = place if call.get("index") is None else call["index"]
-        known = self._numbers.get(id) if id else None
-        if known is None and not (id and inner.get("name")):
-            known = self._numbers.get(key)
-        if known is None:
-            self._count += 1
+        number = self._numbers.get(id) if id else None
+        if number is None and not (id and inner.get("name")):
+            number = self._numbers.get(key)
+        if number is None:
+            number, self._count = self._count, self._count + 1
         else:
             for fields, name in ((call, "id"), (call, "type"), (inner, "name")):
                 fields.pop(name, None)
-        call["index"] = self._numbers[key] = self._count - 1 if known is None else known
-        if id:
-            self._numbers[id] = call["index"]
+        call["index"] = self._numbers[key] = self._numbers[id or key] = number
 
 
 class Ollama(Provider):
@@ -2794,29 +2800,20 @@ class Ollama(Provider):
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         body = request.body
-        payload: Json = {"model": target.model, "messages": self._messages(modernised(request.messages)),
-                         "stream": True, "truncate": False}    # without it the oldest messages are forgotten silently
         options = {theirs: body[ours] for ours, theirs in self._options.items() if ours in body}
         if "stop" in options:
             options["stop"] = [stop for stop in as_list(options["stop"]) if stop]
-        if context:
-            options["num_ctx"] = context
-        options.update(body.get("options", {}))
-        tools = chosen_tools(body)[0]
-        if options:
-            payload["options"] = options
-        if tools:
-            payload["tools"] = tools
+        options.update({**present({"num_ctx": context}), **body.get("options", {})})
+        payload = {
+            "model": target.model, "messages": self._messages(modernised(request.messages)), "stream": True,
+            "truncate": False,    # without it the oldest messages are forgotten silently
+            **present({"options": options, "tools": chosen_tools(body)[0],
+                       "format": _schema_of(body) or ("json" if _wants_any_json(body) else "")})}
         if keep_alive is not None:
             payload["keep_alive"] = keep_alive
-        payload.update({name: body[name] for name in self._as_they_are if name in body})
         if "reasoning_effort" in body:
-            payload.setdefault("think", self._think[body["reasoning_effort"]])
-        form = body.get("response_format", {"type": "text"})
-        if form["type"] == "json_schema":
-            payload["format"] = form["json_schema"].get("schema") or "json"
-        elif form["type"] == "json_object":
-            payload["format"] = "json"
+            payload["think"] = self._think[body["reasoning_effort"]]
+        payload.update({name: body[name] for name in self._as_they_are if name in body})
         return payload
 
     @staticmethod
@@ -3055,7 +3052,7 @@ class Claude(Provider):
         body, model = request.body, _claude_model(target.model)
         system, turns = claude_conversation(modernised(request.messages), model.prefill)
         choice = chosen_tools(body)[1]
-        if _is_told_to_write_json(body):
+        if _wants_any_json(body):
             system.append(_ONLY_JSON)
         if choice not in ("auto", "none") and not model.forced:
             which = name_of(choice) if isinstance(choice, dict) else "that fits best"
@@ -3107,10 +3104,10 @@ class Claude(Provider):
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
         chunks = self._chunks(lines)
-        return only_json(chunks) if _is_told_to_write_json(request.body) else chunks
+        return only_json(chunks) if _wants_any_json(request.body) else chunks
 
     def passes_text(self, request: ChatRequest) -> bool:
-        return not _is_told_to_write_json(request.body)
+        return not _wants_any_json(request.body)
 
     def _chunks(self, lines: Lines) -> Iterator[Any]:
         usage: Json = {}
@@ -3170,17 +3167,6 @@ class Claude(Provider):
                           **present({"completion_tokens_details": present({"reasoning_tokens": thinking})}))
 
 
-def _schema_of(body: Json) -> Json | None:
-    """Return the JSON schema that the answer must fit, or None."""
-    form = body.get("response_format", {})
-    return form["json_schema"].get("schema") or None if form.get("type") == "json_schema" else None
-
-
-def _is_told_to_write_json(body: Json) -> bool:
-    """Return True if only the system prompt makes Claude answer in JSON: it has no field for JSON without a schema."""
-    return body.get("response_format", {"type": "text"})["type"] != "text" and not _schema_of(body)
-
-
 def _tools_used(turns: Sequence[Json]) -> list[str]:
     """Return the names of the tools that the turns call, each once."""
     return list(dict.fromkeys(block["name"] for turn in turns for block in turn["content"]
@@ -3225,22 +3211,29 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
     Turns alternate and begin with the user.  The next user turn begins with the results of all tool calls, placeholders
     among them; results of unknown calls become text.  Without `prefills` the last turn is the user's too.
     """
-    is_system = [message["role"] in ("system", "developer") for message in messages]
-    system = [text_of(message) for message, so in zip(messages, is_system) if so and text_of(message).strip()]
-    waiting = collections.deque(message for message, so in zip(messages, is_system) if not so)
-    blocks: list[tuple[str, list[Json]]] = [("user", [])] if waiting and waiting[0]["role"] == "assistant" else []
+    system: list[str] = []
+    said: list[tuple[str, list[Json]]] = [("user", [])]
     used: set[str] = set()
-    while waiting:
-        message = waiting.popleft()
-        if message["role"] != "assistant":
-            blocks.append(("user", claude_content(message)))
-            continue
-        calls = [(call["id"], _claude_call(call, used)) for call in message.get("tool_calls") or ()]
-        said = [*_text_blocks(text_of(message)), *(block for _, block in calls)]
-        blocks.extend([("assistant", said)] if said else [])
-        blocks.extend([("user", _claude_results(calls, waiting))] if calls else [])
+    waiting: dict[str, list[Json]] = {}    # the client's id of a call -> its results, which have no content yet
+    for message in messages:
+        if message["role"] in ("system", "developer"):
+            system.extend([text_of(message)] if text_of(message).strip() else [])
+        elif message["role"] == "assistant":
+            calls = message.get("tool_calls") or []
+            blocks = [_claude_call(call, used) for call in calls]
+            results: list[Json] = [{"type": "tool_result", "tool_use_id": block["id"], "content": "(no result)"}
+                                   for block in blocks]
+            waiting = {call["id"]: [] for call in calls}
+            for call, result in zip(calls, results):
+                waiting[call["id"]].append(result)
+            blocks = _text_blocks(text_of(message)) + blocks
+            said += [turn for turn in (("assistant", blocks), ("user", results)) if turn[1]]
+        elif message["role"] == "tool" and waiting.get(message["tool_call_id"]):
+            waiting[message["tool_call_id"]].pop(0)["content"] = claude_content(message) or ""
+        else:
+            said.append(("user", claude_content(message)))
     turns = [{"role": role, "content": [block for _, some in group for block in some] or _text_blocks(".")}
-             for role, group in itertools.groupby(blocks or [("user", [])], lambda pair: pair[0])]
+             for role, group in itertools.groupby(said, lambda pair: pair[0])]
     last = turns[-1]
     if last["role"] == "assistant" and not prefills:
         turns.append({"role": "user", "content": _text_blocks("Continue.")})
@@ -3257,25 +3250,6 @@ def _claude_call(call: Json, used: set[str]) -> Json:
         id += "_"
     used.add(id)
     return {"type": "tool_use", "id": id, "name": name, "input": arguments_of(arguments)}
-
-
-def _claude_results(calls: list[tuple[str, Json]], waiting: collections.deque[Json]) -> list[Json]:
-    """Return the blocks that answer calls, each given with the client's id for it.
-
-    Takes the tool messages that come next from `waiting`.  Results of other calls go last, as plain blocks.
-    """
-    calls, results, others = list(calls), [], []
-    while waiting and waiting[0]["role"] == "tool":
-        message = waiting.popleft()
-        blocks = claude_content(message)
-        pair = next((pair for pair in calls if pair[0] == message["tool_call_id"]), None)
-        if pair:
-            calls.remove(pair)
-            results.append({"type": "tool_result", "tool_use_id": pair[1]["id"], "content": blocks or ""})
-        else:
-            others.extend(blocks)
-    return results + [{"type": "tool_result", "tool_use_id": call["id"], "content": "(no result)"}
-                      for _, call in calls] + others
 
 
 def _text_blocks(text: str) -> list[Json]:
