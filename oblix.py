@@ -770,12 +770,6 @@ _TARGET = re.compile(r"(?:(?i:https?)://([^/?#]*))?(?:/v1(?=[/?#]|$))?([^?#]*)")
 _ONCE = frozenset(["authorization", "content-length", "content-type", "host", "origin", "transfer-encoding"])
 
 
-@functools.lru_cache(32)
-def _path_of(target: str) -> str:
-    found = _TARGET.match(target)
-    return (found[2] if found else "").rstrip("/") or "/"
-
-
 def is_size(text: str) -> bool:
     """Return True if a text is a size in bytes, as Content-Length has it."""
     return text.isascii() and text.isdecimal() and len(text) <= 18
@@ -789,10 +783,11 @@ class Head:
     version: str
     fields: Mapping[str, str]
 
-    @property
+    @functools.cached_property
     def path(self) -> str:
         """The path without query, /v1 and trailing slash; still percent-encoded."""
-        return _path_of(self.target)
+        found = _TARGET.match(self.target)
+        return (found[2] if found else "").rstrip("/") or "/"
 
     @property
     def authority(self) -> str | None:
@@ -880,7 +875,9 @@ class Guard:
 
     def check(self, head: Head) -> None:
         """Raise OblixError unless the client may ask."""
-        if not self.key and head.authority is not None and not self._is_ours(host_of(head.authority)):
+        host = host_of(head.authority or "")
+        if not self.key and head.authority is not None and not (
+                host in self.names or is_loopback(host) or address_of(host) is not None):
             # For the browser, a page whose own name leads here (DNS rebinding) is of the same origin.
             raise BadRequest("The Host header is none of this server's names. Use localhost or an IP address, or start "
                              "Oblix with --allow-host NAME, or with an --api-key.", status=403, code="host_not_allowed")
@@ -891,9 +888,6 @@ class Guard:
             raise BadRequest("The key of this Oblix is missing or wrong: send the one of --api-key or OBLIX_API_KEY "
                              "as `Authorization: Bearer …`.", status=401, type="authentication_error",
                              code="invalid_api_key", retry=False)
-
-    def _is_ours(self, host: str) -> bool:
-        return host in self.names or is_loopback(host) or address_of(host) is not None
 
     def welcomes(self, head: Head) -> bool:
         """Return True if the page that asks is of this device, of this server itself, or of an allowed origin."""
@@ -931,8 +925,6 @@ class Guard:
 
 Rule = tuple[Callable[[Any], object], str]    # a test of a value, and the words for what passes it
 
-MAX_MODEL_NAME = 256    # characters: the name goes into headers and logs
-
 
 def need(ok: object, param: str, must: str, code: str = "invalid_value") -> None:
     """Raise BadRequest, which names the parameter and what it must be, unless a test of it passed."""
@@ -940,12 +932,15 @@ def need(ok: object, param: str, must: str, code: str = "invalid_value") -> None
         raise BadRequest(f"{param} {must}.", param=param, code=code)
 
 
-def check_fields(fields: Json, rules: Mapping[str, Rule], where: str = "") -> None:
-    """Raise BadRequest for a field that breaks its rule; null counts as absent."""
+def check_fields(fields: Json, rules: Mapping[str, Rule], needed: Iterable[str], where: str = "") -> None:
+    """Raise BadRequest for a needed field that is missing, or one that breaks its rule; null counts as absent."""
+    for name in needed:
+        if fields.get(name) is None:
+            need(False, f"{where}.{name}".lstrip("."), f"is missing: it {rules[name][1]}", "missing_required_parameter")
     for name, value in fields.items():
         rule = rules.get(name)
         if rule and value is not None and not rule[0](value):
-            need(False, f"{where}.{name}" if where else name, rule[1])
+            need(False, f"{where}.{name}".lstrip("."), rule[1])
 
 
 def _a(kind: type, words: str) -> Rule:
@@ -1008,6 +1003,10 @@ def _is_call(call: Any) -> bool:
 
 
 FIELDS: dict[str, Rule] = {
+    # the model's name goes into headers and logs
+    "model": (lambda name: isinstance(name, str) and 0 < len(name) <= 256 and name.isprintable(),
+              'must be "auto" or another printable name of at most 256 characters, see GET /v1/models'),
+    "messages": (lambda value: isinstance(value, list) and value, "must be a list of at least one message"),
     "temperature": _number(0, 2), "top_p": _number(0, 1),
     "presence_penalty": _number(-2, 2), "frequency_penalty": _number(-2, 2),
     "max_tokens": _integer(1, 2**31 - 1), "max_completion_tokens": _integer(1, 2**31 - 1),
@@ -1031,13 +1030,14 @@ FIELDS: dict[str, Rule] = {
 NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop": [], "tools": [], "functions": [],
           "logit_bias": {}, "modalities": ["text"], "response_format": {"type": "text"}}
 
-ROLES: dict[str | None, tuple[str, ...]] = {    # role of a message -> the fields that it must have
+ROLES: dict[str, tuple[str, ...]] = {    # role of a message -> the fields that it must have
     "system": ("content",), "developer": ("content",), "user": ("content",), "assistant": (), "function": (),
-    "tool": ("tool_call_id",), None: ("role",)}
+    "tool": ("tool_call_id",)}
 
+_TOOL = '{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
 _CALL = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
 MESSAGE_FIELDS: dict[str, Rule] = {
-    "role": _one_of(*filter(None, ROLES)), "tool_call_id": _string, "refusal": _string,
+    "role": _one_of(*ROLES), "tool_call_id": _string, "refusal": _string,
     "content": (lambda value: isinstance(value, (str, list)), "must be a string or a list of content parts"),
     "function_call": (lambda value: _is_call({"id": "", "function": value}), 'must be {"name": …, "arguments": "{}"}'),
     "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), f"must be a list of {_CALL}"),
@@ -1064,13 +1064,15 @@ def parse_request(raw: bytes) -> ChatRequest:
         raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
-    model = _model_name(body.pop("model", None))
-    check_fields(body, FIELDS)
+    check_fields(body, FIELDS, ("model", "messages"))
+    model = body.pop("model")
     kept = {name: value for name, value in body.items()
             if value is not None and not (name in NO_OPS and value == NO_OPS[name])}
-    kept["messages"] = _messages(body.get("messages"))
+    kept["messages"] = [_message(f"messages[{number}]", message) for number, message in enumerate(kept["messages"])]
     if "tools" in kept:
-        kept["tools"] = [_tool(f"tools[{number}]", tool) for number, tool in enumerate(kept["tools"])]
+        for number, tool in enumerate(kept["tools"]):
+            need(_is_tool(tool), f"tools[{number}]", f"must be like {_TOOL}")
+        kept["tools"] = [without_nulls(tool, tool["type"]) for tool in kept["tools"]]
     for name, needed in (("tool_choice", "tools"), ("parallel_tool_calls", "tools"), ("function_call", "functions")):
         if needed not in kept:    # OpenAI refuses the one without the other
             kept.pop(name, None)
@@ -1080,28 +1082,10 @@ def parse_request(raw: bytes) -> ChatRequest:
     return ChatRequest(model, kept, stream, bool(options.get("include_usage")), around)
 
 
-def _model_name(model: Any) -> str:
-    need(model is not None, "model", 'is missing: send "model": "auto", or see GET /v1/models',
-         "missing_required_parameter")
-    # It ends up in headers: no control characters, line ends or lone surrogates.
-    need(isinstance(model, str) and 0 < len(model) <= MAX_MODEL_NAME and model.isprintable(), "model",
-         f"must be a printable string of 1 to {MAX_MODEL_NAME} characters")
-    return str(model)
-
-
-def _messages(messages: Any) -> list[Json]:
-    need(isinstance(messages, list) and messages, "messages", "must be a list of at least one message",
-         "invalid_value" if messages is not None else "missing_required_parameter")
-    return [_message(f"messages[{number}]", message) for number, message in enumerate(messages)]
-
-
 def _message(where: str, message: Any) -> Json:
     """Return a message, checked and without its nulls.  Raises BadRequest."""
     need(isinstance(message, dict), where, "must be an object")
-    check_fields(message, MESSAGE_FIELDS, where)
-    for name in ROLES[message.get("role")]:
-        if message.get(name) is None:
-            need(False, f"{where}.{name}", "is missing", "missing_required_parameter")
+    check_fields(message, MESSAGE_FIELDS, ROLES.get(str(message.get("role")), ("role",)), where)
     content, calls = message.get("content"), message.get("tool_calls")
     # servers' chat templates want a content, if only null
     checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
@@ -1122,13 +1106,6 @@ def _part(where: str, part: Any) -> Json:
         part = {**part, "image_url": {"url": part["image_url"]}}
     need(kind not in PARTS or PARTS[kind](part), where, f"is not a well-formed {kind} part")
     return without_nulls(part, kind)
-
-
-def _tool(where: str, tool: Json) -> Json:
-    """Return a tool, checked and without its nulls.  Raises BadRequest."""
-    need(_is_tool(tool), where, 'must be like {"type": "function", "function": {"name": …, "description": …, '
-                                '"parameters": {…}}}')
-    return without_nulls(tool, tool["type"])
 
 
 def without_nulls(fields: Json, inner: str = "") -> Json:

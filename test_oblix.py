@@ -1132,6 +1132,14 @@ class RequestIn(Case):
                 parsed(messages=[HI, message])
             self.assertEqual(raised.exception.param, param)
 
+    def test_a_missing_field_is_told_with_what_it_must_be(self):
+        for fields, param, says in (({"model": None}, "model", "auto"), ({"messages": None}, "messages", "a list"),
+                                    ({"messages": [{"content": "x"}]}, "messages[0].role", "user")):
+            with self.subTest(param), self.assertRaises(oblix.BadRequest) as raised:
+                parsed(**fields)
+            self.assertEqual((raised.exception.param, raised.exception.code), (param, "missing_required_parameter"))
+            self.assertRegex(raised.exception.message, "is missing: it must be .*" + says)
+
     def test_what_says_nothing_counts_as_absent(self):
         request = parsed(max_tokens=None, tools=[], tool_choice="auto", parallel_tool_calls=True, stop=None, n=1,
                          stream=False, stream_options=None, logprobs=False, logit_bias={}, modalities=["text"],
