@@ -2288,10 +2288,6 @@ class Provider:
         """Return True if an event that says a text says it to this request's client as it is."""
         return True
 
-    def load(self, target: Target, context: int, keep_alive: KeepAlive = None) -> Json:
-        """The body of a request to `chat_path` that has the model loaded and nothing said; only where models load."""
-        raise NotImplementedError
-
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
         """The window to have the model loaded for, in tokens, or 0 to leave it as it is.  Raises Unsupported.
 
@@ -2347,18 +2343,20 @@ _MONEY = "insufficient_quota|credit.balance|api usage limits|spend_limit|billing
 _TOO_LONG = "prompt is too long|context.(length|size)|input tokens exceed"
 _IN_A_STREAM = 0    # the status of an error after a 200, if its code is not a status
 
-# Statuses, and words in the message, type or code -> fault; the first rule that fits counts.
-_RULES: tuple[tuple[Collection[int], str, Fault], ...] = (
-    ((413,), "", Fault.TOO_LONG),                               # Claude: over 32 MB
-    ((_IN_A_STREAM, 400, 422), _TOO_LONG, Fault.TOO_LONG),      # "prompt is too long: 9 tokens > 8 maximum" (Claude)
-    ((500,), "exceeds the available context", Fault.TOO_LONG),  # llama.cpp before it sent 400
-    ((401, 402, 403), "", Fault.ACCOUNT),
-    ((400, 429), _MONEY, Fault.ACCOUNT),                        # "Your credit balance is too low" (Claude, 400)
-    ((500,), 'option ".*" must be of type', Fault.CLIENT),      # Ollama's status for a wrong type
-    ((400, 422), _UNSUPPORTED, Fault.CAPABILITY),               # '"m" does not support thinking' (Ollama)
-    ((400, 422), "", Fault.CLIENT),
-    ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", Fault.BUSY),
-    (range(400, 500), "", Fault.MISSING),                       # 404 of a model; 405, 410 and the like of a path
+# Statuses, and words in the message, type or code -> fault, and what we tell the client instead of the upstream's own
+# fields; the first rule that fits counts.
+_LONG: Json = {"status": 400, "type": "invalid_request_error", "code": "context_length_exceeded", "param": "messages"}
+_RULES: tuple[tuple[Collection[int], str, Fault, Json], ...] = (
+    ((413,), "", Fault.TOO_LONG, {**_LONG, "status": 413}),             # Claude: over 32 MB
+    ((_IN_A_STREAM, 400, 422), _TOO_LONG, Fault.TOO_LONG, _LONG),       # "prompt is too long: 9 tokens > 8 maximum"
+    ((500,), "exceeds the available context", Fault.TOO_LONG, _LONG),   # llama.cpp before it sent 400
+    ((400, 401, 402, 403, 429), _MONEY, Fault.ACCOUNT, {"code": "insufficient_quota"}),    # Claude sends 400
+    ((401, 402, 403), "", Fault.ACCOUNT, {}),
+    ((500,), 'option ".*" must be of type', Fault.CLIENT, {"status": 400}),    # Ollama's status for a wrong type
+    ((400, 422), _UNSUPPORTED, Fault.CAPABILITY, {}),                   # '"m" does not support thinking' (Ollama)
+    ((400, 422), "", Fault.CLIENT, {}),
+    ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", Fault.BUSY, {}),
+    (range(400, 500), "", Fault.MISSING, {}),                           # 404 of a model; 405, 410 of a path
 )
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
@@ -2371,21 +2369,16 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
         return UpstreamError(f"redirected elsewhere ({status}), which is refused: configure the final address")
     key = endpoint.key if endpoint else ""
     fields = _error_fields(redact(text, key))
-    message = fields.get("message") or f"the upstream answered {status} without a message"
+    message = fields.pop("message", "") or f"the upstream answered {status} without a message"
     words = f"{message[:1000]} {fields.get('code')} {fields.get('type')}".lower()
-    fault = next(fault for statuses, pattern, fault in _RULES if status in statuses and re.search(pattern, words))
-    if fault is Fault.TOO_LONG:
-        return UpstreamError(message, fault, status=413 if status == 413 else 400, type="invalid_request_error",
-                             code="context_length_exceeded", param="messages", retry=False)
+    fault, ours = next((fault, ours) for statuses, pattern, fault, ours in _RULES
+                       if status in statuses and re.search(pattern, words))
     if status == 401 and key:
         message = f"The upstream refused the key that Oblix has for it: {message}"
-    status = 400 if fault is Fault.CLIENT and status == 500 else {_IN_A_STREAM: 502, 529: 503}.get(status, status)
-    code = fields.get("code") or _CODES.get(status)
-    if fault is Fault.ACCOUNT and re.search(_MONEY, words):
-        code = "insufficient_quota"
-    kind = fields.get("type") or _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return UpstreamError(message, fault, status=status, param=fields.get("param"), code=code, type=kind,
-                         retry=None if fault is Fault.BUSY else False, retry_after_s=retry_after_s)
+    status = ours.get("status") or {_IN_A_STREAM: 502, 529: 503}.get(status, status)
+    usual = {"type": _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
+             "code": _CODES.get(status), "retry": None if fault is Fault.BUSY else False}
+    return UpstreamError(message, fault, **{"status": status, "retry_after_s": retry_after_s, **usual, **fields, **ours})
 
 
 def _error_fields(text: str) -> dict[str, str]:
@@ -2572,8 +2565,8 @@ def as_list(value: str | list[str]) -> list[str]:
 
 def needs_of(request: ChatRequest) -> frozenset[str]:
     """Return what a model must be capable of for a request, in Ollama's words (/api/show, capabilities)."""
-    pictures = any(part["type"] == "image_url" for _, part in request.parts())
-    return frozenset([*(["vision"] if pictures else []), *(["tools"] if chosen_tools(request.body)[0] else [])])
+    return frozenset(present({"vision": any(part["type"] == "image_url" for _, part in request.parts()),
+                              "tools": chosen_tools(request.body)[0]}))
 
 
 def name_of(tool: Json) -> str:
@@ -2802,13 +2795,12 @@ class Ollama(Provider):
             role = "system" if message["role"] == "developer" else message["role"]
             turn: Json = {"role": role, "content": text_of(message)}
             images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
-            if images:
-                turn["images"] = [image[1] for image in images if image]
-            if message.get("tool_calls"):
-                calls = [(call["id"], *name_and_arguments(call)) for call in message["tool_calls"]]
-                names.update({id: name for id, name, _ in calls})
-                turn["tool_calls"] = [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
-                                      for id, name, arguments in calls]
+            calls = [(call["id"], *name_and_arguments(call)) for call in message.get("tool_calls") or ()]
+            names.update({id: name for id, name, _ in calls})
+            turn.update(present({
+                "images": [image[1] for image in images if image],
+                "tool_calls": [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
+                               for id, name, arguments in calls]}))
             if role == "tool":
                 turn.update(tool_call_id=message["tool_call_id"], tool_name=names.get(message["tool_call_id"], ""))
             converted.append(turn)
@@ -2860,7 +2852,7 @@ class Ollama(Provider):
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
                         is_remote(str(item["name"])) or bool(item.get("remote_host")), str(item.get("digest") or ""),
-                        int(item.get("size") or 0), _able(item))
+                        int(item.get("size") or 0), frozenset(map(str, item.get("capabilities") or ())) or None)
                   for item in ask(self.models_path, None).get("models") or []]
         models = sorted(listed, key=lambda model: -model.created)[:MAX_MODELS]
         with contextlib.suppress(UpstreamError, *NOT_IN_ITS_FORMAT):
@@ -2873,10 +2865,6 @@ class Ollama(Provider):
             with contextlib.suppress(UpstreamError):
                 known[key] = _details(ask("/api/show", {"model": by_key[key].name}))
         return tuple(dataclasses.replace(model, **known.get(model.digest or model.name, {})) for model in models)
-
-    def load(self, target: Target, context: int, keep_alive: KeepAlive = None) -> Json:
-        return {"model": target.model, "messages": [], **({"options": {"num_ctx": context}} if context else {}),
-                **({} if keep_alive is None else {"keep_alive": keep_alive})}
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
         """As in Provider.  The steps are few, since each change reloads the model; one that was asked for is asked for
@@ -2927,14 +2915,9 @@ def _details(shown: Json) -> Json:
         row = sum(number.get(f"attention.{name}_length") or usual for name in ("key", "value"))
         # llama.cpp keeps a key and a value of 16 bits each for every layer and head
         token_bytes = 2 * number.get("block_count", 0) * number.get("attention.head_count_kv", 0) * row
-        return {**present({"can": _able(shown)}), "max_context": number.get("context_length", 0),
-                "token_bytes": token_bytes}
+        return {**present({"can": frozenset(map(str, shown.get("capabilities") or ()))}),
+                "max_context": number.get("context_length", 0), "token_bytes": token_bytes}
     return {}
-
-
-def _able(item: Json) -> frozenset[str] | None:
-    """Return the capabilities that Ollama lists, or None if it lists none."""
-    return frozenset(map(str, item["capabilities"])) if item.get("capabilities") else None
 
 
 def is_remote(name: str) -> bool:
@@ -3087,10 +3070,9 @@ class Claude(Provider):
         return not _wants_any_json(request.body)
 
     def _chunks(self, lines: Lines) -> Iterator[Any]:
-        usage: Json = {}
-        stop: Json = {}
+        usage, stop = Json(), Json()
+        block = Json()              # the open one
         calls, fresh = -1, False    # fresh: a tool call whose arguments have not begun
-        block: Json = {}            # the open one
         for data in sse_data(lines):
             if isinstance(data, Texts):
                 yield data
@@ -3101,15 +3083,10 @@ class Claude(Provider):
                 usage.update(event["message"].get("usage") or {})
                 yield chunk_of(role="assistant", content="")
             elif kind == "content_block_start":
-                block = event["content_block"]
+                delta = block = event["content_block"]    # a text in it is mostly empty yet
                 if block["type"] == "tool_use":
                     calls, fresh = calls + 1, True
                     yield tool_chunk(calls, "", block["id"], block["name"])
-                elif block["type"] in ("text", "thinking"):    # mostly empty yet
-                    yield from self._delta(block, None)
-            elif kind == "content_block_delta":
-                fresh = fresh and not delta.get("partial_json")
-                yield from self._delta(delta, calls if block.get("type") == "tool_use" else None)
             elif kind == "content_block_stop" and fresh:
                 fresh = False
                 yield tool_chunk(calls, "{}")
@@ -3119,17 +3096,16 @@ class Claude(Provider):
             elif kind == "message_stop":
                 yield from self._end(stop, usage)
                 return
+            if kind not in ("content_block_start", "content_block_delta"):
+                continue
+            if delta.get("text"):
+                yield chunk_of(content=delta["text"])
+            elif delta.get("thinking"):
+                yield chunk_of(reasoning_content=delta["thinking"])
+            elif delta.get("partial_json") and block.get("type") == "tool_use":
+                fresh = False
+                yield tool_chunk(calls, delta["partial_json"])
         raise cut()
-
-    @staticmethod
-    def _delta(delta: Json, call: int | None) -> Iterator[Chunk]:
-        """Yield the chunk for what a block contains, if it has any; `call` is the number of a tool call's block."""
-        if delta.get("text"):
-            yield chunk_of(content=delta["text"])
-        elif delta.get("thinking"):
-            yield chunk_of(reasoning_content=delta["thinking"])
-        elif delta.get("partial_json") and call is not None:
-            yield tool_chunk(call, delta["partial_json"])
 
     def _end(self, stop: Json, usage: Json) -> Iterator[Chunk]:
         """Yield the last chunks: an explained refusal, the finish reason, the usage."""
@@ -4222,7 +4198,8 @@ class Gateway:
         provider, endpoint, started = PROVIDERS[target.endpoint.provider], target.endpoint, time.monotonic()
         limits = self.limits()._replace(first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
         try:
-            payload = provider.load(target, context, self.keep_alive(target))
+            # Ollama loads a model for a request without messages, and says nothing
+            payload = provider.encode(ChatRequest("", {"messages": []}), target, context, self.keep_alive(target))
             answer = self.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
                                          dumps(payload), limits)
             with contextlib.closing(answer):
