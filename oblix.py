@@ -130,13 +130,13 @@ Chunk = dict[str, Any]    # an OpenAI chat.completion.chunk, or the part of one 
 
 
 class TextEvent(NamedTuple):
-    """How a provider writes an event of a stream that says a text and nothing else."""
+    """The form of a provider's stream events that contain a text and nothing else."""
     pattern: re.Pattern[bytes]    # of a whole event; its one group is the text, as JSON has it between its quotes
     end: bytes                    # of an event
 
 
 class Texts(list[bytes]):
-    """The texts, as JSON has them between its quotes, of events in a row that say nothing else."""
+    """The texts of events in a row that contain nothing else, as JSON has them between its quotes."""
 
 
 class Side(str, enum.Enum):
@@ -247,14 +247,14 @@ class ChatRequest:
     body: Json
     stream: bool = False
     include_usage: bool = False
-    around: tuple[bytes, bytes] | None = None    # the client's own bytes around the model's name, if they say `body`
+    around: tuple[bytes, bytes] | None = None    # the client's bytes around the model's name, if `body` is theirs
 
     @property
     def messages(self) -> list[Json]:
         return self.body["messages"]  # type: ignore[no-any-return]
 
     def sent_on(self, payload: Json) -> bytes | None:
-        """The payload as the client's own bytes but for the model's name, where it says nothing else."""
+        """Return the client's bytes with the payload's model, or None if the payload differs in anything else."""
         if not self.around or len(payload) != len(self.body) + 1 or not all(
                 payload.get(name) is value for name, value in self.body.items()):
             return None
@@ -266,7 +266,7 @@ class ChatRequest:
 
     @functools.cached_property
     def blocks(self) -> tuple[int, ...]:
-        """Return hashes of the prompt's blocks of BLOCK characters, in the order in which chat templates write it.
+        """The hashes of the prompt's blocks of BLOCK characters, in the order in which chat templates write it.
 
         Two prompts whose first n hashes are equal begin with the same n blocks.  A last block that is not full is left
         out: a conversation that goes on would fill it.  vLLM finds shared prefixes in the same way.
@@ -285,8 +285,7 @@ class ChatRequest:
         texts = sum(len(text_of(message).encode("utf-8", "replace")) + 4 for message in self.messages)
         calls = [message["tool_calls"] for message in self.messages if "tool_calls" in message]
         images = sum(1 for _, part in self.parts() if part["type"] == "image_url")
-        tools = self.body.get("tools", [])
-        return texts + 4096 * images + len(dumps([calls, tools]) if calls or tools else b"[[],[]]")
+        return texts + 4096 * images + len(dumps([calls, self.body.get("tools", [])]))
 
     def parts(self) -> Iterator[tuple[str, Json]]:
         """Yield each content part, except for contents that are one text, with the path for an error's param."""
@@ -331,7 +330,7 @@ class Plan:
 
 
 TOKEN_BYTES = 4              # of English; code has some 3
-TEMPLATE_BYTES = 100         # of a prompt besides its messages: Llama 3's template has 26 tokens
+TEMPLATE_BYTES = 100         # of a prompt around its messages: Llama 3's template has 26 tokens
 BLOCK = 256                  # characters of a prompt, some 64 tokens: 3 s of a Raspberry Pi's reading
 MAX_BLOCKS = 4096            # a million characters, more than a local model's window
 MAX_RETRY_AFTER_S = 600.0
@@ -351,7 +350,7 @@ class OblixError(Exception):
         self.message, self.param = message, param
         self.code, self.status, self.type = code or self.code, status or self.status, type or self.type
         self.retry = retry                      # x-should-retry; None leaves it to the client
-        # seconds an upstream asked us to wait; a service that asks for more is looked at once in a while
+        # seconds an upstream asked us to wait; one that asks for more is tried before that
         self.retry_after_s = None if retry_after_s is None else min(retry_after_s, MAX_RETRY_AFTER_S)
 
 
@@ -413,11 +412,8 @@ def choices_of(chunk: Chunk) -> list[Json]:
 
 def has_content(chunk: Chunk) -> bool:
     """Return True if a chunk, or a whole answer, has content that a client would miss."""
-    for choice in choices_of(chunk):
-        delta = choice.get("delta") or choice.get("message") or {}
-        if isinstance(delta, dict) and any(delta.get(name) for name in CONTENT):
-            return True
-    return False
+    deltas = [choice.get("delta") or choice.get("message") for choice in choices_of(chunk)]
+    return any(isinstance(delta, dict) and any(map(delta.get, CONTENT)) for delta in deltas)
 
 
 CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call")
@@ -501,9 +497,9 @@ _COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def around_model(raw: bytes, parsed: Json) -> tuple[bytes, bytes] | None:
-    """What stands before and after the model's name in an object's JSON; None where that can't be told for sure.
+    """Return the bytes before and after the model's name in an object's JSON, or None where they are uncertain.
 
-    To put another name in between takes 1 us, and to write the object anew 200 us where it has 64 KiB.
+    Another name is put in between in 1 us; to serialise 64 KiB takes 200 us.
     """
     if raw[:1] != b"{" or not isinstance(parsed.get("model"), str) or (
             raw.rfind(b"\\u00") >= 0 and _SPELT_OUT.search(raw)):    # rfind is five times as fast as find or `in`
@@ -2214,7 +2210,7 @@ def _sooner_first(order: list[Target], seconds: Mapping[Target, float]) -> list[
 # tests do the rest.
 
 Lines = Iterable[Any]                          # bytes without their ends, or Texts
-KeepAlive = Union[float, str, None]    # seconds, or Go's words for a duration; below zero for ever
+KeepAlive = Union[float, str, None]    # seconds, or a duration as Go writes it; negative: without end
 Ask = Callable[[str, Optional[Json]], Json]    # (path, JSON to POST or None) -> the JSON object in the answer
 
 MAX_MODELS = 4096      # of an endpoint; the largest catalogue known has some 500
@@ -2285,13 +2281,13 @@ class Provider:
                      for item in (ask(self.models_path, None).get("data") or [])[:MAX_MODELS])
 
     def passes_text(self, request: ChatRequest) -> bool:
-        """Return True if an event that says a text says it to this request's client as it is."""
+        """Return True if the client of this request may get the events of text alone as they are."""
         return True
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
-        """The window to have the model loaded for, in tokens, or 0 to leave it as it is.  Raises Unsupported.
+        """Return the window to load the model for, in tokens, or 0 to leave it as it is.  Raises Unsupported.
 
-        `asked` was asked for last; `free` bytes of memory could hold a larger one, None where nobody knows.
+        `asked` is the window of the last request.  `free` is the memory in bytes for a larger one, None if unknown.
         """
         return 0
 
@@ -2377,8 +2373,9 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
         message = f"The upstream refused the key that Oblix has for it: {message}"
     status = ours.get("status") or {_IN_A_STREAM: 502, 529: 503}.get(status, status)
     usual = {"type": _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
-             "code": _CODES.get(status), "retry": None if fault is Fault.BUSY else False}
-    return UpstreamError(message, fault, **{"status": status, "retry_after_s": retry_after_s, **usual, **fields, **ours})
+             "code": _CODES.get(status)}
+    return UpstreamError(message, fault, retry=None if fault is Fault.BUSY else False, retry_after_s=retry_after_s,
+                         **{"status": status, **usual, **fields, **ours})
 
 
 def _error_fields(text: str) -> dict[str, str]:
@@ -2619,21 +2616,21 @@ def created_at(value: Any) -> int:
         return 0
 
 
-# An event that says a text and nothing else, in each provider's own form.  Such events pass unread, which takes a tenth
-# of the time (2 us for 20).  So a pattern must match no event of which `decode` would make anything but the text.
+# An event with a text and nothing else, in each provider's own form.  Such events pass unread, which takes a tenth of
+# the time (2 us for 20).  So a pattern must match no event of which `decode` would make anything but the text.
 # U+0085, U+2028 and U+2029 are line ends to clients that use str.splitlines (httpx does): a text with one is read.
 _IN_TEXT = rb'[^"\\\x00-\x1f\xc2\xe2]*'
 _TEXT = (rb'"((?!")' + _IN_TEXT + rb'(?:(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})|\xc2(?!\x85)|\xe2(?!\x80[\xa8\xa9]))'
          + _IN_TEXT + rb')*)"')
 _WORD = rb'"[^"\\\x00-\x1f\x7f-\xff]*"'
-# What stands around an OpenAI text, in any order: vLLM, llama.cpp and OpenAI itself differ in it.
-_AROUND = (rb'(?:"(?:id|model|system_fingerprint|service_tier|obfuscation)": ?(?:null|' + _WORD
+# The fields around an OpenAI text, in any order: vLLM, llama.cpp and OpenAI itself differ in it.
+_OF_EVENT = (rb'(?:"(?:id|model|system_fingerprint|service_tier|obfuscation)": ?(?:null|' + _WORD
            + rb')|"object": ?"chat\.completion\.chunk"|"created": ?[0-9]+|"(?:usage|prompt_token_ids)": ?null)')
-_BESIDE = rb'(?:"index": ?0|"(?:logprobs|finish_reason|stop_reason|token_ids|matched_stop)": ?null)'
+_OF_CHOICE = rb'(?:"index": ?0|"(?:logprobs|finish_reason|stop_reason|token_ids|matched_stop)": ?null)'
 _OPENAI_TEXT = re.compile(
-    rb'data: ?\{(?:' + _AROUND + rb', ?)*"choices": ?\[\{(?:' + _BESIDE
-    + rb', ?)*"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?' + _TEXT + rb'\}(?:, ?' + _BESIDE
-    + rb')*\}\](?:, ?' + _AROUND + rb')*\}\n\n')
+    rb'data: ?\{(?:' + _OF_EVENT + rb', ?)*"choices": ?\[\{(?:' + _OF_CHOICE
+    + rb', ?)*"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?' + _TEXT + rb'\}(?:, ?' + _OF_CHOICE
+    + rb')*\}\](?:, ?' + _OF_EVENT + rb')*\}\n\n')
 _OLLAMA_TEXT = re.compile(
     rb'\{"model": ?' + _WORD + rb', ?"created_at": ?' + _WORD + rb', ?"message": ?\{"role": ?"assistant", ?"content": ?'
     + _TEXT + rb'\}, ?"done": ?false\}\n')
@@ -2670,8 +2667,6 @@ class OpenAI(Provider):
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
         kept = super().adapt(payload, refused)
-        if kept is payload:
-            return kept
         for old, new in self.renames.items():
             if old in payload and old not in kept and new not in refused:
                 kept.setdefault(new, payload[old])
@@ -2867,8 +2862,7 @@ class Ollama(Provider):
         return tuple(dataclasses.replace(model, **known.get(model.digest or model.name, {})) for model in models)
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
-        """As in Provider.  The steps are few, since each change reloads the model; one that was asked for is asked for
-        again, as leaving it out would reload it too."""
+        # The steps are few, and a window once asked for is asked for again: each change reloads the model.
         if "num_ctx" in request.body.get("options", {}) or not model.max_context:
             return 0
         size = request.size
@@ -2884,7 +2878,7 @@ class Ollama(Provider):
         # the size of a loaded model is with its context, and `free` counts it as free
         if free is None or model.size + (wanted - model.context) * model.token_bytes <= free:
             return wanted if wanted > now or wanted == asked else 0
-        if size // 5 + answer <= now:    # it may fit all the same; Ollama counts exactly, and refuses if not
+        if size // 5 + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
             return 0
         raise Unsupported(f"a context of {wanted} tokens does not fit in memory", param="messages",
                           code="context_length_exceeded")
@@ -2986,8 +2980,7 @@ class Claude(Provider):
                "tool_use": "tool_calls", "refusal": "content_filter"}
 
     def endpoint(self, settings: Settings) -> Endpoint:
-        url = (settings.anthropic_base_url or f"https://{self.vendor}").rstrip("/")
-        url = url[:-3] if url.endswith("/v1") else url
+        url = (settings.anthropic_base_url or f"https://{self.vendor}").rstrip("/").removesuffix("/v1")
         return Endpoint(self.name, url, settings.anthropic_api_key, (),
                         self.key_variable if is_at(url, self.vendor) else "")
 
@@ -3019,8 +3012,8 @@ class Claude(Provider):
             system.append(f"Answer with a call of the tool {which}.")
             choice = "auto"
         payload = present({
-            "model": target.model, "messages": turns, "stream": True, "max_tokens": min(
-                body.get("max_completion_tokens") or body.get("max_tokens") or _CLAUDE_MAX_TOKENS, model.most),
+            "model": target.model, "messages": turns, "stream": True,
+            "max_tokens": min(request.most_tokens(_CLAUDE_MAX_TOKENS), model.most),
             "system": "\n\n".join(system),
             "stop_sequences": [stop for stop in as_list(body.get("stop", [])) if stop.strip()],
             "service_tier": {"auto": "auto", "default": "standard_only"}.get(body.get("service_tier", "")),
@@ -3036,16 +3029,17 @@ class Claude(Provider):
     @staticmethod
     def _tools(body: Json, choice: str | Json, turns: Sequence[Json]) -> Json:
         """Return the fields for tools and for the choice among them."""
-        tools = [tool["function"] for tool in chosen_tools(body)[0]]
-        if not tools:    # none offered or allowed; but Claude must know those that the history calls
-            offered = [tool["function"] for tool in body.get("tools", [])]
-            known = offered or [{"name": name} for name in _tools_used(turns)]
-            return {"tools": [*map(claude_tool, known)], "tool_choice": {"type": "none"}} if known else {}
+        chosen = chosen_tools(body)[0]
+        # Claude must know the tools that the history calls, even if it may call none now.
+        tools = [tool["function"] for tool in chosen or body.get("tools", [])] or [
+            {"name": name} for name in _tools_used(turns)]
         theirs: Json = ({"type": "tool", "name": name_of(choice)} if isinstance(choice, dict)
                         else {"type": "any" if choice == "required" else "auto"})
-        if body.get("parallel_tool_calls") is False:
+        if not chosen:
+            theirs = {"type": "none"}
+        elif body.get("parallel_tool_calls") is False:
             theirs["disable_parallel_tool_use"] = True
-        return {"tools": [*map(claude_tool, tools)], "tool_choice": theirs if theirs != {"type": "auto"} else None}
+        return {"tools": [*map(claude_tool, tools)], "tool_choice": theirs} if tools else {}
 
     @staticmethod
     def _think(payload: Json, effort: str | None, model: _ClaudeModel) -> None:
