@@ -17,7 +17,7 @@ The life of a request
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
 `chat.completion.chunk` objects, so there is no third vocabulary.  Two providers translate (Ollama, Claude) and are
 always streamed; where the client wants a whole answer one function, `fold`, puts the chunks together.  OpenAI's own
-answers pass through, with the model's name replaced and their streams tidied (`OpenAI._once`).
+answers pass through, with the model's name replaced and their streams tidied (`OpenAI.decode`).
 
 Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
@@ -130,13 +130,13 @@ Chunk = dict[str, Any]    # an OpenAI chat.completion.chunk, or the part of one 
 
 
 class TextEvent(NamedTuple):
-    """How a provider writes an event of a stream that says a text and nothing else."""
+    """The form of a provider's stream events that contain a text and nothing else."""
     pattern: re.Pattern[bytes]    # of a whole event; its one group is the text, as JSON has it between its quotes
     end: bytes                    # of an event
 
 
 class Texts(list[bytes]):
-    """The texts, as JSON has them between its quotes, of events in a row that say nothing else."""
+    """The texts of events in a row that contain nothing else, as JSON has them between its quotes."""
 
 
 class Side(str, enum.Enum):
@@ -247,14 +247,14 @@ class ChatRequest:
     body: Json
     stream: bool = False
     include_usage: bool = False
-    around: tuple[bytes, bytes] | None = None    # the client's own bytes around the model's name, if they say `body`
+    around: tuple[bytes, bytes] | None = None    # the client's bytes around the model's name, if `body` is theirs
 
     @property
     def messages(self) -> list[Json]:
         return self.body["messages"]  # type: ignore[no-any-return]
 
     def sent_on(self, payload: Json) -> bytes | None:
-        """The payload as the client's own bytes but for the model's name, where it says nothing else."""
+        """Return the client's bytes with the payload's model, or None if the payload differs in anything else."""
         if not self.around or len(payload) != len(self.body) + 1 or not all(
                 payload.get(name) is value for name, value in self.body.items()):
             return None
@@ -266,7 +266,7 @@ class ChatRequest:
 
     @functools.cached_property
     def blocks(self) -> tuple[int, ...]:
-        """Return hashes of the prompt's blocks of BLOCK characters, in the order in which chat templates write it.
+        """The hashes of the prompt's blocks of BLOCK characters, in the order in which chat templates write it.
 
         Two prompts whose first n hashes are equal begin with the same n blocks.  A last block that is not full is left
         out: a conversation that goes on would fill it.  vLLM finds shared prefixes in the same way.
@@ -285,8 +285,7 @@ class ChatRequest:
         texts = sum(len(text_of(message).encode("utf-8", "replace")) + 4 for message in self.messages)
         calls = [message["tool_calls"] for message in self.messages if "tool_calls" in message]
         images = sum(1 for _, part in self.parts() if part["type"] == "image_url")
-        tools = self.body.get("tools", [])
-        return texts + 4096 * images + len(dumps([calls, tools]) if calls or tools else b"[[],[]]")
+        return texts + 4096 * images + len(dumps([calls, self.body.get("tools", [])]))
 
     def parts(self) -> Iterator[tuple[str, Json]]:
         """Yield each content part, except for contents that are one text, with the path for an error's param."""
@@ -331,7 +330,7 @@ class Plan:
 
 
 TOKEN_BYTES = 4              # of English; code has some 3
-TEMPLATE_BYTES = 100         # of a prompt besides its messages: Llama 3's template has 26 tokens
+TEMPLATE_BYTES = 100         # of a prompt around its messages: Llama 3's template has 26 tokens
 BLOCK = 256                  # characters of a prompt, some 64 tokens: 3 s of a Raspberry Pi's reading
 MAX_BLOCKS = 4096            # a million characters, more than a local model's window
 MAX_RETRY_AFTER_S = 600.0
@@ -351,7 +350,7 @@ class OblixError(Exception):
         self.message, self.param = message, param
         self.code, self.status, self.type = code or self.code, status or self.status, type or self.type
         self.retry = retry                      # x-should-retry; None leaves it to the client
-        # seconds an upstream asked us to wait; a service that asks for more is looked at once in a while
+        # seconds an upstream asked us to wait; one that asks for more is tried before that
         self.retry_after_s = None if retry_after_s is None else min(retry_after_s, MAX_RETRY_AFTER_S)
 
 
@@ -413,11 +412,8 @@ def choices_of(chunk: Chunk) -> list[Json]:
 
 def has_content(chunk: Chunk) -> bool:
     """Return True if a chunk, or a whole answer, has content that a client would miss."""
-    for choice in choices_of(chunk):
-        delta = choice.get("delta") or choice.get("message") or {}
-        if isinstance(delta, dict) and any(delta.get(name) for name in CONTENT):
-            return True
-    return False
+    deltas = [choice.get("delta") or choice.get("message") for choice in choices_of(chunk)]
+    return any(isinstance(delta, dict) and any(map(delta.get, CONTENT)) for delta in deltas)
 
 
 CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call")
@@ -501,9 +497,9 @@ _COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def around_model(raw: bytes, parsed: Json) -> tuple[bytes, bytes] | None:
-    """What stands before and after the model's name in an object's JSON; None where that can't be told for sure.
+    """Return the bytes before and after the model's name in an object's JSON, or None where they are uncertain.
 
-    To put another name in between takes 1 us, and to write the object anew 200 us where it has 64 KiB.
+    Another name is put in between in 1 us; to serialise 64 KiB takes 200 us.
     """
     if raw[:1] != b"{" or not isinstance(parsed.get("model"), str) or (
             raw.rfind(b"\\u00") >= 0 and _SPELT_OUT.search(raw)):    # rfind is five times as fast as find or `in`
@@ -770,12 +766,6 @@ _TARGET = re.compile(r"(?:(?i:https?)://([^/?#]*))?(?:/v1(?=[/?#]|$))?([^?#]*)")
 _ONCE = frozenset(["authorization", "content-length", "content-type", "host", "origin", "transfer-encoding"])
 
 
-@functools.lru_cache(32)
-def _path_of(target: str) -> str:
-    found = _TARGET.match(target)
-    return (found[2] if found else "").rstrip("/") or "/"
-
-
 def is_size(text: str) -> bool:
     """Return True if a text is a size in bytes, as Content-Length has it."""
     return text.isascii() and text.isdecimal() and len(text) <= 18
@@ -789,10 +779,11 @@ class Head:
     version: str
     fields: Mapping[str, str]
 
-    @property
+    @functools.cached_property
     def path(self) -> str:
         """The path without query, /v1 and trailing slash; still percent-encoded."""
-        return _path_of(self.target)
+        found = _TARGET.match(self.target)
+        return (found[2] if found else "").rstrip("/") or "/"
 
     @property
     def authority(self) -> str | None:
@@ -880,7 +871,9 @@ class Guard:
 
     def check(self, head: Head) -> None:
         """Raise OblixError unless the client may ask."""
-        if not self.key and head.authority is not None and not self._is_ours(host_of(head.authority)):
+        host = host_of(head.authority or "")
+        if not self.key and head.authority is not None and not (
+                host in self.names or is_loopback(host) or address_of(host) is not None):
             # For the browser, a page whose own name leads here (DNS rebinding) is of the same origin.
             raise BadRequest("The Host header is none of this server's names. Use localhost or an IP address, or start "
                              "Oblix with --allow-host NAME, or with an --api-key.", status=403, code="host_not_allowed")
@@ -891,9 +884,6 @@ class Guard:
             raise BadRequest("The key of this Oblix is missing or wrong: send the one of --api-key or OBLIX_API_KEY "
                              "as `Authorization: Bearer …`.", status=401, type="authentication_error",
                              code="invalid_api_key", retry=False)
-
-    def _is_ours(self, host: str) -> bool:
-        return host in self.names or is_loopback(host) or address_of(host) is not None
 
     def welcomes(self, head: Head) -> bool:
         """Return True if the page that asks is of this device, of this server itself, or of an allowed origin."""
@@ -931,8 +921,6 @@ class Guard:
 
 Rule = tuple[Callable[[Any], object], str]    # a test of a value, and the words for what passes it
 
-MAX_MODEL_NAME = 256    # characters: the name goes into headers and logs
-
 
 def need(ok: object, param: str, must: str, code: str = "invalid_value") -> None:
     """Raise BadRequest, which names the parameter and what it must be, unless a test of it passed."""
@@ -940,12 +928,15 @@ def need(ok: object, param: str, must: str, code: str = "invalid_value") -> None
         raise BadRequest(f"{param} {must}.", param=param, code=code)
 
 
-def check_fields(fields: Json, rules: Mapping[str, Rule], where: str = "") -> None:
-    """Raise BadRequest for a field that breaks its rule; null counts as absent."""
+def check_fields(fields: Json, rules: Mapping[str, Rule], needed: Iterable[str], where: str = "") -> None:
+    """Raise BadRequest for a needed field that is missing, or one that breaks its rule; null counts as absent."""
+    for name in needed:
+        if fields.get(name) is None:
+            need(False, f"{where}.{name}".lstrip("."), f"is missing: it {rules[name][1]}", "missing_required_parameter")
     for name, value in fields.items():
         rule = rules.get(name)
         if rule and value is not None and not rule[0](value):
-            need(False, f"{where}.{name}" if where else name, rule[1])
+            need(False, f"{where}.{name}".lstrip("."), rule[1])
 
 
 def _a(kind: type, words: str) -> Rule:
@@ -1008,6 +999,10 @@ def _is_call(call: Any) -> bool:
 
 
 FIELDS: dict[str, Rule] = {
+    # the model's name goes into headers and logs
+    "model": (lambda name: isinstance(name, str) and 0 < len(name) <= 256 and name.isprintable(),
+              'must be "auto" or another printable name of at most 256 characters, see GET /v1/models'),
+    "messages": (lambda value: isinstance(value, list) and value, "must be a list of at least one message"),
     "temperature": _number(0, 2), "top_p": _number(0, 1),
     "presence_penalty": _number(-2, 2), "frequency_penalty": _number(-2, 2),
     "max_tokens": _integer(1, 2**31 - 1), "max_completion_tokens": _integer(1, 2**31 - 1),
@@ -1031,13 +1026,14 @@ FIELDS: dict[str, Rule] = {
 NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop": [], "tools": [], "functions": [],
           "logit_bias": {}, "modalities": ["text"], "response_format": {"type": "text"}}
 
-ROLES: dict[str | None, tuple[str, ...]] = {    # role of a message -> the fields that it must have
+ROLES: dict[str, tuple[str, ...]] = {    # role of a message -> the fields that it must have
     "system": ("content",), "developer": ("content",), "user": ("content",), "assistant": (), "function": (),
-    "tool": ("tool_call_id",), None: ("role",)}
+    "tool": ("tool_call_id",)}
 
+_TOOL = '{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
 _CALL = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
 MESSAGE_FIELDS: dict[str, Rule] = {
-    "role": _one_of(*filter(None, ROLES)), "tool_call_id": _string, "refusal": _string,
+    "role": _one_of(*ROLES), "tool_call_id": _string, "refusal": _string,
     "content": (lambda value: isinstance(value, (str, list)), "must be a string or a list of content parts"),
     "function_call": (lambda value: _is_call({"id": "", "function": value}), 'must be {"name": …, "arguments": "{}"}'),
     "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), f"must be a list of {_CALL}"),
@@ -1064,13 +1060,15 @@ def parse_request(raw: bytes) -> ChatRequest:
         raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
-    model = _model_name(body.pop("model", None))
-    check_fields(body, FIELDS)
+    check_fields(body, FIELDS, ("model", "messages"))
+    model = body.pop("model")
     kept = {name: value for name, value in body.items()
             if value is not None and not (name in NO_OPS and value == NO_OPS[name])}
-    kept["messages"] = _messages(body.get("messages"))
+    kept["messages"] = [_message(f"messages[{number}]", message) for number, message in enumerate(kept["messages"])]
     if "tools" in kept:
-        kept["tools"] = [_tool(f"tools[{number}]", tool) for number, tool in enumerate(kept["tools"])]
+        for number, tool in enumerate(kept["tools"]):
+            need(_is_tool(tool), f"tools[{number}]", f"must be like {_TOOL}")
+        kept["tools"] = [without_nulls(tool, tool["type"]) for tool in kept["tools"]]
     for name, needed in (("tool_choice", "tools"), ("parallel_tool_calls", "tools"), ("function_call", "functions")):
         if needed not in kept:    # OpenAI refuses the one without the other
             kept.pop(name, None)
@@ -1080,28 +1078,10 @@ def parse_request(raw: bytes) -> ChatRequest:
     return ChatRequest(model, kept, stream, bool(options.get("include_usage")), around)
 
 
-def _model_name(model: Any) -> str:
-    need(model is not None, "model", 'is missing: send "model": "auto", or see GET /v1/models',
-         "missing_required_parameter")
-    # It ends up in headers: no control characters, line ends or lone surrogates.
-    need(isinstance(model, str) and 0 < len(model) <= MAX_MODEL_NAME and model.isprintable(), "model",
-         f"must be a printable string of 1 to {MAX_MODEL_NAME} characters")
-    return str(model)
-
-
-def _messages(messages: Any) -> list[Json]:
-    need(isinstance(messages, list) and messages, "messages", "must be a list of at least one message",
-         "invalid_value" if messages is not None else "missing_required_parameter")
-    return [_message(f"messages[{number}]", message) for number, message in enumerate(messages)]
-
-
 def _message(where: str, message: Any) -> Json:
     """Return a message, checked and without its nulls.  Raises BadRequest."""
     need(isinstance(message, dict), where, "must be an object")
-    check_fields(message, MESSAGE_FIELDS, where)
-    for name in ROLES[message.get("role")]:
-        if message.get(name) is None:
-            need(False, f"{where}.{name}", "is missing", "missing_required_parameter")
+    check_fields(message, MESSAGE_FIELDS, ROLES.get(str(message.get("role")), ("role",)), where)
     content, calls = message.get("content"), message.get("tool_calls")
     # servers' chat templates want a content, if only null
     checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
@@ -1122,13 +1102,6 @@ def _part(where: str, part: Any) -> Json:
         part = {**part, "image_url": {"url": part["image_url"]}}
     need(kind not in PARTS or PARTS[kind](part), where, f"is not a well-formed {kind} part")
     return without_nulls(part, kind)
-
-
-def _tool(where: str, tool: Json) -> Json:
-    """Return a tool, checked and without its nulls.  Raises BadRequest."""
-    need(_is_tool(tool), where, 'must be like {"type": "function", "function": {"name": …, "description": …, '
-                                '"parameters": {…}}}')
-    return without_nulls(tool, tool["type"])
 
 
 def without_nulls(fields: Json, inner: str = "") -> Json:
@@ -2245,7 +2218,7 @@ def _sooner_first(order: list[Target], seconds: Mapping[Target, float]) -> list[
 # tests do the rest.
 
 Lines = Iterable[Any]                          # bytes without their ends, or Texts
-KeepAlive = Union[float, str, None]    # seconds, or Go's words for a duration; below zero for ever
+KeepAlive = Union[float, str, None]    # seconds, or a duration as Go writes it; negative: without end
 Ask = Callable[[str, Optional[Json]], Json]    # (path, JSON to POST or None) -> the JSON object in the answer
 
 MAX_MODELS = 4096      # of an endpoint; the largest catalogue known has some 500
@@ -2316,17 +2289,13 @@ class Provider:
                      for item in (ask(self.models_path, None).get("data") or [])[:MAX_MODELS])
 
     def passes_text(self, request: ChatRequest) -> bool:
-        """Return True if an event that says a text says it to this request's client as it is."""
+        """Return True if the client of this request may get the events of text alone as they are."""
         return True
 
-    def load(self, target: Target, context: int, keep_alive: KeepAlive = None) -> Json:
-        """The body of a request to `chat_path` that has the model loaded and nothing said; only where models load."""
-        raise NotImplementedError
-
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
-        """The window to have the model loaded for, in tokens, or 0 to leave it as it is.  Raises Unsupported.
+        """Return the window to load the model for, in tokens, or 0 to leave it as it is.  Raises Unsupported.
 
-        `asked` was asked for last; `free` bytes of memory could hold a larger one, None where nobody knows.
+        `asked` is the window of the last request.  `free` is the memory in bytes for a larger one, None if unknown.
         """
         return 0
 
@@ -2378,18 +2347,20 @@ _MONEY = "insufficient_quota|credit.balance|api usage limits|spend_limit|billing
 _TOO_LONG = "prompt is too long|context.(length|size)|input tokens exceed"
 _IN_A_STREAM = 0    # the status of an error after a 200, if its code is not a status
 
-# Statuses, and words in the message, type or code -> fault; the first rule that fits counts.
-_RULES: tuple[tuple[Collection[int], str, Fault], ...] = (
-    ((413,), "", Fault.TOO_LONG),                               # Claude: over 32 MB
-    ((_IN_A_STREAM, 400, 422), _TOO_LONG, Fault.TOO_LONG),      # "prompt is too long: 9 tokens > 8 maximum" (Claude)
-    ((500,), "exceeds the available context", Fault.TOO_LONG),  # llama.cpp before it sent 400
-    ((401, 402, 403), "", Fault.ACCOUNT),
-    ((400, 429), _MONEY, Fault.ACCOUNT),                        # "Your credit balance is too low" (Claude, 400)
-    ((500,), 'option ".*" must be of type', Fault.CLIENT),      # Ollama's status for a wrong type
-    ((400, 422), _UNSUPPORTED, Fault.CAPABILITY),               # '"m" does not support thinking' (Ollama)
-    ((400, 422), "", Fault.CLIENT),
-    ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", Fault.BUSY),
-    (range(400, 500), "", Fault.MISSING),                       # 404 of a model; 405, 410 and the like of a path
+# Statuses, and words in the message, type or code -> fault, and what we tell the client instead of the upstream's own
+# fields; the first rule that fits counts.
+_LONG: Json = {"status": 400, "type": "invalid_request_error", "code": "context_length_exceeded", "param": "messages"}
+_RULES: tuple[tuple[Collection[int], str, Fault, Json], ...] = (
+    ((413,), "", Fault.TOO_LONG, {**_LONG, "status": 413}),             # Claude: over 32 MB
+    ((_IN_A_STREAM, 400, 422), _TOO_LONG, Fault.TOO_LONG, _LONG),       # "prompt is too long: 9 tokens > 8 maximum"
+    ((500,), "exceeds the available context", Fault.TOO_LONG, _LONG),   # llama.cpp before it sent 400
+    ((400, 401, 402, 403, 429), _MONEY, Fault.ACCOUNT, {"code": "insufficient_quota"}),    # Claude sends 400
+    ((401, 402, 403), "", Fault.ACCOUNT, {}),
+    ((500,), 'option ".*" must be of type', Fault.CLIENT, {"status": 400}),    # Ollama's status for a wrong type
+    ((400, 422), _UNSUPPORTED, Fault.CAPABILITY, {}),                   # '"m" does not support thinking' (Ollama)
+    ((400, 422), "", Fault.CLIENT, {}),
+    ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", Fault.BUSY, {}),
+    (range(400, 500), "", Fault.MISSING, {}),                           # 404 of a model; 405, 410 of a path
 )
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
@@ -2402,21 +2373,17 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
         return UpstreamError(f"redirected elsewhere ({status}), which is refused: configure the final address")
     key = endpoint.key if endpoint else ""
     fields = _error_fields(redact(text, key))
-    message = fields.get("message") or f"the upstream answered {status} without a message"
+    message = fields.pop("message", "") or f"the upstream answered {status} without a message"
     words = f"{message[:1000]} {fields.get('code')} {fields.get('type')}".lower()
-    fault = next(fault for statuses, pattern, fault in _RULES if status in statuses and re.search(pattern, words))
-    if fault is Fault.TOO_LONG:
-        return UpstreamError(message, fault, status=413 if status == 413 else 400, type="invalid_request_error",
-                             code="context_length_exceeded", param="messages", retry=False)
+    fault, ours = next((fault, ours) for statuses, pattern, fault, ours in _RULES
+                       if status in statuses and re.search(pattern, words))
     if status == 401 and key:
         message = f"The upstream refused the key that Oblix has for it: {message}"
-    status = 400 if fault is Fault.CLIENT and status == 500 else {_IN_A_STREAM: 502, 529: 503}.get(status, status)
-    code = fields.get("code") or _CODES.get(status)
-    if fault is Fault.ACCOUNT and re.search(_MONEY, words):
-        code = "insufficient_quota"
-    kind = fields.get("type") or _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return UpstreamError(message, fault, status=status, param=fields.get("param"), code=code, type=kind,
-                         retry=None if fault is Fault.BUSY else False, retry_after_s=retry_after_s)
+    status = ours.get("status") or {_IN_A_STREAM: 502, 529: 503}.get(status, status)
+    usual = {"type": _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
+             "code": _CODES.get(status)}
+    return UpstreamError(message, fault, retry=None if fault is Fault.BUSY else False, retry_after_s=retry_after_s,
+                         **{"status": status, **usual, **fields, **ours})
 
 
 def _error_fields(text: str) -> dict[str, str]:
@@ -2603,8 +2570,8 @@ def as_list(value: str | list[str]) -> list[str]:
 
 def needs_of(request: ChatRequest) -> frozenset[str]:
     """Return what a model must be capable of for a request, in Ollama's words (/api/show, capabilities)."""
-    pictures = any(part["type"] == "image_url" for _, part in request.parts())
-    return frozenset([*(["vision"] if pictures else []), *(["tools"] if chosen_tools(request.body)[0] else [])])
+    return frozenset(present({"vision": any(part["type"] == "image_url" for _, part in request.parts()),
+                              "tools": chosen_tools(request.body)[0]}))
 
 
 def name_of(tool: Json) -> str:
@@ -2619,6 +2586,17 @@ def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
         allowed = {name_of(tool) for tool in choice["allowed_tools"]["tools"]}
         return [tool for tool in tools if name_of(tool) in allowed], choice["allowed_tools"]["mode"]
     return ([] if choice == "none" else tools), choice
+
+
+def _schema_of(body: Json) -> Json | None:
+    """Return the JSON schema that the answer must fit, or None."""
+    form = body.get("response_format", {})
+    return form["json_schema"].get("schema") or None if form.get("type") == "json_schema" else None
+
+
+def _wants_any_json(body: Json) -> bool:
+    """Return True if the answer must be JSON, whatever its schema."""
+    return body.get("response_format", {"type": "text"})["type"] != "text" and not _schema_of(body)
 
 
 def data_url(url: str) -> tuple[str, str] | None:
@@ -2646,21 +2624,21 @@ def created_at(value: Any) -> int:
         return 0
 
 
-# An event that says a text and nothing else, in each provider's own form.  Such events pass unread, which takes a tenth
-# of the time (2 us for 20).  So a pattern must match no event of which `decode` would make anything but the text.
+# An event with a text and nothing else, in each provider's own form.  Such events pass unread, which takes a tenth of
+# the time (2 us for 20).  So a pattern must match no event of which `decode` would make anything but the text.
 # U+0085, U+2028 and U+2029 are line ends to clients that use str.splitlines (httpx does): a text with one is read.
 _IN_TEXT = rb'[^"\\\x00-\x1f\xc2\xe2]*'
 _TEXT = (rb'"((?!")' + _IN_TEXT + rb'(?:(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})|\xc2(?!\x85)|\xe2(?!\x80[\xa8\xa9]))'
          + _IN_TEXT + rb')*)"')
 _WORD = rb'"[^"\\\x00-\x1f\x7f-\xff]*"'
-# What stands around an OpenAI text, in any order: vLLM, llama.cpp and OpenAI itself differ in it.
-_AROUND = (rb'(?:"(?:id|model|system_fingerprint|service_tier|obfuscation)": ?(?:null|' + _WORD
+# The fields around an OpenAI text, in any order: vLLM, llama.cpp and OpenAI itself differ in it.
+_OF_EVENT = (rb'(?:"(?:id|model|system_fingerprint|service_tier|obfuscation)": ?(?:null|' + _WORD
            + rb')|"object": ?"chat\.completion\.chunk"|"created": ?[0-9]+|"(?:usage|prompt_token_ids)": ?null)')
-_BESIDE = rb'(?:"index": ?0|"(?:logprobs|finish_reason|stop_reason|token_ids|matched_stop)": ?null)'
+_OF_CHOICE = rb'(?:"index": ?0|"(?:logprobs|finish_reason|stop_reason|token_ids|matched_stop)": ?null)'
 _OPENAI_TEXT = re.compile(
-    rb'data: ?\{(?:' + _AROUND + rb', ?)*"choices": ?\[\{(?:' + _BESIDE
-    + rb', ?)*"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?' + _TEXT + rb'\}(?:, ?' + _BESIDE
-    + rb')*\}\](?:, ?' + _AROUND + rb')*\}\n\n')
+    rb'data: ?\{(?:' + _OF_EVENT + rb', ?)*"choices": ?\[\{(?:' + _OF_CHOICE
+    + rb', ?)*"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?' + _TEXT + rb'\}(?:, ?' + _OF_CHOICE
+    + rb')*\}\](?:, ?' + _OF_EVENT + rb')*\}\n\n')
 _OLLAMA_TEXT = re.compile(
     rb'\{"model": ?' + _WORD + rb', ?"created_at": ?' + _WORD + rb', ?"message": ?\{"role": ?"assistant", ?"content": ?'
     + _TEXT + rb'\}, ?"done": ?false\}\n')
@@ -2697,8 +2675,6 @@ class OpenAI(Provider):
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
         kept = super().adapt(payload, refused)
-        if kept is payload:
-            return kept
         for old, new in self.renames.items():
             if old in payload and old not in kept and new not in refused:
                 kept.setdefault(new, payload[old])
@@ -2707,67 +2683,62 @@ class OpenAI(Provider):
         return kept
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        calls: dict[int, _ToolCalls] = {}    # by choice; a choice is in it once its role was sent
-        finished: dict[int, bool] = {}       # choice -> True once its finish_reason came
+        choices: dict[int, _StreamedChoice] = collections.defaultdict(_StreamedChoice)
         for data in sse_data(lines):
             if isinstance(data, Texts):
                 yield data
                 continue
-            if data.startswith("[DONE]") and finished:
+            if data.startswith("[DONE]") and choices:
                 return
             chunk = event_of(data)
             chunk.pop("obfuscation", None)    # padding, of no use on this side of TLS
             chunk["choices"] = choices_of(chunk)
             for choice in chunk["choices"]:
-                self._once(choice, calls)
-                index = choice.get("index", 0)
-                finished[index] = finished.get(index, False) or bool(choice.get("finish_reason"))
+                choices[choice.get("index", 0)].tidy(choice)
             if chunk["choices"] or chunk.get("usage"):    # Azure begins with an event that has neither
                 yield chunk
-        if list(finished.values()) != [True] * request.body.get("n", 1):    # some servers leave [DONE] out
+        finished = [choice.finished for choice in choices.values()]
+        if finished != [True] * request.body.get("n", 1):    # some servers leave [DONE] out
             raise cut()
 
     def passes_text(self, request: ChatRequest) -> bool:
         return bool(request.body.get("n", 1) == 1)
 
-    @staticmethod
-    def _once(choice: Json, calls: dict[int, _ToolCalls]) -> None:
-        """Drop a role, and a tool call's id and name, after the first: the SDKs' helpers join repeated strings."""
-        index, delta = choice.get("index", 0), choice.get("delta") or {}
-        role = {} if index in calls else {"role": "assistant"}
-        choice["delta"] = {**role, **{name: value for name, value in delta.items() if name != "role"}}
-        if role:
-            calls[index] = _ToolCalls()
-        for place, call in enumerate(delta.get("tool_calls") or ()):
-            calls[index].number(call, place)
 
-
-class _ToolCalls:
-    """The tool calls of one streamed choice, numbered from 0.
+class _StreamedChoice:
+    """One choice of a stream, in which the SDKs' helpers join strings: what servers repeat is dropped.
 
     Servers repeat ids and names, leave indices out, or give parallel calls the same one (ollama#15457, ollama#7881).
     Older vLLM has a new id in each piece of a call, but the name in the first piece only.
     """
 
     def __init__(self) -> None:
-        self._numbers: dict[str | int, int] = {}    # by id, and by the server's index or the place in its list
+        self.begun = self.finished = False
+        self._numbers: dict[str | int, int] = {}    # of calls, by id, and by the server's index or the place
         self._count = 0
 
-    def number(self, call: Json, place: int) -> None:
-        """Give a piece its call's number, and drop id, type and name unless it is the call's first piece."""
+    def tidy(self, choice: Json) -> None:
+        """Drop a role, and a tool call's id, type and name, after the first; number the tool calls from 0."""
+        delta = choice.get("delta") or {}
+        choice["delta"] = {name: value for name, value in delta.items() if name != "role"}
+        if not self.begun:
+            self.begun, choice["delta"] = True, {"role": "assistant", **choice["delta"]}
+        self.finished = self.finished or bool(choice.get("finish_reason"))
+        for place, call in enumerate(delta.get("tool_calls") or ()):
+            self._number(call, place)
+
+    def _number(self, call: Json, place: int) -> None:
         id, inner = call.get("id"), call.get("function") or call.get("custom") or {}
         key = place if call.get("index") is None else call["index"]
-        known = self._numbers.get(id) if id else None
-        if known is None and not (id and inner.get("name")):
-            known = self._numbers.get(key)
-        if known is None:
-            self._count += 1
+        number = self._numbers.get(id) if id else None
+        if number is None and not (id and inner.get("name")):
+            number = self._numbers.get(key)
+        if number is None:
+            number, self._count = self._count, self._count + 1
         else:
             for fields, name in ((call, "id"), (call, "type"), (inner, "name")):
                 fields.pop(name, None)
-        call["index"] = self._numbers[key] = self._count - 1 if known is None else known
-        if id:
-            self._numbers[id] = call["index"]
+        call["index"] = self._numbers[key] = self._numbers[id or key] = number
 
 
 class Ollama(Provider):
@@ -2802,29 +2773,20 @@ class Ollama(Provider):
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         body = request.body
-        payload: Json = {"model": target.model, "messages": self._messages(modernised(request.messages)),
-                         "stream": True, "truncate": False}    # without it the oldest messages are forgotten silently
         options = {theirs: body[ours] for ours, theirs in self._options.items() if ours in body}
         if "stop" in options:
             options["stop"] = [stop for stop in as_list(options["stop"]) if stop]
-        if context:
-            options["num_ctx"] = context
-        options.update(body.get("options", {}))
-        tools = chosen_tools(body)[0]
-        if options:
-            payload["options"] = options
-        if tools:
-            payload["tools"] = tools
+        options.update({**present({"num_ctx": context}), **body.get("options", {})})
+        payload = {
+            "model": target.model, "messages": self._messages(modernised(request.messages)), "stream": True,
+            "truncate": False,    # without it the oldest messages are forgotten silently
+            **present({"options": options, "tools": chosen_tools(body)[0],
+                       "format": _schema_of(body) or ("json" if _wants_any_json(body) else "")})}
         if keep_alive is not None:
             payload["keep_alive"] = keep_alive
-        payload.update({name: body[name] for name in self._as_they_are if name in body})
         if "reasoning_effort" in body:
-            payload.setdefault("think", self._think[body["reasoning_effort"]])
-        form = body.get("response_format", {"type": "text"})
-        if form["type"] == "json_schema":
-            payload["format"] = form["json_schema"].get("schema") or "json"
-        elif form["type"] == "json_object":
-            payload["format"] = "json"
+            payload["think"] = self._think[body["reasoning_effort"]]
+        payload.update({name: body[name] for name in self._as_they_are if name in body})
         return payload
 
     @staticmethod
@@ -2836,13 +2798,12 @@ class Ollama(Provider):
             role = "system" if message["role"] == "developer" else message["role"]
             turn: Json = {"role": role, "content": text_of(message)}
             images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
-            if images:
-                turn["images"] = [image[1] for image in images if image]
-            if message.get("tool_calls"):
-                calls = [(call["id"], *name_and_arguments(call)) for call in message["tool_calls"]]
-                names.update({id: name for id, name, _ in calls})
-                turn["tool_calls"] = [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
-                                      for id, name, arguments in calls]
+            calls = [(call["id"], *name_and_arguments(call)) for call in message.get("tool_calls") or ()]
+            names.update({id: name for id, name, _ in calls})
+            turn.update(present({
+                "images": [image[1] for image in images if image],
+                "tool_calls": [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
+                               for id, name, arguments in calls]}))
             if role == "tool":
                 turn.update(tool_call_id=message["tool_call_id"], tool_name=names.get(message["tool_call_id"], ""))
             converted.append(turn)
@@ -2894,7 +2855,7 @@ class Ollama(Provider):
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
                         is_remote(str(item["name"])) or bool(item.get("remote_host")), str(item.get("digest") or ""),
-                        int(item.get("size") or 0), _able(item))
+                        int(item.get("size") or 0), frozenset(map(str, item.get("capabilities") or ())) or None)
                   for item in ask(self.models_path, None).get("models") or []]
         models = sorted(listed, key=lambda model: -model.created)[:MAX_MODELS]
         with contextlib.suppress(UpstreamError, *NOT_IN_ITS_FORMAT):
@@ -2908,13 +2869,8 @@ class Ollama(Provider):
                 known[key] = _details(ask("/api/show", {"model": by_key[key].name}))
         return tuple(dataclasses.replace(model, **known.get(model.digest or model.name, {})) for model in models)
 
-    def load(self, target: Target, context: int, keep_alive: KeepAlive = None) -> Json:
-        return {"model": target.model, "messages": [], **({"options": {"num_ctx": context}} if context else {}),
-                **({} if keep_alive is None else {"keep_alive": keep_alive})}
-
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
-        """As in Provider.  The steps are few, since each change reloads the model; one that was asked for is asked for
-        again, as leaving it out would reload it too."""
+        # The steps are few, and a window once asked for is asked for again: each change reloads the model.
         if "num_ctx" in request.body.get("options", {}) or not model.max_context:
             return 0
         size = request.size
@@ -2930,7 +2886,7 @@ class Ollama(Provider):
         # the size of a loaded model is with its context, and `free` counts it as free
         if free is None or model.size + (wanted - model.context) * model.token_bytes <= free:
             return wanted if wanted > now or wanted == asked else 0
-        if size // 5 + answer <= now:    # it may fit all the same; Ollama counts exactly, and refuses if not
+        if size // 5 + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
             return 0
         raise Unsupported(f"a context of {wanted} tokens does not fit in memory", param="messages",
                           code="context_length_exceeded")
@@ -2961,14 +2917,9 @@ def _details(shown: Json) -> Json:
         row = sum(number.get(f"attention.{name}_length") or usual for name in ("key", "value"))
         # llama.cpp keeps a key and a value of 16 bits each for every layer and head
         token_bytes = 2 * number.get("block_count", 0) * number.get("attention.head_count_kv", 0) * row
-        return {**present({"can": _able(shown)}), "max_context": number.get("context_length", 0),
-                "token_bytes": token_bytes}
+        return {**present({"can": frozenset(map(str, shown.get("capabilities") or ()))}),
+                "max_context": number.get("context_length", 0), "token_bytes": token_bytes}
     return {}
-
-
-def _able(item: Json) -> frozenset[str] | None:
-    """Return the capabilities that Ollama lists, or None if it lists none."""
-    return frozenset(map(str, item["capabilities"])) if item.get("capabilities") else None
 
 
 def is_remote(name: str) -> bool:
@@ -3037,8 +2988,7 @@ class Claude(Provider):
                "tool_use": "tool_calls", "refusal": "content_filter"}
 
     def endpoint(self, settings: Settings) -> Endpoint:
-        url = (settings.anthropic_base_url or f"https://{self.vendor}").rstrip("/")
-        url = url[:-3] if url.endswith("/v1") else url
+        url = (settings.anthropic_base_url or f"https://{self.vendor}").rstrip("/").removesuffix("/v1")
         return Endpoint(self.name, url, settings.anthropic_api_key, (),
                         self.key_variable if is_at(url, self.vendor) else "")
 
@@ -3063,15 +3013,15 @@ class Claude(Provider):
         body, model = request.body, _claude_model(target.model)
         system, turns = claude_conversation(modernised(request.messages), model.prefill)
         choice = chosen_tools(body)[1]
-        if _is_told_to_write_json(body):
+        if _wants_any_json(body):
             system.append(_ONLY_JSON)
         if choice not in ("auto", "none") and not model.forced:
             which = name_of(choice) if isinstance(choice, dict) else "that fits best"
             system.append(f"Answer with a call of the tool {which}.")
             choice = "auto"
         payload = present({
-            "model": target.model, "messages": turns, "stream": True, "max_tokens": min(
-                body.get("max_completion_tokens") or body.get("max_tokens") or _CLAUDE_MAX_TOKENS, model.most),
+            "model": target.model, "messages": turns, "stream": True,
+            "max_tokens": min(request.most_tokens(_CLAUDE_MAX_TOKENS), model.most),
             "system": "\n\n".join(system),
             "stop_sequences": [stop for stop in as_list(body.get("stop", [])) if stop.strip()],
             "service_tier": {"auto": "auto", "default": "standard_only"}.get(body.get("service_tier", "")),
@@ -3087,16 +3037,17 @@ class Claude(Provider):
     @staticmethod
     def _tools(body: Json, choice: str | Json, turns: Sequence[Json]) -> Json:
         """Return the fields for tools and for the choice among them."""
-        tools = [tool["function"] for tool in chosen_tools(body)[0]]
-        if not tools:    # none offered or allowed; but Claude must know those that the history calls
-            offered = [tool["function"] for tool in body.get("tools", [])]
-            known = offered or [{"name": name} for name in _tools_used(turns)]
-            return {"tools": [*map(claude_tool, known)], "tool_choice": {"type": "none"}} if known else {}
+        chosen = chosen_tools(body)[0]
+        # Claude must know the tools that the history calls, even if it may call none now.
+        tools = [tool["function"] for tool in chosen or body.get("tools", [])] or [
+            {"name": name} for name in _tools_used(turns)]
         theirs: Json = ({"type": "tool", "name": name_of(choice)} if isinstance(choice, dict)
                         else {"type": "any" if choice == "required" else "auto"})
-        if body.get("parallel_tool_calls") is False:
+        if not chosen:
+            theirs = {"type": "none"}
+        elif body.get("parallel_tool_calls") is False:
             theirs["disable_parallel_tool_use"] = True
-        return {"tools": [*map(claude_tool, tools)], "tool_choice": theirs if theirs != {"type": "auto"} else None}
+        return {"tools": [*map(claude_tool, tools)], "tool_choice": theirs} if tools else {}
 
     @staticmethod
     def _think(payload: Json, effort: str | None, model: _ClaudeModel) -> None:
@@ -3115,16 +3066,15 @@ class Claude(Provider):
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
         chunks = self._chunks(lines)
-        return only_json(chunks) if _is_told_to_write_json(request.body) else chunks
+        return only_json(chunks) if _wants_any_json(request.body) else chunks
 
     def passes_text(self, request: ChatRequest) -> bool:
-        return not _is_told_to_write_json(request.body)
+        return not _wants_any_json(request.body)
 
     def _chunks(self, lines: Lines) -> Iterator[Any]:
-        usage: Json = {}
-        stop: Json = {}
+        usage, stop = Json(), Json()
+        block = Json()              # the open one
         calls, fresh = -1, False    # fresh: a tool call whose arguments have not begun
-        block: Json = {}            # the open one
         for data in sse_data(lines):
             if isinstance(data, Texts):
                 yield data
@@ -3135,15 +3085,10 @@ class Claude(Provider):
                 usage.update(event["message"].get("usage") or {})
                 yield chunk_of(role="assistant", content="")
             elif kind == "content_block_start":
-                block = event["content_block"]
+                delta = block = event["content_block"]    # a text in it is mostly empty yet
                 if block["type"] == "tool_use":
                     calls, fresh = calls + 1, True
                     yield tool_chunk(calls, "", block["id"], block["name"])
-                elif block["type"] in ("text", "thinking"):    # mostly empty yet
-                    yield from self._delta(block, None)
-            elif kind == "content_block_delta":
-                fresh = fresh and not delta.get("partial_json")
-                yield from self._delta(delta, calls if block.get("type") == "tool_use" else None)
             elif kind == "content_block_stop" and fresh:
                 fresh = False
                 yield tool_chunk(calls, "{}")
@@ -3153,17 +3098,16 @@ class Claude(Provider):
             elif kind == "message_stop":
                 yield from self._end(stop, usage)
                 return
+            if kind not in ("content_block_start", "content_block_delta"):
+                continue
+            if delta.get("text"):
+                yield chunk_of(content=delta["text"])
+            elif delta.get("thinking"):
+                yield chunk_of(reasoning_content=delta["thinking"])
+            elif delta.get("partial_json") and block.get("type") == "tool_use":
+                fresh = False
+                yield tool_chunk(calls, delta["partial_json"])
         raise cut()
-
-    @staticmethod
-    def _delta(delta: Json, call: int | None) -> Iterator[Chunk]:
-        """Yield the chunk for what a block contains, if it has any; `call` is the number of a tool call's block."""
-        if delta.get("text"):
-            yield chunk_of(content=delta["text"])
-        elif delta.get("thinking"):
-            yield chunk_of(reasoning_content=delta["thinking"])
-        elif delta.get("partial_json") and call is not None:
-            yield tool_chunk(call, delta["partial_json"])
 
     def _end(self, stop: Json, usage: Json) -> Iterator[Chunk]:
         """Yield the last chunks: an explained refusal, the finish reason, the usage."""
@@ -3176,17 +3120,6 @@ class Claude(Provider):
         yield usage_chunk((usage.get("input_tokens") or 0) + read + written, usage.get("output_tokens") or 0,
                           prompt_tokens_details={"cached_tokens": read, "cache_write_tokens": written},
                           **present({"completion_tokens_details": present({"reasoning_tokens": thinking})}))
-
-
-def _schema_of(body: Json) -> Json | None:
-    """Return the JSON schema that the answer must fit, or None."""
-    form = body.get("response_format", {})
-    return form["json_schema"].get("schema") or None if form.get("type") == "json_schema" else None
-
-
-def _is_told_to_write_json(body: Json) -> bool:
-    """Return True if only the system prompt makes Claude answer in JSON: it has no field for JSON without a schema."""
-    return body.get("response_format", {"type": "text"})["type"] != "text" and not _schema_of(body)
 
 
 def _tools_used(turns: Sequence[Json]) -> list[str]:
@@ -3233,22 +3166,29 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
     Turns alternate and begin with the user.  The next user turn begins with the results of all tool calls, placeholders
     among them; results of unknown calls become text.  Without `prefills` the last turn is the user's too.
     """
-    is_system = [message["role"] in ("system", "developer") for message in messages]
-    system = [text_of(message) for message, so in zip(messages, is_system) if so and text_of(message).strip()]
-    waiting = collections.deque(message for message, so in zip(messages, is_system) if not so)
-    blocks: list[tuple[str, list[Json]]] = [("user", [])] if waiting and waiting[0]["role"] == "assistant" else []
+    system: list[str] = []
+    said: list[tuple[str, list[Json]]] = [("user", [])]
     used: set[str] = set()
-    while waiting:
-        message = waiting.popleft()
-        if message["role"] != "assistant":
-            blocks.append(("user", claude_content(message)))
-            continue
-        calls = [(call["id"], _claude_call(call, used)) for call in message.get("tool_calls") or ()]
-        said = [*_text_blocks(text_of(message)), *(block for _, block in calls)]
-        blocks.extend([("assistant", said)] if said else [])
-        blocks.extend([("user", _claude_results(calls, waiting))] if calls else [])
+    waiting: dict[str, list[Json]] = {}    # the client's id of a call -> its results, which have no content yet
+    for message in messages:
+        if message["role"] in ("system", "developer"):
+            system.extend([text_of(message)] if text_of(message).strip() else [])
+        elif message["role"] == "assistant":
+            calls = message.get("tool_calls") or []
+            blocks = [_claude_call(call, used) for call in calls]
+            results: list[Json] = [{"type": "tool_result", "tool_use_id": block["id"], "content": "(no result)"}
+                                   for block in blocks]
+            waiting = {call["id"]: [] for call in calls}
+            for call, result in zip(calls, results):
+                waiting[call["id"]].append(result)
+            blocks = _text_blocks(text_of(message)) + blocks
+            said += [turn for turn in (("assistant", blocks), ("user", results)) if turn[1]]
+        elif message["role"] == "tool" and waiting.get(message["tool_call_id"]):
+            waiting[message["tool_call_id"]].pop(0)["content"] = claude_content(message) or ""
+        else:
+            said.append(("user", claude_content(message)))
     turns = [{"role": role, "content": [block for _, some in group for block in some] or _text_blocks(".")}
-             for role, group in itertools.groupby(blocks or [("user", [])], lambda pair: pair[0])]
+             for role, group in itertools.groupby(said, lambda pair: pair[0])]
     last = turns[-1]
     if last["role"] == "assistant" and not prefills:
         turns.append({"role": "user", "content": _text_blocks("Continue.")})
@@ -3265,25 +3205,6 @@ def _claude_call(call: Json, used: set[str]) -> Json:
         id += "_"
     used.add(id)
     return {"type": "tool_use", "id": id, "name": name, "input": arguments_of(arguments)}
-
-
-def _claude_results(calls: list[tuple[str, Json]], waiting: collections.deque[Json]) -> list[Json]:
-    """Return the blocks that answer calls, each given with the client's id for it.
-
-    Takes the tool messages that come next from `waiting`.  Results of other calls go last, as plain blocks.
-    """
-    calls, results, others = list(calls), [], []
-    while waiting and waiting[0]["role"] == "tool":
-        message = waiting.popleft()
-        blocks = claude_content(message)
-        pair = next((pair for pair in calls if pair[0] == message["tool_call_id"]), None)
-        if pair:
-            calls.remove(pair)
-            results.append({"type": "tool_result", "tool_use_id": pair[1]["id"], "content": blocks or ""})
-        else:
-            others.extend(blocks)
-    return results + [{"type": "tool_result", "tool_use_id": call["id"], "content": "(no result)"}
-                      for _, call in calls] + others
 
 
 def _text_blocks(text: str) -> list[Json]:
@@ -4279,7 +4200,8 @@ class Gateway:
         provider, endpoint, started = PROVIDERS[target.endpoint.provider], target.endpoint, time.monotonic()
         limits = self.limits()._replace(first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
         try:
-            payload = provider.load(target, context, self.keep_alive(target))
+            # Ollama loads a model for a request without messages, and says nothing
+            payload = provider.encode(ChatRequest("", {"messages": []}), target, context, self.keep_alive(target))
             answer = self.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
                                          dumps(payload), limits)
             with contextlib.closing(answer):

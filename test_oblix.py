@@ -1132,6 +1132,14 @@ class RequestIn(Case):
                 parsed(messages=[HI, message])
             self.assertEqual(raised.exception.param, param)
 
+    def test_a_missing_field_is_told_with_what_it_must_be(self):
+        for fields, param, says in (({"model": None}, "model", "auto"), ({"messages": None}, "messages", "a list"),
+                                    ({"messages": [{"content": "x"}]}, "messages[0].role", "user")):
+            with self.subTest(param), self.assertRaises(oblix.BadRequest) as raised:
+                parsed(**fields)
+            self.assertEqual((raised.exception.param, raised.exception.code), (param, "missing_required_parameter"))
+            self.assertRegex(raised.exception.message, "is missing: it must be .*" + says)
+
     def test_what_says_nothing_counts_as_absent(self):
         request = parsed(max_tokens=None, tools=[], tool_choice="auto", parallel_tool_calls=True, stop=None, n=1,
                          stream=False, stream_options=None, logprobs=False, logit_bias={}, modalities=["text"],
@@ -3037,6 +3045,12 @@ TO_CLAUDE = [
           on_claude("user", results("x1", "3"), results("x2", "4", "5")))),
     ("every call gets a result", talk(user("a?"), assistant(None, X1, X2), result("x1", "3"), user("And?")),
      talk({}, {"role": "assistant"}, on_claude("user", results("x1", "3"), results("x2"), "And?"))),
+    ("results come in the order of the calls", talk(user("a?"), assistant(None, X1, X2), result("x2", "4"),
+                                                    result("zz", "5"), result("x1", "3")),
+     talk({}, {"role": "assistant"}, on_claude("user", results("x1", "3"), results("x2", "4"), "5"))),
+    ("a result after the user's words stands before them",
+     talk(user("a?"), assistant(None, X1), user("And?"), result("x1", "3")),
+     talk({}, {"role": "assistant"}, on_claude("user", results("x1", "3"), "And?"))),
     ("a result of no call is text", talk(user("a?"), result("zz", "3 hits")),
      talk({"role": "user", "content": lambda blocks: "tool_result" not in str(blocks) and "3 hits" in str(blocks)})),
     ("arguments that are no JSON", BAD_CALL, talk({}, on_claude("assistant", uses("x1", "find", is_dict)), {})),
