@@ -584,31 +584,32 @@ class Settings:
         "in order of preference; default: the newest model of Ollama")
     cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name; repeat in order of preference; default: a "
         "cheap model of each provider with a key")
-    cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags: better its variable or "
-        "file", secret=True)
+    cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags, so prefer the variable or "
+        "the file", secret=True)
     cloud_api_key_file: str = setting("", "file that holds it")
     host: str = setting("localhost", "address to listen on; localhost is 127.0.0.1 and ::1; any other that the network "
         "reaches needs --api-key")
     port: int = setting(62549, "port to listen on; 0 picks a free one", 0, 65535)
-    api_key: str = setting("", "key that clients must send; `ps` shows flags: better its variable or file", secret=True)
+    api_key: str = setting("", "key that clients must send; `ps` shows flags, so prefer the variable or the file",
+        secret=True)
     api_key_file: str = setting("", "file that holds it")
     no_auth: bool = setting(False, "let everybody in who reaches --host, without a key")
     allow_origin: tuple[str, ...] = setting((), "origin of web pages that may ask, as https://chat.example, or * for "
         "all; repeat; those on localhost may")
-    allow_host: tuple[str, ...] = setting((), "name by which clients reach it, beside localhost, addresses and the "
-        "device's own name; repeat")
+    allow_host: tuple[str, ...] = setting((), "further name by which clients reach it; localhost, addresses and the "
+        "device's own name always work; repeat")
     demo: bool = setting(False, "serve two built-in scripted models, one local and one cloud, to try Oblix with "
         "nothing installed")
     connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together", 0.1)
-    prefer: str = setting("local", "what auto prefers while both sides are well: local, cloud, or whichever is "
-        "measured to answer sooner", choices=("local", "cloud", "fast"))
+    prefer: str = setting("local", "what auto prefers while local is available and the cloud optimal: local, "
+        "cloud, or whichever is measured to answer sooner", choices=("local", "cloud", "fast"))
     local_first_s: float = setting(5.0, "expected seconds to local's first word from which the cloud goes first, if it "
         "is expected in less than half of that; inf stays local", 0, math.inf)
     local_whole_s: float = setting(30.0, "the same for the end of an answer that is not streamed", 0, math.inf)
     local_slots: int = setting(1, "requests that the local model answers at once (Ollama's OLLAMA_NUM_PARALLEL); more "
         "overflow to the cloud", 1)
-    warm_up: str = setting("auto", "whether to load the local model at start, while the cloud is not well, and when "
-        "the cloud answers in its place", choices=("auto", "never"))
+    warm_up: str = setting("auto", "whether to load the local model at start, while the cloud is not optimal, and "
+        "when the cloud answers in its place", choices=("auto", "never"))
     keep_alive: str = setting("auto", "how long Ollama keeps a model in memory after its last use: seconds, or 10m, "
         "1h30m, -1 for ever; auto is 30m, and 5m on battery; default leaves it to Ollama",
         form=rf"auto|default|{DURATION}")
@@ -624,7 +625,7 @@ class Settings:
         "come again", 1, 65_536)
     max_body_mib: int = setting(32, "largest request, in MiB; images make 10 to 30 of them normal", 1, 128)
     drain: float = setting(8.0, "seconds that requests may go on after SIGTERM or Ctrl-C; docker stop waits for 10")
-    probe_every_s: float = setting(30.0, "seconds between probes of a cloud that is well; sooner after trouble", 1)
+    probe_every_s: float = setting(30.0, "seconds between probes of a cloud that answers; sooner after trouble", 1)
     better_after_s: float = setting(10.0, "seconds that better readings must last before they count; a flapping link "
         "counts as down")
     cpu_constrained_percent: float = setting(80.0, "CPU use from which local is constrained")
