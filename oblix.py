@@ -4999,10 +4999,7 @@ def fold(chunks: Iterable[Chunk]) -> Json:
     choice: Json = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
     whole: Json = {}
     for chunk in chunks:
-        whole = whole or {"id": chunk["id"], "object": "chat.completion", "created": chunk["created"],
-                          "model": chunk["model"], "choices": [choice]}
-        if "usage" in chunk:
-            whole["usage"] = chunk["usage"]
+        whole.update({**chunk, "object": "chat.completion", "choices": [choice]})
         for piece in chunk["choices"]:
             _fold_piece(choice, piece)
     if "tool_calls" in message:
@@ -5089,10 +5086,8 @@ def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iter
 
 def without_overlap(said: str, more: str) -> str:
     """Return `more` without the longest beginning that repeats the end of `said`; a few characters may by chance."""
-    for size in range(min(OVERLAP, len(said), len(more)), LEAST_OVERLAP - 1, -1):
-        if said.endswith(more[:size]):
-            return more[size:]
-    return more
+    sizes = range(min(OVERLAP, len(said), len(more)), LEAST_OVERLAP - 1, -1)
+    return more[next((size for size in sizes if said.endswith(more[:size])), 0):]
 
 
 def error_body(error: OblixError) -> Json:
@@ -5109,12 +5104,6 @@ def error_headers(error: OblixError) -> dict[str, str]:
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     return headers
-
-
-def answer_headers(target: Target, reason: str, attempts: int) -> dict[str, str]:
-    """Return the headers that name the target that answered, and the reason."""
-    return {"x-oblix-model": target.id, "x-oblix-side": target.side.value, "x-oblix-reason": reason,
-            "x-oblix-attempts": str(attempts)}
 
 
 def models_body(models: Iterable[tuple[str, int, str]]) -> Json:
@@ -5586,9 +5575,10 @@ class _Handler(socketserver.BaseRequestHandler):
     def _answer(self, request: ChatRequest, events: _Events) -> None:
         """Pass on what the gateway answers.  Raise OblixError, ClientGone."""
         served = self.server.gateway.answer(request, self._look)
-        headers = answer_headers(served.target, served.reason, served.attempts)
-        self.told.update(served=served.target.id, side=served.target.side.value, attempts=served.attempts,
-                         reason=served.reason)
+        model, side = served.target.id, served.target.side.value
+        self.told.update(served=model, side=side, attempts=served.attempts, reason=served.reason)
+        headers = {"x-oblix-model": model, "x-oblix-side": side, "x-oblix-reason": served.reason,
+                   "x-oblix-attempts": str(served.attempts)}
         if served.whole is not None:
             self.told["tokens"] = tokens_of(served.whole)
             return self.reply(200, served.raw or dumps(served.whole), {**JSON_HEADERS, **headers})
