@@ -5128,6 +5128,10 @@ MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes som
 LARGE_BODY_BYTES = 64 << 10     # smaller ones are not counted: --max-requests limits them
 FIRST_BYTES = 8 << 10           # of a request that are read at once: so large a buffer waits for each idle client
 AGAIN_S = 1.0                   # after which a client that was sent away may ask again
+KEEP_ALIVE_S = 15.0             # of silence in a stream; proxies give up after 30 to 60 s
+MAX_HELD_BYTES = 64 << 10       # of events that are to be sent
+NO_ROOM_S = 0.1                 # until some descriptor may be free again
+LAST_WORDS_S = 1.0              # for the threads of requests that are being ended to say so: each looks after a tick
 
 
 # --- 11. Who is here --------------------------------------------------------------------------------------------------
@@ -5167,6 +5171,7 @@ class Guest:
         return self._take(most)
 
     def _take(self, size: int) -> bytes:
+        """Return so many of the bytes that have come, and forget them."""
         piece = bytes(self._held[:size])
         del self._held[:size]
         return piece
@@ -5176,14 +5181,13 @@ class Guest:
         while True:
             try:
                 piece = self.connection.recv(FIRST_BYTES if self.silent else PIECE_BYTES)
+                break
             except NOT_YET:
                 self._look()
-                continue
             except OSError:
                 raise ClientGone from None
-            if not piece:
-                raise ClientGone
-            break
+        if not piece:
+            raise ClientGone
         now = time.monotonic()
         if self.silent:
             self.silent, self._deadline = False, now + HEAD_S
@@ -5263,11 +5267,11 @@ class Admission:
     def take(self, requests: int, size: int) -> None:
         """Count chat requests and bytes of bodies; negative ones have ended.  Raise Busy if that is too much."""
         with self._lock:
-            full = requests > 0 and self.full or size > 0 and self._bytes + size > MAX_BODIES_BYTES
-            if not full:
-                self._requests, self._bytes = self._requests + requests, self._bytes + size
-        if full:
-            raise too_much("--max-requests" if requests > 0 else "all requests under way are too large")
+            if requests > 0 and self.full:
+                raise too_much("--max-requests")
+            if size > 0 and self._bytes + size > MAX_BODIES_BYTES:
+                raise too_much("all requests under way are too large")
+            self._requests, self._bytes = self._requests + requests, self._bytes + size
 
     @property
     def full(self) -> bool:
@@ -5315,13 +5319,11 @@ class _Handler(socketserver.BaseRequestHandler):
     """One client connection, on a thread of its own: requests in and replies out."""
     server: _Listener
 
-    def setup(self) -> None:
+    def handle(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)    # else a second small write waits 40 ms
         limit_waits(self.request, TICK_S)
         self.admission, self.guard = self.server.admission, self.server.guard
         self.guest = self.admission.guest(self.request)
-
-    def handle(self) -> None:
         with contextlib.suppress(ClientGone):    # nobody is left to tell
             while self._answer_next():
                 pass
@@ -5331,27 +5333,15 @@ class _Handler(socketserver.BaseRequestHandler):
         self.close_connection, self._unread = True, True
         self.head, self._cors, self.told = _NO_HEAD, dict[str, str](), dict[str, Any]()
         self.id, self._come, self._held = new_id("req_"), 0, 0
-        self.guest.await_request()
-        try:
-            asked = self._serve()
-        finally:
-            if self._held:
-                self.admission.take(0, -self._held)
-        if asked:
-            self._tell()
-            if self._unread:
-                self.guest.linger()
-        return not self.close_connection
-
-    def _serve(self) -> bool:
-        """Answer the next request, whatever it is.  Return False if none came."""
         self.started = time.monotonic()
+        self.guest.await_request()
         try:
             self._read_head()
             self._route()
         except ClientGone:
+            if self.head is _NO_HEAD:    # nothing was asked
+                return False
             self.close_connection, self.told["error"] = True, "client hung up"
-            return self.head is not _NO_HEAD
         except OblixError as error:
             self._refuse(error)
         except Exception:  # a bug of ours takes down one request and is told in the log
@@ -5359,7 +5349,12 @@ class _Handler(socketserver.BaseRequestHandler):
             self.close_connection, self.told["error"] = True, "internal error"
             if "status" not in self.told:
                 self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self.id}."))
-        return True
+        finally:
+            self.admission.take(0, -self._held)
+        self._tell()
+        if self._unread:
+            self.guest.linger()
+        return not self.close_connection
 
     def _read_head(self) -> None:
         """Read a request's head, and see whether it may be asked.  Raise OblixError, ClientGone."""
@@ -5377,7 +5372,7 @@ class _Handler(socketserver.BaseRequestHandler):
         self.guard.check(self.head)
 
     def _fields(self) -> Iterator[bytes]:
-        """Yield the lines of the head's fields.  Raise OblixError, ClientGone."""
+        """Yield the lines of the fields in a head, or behind a chunked body.  Raise OblixError, ClientGone."""
         size = 0
         for _ in range(MAX_FIELDS + 1):
             line = self.guest.line(MAX_FIELD_LINE)
@@ -5387,7 +5382,7 @@ class _Handler(socketserver.BaseRequestHandler):
             if len(line) > MAX_FIELD_LINE or size > MAX_HEAD_BYTES:
                 break
             yield line
-        raise BadRequest(f"The request's head has more than {MAX_FIELDS} fields, or one that is too long.", status=431,
+        raise BadRequest(f"The request has more than {MAX_FIELDS} header fields, or one that is too long.", status=431,
                          code="headers_too_large")
 
     def body(self) -> bytes:
@@ -5404,7 +5399,7 @@ class _Handler(socketserver.BaseRequestHandler):
             raise too_much("--max-requests")    # before the body is waited for
         self._check_size(size)
         if expected and self.head.version != "HTTP/1.0":
-            self.write(CONTINUE_NOW)
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.guest.await_body()
         body = self._chunked_body() if size == CHUNKED else self._exactly(size)
         self._unread = False
@@ -5431,25 +5426,21 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def _chunked_body(self) -> bytes:
         """Return a body in chunks (RFC 9112, 7.1), which the stdlib leaves to us."""
-        body = bytearray()
+        body, malformed = bytearray(), BadRequest("The chunked body is malformed.", code="bad_framing")
         while True:
             start = _CHUNK_START.fullmatch(self.guest.line(MAX_CHUNK_LINE))
             if not start:
-                raise BadRequest("The chunked body is malformed.", code="bad_framing")
+                raise malformed
             size = int(start[1], 16)
             if not size:
                 break
             self._check_size(len(body) + size)
             body += self._exactly(size)
             if self.guest.line(2) != b"\r\n":
-                raise BadRequest("The chunked body is malformed.", code="bad_framing")
-        for _ in range(MAX_FIELDS):    # trailers, of which none is of use
-            line = self.guest.line(MAX_FIELD_LINE)
-            if line == b"\r\n":
-                return bytes(body)
-            if not FIELD_LINE.fullmatch(line):
-                break
-        raise BadRequest("The chunked body's trailers are malformed or too many.", code="bad_framing")
+                raise malformed
+        if not all(map(FIELD_LINE.fullmatch, self._fields())):    # trailers, of which none is of use
+            raise malformed
+        return bytes(body)
 
     def json(self, status: int, body: Json, headers: Mapping[str, str] | None = None) -> None:
         self.reply(status, dumps(body), {**JSON_HEADERS, **(headers or {})})
@@ -5464,22 +5455,12 @@ class _Handler(socketserver.BaseRequestHandler):
     def reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """Send a whole reply in one write."""
         length = {} if status == 204 else {"Content-Length": str(len(body))}
-        head = self._reply_head(status, {**headers, **length})
+        head = self.reply_head(status, {**headers, **length})
         body = b"" if self.head.method == "HEAD" else body
         self.told["bytes_out"] = len(body)
         self.write(head + body)
 
-    def stream_head(self, headers: Mapping[str, str]) -> bytes:
-        """Return the head of a stream.  Only a framed body shows its end without closing the connection."""
-        self.close_connection = self.close_connection or not self.frames
-        return self._reply_head(200, headers)
-
-    @property
-    def frames(self) -> bool:
-        """Return True if the client reads chunked bodies."""
-        return self.head.version != "HTTP/1.0"
-
-    def _reply_head(self, status: int, headers: Mapping[str, str]) -> bytes:
+    def reply_head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """Return the head of a reply, whose values are made safe for a header line."""
         self.told["status"] = status
         if self._unread or self.admission.stopping:    # unread bytes are not a next request
@@ -5554,25 +5535,20 @@ class _Handler(socketserver.BaseRequestHandler):
         request = parse_request(self.body())
         self.told["asked"] = request.model
         self.admission.take(1, 0)
-        events = _Events(self)
-        self._streaming, self._looked, self.guest.busy = events if request.stream else None, time.monotonic(), True
+        self._events = _Events(self, KEEP_ALIVE_S if request.stream else math.inf)
+        self._looked, self.guest.busy = time.monotonic(), True
         try:
-            self._answer(request, events)
+            self._answer(request)
         except OblixError as error:
-            if not events.begun:
+            if "status" not in self.told:
                 raise
-            events.fail(error)
+            self._events.fail(error)
             self.told["error"] = error.code or error.type
-        except ClientGone:
-            raise
-        except Exception:    # a bug of ours: what was said before it may be seen
-            events.flush()
-            raise
         finally:
             self.guest.busy, self.guest.since = False, time.monotonic()    # it may be sent away now
             self.admission.take(-1, 0)
 
-    def _answer(self, request: ChatRequest, events: _Events) -> None:
+    def _answer(self, request: ChatRequest) -> None:
         """Pass on what the gateway answers.  Raise OblixError, ClientGone."""
         served = self.server.gateway.answer(request, self._look)
         model, side = served.target.id, served.target.side.value
@@ -5583,17 +5559,16 @@ class _Handler(socketserver.BaseRequestHandler):
             self.told["tokens"] = tokens_of(served.whole)
             return self.reply(200, served.raw or dumps(served.whole), {**JSON_HEADERS, **headers})
         self.told["first_token_s"] = time.monotonic() - self.started
-        events.headers.update(headers)
+        self._events.headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
-            self._stream(served, request.include_usage, events)
+            self._stream(served, request.include_usage, self._events)
 
     def _look(self) -> None:
         """See to the client, as its thread does before it waits for something else, and at each tick.
 
         Raise ClientGone where it has left, Busy where Oblix has to end.
         """
-        if self._streaming:
-            self._streaming.flush()
+        self._events.flush()
         now = time.monotonic()
         if now - self._looked < TICK_S:
             return
@@ -5602,8 +5577,7 @@ class _Handler(socketserver.BaseRequestHandler):
             raise shutting_down()
         if has_left(self.request):
             raise ClientGone
-        if self._streaming:
-            self._streaming.keep_alive(now)
+        self._events.keep_alive(now)
 
     def _stream(self, served: Served, include_usage: bool, events: _Events) -> None:
         """Pass on the chunks, the first content at once.  Raise UpstreamError where they are cut off."""
@@ -5618,8 +5592,10 @@ class _Handler(socketserver.BaseRequestHandler):
                     events.add(sse(shown))
                 if number == served.held:
                     events.flush()
-        except UpstreamError as error:
-            log.warning("%s cut: %s", self.id, error.brief)
+        except Exception as error:
+            if isinstance(error, UpstreamError):
+                log.warning("%s cut: %s", self.id, error.brief)
+            events.flush()    # what was said before may be seen
             raise
         events.add(DONE)
         events.flush(last=True)
@@ -5631,7 +5607,6 @@ ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health":
 JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
 _NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
 _CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
-CONTINUE_NOW = b"HTTP/1.1 100 Continue\r\n\r\n"
 _PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 
 
@@ -5676,18 +5651,17 @@ class _Events:
     """A stream of server-sent events to a client.  Those that are there are sent together, with the head if need be,
     before anything is waited for: a write takes 20 us, and what a model says comes in pieces of several events."""
 
-    def __init__(self, handler: _Handler) -> None:
-        self._handler, self._frames = handler, handler.frames
+    def __init__(self, handler: _Handler, keep_alive_s: float) -> None:
+        self._handler, self._keep_alive_s = handler, keep_alive_s
+        self._framed = handler.head.version != "HTTP/1.0"    # whose clients read no chunked bodies
         self._last = time.monotonic()    # when the client last got something
         self._held = b""                 # events that are to be sent
-        self.begun = self._head_sent = False    # there are events, so the status is 200
         self.headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                        "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._frames else {})}
+                        "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._framed else {})}
 
     def add(self, events: bytes) -> None:
         """Have events sent before the next wait.  Raise ClientGone."""
         self._held += events
-        self.begun = True
         if len(self._held) > MAX_HELD_BYTES:
             self.flush()
 
@@ -5696,19 +5670,21 @@ class _Events:
         if not self._held and not last:
             return
         held, self._held, self._last = self._held, b"", time.monotonic()
-        head = b"" if self._head_sent else self._handler.stream_head(self.headers)
-        self._head_sent = True
-        self._handler.told["bytes_out"] = self._handler.told.get("bytes_out", 0) + len(held)
-        if self._frames:
-            held = (b"%x\r\n%b\r\n" % (len(held), held) if held else b"") + (END_OF_CHUNKS if last else b"")
-        self._handler.write(head + held)
+        handler, head = self._handler, b""
+        if "status" not in handler.told:
+            handler.close_connection |= not self._framed    # nothing else shows the end of the stream
+            head = handler.reply_head(200, self.headers)
+        handler.told["bytes_out"] = handler.told.get("bytes_out", 0) + len(held)
+        if self._framed:
+            held = (b"%x\r\n%b\r\n" % (len(held), held) if held else b"") + (b"0\r\n\r\n" if last else b"")
+        handler.write(head + held)
 
     def keep_alive(self, now: float) -> None:
         """Send a comment after a long silence, which keeps clients and proxies waiting.  Raise ClientGone.
 
         It commits the status 200, but no answer: another target may still give that.
         """
-        if now - self._last >= KEEP_ALIVE_S:
+        if now - self._last >= self._keep_alive_s:
             self.add(b": keep-alive\n\n")
             self.flush()
 
@@ -5717,11 +5693,6 @@ class _Events:
         self._handler.close_connection = True
         self.add(sse(error_body(error)))
         self.flush()
-
-
-END_OF_CHUNKS = b"0\r\n\r\n"
-MAX_HELD_BYTES = 64 << 10
-KEEP_ALIVE_S = 15.0    # proxies give up on a silent connection after 30 to 60 s
 
 
 # --- 11. Listening, and the end ---------------------------------------------------------------------------------------
@@ -5815,7 +5786,6 @@ def hold_on_one_core(cpufreq: str = "/sys/devices/system/cpu/cpu%d/cpufreq/cpuin
 
 
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-NO_ROOM_S = 0.1    # until some descriptor may be free again
 
 
 def guard_of(settings: Settings) -> Guard:
@@ -5920,9 +5890,6 @@ class Server:
             listener.server_close()
         self.admission.close()
         self.gateway.close()
-
-
-LAST_WORDS_S = 1.0    # for the threads of requests that are being ended to say so: each looks after a tick
 
 
 @contextlib.contextmanager
