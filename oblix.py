@@ -5131,6 +5131,7 @@ AGAIN_S = 1.0                   # after which a client that was sent away may as
 KEEP_ALIVE_S = 15.0             # of silence in a stream; proxies give up after 30 to 60 s
 MAX_HELD_BYTES = 64 << 10       # of events that are to be sent
 NO_ROOM_S = 0.1                 # until some descriptor may be free again
+MAX_KEY_FILE = 64 << 10         # bytes that are read of a file that holds a key
 LAST_WORDS_S = 1.0              # for the threads of requests that are being ended to say so: each looks after a tick
 
 
@@ -5309,6 +5310,7 @@ def shutting_down() -> Busy:
 
 
 def _hang_up(connection: socket.socket) -> None:
+    """Close a connection under the thread that serves it."""
     with contextlib.suppress(OSError):    # it was closed meanwhile
         connection.shutdown(socket.SHUT_RDWR)
 
@@ -5484,10 +5486,14 @@ class _Handler(socketserver.BaseRequestHandler):
         quiet = self.told.get("status") == 200 and self.head.path in ("/health", "/")
         level = logging.DEBUG if quiet else logging.INFO
         if log.isEnabledFor(level):
+            seconds, tokens = time.monotonic() - self.started, self.told.pop("tokens", 0)
             facts = {"id": self.id, "method": self.head.method[:20], "path": self.head.path[:64], **self.told,
-                     "seconds": time.monotonic() - self.started}
-            facts.update(tokens_per_s(facts))
-            log.log(level, log_text(facts), extra={"facts": facts})
+                     "seconds": seconds}
+            if tokens:    # else the upstream has not said
+                answering_s = max(seconds - facts.get("first_token_s", 0.0), 0.001)
+                facts.update(tokens=tokens, tokens_per_s=round(tokens / answering_s, 1))
+            text = "".join([words % facts[name] for name, words in LOG_WORDS.items() if name in facts])
+            log.log(level, printable(text), extra={"facts": facts})
 
     # The routes.
 
@@ -5608,6 +5614,11 @@ JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "n
 _NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
 _CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 _PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
+# The words for each fact of a request in the log, in the order of the line; a fact that is not known is left out.
+LOG_WORDS = {"id": "%s", "method": " %s", "path": " %s", "status": " %s", "asked": " %s", "served": " -> %s",
+             "side": " (%s)", "first_token_s": ", first %.2f s", "tokens_per_s": ", %.1f tokens/s",
+             "bytes_in": ", in %s B", "bytes_out": ", out %s B", "seconds": ", %.2f s", "error": ": %s",
+             "reason": ": %s"}
 
 
 @functools.lru_cache(1)
@@ -5616,33 +5627,9 @@ def http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
 
 
-# --- 11. The log line -------------------------------------------------------------------------------------------------
-
-def told_of_request(facts: Json) -> Json:
-    """Return what a log line for machines says of a request: numbers rounded, in the order of lines."""
-    told = {name: facts[name] for name in (*_LOG_WORDS, *facts) if name in facts}
-    if not told.get("tokens"):    # the upstream has not said
-        told.pop("tokens", None)
-    return {name: round(value, 3) if isinstance(value, float) else value for name, value in told.items()}
-
-
-def tokens_per_s(facts: Json) -> Json:
-    """Return how fast an answer was, in tokens a second, if its upstream said how many there were."""
-    tokens, answering_s = facts.get("tokens"), facts["seconds"] - facts.get("first_token_s", 0.0)
-    return {"tokens_per_s": round(tokens / answering_s, 1)} if tokens and answering_s > 0 else {}
-
-
-# How a fact of a request reads in the log, in this order; one that is not known is left out.
-_LOG_WORDS = {"id": "%s", "method": " %s", "path": " %s", "status": " %s", "asked": " %s", "served": " -> %s",
-              "side": " (%s)", "first_token_s": ", first %.2f s", "tokens_per_s": ", %.1f tokens/s",
-              "bytes_in": ", in %s B", "bytes_out": ", out %s B", "seconds": ", %.2f s", "error": ": %s",
-              "reason": ": %s"}
-
-
-def log_text(facts: Json) -> str:
-    """Return the log's line of a request, without control characters that it may quote."""
-    line = "".join([words % facts[name] for name, words in _LOG_WORDS.items() if name in facts])
-    return line if is_plain(line) else re.sub("[^ -~]", "?", line)
+def printable(text: str) -> str:
+    """Return a text for the log, without the control characters by which what it quotes could forge a line."""
+    return text if is_plain(text) else re.sub("[^ -~]", "?", text)
 
 
 # --- 11. A stream of events ------------------------------------------------------------------------------------------
@@ -5716,11 +5703,6 @@ class _Listener(QuickServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.gateway, self.admission, self.guard = gateway, admission, guard
         super().__init__(address, _Handler)
-
-    def server_bind(self) -> None:
-        if self.address_family == socket.AF_INET6 and self.server_address[0] != "::":
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        super().server_bind()
 
     def get_request(self) -> Any:
         try:
@@ -5803,52 +5785,44 @@ def guard_of(settings: Settings) -> Guard:
 
 def listen(settings: Settings, gateway: Gateway) -> list[_Listener]:
     """Return listening sockets: one, or for localhost one for each of its two addresses.  Raise UsageError."""
-    host, port = settings.host.strip("[]"), settings.port
+    host, port, listeners = settings.host.strip("[]"), settings.port, list[_Listener]()
     parts = gateway, Admission(settings.max_requests, settings.max_body_mib << 20), guard_of(settings)
-    first = _listener("127.0.0.1" if host == "localhost" else host, port, *parts)
-    if host != "localhost":
-        return [first]
-    try:
-        return [first, _Listener(("::1", first.server_port), *parts)]
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:    # no IPv6 here
-            return [first]
-        first.server_close()
-        if not port:
-            return listen(settings, gateway)    # another free port
-        # Clients that try ::1 first for `localhost` would send their prompts to that program.
-        raise UsageError(f"port {port} of ::1 is in use by another program: choose one with --port") from error
-
-
-def _listener(host: str, port: int, *parts: Any) -> _Listener:
-    try:
-        return _Listener((host, port), *parts)
-    except (OSError, OverflowError, UnicodeError) as error:
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise UsageError(f"port {port} is in use, perhaps by another Oblix: choose one with --port") from error
-        raise UsageError(f"can't listen on {host} port {port}: {error}") from error
+    for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
+        try:
+            listeners.append(_Listener((address, port), *parts))
+            port = listeners[0].server_port
+        except (OSError, OverflowError, UnicodeError) as error:
+            taken = getattr(error, "errno", None) == errno.EADDRINUSE
+            if listeners:
+                if not taken:    # no IPv6 here
+                    break
+                listeners[0].server_close()
+                if not settings.port:
+                    return listen(settings, gateway)    # another free port
+            # Without ::1, clients that try it first for `localhost` would send their prompts to the program there.
+            raise UsageError(f"port {port} of {address} is in use, perhaps by another Oblix: choose one with --port"
+                             if taken else f"can't listen on {address} port {port}: {error}") from error
+    return listeners
 
 
 def with_keys_from_files(settings: Settings) -> Settings:
     """Return the settings with the keys that files hold.  Raise UsageError."""
     for name in ("api_key", "cloud_api_key"):
         path, flag = getattr(settings, f"{name}_file"), f"--{name.replace('_', '-')}-file"
-        if path and getattr(settings, name):
+        if not path:
+            continue
+        if getattr(settings, name):
             raise UsageError(f"{flag} and the key itself are both set: choose one")
-        if path:
-            try:
-                with open(path, encoding="ascii") as file:
-                    key = file.read(MAX_KEY_FILE).strip()
-            except (OSError, ValueError) as error:
-                why = getattr(error, "strerror", None) or "it is no plain text"
-                raise UsageError(f"{flag}: {path} can't be read: {why}") from error
-            if not key.isprintable() or not key:
-                raise UsageError(f"{flag}: {path} holds no key")
-            settings = dataclasses.replace(settings, **{name: key, f"{name}_file": ""})  # type: ignore[arg-type]
+        try:
+            with open(path, encoding="ascii") as file:
+                key = file.read(MAX_KEY_FILE).strip()
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{flag}: {path} can't be read: "
+                             f"{getattr(error, 'strerror', None) or 'it is not plain text'}") from error
+        if not key.isprintable() or not key:
+            raise UsageError(f"{flag}: {path} holds no key")
+        settings = dataclasses.replace(settings, **{name: key, f"{name}_file": ""})  # type: ignore[arg-type]
     return settings
-
-
-MAX_KEY_FILE = 1 << 16
 
 
 class Server:
@@ -6149,15 +6123,15 @@ class _LogFormatter(logging.Formatter):
         self._as_json, self._journal = as_json, journal
 
     def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
-        if not is_plain(message):
-            message = re.sub("[^ -~]", "?", message)    # else what it quotes could forge a line
+        message = printable(record.getMessage())
         trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
         if self._as_json:
             at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
             time_ = {} if self._journal else {"time": at.isoformat(timespec="milliseconds")}
+            facts = {name: round(value, 3) if isinstance(value, float) else value
+                     for name, value in getattr(record, "facts", {}).items()}
             return dumps({**time_, "level": record.levelname, "message": "\n".join([message, *trace]),
-                          **told_of_request(getattr(record, "facts", {}))}).decode()
+                          **facts}).decode()
         lines = [f"{record.levelname} {message}", *trace]
         if not self._journal:
             return f"{local_time(int(record.created))},{record.msecs:03.0f} " + "\n".join(lines)

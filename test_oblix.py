@@ -938,7 +938,7 @@ class Shape(Case):
     def test_no_thread_waits_for_another(self):
         """Nor for the network: under a lock nothing is called but what collections do at once, or makes a new value."""
         quick = {"get", "pop", "popitem", "move_to_end", "add", "discard", "dict", "len", "tuple", "iter", "next",
-                 "values", "Record", "change"}
+                 "values", "Record", "change", "too_much"}
         pure = {"_replace", "bool", "learned", "failed", "succeeded", "Record", "Cache"}
         tree = ast.parse(self.source)
         held = [node for node in ast.walk(tree) if isinstance(node, ast.With)
@@ -8947,9 +8947,9 @@ class Guard(Case):
         self.nothing_asked()
 
     def test_the_devices_own_name_and_those_that_are_set(self):
-        listener = oblix._listener
+        listener = oblix._Listener
         with mock.patch.object(socket, "gethostname", return_value="Jetson-7"), \
-                mock.patch.object(oblix, "_listener", lambda _, *rest: listener("127.0.0.1", *rest)), \
+                mock.patch.object(oblix, "_Listener", lambda _, *rest: listener(("127.0.0.1", 0), *rest)), \
                 running(flags=["--host=Box.Lan", "--no-auth", "--allow-host=a.example", "--allow-host=B.Example"],
                         env=NOBODY, probed=False) as server:
             for name, status in (
