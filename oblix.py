@@ -5953,23 +5953,18 @@ def _demo_ollama(asked: Json) -> Iterator[bytes]:
                  "prompt_eval_count": 10 * len(asked["messages"]), "eval_count": count}) + b"\n"
 
 
-def _demo_openai(asked: Json) -> Iterator[bytes]:
-    """Yield the events, or the one body, of the answer to /v1/chat/completions."""
-    head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": asked["model"]}
-    choice: Json = {"index": 0, "logprobs": None, "finish_reason": None}
-    words = _demo_words("cloud", "OpenAI", asked)
-    if asked.get("stream"):
-        head["object"] = "chat.completion.chunk"
-        for delta in itertools.chain([{"role": "assistant", "content": ""}], ({"content": word} for word in words)):
-            yield sse({**head, "choices": [{**choice, "delta": delta}]})
-        yield sse({**head, "choices": [{**choice, "delta": {}, "finish_reason": "stop"}]}) + DONE
-        return
-    said, prompt = list(words), 10 * len(asked["messages"])
-    message = {"role": "assistant", "content": "".join(said), "refusal": None}
-    yield dumps({**head, "object": "chat.completion", "choices": [{**choice, "message": message,
-                                                                   "finish_reason": "stop"}],
-                 "usage": {"prompt_tokens": prompt, "completion_tokens": len(said),
-                           "total_tokens": prompt + len(said)}})
+def _demo_openai(asked: Json) -> Iterator[Chunk]:
+    """Yield the chunks of the answer to /v1/chat/completions."""
+    head = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": int(time.time()),
+            "model": asked["model"]}
+    choice: Json = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}
+    prompt, count = 10 * len(asked["messages"]), 0
+    yield {**head, "choices": [{**choice, "delta": {"role": "assistant", "content": ""}}]}
+    for word in _demo_words("cloud", "OpenAI", asked):
+        count += 1
+        yield {**head, "choices": [{**choice, "delta": {"content": word}}]}
+    yield {**head, "choices": [{**choice, "finish_reason": "stop"}],
+           "usage": {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}}
 
 
 class _DemoHandler(http.server.BaseHTTPRequestHandler):
@@ -5986,8 +5981,10 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
             self.do_GET()
         elif self.path == "/api/chat":
             self._send("application/x-ndjson", _demo_ollama(asked))
+        elif asked.get("stream"):
+            self._send("text/event-stream", itertools.chain(map(sse, _demo_openai(asked)), [DONE]))
         else:
-            self._send("text/event-stream" if asked.get("stream") else "application/json", _demo_openai(asked))
+            self._send("application/json", [dumps(fold(_demo_openai(asked)))])
 
     def _send(self, kind: str, pieces: Iterable[bytes]) -> None:
         self.send_response(200)
@@ -6027,6 +6024,16 @@ def demo(settings: Settings) -> Iterator[Settings]:
 SETTLE_S = 0.5    # how long the start waits for the monitors' first word; offline they have none to wait for
 CHECK_S = 6.0     # longer than a probe may take
 CPU_S = 1.3       # until the second sample, the first that knows the CPU's use
+LOG_S = 0.1       # in which the lines of the log are collected, to be written together
+LOG_END_S = 1.0   # for the last of them
+MAX_LOG_LINES = 10_000
+DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
+# After the start it gives back 13 of 32 MiB, after 500 streams 6 of 42; a look takes 0.1 ms.
+TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
+
+FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_per_core": "load {} per core",
+              "gpu_percent": "GPU {}%", "battery_percent": "battery {}%", "temperature_c": "{} C"}
+SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))    # level -> priority (sd-daemon(3))
 
 
 def start_text(settings: Settings, server: Server) -> str:
@@ -6047,25 +6054,19 @@ def start_text(settings: Settings, server: Server) -> str:
 
 def findings(health: Json) -> list[str]:
     """Return what was found, what `auto` does now and why, and what to fix."""
-    lines = [line for side in Side for line in _side_lines(side, health)]
+    lines = []
+    for side in Side:
+        report = health[side.value]
+        known = {name: value for name, value in report["facts"].items() if name.split("_")[0] not in report["reason"]}
+        facts = ", ".join(words.format(known[name]) for name, words in FACT_WORDS.items() if name in known)
+        level = report["level"] + (f": {report['reason']}" if report["reason"] else "")
+        lines += [f"  {side.value:<7} {level}" + (f" ({facts})" if facts else "")]
+        lines += [f"          {target['id']} is {target['state']}" for target in health["targets"]
+                  if target["side"] == side.value]
     first, *others = (health["status"] == "healthy" and health["plan"]["order"]) or ["nothing"]
     order = f"{first} answers now" + (f", and {' then '.join(others)} if it fails" if others else "")
-    lines += [f"  auto    {order}", ""]
-    return lines + (["Fix:", *(f"  {advice}" for advice in advices(health)), ""] if advices(health) else [])
-
-
-FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_per_core": "load {} per core",
-              "gpu_percent": "GPU {}%", "battery_percent": "battery {}%", "temperature_c": "{} C"}
-
-
-def _side_lines(side: Side, health: Json) -> list[str]:
-    report = health[side.value]
-    known = {name: value for name, value in report["facts"].items() if name.split("_")[0] not in report["reason"]}
-    facts = ", ".join(words.format(known[name]) for name, words in FACT_WORDS.items() if name in known)
-    level = report["level"] + (f": {report['reason']}" if report["reason"] else "")
-    lines = [f"  {side.value:<7} {level}" + (f" ({facts})" if facts else "")]
-    return lines + [f"          {target['id']} is {target['state']}" for target in health["targets"]
-                    if target["side"] == side.value]
+    fixes = [f"  {advice}" for advice in advices(health)]
+    return [*lines, f"  auto    {order}", "", *(["Fix:", *fixes, ""] if fixes else [])]
 
 
 def advices(health: Json) -> list[str]:
@@ -6097,7 +6098,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
 
     def run() -> int:
         settings = Settings.parse(argv[1:] if checks else argv, os.environ if env is None else env)
-        settings = with_keys_from_files(settings)    # before anything else is done with a mistake in them
+        settings = with_keys_from_files(settings)
         start_log(settings, os.environ.get("JOURNAL_STREAM", ""))
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
@@ -6127,26 +6128,20 @@ class _LogFormatter(logging.Formatter):
         trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
         if self._as_json:
             at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
-            time_ = {} if self._journal else {"time": at.isoformat(timespec="milliseconds")}
+            timed = {} if self._journal else {"time": at.isoformat(timespec="milliseconds")}
             facts = {name: round(value, 3) if isinstance(value, float) else value
                      for name, value in getattr(record, "facts", {}).items()}
-            return dumps({**time_, "level": record.levelname, "message": "\n".join([message, *trace]),
+            return dumps({**timed, "level": record.levelname, "message": "\n".join([message, *trace]),
                           **facts}).decode()
         lines = [f"{record.levelname} {message}", *trace]
         if not self._journal:
-            return f"{local_time(int(record.created))},{record.msecs:03.0f} " + "\n".join(lines)
+            return f"{self.formatTime(record)} " + "\n".join(lines)
         priority = next(number for level, number in SYSLOG if record.levelno >= level)
         return "\n".join(f"<{priority}>{line}" for line in lines)    # each line is an entry of its own there
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name for it
         """Return where it happened, and of which kind; its own text may quote a prompt."""
         return "".join(traceback.format_tb(ei[2])) + str(ei[0].__name__)
-
-
-@functools.lru_cache(1)
-def local_time(second: int) -> str:
-    """Return a unix time as logs have it."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 class _LogWriter(logging.Handler):
@@ -6181,12 +6176,6 @@ class _LogWriter(logging.Handler):
         deadline = time.monotonic() + LOG_END_S
         while (self._lines or self._writing) and time.monotonic() < deadline:
             time.sleep(LOG_S / 10)
-
-
-LOG_S = 0.1
-LOG_END_S = 1.0
-MAX_LOG_LINES = 10_000
-SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))    # level -> priority (sd-daemon(3))
 
 
 def start_log(settings: Settings, journal_stream: str) -> None:
@@ -6263,10 +6252,6 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
     return 128 + again if again else 0
 
 
-# After the start it gives back 13 of 32 MiB, after 500 streams 6 of 42; a look takes 0.1 ms.
-TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
-
-
 @functools.cache
 def _malloc_trim() -> Callable[[int], Any]:
     """Return glibc's malloc_trim, which gives freed memory back to the system, or what does nothing in its place."""
@@ -6276,11 +6261,8 @@ def _malloc_trim() -> Callable[[int], Any]:
     return lambda _: None
 
 
-DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
-
-
 def signal_within(waiting: socket.socket, limit_s: float | None) -> int:
-    """Return the number of the signal that comes within the limit (None: whenever it comes), or 0."""
+    """Return the number of the signal that comes within the limit (None: none), or 0."""
     waiting.settimeout(limit_s)
     try:
         return waiting.recv(1)[0]
@@ -6306,7 +6288,6 @@ def run_check(settings: Settings) -> int:
 
     Raise UsageError.
     """
-    settings = with_keys_from_files(settings)
     guard_of(settings)    # a mistake in who may ask is one that a start would find
     with demo(settings) as settings:
         gateway = Gateway(dataclasses.replace(settings, warm_up="never"))
