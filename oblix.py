@@ -5222,6 +5222,11 @@ class Guest:
                     if not self.connection.recv(PIECE_BYTES):
                         return
 
+    def hang_up(self) -> None:
+        """End the connection, whatever its thread does with it."""
+        with contextlib.suppress(OSError):    # it was closed meanwhile
+            self.connection.shutdown(socket.SHUT_RDWR)
+
 
 class Admission:
     """Which clients are connected, and how much they may ask at once; shared by all listeners, and by all threads."""
@@ -5230,23 +5235,20 @@ class Admission:
         self._max_requests, self._max_connections = max_requests, 2 * max_requests
         self.max_body_bytes = min(max_body_bytes, MAX_BODIES_BYTES)
         self._lock = threading.Lock()
-        self._open: dict[socket.socket, Guest] = {}    # guarded by _lock, as the next two
+        self._open: set[Guest] = set()    # guarded by _lock, as the next two
         self._requests = self._bytes = 0
         self.stopping = self.ended = False    # no new client is let in; what runs is being ended
         self.idle_until = math.inf            # when connections close on which nothing is being asked
 
-    def enter(self, connection: socket.socket) -> None:
-        """Count a client that has connected.  One more than there may be takes another's place."""
+    def enter(self, connection: socket.socket) -> Guest:
+        """Return the guest on a new connection.  One more than there may be takes another's place."""
         guest = Guest(connection, self)
         with self._lock:
-            self._open[connection] = guest
+            self._open.add(guest)
             crowded = len(self._open) > self._max_connections
         if crowded:
             self.make_room()
-
-    def guest(self, connection: socket.socket) -> Guest:
-        """Return the guest on a connection."""
-        return self._open[connection]
+        return guest
 
     def make_room(self) -> None:
         """Close the connection that has gone longest without a chat request: idle, sending slowly, reading nothing."""
@@ -5254,16 +5256,16 @@ class Admission:
         slowest = min(waiting, key=lambda guest: guest.since, default=None)
         if slowest:
             slowest.since = math.inf    # another one is next
-            _hang_up(slowest.connection)
+            slowest.hang_up()
 
     def _guests(self) -> tuple[Guest, ...]:
         with self._lock:
-            return tuple(self._open.values())
+            return tuple(self._open)
 
-    def leave(self, connection: socket.socket) -> None:
-        """Forget a client whose connection has been closed."""
+    def leave(self, guest: Guest) -> None:
+        """Forget a guest whose connection has been closed."""
         with self._lock:
-            self._open.pop(connection, None)
+            self._open.discard(guest)
 
     def take(self, requests: int, size: int) -> None:
         """Count chat requests and bytes of bodies; negative ones have ended.  Raise Busy if that is too much."""
@@ -5295,7 +5297,7 @@ class Admission:
     def close(self) -> None:
         """Cut every connection."""
         for guest in self._guests():
-            _hang_up(guest.connection)
+            guest.hang_up()
 
 
 def too_much(what: str) -> Busy:
@@ -5309,12 +5311,6 @@ def shutting_down() -> Busy:
     return Busy("Oblix is being stopped; ask again in a moment.", code="shutting_down", retry_after_s=AGAIN_S)
 
 
-def _hang_up(connection: socket.socket) -> None:
-    """Close a connection under the thread that serves it."""
-    with contextlib.suppress(OSError):    # it was closed meanwhile
-        connection.shutdown(socket.SHUT_RDWR)
-
-
 # --- 11. A connection -------------------------------------------------------------------------------------------------
 
 class _Handler(socketserver.BaseRequestHandler):
@@ -5322,10 +5318,10 @@ class _Handler(socketserver.BaseRequestHandler):
     server: _Listener
 
     def handle(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)    # else a second small write waits 40 ms
-        limit_waits(self.request, TICK_S)
-        self.admission, self.guard = self.server.admission, self.server.guard
-        self.guest = self.admission.guest(self.request)
+        self.guest: Guest = self.request
+        self.admission, self.guard, connection = self.server.admission, self.server.guard, self.guest.connection
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)    # else a second small write waits 40 ms
+        limit_waits(connection, TICK_S)
         with contextlib.suppress(ClientGone):    # nobody is left to tell
             while self._answer_next():
                 pass
@@ -5477,7 +5473,7 @@ class _Handler(socketserver.BaseRequestHandler):
     def write(self, data: bytes) -> None:
         """Send data.  Raise ClientGone, also where the client takes nothing of it for SEND_S."""
         try:
-            send_all(self.request, data, SEND_S)
+            send_all(self.guest.connection, data, SEND_S)
         except OSError:
             raise ClientGone from None
 
@@ -5581,7 +5577,7 @@ class _Handler(socketserver.BaseRequestHandler):
         self._looked = now
         if self.admission.ended:
             raise shutting_down()
-        if has_left(self.request):
+        if has_left(self.guest.connection):
             raise ClientGone
         self._events.keep_alive(now)
 
@@ -5706,15 +5702,15 @@ class _Listener(QuickServer):
 
     def get_request(self) -> Any:
         try:
-            return super().get_request()
+            connection, address = super().get_request()
         except OSError as error:
             if error.errno in _NO_ROOM:    # the client stays in the queue, which would be looked at without end
                 self.admission.make_room()
                 time.sleep(NO_ROOM_S)
             raise
+        return self.admission.enter(connection), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        self.admission.enter(request)
         try:
             super().process_request(request, client_address)
         except RuntimeError as error:    # no thread is left
@@ -5722,7 +5718,7 @@ class _Listener(QuickServer):
             self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
+        super().shutdown_request(request.connection)
         self.admission.leave(request)
 
     def run(self) -> None:
@@ -5828,10 +5824,11 @@ def with_keys_from_files(settings: Settings) -> Settings:
 class Server:
     """A running gateway with its listeners."""
 
-    def __init__(self, gateway: Gateway, listeners: Sequence[_Listener]) -> None:
-        self.gateway, self._listeners, self.admission = gateway, tuple(listeners), listeners[0].admission
-        self.port = listeners[0].server_port
-        host = listeners[0].server_name
+    def __init__(self, settings: Settings) -> None:
+        self.gateway = Gateway(settings)
+        self._listeners = listen(settings, self.gateway)
+        self.admission, host = self._listeners[0].admission, self._listeners[0].server_name
+        self.port = self._listeners[0].server_port
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def start(self) -> None:
@@ -5869,9 +5866,7 @@ class Server:
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[Server]:
     """Serve until the block ends.  Raise UsageError."""
-    settings = with_keys_from_files(settings)
-    gateway = Gateway(settings)
-    server = Server(gateway, listen(settings, gateway))
+    server = Server(with_keys_from_files(settings))
     server.start()
     try:
         yield server
@@ -6246,19 +6241,12 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
         server.gateway.watch.settle(SETTLE_S)
         print(start_text(settings, server), flush=True)
         while not signal_within(waiting, TIDY_S):
-            _malloc_trim()(0)
+            with contextlib.suppress(ImportError, OSError, AttributeError):    # only glibc has it
+                import ctypes
+                ctypes.CDLL(None).malloc_trim(0)    # gives freed memory back to the system
         log.info("stopping; what runs has %g s (--drain), and a second signal ends it at once", settings.drain)
         again = server.drain(settings.drain, lambda: signal_within(waiting, DRAIN_LOOK_S))
     return 128 + again if again else 0
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], Any]:
-    """Return glibc's malloc_trim, which gives freed memory back to the system, or what does nothing in its place."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-        return ctypes.CDLL(None).malloc_trim
-    return lambda _: None
 
 
 def signal_within(waiting: socket.socket, limit_s: float | None) -> int:
@@ -6272,13 +6260,11 @@ def signal_within(waiting: socket.socket, limit_s: float | None) -> int:
 
 def raise_file_limit(wanted: int) -> None:
     """Let the process open so many files, or as many as it may; many systems give 1,024 unless asked for more."""
-    try:
+    # Windows has no such limit, and macOS may allow less than it says.
+    with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
-    except ImportError:    # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    with contextlib.suppress(OSError, ValueError):    # macOS may allow less than it says
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         if soft != resource.RLIM_INFINITY and soft < allowed:
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
@@ -6289,15 +6275,12 @@ def run_check(settings: Settings) -> int:
     Raise UsageError.
     """
     guard_of(settings)    # a mistake in who may ask is one that a start would find
-    with demo(settings) as settings:
-        gateway = Gateway(dataclasses.replace(settings, warm_up="never"))
+    with demo(settings) as settings, contextlib.closing(
+            Gateway(dataclasses.replace(settings, warm_up="never"))) as gateway:
         gateway.watch.start()
-        try:
-            gateway.watch.settle(CHECK_S)
-            time.sleep(CPU_S)
-            health = gateway.health()
-        finally:
-            gateway.close()
+        gateway.watch.settle(CHECK_S)
+        time.sleep(CPU_S)
+        health = gateway.health()
     print("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
     return 0 if health["status"] == "healthy" and health["plan"]["order"] else 1
 
