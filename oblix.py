@@ -5138,13 +5138,13 @@ LAST_WORDS_S = 1.0              # for the threads of requests that are being end
 # --- 11. Who is here --------------------------------------------------------------------------------------------------
 
 class Guest:
-    """A client's connection, and what the client sends on it.  However slowly that comes, its time is limited."""
+    """A client's connection, and what the client sends on it, each part of which has to come within a limit."""
 
     def __init__(self, connection: socket.socket, admission: Admission) -> None:
         self.connection, self._admission = connection, admission
         self.silent = True               # nothing of the next request has come
         self.busy = False                # a chat request is being answered
-        self.since = time.monotonic()    # when it was last busy, or began to send its next request
+        self.since = time.monotonic()    # when it was last busy or answered, or could begin its next request
         self._held = bytearray()         # what has come and is not used yet
         self._deadline, self._bytes_per_s = 0.0, math.inf
 
@@ -5229,7 +5229,7 @@ class Guest:
 
 
 class Admission:
-    """Which clients are connected, and how much they may ask at once; shared by all listeners, and by all threads."""
+    """The connected clients, and the limits of what they may ask at once; shared by all listeners and threads."""
 
     def __init__(self, max_requests: int, max_body_bytes: int) -> None:
         self._max_requests, self._max_connections = max_requests, 2 * max_requests
@@ -5287,11 +5287,11 @@ class Admission:
         return not self._open
 
     def stop(self) -> None:
-        """Have each connection close with its answer, and those on which nothing is being asked after GRACE_S."""
+        """Close each connection behind its answer, and those on which nothing is being asked after GRACE_S."""
         self.stopping, self.idle_until = True, time.monotonic() + GRACE_S
 
     def end(self) -> None:
-        """Have every request that runs end at its next look."""
+        """End every request that runs, at its next look."""
         self.ended, self.idle_until = True, 0.0
 
     def close(self) -> None:
@@ -5329,7 +5329,7 @@ class _Handler(socketserver.BaseRequestHandler):
     def _answer_next(self) -> bool:
         """Read a request and answer it.  Return True if another one may follow."""
         self.close_connection, self._unread = True, True
-        self.head, self._cors, self.told = _NO_HEAD, dict[str, str](), dict[str, Any]()
+        self.head, self._common, self.told = _NO_HEAD, dict[str, str](), dict[str, Any]()
         self.id, self._come, self._held = new_id("req_"), 0, 0
         self.started = time.monotonic()
         self.guest.await_request()
@@ -5357,7 +5357,7 @@ class _Handler(socketserver.BaseRequestHandler):
     def _read_head(self) -> None:
         """Read a request's head, and see whether it may be asked.  Raise OblixError, ClientGone."""
         first = self.guest.line(MAX_REQUEST_LINE)
-        if first == b"\r\n":    # one is let pass: RFC 9112, 2.2
+        if first == b"\r\n":    # one is ignored: RFC 9112, 2.2
             first = self.guest.line(MAX_REQUEST_LINE)
         self.started = time.monotonic()
         if len(first) > MAX_REQUEST_LINE:
@@ -5366,7 +5366,7 @@ class _Handler(socketserver.BaseRequestHandler):
         self.head = parse_head(first, self._fields())
         self._unread = self.head.body_size != 0
         self.close_connection = not self.head.keeps_open
-        self._cors = self.guard.cors_headers(self.head)
+        self._common = self.guard.cors_headers(self.head)
         self.guard.check(self.head)
 
     def _fields(self) -> Iterator[bytes]:
@@ -5446,16 +5446,14 @@ class _Handler(socketserver.BaseRequestHandler):
     def _refuse(self, error: OblixError) -> None:
         """Answer with an error."""
         self.told["error"] = error.code or error.type
-        methods = ROUTES.get(self.head.path, ("GET", "HEAD", "POST")) if error.status == 405 else ()
-        allow = {"Allow": ", ".join(methods)} if methods else {}
-        self.json(error.status, error_body(error), {**error_headers(error), **allow})
+        self.json(error.status, error_body(error), error_headers(error))
 
     def reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """Send a whole reply in one write."""
         length = {} if status == 204 else {"Content-Length": str(len(body))}
         head = self.reply_head(status, {**headers, **length})
         body = b"" if self.head.method == "HEAD" else body
-        self.told["bytes_out"] = len(body)
+        self.told["bytes_out"], self.guest.since = len(body), time.monotonic()    # make_room knows before the client
         self.write(head + body)
 
     def reply_head(self, status: int, headers: Mapping[str, str]) -> bytes:
@@ -5463,7 +5461,7 @@ class _Handler(socketserver.BaseRequestHandler):
         self.told["status"] = status
         if self._unread or self.admission.stopping:    # unread bytes are not a next request
             self.close_connection = True
-        fields = {**headers, **self._cors, "x-request-id": self.id, "Server": f"oblix/{__version__}",
+        fields = {**headers, **self._common, "x-request-id": self.id, "Server": f"oblix/{__version__}",
                   "Date": http_date(int(time.time())), "Connection": "close" if self.close_connection else "keep-alive"}
         lines = [f"{name}: {value}" for name, value in fields.items()]
         if not is_plain("".join(lines)):
@@ -5505,6 +5503,7 @@ class _Handler(socketserver.BaseRequestHandler):
                              "/v1/chat/completions, GET /v1/models and GET /health; use the chat completions API.",
                              status=404, code="unknown_url")
         if head.method not in methods:
+            self._common["Allow"] = ", ".join(methods)    # RFC 9110, 15.5.6
             raise BadRequest(f"{path[:100]} takes {' or '.join(methods)}, not {head.method[:20]}.",
                              status=405, code="method_not_allowed")
         if path == "/chat/completions":
@@ -5523,14 +5522,12 @@ class _Handler(socketserver.BaseRequestHandler):
         self.json(status, health)
 
     def _models(self, wanted: str) -> None:
-        models = self.server.gateway.models()
-        if not wanted:
-            return self.json(200, models_body(models))
-        found = [model for model in models if model[0] == wanted]
-        if not found:
+        models = [model for model in self.server.gateway.models() if wanted in ("", model[0])]
+        if wanted and not models:
             raise BadRequest(f"There is no model {wanted[:100]!r}; GET /v1/models lists them.", param="model",
                              status=404, code="model_not_found")
-        return self.json(200, models_body(found)["data"][0])
+        body = models_body(models)
+        self.json(200, body["data"][0] if wanted else body)
 
     def _chat(self) -> None:
         """Answer a chat request.  Raise OblixError, ClientGone."""
@@ -5631,8 +5628,8 @@ def printable(text: str) -> str:
 # --- 11. A stream of events ------------------------------------------------------------------------------------------
 
 class _Events:
-    """A stream of server-sent events to a client.  Those that are there are sent together, with the head if need be,
-    before anything is waited for: a write takes 20 us, and what a model says comes in pieces of several events."""
+    """A stream of server-sent events to a client.  Before each wait, all that have come are sent in one write with the
+    head: a write takes 20 us, and what a model says comes in pieces of several events."""
 
     def __init__(self, handler: _Handler, keep_alive_s: float) -> None:
         self._handler, self._keep_alive_s = handler, keep_alive_s
@@ -5643,7 +5640,7 @@ class _Events:
                         "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._framed else {})}
 
     def add(self, events: bytes) -> None:
-        """Have events sent before the next wait.  Raise ClientGone."""
+        """Hold events, to be sent before the next wait.  Raise ClientGone."""
         self._held += events
         if len(self._held) > MAX_HELD_BYTES:
             self.flush()
@@ -5736,7 +5733,7 @@ class _Listener(QuickServer):
             stopping.join(0.02)
 
     def stop_listening(self) -> None:
-        """Let in the clients that have already connected, and nobody after that."""
+        """Let in the clients that have already connected, and then close the socket."""
         self.shutdown()
         self.socket.settimeout(0)
         with contextlib.suppress(OSError):
@@ -5767,7 +5764,7 @@ _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def guard_of(settings: Settings) -> Guard:
-    """Return who may ask.  Raise UsageError where everybody could who reaches this device."""
+    """Return the access control of the settings.  Raise UsageError if it would let in the network without a word."""
     host = settings.host.strip("[]").lower()
     if settings.api_key and settings.no_auth:
         raise UsageError("--no-auth and --api-key exclude each other")
@@ -5838,9 +5835,9 @@ class Server:
             threading.Thread(target=listener.run, name="listen", daemon=True).start()
 
     def drain(self, limit_s: float, pause: Callable[[], int]) -> int:
-        """Let in nobody any more, let what runs end by itself within the limit, and end the rest in-band.
+        """Let no new client in, wait for requests to end within the limit, and end the rest in-band.
 
-        `pause` waits for a moment; if it returns something else than 0 the wait is over, and that is returned.
+        `pause` waits for a moment.  Return 0, or the first other number that it returns, which ends the wait.
         """
         self.admission.stop()
         for listener in self._listeners:
@@ -6142,8 +6139,8 @@ class _LogFormatter(logging.Formatter):
 class _LogWriter(logging.Handler):
     """Writes the lines of LOG_S together, on a thread of its own: no request waits for the disk or the terminal.
 
-    Where nobody takes the log any more its oldest lines are dropped.  (A buffered stream would be simpler; but when its
-    buffer is full each request would wait, and a write to it holds the lock of all that log.)
+    Where nobody takes the log any more its oldest lines are dropped.  (A buffered stream would be simpler.  But while
+    its buffer is full each request would wait, and a write to it holds the handler's lock.)
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -6178,7 +6175,7 @@ def start_log(settings: Settings, journal_stream: str) -> None:
     # None where it is closed, as pythonw has it.
     handler = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii"))
     journal = False
-    with contextlib.suppress(OSError, ValueError):    # a stderr that is no file
+    with contextlib.suppress(OSError, ValueError):    # a stderr that is not a file
         stderr = os.fstat(handler.stream.fileno())
         journal = journal_stream == f"{stderr.st_dev}:{stderr.st_ino}"
     handler.setFormatter(_LogFormatter(settings.log_json, journal))
