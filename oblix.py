@@ -580,31 +580,32 @@ class Settings:
         "in order of preference; default: the newest model of Ollama")
     cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name; repeat in order of preference; default: a "
         "cheap model of each provider with a key")
-    cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags: better its variable or "
-        "file", secret=True)
+    cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags, so prefer the variable or "
+        "the file", secret=True)
     cloud_api_key_file: str = setting("", "file that holds it")
     host: str = setting("localhost", "address to listen on; localhost is 127.0.0.1 and ::1; any other that the network "
         "reaches needs --api-key")
     port: int = setting(62549, "port to listen on; 0 picks a free one", 0, 65535)
-    api_key: str = setting("", "key that clients must send; `ps` shows flags: better its variable or file", secret=True)
+    api_key: str = setting("", "key that clients must send; `ps` shows flags, so prefer the variable or the file",
+        secret=True)
     api_key_file: str = setting("", "file that holds it")
     no_auth: bool = setting(False, "let everybody in who reaches --host, without a key")
     allow_origin: tuple[str, ...] = setting((), "origin of web pages that may ask, as https://chat.example, or * for "
         "all; repeat; those on localhost may")
-    allow_host: tuple[str, ...] = setting((), "name by which clients reach it, beside localhost, addresses and the "
-        "device's own name; repeat")
+    allow_host: tuple[str, ...] = setting((), "further name by which clients reach it; localhost, addresses and the "
+        "device's own name always work; repeat")
     demo: bool = setting(False, "serve two built-in scripted models, one local and one cloud, to try Oblix with "
         "nothing installed")
     connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together", 0.1)
-    prefer: str = setting("local", "what auto prefers while both sides are well: local, cloud, or whichever is "
-        "measured to answer sooner", choices=("local", "cloud", "fast"))
+    prefer: str = setting("local", "what auto prefers while local is available and the cloud optimal: local, "
+        "cloud, or whichever is measured to answer sooner", choices=("local", "cloud", "fast"))
     local_first_s: float = setting(5.0, "expected seconds to local's first word from which the cloud goes first, if it "
         "is expected in less than half of that; inf stays local", 0, math.inf)
     local_whole_s: float = setting(30.0, "the same for the end of an answer that is not streamed", 0, math.inf)
     local_slots: int = setting(1, "requests that the local model answers at once (Ollama's OLLAMA_NUM_PARALLEL); more "
         "overflow to the cloud", 1)
-    warm_up: str = setting("auto", "whether to load the local model at start, while the cloud is not well, and when "
-        "the cloud answers in its place", choices=("auto", "never"))
+    warm_up: str = setting("auto", "whether to load the local model at start, while the cloud is not optimal, and "
+        "when the cloud answers in its place", choices=("auto", "never"))
     keep_alive: str = setting("auto", "how long Ollama keeps a model in memory after its last use: seconds, or 10m, "
         "1h30m, -1 for ever; auto is 30m, and 5m on battery; default leaves it to Ollama",
         form=rf"auto|default|{DURATION}")
@@ -620,7 +621,7 @@ class Settings:
         "come again", 1, 65_536)
     max_body_mib: int = setting(32, "largest request, in MiB; images make 10 to 30 of them normal", 1, 128)
     drain: float = setting(8.0, "seconds that requests may go on after SIGTERM or Ctrl-C; docker stop waits for 10")
-    probe_every_s: float = setting(30.0, "seconds between probes of a cloud that is well; sooner after trouble", 1)
+    probe_every_s: float = setting(30.0, "seconds between probes of a cloud that answers; sooner after trouble", 1)
     better_after_s: float = setting(10.0, "seconds that better readings must last before they count; a flapping link "
         "counts as down")
     cpu_constrained_percent: float = setting(80.0, "CPU use from which local is constrained")
@@ -4928,10 +4929,7 @@ def fold(chunks: Iterable[Chunk]) -> Json:
     choice: Json = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
     whole: Json = {}
     for chunk in chunks:
-        whole = whole or {"id": chunk["id"], "object": "chat.completion", "created": chunk["created"],
-                          "model": chunk["model"], "choices": [choice]}
-        if "usage" in chunk:
-            whole["usage"] = chunk["usage"]
+        whole.update({**chunk, "object": "chat.completion", "choices": [choice]})
         for piece in chunk["choices"]:
             _fold_piece(choice, piece)
     if "tool_calls" in message:
@@ -5018,10 +5016,8 @@ def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iter
 
 def without_overlap(said: str, more: str) -> str:
     """Return `more` without the longest beginning that repeats the end of `said`; a few characters may by chance."""
-    for size in range(min(OVERLAP, len(said), len(more)), LEAST_OVERLAP - 1, -1):
-        if said.endswith(more[:size]):
-            return more[size:]
-    return more
+    sizes = range(min(OVERLAP, len(said), len(more)), LEAST_OVERLAP - 1, -1)
+    return more[next((size for size in sizes if said.endswith(more[:size])), 0):]
 
 
 def error_body(error: OblixError) -> Json:
@@ -5038,12 +5034,6 @@ def error_headers(error: OblixError) -> dict[str, str]:
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     return headers
-
-
-def answer_headers(target: Target, reason: str, attempts: int) -> dict[str, str]:
-    """Return the headers that name the target that answered, and the reason."""
-    return {"x-oblix-model": target.id, "x-oblix-side": target.side.value, "x-oblix-reason": reason,
-            "x-oblix-attempts": str(attempts)}
 
 
 def models_body(models: Iterable[tuple[str, int, str]]) -> Json:
@@ -5068,18 +5058,23 @@ MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes som
 LARGE_BODY_BYTES = 64 << 10     # smaller ones are not counted: --max-requests limits them
 FIRST_BYTES = 8 << 10           # of a request that are read at once: so large a buffer waits for each idle client
 AGAIN_S = 1.0                   # after which a client that was sent away may ask again
+KEEP_ALIVE_S = 15.0             # of silence in a stream; proxies give up after 30 to 60 s
+MAX_HELD_BYTES = 64 << 10       # of events that are to be sent
+NO_ROOM_S = 0.1                 # until some descriptor may be free again
+MAX_KEY_FILE = 64 << 10         # bytes that are read of a file that holds a key
+LAST_WORDS_S = 1.0              # for the threads of requests that are being ended to say so: each looks after a tick
 
 
 # --- 11. Who is here --------------------------------------------------------------------------------------------------
 
 class Guest:
-    """A client's connection, and what the client sends on it.  However slowly that comes, its time is limited."""
+    """A client's connection, and what the client sends on it, each part of which has to come within a limit."""
 
     def __init__(self, connection: socket.socket, admission: Admission) -> None:
         self.connection, self._admission = connection, admission
         self.silent = True               # nothing of the next request has come
         self.busy = False                # a chat request is being answered
-        self.since = time.monotonic()    # when it was last busy, or began to send its next request
+        self.since = time.monotonic()    # when it was last busy or answered, or could begin its next request
         self._held = bytearray()         # what has come and is not used yet
         self._deadline, self._bytes_per_s = 0.0, math.inf
 
@@ -5107,6 +5102,7 @@ class Guest:
         return self._take(most)
 
     def _take(self, size: int) -> bytes:
+        """Return so many of the bytes that have come, and forget them."""
         piece = bytes(self._held[:size])
         del self._held[:size]
         return piece
@@ -5116,14 +5112,13 @@ class Guest:
         while True:
             try:
                 piece = self.connection.recv(FIRST_BYTES if self.silent else PIECE_BYTES)
+                break
             except NOT_YET:
                 self._look()
-                continue
             except OSError:
                 raise ClientGone from None
-            if not piece:
-                raise ClientGone
-            break
+        if not piece:
+            raise ClientGone
         now = time.monotonic()
         if self.silent:
             self.silent, self._deadline = False, now + HEAD_S
@@ -5157,31 +5152,33 @@ class Guest:
                     if not self.connection.recv(PIECE_BYTES):
                         return
 
+    def hang_up(self) -> None:
+        """End the connection, whatever its thread does with it."""
+        with contextlib.suppress(OSError):    # it was closed meanwhile
+            self.connection.shutdown(socket.SHUT_RDWR)
+
 
 class Admission:
-    """Which clients are connected, and how much they may ask at once; shared by all listeners, and by all threads."""
+    """The connected clients, and the limits of what they may ask at once; shared by all listeners and threads."""
 
     def __init__(self, max_requests: int, max_body_bytes: int) -> None:
         self._max_requests, self._max_connections = max_requests, 2 * max_requests
         self.max_body_bytes = min(max_body_bytes, MAX_BODIES_BYTES)
         self._lock = threading.Lock()
-        self._open: dict[socket.socket, Guest] = {}    # guarded by _lock, as the next two
+        self._open: set[Guest] = set()    # guarded by _lock, as the next two
         self._requests = self._bytes = 0
         self.stopping = self.ended = False    # no new client is let in; what runs is being ended
         self.idle_until = math.inf            # when connections close on which nothing is being asked
 
-    def enter(self, connection: socket.socket) -> None:
-        """Count a client that has connected.  One more than there may be takes another's place."""
+    def enter(self, connection: socket.socket) -> Guest:
+        """Return the guest on a new connection.  One more than there may be takes another's place."""
         guest = Guest(connection, self)
         with self._lock:
-            self._open[connection] = guest
+            self._open.add(guest)
             crowded = len(self._open) > self._max_connections
         if crowded:
             self.make_room()
-
-    def guest(self, connection: socket.socket) -> Guest:
-        """Return the guest on a connection."""
-        return self._open[connection]
+        return guest
 
     def make_room(self) -> None:
         """Close the connection that has gone longest without a chat request: idle, sending slowly, reading nothing."""
@@ -5189,25 +5186,25 @@ class Admission:
         slowest = min(waiting, key=lambda guest: guest.since, default=None)
         if slowest:
             slowest.since = math.inf    # another one is next
-            _hang_up(slowest.connection)
+            slowest.hang_up()
 
     def _guests(self) -> tuple[Guest, ...]:
         with self._lock:
-            return tuple(self._open.values())
+            return tuple(self._open)
 
-    def leave(self, connection: socket.socket) -> None:
-        """Forget a client whose connection has been closed."""
+    def leave(self, guest: Guest) -> None:
+        """Forget a guest whose connection has been closed."""
         with self._lock:
-            self._open.pop(connection, None)
+            self._open.discard(guest)
 
     def take(self, requests: int, size: int) -> None:
         """Count chat requests and bytes of bodies; negative ones have ended.  Raise Busy if that is too much."""
         with self._lock:
-            full = requests > 0 and self.full or size > 0 and self._bytes + size > MAX_BODIES_BYTES
-            if not full:
-                self._requests, self._bytes = self._requests + requests, self._bytes + size
-        if full:
-            raise too_much("--max-requests" if requests > 0 else "all requests under way are too large")
+            if requests > 0 and self.full:
+                raise too_much("--max-requests")
+            if size > 0 and self._bytes + size > MAX_BODIES_BYTES:
+                raise too_much("all requests under way are too large")
+            self._requests, self._bytes = self._requests + requests, self._bytes + size
 
     @property
     def full(self) -> bool:
@@ -5220,17 +5217,17 @@ class Admission:
         return not self._open
 
     def stop(self) -> None:
-        """Have each connection close with its answer, and those on which nothing is being asked after GRACE_S."""
+        """Close each connection behind its answer, and those on which nothing is being asked after GRACE_S."""
         self.stopping, self.idle_until = True, time.monotonic() + GRACE_S
 
     def end(self) -> None:
-        """Have every request that runs end at its next look."""
+        """End every request that runs, at its next look."""
         self.ended, self.idle_until = True, 0.0
 
     def close(self) -> None:
         """Cut every connection."""
         for guest in self._guests():
-            _hang_up(guest.connection)
+            guest.hang_up()
 
 
 def too_much(what: str) -> Busy:
@@ -5244,24 +5241,17 @@ def shutting_down() -> Busy:
     return Busy("Oblix is being stopped; ask again in a moment.", code="shutting_down", retry_after_s=AGAIN_S)
 
 
-def _hang_up(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):    # it was closed meanwhile
-        connection.shutdown(socket.SHUT_RDWR)
-
-
 # --- 11. A connection -------------------------------------------------------------------------------------------------
 
 class _Handler(socketserver.BaseRequestHandler):
     """One client connection, on a thread of its own: requests in and replies out."""
     server: _Listener
 
-    def setup(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)    # else a second small write waits 40 ms
-        limit_waits(self.request, TICK_S)
-        self.admission, self.guard = self.server.admission, self.server.guard
-        self.guest = self.admission.guest(self.request)
-
     def handle(self) -> None:
+        self.guest: Guest = self.request
+        self.admission, self.guard, connection = self.server.admission, self.server.guard, self.guest.connection
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)    # else a second small write waits 40 ms
+        limit_waits(connection, TICK_S)
         with contextlib.suppress(ClientGone):    # nobody is left to tell
             while self._answer_next():
                 pass
@@ -5269,29 +5259,17 @@ class _Handler(socketserver.BaseRequestHandler):
     def _answer_next(self) -> bool:
         """Read a request and answer it.  Return True if another one may follow."""
         self.close_connection, self._unread = True, True
-        self.head, self._cors, self.told = _NO_HEAD, dict[str, str](), dict[str, Any]()
+        self.head, self._common, self.told = _NO_HEAD, dict[str, str](), dict[str, Any]()
         self.id, self._come, self._held = new_id("req_"), 0, 0
-        self.guest.await_request()
-        try:
-            asked = self._serve()
-        finally:
-            if self._held:
-                self.admission.take(0, -self._held)
-        if asked:
-            self._tell()
-            if self._unread:
-                self.guest.linger()
-        return not self.close_connection
-
-    def _serve(self) -> bool:
-        """Answer the next request, whatever it is.  Return False if none came."""
         self.started = time.monotonic()
+        self.guest.await_request()
         try:
             self._read_head()
             self._route()
         except ClientGone:
+            if self.head is _NO_HEAD:    # nothing was asked
+                return False
             self.close_connection, self.told["error"] = True, "client hung up"
-            return self.head is not _NO_HEAD
         except OblixError as error:
             self._refuse(error)
         except Exception:  # a bug of ours takes down one request and is told in the log
@@ -5299,12 +5277,17 @@ class _Handler(socketserver.BaseRequestHandler):
             self.close_connection, self.told["error"] = True, "internal error"
             if "status" not in self.told:
                 self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self.id}."))
-        return True
+        finally:
+            self.admission.take(0, -self._held)
+        self._tell()
+        if self._unread:
+            self.guest.linger()
+        return not self.close_connection
 
     def _read_head(self) -> None:
         """Read a request's head, and see whether it may be asked.  Raise OblixError, ClientGone."""
         first = self.guest.line(MAX_REQUEST_LINE)
-        if first == b"\r\n":    # one is let pass: RFC 9112, 2.2
+        if first == b"\r\n":    # one is ignored: RFC 9112, 2.2
             first = self.guest.line(MAX_REQUEST_LINE)
         self.started = time.monotonic()
         if len(first) > MAX_REQUEST_LINE:
@@ -5313,11 +5296,11 @@ class _Handler(socketserver.BaseRequestHandler):
         self.head = parse_head(first, self._fields())
         self._unread = self.head.body_size != 0
         self.close_connection = not self.head.keeps_open
-        self._cors = self.guard.cors_headers(self.head)
+        self._common = self.guard.cors_headers(self.head)
         self.guard.check(self.head)
 
     def _fields(self) -> Iterator[bytes]:
-        """Yield the lines of the head's fields.  Raise OblixError, ClientGone."""
+        """Yield the lines of the fields in a head, or behind a chunked body.  Raise OblixError, ClientGone."""
         size = 0
         for _ in range(MAX_FIELDS + 1):
             line = self.guest.line(MAX_FIELD_LINE)
@@ -5327,7 +5310,7 @@ class _Handler(socketserver.BaseRequestHandler):
             if len(line) > MAX_FIELD_LINE or size > MAX_HEAD_BYTES:
                 break
             yield line
-        raise BadRequest(f"The request's head has more than {MAX_FIELDS} fields, or one that is too long.", status=431,
+        raise BadRequest(f"The request has more than {MAX_FIELDS} header fields, or one that is too long.", status=431,
                          code="headers_too_large")
 
     def body(self) -> bytes:
@@ -5344,7 +5327,7 @@ class _Handler(socketserver.BaseRequestHandler):
             raise too_much("--max-requests")    # before the body is waited for
         self._check_size(size)
         if expected and self.head.version != "HTTP/1.0":
-            self.write(CONTINUE_NOW)
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.guest.await_body()
         body = self._chunked_body() if size == CHUNKED else self._exactly(size)
         self._unread = False
@@ -5371,25 +5354,21 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def _chunked_body(self) -> bytes:
         """Return a body in chunks (RFC 9112, 7.1), which the stdlib leaves to us."""
-        body = bytearray()
+        body, malformed = bytearray(), BadRequest("The chunked body is malformed.", code="bad_framing")
         while True:
             start = _CHUNK_START.fullmatch(self.guest.line(MAX_CHUNK_LINE))
             if not start:
-                raise BadRequest("The chunked body is malformed.", code="bad_framing")
+                raise malformed
             size = int(start[1], 16)
             if not size:
                 break
             self._check_size(len(body) + size)
             body += self._exactly(size)
             if self.guest.line(2) != b"\r\n":
-                raise BadRequest("The chunked body is malformed.", code="bad_framing")
-        for _ in range(MAX_FIELDS):    # trailers, of which none is of use
-            line = self.guest.line(MAX_FIELD_LINE)
-            if line == b"\r\n":
-                return bytes(body)
-            if not FIELD_LINE.fullmatch(line):
-                break
-        raise BadRequest("The chunked body's trailers are malformed or too many.", code="bad_framing")
+                raise malformed
+        if not all(map(FIELD_LINE.fullmatch, self._fields())):    # trailers, of which none is of use
+            raise malformed
+        return bytes(body)
 
     def json(self, status: int, body: Json, headers: Mapping[str, str] | None = None) -> None:
         self.reply(status, dumps(body), {**JSON_HEADERS, **(headers or {})})
@@ -5397,34 +5376,22 @@ class _Handler(socketserver.BaseRequestHandler):
     def _refuse(self, error: OblixError) -> None:
         """Answer with an error."""
         self.told["error"] = error.code or error.type
-        methods = ROUTES.get(self.head.path, ("GET", "HEAD", "POST")) if error.status == 405 else ()
-        allow = {"Allow": ", ".join(methods)} if methods else {}
-        self.json(error.status, error_body(error), {**error_headers(error), **allow})
+        self.json(error.status, error_body(error), error_headers(error))
 
     def reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """Send a whole reply in one write."""
         length = {} if status == 204 else {"Content-Length": str(len(body))}
-        head = self._reply_head(status, {**headers, **length})
+        head = self.reply_head(status, {**headers, **length})
         body = b"" if self.head.method == "HEAD" else body
-        self.told["bytes_out"] = len(body)
+        self.told["bytes_out"], self.guest.since = len(body), time.monotonic()    # make_room knows before the client
         self.write(head + body)
 
-    def stream_head(self, headers: Mapping[str, str]) -> bytes:
-        """Return the head of a stream.  Only a framed body shows its end without closing the connection."""
-        self.close_connection = self.close_connection or not self.frames
-        return self._reply_head(200, headers)
-
-    @property
-    def frames(self) -> bool:
-        """Return True if the client reads chunked bodies."""
-        return self.head.version != "HTTP/1.0"
-
-    def _reply_head(self, status: int, headers: Mapping[str, str]) -> bytes:
+    def reply_head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """Return the head of a reply, whose values are made safe for a header line."""
         self.told["status"] = status
         if self._unread or self.admission.stopping:    # unread bytes are not a next request
             self.close_connection = True
-        fields = {**headers, **self._cors, "x-request-id": self.id, "Server": f"oblix/{__version__}",
+        fields = {**headers, **self._common, "x-request-id": self.id, "Server": f"oblix/{__version__}",
                   "Date": http_date(int(time.time())), "Connection": "close" if self.close_connection else "keep-alive"}
         lines = [f"{name}: {value}" for name, value in fields.items()]
         if not is_plain("".join(lines)):
@@ -5434,7 +5401,7 @@ class _Handler(socketserver.BaseRequestHandler):
     def write(self, data: bytes) -> None:
         """Send data.  Raise ClientGone, also where the client takes nothing of it for SEND_S."""
         try:
-            send_all(self.request, data, SEND_S)
+            send_all(self.guest.connection, data, SEND_S)
         except OSError:
             raise ClientGone from None
 
@@ -5443,10 +5410,14 @@ class _Handler(socketserver.BaseRequestHandler):
         quiet = self.told.get("status") == 200 and self.head.path in ("/health", "/")
         level = logging.DEBUG if quiet else logging.INFO
         if log.isEnabledFor(level):
+            seconds, tokens = time.monotonic() - self.started, self.told.pop("tokens", 0)
             facts = {"id": self.id, "method": self.head.method[:20], "path": self.head.path[:64], **self.told,
-                     "seconds": time.monotonic() - self.started}
-            facts.update(tokens_per_s(facts))
-            log.log(level, log_text(facts), extra={"facts": facts})
+                     "seconds": seconds}
+            if tokens:    # else the upstream has not said
+                answering_s = max(seconds - facts.get("first_token_s", 0.0), 0.001)
+                facts.update(tokens=tokens, tokens_per_s=round(tokens / answering_s, 1))
+            text = "".join([words % facts[name] for name, words in LOG_WORDS.items() if name in facts])
+            log.log(level, printable(text), extra={"facts": facts})
 
     # The routes.
 
@@ -5462,6 +5433,7 @@ class _Handler(socketserver.BaseRequestHandler):
                              "/v1/chat/completions, GET /v1/models and GET /health; use the chat completions API.",
                              status=404, code="unknown_url")
         if head.method not in methods:
+            self._common["Allow"] = ", ".join(methods)    # RFC 9110, 15.5.6
             raise BadRequest(f"{path[:100]} takes {' or '.join(methods)}, not {head.method[:20]}.",
                              status=405, code="method_not_allowed")
         if path == "/chat/completions":
@@ -5480,69 +5452,61 @@ class _Handler(socketserver.BaseRequestHandler):
         self.json(status, health)
 
     def _models(self, wanted: str) -> None:
-        models = self.server.gateway.models()
-        if not wanted:
-            return self.json(200, models_body(models))
-        found = [model for model in models if model[0] == wanted]
-        if not found:
+        models = [model for model in self.server.gateway.models() if wanted in ("", model[0])]
+        if wanted and not models:
             raise BadRequest(f"There is no model {wanted[:100]!r}; GET /v1/models lists them.", param="model",
                              status=404, code="model_not_found")
-        return self.json(200, models_body(found)["data"][0])
+        body = models_body(models)
+        self.json(200, body["data"][0] if wanted else body)
 
     def _chat(self) -> None:
         """Answer a chat request.  Raise OblixError, ClientGone."""
         request = parse_request(self.body())
         self.told["asked"] = request.model
         self.admission.take(1, 0)
-        events = _Events(self)
-        self._streaming, self._looked, self.guest.busy = events if request.stream else None, time.monotonic(), True
+        self._events = _Events(self, KEEP_ALIVE_S if request.stream else math.inf)
+        self._looked, self.guest.busy = time.monotonic(), True
         try:
-            self._answer(request, events)
+            self._answer(request)
         except OblixError as error:
-            if not events.begun:
+            if "status" not in self.told:
                 raise
-            events.fail(error)
+            self._events.fail(error)
             self.told["error"] = error.code or error.type
-        except ClientGone:
-            raise
-        except Exception:    # a bug of ours: what was said before it may be seen
-            events.flush()
-            raise
         finally:
             self.guest.busy, self.guest.since = False, time.monotonic()    # it may be sent away now
             self.admission.take(-1, 0)
 
-    def _answer(self, request: ChatRequest, events: _Events) -> None:
+    def _answer(self, request: ChatRequest) -> None:
         """Pass on what the gateway answers.  Raise OblixError, ClientGone."""
         served = self.server.gateway.answer(request, self._look)
-        headers = answer_headers(served.target, served.reason, served.attempts)
-        self.told.update(served=served.target.id, side=served.target.side.value, attempts=served.attempts,
-                         reason=served.reason)
+        model, side = served.target.id, served.target.side.value
+        self.told.update(served=model, side=side, attempts=served.attempts, reason=served.reason)
+        headers = {"x-oblix-model": model, "x-oblix-side": side, "x-oblix-reason": served.reason,
+                   "x-oblix-attempts": str(served.attempts)}
         if served.whole is not None:
             self.told["tokens"] = tokens_of(served.whole)
             return self.reply(200, served.raw or dumps(served.whole), {**JSON_HEADERS, **headers})
         self.told["first_token_s"] = time.monotonic() - self.started
-        events.headers.update(headers)
+        self._events.headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
-            self._stream(served, request.include_usage, events)
+            self._stream(served, request.include_usage, self._events)
 
     def _look(self) -> None:
         """See to the client, as its thread does before it waits for something else, and at each tick.
 
         Raise ClientGone where it has left, Busy where Oblix has to end.
         """
-        if self._streaming:
-            self._streaming.flush()
+        self._events.flush()
         now = time.monotonic()
         if now - self._looked < TICK_S:
             return
         self._looked = now
         if self.admission.ended:
             raise shutting_down()
-        if has_left(self.request):
+        if has_left(self.guest.connection):
             raise ClientGone
-        if self._streaming:
-            self._streaming.keep_alive(now)
+        self._events.keep_alive(now)
 
     def _stream(self, served: Served, include_usage: bool, events: _Events) -> None:
         """Pass on the chunks, the first content at once.  Raise UpstreamError where they are cut off."""
@@ -5557,8 +5521,10 @@ class _Handler(socketserver.BaseRequestHandler):
                     events.add(sse(shown))
                 if number == served.held:
                     events.flush()
-        except UpstreamError as error:
-            log.warning("%s cut: %s", self.id, error.brief)
+        except Exception as error:
+            if isinstance(error, UpstreamError):
+                log.warning("%s cut: %s", self.id, error.brief)
+            events.flush()    # what was said before may be seen
             raise
         events.add(DONE)
         events.flush(last=True)
@@ -5570,8 +5536,12 @@ ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health":
 JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
 _NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
 _CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
-CONTINUE_NOW = b"HTTP/1.1 100 Continue\r\n\r\n"
 _PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
+# The words for each fact of a request in the log, in the order of the line; a fact that is not known is left out.
+LOG_WORDS = {"id": "%s", "method": " %s", "path": " %s", "status": " %s", "asked": " %s", "served": " -> %s",
+             "side": " (%s)", "first_token_s": ", first %.2f s", "tokens_per_s": ", %.1f tokens/s",
+             "bytes_in": ", in %s B", "bytes_out": ", out %s B", "seconds": ", %.2f s", "error": ": %s",
+             "reason": ": %s"}
 
 
 @functools.lru_cache(1)
@@ -5580,53 +5550,28 @@ def http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
 
 
-# --- 11. The log line -------------------------------------------------------------------------------------------------
-
-def told_of_request(facts: Json) -> Json:
-    """Return what a log line for machines says of a request: numbers rounded, in the order of lines."""
-    told = {name: facts[name] for name in (*_LOG_WORDS, *facts) if name in facts}
-    if not told.get("tokens"):    # the upstream has not said
-        told.pop("tokens", None)
-    return {name: round(value, 3) if isinstance(value, float) else value for name, value in told.items()}
-
-
-def tokens_per_s(facts: Json) -> Json:
-    """Return how fast an answer was, in tokens a second, if its upstream said how many there were."""
-    tokens, answering_s = facts.get("tokens"), facts["seconds"] - facts.get("first_token_s", 0.0)
-    return {"tokens_per_s": round(tokens / answering_s, 1)} if tokens and answering_s > 0 else {}
-
-
-# How a fact of a request reads in the log, in this order; one that is not known is left out.
-_LOG_WORDS = {"id": "%s", "method": " %s", "path": " %s", "status": " %s", "asked": " %s", "served": " -> %s",
-              "side": " (%s)", "first_token_s": ", first %.2f s", "tokens_per_s": ", %.1f tokens/s",
-              "bytes_in": ", in %s B", "bytes_out": ", out %s B", "seconds": ", %.2f s", "error": ": %s",
-              "reason": ": %s"}
-
-
-def log_text(facts: Json) -> str:
-    """Return the log's line of a request, without control characters that it may quote."""
-    line = "".join([words % facts[name] for name, words in _LOG_WORDS.items() if name in facts])
-    return line if is_plain(line) else re.sub("[^ -~]", "?", line)
+def printable(text: str) -> str:
+    """Return a text for the log, without the control characters by which what it quotes could forge a line."""
+    return text if is_plain(text) else re.sub("[^ -~]", "?", text)
 
 
 # --- 11. A stream of events ------------------------------------------------------------------------------------------
 
 class _Events:
-    """A stream of server-sent events to a client.  Those that are there are sent together, with the head if need be,
-    before anything is waited for: a write takes 20 us, and what a model says comes in pieces of several events."""
+    """A stream of server-sent events to a client.  Before each wait, all that have come are sent in one write with the
+    head: a write takes 20 us, and what a model says comes in pieces of several events."""
 
-    def __init__(self, handler: _Handler) -> None:
-        self._handler, self._frames = handler, handler.frames
+    def __init__(self, handler: _Handler, keep_alive_s: float) -> None:
+        self._handler, self._keep_alive_s = handler, keep_alive_s
+        self._framed = handler.head.version != "HTTP/1.0"    # whose clients read no chunked bodies
         self._last = time.monotonic()    # when the client last got something
         self._held = b""                 # events that are to be sent
-        self.begun = self._head_sent = False    # there are events, so the status is 200
         self.headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                        "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._frames else {})}
+                        "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._framed else {})}
 
     def add(self, events: bytes) -> None:
-        """Have events sent before the next wait.  Raise ClientGone."""
+        """Hold events, to be sent before the next wait.  Raise ClientGone."""
         self._held += events
-        self.begun = True
         if len(self._held) > MAX_HELD_BYTES:
             self.flush()
 
@@ -5635,19 +5580,21 @@ class _Events:
         if not self._held and not last:
             return
         held, self._held, self._last = self._held, b"", time.monotonic()
-        head = b"" if self._head_sent else self._handler.stream_head(self.headers)
-        self._head_sent = True
-        self._handler.told["bytes_out"] = self._handler.told.get("bytes_out", 0) + len(held)
-        if self._frames:
-            held = (b"%x\r\n%b\r\n" % (len(held), held) if held else b"") + (END_OF_CHUNKS if last else b"")
-        self._handler.write(head + held)
+        handler, head = self._handler, b""
+        if "status" not in handler.told:
+            handler.close_connection |= not self._framed    # nothing else shows the end of the stream
+            head = handler.reply_head(200, self.headers)
+        handler.told["bytes_out"] = handler.told.get("bytes_out", 0) + len(held)
+        if self._framed:
+            held = (b"%x\r\n%b\r\n" % (len(held), held) if held else b"") + (b"0\r\n\r\n" if last else b"")
+        handler.write(head + held)
 
     def keep_alive(self, now: float) -> None:
         """Send a comment after a long silence, which keeps clients and proxies waiting.  Raise ClientGone.
 
         It commits the status 200, but no answer: another target may still give that.
         """
-        if now - self._last >= KEEP_ALIVE_S:
+        if now - self._last >= self._keep_alive_s:
             self.add(b": keep-alive\n\n")
             self.flush()
 
@@ -5656,11 +5603,6 @@ class _Events:
         self._handler.close_connection = True
         self.add(sse(error_body(error)))
         self.flush()
-
-
-END_OF_CHUNKS = b"0\r\n\r\n"
-MAX_HELD_BYTES = 64 << 10
-KEEP_ALIVE_S = 15.0    # proxies give up on a silent connection after 30 to 60 s
 
 
 # --- 11. Listening, and the end ---------------------------------------------------------------------------------------
@@ -5685,22 +5627,17 @@ class _Listener(QuickServer):
         self.gateway, self.admission, self.guard = gateway, admission, guard
         super().__init__(address, _Handler)
 
-    def server_bind(self) -> None:
-        if self.address_family == socket.AF_INET6 and self.server_address[0] != "::":
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        super().server_bind()
-
     def get_request(self) -> Any:
         try:
-            return super().get_request()
+            connection, address = super().get_request()
         except OSError as error:
             if error.errno in _NO_ROOM:    # the client stays in the queue, which would be looked at without end
                 self.admission.make_room()
                 time.sleep(NO_ROOM_S)
             raise
+        return self.admission.enter(connection), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        self.admission.enter(request)
         try:
             super().process_request(request, client_address)
         except RuntimeError as error:    # no thread is left
@@ -5708,7 +5645,7 @@ class _Listener(QuickServer):
             self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
+        super().shutdown_request(request.connection)
         self.admission.leave(request)
 
     def run(self) -> None:
@@ -5726,7 +5663,7 @@ class _Listener(QuickServer):
             stopping.join(0.02)
 
     def stop_listening(self) -> None:
-        """Let in the clients that have already connected, and nobody after that."""
+        """Let in the clients that have already connected, and then close the socket."""
         self.shutdown()
         self.socket.settimeout(0)
         with contextlib.suppress(OSError):
@@ -5754,11 +5691,10 @@ def hold_on_one_core(cpufreq: str = "/sys/devices/system/cpu/cpu%d/cpufreq/cpuin
 
 
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-NO_ROOM_S = 0.1    # until some descriptor may be free again
 
 
 def guard_of(settings: Settings) -> Guard:
-    """Return who may ask.  Raise UsageError where everybody could who reaches this device."""
+    """Return the access control of the settings.  Raise UsageError if it would let in the network without a word."""
     host = settings.host.strip("[]").lower()
     if settings.api_key and settings.no_auth:
         raise UsageError("--no-auth and --api-key exclude each other")
@@ -5772,61 +5708,54 @@ def guard_of(settings: Settings) -> Guard:
 
 def listen(settings: Settings, gateway: Gateway) -> list[_Listener]:
     """Return listening sockets: one, or for localhost one for each of its two addresses.  Raise UsageError."""
-    host, port = settings.host.strip("[]"), settings.port
+    host, port, listeners = settings.host.strip("[]"), settings.port, list[_Listener]()
     parts = gateway, Admission(settings.max_requests, settings.max_body_mib << 20), guard_of(settings)
-    first = _listener("127.0.0.1" if host == "localhost" else host, port, *parts)
-    if host != "localhost":
-        return [first]
-    try:
-        return [first, _Listener(("::1", first.server_port), *parts)]
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:    # no IPv6 here
-            return [first]
-        first.server_close()
-        if not port:
-            return listen(settings, gateway)    # another free port
-        # Clients that try ::1 first for `localhost` would send their prompts to that program.
-        raise UsageError(f"port {port} of ::1 is in use by another program: choose one with --port") from error
-
-
-def _listener(host: str, port: int, *parts: Any) -> _Listener:
-    try:
-        return _Listener((host, port), *parts)
-    except (OSError, OverflowError, UnicodeError) as error:
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise UsageError(f"port {port} is in use, perhaps by another Oblix: choose one with --port") from error
-        raise UsageError(f"can't listen on {host} port {port}: {error}") from error
+    for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
+        try:
+            listeners.append(_Listener((address, port), *parts))
+            port = listeners[0].server_port
+        except (OSError, OverflowError, UnicodeError) as error:
+            taken = getattr(error, "errno", None) == errno.EADDRINUSE
+            if listeners:
+                if not taken:    # no IPv6 here
+                    break
+                listeners[0].server_close()
+                if not settings.port:
+                    return listen(settings, gateway)    # another free port
+            # Without ::1, clients that try it first for `localhost` would send their prompts to the program there.
+            raise UsageError(f"port {port} of {address} is in use, perhaps by another Oblix: choose one with --port"
+                             if taken else f"can't listen on {address} port {port}: {error}") from error
+    return listeners
 
 
 def with_keys_from_files(settings: Settings) -> Settings:
     """Return the settings with the keys that files hold.  Raise UsageError."""
     for name in ("api_key", "cloud_api_key"):
         path, flag = getattr(settings, f"{name}_file"), f"--{name.replace('_', '-')}-file"
-        if path and getattr(settings, name):
+        if not path:
+            continue
+        if getattr(settings, name):
             raise UsageError(f"{flag} and the key itself are both set: choose one")
-        if path:
-            try:
-                with open(path, encoding="ascii") as file:
-                    key = file.read(MAX_KEY_FILE).strip()
-            except (OSError, ValueError) as error:
-                why = getattr(error, "strerror", None) or "it is no plain text"
-                raise UsageError(f"{flag}: {path} can't be read: {why}") from error
-            if not key.isprintable() or not key:
-                raise UsageError(f"{flag}: {path} holds no key")
-            settings = dataclasses.replace(settings, **{name: key, f"{name}_file": ""})  # type: ignore[arg-type]
+        try:
+            with open(path, encoding="ascii") as file:
+                key = file.read(MAX_KEY_FILE).strip()
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{flag}: {path} can't be read: "
+                             f"{getattr(error, 'strerror', None) or 'it is not plain text'}") from error
+        if not key.isprintable() or not key:
+            raise UsageError(f"{flag}: {path} holds no key")
+        settings = dataclasses.replace(settings, **{name: key, f"{name}_file": ""})  # type: ignore[arg-type]
     return settings
-
-
-MAX_KEY_FILE = 1 << 16
 
 
 class Server:
     """A running gateway with its listeners."""
 
-    def __init__(self, gateway: Gateway, listeners: Sequence[_Listener]) -> None:
-        self.gateway, self._listeners, self.admission = gateway, tuple(listeners), listeners[0].admission
-        self.port = listeners[0].server_port
-        host = listeners[0].server_name
+    def __init__(self, settings: Settings) -> None:
+        self.gateway = Gateway(settings)
+        self._listeners = listen(settings, self.gateway)
+        self.admission, host = self._listeners[0].admission, self._listeners[0].server_name
+        self.port = self._listeners[0].server_port
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def start(self) -> None:
@@ -5836,9 +5765,9 @@ class Server:
             threading.Thread(target=listener.run, name="listen", daemon=True).start()
 
     def drain(self, limit_s: float, pause: Callable[[], int]) -> int:
-        """Let in nobody any more, let what runs end by itself within the limit, and end the rest in-band.
+        """Let no new client in, wait for requests to end within the limit, and end the rest in-band.
 
-        `pause` waits for a moment; if it returns something else than 0 the wait is over, and that is returned.
+        `pause` waits for a moment.  Return 0, or the first other number that it returns, which ends the wait.
         """
         self.admission.stop()
         for listener in self._listeners:
@@ -5861,15 +5790,10 @@ class Server:
         self.gateway.close()
 
 
-LAST_WORDS_S = 1.0    # for the threads of requests that are being ended to say so: each looks after a tick
-
-
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[Server]:
     """Serve until the block ends.  Raise UsageError."""
-    settings = with_keys_from_files(settings)
-    gateway = Gateway(settings)
-    server = Server(gateway, listen(settings, gateway))
+    server = Server(with_keys_from_files(settings))
     server.start()
     try:
         yield server
@@ -5951,23 +5875,18 @@ def _demo_ollama(asked: Json) -> Iterator[bytes]:
                  "prompt_eval_count": 10 * len(asked["messages"]), "eval_count": count}) + b"\n"
 
 
-def _demo_openai(asked: Json) -> Iterator[bytes]:
-    """Yield the events, or the one body, of the answer to /v1/chat/completions."""
-    head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": asked["model"]}
-    choice: Json = {"index": 0, "logprobs": None, "finish_reason": None}
-    words = _demo_words("cloud", "OpenAI", asked)
-    if asked.get("stream"):
-        head["object"] = "chat.completion.chunk"
-        for delta in itertools.chain([{"role": "assistant", "content": ""}], ({"content": word} for word in words)):
-            yield sse({**head, "choices": [{**choice, "delta": delta}]})
-        yield sse({**head, "choices": [{**choice, "delta": {}, "finish_reason": "stop"}]}) + DONE
-        return
-    said, prompt = list(words), 10 * len(asked["messages"])
-    message = {"role": "assistant", "content": "".join(said), "refusal": None}
-    yield dumps({**head, "object": "chat.completion", "choices": [{**choice, "message": message,
-                                                                   "finish_reason": "stop"}],
-                 "usage": {"prompt_tokens": prompt, "completion_tokens": len(said),
-                           "total_tokens": prompt + len(said)}})
+def _demo_openai(asked: Json) -> Iterator[Chunk]:
+    """Yield the chunks of the answer to /v1/chat/completions."""
+    head = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": int(time.time()),
+            "model": asked["model"]}
+    choice: Json = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}
+    prompt, count = 10 * len(asked["messages"]), 0
+    yield {**head, "choices": [{**choice, "delta": {"role": "assistant", "content": ""}}]}
+    for word in _demo_words("cloud", "OpenAI", asked):
+        count += 1
+        yield {**head, "choices": [{**choice, "delta": {"content": word}}]}
+    yield {**head, "choices": [{**choice, "finish_reason": "stop"}],
+           "usage": {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}}
 
 
 class _DemoHandler(http.server.BaseHTTPRequestHandler):
@@ -5984,8 +5903,10 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
             self.do_GET()
         elif self.path == "/api/chat":
             self._send("application/x-ndjson", _demo_ollama(asked))
+        elif asked.get("stream"):
+            self._send("text/event-stream", itertools.chain(map(sse, _demo_openai(asked)), [DONE]))
         else:
-            self._send("text/event-stream" if asked.get("stream") else "application/json", _demo_openai(asked))
+            self._send("application/json", [dumps(fold(_demo_openai(asked)))])
 
     def _send(self, kind: str, pieces: Iterable[bytes]) -> None:
         self.send_response(200)
@@ -6025,6 +5946,16 @@ def demo(settings: Settings) -> Iterator[Settings]:
 SETTLE_S = 0.5    # how long the start waits for the monitors' first word; offline they have none to wait for
 CHECK_S = 6.0     # longer than a probe may take
 CPU_S = 1.3       # until the second sample, the first that knows the CPU's use
+LOG_S = 0.1       # in which the lines of the log are collected, to be written together
+LOG_END_S = 1.0   # for the last of them
+MAX_LOG_LINES = 10_000
+DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
+# After the start it gives back 13 of 32 MiB, after 500 streams 6 of 42; a look takes 0.1 ms.
+TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
+
+FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_per_core": "load {} per core",
+              "gpu_percent": "GPU {}%", "battery_percent": "battery {}%", "temperature_c": "{} C"}
+SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))    # level -> priority (sd-daemon(3))
 
 
 def start_text(settings: Settings, server: Server) -> str:
@@ -6045,25 +5976,19 @@ def start_text(settings: Settings, server: Server) -> str:
 
 def findings(health: Json) -> list[str]:
     """Return what was found, what `auto` does now and why, and what to fix."""
-    lines = [line for side in Side for line in _side_lines(side, health)]
+    lines = []
+    for side in Side:
+        report = health[side.value]
+        known = {name: value for name, value in report["facts"].items() if name.split("_")[0] not in report["reason"]}
+        facts = ", ".join(words.format(known[name]) for name, words in FACT_WORDS.items() if name in known)
+        level = report["level"] + (f": {report['reason']}" if report["reason"] else "")
+        lines += [f"  {side.value:<7} {level}" + (f" ({facts})" if facts else "")]
+        lines += [f"          {target['id']} is {target['state']}" for target in health["targets"]
+                  if target["side"] == side.value]
     first, *others = (health["status"] == "healthy" and health["plan"]["order"]) or ["nothing"]
     order = f"{first} answers now" + (f", and {' then '.join(others)} if it fails" if others else "")
-    lines += [f"  auto    {order}", ""]
-    return lines + (["Fix:", *(f"  {advice}" for advice in advices(health)), ""] if advices(health) else [])
-
-
-FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_per_core": "load {} per core",
-              "gpu_percent": "GPU {}%", "battery_percent": "battery {}%", "temperature_c": "{} C"}
-
-
-def _side_lines(side: Side, health: Json) -> list[str]:
-    report = health[side.value]
-    known = {name: value for name, value in report["facts"].items() if name.split("_")[0] not in report["reason"]}
-    facts = ", ".join(words.format(known[name]) for name, words in FACT_WORDS.items() if name in known)
-    level = report["level"] + (f": {report['reason']}" if report["reason"] else "")
-    lines = [f"  {side.value:<7} {level}" + (f" ({facts})" if facts else "")]
-    return lines + [f"          {target['id']} is {target['state']}" for target in health["targets"]
-                    if target["side"] == side.value]
+    fixes = [f"  {advice}" for advice in advices(health)]
+    return [*lines, f"  auto    {order}", "", *(["Fix:", *fixes, ""] if fixes else [])]
 
 
 def advices(health: Json) -> list[str]:
@@ -6095,7 +6020,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
 
     def run() -> int:
         settings = Settings.parse(argv[1:] if checks else argv, os.environ if env is None else env)
-        settings = with_keys_from_files(settings)    # before anything else is done with a mistake in them
+        settings = with_keys_from_files(settings)
         start_log(settings, os.environ.get("JOURNAL_STREAM", ""))
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
@@ -6121,18 +6046,18 @@ class _LogFormatter(logging.Formatter):
         self._as_json, self._journal = as_json, journal
 
     def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
-        if not is_plain(message):
-            message = re.sub("[^ -~]", "?", message)    # else what it quotes could forge a line
+        message = printable(record.getMessage())
         trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
         if self._as_json:
             at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
-            time_ = {} if self._journal else {"time": at.isoformat(timespec="milliseconds")}
-            return dumps({**time_, "level": record.levelname, "message": "\n".join([message, *trace]),
-                          **told_of_request(getattr(record, "facts", {}))}).decode()
+            timed = {} if self._journal else {"time": at.isoformat(timespec="milliseconds")}
+            facts = {name: round(value, 3) if isinstance(value, float) else value
+                     for name, value in getattr(record, "facts", {}).items()}
+            return dumps({**timed, "level": record.levelname, "message": "\n".join([message, *trace]),
+                          **facts}).decode()
         lines = [f"{record.levelname} {message}", *trace]
         if not self._journal:
-            return f"{local_time(int(record.created))},{record.msecs:03.0f} " + "\n".join(lines)
+            return f"{self.formatTime(record)} " + "\n".join(lines)
         priority = next(number for level, number in SYSLOG if record.levelno >= level)
         return "\n".join(f"<{priority}>{line}" for line in lines)    # each line is an entry of its own there
 
@@ -6141,17 +6066,11 @@ class _LogFormatter(logging.Formatter):
         return "".join(traceback.format_tb(ei[2])) + str(ei[0].__name__)
 
 
-@functools.lru_cache(1)
-def local_time(second: int) -> str:
-    """Return a unix time as logs have it."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-
-
 class _LogWriter(logging.Handler):
     """Writes the lines of LOG_S together, on a thread of its own: no request waits for the disk or the terminal.
 
-    Where nobody takes the log any more its oldest lines are dropped.  (A buffered stream would be simpler; but when its
-    buffer is full each request would wait, and a write to it holds the lock of all that log.)
+    Where nobody takes the log any more its oldest lines are dropped.  (A buffered stream would be simpler.  But while
+    its buffer is full each request would wait, and a write to it holds the handler's lock.)
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -6181,18 +6100,12 @@ class _LogWriter(logging.Handler):
             time.sleep(LOG_S / 10)
 
 
-LOG_S = 0.1
-LOG_END_S = 1.0
-MAX_LOG_LINES = 10_000
-SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))    # level -> priority (sd-daemon(3))
-
-
 def start_log(settings: Settings, journal_stream: str) -> None:
     """Log to stderr; `journal_stream` is systemd's word for where that goes (systemd.exec(5), JOURNAL_STREAM)."""
     # None where it is closed, as pythonw has it.
     handler = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii"))
     journal = False
-    with contextlib.suppress(OSError, ValueError):    # a stderr that is no file
+    with contextlib.suppress(OSError, ValueError):    # a stderr that is not a file
         stderr = os.fstat(handler.stream.fileno())
         journal = journal_stream == f"{stderr.st_dev}:{stderr.st_ino}"
     handler.setFormatter(_LogFormatter(settings.log_json, journal))
@@ -6255,30 +6168,16 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
         server.gateway.watch.settle(SETTLE_S)
         print(start_text(settings, server), flush=True)
         while not signal_within(waiting, TIDY_S):
-            _malloc_trim()(0)
+            with contextlib.suppress(ImportError, OSError, AttributeError):    # only glibc has it
+                import ctypes
+                ctypes.CDLL(None).malloc_trim(0)    # gives freed memory back to the system
         log.info("stopping; what runs has %g s (--drain), and a second signal ends it at once", settings.drain)
         again = server.drain(settings.drain, lambda: signal_within(waiting, DRAIN_LOOK_S))
     return 128 + again if again else 0
 
 
-# After the start it gives back 13 of 32 MiB, after 500 streams 6 of 42; a look takes 0.1 ms.
-TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], Any]:
-    """Return glibc's malloc_trim, which gives freed memory back to the system, or what does nothing in its place."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-        return ctypes.CDLL(None).malloc_trim
-    return lambda _: None
-
-
-DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
-
-
 def signal_within(waiting: socket.socket, limit_s: float | None) -> int:
-    """Return the number of the signal that comes within the limit (None: whenever it comes), or 0."""
+    """Return the number of the signal that comes within the limit (None: none), or 0."""
     waiting.settimeout(limit_s)
     try:
         return waiting.recv(1)[0]
@@ -6288,13 +6187,11 @@ def signal_within(waiting: socket.socket, limit_s: float | None) -> int:
 
 def raise_file_limit(wanted: int) -> None:
     """Let the process open so many files, or as many as it may; many systems give 1,024 unless asked for more."""
-    try:
+    # Windows has no such limit, and macOS may allow less than it says.
+    with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
-    except ImportError:    # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    with contextlib.suppress(OSError, ValueError):    # macOS may allow less than it says
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         if soft != resource.RLIM_INFINITY and soft < allowed:
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
@@ -6304,17 +6201,13 @@ def run_check(settings: Settings) -> int:
 
     Raise UsageError.
     """
-    settings = with_keys_from_files(settings)
     guard_of(settings)    # a mistake in who may ask is one that a start would find
-    with demo(settings) as settings:
-        gateway = Gateway(dataclasses.replace(settings, warm_up="never"))
+    with demo(settings) as settings, contextlib.closing(
+            Gateway(dataclasses.replace(settings, warm_up="never"))) as gateway:
         gateway.watch.start()
-        try:
-            gateway.watch.settle(CHECK_S)
-            time.sleep(CPU_S)
-            health = gateway.health()
-        finally:
-            gateway.close()
+        gateway.watch.settle(CHECK_S)
+        time.sleep(CPU_S)
+        health = gateway.health()
     print("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
     return 0 if health["status"] == "healthy" and health["plan"]["order"] else 1
 
