@@ -1082,15 +1082,13 @@ def _message(where: str, message: Any) -> Json:
     """Return a message, checked and without its nulls.  Raises BadRequest."""
     need(isinstance(message, dict), where, "must be an object")
     check_fields(message, MESSAGE_FIELDS, ROLES.get(str(message.get("role")), ("role",)), where)
-    content, calls = message.get("content"), message.get("tool_calls")
     # servers' chat templates want a content, if only null
     checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
+    content, calls = message.get("content"), checked.pop("tool_calls", None)
     if isinstance(content, list):
         checked["content"] = [_part(f"{where}.content[{number}]", part) for number, part in enumerate(content)]
     if calls:
         checked["tool_calls"] = [without_nulls(call, call.get("type") or "function") for call in calls]
-    elif calls is not None:
-        del checked["tool_calls"]
     return checked
 
 
@@ -2246,6 +2244,8 @@ class Provider:
     translates: ClassVar[bool] = True       # and is then always asked for a stream
     refuses: ClassVar[dict[str, str]] = {}  # parameter -> the reason why it can't be honoured
     renames: ClassVar[dict[str, str]] = {}  # parameter -> its name for a model that refuses this one
+    spelt: ClassVar[dict[str, str]] = {}    # word of an error -> the parameter that it means
+    forces_tools: ClassVar[bool] = True     # takes a tool_choice that forces a call
     text_event: ClassVar[TextEvent]
 
     def endpoint(self, settings: Settings) -> Endpoint:
@@ -2305,6 +2305,9 @@ class Provider:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
         if self.translates and any(tool["type"] != "function" for tool in request.body.get("tools", [])):
             return Unsupported(f"{self.label} supports tools of type function only.", param="tools")
+        if not self.forces_tools and chosen_tools(request.body)[1] not in ("none", "auto"):
+            return Unsupported(f"{self.label} can't be made to call a tool: only auto and none work.",
+                               param="tool_choice")
         return None
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
@@ -2318,7 +2321,7 @@ class Provider:
         quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", error.message)
         rest: list[str] = re.findall(r"\w+", error.message.rpartition("supplied:")[2])    # "Unrecognized … supplied: x"
         for name in [error.param] if error.param else [*quoted, error.message.split(":")[0], *rest]:
-            name = name.split(".")[0]
+            name = self.spelt.get(name, name.split(".")[0])
             if name in payload and (name not in ESSENTIAL or name in self.renames):
                 return name
         return None
@@ -2533,10 +2536,8 @@ def modernised(messages: Sequence[Json]) -> list[Json]:
     """Return the messages without deprecated fields: tool calls for function_call, a refusal as content."""
     converted = []
     for number, message in enumerate(messages):
-        message = dict(message)
-        if message.get("refusal") and not message.get("content"):
-            message["content"] = message["refusal"]
-        if "function_call" in message:    # it had no id; the message's place makes one
+        message = {**message, "content": message.get("content") or message.get("refusal")}
+        if "function_call" in message:    # it has no id; the message's place makes one
             message["tool_calls"] = [{"id": f"call_{number}", "type": "function", "function": message["function_call"]}]
         if message["role"] == "function":
             message.update(role="tool", tool_call_id=f"call_{number - 1}")
@@ -2737,7 +2738,8 @@ class Ollama(Provider):
     """Ollama's native API.  Its own /v1 can't set num_ctx, truncate or think, and takes images out of their message."""
     name, label = "ollama", "Ollama"
     vendor, chat_path, models_path = "ollama.com", "/api/chat", "/api/tags"
-    refuses = _NEITHER_HAS
+    refuses, forces_tools = _NEITHER_HAS, False
+    spelt = {"thinking": "think"}
     text_event = TextEvent(_OLLAMA_TEXT, b"\n")
     _options = {"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
                 "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
@@ -2756,12 +2758,6 @@ class Ollama(Provider):
         if part["type"] == "image_url":
             return None if data_url(part["image_url"]["url"]) else "images must be base64 data: URLs"
         return None if part["type"] in ("text", "refusal") else f"parts of type {part['type']} are not supported"
-
-    def refusal(self, request: ChatRequest) -> Unsupported | None:
-        refused = super().refusal(request)
-        if not refused and chosen_tools(request.body)[1] not in ("none", "auto"):
-            refused = Unsupported("Ollama can't be made to call a tool: only auto and none work.", param="tool_choice")
-        return refused
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         body = request.body
@@ -2838,11 +2834,6 @@ class Ollama(Provider):
         took_ns = event.get("prompt_eval_duration")
         return {"prompt_ms": took_ns / 1e6 if isinstance(took_ns, (int, float)) else 0,
                 "prompt_total": event.get("prompt_eval_count"), "cache_n": event.get("prompt_eval_cached_count")}
-
-    def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
-        if "does not support thinking" in error.message and "think" in payload:
-            return "think"
-        return super().refused_parameter(error, payload)
 
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
