@@ -2536,7 +2536,9 @@ def modernised(messages: Sequence[Json]) -> list[Json]:
     """Return the messages without deprecated fields: tool calls for function_call, a refusal as content."""
     converted = []
     for number, message in enumerate(messages):
-        message = {**message, "content": message.get("content") or message.get("refusal")}
+        message = dict(message)
+        if message.get("refusal") and not message.get("content"):
+            message["content"] = message["refusal"]
         if "function_call" in message:    # it has no id; the message's place makes one
             message["tool_calls"] = [{"id": f"call_{number}", "type": "function", "function": message["function_call"]}]
         if message["role"] == "function":
@@ -2786,12 +2788,13 @@ class Ollama(Provider):
             role = "system" if message["role"] == "developer" else message["role"]
             turn: Json = {"role": role, "content": text_of(message)}
             images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
-            calls = [(call["id"], *name_and_arguments(call)) for call in message.get("tool_calls") or ()]
-            names.update({id: name for id, name, _ in calls})
-            turn.update(present({
-                "images": [image[1] for image in images if image],
-                "tool_calls": [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
-                               for id, name, arguments in calls]}))
+            if images:
+                turn["images"] = [image[1] for image in images if image]
+            if message.get("tool_calls"):
+                calls = [(call["id"], *name_and_arguments(call)) for call in message["tool_calls"]]
+                names.update({id: name for id, name, _ in calls})
+                turn["tool_calls"] = [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
+                                      for id, name, arguments in calls]
             if role == "tool":
                 turn.update(tool_call_id=message["tool_call_id"], tool_name=names.get(message["tool_call_id"], ""))
             converted.append(turn)
@@ -3157,15 +3160,13 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
         if message["role"] in ("system", "developer"):
             system.extend([text_of(message)] if text_of(message).strip() else [])
         elif message["role"] == "assistant":
-            calls = message.get("tool_calls") or []
-            blocks = [_claude_call(call, used) for call in calls]
-            results: list[Json] = [{"type": "tool_result", "tool_use_id": block["id"], "content": "(no result)"}
-                                   for block in blocks]
-            waiting = {call["id"]: [] for call in calls}
-            for call, result in zip(calls, results):
-                waiting[call["id"]].append(result)
-            blocks = _text_blocks(text_of(message)) + blocks
-            said += [turn for turn in (("assistant", blocks), ("user", results)) if turn[1]]
+            blocks, results, waiting = _text_blocks(text_of(message)), list[Json](), {}
+            for call in message.get("tool_calls") or ():
+                blocks.append(_claude_call(call, used))
+                results.append({"type": "tool_result", "tool_use_id": blocks[-1]["id"], "content": "(no result)"})
+                waiting.setdefault(call["id"], []).append(results[-1])
+            said.extend([("assistant", blocks)] if blocks else [])
+            said.extend([("user", results)] if results else [])
         elif message["role"] == "tool" and waiting.get(message["tool_call_id"]):
             waiting[message["tool_call_id"]].pop(0)["content"] = claude_content(message) or ""
         else:
