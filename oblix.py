@@ -2583,15 +2583,12 @@ def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
     return ([] if choice == "none" else tools), choice
 
 
-def _schema_of(body: Json) -> Json | None:
-    """Return the JSON schema that the answer must fit, or None."""
-    form = body.get("response_format", {})
-    return form["json_schema"].get("schema") or None if form.get("type") == "json_schema" else None
-
-
-def _wants_any_json(body: Json) -> bool:
-    """Return True if the answer must be JSON, whatever its schema."""
-    return body.get("response_format", {"type": "text"})["type"] != "text" and not _schema_of(body)
+def json_wanted(body: Json) -> Json | None:
+    """Return the JSON schema that the answer must fit, {} for any JSON, or None for a text."""
+    form = body.get("response_format", {"type": "text"})
+    if form["type"] == "json_schema":
+        return form["json_schema"].get("schema") or {}
+    return None if form["type"] == "text" else {}
 
 
 def data_url(url: str) -> tuple[str, str] | None:
@@ -2767,11 +2764,12 @@ class Ollama(Provider):
         if "stop" in options:
             options["stop"] = [stop for stop in as_list(options["stop"]) if stop]
         options.update({**present({"num_ctx": context}), **body.get("options", {})})
+        schema = json_wanted(body)
         payload = {
             "model": target.model, "messages": self._messages(modernised(request.messages)), "stream": True,
             "truncate": False,    # without it the oldest messages are forgotten silently
             **present({"options": options, "tools": chosen_tools(body)[0],
-                       "format": _schema_of(body) or ("json" if _wants_any_json(body) else "")})}
+                       "format": "json" if schema == {} else schema})}
         if keep_alive is not None:
             payload["keep_alive"] = keep_alive
         if "reasoning_effort" in body:
@@ -2998,8 +2996,8 @@ class Claude(Provider):
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         body, model = request.body, _claude_model(target.model)
         system, turns = claude_conversation(modernised(request.messages), model.prefill)
-        choice = chosen_tools(body)[1]
-        if _wants_any_json(body):
+        choice, schema = chosen_tools(body)[1], json_wanted(body)
+        if schema == {}:    # Claude has no field for JSON without a schema
             system.append(_ONLY_JSON)
         if choice not in ("auto", "none") and not model.forced:
             which = name_of(choice) if isinstance(choice, dict) else "that fits best"
@@ -3012,8 +3010,8 @@ class Claude(Provider):
             "stop_sequences": [stop for stop in as_list(body.get("stop", [])) if stop.strip()],
             "service_tier": {"auto": "auto", "default": "standard_only"}.get(body.get("service_tier", "")),
             **self._tools(body, choice, turns)})
-        if _schema_of(body):
-            payload["output_config"] = {"format": {"type": "json_schema", "schema": closed_schema(_schema_of(body))}}
+        if schema:
+            payload["output_config"] = {"format": {"type": "json_schema", "schema": closed_schema(schema)}}
         self._think(payload, body.get("reasoning_effort"), model)
         if "thinking" not in payload:    # with it, any temperature but 1 is a 400
             asked = [name for name in ("temperature", "top_p") if name in body][:model.sampling]
@@ -3052,10 +3050,10 @@ class Claude(Provider):
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
         chunks = self._chunks(lines)
-        return only_json(chunks) if _wants_any_json(request.body) else chunks
+        return only_json(chunks) if json_wanted(request.body) == {} else chunks
 
     def passes_text(self, request: ChatRequest) -> bool:
-        return not _wants_any_json(request.body)
+        return json_wanted(request.body) != {}
 
     def _chunks(self, lines: Lines) -> Iterator[Any]:
         usage, stop = Json(), Json()
