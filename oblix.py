@@ -2698,7 +2698,7 @@ class OpenAI(Provider):
 
 
 class _StreamedChoice:
-    """One choice of a stream, in which the SDKs' helpers join strings: what servers repeat is dropped.
+    """One choice of a stream.  It drops what servers repeat, as the SDKs' helpers join repeated strings.
 
     Servers repeat ids and names, leave indices out, or give parallel calls the same one (ollama#15457, ollama#7881).
     Older vLLM has a new id in each piece of a call, but the name in the first piece only.
@@ -3069,7 +3069,7 @@ class Claude(Provider):
                 usage.update(event["message"].get("usage") or {})
                 yield chunk_of(role="assistant", content="")
             elif kind == "content_block_start":
-                delta = block = event["content_block"]    # a text in it is mostly empty yet
+                delta = block = event["content_block"]    # its text is mostly empty
                 if block["type"] == "tool_use":
                     calls, fresh = calls + 1, True
                     yield tool_chunk(calls, "", block["id"], block["name"])
@@ -3153,7 +3153,7 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
     system: list[str] = []
     said: list[tuple[str, list[Json]]] = [("user", [])]
     used: set[str] = set()
-    waiting: dict[str, list[Json]] = {}    # the client's id of a call -> its results, which have no content yet
+    waiting: dict[str, list[Json]] = {}    # the client's id of a call -> results without content yet
     for message in messages:
         if message["role"] in ("system", "developer"):
             system.extend([text_of(message)] if text_of(message).strip() else [])
