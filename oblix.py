@@ -1083,15 +1083,13 @@ def _message(where: str, message: Any) -> Json:
     """Return a message, checked and without its nulls.  Raises BadRequest."""
     need(isinstance(message, dict), where, "must be an object")
     check_fields(message, MESSAGE_FIELDS, ROLES.get(str(message.get("role")), ("role",)), where)
-    content, calls = message.get("content"), message.get("tool_calls")
     # servers' chat templates want a content, if only null
     checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
+    content, calls = message.get("content"), checked.pop("tool_calls", None)
     if isinstance(content, list):
         checked["content"] = [_part(f"{where}.content[{number}]", part) for number, part in enumerate(content)]
     if calls:
         checked["tool_calls"] = [without_nulls(call, call.get("type") or "function") for call in calls]
-    elif calls is not None:
-        del checked["tool_calls"]
     return checked
 
 
@@ -2255,6 +2253,8 @@ class Provider:
     translates: ClassVar[bool] = True       # and is then always asked for a stream
     refuses: ClassVar[dict[str, str]] = {}  # parameter -> the reason why it can't be honoured
     renames: ClassVar[dict[str, str]] = {}  # parameter -> its name for a model that refuses this one
+    spelt: ClassVar[dict[str, str]] = {}    # word of an error -> the parameter that it means
+    forces_tools: ClassVar[bool] = True     # takes a tool_choice that forces a call
     text_event: ClassVar[TextEvent]
 
     def endpoint(self, settings: Settings) -> Endpoint:
@@ -2314,6 +2314,9 @@ class Provider:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
         if self.translates and any(tool["type"] != "function" for tool in request.body.get("tools", [])):
             return Unsupported(f"{self.label} supports tools of type function only.", param="tools")
+        if not self.forces_tools and chosen_tools(request.body)[1] not in ("none", "auto"):
+            return Unsupported(f"{self.label} can't be made to call a tool: only auto and none work.",
+                               param="tool_choice")
         return None
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
@@ -2327,7 +2330,7 @@ class Provider:
         quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", error.message)
         rest: list[str] = re.findall(r"\w+", error.message.rpartition("supplied:")[2])    # "Unrecognized … supplied: x"
         for name in [error.param] if error.param else [*quoted, error.message.split(":")[0], *rest]:
-            name = name.split(".")[0]
+            name = self.spelt.get(name, name.split(".")[0])
             if name in payload and (name not in ESSENTIAL or name in self.renames):
                 return name
         return None
@@ -2545,7 +2548,7 @@ def modernised(messages: Sequence[Json]) -> list[Json]:
         message = dict(message)
         if message.get("refusal") and not message.get("content"):
             message["content"] = message["refusal"]
-        if "function_call" in message:    # it had no id; the message's place makes one
+        if "function_call" in message:    # it has no id; the message's place makes one
             message["tool_calls"] = [{"id": f"call_{number}", "type": "function", "function": message["function_call"]}]
         if message["role"] == "function":
             message.update(role="tool", tool_call_id=f"call_{number - 1}")
@@ -2589,15 +2592,12 @@ def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
     return ([] if choice == "none" else tools), choice
 
 
-def _schema_of(body: Json) -> Json | None:
-    """Return the JSON schema that the answer must fit, or None."""
-    form = body.get("response_format", {})
-    return form["json_schema"].get("schema") or None if form.get("type") == "json_schema" else None
-
-
-def _wants_any_json(body: Json) -> bool:
-    """Return True if the answer must be JSON, whatever its schema."""
-    return body.get("response_format", {"type": "text"})["type"] != "text" and not _schema_of(body)
+def json_wanted(body: Json) -> Json | None:
+    """Return the JSON schema that the answer must fit, {} for any JSON, or None for a text."""
+    form = body.get("response_format", {"type": "text"})
+    if form["type"] == "json_schema":
+        return form["json_schema"].get("schema") or {}
+    return None if form["type"] == "text" else {}
 
 
 def data_url(url: str) -> tuple[str, str] | None:
@@ -2707,7 +2707,7 @@ class OpenAI(Provider):
 
 
 class _StreamedChoice:
-    """One choice of a stream, in which the SDKs' helpers join strings: what servers repeat is dropped.
+    """One choice of a stream.  It drops what servers repeat, as the SDKs' helpers join repeated strings.
 
     Servers repeat ids and names, leave indices out, or give parallel calls the same one (ollama#15457, ollama#7881).
     Older vLLM has a new id in each piece of a call, but the name in the first piece only.
@@ -2746,7 +2746,8 @@ class Ollama(Provider):
     """Ollama's native API.  Its own /v1 can't set num_ctx, truncate or think, and takes images out of their message."""
     name, label = "ollama", "Ollama"
     vendor, chat_path, models_path = "ollama.com", "/api/chat", "/api/tags"
-    refuses = _NEITHER_HAS
+    refuses, forces_tools = _NEITHER_HAS, False
+    spelt = {"thinking": "think"}
     text_event = TextEvent(_OLLAMA_TEXT, b"\n")
     _options = {"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
                 "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
@@ -2766,23 +2767,18 @@ class Ollama(Provider):
             return None if data_url(part["image_url"]["url"]) else "images must be base64 data: URLs"
         return None if part["type"] in ("text", "refusal") else f"parts of type {part['type']} are not supported"
 
-    def refusal(self, request: ChatRequest) -> Unsupported | None:
-        refused = super().refusal(request)
-        if not refused and chosen_tools(request.body)[1] not in ("none", "auto"):
-            refused = Unsupported("Ollama can't be made to call a tool: only auto and none work.", param="tool_choice")
-        return refused
-
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         body = request.body
         options = {theirs: body[ours] for ours, theirs in self._options.items() if ours in body}
         if "stop" in options:
             options["stop"] = [stop for stop in as_list(options["stop"]) if stop]
         options.update({**present({"num_ctx": context}), **body.get("options", {})})
+        schema = json_wanted(body)
         payload = {
             "model": target.model, "messages": self._messages(modernised(request.messages)), "stream": True,
             "truncate": False,    # without it the oldest messages are forgotten silently
             **present({"options": options, "tools": chosen_tools(body)[0],
-                       "format": _schema_of(body) or ("json" if _wants_any_json(body) else "")})}
+                       "format": "json" if schema == {} else schema})}
         if keep_alive is not None:
             payload["keep_alive"] = keep_alive
         if "reasoning_effort" in body:
@@ -2799,12 +2795,13 @@ class Ollama(Provider):
             role = "system" if message["role"] == "developer" else message["role"]
             turn: Json = {"role": role, "content": text_of(message)}
             images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
-            calls = [(call["id"], *name_and_arguments(call)) for call in message.get("tool_calls") or ()]
-            names.update({id: name for id, name, _ in calls})
-            turn.update(present({
-                "images": [image[1] for image in images if image],
-                "tool_calls": [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
-                               for id, name, arguments in calls]}))
+            if images:
+                turn["images"] = [image[1] for image in images if image]
+            if message.get("tool_calls"):
+                calls = [(call["id"], *name_and_arguments(call)) for call in message["tool_calls"]]
+                names.update({id: name for id, name, _ in calls})
+                turn["tool_calls"] = [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
+                                      for id, name, arguments in calls]
             if role == "tool":
                 turn.update(tool_call_id=message["tool_call_id"], tool_name=names.get(message["tool_call_id"], ""))
             converted.append(turn)
@@ -2847,11 +2844,6 @@ class Ollama(Provider):
         took_ns = event.get("prompt_eval_duration")
         return {"prompt_ms": took_ns / 1e6 if isinstance(took_ns, (int, float)) else 0,
                 "prompt_total": event.get("prompt_eval_count"), "cache_n": event.get("prompt_eval_cached_count")}
-
-    def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
-        if "does not support thinking" in error.message and "think" in payload:
-            return "think"
-        return super().refused_parameter(error, payload)
 
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
@@ -3013,8 +3005,8 @@ class Claude(Provider):
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         body, model = request.body, _claude_model(target.model)
         system, turns = claude_conversation(modernised(request.messages), model.prefill)
-        choice = chosen_tools(body)[1]
-        if _wants_any_json(body):
+        choice, schema = chosen_tools(body)[1], json_wanted(body)
+        if schema == {}:    # Claude has no field for JSON without a schema
             system.append(_ONLY_JSON)
         if choice not in ("auto", "none") and not model.forced:
             which = name_of(choice) if isinstance(choice, dict) else "that fits best"
@@ -3027,8 +3019,8 @@ class Claude(Provider):
             "stop_sequences": [stop for stop in as_list(body.get("stop", [])) if stop.strip()],
             "service_tier": {"auto": "auto", "default": "standard_only"}.get(body.get("service_tier", "")),
             **self._tools(body, choice, turns)})
-        if _schema_of(body):
-            payload["output_config"] = {"format": {"type": "json_schema", "schema": closed_schema(_schema_of(body))}}
+        if schema:
+            payload["output_config"] = {"format": {"type": "json_schema", "schema": closed_schema(schema)}}
         self._think(payload, body.get("reasoning_effort"), model)
         if "thinking" not in payload:    # with it, any temperature but 1 is a 400
             asked = [name for name in ("temperature", "top_p") if name in body][:model.sampling]
@@ -3067,10 +3059,10 @@ class Claude(Provider):
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
         chunks = self._chunks(lines)
-        return only_json(chunks) if _wants_any_json(request.body) else chunks
+        return only_json(chunks) if json_wanted(request.body) == {} else chunks
 
     def passes_text(self, request: ChatRequest) -> bool:
-        return not _wants_any_json(request.body)
+        return json_wanted(request.body) != {}
 
     def _chunks(self, lines: Lines) -> Iterator[Any]:
         usage, stop = Json(), Json()
@@ -3086,7 +3078,7 @@ class Claude(Provider):
                 usage.update(event["message"].get("usage") or {})
                 yield chunk_of(role="assistant", content="")
             elif kind == "content_block_start":
-                delta = block = event["content_block"]    # a text in it is mostly empty yet
+                delta = block = event["content_block"]    # its text is mostly empty
                 if block["type"] == "tool_use":
                     calls, fresh = calls + 1, True
                     yield tool_chunk(calls, "", block["id"], block["name"])
@@ -3170,20 +3162,18 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
     system: list[str] = []
     said: list[tuple[str, list[Json]]] = [("user", [])]
     used: set[str] = set()
-    waiting: dict[str, list[Json]] = {}    # the client's id of a call -> its results, which have no content yet
+    waiting: dict[str, list[Json]] = {}    # the client's id of a call -> results without content yet
     for message in messages:
         if message["role"] in ("system", "developer"):
             system.extend([text_of(message)] if text_of(message).strip() else [])
         elif message["role"] == "assistant":
-            calls = message.get("tool_calls") or []
-            blocks = [_claude_call(call, used) for call in calls]
-            results: list[Json] = [{"type": "tool_result", "tool_use_id": block["id"], "content": "(no result)"}
-                                   for block in blocks]
-            waiting = {call["id"]: [] for call in calls}
-            for call, result in zip(calls, results):
-                waiting[call["id"]].append(result)
-            blocks = _text_blocks(text_of(message)) + blocks
-            said += [turn for turn in (("assistant", blocks), ("user", results)) if turn[1]]
+            blocks, results, waiting = _text_blocks(text_of(message)), list[Json](), {}
+            for call in message.get("tool_calls") or ():
+                blocks.append(_claude_call(call, used))
+                results.append({"type": "tool_result", "tool_use_id": blocks[-1]["id"], "content": "(no result)"})
+                waiting.setdefault(call["id"], []).append(results[-1])
+            said.extend([("assistant", blocks)] if blocks else [])
+            said.extend([("user", results)] if results else [])
         elif message["role"] == "tool" and waiting.get(message["tool_call_id"]):
             waiting[message["tool_call_id"]].pop(0)["content"] = claude_content(message) or ""
         else:
