@@ -5202,11 +5202,12 @@ class Guest:
         Raise Busy if Oblix ends before it has come.
         """
         now = time.monotonic()
-        if self.silent and now >= min(self._deadline, self._admission.idle_until):
-            raise ClientGone
-        if not self.silent and self._admission.ended:
+        if self.silent:
+            if now >= min(self._deadline, self._admission.idle_until):
+                raise ClientGone
+        elif self._admission.ended:
             raise shutting_down()
-        if not self.silent and now >= self._deadline:
+        elif now >= self._deadline:
             raise BadRequest("The request came too slowly.", status=408, code="request_too_slow")
 
     def linger(self) -> None:
@@ -5444,9 +5445,13 @@ class _Handler(socketserver.BaseRequestHandler):
         self.reply(status, dumps(body), {**JSON_HEADERS, **(headers or {})})
 
     def _refuse(self, error: OblixError) -> None:
-        """Answer with an error."""
+        """Answer with an error, or end with it the stream that has begun."""
         self.told["error"] = error.code or error.type
-        self.json(error.status, error_body(error), error_headers(error))
+        with contextlib.suppress(ClientGone):    # the log tells of the error
+            if "status" in self.told:
+                self._events.fail(error)
+            else:
+                self.json(error.status, error_body(error), error_headers(error))
 
     def reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """Send a whole reply in one write."""
@@ -5482,7 +5487,7 @@ class _Handler(socketserver.BaseRequestHandler):
         if log.isEnabledFor(level):
             seconds, tokens = time.monotonic() - self.started, self.told.pop("tokens", 0)
             facts = {"id": self.id, "method": self.head.method[:20], "path": self.head.path[:64], **self.told,
-                     "seconds": seconds}
+                     "seconds": round(seconds, 3)}
             if tokens:    # else the upstream has not said
                 answering_s = max(seconds - facts.get("first_token_s", 0.0), 0.001)
                 facts.update(tokens=tokens, tokens_per_s=round(tokens / answering_s, 1))
@@ -5538,11 +5543,6 @@ class _Handler(socketserver.BaseRequestHandler):
         self._looked, self.guest.busy = time.monotonic(), True
         try:
             self._answer(request)
-        except OblixError as error:
-            if "status" not in self.told:
-                raise
-            self._events.fail(error)
-            self.told["error"] = error.code or error.type
         finally:
             self.guest.busy, self.guest.since = False, time.monotonic()    # it may be sent away now
             self.admission.take(-1, 0)
@@ -5557,7 +5557,7 @@ class _Handler(socketserver.BaseRequestHandler):
         if served.whole is not None:
             self.told["tokens"] = tokens_of(served.whole)
             return self.reply(200, served.raw or dumps(served.whole), {**JSON_HEADERS, **headers})
-        self.told["first_token_s"] = time.monotonic() - self.started
+        self.told["first_token_s"] = round(time.monotonic() - self.started, 3)
         self._events.headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
             self._stream(served, request.include_usage, self._events)
@@ -6121,10 +6121,8 @@ class _LogFormatter(logging.Formatter):
         if self._as_json:
             at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
             timed = {} if self._journal else {"time": at.isoformat(timespec="milliseconds")}
-            facts = {name: round(value, 3) if isinstance(value, float) else value
-                     for name, value in getattr(record, "facts", {}).items()}
             return dumps({**timed, "level": record.levelname, "message": "\n".join([message, *trace]),
-                          **facts}).decode()
+                          **getattr(record, "facts", {})}).decode()
         lines = [f"{record.levelname} {message}", *trace]
         if not self._journal:
             return f"{self.formatTime(record)} " + "\n".join(lines)
