@@ -5224,7 +5224,7 @@ class Guest:
                         return
 
     def hang_up(self) -> None:
-        """End the connection, whatever its thread does with it."""
+        """End the connection, also under a thread that waits on it."""
         with contextlib.suppress(OSError):    # it was closed meanwhile
             self.connection.shutdown(socket.SHUT_RDWR)
 
@@ -5349,7 +5349,8 @@ class _Handler(socketserver.BaseRequestHandler):
             if "status" not in self.told:
                 self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self.id}."))
         finally:
-            self.admission.take(0, -self._held)
+            if self._held:
+                self.admission.take(0, -self._held)
         self._tell()
         if self._unread:
             self.guest.linger()
@@ -5487,7 +5488,7 @@ class _Handler(socketserver.BaseRequestHandler):
         if log.isEnabledFor(level):
             seconds, tokens = time.monotonic() - self.started, self.told.pop("tokens", 0)
             facts = {"id": self.id, "method": self.head.method[:20], "path": self.head.path[:64], **self.told,
-                     "seconds": round(seconds, 3)}
+                     "seconds": seconds}
             if tokens:    # else the upstream has not said
                 answering_s = max(seconds - facts.get("first_token_s", 0.0), 0.001)
                 facts.update(tokens=tokens, tokens_per_s=round(tokens / answering_s, 1))
@@ -5557,7 +5558,7 @@ class _Handler(socketserver.BaseRequestHandler):
         if served.whole is not None:
             self.told["tokens"] = tokens_of(served.whole)
             return self.reply(200, served.raw or dumps(served.whole), {**JSON_HEADERS, **headers})
-        self.told["first_token_s"] = round(time.monotonic() - self.started, 3)
+        self.told["first_token_s"] = time.monotonic() - self.started
         self._events.headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
             self._stream(served, request.include_usage, self._events)
@@ -5633,7 +5634,7 @@ class _Events:
 
     def __init__(self, handler: _Handler, keep_alive_s: float) -> None:
         self._handler, self._keep_alive_s = handler, keep_alive_s
-        self._framed = handler.head.version != "HTTP/1.0"    # whose clients read no chunked bodies
+        self._framed = handler.head.version != "HTTP/1.0"    # HTTP/1.0 has no chunked bodies
         self._last = time.monotonic()    # when the client last got something
         self._held = b""                 # events that are to be sent
         self.headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
@@ -5684,7 +5685,7 @@ class QuickServer(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"    # on Windows it would let two programs share the port
 
     def server_bind(self) -> None:
-        # Not the base class's: it looks its own name up in DNS, which takes seconds on an offline device.
+        # Not as the base class does it: that asks DNS for its own name, which takes seconds on an offline device.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
@@ -6121,17 +6122,25 @@ class _LogFormatter(logging.Formatter):
         if self._as_json:
             at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
             timed = {} if self._journal else {"time": at.isoformat(timespec="milliseconds")}
+            facts = {name: round(value, 3) if isinstance(value, float) else value
+                     for name, value in getattr(record, "facts", {}).items()}
             return dumps({**timed, "level": record.levelname, "message": "\n".join([message, *trace]),
-                          **getattr(record, "facts", {})}).decode()
+                          **facts}).decode()
         lines = [f"{record.levelname} {message}", *trace]
         if not self._journal:
-            return f"{self.formatTime(record)} " + "\n".join(lines)
+            return f"{local_time(int(record.created))},{int(record.msecs):03} " + "\n".join(lines)
         priority = next(number for level, number in SYSLOG if record.levelno >= level)
         return "\n".join(f"<{priority}>{line}" for line in lines)    # each line is an entry of its own there
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name for it
         """Return where it happened, and of which kind; its own text may quote a prompt."""
         return "".join(traceback.format_tb(ei[2])) + str(ei[0].__name__)
+
+
+@functools.lru_cache(1)
+def local_time(second: int) -> str:
+    """Return a unix time as logs have it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 class _LogWriter(logging.Handler):
