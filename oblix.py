@@ -5122,11 +5122,12 @@ class Guest:
         Raise Busy if Oblix ends before it has come.
         """
         now = time.monotonic()
-        if self.silent and now >= min(self._deadline, self._admission.idle_until):
-            raise ClientGone
-        if not self.silent and self._admission.ended:
+        if self.silent:
+            if now >= min(self._deadline, self._admission.idle_until):
+                raise ClientGone
+        elif self._admission.ended:
             raise shutting_down()
-        if not self.silent and now >= self._deadline:
+        elif now >= self._deadline:
             raise BadRequest("The request came too slowly.", status=408, code="request_too_slow")
 
     def linger(self) -> None:
@@ -5143,7 +5144,7 @@ class Guest:
                         return
 
     def hang_up(self) -> None:
-        """End the connection, whatever its thread does with it."""
+        """End the connection, also under a thread that waits on it."""
         with contextlib.suppress(OSError):    # it was closed meanwhile
             self.connection.shutdown(socket.SHUT_RDWR)
 
@@ -5268,7 +5269,8 @@ class _Handler(socketserver.BaseRequestHandler):
             if "status" not in self.told:
                 self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self.id}."))
         finally:
-            self.admission.take(0, -self._held)
+            if self._held:
+                self.admission.take(0, -self._held)
         self._tell()
         if self._unread:
             self.guest.linger()
@@ -5364,9 +5366,13 @@ class _Handler(socketserver.BaseRequestHandler):
         self.reply(status, dumps(body), {**JSON_HEADERS, **(headers or {})})
 
     def _refuse(self, error: OblixError) -> None:
-        """Answer with an error."""
+        """Answer with an error, or end with it the stream that has begun."""
         self.told["error"] = error.code or error.type
-        self.json(error.status, error_body(error), error_headers(error))
+        with contextlib.suppress(ClientGone):    # the log tells of the error
+            if "status" in self.told:
+                self._events.fail(error)
+            else:
+                self.json(error.status, error_body(error), error_headers(error))
 
     def reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """Send a whole reply in one write."""
@@ -5458,11 +5464,6 @@ class _Handler(socketserver.BaseRequestHandler):
         self._looked, self.guest.busy = time.monotonic(), True
         try:
             self._answer(request)
-        except OblixError as error:
-            if "status" not in self.told:
-                raise
-            self._events.fail(error)
-            self.told["error"] = error.code or error.type
         finally:
             self.guest.busy, self.guest.since = False, time.monotonic()    # it may be sent away now
             self.admission.take(-1, 0)
@@ -5553,7 +5554,7 @@ class _Events:
 
     def __init__(self, handler: _Handler, keep_alive_s: float) -> None:
         self._handler, self._keep_alive_s = handler, keep_alive_s
-        self._framed = handler.head.version != "HTTP/1.0"    # whose clients read no chunked bodies
+        self._framed = handler.head.version != "HTTP/1.0"    # HTTP/1.0 has no chunked bodies
         self._last = time.monotonic()    # when the client last got something
         self._held = b""                 # events that are to be sent
         self.headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
@@ -5604,7 +5605,7 @@ class QuickServer(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"    # on Windows it would let two programs share the port
 
     def server_bind(self) -> None:
-        # Not the base class's: it looks its own name up in DNS, which takes seconds on an offline device.
+        # Not as the base class does it: that asks DNS for its own name, which takes seconds on an offline device.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
@@ -6047,13 +6048,19 @@ class _LogFormatter(logging.Formatter):
                           **facts}).decode()
         lines = [f"{record.levelname} {message}", *trace]
         if not self._journal:
-            return f"{self.formatTime(record)} " + "\n".join(lines)
+            return f"{local_time(int(record.created))},{int(record.msecs):03} " + "\n".join(lines)
         priority = next(number for level, number in SYSLOG if record.levelno >= level)
         return "\n".join(f"<{priority}>{line}" for line in lines)    # each line is an entry of its own there
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name for it
         """Return where it happened, and of which kind; its own text may quote a prompt."""
         return "".join(traceback.format_tb(ei[2])) + str(ei[0].__name__)
+
+
+@functools.lru_cache(1)
+def local_time(second: int) -> str:
+    """Return a unix time as logs have it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 class _LogWriter(logging.Handler):
