@@ -7413,6 +7413,7 @@ class Burner(Case):
     def test_a_busy_device_leaves_answers_to_the_cloud_within_three_seconds_until_it_is_idle_again(self):
         with Upstream(OLLAMA) as local, Upstream(OPENAI) as cloud, \
                 Process("--port=0", "--better-after-s=1", "--memory-constrained-percent=101", "--load-constrained=1e6",
+                        "--load-critical=1e6",    # it remembers for a minute how busy the other tests were
                         "--latency-degraded-ms=60000", *flags_for(local, cloud), env=env_for(local, cloud)) as server:
             def side():
                 time.sleep(0.05)    # to ask without a pause keeps the processor busy, too
@@ -9915,7 +9916,7 @@ class Large(Case):
     def asked(self, extra):
         """The reply to a request with this in it, as JSON text that need not be whole."""
         body = json.dumps(chat(self.upstream.target, metadata={})).replace("{}", extra).encode()
-        return fetch(self.roomy, "POST", "/v1/chat/completions", body, JSON)
+        return fetch(self.roomy, "POST", "/v1/chat/completions", body, JSON, timeout=50)
 
     def test_how_deep_and_how_large_json_may_be(self):
         marks, digits = 1 << 20, oblix.MAX_DIGITS
@@ -15079,6 +15080,13 @@ def load_tests(_loader, classes, _pattern):
     return unittest.TestSuite(parts if part is None else [parts[int(part)]])
 
 
+def keep_apart(number):
+    """Give each of the two large parts a core: all servers would hold their threads on the last one."""
+    if number < 2 and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+
 def run_part(number):
     """(status, output) of a part of the tests in a process of its own."""
     command = [sys.executable, *("-W" + option for option in sys.warnoptions), str(HERE / "test_oblix.py")]
@@ -15112,6 +15120,8 @@ def main():
         return COMMANDS[sys.argv[1]](*sys.argv[2:])
     if len(sys.argv) == 1 and "OBLIX_TEST_PART" not in os.environ:
         return run_in_parts()
+    if "OBLIX_TEST_PART" in os.environ:
+        keep_apart(int(os.environ["OBLIX_TEST_PART"]))
     result = unittest.main(exit=False, warnings="error").result
     failed = len({str(getattr(test, "test_case", test)) for test, _ in result.failures + result.errors})
     skipped = sum(not why.startswith(IMPOSSIBLE) for _, why in result.skipped)
