@@ -4900,10 +4900,17 @@ def text_frame(chunk: Chunk, include_usage: bool) -> tuple[bytes, bytes] | None:
     choices = choices_of(chunk)
     if [choice.get("index", 0) for choice in choices] != [0]:
         return None
-    choice = {name: None if name in ("logprobs", "finish_reason") else value for name, value in choices[0].items()}
-    told = for_client({**chunk, "choices": [{**choice, "delta": {"content": "\0"}}]}, include_usage) or {}
+    choice = {name: None if name in ("logprobs", "finish_reason") else value for name, value in choices[0].items()
+              if name in AROUND_TEXT}
+    kept = {name: value for name, value in chunk.items() if name in AROUND_TEXT}
+    told = for_client({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]}, include_usage) or {}
     before, mark, after = sse(told).partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
     return before + mark[:-len(rb'\u0000"')], b'"' + after
+
+
+# Fields of an event that says a text and nothing else.  Any other is the first chunk's own, and not the stream's.
+AROUND_TEXT = frozenset(("id object created model system_fingerprint service_tier usage prompt_token_ids "
+                         "index logprobs finish_reason stop_reason token_ids matched_stop").split())
 
 
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
