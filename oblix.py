@@ -1796,7 +1796,7 @@ class Breaker:
         return Breaker()
 
 
-class Pace(NamedTuple):    # made anew with each answer, as the record is: a dataclass takes more than twice as long
+class Pace(NamedTuple):    # rebuilt with each answer, as the record is: a dataclass takes more than twice as long
     """How fast a target has answered lately."""
     firsts_s: tuple[float, ...] = ()    # seconds to the first content
     tokens_per_s: float = 0.0           # after it, a moving average
@@ -3317,7 +3317,7 @@ class Limits(NamedTuple):
 
 
 def limit_waits(connection: socket.socket, limit_s: float) -> None:
-    """Have each read and each write of a connection raise one of NOT_YET after so many seconds.
+    """Limit each read and each write of a connection, which then raises one of NOT_YET, to so many seconds.
 
     Python's settimeout adds two system calls to every wait, and each of them hands the interpreter to another thread:
     30 us of CPU with 16 clients on two cores (measured).  The kernel limits the waits of a blocking socket itself: on
@@ -3455,7 +3455,7 @@ DEAD_S = 15    # after which a silent network has failed, and not a slow model: 
 
 
 def _notice_death(upstream: socket.socket) -> None:
-    """Have the kernel fail a connection whose other end has vanished, as it does when a device changes networks.
+    """Make the kernel fail a connection whose other end has vanished, as it does when a device changes networks.
 
     Else a request on a kept connection would wait there for as long as a model may think.
     """
@@ -4573,7 +4573,7 @@ class Course:
         return served
 
     def _loaded(self, request: ChatRequest, target: Target, limits: Limits) -> int:
-        """Have a local model in memory, for a context that is large enough, which is returned (0: its own).
+        """Load a local model if need be.  Return the context to ask for, which is large enough, or 0 for its own.
 
         Raises UpstreamError where that takes too long; the load then goes on.
         """
@@ -4826,7 +4826,7 @@ def _decoded(answer: Answer, provider: Provider, request: ChatRequest) -> Iterat
 
 MAX_SAID = 32_768     # chunks of a stream that are kept to be continued, some 1 KB each; a longer one is not
 MAX_HELD = 4096       # chunks that say nothing before the first that does; a few are usual
-LOAD_RETRY_S = 5.0    # what a client is told to wait whom only a loading model could have answered
+LOAD_RETRY_S = 5.0    # the Retry-After where only a loading model could have answered
 
 
 def conversation_of(request: ChatRequest) -> int:
@@ -4864,7 +4864,7 @@ def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
     """Return the most useful error when no target answered: the only one, or one that lists all of them."""
     target, last = failed[-1].target, failed[-1].error
     if not last.fault.moves_on or (len(failed) == 1 and not plan.left_out):
-        if last.fault is Fault.DOWN:    # our own words: say of whom
+        if last.fault is Fault.DOWN:    # our own words do not name the target
             last.message = f"{target.id}: {last.message}"
         return last
     errors = [tried.error for tried in failed]
