@@ -155,11 +155,11 @@ WORDS = {Side.LOCAL: ("available", "constrained", "critical"), Side.CLOUD: ("opt
 
 class Fault(enum.Enum):
     """The reason why an attempt failed, as far as it decides the next step."""
-    DOWN = "transport"          # refused, reset, DNS, TLS, silence, no HTTP, a cut answer
+    TRANSPORT = "transport"     # refused, reset, DNS, TLS, silence, no HTTP, a cut answer
     BUSY = "busy"               # 408 409 425 429 5xx: later it may work
     ACCOUNT = "account"         # 401 402 403, no money: a person must act
-    MISSING = "not found"       # 404 of the model; 405, 410 and the like of the path
-    CAPABILITY = "capability"   # this model can't do what the request needs
+    NOT_FOUND = "not found"     # 404 of the model; 405, 410 and the like of the path
+    UNSUPPORTED = "capability"  # this model can't do what the request needs
     TOO_LONG = "too long"       # only a larger window helps
     LOADING = "loading"         # the model is on its way into memory
     CLIENT = "client"           # the request itself is wrong: no other target would do better
@@ -214,18 +214,18 @@ class Model:
     remote: bool = False                # an Ollama name that is answered by ollama.com
     digest: str = ""
     size: int = 0                       # bytes on disk: about what its weights take in memory
-    can: frozenset[str] | None = None   # "tools", "vision", …
+    capabilities: frozenset[str] | None = None    # "tools", "vision", …
     max_context: int = 0                # tokens that it was trained for
     token_bytes: int = 0                # memory that one token of context takes
     cold: bool = False                  # not in memory: the next request would wait for its load
     context: int = 0                    # tokens that it is loaded for
     gpu_share: float | None = None      # of a loaded model, 0 to 1
-    spilled: bool = False               # mostly on the CPU now, and was on the GPU before
+    moved_to_cpu: bool = False          # mostly on the CPU now, and was on the GPU before
 
     @property
-    def chats(self) -> bool:
+    def is_chat_model(self) -> bool:
         """False for embedding models."""
-        return "completion" in self.can if self.can else "embed" not in self.name
+        return "completion" in self.capabilities if self.capabilities else "embed" not in self.name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)    # each is one of a kind: what follows from it is remembered by it
@@ -253,14 +253,14 @@ class ChatRequest:
     def messages(self) -> list[Json]:
         return self.body["messages"]  # type: ignore[no-any-return]
 
-    def sent_on(self, payload: Json) -> bytes | None:
+    def with_model_replaced(self, payload: Json) -> bytes | None:
         """Return the client's bytes with the payload's model, or None if the payload differs in anything else."""
         if not self.around or len(payload) != len(self.body) + 1 or not all(
                 payload.get(name) is value for name, value in self.body.items()):
             return None
         return dumps(payload["model"]).join(self.around)
 
-    def most_tokens(self, usual: int) -> int:
+    def max_output_tokens(self, usual: int) -> int:
         """Return the most tokens that the answer may have."""
         return int(self.body.get("max_completion_tokens") or self.body.get("max_tokens") or usual)
 
@@ -295,9 +295,9 @@ class ChatRequest:
                     yield f"messages[{m}].content[{p}]", part
 
 
-class Use(enum.Enum):
+class Eligibility(enum.Enum):
     """A target's place in the plan: it may be asked, as a last resort only, or not at all."""
-    YES, LAST_HOPE, NO = range(3)
+    YES, LAST_RESORT, NO = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +306,7 @@ class Condition:
     state: str
     reason: str = ""
     level: Level = Level.GOOD
-    use: Use = Use.YES
+    use: Eligibility = Eligibility.YES
     may_load: bool = True    # True if the device is well enough to load it, were it unloaded
     known: bool = True       # False while it seems well to monitors of which one has not sampled yet
 
@@ -324,8 +324,8 @@ class Plan:
     """The targets in order, the last resorts after them, and the excluded ones, with reasons."""
     order: tuple[Target, ...]
     reason: str
-    last_hope: tuple[Target, ...] = ()
-    left_out: tuple[tuple[Target, str], ...] = ()
+    last_resort: tuple[Target, ...] = ()
+    excluded: tuple[tuple[Target, str], ...] = ()
     conditions: Mapping[Target, Condition] = dataclasses.field(default_factory=dict)    # of them; none if named
 
 
@@ -378,14 +378,14 @@ class UpstreamError(OblixError):
     """An attempt that failed at a target."""
     status, code = 502, "upstream_error"
 
-    def __init__(self, message: str, fault: Fault = Fault.DOWN, **details: Any) -> None:
+    def __init__(self, message: str, fault: Fault = Fault.TRANSPORT, **details: Any) -> None:
         super().__init__(message, **details)
         self.fault = fault
 
     @property
     def brief(self) -> str:
         """The text for logs and headers: our own words, as an upstream's may quote the prompt."""
-        return self.message if self.fault is Fault.DOWN else f"{self.fault.value} ({self.status})"
+        return self.message if self.fault is Fault.TRANSPORT else f"{self.fault.value} ({self.status})"
 
 
 class ClientGone(Exception):
@@ -433,7 +433,7 @@ def text_of(message: Json) -> str:
     return "\n".join(part[part["type"]] for part in parts_of(message) if part["type"] in ("text", "refusal"))
 
 
-def is_plain(text: str) -> bool:
+def is_header_safe(text: str) -> bool:
     """Return True if a text is printable ASCII, which a header or a log takes as it is."""
     return text.isascii() and text.isprintable()
 
@@ -496,7 +496,7 @@ def dumps(value: Any) -> bytes:
 _COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
-def around_model(raw: bytes, parsed: Json) -> tuple[bytes, bytes] | None:
+def split_at_model(raw: bytes, parsed: Json) -> tuple[bytes, bytes] | None:
     """Return the bytes before and after the model's name in an object's JSON, or None where they are uncertain.
 
     Another name is put in between in 1 us; to serialise 64 KiB takes 200 us.
@@ -661,7 +661,7 @@ class Settings:
                 if not value or [] in value:    # argparse's reading of --flag=--
                     raise UsageError(f"{flag_of(field)} needs a value; see --help")
                 found[field.name] = tuple(value)
-            elif not field.repr and not is_plain(value):    # repr=False: a secret
+            elif not field.repr and not is_header_safe(value):    # repr=False: a secret
                 raise UsageError(f"{variable_of(field)} holds characters that no key has: copy it again")
         return cls(**found)
 
@@ -1075,7 +1075,7 @@ def parse_request(raw: bytes) -> ChatRequest:
             kept.pop(name, None)
     stream = kept.get("stream", False)
     options = kept.get("stream_options", {}) if stream else kept.pop("stream_options", {})
-    around = around_model(raw, {**body, "model": model}) if kept == body else None
+    around = split_at_model(raw, {**body, "model": model}) if kept == body else None
     return ChatRequest(model, kept, stream, bool(options.get("include_usage")), around)
 
 
@@ -1130,7 +1130,7 @@ class Probe:
 Fetch = Callable[[Endpoint], Probe]    # probes an endpoint; raises UpstreamError
 
 
-class Steady:
+class Hysteresis:
     """A level that turns worse after `worse_after` samples in a row, and better after `better_after_s` of better ones.
 
     A spike changes nothing, and a link that flaps counts as down.
@@ -1167,7 +1167,7 @@ class Monitor:
         self.reading = Reading(side, Level.GOOD, "", {}, endpoint, known=False)
         self.sampled = threading.Event()    # set after the first sample
         self.wake = threading.Event()       # set it for a sample at once
-        self._steady, self._fresh = Steady(self.worse_after, settings.better_after_s), self.reading
+        self._steady, self._fresh = Hysteresis(self.worse_after, settings.better_after_s), self.reading
         self._logged: set[str] = set()      # kinds of failure
 
     def sample(self) -> Json:
@@ -1379,7 +1379,7 @@ def charge(psutil: Any) -> Json:
 
 def has_battery(folder: str = "/sys/class/power_supply") -> bool:
     """Return False on a PC whose only battery is its mouse's: psutil takes it for the PC's, but Linux has its scope."""
-    scopes = [text_in(f"{path[:-len('capacity')]}scope") for path in glob.glob(f"{folder}/*/capacity")]
+    scopes = [read_text(f"{path[:-len('capacity')]}scope") for path in glob.glob(f"{folder}/*/capacity")]
     return scopes == [] or any(scope != "Device" for scope in scopes)
 
 
@@ -1500,7 +1500,7 @@ def gpu_sources(root: str = "/") -> list[GpuSource]:
 
 def jetson(loads: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
     """Read the load per mille.  Other boards write "45@800000000Hz", and run no models on their GPUs."""
-    text = text_in(loads[0])
+    text = read_text(loads[0])
     return [Gpu(int(text) / 10)] if text.isdigit() and int(text) <= 1000 else [], None
 
 
@@ -1520,8 +1520,8 @@ def nvidia(paths: list[str], servers: frozenset[int]) -> tuple[list[Gpu], float 
 
 def nvidia_rows(smi: str, query: str) -> list[list[float | None]]:
     """Return the numbers of lines like "37, 2048, 24564"; DGX Spark: "0, [N/A], [N/A]" (nvitop's pull request 208)."""
-    text = output_of(smi, f"--query-{query}", "--format=csv,noheader,nounits")
-    return [[number_in(cell) for cell in line.split(",")] for line in text.splitlines()]
+    text = run_command(smi, f"--query-{query}", "--format=csv,noheader,nounits")
+    return [[parse_number(cell) for cell in line.split(",")] for line in text.splitlines()]
 
 
 def amd(devices: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
@@ -1531,30 +1531,30 @@ def amd(devices: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
 
 
 def amd_gpu(device: str) -> Gpu:
-    busy, used, total = (number_in(text_in(f"{device}/{name}"))    # memory in bytes
+    busy, used, total = (parse_number(read_text(f"{device}/{name}"))    # memory in bytes
                          for name in ("gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total"))
     return Gpu(busy, used and used / 2**20, total and total / 2**20)
 
 
 def apple(command: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
     """Ask ioreg for its IOAccelerators: {…,"Device Utilization %"=31,…}."""
-    found = re.findall(r'"Device Utilization %"\s*=\s*(\d+)', output_of(*command))
+    found = re.findall(r'"Device Utilization %"\s*=\s*(\d+)', run_command(*command))
     return [Gpu(float(percent)) for percent in found], None
 
 
 def asleep(device: str) -> bool:
     """Return True if a PCI device is switched off until it is needed: it is idle, and a question would wake it."""
-    return text_in(f"{device}/power/runtime_status") == "suspended"
+    return read_text(f"{device}/power/runtime_status") == "suspended"
 
 
-def number_in(text: str) -> float | None:
+def parse_number(text: str) -> float | None:
     """Return the number that a tool or a driver wrote, or None for "[N/A]", "[Not Supported]" and other words."""
     with contextlib.suppress(ValueError):
         return finite(text) if finite(text) >= 0 else None
     return None
 
 
-def text_in(path: str) -> str:
+def read_text(path: str) -> str:
     """Return the text of a small file, "" if it can't be read."""
     with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as file:
         return file.read(4096).strip()
@@ -1564,7 +1564,7 @@ def text_in(path: str) -> str:
 COMMAND_S = 5.0    # a command that takes longer is killed
 
 
-def output_of(*command: str) -> str:
+def run_command(*command: str) -> str:
     """Return the output of a command.  Raise OSError or SubprocessError if it fails or hangs."""
     return subprocess.check_output(
         command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=COMMAND_S, encoding="ascii",
@@ -1606,7 +1606,7 @@ class ConnectivityMonitor(Monitor):
         """Return the models with those marked that Ollama has quietly moved from the GPU to the CPU."""
         best = self._best_share = {model.name: max(model.gpu_share or 0.0, self._best_share.get(model.name, 0.0))
                                    for model in models}
-        return tuple([dataclasses.replace(model, spilled=(
+        return tuple([dataclasses.replace(model, moved_to_cpu=(
             model.gpu_share is not None and model.gpu_share < best[model.name] / 2)) for model in models])
 
     def judge(self, facts: Json) -> Reading:
@@ -1756,8 +1756,8 @@ REST_S, MAX_REST_S = 1.0, 60.0                      # after a fault, doubled for
 ACCOUNT_REST_S, MAX_ACCOUNT_REST_S = 600.0, 3600.0    # a person must act: not soon
 MISSING_REST_S = 60.0                               # the model may be pulled or named rightly at any time
 
-_RESTS = {Fault.DOWN: (REST_S, MAX_REST_S), Fault.BUSY: (REST_S, MAX_REST_S),
-          Fault.ACCOUNT: (ACCOUNT_REST_S, MAX_ACCOUNT_REST_S), Fault.MISSING: (MISSING_REST_S, MISSING_REST_S)}
+_RESTS = {Fault.TRANSPORT: (REST_S, MAX_REST_S), Fault.BUSY: (REST_S, MAX_REST_S),
+          Fault.ACCOUNT: (ACCOUNT_REST_S, MAX_ACCOUNT_REST_S), Fault.NOT_FOUND: (MISSING_REST_S, MISSING_REST_S)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1767,7 +1767,7 @@ class Breaker:
     until: float = 0.0        # when its rest ends, in the seconds of the ledger's clock
     reason: str = ""
     fault: Fault | None = None    # the last one
-    last_hope: bool = True    # whether it may be tried even while it rests, when everything else has failed
+    last_resort: bool = True    # whether it may be tried even while it rests, when everything else has failed
 
     def rest_s(self, now: float) -> float:
         """Return the seconds that it rests from now on."""
@@ -1785,10 +1785,10 @@ class Breaker:
         failures = self.failures if resting else self.failures + 1
         rest_s = min(first_s * 2.0 ** min(failures - 1, 60), most_s)
         asked_s = error.retry_after_s or 0.0
-        hopeless = error.fault is Fault.ACCOUNT or asked_s > 0 or resting and not self.last_hope
+        hopeless = error.fault is Fault.ACCOUNT or asked_s > 0 or resting and not self.last_resort
         until = now + max(rest_s, asked_s)
         if until < self.until:    # the fault before it is what still keeps the target from being asked
-            return dataclasses.replace(self, failures=failures, last_hope=not hopeless)
+            return dataclasses.replace(self, failures=failures, last_resort=not hopeless)
         return Breaker(failures, until, error.brief, error.fault, not hopeless)
 
     def succeeded(self) -> Breaker:
@@ -1835,7 +1835,7 @@ class Work(NamedTuple):
     blocks: tuple[int, ...] = ()    # as ChatRequest.blocks
     conversation: int = 0           # what tells it from others
     tokens: int = TYPICAL_TOKENS    # that the answer is expected to have
-    most_tokens: int = 0            # that it may have; 0: the client does not say
+    max_output_tokens: int = 0            # that it may have; 0: the client does not say
     whole: bool = False             # the client sees nothing before the end
 
     def unread(self, cache: Cache) -> int:
@@ -1893,11 +1893,11 @@ class Snapshot:
 def condition(target: Target, snapshot: Snapshot) -> Condition:
     """Return a target's condition: what the readings say of it, and what requests have shown since."""
     found, record = survey(target, snapshot.readings, target in snapshot.loading), snapshot.record(target)
-    if found.use is Use.NO:
+    if found.use is Eligibility.NO:
         return found
     resting = record.breaker.until > snapshot.now
     if resting or record.trial:
-        use = Use.LAST_HOPE if record.breaker.last_hope or not resting else Use.NO
+        use = Eligibility.LAST_RESORT if record.breaker.last_resort or not resting else Eligibility.NO
         return Condition("resting", f"rests after: {record.breaker.reason}", Level.OUT, use)
     if target.side is Side.CLOUD or found.state == "unreachable":
         return found
@@ -1916,9 +1916,9 @@ def survey(target: Target, readings: tuple[Reading, ...], loading: bool) -> Cond
     """Return what the readings say of a target.  They change about once a second, and many requests ask in between."""
     reading = reading_of(target, readings)
     model = model_of(target, reading)
-    blocked = _obstacle(target, reading, model, readings)
+    blocked = _exclusion(target, reading, model, readings)
     if blocked and not (blocked[0] == "too large" and loading):    # its load takes that memory
-        return Condition(*blocked, Level.OUT, Use.NO)
+        return Condition(*blocked, Level.OUT, Eligibility.NO)
     speaking = [one for one in readings if _speaks_of(one, target)]
     level = max((one.level for one in speaking), default=Level.GOOD)
     if reading and reading.level is Level.OUT:
@@ -1928,8 +1928,8 @@ def survey(target: Target, readings: tuple[Reading, ...], loading: bool) -> Cond
                       known=level > Level.GOOD or all(one.known for one in speaking))
     if target.side is Side.LOCAL and (loading or model and model.cold):
         return dataclasses.replace(found, state="loading" if loading else "cold")
-    spilled = target.side is Side.LOCAL and model and model.spilled
-    return _worse(found, f"{target.model} went from GPU to CPU") if spilled else found
+    moved_to_cpu = target.side is Side.LOCAL and model and model.moved_to_cpu
+    return _worse(found, f"{target.model} went from GPU to CPU") if moved_to_cpu else found
 
 
 def _worse(found: Condition, reason: str, level: Level | None = None) -> Condition:
@@ -1956,10 +1956,11 @@ def _speaks_of(reading: Reading, target: Target) -> bool:
 
 def model_of(target: Target, reading: Reading | None) -> Model | None:
     """Return the target's model as its endpoint lists it, or None."""
-    return next((model for model in (reading and reading.models) or () if same_model(target.model, model.name)), None)
+    models = (reading and reading.models) or ()
+    return next((model for model in models if same_ollama_model(target.model, model.name)), None)
 
 
-def same_model(asked: str, installed: str) -> bool:
+def same_ollama_model(asked: str, installed: str) -> bool:
     """Return True if two Ollama names mean one model.  Case does not count, and `:latest` is implied."""
     return asked == installed or full_name(asked) == full_name(installed)
 
@@ -1969,7 +1970,7 @@ def full_name(name: str) -> str:
     return name.lower() if ":" in name.rsplit("/", 1)[-1] else name.lower() + ":latest"
 
 
-def _obstacle(target: Target, reading: Reading | None, model: Model | None,
+def _exclusion(target: Target, reading: Reading | None, model: Model | None,
               readings: Sequence[Reading]) -> tuple[str, str] | None:
     """Return (state, advice) if the target must be excluded, else None."""
     if target.endpoint.lacks_key:
@@ -2017,7 +2018,7 @@ def side_condition(side: Side, snapshot: Snapshot, conditions: Mapping[Target, C
         awaited = [reading for reading in snapshot.readings if reading.side is side and reading.endpoint]
         return Condition("none", f"no {side.value} model", Level.OUT, known=all(reading.known for reading in awaited))
     able = [target for target in mine if target not in refusals] or mine
-    return min((conditions[target] for target in able), key=lambda found: (found.use is Use.NO, found.level))
+    return min((conditions[target] for target in able), key=lambda found: (found.use is Eligibility.NO, found.level))
 
 
 _LOCAL_FIRST, _CLOUD_FIRST, _LOCAL_ONLY = (Side.LOCAL, Side.CLOUD), (Side.CLOUD, Side.LOCAL), (Side.LOCAL,)
@@ -2120,7 +2121,7 @@ def in_time(plan: Plan, snapshot: Snapshot, work: Work) -> Plan:
     A cloud that merely rests is asked as well, by one request at a time.  A whole answer is expected to be as long as
     the longest of late, since the client sees nothing of it before its end.
     """
-    clouds = [target for target in (*plan.order, *plan.last_hope) if target.side is Side.CLOUD and (
+    clouds = [target for target in (*plan.order, *plan.last_resort) if target.side is Side.CLOUD and (
         target in plan.order or plan.conditions[target].state == "resting")]
     if not clouds or not plan.order or plan.order[0].side is Side.CLOUD:
         return plan
@@ -2136,7 +2137,7 @@ def in_time(plan: Plan, snapshot: Snapshot, work: Work) -> Plan:
         return plan
     near = [target for target in waits if target not in late]
     return dataclasses.replace(
-        plan, order=(*near, *clouds, *late), last_hope=tuple(hope for hope in plan.last_hope if hope not in clouds),
+        plan, order=(*near, *clouds, *late), last_resort=tuple(hope for hope in plan.last_resort if hope not in clouds),
         reason=f"{plan.reason}; local {brief_s(waits[late[0]])} to the {what}, cloud {brief_s(cloud_s)}")
 
 
@@ -2144,7 +2145,7 @@ def longest_answer(snapshot: Snapshot, work: Work) -> int:
     """Return the tokens of the longest answer of late, or those that the client allows if they are fewer."""
     lengths = [tokens for record in snapshot.records.values() for tokens in record.pace.lengths]
     longest = max(lengths, default=TYPICAL_TOKENS)
-    return min(work.most_tokens or longest, longest)
+    return min(work.max_output_tokens or longest, longest)
 
 
 def cloud_patience_s(pace: Pace, stream: bool, patience_s: float) -> float:
@@ -2172,18 +2173,18 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
     table = PREFER_CLOUD if snapshot.prefer == "cloud" else TABLE
     sides = (only,) if only else table[sides_are[Side.LOCAL].level, sides_are[Side.CLOUD].level]
     usable = [target for target in snapshot.targets if target not in refusals and only in (None, target.side)
-              and conditions[target].use is not Use.NO]
-    planned = [target for target in usable if conditions[target].use is Use.YES and target.side in sides]
+              and conditions[target].use is not Eligibility.NO]
+    planned = [target for target in usable if conditions[target].use is Eligibility.YES and target.side in sides]
     fast = snapshot.prefer == "fast"
     seconds = {target: finding_out_s(target, conditions[target], snapshot, work) for target in planned if fast}
     order = sorted(planned, key=lambda target: (sides.index(target.side), conditions[target].level,
                                                 seconds.get(target, 0.0)))
     if fast and sides_are[Side.LOCAL].level is not Level.OUT:
         order = _sooner_first(order, seconds)
-    left_out = [(target, _why_not(target, conditions[target], refusals, only))
+    excluded = [(target, _why_not(target, conditions[target], refusals, only))
                 for target in snapshot.targets if target not in usable]
     plan = Plan(tuple(order), _reason(sides_are, only, [(target, seconds[target]) for target in order if fast]),
-                tuple(target for target in usable if target not in order), tuple(left_out), conditions)
+                tuple(target for target in usable if target not in order), tuple(excluded), conditions)
     return in_time(plan, snapshot, work) if snapshot.prefer == "local" and not only else plan
 
 
@@ -2191,7 +2192,7 @@ def _why_not(target: Target, found: Condition, refusals: Mapping[Target, str], o
     """Return the reason why a target is left out."""
     if only and target.side is not only:
         return f"{target.side.value} models were not asked for"
-    return found.reason if found.use is Use.NO else refusals[target]
+    return found.reason if found.use is Eligibility.NO else refusals[target]
 
 
 def _reason(sides: Mapping[Side, Condition], only: Side | None, times: Iterable[tuple[Target, float]]) -> str:
@@ -2325,7 +2326,7 @@ class Provider:
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
         """Return the parameter of our payload that an error names, or None if it may not be left out."""
-        if error.fault is not Fault.CAPABILITY:
+        if error.fault is not Fault.UNSUPPORTED:
             return None
         quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", error.message)
         rest: list[str] = re.findall(r"\w+", error.message.rpartition("supplied:")[2])    # "Unrecognized … supplied: x"
@@ -2361,10 +2362,10 @@ _RULES: tuple[tuple[Collection[int], str, Fault, Json], ...] = (
     ((400, 401, 402, 403, 429), _MONEY, Fault.ACCOUNT, {"code": "insufficient_quota"}),    # Claude sends 400
     ((401, 402, 403), "", Fault.ACCOUNT, {}),
     ((500,), 'option ".*" must be of type', Fault.CLIENT, {"status": 400}),    # Ollama's status for a wrong type
-    ((400, 422), _UNSUPPORTED, Fault.CAPABILITY, {}),                   # '"m" does not support thinking' (Ollama)
+    ((400, 422), _UNSUPPORTED, Fault.UNSUPPORTED, {}),                   # '"m" does not support thinking' (Ollama)
     ((400, 422), "", Fault.CLIENT, {}),
     ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", Fault.BUSY, {}),
-    (range(400, 500), "", Fault.MISSING, {}),                           # 404 of a model; 405, 410 of a path
+    (range(400, 500), "", Fault.NOT_FOUND, {}),                           # 404 of a model; 405, 410 of a path
 )
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
@@ -2541,7 +2542,7 @@ def arguments_of(text: str) -> Json:
     return {"_raw": text}
 
 
-def modernised(messages: Sequence[Json]) -> list[Json]:
+def without_deprecated(messages: Sequence[Json]) -> list[Json]:
     """Return the messages without deprecated fields: tool calls for function_call, a refusal as content."""
     converted = []
     for number, message in enumerate(messages):
@@ -2775,7 +2776,7 @@ class Ollama(Provider):
         options.update({**present({"num_ctx": context}), **body.get("options", {})})
         schema = json_wanted(body)
         payload = {
-            "model": target.model, "messages": self._messages(modernised(request.messages)), "stream": True,
+            "model": target.model, "messages": self._messages(without_deprecated(request.messages)), "stream": True,
             "truncate": False,    # without it the oldest messages are forgotten silently
             **present({"options": options, "tools": chosen_tools(body)[0],
                        "format": "json" if schema == {} else schema})}
@@ -2870,7 +2871,7 @@ class Ollama(Provider):
         if size // 8 > model.max_context:    # no language has 8 bytes a token
             raise Unsupported(f"the prompt has over {size // 8} tokens, and its context {model.max_context}",
                               param="messages", code="context_length_exceeded")
-        answer = min(request.most_tokens(512), 4096)
+        answer = min(request.max_output_tokens(512), 4096)
         now = model.context or asked or DEFAULT_CONTEXT
         if size // 3 + answer <= now:    # English has 4 bytes a token, code and other languages about 3
             return now if now == asked else 0
@@ -2910,7 +2911,7 @@ def _details(shown: Json) -> Json:
         row = sum(number.get(f"attention.{name}_length") or usual for name in ("key", "value"))
         # llama.cpp keeps a key and a value of 16 bits each for every layer and head
         token_bytes = 2 * number.get("block_count", 0) * number.get("attention.head_count_kv", 0) * row
-        return {**present({"can": frozenset(map(str, shown.get("capabilities") or ()))}),
+        return {**present({"capabilities": frozenset(map(str, shown.get("capabilities") or ()))}),
                 "max_context": number.get("context_length", 0), "token_bytes": token_bytes}
     return {}
 
@@ -3004,7 +3005,7 @@ class Claude(Provider):
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         body, model = request.body, _claude_model(target.model)
-        system, turns = claude_conversation(modernised(request.messages), model.prefill)
+        system, turns = claude_conversation(without_deprecated(request.messages), model.prefill)
         choice, schema = chosen_tools(body)[1], json_wanted(body)
         if schema == {}:    # Claude has no field for JSON without a schema
             system.append(_ONLY_JSON)
@@ -3014,7 +3015,7 @@ class Claude(Provider):
             choice = "auto"
         payload = present({
             "model": target.model, "messages": turns, "stream": True,
-            "max_tokens": min(request.most_tokens(_CLAUDE_MAX_TOKENS), model.most),
+            "max_tokens": min(request.max_output_tokens(_CLAUDE_MAX_TOKENS), model.most),
             "system": "\n\n".join(system),
             "stop_sequences": [stop for stop in as_list(body.get("stop", [])) if stop.strip()],
             "service_tier": {"auto": "auto", "default": "standard_only"}.get(body.get("service_tier", "")),
@@ -3386,7 +3387,7 @@ _READABLE, _HUNG_UP = getattr(select, "POLLIN", 1), getattr(select, "POLLRDHUP",
 
 # --- 7. Connecting ----------------------------------------------------------------------------------------------------
 
-class _Way(NamedTuple):
+class _Route(NamedTuple):
     """How an upstream is reached."""
     upstream: str             # its host[:port]
     tls: bool
@@ -3413,22 +3414,22 @@ def _proxy_for(scheme: str, host: str) -> str:
     return "" if not proxy or proxy_bypass(host) else proxy if "://" in proxy else f"http://{proxy}"
 
 
-def way_to(url: str) -> _Way:
+def way_to(url: str) -> _Route:
     """Return how a URL is reached: as it is, or by the system's proxy."""
     there = urllib.parse.urlsplit(url)
     tls, host, proxy = there.scheme == "https", there.netloc, _proxy_for(there.scheme, there.netloc)
     path = urllib.parse.urlunsplit(("", "", there.path or "/", there.query, ""))
     if not proxy:
-        return _Way(host, tls, host, "", f"{path} HTTP/1.1\r\nHost: {host}\r\n", {})
+        return _Route(host, tls, host, "", f"{path} HTTP/1.1\r\nHost: {host}\r\n", {})
     by = urllib.parse.urlsplit(proxy)
     user, password = (urllib.parse.unquote(part or "") for part in (by.username, by.password))
     known = base64.b64encode(f"{user}:{password}".encode()).decode()
     secret = {"Proxy-Authorization": f"Basic {known}"} if user else {}
     middle = by.netloc.rpartition("@")[2]
     if tls:
-        return _Way(host, True, middle, host, f"{path} HTTP/1.1\r\nHost: {host}\r\n", secret)
+        return _Route(host, True, middle, host, f"{path} HTTP/1.1\r\nHost: {host}\r\n", secret)
     fields = "".join(f"{name}: {value}\r\n" for name, value in {"Host": host, **secret}.items())
-    return _Way(host, by.scheme == "https", middle, "", f"{url} HTTP/1.1\r\n{fields}", {})
+    return _Route(host, by.scheme == "https", middle, "", f"{url} HTTP/1.1\r\n{fields}", {})
 
 
 class _TlsConnection(http.client.HTTPConnection):
@@ -3436,7 +3437,7 @@ class _TlsConnection(http.client.HTTPConnection):
     default_port = 443
 
 
-def _connect(way: _Way, limit_s: float, tls_context: Callable[[], ssl.SSLContext]) -> socket.socket:
+def _connect(way: _Route, limit_s: float, tls_context: Callable[[], ssl.SSLContext]) -> socket.socket:
     """Return a new connection, on which TLS has been set up."""
     connection = (_TlsConnection if way.tls else http.client.HTTPConnection)(way.host, timeout=limit_s)
     if way.tunnel:
@@ -3818,7 +3819,7 @@ class Transport:
 
     def __init__(self) -> None:
         self._idle: dict[Any, collections.deque[tuple[socket.socket, float]]] = {}    # by way[:4]
-        self._ways: dict[str, _Way] = {}    # by URL, of which there are a few for each endpoint: proxies take 0.05 ms
+        self._ways: dict[str, _Route] = {}    # by URL, of which there are a few for each endpoint: proxies take 0.05 ms
         self._tls: ssl.SSLContext | None = None    # made when first needed: it reads every certificate there is
         self._closed = False
 
@@ -3837,14 +3838,14 @@ class Transport:
             head = "\r\n".join([*lines, "", ""]).encode("latin-1")
             return self._exchange(way, head + (payload or b""), limits, look)
 
-    def _way(self, url: str) -> _Way:
+    def _way(self, url: str) -> _Route:
         """Return how a URL is reached, which is found out once."""
         way = self._ways.get(url)
         if way is None:
             way = self._ways[url] = way_to(url)
         return way
 
-    def _exchange(self, way: _Way, raw: bytes, limits: Limits, look: Look) -> Answer:
+    def _exchange(self, way: _Route, raw: bytes, limits: Limits, look: Look) -> Answer:
         """Send a request, and return its answer when the head has come.
 
         A kept connection may have died while it was idle.  That shows at once, so only then is the request sent again:
@@ -3873,7 +3874,7 @@ class Transport:
             self._tls.set_alpn_protocols(["http/1.1"])
         return self._tls
 
-    def _kept(self, way: _Way) -> socket.socket | None:
+    def _kept(self, way: _Route) -> socket.socket | None:
         """Return an idle connection on which nothing has come: neither its end, nor bytes that nobody asked for."""
         idle = self._idle.get(way[:4])
         while idle:
@@ -3886,7 +3887,7 @@ class Transport:
             upstream.close()
         return None
 
-    def _keep(self, way: _Way, upstream: socket.socket) -> None:
+    def _keep(self, way: _Route, upstream: socket.socket) -> None:
         """Keep a connection for the next request, and close those that nobody has used for long."""
         now = time.monotonic()
         self._idle.setdefault(way[:4], collections.deque()).append((upstream, now))
@@ -4126,7 +4127,7 @@ class Loader:
 
 
 @dataclasses.dataclass
-class Served:
+class Result:
     """An answer on its way to the client: either `whole`, or `chunks` whose first ones have content."""
     target: Target
     reason: str = ""
@@ -4241,7 +4242,8 @@ class Gateway:
         provider, model = split_id(name)
         for target in snapshot.targets:
             if provider in ("", target.endpoint.provider) and (
-                    model == target.model or target.endpoint.provider == "ollama" and same_model(model, target.model)):
+                    model == target.model
+                    or target.endpoint.provider == "ollama" and same_ollama_model(model, target.model)):
                 return target
         spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
         if not model or not (provider or spelt):
@@ -4264,7 +4266,7 @@ class Gateway:
         refusals = self._refusals(request, snapshot)
         plan = rank(snapshot, {target: refused.message for target, refused in refusals.items()}, only,
                     work_of(request) if len(snapshot.targets) > 1 else USUAL_WORK)
-        if not plan.order and not plan.last_hope:
+        if not plan.order and not plan.last_resort:
             raise self._nothing_left(plan, refusals, snapshot, [target for target in snapshot.targets
                                                                 if only in (None, target.side)])
         return plan
@@ -4291,7 +4293,7 @@ class Gateway:
         if refused or target.endpoint.provider != "ollama":
             return refused
         model = model_of(target, reading_of(target, snapshot.readings))
-        lacking = needs_of(request) - model.can if model and model.can else ()
+        lacking = needs_of(request) - model.capabilities if model and model.capabilities else ()
         if lacking:
             return Unsupported(f"the model has no {' and no '.join(sorted(lacking))}", param="model")
         try:
@@ -4313,7 +4315,7 @@ class Gateway:
     def _nothing_left(plan: Plan, refusals: Mapping[Target, Unsupported], snapshot: Snapshot,
                       asked: Sequence[Target]) -> OblixError:
         """Return the error of a plan without a target: the client's, if the request itself excludes all of them."""
-        text = _listing(f"{target.id}: {reason}" for target, reason in plan.left_out)
+        text = _listing(f"{target.id}: {reason}" for target, reason in plan.excluded)
         if asked and all(target in refusals for target in asked):
             codes = {refused.code for refused in refusals.values()}
             return Unsupported(f"No model can take this request: {text}.", param=refusals[asked[0]].param,
@@ -4326,13 +4328,13 @@ class Gateway:
                                              "ANTHROPIC_API_KEY."), retry=None if wait_s else False,
                         retry_after_s=wait_s)
 
-    def answer(self, request: ChatRequest, look: Look = no_look) -> Served:
+    def answer(self, request: ChatRequest, look: Look = no_look) -> Result:
         """Return the first answer that a target of the plan gives.  Raise OblixError, and what the look raises.
 
         Before the first content every fault moves on to the next target; what is returned has content, and whatever
         happens later is told in its chunks' UpstreamError.
         """
-        return Course(self, request, look).run()
+        return Dispatch(self, request, look).run()
 
     def note(self, target: Target, error: UpstreamError | None) -> None:
         """Learn from an attempt that has failed, or with None succeeded."""
@@ -4378,8 +4380,8 @@ def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
                      loading: frozenset[Target]) -> tuple[Target, ...]:
     """Return Ollama's newest model that fits into memory, or else its newest one, or none."""
     found = [Target(ollama, _short(model.name), Side.LOCAL) for model in installed(ollama, readings)
-             if model.chats and not model.remote and may_be_local(ollama, model.name)]
-    fitting = (target for target in found if survey(target, readings, target in loading).use is Use.YES)
+             if model.is_chat_model and not model.remote and may_be_local(ollama, model.name)]
+    fitting = (target for target in found if survey(target, readings, target in loading).use is Eligibility.YES)
     return (next(fitting, found[0]),) if found else ()
 
 
@@ -4435,7 +4437,7 @@ class _Overtaken(Exception):
     """Another request has taken the target's last slot since the plan was made."""
 
 
-class Course:
+class Dispatch:
     """One request on its way through its plan, on the thread of its client."""
 
     def __init__(self, gateway: Gateway, request: ChatRequest, look: Look) -> None:
@@ -4452,7 +4454,7 @@ class Course:
         self._hoping = self._alone = False
         self._asked_at, self._patience_s = 0.0, math.inf
 
-    def run(self) -> Served:
+    def run(self) -> Result:
         """Return the first answer.  Raises OblixError, ClientGone."""
         self._warm_up()
         with contextlib.closing(self._order()) as order:
@@ -4469,7 +4471,7 @@ class Course:
                     return self._completed(served)
         raise _all_failed(self._plan, self._failed)
 
-    def _completed(self, served: Served) -> Served:
+    def _completed(self, served: Result) -> Result:
         """Note an answer that has come, or begun, and tell how it came about."""
         self._gateway.watch.tell(served.target.endpoint, lost=False)
         if served.whole is not None:    # a stream may still break off
@@ -4485,7 +4487,7 @@ class Course:
         The plan's order comes first, then the last resorts, then once more the targets that were only slow or away.
         One request at a time tries a target whose breaker is not closed.
         """
-        hope = [*self._plan.last_hope]
+        hope = [*self._plan.last_resort]
         for place, target in enumerate(self._plan.order):
             allowed, trial = (True, False) if self._named else self.ledger.admit(target)
             if not allowed:
@@ -4551,7 +4553,7 @@ class Course:
         self._asked_at, self._patience_s = time.monotonic(), patience_s if patience_s < usual.first_byte_s else math.inf
         return Limits(connect_s, min(patience_s, usual.first_byte_s), usual.stall_s, usual.until)
 
-    def _attempt(self, target: Target) -> Served:
+    def _attempt(self, target: Target) -> Result:
         """Try one target, up to its first content, or to its end where the client wants a whole answer.
 
         An empty answer is a fault as long as there is another target to ask.
@@ -4561,13 +4563,13 @@ class Course:
         if request.stream:
             stream = self._stream(request, target, context, limits)
             held = _until_content(stream)
-            served = Served(target, chunks=self._relayed(target, held, stream), held=len(held))
+            served = Result(target, chunks=self._relayed(target, held, stream), held=len(held))
         elif PROVIDERS[target.endpoint.provider].translates:
-            served = Served(target, whole=fold(self._stream(request, target, context, limits)))
+            served = Result(target, whole=fold(self._stream(request, target, context, limits)))
             held = [served.whole or {}]
         else:
             whole, raw = self._whole(request, target, limits)
-            served, held = Served(target, whole=whole, raw=raw), [whole]
+            served, held = Result(target, whole=whole, raw=raw), [whole]
         if self._others and is_empty(held):
             raise UpstreamError("the answer was empty", code="empty_answer")
         return served
@@ -4607,7 +4609,7 @@ class Course:
             self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.connect_s)
         model = model_of(target, reading_of(target, self._gateway.watch.readings))
         if model and model.remote and target.side is Side.LOCAL and not self._named:
-            raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.MISSING, status=404)
+            raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.NOT_FOUND, status=404)
 
     def _wait(self, event: threading.Event, limit_s: float) -> bool:
         """Return True if the event comes within the limit.  Raise what the look raises."""
@@ -4670,7 +4672,7 @@ class Course:
                 if not isinstance(choices_of(whole)[0]["message"], dict):
                     raise TypeError("message")
         self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
-        around = around_model(raw, whole)
+        around = split_at_model(raw, whole)
         return {**whole, "model": target.id}, dumps(target.id).join(around) if around else b""
 
     def _learn(self, request: ChatRequest, target: Target, first_s: float | None, tokens: int, seconds: float,
@@ -4739,8 +4741,9 @@ class Course:
         while True:
             refused = self.ledger.record(target).refused | dropped
             payload = provider.adapt(encoded, refused)
+            body = request.with_model_replaced(payload) or dumps(payload)
             answer = self._gateway.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
-                                                  request.sent_on(payload) or dumps(payload), limits, self._look)
+                                                  body, limits, self._look)
             if answer.status < 300 and answer.content_type != "text/html":
                 return answer
             with contextlib.closing(answer):
@@ -4838,9 +4841,9 @@ def conversation_of(request: ChatRequest) -> int:
 
 def work_of(request: ChatRequest) -> Work:
     """Return how much a request asks of a model."""
-    tokens = min(request.most_tokens(TYPICAL_TOKENS), TYPICAL_TOKENS)
-    return Work(TEMPLATE_BYTES + request.size, request.blocks, conversation_of(request), tokens, request.most_tokens(0),
-                not request.stream)
+    tokens = min(request.max_output_tokens(TYPICAL_TOKENS), TYPICAL_TOKENS)
+    return Work(TEMPLATE_BYTES + request.size, request.blocks, conversation_of(request), tokens,
+                request.max_output_tokens(0), not request.stream)
 
 
 def _listing(lines: Iterable[str]) -> str:
@@ -4863,19 +4866,19 @@ def _until_content(stream: Generator[Chunk, None, None]) -> list[Chunk]:
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
     """Return the most useful error when no target answered: the only one, or one that lists all of them."""
     target, last = failed[-1].target, failed[-1].error
-    if not last.fault.moves_on or (len(failed) == 1 and not plan.left_out):
-        if last.fault is Fault.DOWN:    # our own words do not name the target
+    if not last.fault.moves_on or (len(failed) == 1 and not plan.excluded):
+        if last.fault is Fault.TRANSPORT:    # our own words do not name the target
             last.message = f"{target.id}: {last.message}"
         return last
     errors = [tried.error for tried in failed]
     waits = [error.retry_after_s for error in errors if error.retry_after_s is not None]
     text = f"No model could answer ({plan.reason}). " + _listing(
         [f"{tried.target.id}: {tried.error.message}" for tried in failed]
-        + [f"{target.id}: {reason}" for target, reason in plan.left_out])
+        + [f"{target.id}: {reason}" for target, reason in plan.excluded])
     if all(error.fault is Fault.TOO_LONG for error in errors):
         return BadRequest(text, code="context_length_exceeded", param="messages")
     again: Json = {"retry": None if waits else False, "retry_after_s": min(waits, default=None)}
-    if last.fault is not Fault.DOWN and {error.status for error in errors} == {last.status}:
+    if last.fault is not Fault.TRANSPORT and {error.status for error in errors} == {last.status}:
         return NoTarget(text, status=last.status, type=last.type, **again)
     return NoTarget(text, **again)
 
@@ -5397,7 +5400,7 @@ class _Handler(socketserver.BaseRequestHandler):
         fields = {**headers, **self._common, "x-request-id": self.id, "Server": f"oblix/{__version__}",
                   "Date": http_date(int(time.time())), "Connection": "close" if self.close_connection else "keep-alive"}
         lines = [f"{name}: {value}" for name, value in fields.items()]
-        if not is_plain("".join(lines)):
+        if not is_header_safe("".join(lines)):
             lines = [re.sub("[^ -~]+", " ", line) for line in lines]
         return "\r\n".join([f"HTTP/1.1 {status} {_PHRASES.get(status, 'Status')}", *lines, "", ""]).encode("ascii")
 
@@ -5506,7 +5509,7 @@ class _Handler(socketserver.BaseRequestHandler):
             raise ClientGone
         self._events.keep_alive(now)
 
-    def _stream(self, served: Served, include_usage: bool, events: _Events) -> None:
+    def _stream(self, served: Result, include_usage: bool, events: _Events) -> None:
         """Pass on the chunks, the first content at once.  Raise UpstreamError where they are cut off."""
         try:
             for number, chunk in enumerate(served.chunks, 1):
@@ -5550,7 +5553,7 @@ def http_date(second: int) -> str:
 
 def printable(text: str) -> str:
     """Return a text for the log, without the control characters by which what it quotes could forge a line."""
-    return text if is_plain(text) else re.sub("[^ -~]", "?", text)
+    return text if is_header_safe(text) else re.sub("[^ -~]", "?", text)
 
 
 # --- 11. A stream of events ------------------------------------------------------------------------------------------

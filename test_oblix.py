@@ -1271,7 +1271,7 @@ class Monitors(Case):
             ("from the middle it may turn either way", 2, 1, [S, G, X, X, S, S, S, S], [S, S, S, X, X, X, X, S]),
         ):
             with self.subTest(what):
-                steady = oblix.Steady(worse_after, 3.0)
+                steady = oblix.Hysteresis(worse_after, 3.0)
                 self.assertEqual([steady.feed(level, 100.0 + at * every_s) for at, level in enumerate(samples)], levels)
 
     def test_a_level_says_why_while_it_is_held_too(self):
@@ -1291,7 +1291,7 @@ class Monitors(Case):
         self.assertEqual(monitor.reading.facts["memory_percent"], 11, "facts are those of now")
 
     def test_models_that_went_from_the_gpu_to_the_cpu_are_marked(self):
-        for shares, spilled in (    # of the model on the GPU, at one sample after the other
+        for shares, moved_to_cpu in (    # of the model on the GPU, at one sample after the other
             ((1.0, 1.0), False), ((1.0, 0.51), False), ((1.0, 0.49), True), ((1.0, 0.0), True), ((0.0, 0.0), False),
             ((0.4, 0.3), False), ((0.4, 0.1), True), ((0.0, 1.0), False), ((1.0, 0.0, 1.0), False),
             ((1.0, None), False), ((1.0, None, 0.0), True), ((None, 0.0), False),
@@ -1302,7 +1302,7 @@ class Monitors(Case):
                     200, (oblix.Model("m", gpu_share=left.pop(0)), oblix.Model("other")), 1.0))
                 for now in range(len(shares)):
                     monitor.step(float(now))
-                self.assertEqual([model.spilled for model in monitor.reading.models], [spilled, False])
+                self.assertEqual([model.moved_to_cpu for model in monitor.reading.models], [moved_to_cpu, False])
 
     def test_what_an_endpoint_has_is_kept_while_it_does_not_answer_and_no_longer(self):
         one, none = (oblix.Model("one"),), ()
@@ -1652,7 +1652,7 @@ class Gpus(Case):
             ("No devices were found", {}), ("nan, inf, 1", {}), ("1, 2", {}), ("1, 2, 0", {"gpu_percent": 1}),
             ("NVIDIA-SMI has failed because it couldn't communicate, really, with the NVIDIA driver.", {}),
         ):
-            with self.subTest(text), mock.patch("oblix.output_of", return_value=text):
+            with self.subTest(text), mock.patch("oblix.run_command", return_value=text):
                 gpus, own_mb = oblix.nvidia(["nvidia-smi"], frozenset())
                 self.assertEqual((oblix.gpu_facts(gpus, 0.0, False), own_mb), (facts, None))
         self.assertEqual(oblix.gpu_facts([oblix.Gpu(1.0, 50, 100)], 60.0, True),    # asked one after the other
@@ -1664,7 +1664,7 @@ class Gpus(Case):
             ("7, [N/A]\n11, 5", 5), ("11, [N/A]", None), ("11, 5\n12, [Not Supported]", None),
             ("[Insufficient Permissions], 7", None), ("No devices were found", None),
         ):
-            with self.subTest(text), mock.patch("oblix.output_of", side_effect=["5, 1, 10", text]):
+            with self.subTest(text), mock.patch("oblix.run_command", side_effect=["5, 1, 10", text]):
                 self.assertEqual(oblix.nvidia(["nvidia-smi"], frozenset({11, 12})), ([(5, 1, 10)], held))
 
     def test_what_ioreg_prints(self):
@@ -1681,7 +1681,7 @@ class Gpus(Case):
             ('"Device Utilization %" = 37\n"Device Utilization %"=5', [37, 5]),    # two, in an Intel Mac
             ('+-o IOAcceleratorES  <class …>\n    {\n    }\n', []), ('"Device Utilization %"=x', []), ("", []),
         ):
-            with self.subTest(text), mock.patch("oblix.output_of", return_value=text):
+            with self.subTest(text), mock.patch("oblix.run_command", return_value=text):
                 self.assertEqual(oblix.apple(["ioreg"], frozenset()), ([oblix.Gpu(percent) for percent in busy], None))
 
     def test_what_a_jetson_tells(self):
@@ -1712,7 +1712,7 @@ class Gpus(Case):
     def test_a_gpu_that_is_asleep_is_not_woken(self):
         """To read its driver's files would do so."""
         with gpus(amd(0, 50, 6144, 8192, state="suspended")) as sources, \
-                mock.patch("oblix.text_in", side_effect=oblix.text_in) as read:
+                mock.patch("oblix.read_text", side_effect=oblix.read_text) as read:
             self.assertEqual(self.facts(sources), {"gpu_percent": 0})
         self.assertEqual([Path(call.args[0]).name for call in read.call_args_list], ["runtime_status"])
 
@@ -2046,7 +2046,7 @@ class Policy(Case):
             for prefer, order in zip(("local", "cloud"), orders):
                 with self.subTest(local=local, cloud=cloud, prefer=prefer):
                     plan = oblix.rank(snapshot(local, cloud, targets, prefer=prefer), {})
-                    self.assertEqual((list(plan.order), list(plan.last_hope), plan.left_out), (order, hope, ()))
+                    self.assertEqual((list(plan.order), list(plan.last_resort), plan.excluded), (order, hope, ()))
                     self.assertEqual("cpu 99%" in plan.reason, local is not GOOD)
                     self.assertEqual("slow" in plan.reason, cloud is not GOOD)
                     for side, level in ((LOCAL, local), (CLOUD, cloud)):
@@ -2097,11 +2097,12 @@ class Policy(Case):
                           for one in (made, again))
             with self.subTest(seed):
                 self.assertEqual(plan, twin)
-                out = [target for target, _ in plan.left_out]
-                self.assertCountEqual([*plan.order, *plan.last_hope, *out], made.snapshot.targets, "each exactly once")
+                out = [target for target, _ in plan.excluded]
+                self.assertCountEqual([*plan.order, *plan.last_resort, *out], made.snapshot.targets,
+                                      "each exactly once")
                 self.assertEqual({*out}, made.forbidden, "a filter was ignored, or somebody left out who might answer")
                 self.assertFalse({*plan.order} & made.resting, "it rests")
-                self.assertTrue(plan.reason.strip() and all(reason.strip(" ;:") for _, reason in plan.left_out))
+                self.assertTrue(plan.reason.strip() and all(reason.strip(" ;:") for _, reason in plan.excluded))
                 for target, found in plan.conditions.items():
                     self.assertTrue(found.reason.strip(" ;:") or found.level is GOOD, (target, found))
                 sides = [side for side, _ in itertools.groupby(target.side for target in plan.order)]
@@ -2120,13 +2121,13 @@ class Policy(Case):
                                   "no key", "not installed", "remote"})
         self.assertEqual({(one.only, one.snapshot.prefer) for one in made},
                          {*itertools.product((None, LOCAL, CLOUD), ("local", "cloud", "fast"))})
-        self.assertEqual({(found.trial, found.breaker.until > 100.0, found.breaker.last_hope)
+        self.assertEqual({(found.trial, found.breaker.until > 100.0, found.breaker.last_resort)
                           for one in made for found in one.snapshot.records.values()},
                          {*itertools.product((False, True), repeat=3)})
         plans = [oblix.rank(one.snapshot, one.refusals, one.only) for one in made]
         self.assertLessEqual({*range(6)}, {len(plan.order) for plan in plans})
-        self.assertLessEqual({*range(3)}, {len(plan.last_hope) for plan in plans})
-        self.assertLessEqual({*range(6)}, {len(plan.left_out) for plan in plans})
+        self.assertLessEqual({*range(3)}, {len(plan.last_resort) for plan in plans})
+        self.assertLessEqual({*range(6)}, {len(plan.excluded) for plan in plans})
 
     def test_within_a_side_the_listed_order_holds_but_what_is_well_comes_first(self):
         for cloud, other, listed, order in (
@@ -2143,8 +2144,8 @@ class Policy(Case):
             with self.subTest(local=local, cloud=cloud, only=only):
                 plan = oblix.rank(snapshot(local, cloud), {}, only)
                 mine, other = (LOCAL_1, CLOUD_1) if only is LOCAL else (CLOUD_1, LOCAL_1)
-                self.assertEqual((plan.order, plan.last_hope), ((mine,), ()))
-                self.assertEqual(plan.left_out, ((other, "%s models were not asked for" % other.side.value),))
+                self.assertEqual((plan.order, plan.last_resort), ((mine,), ()))
+                self.assertEqual(plan.excluded, ((other, "%s models were not asked for" % other.side.value),))
                 self.assertIn("kept to " + only.value, plan.reason)
                 self.assertNotIn(other.side.value, plan.reason, "it did not matter")
 
@@ -2161,22 +2162,22 @@ class Policy(Case):
             ("not a local one", oblix.Target(NEAR, "far", LOCAL), both, None, "remote", "--cloud-model"),
             ("as a cloud one", oblix.Target(NEAR, "far", CLOUD), both, None, "ready", None),
             ("no room", LOCAL_1, (little, installed(cold)), None, "too large", "8.0 GB, 4.2 GB are free"),
-            ("no money", CLOUD_1, (), resting(9.0, last_hope=False), "resting", "rests after: the connection broke"),
+            ("no money", CLOUD_1, (), resting(9.0, last_resort=False), "resting", "rests after: the connection broke"),
         ):
             with self.subTest(what):
                 records = {target: record} if record else {}
                 plan = oblix.rank(oblix.Snapshot(known, (target,), records, now=1.0), {})
                 self.assertEqual(plan.conditions[target].state, state)
-                self.assertEqual((bool(plan.order or plan.last_hope), len(plan.left_out)), (not advice, bool(advice)))
-                self.assertIn(advice or "", "".join(reason for _, reason in plan.left_out))
-                self.assertEqual(plan.conditions[target].use is oblix.Use.NO, bool(advice))
+                self.assertEqual((bool(plan.order or plan.last_resort), len(plan.excluded)), (not advice, bool(advice)))
+                self.assertIn(advice or "", "".join(reason for _, reason in plan.excluded))
+                self.assertEqual(plan.conditions[target].use is oblix.Eligibility.NO, bool(advice))
 
     def test_a_target_that_refuses_the_request_is_left_out_with_its_reason(self):
         for record in ({}, {LOCAL_1: resting(9.0)}):
             with self.subTest(record):
                 plan = oblix.rank(snapshot(records=record), {LOCAL_1: "no tools"})
-                self.assertEqual((plan.order, plan.last_hope), ((CLOUD_1,), ()))
-                self.assertEqual(plan.left_out, ((LOCAL_1, "no tools"),))
+                self.assertEqual((plan.order, plan.last_resort), ((CLOUD_1,), ()))
+                self.assertEqual(plan.excluded, ((LOCAL_1, "no tools"),))
 
     def test_a_target_that_cannot_take_the_request_says_nothing_for_its_side(self):
         """The cloud that would do is gone, and another that is well refuses: local is asked before the one gone."""
@@ -2184,18 +2185,18 @@ class Policy(Case):
             with self.subTest(local=local):
                 found = oblix.Snapshot(readings(local, GOOD, OUT), (LOCAL_1, CLOUD_1, CLOUD_2))
                 plan = oblix.rank(found, {CLOUD_1: "no sound"})
-                self.assertEqual((list(plan.order), list(plan.last_hope)), (order, [CLOUD_2]))
+                self.assertEqual((list(plan.order), list(plan.last_resort)), (order, [CLOUD_2]))
 
     def test_a_side_without_a_target_does_not_count(self):
         for cloud, order, hope in ((GOOD, [CLOUD_1], []), (STRAINED, [CLOUD_1], []), (OUT, [], [CLOUD_1])):
             with self.subTest(cloud=cloud):
                 plan = oblix.rank(snapshot(GOOD, cloud, (CLOUD_1,)), {})
-                self.assertEqual((list(plan.order), list(plan.last_hope)), (order, hope))
+                self.assertEqual((list(plan.order), list(plan.last_resort)), (order, hope))
                 self.assertIn("local critical (no local model)", plan.reason)
 
     def test_who_is_tried_when_everything_else_has_failed(self):
         every, tired = (LOCAL_1, CLOUD_1, CLOUD_2, KEYLESS), {LOCAL_1: resting(9.0)}
-        trial = {LOCAL_1: oblix.Record(resting(1.0, last_hope=False).breaker, True)}
+        trial = {LOCAL_1: oblix.Record(resting(1.0, last_resort=False).breaker, True)}
         for what, found, refusals, only, order, hope in (
             ("nobody is left", snapshot(targets=(LOCAL_1, CLOUD_1)), {}, None, [LOCAL_1, CLOUD_1], []),
             ("a side that is out", snapshot(GOOD, OUT, every), {}, None, [LOCAL_1], [CLOUD_1, CLOUD_2]),
@@ -2206,7 +2207,7 @@ class Policy(Case):
              [LOCAL_1, CLOUD_1, CLOUD_2], []),
             ("who is on trial", snapshot(targets=every, records=trial, now=9.0), {}, None,
              [CLOUD_1, CLOUD_2], [LOCAL_1]),
-            ("not who asked for peace", snapshot(targets=every, records={CLOUD_1: resting(9.0, last_hope=False)}), {},
+            ("not who asked for peace", snapshot(targets=every, records={CLOUD_1: resting(9.0, last_resort=False)}), {},
              None, [LOCAL_1, CLOUD_2], []),
             ("not who refuses", snapshot(GOOD, OUT, every), {CLOUD_1: "no tools"}, None, [LOCAL_1], [CLOUD_2]),
             ("nor the other side", snapshot(GOOD, OUT, every), {}, LOCAL, [LOCAL_1], []),
@@ -2215,7 +2216,7 @@ class Policy(Case):
         ):
             with self.subTest(what):
                 plan = oblix.rank(found, refusals, only)
-                self.assertEqual((list(plan.order), list(plan.last_hope)), (order, hope))
+                self.assertEqual((list(plan.order), list(plan.last_resort)), (order, hope))
 
     def test_what_a_side_is_called(self):
         unknown = oblix.Reading(CLOUD, GOOD, "", {}, FAR, known=False)
@@ -2244,7 +2245,7 @@ class Policy(Case):
 
     def test_what_a_local_model_does_now_makes_it_worse(self):
         loaded, cold = oblix.Model("small", context=4096, gpu_share=1.0), oblix.Model("small", size=1, cold=True)
-        spilled = oblix.Model("small", context=4096, gpu_share=0.2, spilled=True)
+        moved_to_cpu = oblix.Model("small", context=4096, gpu_share=0.2, moved_to_cpu=True)
         for what, model, rest, state, says in (
             ("loaded", loaded, {}, "ready", ""),
             ("a slot is free", loaded, {"in_flight": {LOCAL_1: 3}, "slots": 4}, "ready", ""),
@@ -2255,7 +2256,7 @@ class Policy(Case):
             ("cold", cold, {}, "cold", "small is not loaded"),
             ("loading", cold, {"loading": frozenset({LOCAL_1})}, "loading", "small is loading"),
             ("loading another", loaded, {"loading": frozenset({LOCAL_2})}, "ready", ""),
-            ("spilled", spilled, {}, "ready", "small went from GPU to CPU"),
+            ("moved_to_cpu", moved_to_cpu, {}, "ready", "small went from GPU to CPU"),
         ):
             for level in oblix.Level:
                 with self.subTest(what, level=level):
@@ -2295,7 +2296,7 @@ class Policy(Case):
                 found = oblix.Snapshot((*known, installed(mine, *beside)), (LOCAL_1, CLOUD_1))
                 self.assertEqual(oblix.condition(LOCAL_1, found).state == "too large", not fits)
                 plan = oblix.rank(found, {})
-                self.assertEqual([target for target, _ in plan.left_out], [] if fits else [LOCAL_1])
+                self.assertEqual([target for target, _ in plan.excluded], [] if fits else [LOCAL_1])
 
     def test_the_load_of_this_device_says_nothing_of_another(self):
         device = oblix.Reading(LOCAL, OUT, "cpu 99%", {"memory_free_mb": 1})
@@ -2451,7 +2452,8 @@ IN_TIME = [  # what, the records of local and cloud, the work, more of the snaps
      BEHIND, "local constrained (busy)"),    # the table's doing, not the time's
     ("a whole answer", PI, QUICK, CURT._replace(whole=True), {}, BEHIND, "local 41 s to the end, cloud 2.8 s"),
     ("a whole answer that is soon", reads(2000.0, 40.0), QUICK, LENGTHY._replace(whole=True), {}, BEHIND[::-1], ""),
-    ("one that the client keeps short", PI, QUICK, CURT._replace(whole=True, most_tokens=100), {}, BEHIND[::-1], ""),
+    ("one that the client keeps short", PI, QUICK, CURT._replace(whole=True, max_output_tokens=100), {}, BEHIND[::-1],
+     ""),
     ("the longest of late counts", reads(2000.0, 40.0, lengths=(9, 2000, 9)), QUICK, CURT._replace(whole=True), {},
      BEHIND, "local 50 s to the end, cloud 21 s"),
     ("of the cloud's, too", reads(2000.0, 40.0), oblix.Record(pace=oblix.Pace((0.8,), 100.0, lengths=(2000,))),
@@ -2506,14 +2508,14 @@ class Timely(Case):
     def test_a_cloud_that_merely_rests_is_asked_before_a_local_model_that_takes_long(self):
         for what, breaker, work, order in (
             ("it rests", oblix.Breaker(1, 5.0, "busy (503)"), LENGTHY, BEHIND),
-            ("it has said when", oblix.Breaker(1, 5.0, "busy (429)", last_hope=False), LENGTHY, [LOCAL_1]),
+            ("it has said when", oblix.Breaker(1, 5.0, "busy (429)", last_resort=False), LENGTHY, [LOCAL_1]),
             ("local is soon", oblix.Breaker(1, 5.0, "busy (503)"), CURT, [LOCAL_1]),
         ):
             with self.subTest(what):
                 usual, plan = self.ranked(PI, QUICK._replace(breaker=breaker), work, now=1.0)
                 self.assertEqual(list(usual.order), [LOCAL_1])
                 self.assertEqual(list(plan.order), order)
-                self.assertCountEqual([*plan.order, *plan.last_hope], [*usual.order, *usual.last_hope])
+                self.assertCountEqual([*plan.order, *plan.last_resort], [*usual.order, *usual.last_resort])
 
     def test_a_guess_speaks_until_it_is_measured(self):
         cpu, gpu = {"cores": 4}, {"cores": 4, "gpu_memory_free_mb": 9000}
@@ -2620,9 +2622,10 @@ class Timely(Case):
 
 class Situation:
     """A snapshot and a request of a seed, with who must not be asked of them, and who not before the others."""
-    names = ("small", "gone", "far", "large", "spilled", "cold")    # models of the Ollama on the device
-    models = (oblix.Model("small", context=4096), oblix.Model("spilled", spilled=True), oblix.Model("far", remote=True),
-              oblix.Model("cold", cold=True, size=5), oblix.Model("large", cold=True, size=10**12))
+    names = ("small", "gone", "far", "large", "moved_to_cpu", "cold")    # models of the Ollama on the device
+    models = (oblix.Model("small", context=4096), oblix.Model("moved_to_cpu", moved_to_cpu=True),
+              oblix.Model("far", remote=True), oblix.Model("cold", cold=True, size=5),
+              oblix.Model("large", cold=True, size=10**12))
 
     def __init__(self, seed):
         self.draw = draw = random.Random(seed)
@@ -2650,14 +2653,14 @@ class Situation:
             target for target in targets if target is KEYLESS or self.only not in (None, target.side)
             or target.endpoint == NEAR and target.model in bad
             and not (target.model == "large" and target in self.snapshot.loading)    # its load takes that memory
-            or records[target].breaker.until > 100.0 and not records[target].breaker.last_hope}
+            or records[target].breaker.until > 100.0 and not records[target].breaker.last_resort}
 
     def one_in(self, number):
         return self.draw.randrange(number) == 0
 
     def record(self):
         breaker = oblix.Breaker(failures=1, until=self.draw.choice([0.0, 99.0, 100.0, 101.0, 700.0]),
-                                reason="busy (503)", last_hope=not self.one_in(3))
+                                reason="busy (503)", last_resort=not self.one_in(3))
         tokens_per_s, load_s = self.draw.choice([(0.0, 0.0), (30.0, 8.0)])
         pace = oblix.Pace(self.draw.choice([(), (0.5,), (9.0, 20.0)]), tokens_per_s, load_s)
         return oblix.Record(breaker if self.one_in(2) else oblix.Breaker(), self.one_in(10), pace=pace)
@@ -3328,7 +3331,7 @@ class Catalogue(Case):
         self.assertEqual((loaded.name, loaded.cold, loaded.context, loaded.gpu_share, loaded.size),
                          ("llama3.2:latest", False, 4096, 0.5, 3000000000))
         self.assertEqual((other.cold, other.context, other.max_context), (True, 0, 131072))
-        self.assertEqual(loaded.can, {"completion", "tools", "vision", "thinking"})
+        self.assertEqual(loaded.capabilities, {"completion", "tools", "vision", "thinking"})
         self.assertEqual(loaded.token_bytes, 2 * 28 * 8 * 256)
         self.assertEqual([path for path, _ in asked], ["/api/tags", "/api/ps", "/api/show"])    # both have one digest
 
@@ -3347,7 +3350,7 @@ class Catalogue(Case):
         for ps, show in ((fault, fault), ({}, {}), ({"models": 5}, {"model_info": 5}), ({"models": [[]]}, {"a": []})):
             with self.subTest(ps=ps, show=show):
                 models, _ = self.listed("ollama", {"/api/tags": tags, "/api/ps": ps, "/api/show": show})
-                self.assertEqual([(model.name, model.cold, model.can) for model in models],
+                self.assertEqual([(model.name, model.cold, model.capabilities) for model in models],
                                  [(one["name"], False, None) for one in tags["models"]])
         with self.assertRaises(oblix.UpstreamError):
             self.listed("ollama", {"/api/tags": fault})
@@ -3549,14 +3552,14 @@ ERRORS = [  # dialect, its status, its words, the rest of its error -> the statu
     (OLLAMA, 500, 'option "num_ctx" must be of type integer', {}, 400, None),
 ]
 FAULT_OF = [  # status, words, code -> fault, where no client sees the difference
-    (400, "Thinking may not be enabled when tool_choice forces tool use.", None, oblix.Fault.CAPABILITY),    # Claude
-    (400, "`temperature` may only be set to 1 when thinking is enabled", None, oblix.Fault.CAPABILITY),
+    (400, "Thinking may not be enabled when tool_choice forces tool use.", None, oblix.Fault.UNSUPPORTED),    # Claude
+    (400, "`temperature` may only be set to 1 when thinking is enabled", None, oblix.Fault.UNSUPPORTED),
     (400, "Invalid 'messages[0]'.", "invalid_type", oblix.Fault.CLIENT), (422, "No.", None, oblix.Fault.CLIENT),
     (400, "You have reached your specified API usage limits.", None, oblix.Fault.ACCOUNT),
     (429, "No.", "credit_balance_exhausted", oblix.Fault.ACCOUNT), (429, "No.", "slow_down", oblix.Fault.BUSY),
     (503, "failed: context length of worker", None, oblix.Fault.BUSY), (999, "No.", None, oblix.Fault.BUSY),
-    (405, "No.", None, oblix.Fault.MISSING), (451, "No.", None, oblix.Fault.MISSING),
-    (302, "No.", None, oblix.Fault.DOWN),
+    (405, "No.", None, oblix.Fault.NOT_FOUND), (451, "No.", None, oblix.Fault.NOT_FOUND),
+    (302, "No.", None, oblix.Fault.TRANSPORT),
     (400, "x" * 1000 + " context length", None, oblix.Fault.CLIENT),    # a prompt may be quoted there
 ]
 ODD_ERRORS = [  # dialect, status, body -> words that the client sees
@@ -4767,7 +4770,7 @@ class Replanned(Case):
         self.ledger.settle(self.small, oblix.UpstreamError("gone"))
         for _ in range(3):
             self.tries("large", says="rests after: gone")
-            self.assertEqual(self.plan().last_hope, (self.small,))
+            self.assertEqual(self.plan().last_resort, (self.small,))
             self.clock.now += oblix.REST_S / 4
         self.clock.now += oblix.REST_S / 4
         self.tries("small", "large", says="local available")
@@ -4785,10 +4788,10 @@ class Replanned(Case):
     def test_a_rest_loses_its_hope(self):
         self.ledger.settle(self.small, oblix.UpstreamError("gone"))
         self.tries("large")
-        self.assertEqual(self.plan().last_hope, (self.small,))
+        self.assertEqual(self.plan().last_resort, (self.small,))
         self.ledger.settle(self.small, oblix.UpstreamError("gone", oblix.Fault.BUSY, retry_after_s=9.0))
         self.tries("large")
-        self.assertEqual(self.plan().last_hope, ())
+        self.assertEqual(self.plan().last_resort, ())
 
     def test_a_trial_begins_and_ends(self):
         self.ledger.settle(self.small, oblix.UpstreamError("gone"))
@@ -4852,7 +4855,7 @@ class Replanned(Case):
         self.assertEqual(self.plan("ollama:far").order[0].side, CLOUD)
 
     def test_requests_that_are_not_alike(self):
-        self.finds(self.ollama, models=(oblix.Model("small", context=4096, can=frozenset({"completion"})),))
+        self.finds(self.ollama, models=(oblix.Model("small", context=4096, capabilities=frozenset({"completion"})),))
         tool = {"type": "function", "function": {"name": "f"}}
         for _ in range(2):
             self.tries("small", "large")
@@ -5191,36 +5194,37 @@ def after(*faults, now=0.0):
     return breaker, now
 
 
-RESTS = [  # failures in a row, (at least, at most) so many seconds of rest after the last, whether it is a last hope
-    (["DOWN"], 1, 1, True), (["BUSY"], 1, 1, True), (["DOWN", "BUSY"], 2, 2, True),
-    (["DOWN"] * 3, 4, 4, True), (["BUSY"] * 4, 8, 8, True), (["DOWN"] * 5, 16, 16, True), (["DOWN"] * 6, 32, 32, True),
-    (["DOWN"] * 7, 60, 60, True), (["BUSY"] * 8, 60, 60, True), (["DOWN"] * 5000, 60, 60, True),
-    (["MISSING"], 60, 60, None),
-    (["ACCOUNT"], 600, 600, False), (["ACCOUNT"] * 2, 600, 1e5, False), (["DOWN", "ACCOUNT"], 600, 1e5, False),
-    ([("BUSY", 7.0)], 7, 7, False), ([("BUSY", 600.0)], 600, 600, False), ([("DOWN", 7.0)], 7, 7, False),
+RESTS = [  # failures in a row, (at least, at most) so many seconds of rest after the last, whether it is a last resort
+    (["TRANSPORT"], 1, 1, True), (["BUSY"], 1, 1, True), (["TRANSPORT", "BUSY"], 2, 2, True),
+    (["TRANSPORT"] * 3, 4, 4, True), (["BUSY"] * 4, 8, 8, True), (["TRANSPORT"] * 5, 16, 16, True),
+    (["TRANSPORT"] * 6, 32, 32, True),
+    (["TRANSPORT"] * 7, 60, 60, True), (["BUSY"] * 8, 60, 60, True), (["TRANSPORT"] * 5000, 60, 60, True),
+    (["NOT_FOUND"], 60, 60, None),
+    (["ACCOUNT"], 600, 600, False), (["ACCOUNT"] * 2, 600, 1e5, False), (["TRANSPORT", "ACCOUNT"], 600, 1e5, False),
+    ([("BUSY", 7.0)], 7, 7, False), ([("BUSY", 600.0)], 600, 600, False), ([("TRANSPORT", 7.0)], 7, 7, False),
     ([("BUSY", 601.0)], 600, 600, False), ([("BUSY", 1e9)], 600, 600, False), ([("BUSY", 1e300)], 600, 600, False),
     ([("BUSY", 0.5)], 0.5, 1, None), ([("BUSY", 0.0)], 0, 1, None), ([("BUSY", -1e9)], 0, 1, None),
-    (["DOWN"] * 5 + [("BUSY", 2.0)], 2, 32, None),
-    ([("BUSY", 7.0), "DOWN"], 2, 2, True), (["ACCOUNT", "DOWN"], 1, 60, True),
+    (["TRANSPORT"] * 5 + [("BUSY", 2.0)], 2, 32, None),
+    ([("BUSY", 7.0), "TRANSPORT"], 2, 2, True), (["ACCOUNT", "TRANSPORT"], 1, 60, True),
     ([("ACCOUNT", 7.0)], 600, 600, False),
 ]
-NO_FAULTS = ("CLIENT", "CAPABILITY", "TOO_LONG")    # of the target: the request asks too much of it
+NO_FAULTS = ("CLIENT", "UNSUPPORTED", "TOO_LONG")    # of the target: the request asks too much of it
 
 
 class Breaker(Case):
     """How long a target rests after which faults, and who is asked meanwhile."""
 
     def test_how_long_a_target_rests_after_which_faults(self):
-        for faults, least, most, last_hope in RESTS:
+        for faults, least, most, last_resort in RESTS:
             with self.subTest(faults[-6:], count=len(faults)):
                 breaker, now = after(*faults, now=1e6)
                 self.assertEqual(breaker.failures, len(faults))
                 self.assertTrue(least <= breaker.rest_s(now) <= most, breaker)
-                if last_hope is not None:
-                    self.assertIs(breaker.last_hope, last_hope)
+                if last_resort is not None:
+                    self.assertIs(breaker.last_resort, last_resort)
 
     def test_the_rest_passes(self):
-        for start, fault in itertools.product((0.0, 1e9), ("DOWN", ("BUSY", 7.0), "MISSING", "ACCOUNT")):
+        for start, fault in itertools.product((0.0, 1e9), ("TRANSPORT", ("BUSY", 7.0), "NOT_FOUND", "ACCOUNT")):
             with self.subTest(fault, start=start):
                 breaker, _ = after(fault, now=start)
                 rest_s = breaker.rest_s(start)
@@ -5234,7 +5238,7 @@ class Breaker(Case):
         for what, faults, reason in (
             ("a key, and then a server", (("ACCOUNT", 401), ("BUSY", 503)), "account (401)"),
             ("a server, and then a key", (("BUSY", 503), ("ACCOUNT", 401)), "account (401)"),
-            ("a model, and then a link", (("MISSING", 404), ("DOWN", 502)), "not found (404)"),
+            ("a model, and then a link", (("NOT_FOUND", 404), ("TRANSPORT", 502)), "not found (404)"),
         ):
             with self.subTest(what):
                 breaker = oblix.Breaker()
@@ -5242,16 +5246,16 @@ class Breaker(Case):
                     error = oblix.UpstreamError("gone", oblix.Fault[fault], status=status)
                     breaker = breaker.failed(error, 100.0)
                 self.assertEqual(breaker.reason, reason)
-                self.assertIs(breaker.fault, oblix.Fault[reason.split(" (")[0].upper().replace("NOT FOUND", "MISSING")])
+                self.assertIs(breaker.fault, oblix.Fault[reason.split(" (")[0].upper().replace(" ", "_")])
                 found = snapshot(records={CLOUD_1: oblix.Record(breaker)}, now=101.0)
                 self.assertIn("rests after: " + reason, oblix.rank(found, {}, CLOUD).reason)
 
     def test_a_rest_begins_with_the_last_fault(self):
-        breaker = after("DOWN")[0].failed(failure("DOWN"), 100.0)
+        breaker = after("TRANSPORT")[0].failed(failure("TRANSPORT"), 100.0)
         self.assertEqual((breaker.rest_s(100.0), breaker.rest_s(101.5), breaker.rest_s(102.0)), (2.0, 0.5, 0.0))
 
     def test_requests_that_fail_together_count_once(self):
-        breaker, now = after("DOWN", "BUSY", "DOWN")
+        breaker, now = after("TRANSPORT", "BUSY", "TRANSPORT")
         for _ in range(10):
             breaker = breaker.failed(failure("BUSY"), now)
         self.assertEqual((breaker.failures, breaker.rest_s(now)), (3, 4.0))
@@ -5262,7 +5266,7 @@ class Breaker(Case):
                 breaker, now = after(fault)
                 breaker = breaker.failed(failure("BUSY"), now + 1)
                 self.assertEqual((breaker.failures, breaker.rest_s(now + 1)), (1, rest_s - 1))
-                self.assertFalse(breaker.last_hope)
+                self.assertFalse(breaker.last_resort)
 
     def test_a_success_forgets_everything(self):
         for faults, *_ in RESTS:
@@ -5272,7 +5276,7 @@ class Breaker(Case):
                 self.assertEqual((breaker.failures, breaker.rest_s(0.0)), (0, 0.0))
 
     def test_what_is_no_fault_of_the_target_changes_nothing(self):
-        for faults, fault, wait_s in itertools.product(([], ["DOWN"], ["ACCOUNT"]), NO_FAULTS, (None, 7.0)):
+        for faults, fault, wait_s in itertools.product(([], ["TRANSPORT"], ["ACCOUNT"]), NO_FAULTS, (None, 7.0)):
             with self.subTest(faults, fault=fault, wait_s=wait_s):
                 breaker, now = after(*faults)
                 for later_s in (0.5, 1000):
@@ -5281,7 +5285,7 @@ class Breaker(Case):
     def test_it_is_a_value(self):
         breaker = oblix.Breaker()
         self.assertEqual((breaker.failures, breaker.rest_s(0.0), breaker.rest_s(1e9)), (0, 0.0, 0.0))
-        breaker.failed(failure("DOWN"), 0.0)
+        breaker.failed(failure("TRANSPORT"), 0.0)
         self.assertEqual(breaker, oblix.Breaker())
         with self.assertRaises(dataclasses.FrozenInstanceError):
             breaker.failures = 1
@@ -5540,7 +5544,7 @@ class Breaker(Case):
 ABLE = ("completion", "tools", "vision")
 
 
-def small(*scripts, trained=131072, can=ABLE, token_bytes=4, size=1 << 20, **how):
+def small(*scripts, trained=131072, capabilities=ABLE, token_bytes=4, size=1 << 20, **how):
     """An Ollama whose model is so small that it fits whatever memory is free here; without `can` it lists no abilities.
 
     A token of context takes `token_bytes` (a multiple of 4); `trained` is the longest context.
@@ -5550,7 +5554,7 @@ def small(*scripts, trained=131072, can=ABLE, token_bytes=4, size=1 << 20, **how
         model["size"] = size
     info = {"general.architecture": "llama", "llama.context_length": trained, "llama.block_count": token_bytes // 4,
             "llama.attention.head_count_kv": 1, "llama.attention.key_length": 1, "llama.attention.value_length": 1}
-    details = {"model_info": info, **({"capabilities": [*can]} if can else {})}
+    details = {"model_info": info, **({"capabilities": [*capabilities]} if capabilities else {})}
     return Upstream(OLLAMA, *(scripts or [answer(Text("local"))]), probe=whole(200, listing), details=details, **how)
 
 
@@ -5946,7 +5950,7 @@ class Contexts(Orchestrated):
         rows = [(("completion",), picture, "vision"), (("completion", "tools"), picture, "vision"),
                 (("completion", "vision"), tools, "tools"), (("completion",), {**picture, **tools}, "vision")]
         for can, fields, lacking in rows:
-            with self.subTest(can, lacking=lacking), small(can=can) as local, cloudy() as cloud, \
+            with self.subTest(can, lacking=lacking), small(capabilities=can) as local, cloudy() as cloud, \
                     running(local, cloud) as server:
                 reply = ask(server, "auto", **fields)
                 self.answered(reply, "cloud", by=cloud.target)
@@ -5959,13 +5963,15 @@ class Contexts(Orchestrated):
 
     def test_one_that_can_or_does_not_say_what_it_can_is_asked(self):
         for can in (ABLE, None):
-            with self.subTest(can), small(can=can) as local, cloudy() as cloud, running(local, cloud) as server:
+            with self.subTest(can), small(capabilities=can) as local, cloudy() as cloud, \
+                    running(local, cloud) as server:
                 for fields in (talk(user(part("What is it?"), image(PNG_URL))), {"tools": TOOLS}):
                     self.answered(ask(server, "auto", **fields), "local")
                 self.assertEqual(cloud.requests, [])
 
     def test_when_nobody_can_the_error_lists_each_and_why(self):
-        with small(can=["completion"]) as local, cloudy(dialect=CLAUDE) as cloud, running(local, cloud) as server:
+        with small(capabilities=["completion"]) as local, cloudy(dialect=CLAUDE) as cloud, \
+                running(local, cloud) as server:
             for stream in (False, True):
                 reply = ask(server, "auto", stream=stream, tools=TOOLS, logprobs=True)
                 self.refused(reply, 400, "%s: the model has no tools" % local.target)
@@ -6172,7 +6178,7 @@ class Time(Orchestrated):
         ):
             with self.subTest(model, stream=stream, first=first.id):
                 request = oblix.ChatRequest(model, chat(), stream)
-                course = oblix.Course(gateway, request, None)
+                course = oblix.Dispatch(gateway, request, None)
                 order = [one for one in ((local, cloud) if first is local else (cloud, local))
                          if model == "auto" or one is first]
                 found = []
@@ -6850,7 +6856,7 @@ STRANDED = [  # how local is when it is asked: its script, the rest of its Upstr
     ("too large", answer(Text("local")), {"loaded": {}, "size": 10**15}, ["--warm-up=never"], {}),
     ("too long", answer(Text("local")), {"trained": 1000}, [], talk(user(MARKER * 400))),
     ("too long for it", whole(400, OLLAMA.error("the prompt is longer than the context length")), {}, [], {}),
-    ("unable", answer(Text("local")), {"can": ["completion"]}, [], {"tools": TOOLS}),
+    ("unable", answer(Text("local")), {"capabilities": ["completion"]}, [], {"tools": TOOLS}),
     ("two answers", answer(Text("local")), {}, [], {"n": 2}),
     ("empty", answer(), {}, CONTINUE, {}), ("late", [HANG], {}, TIMED, {}),
 ]
@@ -7510,9 +7516,9 @@ class Forgotten(Orchestrated):
 
     def test_who_chats(self):
         for model, chats in ((oblix.Model("llama3.2"), True), (oblix.Model("nomic-embed-text"), False),
-                             (oblix.Model("bge-m3", can=frozenset({"embedding"})), False),
-                             (oblix.Model("my-embedded", can=frozenset({"completion"})), True)):
-            self.assertEqual(model.chats, chats, model)
+                             (oblix.Model("bge-m3", capabilities=frozenset({"embedding"})), False),
+                             (oblix.Model("my-embedded", capabilities=frozenset({"completion"})), True)):
+            self.assertEqual(model.is_chat_model, chats, model)
 
 
 # --- 9. What the README says of it -----------------------------------------------------------------------------------
@@ -10029,7 +10035,7 @@ class Busy(Case):
             with Upstream(OPENAI) as upstream, running(upstream, flags=flags) as server:
                 self.ended(server, upstream, size, script, how, fields)
                 data = post(padded(size, model=upstream.target), "Connection: close")
-                eventually(lambda: reply_in(raw(server, data)).status == 200, within=3)
+                eventually(lambda: raw(server, data).startswith(b"HTTP/1.1 200 "), within=10)
                 return server.gateway.ledger.in_flight()
         with mock.patch.object(oblix, "for_client", with_a_bug), self.assertLogs("oblix", "ERROR") as logged, \
                 mock.patch.object(oblix, "MAX_BODIES_BYTES", size):
@@ -13194,7 +13200,7 @@ def check_request(raw):
         request = oblix.parse_request(raw)
     except oblix.BadRequest as error:
         return oblix.dumps(oblix.error_body(error))
-    oblix.conversation_of(request), oblix.needs_of(request), request.most_tokens(5)
+    oblix.conversation_of(request), oblix.needs_of(request), request.max_output_tokens(5)
     oblix.continuation(request, "a", 3)
     for target in REQUEST_TARGETS:
         provider = oblix.PROVIDERS[target.endpoint.provider]
@@ -15070,12 +15076,12 @@ def load_tests(_loader, classes, _pattern):
     """All tests, or one part of them."""
     def of(kind):
         return [tests for tests in classes if isinstance(next(iter(tests), None), kind)]
-    left_out = LONGEST if os.environ.get("OBLIX_TEST_BRIEF") else ()
-    rest = [tests for tests in classes if tests not in of((Outages, *ALONE, *left_out))]
+    excluded = LONGEST if os.environ.get("OBLIX_TEST_BRIEF") else ()
+    rest = [tests for tests in classes if tests not in of((Outages, *ALONE, *excluded))]
     shares = unittest.TestSuite(rest[0::4] + rest[3::4]), unittest.TestSuite(rest[1::4] + rest[2::4])
     # those of Outages mostly wait: one part each
     parts = [*shares, *itertools.chain(*of(Outages)),
-             unittest.TestSuite(tests for tests in of(ALONE) if tests not in of(left_out))]
+             unittest.TestSuite(tests for tests in of(ALONE) if tests not in of(excluded))]
     part = os.environ.get("OBLIX_TEST_PART")
     return unittest.TestSuite(parts if part is None else [parts[int(part)]])
 
