@@ -2264,7 +2264,7 @@ class Provider:
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         """Return the headers of each request to the endpoint, except for its content type."""
-        raise NotImplementedError
+        return {**present({"Authorization": endpoint.key and f"Bearer {endpoint.key}"}), **dict(endpoint.headers)}
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         """Return the body of the upstream request, for a request without a `refusal`.
@@ -2664,9 +2664,6 @@ class OpenAI(Provider):
         return Endpoint(self.name, url, settings.openai_api_key, tuple(present(extra).items()),
                         self.key_variable if is_at(url, self.vendor) else "")
 
-    def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        return {**present({"Authorization": endpoint.key and f"Bearer {endpoint.key}"}), **dict(endpoint.headers)}
-
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         payload = {"model": target.model, **request.body}
         if is_at(target.endpoint.base_url, self.vendor):    # its models know the new name, and none of Ollama's fields
@@ -2759,9 +2756,6 @@ class Ollama(Provider):
 
     def endpoint(self, settings: Settings) -> Endpoint:
         return Endpoint(self.name, ollama_url(settings.ollama_host))
-
-    def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        return present({"Authorization": endpoint.key and f"Bearer {endpoint.key}"})    # ollama.com wants one
 
     def refuse_part(self, part: Json) -> str | None:
         if part["type"] == "image_url":
