@@ -2343,7 +2343,7 @@ def is_permanent(param: str, error: UpstreamError) -> bool:
 
     An effort is excluded: each model knows some of them, and fewer with tools.
     """
-    return param in IN_MESSAGES or param != "reasoning_effort" and bool(
+    return param in CHANGES or param != "reasoning_effort" and bool(
         re.search(_PERMANENT, f"{error.code} {error.message}".lower()))
 
 
@@ -2764,15 +2764,17 @@ class OpenAI(Provider):
                 kept.setdefault(new, payload[old])
         if "reasoning_effort" in payload.keys() - kept.keys() and "tools" in payload:
             kept["reasoning_effort"] = "none"    # these models take tools only without reasoning, and would reason
-        for name, (_, change) in IN_MESSAGES.items():
+        for name, (_, change) in CHANGES.items():
             if name in refused:
-                kept["messages"] = [*map(change, kept["messages"])]
+                kept.update({place: [*map(change, kept[place])] for place in ("messages", "tools") if place in kept})
         return kept
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
-        for name, (words, change) in IN_MESSAGES.items():
-            if re.search(words, error.message.lower()) and any(change(one) != one for one in payload["messages"]):
-                return name
+        if error.status in (400, 422, 500):
+            told, said = error.message.lower(), [*payload["messages"], *payload.get("tools", ())]
+            for name, (words, change) in CHANGES.items():
+                if re.search(words, told) and any(change(one) != one for one in said):
+                    return name
         return super().refused_parameter(error, payload)
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
@@ -2808,19 +2810,25 @@ def _with_short_ids(message: Json) -> Json:
     return short(message, "tool_call_id") if "tool_call_id" in message else message
 
 
-def _without_reasoning(message: Json) -> Json:
-    return {name: value for name, value in message.items() if not name.startswith("reasoning")}
-
-
 def _with_reasoning(message: Json) -> Json:
-    return {"reasoning_content": "", **message} if "tool_calls" in message else message
+    return {"reasoning_content": "", **message} if message.get("role") == "assistant" else message
 
 
-# What servers want otherwise in messages: the words of their errors, the change.  A model's dislike is remembered.
-IN_MESSAGES: dict[str, tuple[str, Callable[[Json], Json]]] = {
+def _without(prefix: str) -> Callable[[Json], Json]:
+    def change(fields: Json) -> Json:
+        kept = {name: value for name, value in fields.items() if not name.startswith(prefix)}
+        parts = kept.get("content")
+        return {**kept, "content": [*map(change, parts)]} if isinstance(parts, list) else kept
+    return change
+
+
+# What servers want otherwise in messages and tools: the words of their errors, the change.  It is remembered.
+CHANGES: dict[str, tuple[str, Callable[[Json], Json]]] = {
     "tool_call_id": (r"tool call ids?\b.*\b9\b", _with_short_ids),    # Mistral's API, tokenizer and chat templates
-    "no reasoning_content": (r"reasoning_content.*(passed back|missing|required)", _with_reasoning),    # DeepSeek, Kimi
-    "reasoning_content": (r"\breasoning(_content|_details)?\b(?! effort)", _without_reasoning),    # Groq, Mistral
+    "no reasoning_content": (r"missing.*reasoning_content|reasoning_content.*(missing|passed back|required)",
+                             _with_reasoning),    # DeepSeek, Kimi
+    "reasoning_content": (r"\breasoning(_content|_details)?\b(?! effort)", _without("reasoning")),    # Groq, Mistral
+    "cache_control": ("cache_control", _without("cache_control")),    # Gemini, Groq
 }
 
 
@@ -2893,10 +2901,12 @@ class Ollama(Provider):
             first = [messages.pop(0)["content"]] if messages[0]["role"] == "system" else []
             messages.insert(0, {"role": "system", "content": "\n\n".join([*first, call_hint(forced)])})
         schema = call_schema(forced) if forced else json_wanted(body)
+        tools = [{**tool, "function": {**tool["function"], "parameters": tool_schema(tool["function"])}}
+                 for tool in chosen_tools(body)[0]]    # it refuses what it can't read, and skips anyOf at the top
         payload = {
             "model": target.model, "messages": messages, "stream": True,
             "truncate": False,    # without it the oldest messages are forgotten silently
-            **present({"options": options, "tools": chosen_tools(body)[0] if not forced else [],
+            **present({"options": options, "tools": [] if forced else tools,
                        "format": "json" if schema == {} else schema})}
         if keep_alive is not None:
             payload["keep_alive"] = keep_alive
@@ -3308,8 +3318,8 @@ def under_own_names(chunks: Iterable[Any], tools: Sequence[Json]) -> Iterator[An
     for chunk in chunks:
         for choice in choices_of(chunk) if not isinstance(chunk, Texts) else ():
             for inner in (call["function"] for call in choice["delta"].get("tool_calls", ())):
-                if inner.get("name") in own:
-                    function = own[inner["name"]]
+                if "name" in inner:
+                    function = own.get(inner["name"], {"name": inner["name"]})
                     inner["name"], names = function["name"], tool_schema(function)["properties"]
                     keys, held = {claude_key(name): name for name in names if claude_key(name) != name}, ""
                 elif keys:
@@ -3390,6 +3400,8 @@ def valid_schema(schema: Json) -> Json:
             new[strict] = new.pop(bound)
     if isinstance(new.get("items"), list):    # all before 2020-12
         new["prefixItems"] = new.pop("items")
+    if isinstance(new.get("properties"), dict):
+        new["properties"] = {name: one if isinstance(one, dict) else {} for name, one in new["properties"].items()}
     new = {name: value for name, value in new.items() if type(value) in _FORMS.get(name, (type(value),))}
     if "required" in new:
         new["required"] = [name for name in new["required"] if isinstance(name, str)]

@@ -2943,6 +2943,11 @@ def a_tool(name, parameters, **fields):
     return {"type": "function", "function": {"name": name, "parameters": parameters}, **fields}
 
 
+def exactly(schema):
+    """This schema and nothing else, but for a description."""
+    return lambda given: {name: value for name, value in given.items() if name != "description"} == schema
+
+
 def choice_of(name):
     """The choice of a tool."""
     return {"type": "function", "function": {"name": name}}
@@ -2960,6 +2965,8 @@ def growing(root):
     return {"type": "object", "properties": {"kid": {"$ref": root + "/$defs/kid"}}, "$defs": {"kid": kid}}
 
 
+A_OR_B = [{"properties": {"kind": {"const": "a"}, "a": {}}, "required": ["kind", "a"]},
+          {"$ref": "#/$defs/b"}]
 TREE, TREE_IN_IT = growing("#"), growing("#/$defs/0")
 BEYOND_GRAMMARS = {"type": "object", "properties": {"a": {"type": "string", "pattern": "x", "maxLength": 9999},
                                                     "b": {"minimum": 0, "exclusiveMinimum": True},
@@ -3021,12 +3028,15 @@ TO_OLLAMA = [
                                               "response_format": {"type": "json_object"}},
      {"format": FIND_TOOL["parameters"]}),
     ("what makes no grammar", {"tools": [a_tool("run", BEYOND_GRAMMARS)], "tool_choice": "required"},
-     {"format": {"type": "object", "properties": {"a": {"type": "string"}, "b": {"exclusiveMinimum": 0},
-                                                  "c": {"prefixItems": [{}]}, "d": {}}}}),
+     {"format": exactly({"type": "object", "properties": {"a": {"type": "string"}, "b": {"exclusiveMinimum": 0},
+                                                          "c": {"prefixItems": [{}]}, "d": {}}})}),
     ("references lead to the same from another root",
      {"tools": [a_tool("plant", TREE), TOOLS[0]], "tool_choice": "required"},
      {"format": {"anyOf": [one_call("plant", TREE_IN_IT), one_call("find", FIND_TOOL["parameters"])],
                  "$defs": {"0": TREE_IN_IT}}}),
+    ("a schema that Ollama can't read", {"tools": [a_tool("run", {"type": ["object", "null"], "anyOf": A_OR_B[:1]})]},
+     {"tools": [a_tool("run", exactly({"type": "object", "properties": A_OR_B[0]["properties"],
+                                       "required": ["a", "kind"]}))]}),
     ("thoughts come back", talk(user("a?"), {**assistant(None, X1), "reasoning_content": "hm"}, result("x1", "3"),
                                 {**assistant("c"), "reasoning": "oh"}, {**assistant("d"), "reasoning": {"a": 1}}),
      talk({}, {"thinking": "hm"}, {}, {"thinking": "oh"}, none_of("thinking"))),
@@ -3065,9 +3075,7 @@ def tools_fit(body):
         for one in body["tools"])
 
 
-MARK = {"cache_control": {"type": "ephemeral"}}
-A_OR_B = [{"properties": {"kind": {"const": "a"}, "a": {}}, "required": ["kind", "a"]},
-          {"$ref": "#/$defs/b"}]
+MARKED = {"cache_control": {"type": "ephemeral"}}
 B = {"type": "object", "properties": {"kind": {"const": "b"}}, "required": ["kind"]}
 KINDS = {"kind": {"anyOf": [{"const": "a"}, {"const": "b"}]}, "a": {}}
 SCHEMAS = [  # what is in it that only Claude refuses, the schema, what is sent beside the type
@@ -3086,8 +3094,9 @@ SCHEMAS = [  # what is in it that only Claude refuses, the schema, what is sent 
      {"properties": {"a": {"exclusiveMaximum": 9, "prefixItems": [{}]}}}),
     ("values of no valid form", {"required": ["a", 5], "properties": {"a": {
         "required": True, "type": "int", "minimum": "0", "minLength": 1.5, "description": 5, "default": {"type": "int"},
-        "exclusiveMinimum": False, "additionalProperties": "no", "enum": "a", "properties": 5}}},
-     {"required": ["a"], "properties": {"a": {"default": {"type": "int"}}}}),
+        "exclusiveMinimum": False, "additionalProperties": "no", "enum": "a", "properties": 5},
+        "b": True, "c": "string"}},
+     {"required": ["a"], "properties": {"a": {"default": {"type": "int"}}, "b": {}, "c": {}}}),
     ("names that are keywords elsewhere", {"properties": {"$schema": {}, "type": {"type": "string"}}},
      {"properties": {"_schema_%08x" % zlib.crc32(b"$schema"): {}, "type": {"type": "string"}}}),
 ]
@@ -3125,24 +3134,23 @@ TO_CLAUDE = [
          *body["messages"][1]["content"][0]["input"]} < {*body["tools"][0]["input_schema"]["properties"]}
      and body["tools"][0]["name"] == body["tool_choice"]["name"] == body["messages"][1]["content"][0]["name"]),
     *((f"a schema with {title}", {"tools": [a_tool("run", given)]},
-       {"tools": [{"input_schema": {"description": lambda _: True, "type": "object", **sent}}]})
-      for title, given, sent in SCHEMAS),
+       {"tools": [{"input_schema": exactly({"type": "object", **sent})}]}) for title, given, sent in SCHEMAS),
     ("what is lost of a schema is told", {"tools": [a_tool("run", {"anyOf": [{"required": ["a"]}]})]},
      {"tools": [{"input_schema": {"description": lambda text: '{"anyOf": [{"required": ["a"]}]}' in text}}]}),
     ("the client's marks for the cache", {
-        "tools": [{**TOOLS[0], **MARK}, {"type": "function", "function": {**TOOLS[1]["function"], **MARK}}],
-        **talk({"role": "system", "content": [{**part("S"), **MARK}]}, {**user("a?"), **MARK})},
-     {"tools": [MARK, MARK], **talk({"content": [MARK]}), **none_of("cache_control")}),
+        "tools": [{**TOOLS[0], **MARKED}, {"type": "function", "function": {**TOOLS[1]["function"], **MARKED}}],
+        **talk({"role": "system", "content": [{**part("S"), **MARKED}]}, {**user("a?"), **MARKED})},
+     {"tools": [MARKED, MARKED], **talk({"content": [MARKED]}), **none_of("cache_control")}),
     ("marks in results, on images and on all", {"cache_control": {"type": "ephemeral", "ttl": "1h"}, **talk(
-        user({**image(PNG_URL), **MARK}), assistant(None, X1), result("x1", [{**part("3"), **MARK}]))},
-     {"cache_control": {"ttl": "1h"}, **talk({"content": [MARK]}, {}, {"content": [
-         {"content": [none_of("cache_control")], **MARK}]})}),
-    ("no more marks than Claude takes", {**talk(*(user({**part(word), **MARK}) for word in "abcdef"))},
-     talk({"content": [none_of("cache_control")] * 2 + [MARK] * 4})),
-    ("a conversation that goes on is cached", talk(user("a " * 2000), assistant("c"), user("d")), MARK),
+        user({**image(PNG_URL), **MARKED}), assistant(None, X1), result("x1", [{**part("3"), **MARKED}]))},
+     {"cache_control": {"ttl": "1h"}, **talk({"content": [MARKED]}, {}, {"content": [
+         {"content": [none_of("cache_control")], **MARKED}]})}),
+    ("no more marks than Claude takes", {**talk(*(user({**part(word), **MARKED}) for word in "abcdef"))},
+     talk({"content": [none_of("cache_control")] * 2 + [MARKED] * 4})),
+    ("a conversation that goes on is cached", talk(user("a " * 2000), assistant("c"), user("d")), MARKED),
     ("but not its first turn", talk(system("s " * 2000), user("a")), none_of("cache_control")),
     ("nor a short one", talk(user("a"), assistant("c"), user("d")), none_of("cache_control")),
-    ("nor where the client marks itself", talk(user({**part("a " * 2000), **MARK}), assistant("c"), user("d")),
+    ("nor where the client marks itself", talk(user({**part("a " * 2000), **MARKED}), assistant("c"), user("d")),
      none_of("cache_control")),
     ("some tool must be used", {"model": SONNET, "tools": TOOLS, "tool_choice": "required"},
      {"tool_choice": {"type": "any"}}),
@@ -3267,7 +3275,7 @@ class SentUpstream(Case):
     def test_claudes_cache_can_be_left_alone(self):
         long = talk(user("a " * 2000), assistant("c"), user("d"))
         with Upstream(CLAUDE) as cloud, running(cloud, flags=["--claude-cache=off"]) as server:
-            for fields, expected in ((long, none_of("cache_control")), ({**long, **MARK}, MARK)):
+            for fields, expected in ((long, none_of("cache_control")), ({**long, **MARKED}, MARKED)):
                 self.answered(ask(server, cloud.target, **fields), "Hello")
                 self.assertEqual(differences(expected, cloud.last.json), [])
 
@@ -3574,6 +3582,9 @@ LEARNED = [  # dialect, the fields, what is refused, in which words
     (OLLAMA, {"reasoning_effort": "high"}, "think", OLLAMA.error("\"llama3.2\" does not support thinking")),
     (OPENAI, THOUGHT, "reasoning_content", unsupported("messages[1].reasoning_content", "unknown_parameter")),
     (OPENAI, THOUGHT, "reasoning_content", OPENAI.error("property 'messages.1.reasoning_content' is unsupported")),
+    (OPENAI, {"tools": [{**TOOLS[0], **MARKED}]}, "cache_control", OPENAI.error('Unknown name "cache_control" at ...')),
+    (OPENAI, talk(user({**part("a"), **MARKED})), "cache_control", OPENAI.error(
+        "property 'messages.0.content.0.cache_control' is unsupported")),
     (OPENAI, BY_TOOLS, "call_lyywui55", OPENAI.error(
         "Tool call id was call_lyywui55 but must be a-z, A-Z, 0-9, with a length of 9.")),    # Mistral's API
     (OPENAI, BY_TOOLS, "call_lyywui55", OPENAI.error("Tool call IDs should be alphanumeric strings with length 9!")),
