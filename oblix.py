@@ -3958,37 +3958,35 @@ class Ledger:
         with self._lock:
             return self._records.get(target, UNTRIED)
 
-    def _update(self, target: Target, change: Callable[[Record], Record]) -> tuple[Record, Record]:
-        """Replace a target's record; returns (before, after).  `change` does nothing but make a value."""
+    def _update(self, target: Target, change: Callable[[Record], Record]) -> Record:
+        """Replace a target's record and return the one of before.  `change` does nothing but make a value."""
         with self._lock:
-            before = self._records.get(target, UNTRIED)
-            after = change(before)
-            self._records.pop(target, None)
-            self._records[target] = after
+            before = self._records.pop(target, UNTRIED)
+            self._records[target] = change(before)
             if len(self._records) > MAX_REMEMBERED:
                 del self._records[next(iter(self._records))]
-        return before, after
+        return before
 
-    def admit(self, target: Target) -> tuple[bool, bool]:
-        """Return (True if this request may try the target, True if it is the trial after a rest, to be released)."""
+    @contextlib.contextmanager
+    def trial(self, target: Target) -> Iterator[bool]:
+        """Give the block True if it may try the target: until one has answered after a fault, one request at a time."""
         if not self.record(target).breaker.failures:    # nearly always
-            return True, False
-        before, after = self._update(target, lambda record: record._replace(
-            trial=record.trial or bool(record.breaker.failures)))
-        return not before.trial, after.trial and not before.trial
-
-    def release(self, target: Target) -> None:
-        """End a trial, whatever it has shown."""
-        self._update(target, lambda record: record._replace(trial=False))
+            yield True
+            return
+        taken = self._update(target, lambda record: record._replace(trial=True)).trial
+        try:
+            yield not taken
+        finally:
+            if not taken:
+                self._update(target, lambda record: record._replace(trial=False))
 
     def settle(self, target: Target, error: UpstreamError | None) -> Breaker:
         """Note that an attempt has failed, or with None succeeded.  Return the target's breaker of before."""
         now, known = self.clock(), self.record(target).breaker
         if not error and not known.failures:    # nearly always
             return known
-        before, _ = self._update(target, lambda record: record._replace(
-            breaker=record.breaker.failed(error, now) if error else record.breaker.succeeded()))
-        return before.breaker
+        return self._update(target, lambda record: record._replace(
+            breaker=record.breaker.failed(error, now) if error else record.breaker.succeeded())).breaker
 
     def learn_refusal(self, target: Target, param: str) -> None:
         """Remember that this model refuses a parameter of the upstream's dialect."""
@@ -4263,7 +4261,8 @@ class Gateway:
         if request.model not in ("auto", "local", "cloud"):
             return self._plan_of_one(request, snapshot)
         only = None if request.model == "auto" else Side(request.model)
-        refusals = self._refusals(request, snapshot)
+        refusals = {target: refused for target in snapshot.targets
+                    for refused in [self._refusal(request, target, snapshot)] if refused}
         plan = rank(snapshot, {target: refused.message for target, refused in refusals.items()}, only,
                     work_of(request) if len(snapshot.targets) > 1 else USUAL_WORK)
         if not plan.order and not plan.last_resort:
@@ -4281,11 +4280,6 @@ class Gateway:
             raise OblixError(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
                              status=401, type="authentication_error", code="no_api_key", retry=False)
         return Plan((target,), "the request named the model")
-
-    def _refusals(self, request: ChatRequest, snapshot: Snapshot) -> dict[Target, Unsupported]:
-        """Return what of the request the targets can't do, by target."""
-        found = {target: self._refusal(request, target, snapshot) for target in snapshot.targets}
-        return {target: refused for target, refused in found.items() if refused}
 
     def _refusal(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> Unsupported | None:
         """Return what of the request a target can't do, from what its provider and its server say, or None."""
@@ -4410,11 +4404,9 @@ def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json
 
 
 def _side_report(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition]) -> Json:
-    found, facts = side_condition(side, snapshot, conditions, {}), {}
+    found = side_condition(side, snapshot, conditions, {})
     mine = [reading for reading in snapshot.readings if reading.side is side]
-    for reading in mine:
-        if reading.endpoint is None:
-            facts.update(reading.facts)
+    facts = {name: fact for reading in mine if not reading.endpoint for name, fact in reading.facts.items()}
     return {"level": found.word(side), "reason": found.reason,
             "facts": {**facts, "endpoints": [reading.facts for reading in mine if reading.endpoint and reading.facts]}}
 
@@ -4431,6 +4423,9 @@ class _Failure(NamedTuple):
         slow = self.error.fault is Fault.LOADING or self.hurried and self.error.code == "upstream_timeout"
         gone = self.error.code in ("upstream_unreachable", "upstream_cut")
         return slow or gone and time.monotonic() - self.at >= SECOND_TRY_S
+
+
+Stream = Generator[Any, None, None]    # of chunks, and of bytes that are ready for the client
 
 
 class _Overtaken(Exception):
@@ -4489,17 +4484,13 @@ class Dispatch:
         """
         hope = [*self._plan.last_resort]
         for place, target in enumerate(self._plan.order):
-            allowed, trial = (True, False) if self._named else self.ledger.admit(target)
-            if not allowed:
-                hope.append(target)
-                continue
-            try:
+            with contextlib.nullcontext(True) if self._named else self.ledger.trial(target) as allowed:
+                if not allowed:
+                    hope.append(target)
+                    continue
                 yield target, self._plan.order[place + 1:]
                 if self._again(target):
                     yield target, self._plan.order[place + 1:]
-            finally:
-                if trial:
-                    self.ledger.release(target)
         yield from ((target, ()) for target in self._overtaken)
         self._hoping = True
         yield from ((target, ()) for target in hope)
@@ -4558,21 +4549,34 @@ class Dispatch:
 
         An empty answer is a fault as long as there is another target to ask.
         """
-        request, limits = self._request, self._limits(target)
-        context = self._loaded(request, target, limits)
+        request = self._request
         if request.stream:
-            stream = self._stream(request, target, context, limits)
-            held = _until_content(stream)
-            served = Result(target, chunks=self._relayed(target, held, stream), held=len(held))
-        elif PROVIDERS[target.endpoint.provider].translates:
-            served = Result(target, whole=fold(self._stream(request, target, context, limits)))
-            held = [served.whole or {}]
-        else:
-            whole, raw = self._whole(request, target, limits)
-            served, held = Result(target, whole=whole, raw=raw), [whole]
+            held, stream = self._begun(request, target)
+            relay = self._continuing if self._settings.on_cut == "continue" else self._noted
+            return Result(target, chunks=relay(target, held, stream), held=len(held))
+        if PROVIDERS[target.endpoint.provider].translates:
+            return Result(target, whole=fold(itertools.chain(*self._begun(request, target))))
+        whole, raw = self._whole(request, target)
+        if self._others and is_empty([whole]):
+            raise _empty()
+        return Result(target, whole=whole, raw=raw)
+
+    def _begun(self, request: ChatRequest, target: Target) -> tuple[list[Chunk], Stream]:
+        """Return the chunks of a target's answer up to the first with content, the commit point, and its stream.
+
+        Raises UpstreamError for what fails before that.
+        """
+        stream, held = self._stream(request, target), list[Chunk]()
+        for chunk in stream:
+            held.append(chunk)
+            if has_content(chunk):
+                break
+            if len(held) > MAX_HELD:
+                stream.close()
+                raise UpstreamError(f"no content in {MAX_HELD} pieces", code="bad_upstream_answer")
         if self._others and is_empty(held):
-            raise UpstreamError("the answer was empty", code="empty_answer")
-        return served
+            raise _empty()
+        return held, stream
 
     def _loaded(self, request: ChatRequest, target: Target, limits: Limits) -> int:
         """Load a local model if need be.  Return the context to ask for, which is large enough, or 0 for its own.
@@ -4587,21 +4591,17 @@ class Dispatch:
             load, snapshot = loader.under_way(target), self._gateway.snapshot()
             model = model_of(target, reading_of(target, snapshot.readings))
             if not load and model and not model.remote:
-                context = self._context(request, target, snapshot)
+                try:
+                    context = self._gateway.context(request, target, snapshot)
+                except Unsupported as error:    # the memory has shrunk since the plan was made
+                    raise UpstreamError(error.message, Fault.TOO_LONG, status=error.status, type=error.type,
+                                        code=error.code, param=error.param, retry=False) from None
                 if model.cold or context not in (0, self._gateway.context_of(target, model)):
                     load = loader.begin(target, context)
             if not load:
                 break
             self._await(load, limits.first_byte_s)
         return context
-
-    def _context(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> int:
-        """Return Gateway.context.  Raises UpstreamError where the prompt has grown too long since the plan was made."""
-        try:
-            return self._gateway.context(request, target, snapshot)
-        except Unsupported as error:
-            raise UpstreamError(error.message, Fault.TOO_LONG, status=error.status, type=error.type, code=error.code,
-                                param=error.param, retry=False) from None
 
     def _know(self, target: Target) -> None:
         """Make sure that what counts as local is not a name that Ollama passes on to a cloud.  Raises UpstreamError."""
@@ -4627,22 +4627,22 @@ class Dispatch:
         if load.error:
             raise copy.copy(load.error)    # others wait for the same load
 
-    def _stream(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Generator[Any, None, None]:
+    def _stream(self, request: ChatRequest, target: Target) -> Stream:
         """Yield the chunks of a target's streamed answer, all with one id, time and model.
 
         After the first content, events that say a text and nothing else come as bytes that are ready for the client.
         """
         envelope: Json = {}
-        provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], time.monotonic(), 0.0, 0
+        provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
         frame: tuple[bytes, bytes] | None = None
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
-            with self._exchange(request, target, context, limits) as answer:
+            with self._exchange(request, target) as (answer, started):
                 if answer.content_type == "application/json" and not provider.translates:
                     event_of(answer.body())
                     raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
-                for chunk in _decoded(answer, provider, request):
+                for chunk in provider.decode(answer.lines(), request):
                     if isinstance(chunk, Texts) and frame:
                         before, after = frame
                         yield before + (after + before).join(chunk) + after
@@ -4662,15 +4662,13 @@ class Dispatch:
             if begun:
                 self._learn(request, target, begun - started, tokens, time.monotonic() - begun, timings)
 
-    def _whole(self, request: ChatRequest, target: Target, limits: Limits) -> tuple[Json, bytes]:
+    def _whole(self, request: ChatRequest, target: Target) -> tuple[Json, bytes]:
         """Return the whole answer of a target that was asked for one, and its JSON if that can be taken as it came."""
-        started = time.monotonic()
-        with self._exchange(request, target, 0, limits) as answer:
+        with self._exchange(request, target) as (answer, started):
             raw = answer.body()
-            with _in_its_format():
-                whole = event_of(raw)
-                if not isinstance(choices_of(whole)[0]["message"], dict):
-                    raise TypeError("message")
+            whole = event_of(raw)
+            if not isinstance(choices_of(whole)[0]["message"], dict):
+                raise TypeError("message")
         self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
         around = split_at_model(raw, whole)
         return {**whole, "model": target.id}, dumps(target.id).join(around) if around else b""
@@ -4710,20 +4708,27 @@ class Dispatch:
         self.ledger.learn_pace(target, waited_s, 0, 0.0, read, Cache())
 
     @contextlib.contextmanager
-    def _exchange(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Iterator[Answer]:
-        """Give the block the upstream's answer, in flight while the block reads it.
+    def _exchange(self, request: ChatRequest, target: Target) -> Iterator[tuple[Answer, float]]:
+        """Give the block the upstream's answer, and when it was asked.  It is in flight while the block reads it.
 
-        Raises UpstreamError, without the key in its texts, ClientGone, and _Overtaken where another request has taken
-        the target's last slot since the plan was made and a cloud could answer.
+        Raises UpstreamError, without the key in its texts, also for an answer that the block could not read;
+        ClientGone; and _Overtaken where another request has taken the target's last slot since the plan was made and
+        a cloud could answer.
         """
+        limits = self._limits(target)
+        context = self._loaded(request, target, limits)
         with self.ledger.flight(target) as number:
             self._alone = number == 1
             counted_on = target.side is Side.LOCAL and self._others and self._others[0].side is Side.CLOUD
             if counted_on and number > self._settings.local_slots and self._plan.conditions[target].state != "busy":
                 raise _Overtaken
+            started = time.monotonic()
+            answer = self._open(request, target, context, limits)
             try:
-                with contextlib.closing(self._open(request, target, context, limits)) as answer:
-                    yield answer
+                with contextlib.closing(answer):
+                    yield answer, started
+            except NOT_IN_ITS_FORMAT as error:
+                raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
             except UpstreamError as error:
                 for name in ("message", "code", "type", "param"):
                     if getattr(error, name):
@@ -4760,25 +4765,7 @@ class Dispatch:
             if is_permanent(param, error):
                 self.ledger.learn_refusal(target, param)
 
-    def _relayed(self, target: Target, held: Sequence[Chunk],
-                 stream: Generator[Any, None, None]) -> Generator[Any, None, None]:
-        """Yield the chunks of an answer; where it breaks off, with --on-cut continue, those of one more target."""
-        said: list[Chunk] = []
-        keep = self._settings.on_cut == "continue"
-        try:
-            with contextlib.closing(self._noted(target, held, stream)) as noted:
-                for chunk in noted:
-                    keep = keep and len(said) < MAX_SAID
-                    said.extend([chunk] if keep else ())
-                    yield chunk
-        except UpstreamError as error:
-            follower = self._follower(said, error) if keep else None
-            if follower is None:
-                raise
-            yield from follower
-
-    def _noted(self, target: Target, held: Sequence[Chunk],
-               stream: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    def _noted(self, target: Target, held: Sequence[Chunk], stream: Stream) -> Stream:
         """Yield the held chunks and the rest of a stream.  Tell the ledger how it ends; close the upstream."""
         with contextlib.closing(stream):
             yield from held
@@ -4789,42 +4776,38 @@ class Dispatch:
                 raise
         self._gateway.note(target, None)
 
-    def _follower(self, said: Sequence[Chunk], error: UpstreamError) -> Iterator[Chunk] | None:
-        """Return the rest of an answer that broke off, from the next target that gives one, or None without one."""
-        text = continuable_text(self._request, said)
-        request = continuation(self._request, text, len(said)) if text and error.fault.moves_on else None
-        while request and self._others:
-            target, *others = self._others
-            self._others = tuple(others)
+    def _continuing(self, target: Target, held: Sequence[Chunk], stream: Stream) -> Stream:
+        """Yield the chunks of an answer and, where it breaks off, the rest from the next target that gives one."""
+        said: list[Chunk] = []
+        try:
+            with contextlib.closing(self._noted(target, held, stream)) as noted:
+                for chunk in noted:
+                    said.extend([chunk] if len(said) <= MAX_SAID else ())
+                    yield chunk
+        except UpstreamError as error:
+            text = continuable_text(self._request, said) if len(said) <= MAX_SAID and error.fault.moves_on else ""
+            request = continuation(self._request, text, len(said)) if text else None
+            follower = self._follower(request) if request else None
+            if not follower:
+                raise
+            log.warning("%s continues an answer that broke off: %s", follower[0].id, error.brief)
+            yield from continued(self._noted(*follower), said[0], text, follower[0].id)
+
+    def _follower(self, request: ChatRequest) -> tuple[Target, list[Chunk], Stream] | None:
+        """Return the next target that begins to answer, with its answer's beginning and stream, or None."""
+        while self._others:
+            target, self._others = self._others[0], self._others[1:]
             try:
-                limits = self._limits(target)
-                stream = self._stream(request, target, self._loaded(request, target, limits), limits)
-                held = _until_content(stream)
+                held, stream = self._begun(request, target)
                 if is_empty(held):
-                    raise UpstreamError("the answer was empty", code="empty_answer")
-            except (UpstreamError, _Overtaken) as failure:
-                log.info("%s could not continue: %s", target.id, getattr(failure, "brief", "it can't now"))
-                if isinstance(failure, UpstreamError):
-                    self._gateway.note(target, failure)
-                continue
-            log.warning("%s continues an answer that broke off: %s", target.id, error.brief)
-            return continued(self._noted(target, held, stream), said[0], text, target.id)
+                    raise _empty()
+                return target, held, stream
+            except _Overtaken:
+                log.info("%s could not continue: it has no free slot", target.id)
+            except UpstreamError as error:
+                log.info("%s could not continue: %s", target.id, error.brief)
+                self._gateway.note(target, error)
         return None
-
-
-@contextlib.contextmanager
-def _in_its_format() -> Iterator[None]:
-    """Turn the errors of a block that reads an answer into a fault of the upstream."""
-    try:
-        yield
-    except NOT_IN_ITS_FORMAT as error:
-        raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
-
-
-def _decoded(answer: Answer, provider: Provider, request: ChatRequest) -> Iterator[Any]:
-    """Yield the chunks of a streamed answer, and the Texts in it."""
-    with _in_its_format():
-        yield from provider.decode(answer.lines(), request)
 
 
 MAX_SAID = 32_768     # chunks of a stream that are kept to be continued, some 1 KB each; a longer one is not
@@ -4850,17 +4833,8 @@ def _listing(lines: Iterable[str]) -> str:
     return "; ".join(line.rstrip(".") for line in lines)
 
 
-def _until_content(stream: Generator[Chunk, None, None]) -> list[Chunk]:
-    """Return the chunks up to the first with content, the commit point.  Raise the stream's faults before it."""
-    held: list[Chunk] = []
-    for chunk in stream:
-        held.append(chunk)
-        if has_content(chunk):
-            break
-        if len(held) > MAX_HELD:
-            stream.close()
-            raise UpstreamError(f"no content in {MAX_HELD} pieces", code="bad_upstream_answer")
-    return held
+def _empty() -> UpstreamError:
+    return UpstreamError("the answer was empty", code="empty_answer")
 
 
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:

@@ -4797,9 +4797,9 @@ class Replanned(Case):
         self.ledger.settle(self.small, oblix.UpstreamError("gone"))
         self.clock.now += oblix.REST_S
         self.tries("small", "large")
-        self.assertEqual(self.ledger.admit(self.small), (True, True))
-        self.tries("large")
-        self.ledger.release(self.small)
+        with self.ledger.trial(self.small) as allowed, self.ledger.trial(self.small) as another:
+            self.assertEqual((allowed, another), (True, False))
+            self.tries("large")
         self.tries("small", "large")
 
     def test_slots_fill_and_are_free_again(self):
