@@ -159,10 +159,10 @@ class Fault(enum.Enum):
     BUSY = "busy"               # 408 409 425 429 5xx: later it may work
     ACCOUNT = "account"         # 401 402 403, no money: a person must act
     NOT_FOUND = "not found"     # 404 of the model; 405, 410 and the like of the path
-    UNSUPPORTED = "capability"  # this model can't do what the request needs
+    REFUSED = "refused"         # this target does not take this request; it may take others, and others may take it
     TOO_LONG = "too long"       # only a larger window helps
     LOADING = "loading"         # the model is on its way into memory
-    CLIENT = "client"           # the request itself is wrong: no other target would do better
+    CLIENT = "client"           # the request itself is wrong, by OpenAI's own rules: no other target would do better
     LATE = "late"               # the time for the whole request is over
 
     @property
@@ -2254,6 +2254,7 @@ class Provider:
     translates: ClassVar[bool] = True       # and is then always asked for a stream
     refuses: ClassVar[dict[str, str]] = {}  # parameter -> the reason why it can't be honoured
     renames: ClassVar[dict[str, str]] = {}  # parameter -> its name for a model that refuses this one
+    limited = ("max_tokens", "max_completion_tokens")    # the parameters whose limit an error may tell
     spelt: ClassVar[dict[str, str]] = {}    # word of an error -> the parameter that it means
     forces_tools: ClassVar[bool] = True     # takes a tool_choice that forces a call
     text_event: ClassVar[TextEvent]
@@ -2321,51 +2322,159 @@ class Provider:
         return None
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
-        """Return the payload without the parameters that the model is known to refuse."""
-        return {name: value for name, value in payload.items() if name not in refused} if refused else payload
+        """Return the payload without the parameters that the model is known to refuse, and within its known limits."""
+        kept = {name: value for name, value in payload.items() if name not in refused} if refused else payload
+        for old, new in self.renames.items() if refused else ():
+            if old in payload and old not in kept and new not in refused:
+                kept.setdefault(new, payload[old])
+        for name, is_limit, most in [entry.partition("<=") for entry in refused]:
+            if is_limit and isinstance(kept.get(name), (int, float)):
+                kept[name] = min(kept[name], int(most))
+        return kept
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
-        """Return the parameter of our payload that an error names, or None if it may not be left out."""
-        if error.fault is not Fault.UNSUPPORTED:
+        """Return the parameter of our payload that an error names, or None if it may not be left out.
+
+        Return `name<=most` where the error says how much the model takes.
+        """
+        if error.fault not in (Fault.REFUSED, Fault.TOO_LONG):
             return None
-        quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", error.message)
-        rest: list[str] = re.findall(r"\w+", error.message.rpartition("supplied:")[2])    # "Unrecognized … supplied: x"
-        for name in [error.param] if error.param else [*quoted, error.message.split(":")[0], *rest]:
-            name = self.spelt.get(name, name.split(".")[0])
+        for name in self.limited:
+            most = limit_in(error.message, payload.get(name))
+            if most:
+                return f"{name}<={most}"
+        said = re.split(r" one of |did you mean|supported values", error.message, flags=re.I)[0]
+        quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", said)
+        paths: list[str] = re.findall(r"[A-Za-z_][\w.\[\]]*", said)
+        known = re.search(_UNSUPPORTED, words_of(error))
+        for path in [error.param or "", *quoted, *paths] if known else ():
+            name = re.split(r"[.\[]", re.sub(r"^(body|request|parameters?)\.", "", path))[0]
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()    # xAI says presencePenalty
+            name = self.spelt.get(name, name)
             if name in payload and (name not in ESSENTIAL or name in self.renames):
                 return name
         return None
 
 
+def limit_in(message: str, asked: Any) -> int:
+    """Return the most tokens of an answer that an error allows, or 0 unless it names fewer than were asked for."""
+    if not isinstance(asked, int):
+        return 0
+    for pattern in _ROOM:
+        found = re.search(pattern, message, re.I | re.S)
+        if found:    # the window and the prompt's part of it, in either order
+            room = abs(int(found[1]) - int(found[2]))
+            return room if LEAST_ROOM <= room < asked else 0
+    digits = re.findall(r"(?<![\[\d,])\d{1,3}(?:,\d{3})+\b|\b\d{1,9}\b", message)    # 16,384 is one number
+    numbers = [int(number.replace(",", "")) for number in digits] if re.search(_MOST, message, re.I) else []
+    return max((number for number in numbers if number < asked), default=0)
+
+
 def is_permanent(param: str, error: UpstreamError) -> bool:
-    """Return True if the model never accepts the parameter.
+    """Return True if the model never accepts the parameter, or more of it.
 
-    An effort is excluded: each model knows some of them, and fewer with tools.
+    An effort is excluded: each model knows some of them, and fewer with tools.  So is what a prompt leaves of a window.
     """
-    return param != "reasoning_effort" and bool(re.search(_PERMANENT, f"{error.code} {error.message}".lower()))
+    if "<=" in param:
+        return error.fault is Fault.REFUSED
+    return param != "reasoning_effort" and bool(re.search(_PERMANENT, words_of(error)))
 
 
-_PERMANENT = ("unsupported_parameter|unsupported_value|unknown_parameter|deprecated|not permitted|unrecognized|"
-              "not support thinking")
-_UNSUPPORTED = "unsupported|not support|unrecognized|unknown.parameter|not permitted|deprecated|may (only|not) be"
-_MONEY = "insufficient_quota|credit.balance|api usage limits|spend_limit|billing_error"
-_TOO_LONG = "prompt is too long|context.(length|size)|input tokens exceed"
+def words_of(error: UpstreamError) -> str:
+    """Return what the rules below are matched with.  A long message may quote the prompt."""
+    return f"{error.message[:1000]} {error.code} {error.type} {error.param}".lower()
+
+
+# What upstreams say, in lower case.  Each row is from texts of those named, as their users reported them.
+_TOO_LONG = "|".join((
+    r"(prompt|input|request) (is )?too (long|large)",                   # Claude, Ollama, Fireworks; Bedrock; OpenAI
+    r"maximum (context|prompt|model|input|allowed input) length",       # OpenAI, DeepSeek, vLLM, SGLang, Mistral; xAI
+    r"context length (is|of) only|context_size|contextwindowexceeded",  # vLLM, LM Studio; llama.cpp; LiteLLM
+    r"(context|prompt)_\w+_exceeded",                                   # OpenAI, Groq; Copilot
+    r"(longer|greater|more) than .{0,20}(context|max tokens)",          # Together, Ollama, LM Studio; GLM
+    r"exceed\w* (the |this |max\w* |model\S* |available |allowed |number of )*(context|prompt|input|token|length|mess)",
+    r"(input|prompt|context|message)s?[ _](tokens?|length|window|size)\b.{0,40}exceed",    # Gemini, Copilot, MiniMax
+    r"prompt exceed|tokens, exceeding max|range of input length|超长",    # GLM, AI21, DashScope
+    r"`inputs` (tokens|must have)|too many (input |prompt )?tokens|token limit exceeded",    # TGI; Cohere
+    r"reduce (the length of |your )(the )?(message|prompt|input)",      # Groq, Cerebras; older ones of OpenAI
+    r"tokens? to keep from the initial|keep the first \d+ tokens",      # LM Studio
+))
+_MONEY = "|".join((
+    r"insufficient[_ ](\w+[_ ])?(quota|balance|credit|fund)",           # OpenAI, DeepSeek, MiniMax, OpenRouter
+    r"(balance|credits?) (is |are )?(too low|insufficient|exhausted)|credit.balance",    # Claude, SiliconFlow
+    r"api usage limits|spend(ing)?[_ ]limit|billing_error",             # Claude, xAI, Fireworks
+    r"billing[_ ](hard[_ ]limit|not[_ ]active)|exceeded_current_quota",    # OpenAI, Kimi
+    r"arrear|good standing|account.?overdue|余额不足|欠费",             # DashScope, Volcano, GLM
+))
+_KEY = "|".join((
+    r"api[ _-]?(key|token)( provided)?( is)? (not valid|invalid|expired|disabled)|api_key_invalid",    # Gemini, GLM
+    r"(invalid|incorrect|expired|missing) (x-)?api[ _-]?(key|token)|invalid_api_key",    # xAI, Claude, Cohere, OpenAI
+))
+_SHUT_OUT = "|".join((
+    r"location is not supported|unsupported_country",                   # Gemini, OpenAI
+    r"(organi[sz]ation|account|team)\b.{0,60}(disabled|restricted|suspended|deactivated)",    # Claude, Groq, Fireworks
+))
+_NO_MODEL = "|".join((
+    r"not a valid model|unknown_model|invalid_model|on-demand throughput",    # OpenRouter, GitHub, Mistral, Bedrock
+    r"(invalid|unknown|no such|unsupported|access) model\b(?! (param|option|setting|input|output))",    # LiteLLM
+    r"model_(not_(found|available|supported)|decommissioned|terms_required)",    # OpenAI, Together, Copilot, Groq
+    r"model\b.{0,60}(not exist|not found|not available|no longer|been (deprecated|decommissioned)|is invalid)",
+    r"requested model\b.{0,60}not supported|模型不存在",                # Copilot, Hugging Face, GLM
+    r"no models? (is |are )?loaded|(failed to|error|could not) load(ing)? model",    # LM Studio
+    r"model .{0,20}(crashed|unloaded)",                                 # LM Studio
+))
+# What the model, or its template, does not take: some servers call that a failure of their own.
+_NOT_TAKEN = "|".join((
+    r"jinja|chat template|^template:|must be at the beginning|roles must alternate",    # llama.cpp, Ollama, vLLM
+    r"(image|audio|video|vision|multimodal).{0,20}not support|missing data required|mmproj",    # llama.cpp, Ollama
+    r"not support\w* (for )?(image|audio|video|vision|multimodal|tool|function)",    # LM Studio, vLLM
+    r"(load|decode|process|open)(ing)? (the )?(image|audio)|pars(e|ing) (grammar|tool call)|json schema",    # the same
+    r"unexpected keyword|unknown (field|name|parameter)|unrecognized .{0,10}argument|extra inputs",    # Python's, Go's
+))
+_UNSUPPORTED = "|".join((
+    r"unsupported|not support|unrecognized|deprecated|not permitted|may (only|not) be",    # OpenAI, xAI, Claude
+    r"(unknown|unexpected|invalid)[ _.](name|param|field|argument|keyword|key|propert|option)",    # Gemini, Databricks
+    r"(must|should|has to) be|not one of|not (allowed|accepted|available)",    # Groq, Cerebras, DashScope
+    r"supported values|cannot both|extra (input|field)|only .{0,40}(is|are) allowed",    # OpenAI, Claude, Kimi
+))
+_PERMANENT = "|".join((
+    r"unsupported_(parameter|value)|unknown_parameter|unrecognized|deprecated|not permitted|not support thinking",
+    r"unknown (name|field|parameter)|unexpected keyword|property .* is unsupported",
+    r"not support (the )?parameter|argument not supported",
+))
+_MOST = "max_?(completion_|new_|output_)?tokens|(completion|output) ?tokens"    # how errors call the answer's limit
+_ROOM = (    # a window, and what a prompt takes of it
+    r"(\d+) - (\d+)\)",                                               # vLLM: "(64000 > 8192 - 100)"
+    r"context length (?:is|of) (\d+) tokens.{0,80}?[(:] ?(\d+) (?:tokens )?(?:in|of|from) ",    # OpenAI, SGLang
+    r"context length is (\d+) tokens.{0,80}contains at least (\d+)",    # vLLM
+    r"passed (\d+) input tokens.{0,120}context length is only (\d+)",   # vLLM, too
+    r"limit: (\d+) \+ \d+ > (\d+)",                                   # Claude: "190001 + 16384 > 200000"
+    r"<= (\d+)\. given: (\d+)",                                       # TGI
+)
+LEAST_ROOM = 256    # tokens for an answer; with fewer the prompt is too long
 _IN_A_STREAM = 0    # the status of an error after a 200, if its code is not a status
+_ANY = range(1000)
 
 # Statuses, and words in the message, type or code -> fault, and what we tell the client instead of the upstream's own
 # fields; the first rule that fits counts.
 _LONG: Json = {"status": 400, "type": "invalid_request_error", "code": "context_length_exceeded", "param": "messages"}
 _RULES: tuple[tuple[Collection[int], str, Fault, Json], ...] = (
-    ((413,), "", Fault.TOO_LONG, {**_LONG, "status": 413}),             # Claude: over 32 MB
-    ((_IN_A_STREAM, 400, 422), _TOO_LONG, Fault.TOO_LONG, _LONG),       # "prompt is too long: 9 tokens > 8 maximum"
-    ((500,), "exceeds the available context", Fault.TOO_LONG, _LONG),   # llama.cpp before it sent 400
-    ((400, 401, 402, 403, 429), _MONEY, Fault.ACCOUNT, {"code": "insufficient_quota"}),    # Claude sends 400
+    (_ANY, _MONEY, Fault.ACCOUNT, {"code": "insufficient_quota"}),
+    (_ANY, _KEY, Fault.ACCOUNT, {"code": "invalid_api_key"}),
+    ((403,), "moderation|flagged|content policy|usage guidelines", Fault.REFUSED, {}),    # OpenRouter; xAI
     ((401, 402, 403), "", Fault.ACCOUNT, {}),
-    ((500,), 'option ".*" must be of type', Fault.CLIENT, {"status": 400}),    # Ollama's status for a wrong type
-    ((400, 422), _UNSUPPORTED, Fault.UNSUPPORTED, {}),                   # '"m" does not support thinking' (Ollama)
-    ((400, 422), "", Fault.CLIENT, {}),
+    ((_IN_A_STREAM, 400, 412, 422), _SHUT_OUT, Fault.ACCOUNT, {}),
+    ((413,), "", Fault.TOO_LONG, {**_LONG, "status": 413}),                 # Claude: over 32 MB
+    ((429,), "request too large", Fault.TOO_LONG, _LONG),                   # OpenAI: more than the tokens of a minute
+    ((_IN_A_STREAM, 400, 404, 422, 500, 502), _TOO_LONG, Fault.TOO_LONG, _LONG),
+    ((_IN_A_STREAM, 400, 422), _NO_MODEL, Fault.NOT_FOUND, {"code": "model_not_found"}),
+    ((404,), "no endpoints found that", Fault.REFUSED, {}),                 # OpenRouter: … support image input
+    ((500,), 'option ".*" must be of type', Fault.REFUSED, {"status": 400}),    # Ollama's status for a wrong type
+    ((400,), r" (invalid_value|invalid_type|missing_required_parameter) \S+ messages\[", Fault.CLIENT, {}),    # OpenAI
+    ((_IN_A_STREAM, 500, 502), _NOT_TAKEN, Fault.REFUSED, {}),
+    ((400, 415, 422, 501), "", Fault.REFUSED, {}),
     ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", Fault.BUSY, {}),
-    (range(400, 500), "", Fault.NOT_FOUND, {}),                           # 404 of a model; 405, 410 of a path
+    (range(400, 500), "", Fault.NOT_FOUND, {}),                             # 404 of a model; 405, 410 of a path
 )
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
@@ -2377,36 +2486,69 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     if 300 <= status < 400:
         return UpstreamError(f"redirected elsewhere ({status}), which is refused: configure the final address")
     key = endpoint.key if endpoint else ""
-    fields = _error_fields(redact(text, key))
-    message = fields.pop("message", "") or f"the upstream answered {status} without a message"
-    words = f"{message[:1000]} {fields.get('code')} {fields.get('type')}".lower()
+    message, fields = _told(redact(text, key), status)
+    error = UpstreamError(message, **fields)
+    words = words_of(error)
     fault, ours = next((fault, ours) for statuses, pattern, fault, ours in _RULES
                        if status in statuses and re.search(pattern, words))
-    if status == 401 and key:
-        message = f"The upstream refused the key that Oblix has for it: {message}"
+    if fault is Fault.TOO_LONG and not re.search(r"context (length|window)", message, re.I):
+        message += " (context length exceeded)"    # what agents look for before they compact
     status = ours.get("status") or {_IN_A_STREAM: 502, 529: 503}.get(status, status)
     usual = {"type": _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
              "code": _CODES.get(status)}
+    details = {"status": status, **usual, **fields, **ours}
+    if key and details["code"] == "invalid_api_key":
+        message = f"The upstream refused the key that Oblix has for it: {message}"
     return UpstreamError(message, fault, retry=None if fault is Fault.BUSY else False, retry_after_s=retry_after_s,
-                         **{"status": status, **usual, **fields, **ours})
+                         **details)
 
 
-def _error_fields(text: str) -> dict[str, str]:
-    """Return the message, type, code and param that an error body has, in any shape seen so far."""
+def _told(text: str, status: int) -> tuple[str, Json]:
+    """Return the message of an error's body, and its type, code and param if it has them."""
     try:
         body = loads(text)
     except ValueError:
-        return {} if "<" in text else {"message": text.strip()[:300]}    # a page of HTML helps nobody
-    body = body[0] if isinstance(body, list) and len(body) == 1 else body
-    error = body.get("error", body) if isinstance(body, dict) else body
-    if not isinstance(error, dict):
-        return {"message": error if isinstance(error, str) else text[:300]}
-    details = error.get("details")
-    code = error.get("code") or (details.get("error_code") if isinstance(details, dict) else None)
-    named = {name: str(value) for name, value in {**error, "code": code}.items() if name in ("type", "code", "param")
-             and re.fullmatch(r"[\w.\[\]-]{1,100}", str(value or ""))}    # a name, and not a sentence of a prompt
-    message = error.get("message", error.get("detail"))
-    return {**named, "message": message if isinstance(message, str) else text[:300]}
+        body = None
+        text = "" if text.lstrip().startswith("<") else text.strip()    # a page of HTML helps nobody
+    told = [*itertools.islice(_said(body), MAX_SAID_BY)]
+    fields = {name: value for name, value in told if name != "message" and value not in ("None", str(status))}
+    message = "; ".join(dict.fromkeys(value for name, value in told if name == "message"))[:MAX_MESSAGE]
+    return message or text[:300] or f"the upstream answered {status} without a message", fields
+
+
+def _said(body: Any) -> Iterator[tuple[str, str]]:
+    """Yield what an error's body says, in any shape seen so far, as pairs with "message", "type", "code" or "param".
+
+    What is within comes after what it is in: it is what the failed server itself said.
+    """
+    if isinstance(body, str):
+        with contextlib.suppress(ValueError):    # OpenRouter has the JSON of whom it asked as a text
+            body = loads(body) if body.startswith(("{", "[")) else body
+    if isinstance(body, str) and body.strip():
+        yield "message", body.strip()
+    if isinstance(body, list):
+        for item in body:
+            yield from _said(item)
+    if not isinstance(body, dict):
+        return
+    if "loc" in body:    # FastAPI's validation
+        where = [str(part) for part in body["loc"] if part != "body"] if isinstance(body["loc"], list) else []
+        yield "message", f"{'.'.join(where)}: {body.get('msg')}"
+        return
+    for name, field in _NAMES.items():    # a name, and not a sentence of a prompt
+        if re.fullmatch(r"[\w.\[\]-]{1,100}", str(body.get(name) or "")):
+            yield field, str(body[name])
+    for name in _TEXTS:
+        yield from _said(body.get(name))
+    if "signin_url" in body:
+        yield "message", "sign in where Ollama runs: ollama signin"
+
+
+_NAMES = {"type": "type", "code": "code", "error_code": "code", "reason": "code", "param": "param"}
+_TEXTS = ("error", "errors", "message", "Message", "msg", "detail", "details", "metadata", "raw", "base_resp",
+          "status_msg", "error_msg", "error_message", "error_description")
+MAX_SAID_BY = 64      # texts and names that are read of an error
+MAX_MESSAGE = 4000    # characters
 
 
 def redact(text: str, key: str) -> str:
@@ -2677,9 +2819,6 @@ class OpenAI(Provider):
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
         kept = super().adapt(payload, refused)
-        for old, new in self.renames.items():
-            if old in payload and old not in kept and new not in refused:
-                kept.setdefault(new, payload[old])
         if "reasoning_effort" in payload.keys() - kept.keys() and "tools" in payload:
             kept["reasoning_effort"] = "none"    # these models take tools only without reasoning, and would reason
         return kept
@@ -2869,8 +3008,8 @@ class Ollama(Provider):
             return 0
         size = request.size
         if size // 8 > model.max_context:    # no language has 8 bytes a token
-            raise Unsupported(f"the prompt has over {size // 8} tokens, and its context {model.max_context}",
-                              param="messages", code="context_length_exceeded")
+            raise Unsupported(f"its maximum context length is {model.max_context} tokens, and the prompt has over "
+                              f"{size // 8}", param="messages", code="context_length_exceeded")
         answer = min(request.max_output_tokens(512), 4096)
         now = model.context or asked or DEFAULT_CONTEXT
         if size // 3 + answer <= now:    # English has 4 bytes a token, code and other languages about 3
@@ -2882,8 +3021,8 @@ class Ollama(Provider):
             return wanted if wanted > now or wanted == asked else 0
         if size // 5 + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
             return 0
-        raise Unsupported(f"a context of {wanted} tokens does not fit in memory", param="messages",
-                          code="context_length_exceeded")
+        raise Unsupported(f"a context of {wanted} tokens does not fit in memory: its maximum context length is {now} "
+                          "tokens now", param="messages", code="context_length_exceeded")
 
 
 DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
@@ -4460,7 +4599,7 @@ class Dispatch:
                     self._overtaken.append(target)
                 except UpstreamError as error:
                     self._fail(target, error)
-                    if not error.fault.moves_on:    # no other target would do better
+                    if not error.fault.moves_on:
                         break
                 else:
                     return self._completed(served)
@@ -4738,18 +4877,21 @@ class Dispatch:
     def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
         """Return the upstream's answer of status 2xx.  Raises UpstreamError, ClientGone.
 
-        Leave out the parameters that the model refuses, one by one; remember those that it never accepts.
+        Leave out the parameters that the model refuses, one by one, and keep to the limits that it names; remember what
+        it never accepts.
         """
         provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
         encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
-        dropped: frozenset[str] = frozenset()
+        changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
         while True:
-            refused = self.ledger.record(target).refused | dropped
-            payload = provider.adapt(encoded, refused)
+            payload = provider.adapt(encoded, self.ledger.record(target).refused.union(changed))
             body = request.with_model_replaced(payload) or dumps(payload)
             answer = self._gateway.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
                                                   body, limits, self._look)
             if answer.status < 300 and answer.content_type != "text/html":
+                for refused, error in changed.items():
+                    if is_permanent(refused, error):
+                        self.ledger.learn_refusal(target, refused)
                 return answer
             with contextlib.closing(answer):
                 if answer.status < 300:
@@ -4758,12 +4900,10 @@ class Dispatch:
                 text = answer.body().decode("utf-8", "replace")
             error = classify(answer.status, text, answer.retry_after_s, endpoint)
             param = provider.refused_parameter(error, payload)
-            if not param or param in refused:
+            if not param or param.partition("<=")[0] in [known.partition("<=")[0] for known in changed]:
                 raise error
-            log.info("%s refuses %s: left out", target.id, param)
-            dropped |= {param}
-            if is_permanent(param, error):
-                self.ledger.learn_refusal(target, param)
+            log.info("%s refuses %s: asked without", target.id, param.replace("<=", " above "))
+            changed[param] = error
 
     def _noted(self, target: Target, held: Sequence[Chunk], stream: Stream) -> Stream:
         """Yield the held chunks and the rest of a stream.  Tell the ledger how it ends; close the upstream."""
@@ -4838,19 +4978,22 @@ def _empty() -> UpstreamError:
 
 
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
-    """Return the most useful error when no target answered: the only one, or one that lists all of them."""
+    """Return the most useful error when no target answered: the only one, or one that lists all of them.
+
+    Where all targets refused the request, the first refusal is the answer.
+    """
     target, last = failed[-1].target, failed[-1].error
-    if not last.fault.moves_on or (len(failed) == 1 and not plan.excluded):
+    errors = [tried.error for tried in failed]
+    if all(error.fault in (Fault.REFUSED, Fault.TOO_LONG) for error in errors):
+        return errors[0]
+    if not last.fault.moves_on or len(failed) == 1 and not plan.excluded:
         if last.fault is Fault.TRANSPORT:    # our own words do not name the target
             last.message = f"{target.id}: {last.message}"
         return last
-    errors = [tried.error for tried in failed]
     waits = [error.retry_after_s for error in errors if error.retry_after_s is not None]
     text = f"No model could answer ({plan.reason}). " + _listing(
         [f"{tried.target.id}: {tried.error.message}" for tried in failed]
         + [f"{target.id}: {reason}" for target, reason in plan.excluded])
-    if all(error.fault is Fault.TOO_LONG for error in errors):
-        return BadRequest(text, code="context_length_exceeded", param="messages")
     again: Json = {"retry": None if waits else False, "retry_after_s": min(waits, default=None)}
     if last.fault is not Fault.TRANSPORT and {error.status for error in errors} == {last.status}:
         return NoTarget(text, status=last.status, type=last.type, **again)
