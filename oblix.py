@@ -2254,7 +2254,6 @@ class Provider:
     translates: ClassVar[bool] = True       # and is then always asked for a stream
     refuses: ClassVar[dict[str, str]] = {}  # parameter -> the reason why it can't be honoured
     renames: ClassVar[dict[str, str]] = {}  # parameter -> its name for a model that refuses this one
-    limited = ("max_tokens", "max_completion_tokens")    # the parameters whose limit an error may tell
     spelt: ClassVar[dict[str, str]] = {}    # word of an error -> the parameter that it means
     forces_tools: ClassVar[bool] = True     # takes a tool_choice that forces a call
     text_event: ClassVar[TextEvent]
@@ -2339,14 +2338,14 @@ class Provider:
         """
         if error.fault not in (Fault.REFUSED, Fault.TOO_LONG):
             return None
-        for name in self.limited:
+        for name in ("max_tokens", "max_completion_tokens"):
             most = limit_in(error.message, payload.get(name))
             if most:
                 return f"{name}<={most}"
         said = re.split(r" one of |did you mean|supported values", error.message, flags=re.I)[0]
         quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", said)
         paths: list[str] = re.findall(r"[A-Za-z_][\w.\[\]]*", said)
-        known = re.search(_UNSUPPORTED, words_of(error))
+        known = re.search(_UNSUPPORTED, f"{error.message} {error.code}".lower())
         for path in [error.param or "", *quoted, *paths] if known else ():
             name = re.split(r"[.\[]", re.sub(r"^(body|request|parameters?)\.", "", path))[0]
             name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()    # xAI says presencePenalty
@@ -2362,8 +2361,9 @@ def limit_in(message: str, asked: Any) -> int:
         return 0
     for pattern in _ROOM:
         found = re.search(pattern, message, re.I | re.S)
-        if found:    # the window and the prompt's part of it, in either order
-            room = abs(int(found[1]) - int(found[2]))
+        if found:    # in either order
+            window, prompt = map(int, filter(None, found.groups()))
+            room = abs(window - prompt)
             return room if LEAST_ROOM <= room < asked else 0
     digits = re.findall(r"(?<![\[\d,])\d{1,3}(?:,\d{3})+\b|\b\d{1,9}\b", message)    # 16,384 is one number
     numbers = [int(number.replace(",", "")) for number in digits] if re.search(_MOST, message, re.I) else []
@@ -2377,104 +2377,84 @@ def is_permanent(param: str, error: UpstreamError) -> bool:
     """
     if "<=" in param:
         return error.fault is Fault.REFUSED
-    return param != "reasoning_effort" and bool(re.search(_PERMANENT, words_of(error)))
+    return param != "reasoning_effort" and not re.search(_SOMETIMES, error.message.lower())
 
 
-def words_of(error: UpstreamError) -> str:
-    """Return what the rules below are matched with.  A long message may quote the prompt."""
-    return f"{error.message[:1000]} {error.code} {error.type} {error.param}".lower()
-
-
-# What upstreams say, in lower case.  Each row is from texts of those named, as their users reported them.
-_TOO_LONG = "|".join((
-    r"(prompt|input|request) (is )?too (long|large)",                   # Claude, Ollama, Fireworks; Bedrock; OpenAI
-    r"maximum (context|prompt|model|input|allowed input) length",       # OpenAI, DeepSeek, vLLM, SGLang, Mistral; xAI
-    r"context length (is|of) only|context_size|contextwindowexceeded",  # vLLM, LM Studio; llama.cpp; LiteLLM
-    r"(context|prompt)_\w+_exceeded",                                   # OpenAI, Groq; Copilot
-    r"(longer|greater|more) than .{0,20}(context|max tokens)",          # Together, Ollama, LM Studio; GLM
-    r"exceed\w* (the |this |max\w* |model\S* |available |allowed |number of )*(context|prompt|input|token|length|mess)",
-    r"(input|prompt|context|message)s?[ _](tokens?|length|window|size)\b.{0,40}exceed",    # Gemini, Copilot, MiniMax
-    r"prompt exceed|tokens, exceeding max|range of input length|超长",    # GLM, AI21, DashScope
-    r"`inputs` (tokens|must have)|too many (input |prompt )?tokens|token limit exceeded",    # TGI; Cohere
-    r"reduce (the length of |your )(the )?(message|prompt|input)",      # Groq, Cerebras; older ones of OpenAI
-    r"tokens? to keep from the initial|keep the first \d+ tokens",      # LM Studio
-))
-_MONEY = "|".join((
-    r"insufficient[_ ](\w+[_ ])?(quota|balance|credit|fund)",           # OpenAI, DeepSeek, MiniMax, OpenRouter
-    r"(balance|credits?) (is |are )?(too low|insufficient|exhausted)|credit.balance",    # Claude, SiliconFlow
-    r"api usage limits|spend(ing)?[_ ]limit|billing_error",             # Claude, xAI, Fireworks
-    r"billing[_ ](hard[_ ]limit|not[_ ]active)|exceeded_current_quota",    # OpenAI, Kimi
-    r"arrear|good standing|account.?overdue|余额不足|欠费",             # DashScope, Volcano, GLM
-))
-_KEY = "|".join((
-    r"api[ _-]?(key|token)( provided)?( is)? (not valid|invalid|expired|disabled)|api_key_invalid",    # Gemini, GLM
-    r"(invalid|incorrect|expired|missing) (x-)?api[ _-]?(key|token)|invalid_api_key",    # xAI, Claude, Cohere, OpenAI
-))
-_SHUT_OUT = "|".join((
-    r"location is not supported|unsupported_country",                   # Gemini, OpenAI
-    r"(organi[sz]ation|account|team)\b.{0,60}(disabled|restricted|suspended|deactivated)",    # Claude, Groq, Fireworks
-))
-_NO_MODEL = "|".join((
-    r"not a valid model|unknown_model|invalid_model|on-demand throughput",    # OpenRouter, GitHub, Mistral, Bedrock
-    r"(invalid|unknown|no such|unsupported|access) model\b(?! (param|option|setting|input|output))",    # LiteLLM
-    r"model_(not_(found|available|supported)|decommissioned|terms_required)",    # OpenAI, Together, Copilot, Groq
-    r"model\b.{0,60}(not exist|not found|not available|no longer|been (deprecated|decommissioned)|is invalid)",
-    r"requested model\b.{0,60}not supported|模型不存在",                # Copilot, Hugging Face, GLM
-    r"no models? (is |are )?loaded|(failed to|error|could not) load(ing)? model",    # LM Studio
-    r"model .{0,20}(crashed|unloaded)",                                 # LM Studio
-))
-# What the model, or its template, does not take: some servers call that a failure of their own.
-_NOT_TAKEN = "|".join((
-    r"jinja|chat template|^template:|must be at the beginning|roles must alternate",    # llama.cpp, Ollama, vLLM
-    r"(image|audio|video|vision|multimodal).{0,20}not support|missing data required|mmproj",    # llama.cpp, Ollama
-    r"not support\w* (for )?(image|audio|video|vision|multimodal|tool|function)",    # LM Studio, vLLM
-    r"(load|decode|process|open)(ing)? (the )?(image|audio)|pars(e|ing) (grammar|tool call)|json schema",    # the same
-    r"unexpected keyword|unknown (field|name|parameter)|unrecognized .{0,10}argument|extra inputs",    # Python's, Go's
-))
+# What errors say of a parameter, in lower case, and what of one of its values, or of it beside another one.
 _UNSUPPORTED = "|".join((
-    r"unsupported|not support|unrecognized|deprecated|not permitted|may (only|not) be",    # OpenAI, xAI, Claude
-    r"(unknown|unexpected|invalid)[ _.](name|param|field|argument|keyword|key|propert|option)",    # Gemini, Databricks
-    r"(must|should|has to) be|not one of|not (allowed|accepted|available)",    # Groq, Cerebras, DashScope
-    r"supported values|cannot both|extra (input|field)|only .{0,40}(is|are) allowed",    # OpenAI, Claude, Kimi
+    r"unsupported|not support|unrecognized|deprecated|not permitted|not (allowed|accepted|available)|supported values",
+    r"(unknown|unexpected|invalid)[ _.](name|param|field|argument|keyword|key|propert|option)|extra (input|field)",
+    r"(must|should|has to) be|may (only|not) be|only .{0,40}(is|are) allowed|not one of|cannot both",
 ))
-_PERMANENT = "|".join((
-    r"unsupported_(parameter|value)|unknown_parameter|unrecognized|deprecated|not permitted|not support thinking",
-    r"unknown (name|field|parameter)|unexpected keyword|property .* is unsupported",
-    r"not support (the )?parameter|argument not supported",
-))
-_MOST = "max_?(completion_|new_|output_)?tokens|(completion|output) ?tokens"    # how errors call the answer's limit
+_SOMETIMES = r'value "|(must|should|has to|may only|may not) be|supported values|\b(when|if|both)\b'
+_MOST = "max_?(completion_|new_|output_)?tokens|(completion|output) ?tokens"    # how they call the answer's limit
 _ROOM = (    # a window, and what a prompt takes of it
-    r"(\d+) - (\d+)\)",                                               # vLLM: "(64000 > 8192 - 100)"
+    r"(\d+) - (\d+)\)",                                                 # vLLM: "(64000 > 8192 - 100)"
     r"context length (?:is|of) (\d+) tokens.{0,80}?[(:] ?(\d+) (?:tokens )?(?:in|of|from) ",    # OpenAI, SGLang
-    r"context length is (\d+) tokens.{0,80}contains at least (\d+)",    # vLLM
-    r"passed (\d+) input tokens.{0,120}context length is only (\d+)",   # vLLM, too
-    r"limit: (\d+) \+ \d+ > (\d+)",                                   # Claude: "190001 + 16384 > 200000"
-    r"<= (\d+)\. given: (\d+)",                                       # TGI
+    r"context length is (\d+) tokens.{0,80}contains at least (\d+)|passed (\d+) input.*context length is only (\d+)",
+    r"limit: (\d+) \+ \d+ > (\d+)|<= (\d+)\. given: (\d+)",             # Claude: "190001 + 16384 > 200000"; TGI
 )
 LEAST_ROOM = 256    # tokens for an answer; with fewer the prompt is too long
-_IN_A_STREAM = 0    # the status of an error after a 200, if its code is not a status
-_ANY = range(1000)
 
-# Statuses, and words in the message, type or code -> fault, and what we tell the client instead of the upstream's own
-# fields; the first rule that fits counts.
-_LONG: Json = {"status": 400, "type": "invalid_request_error", "code": "context_length_exceeded", "param": "messages"}
-_RULES: tuple[tuple[Collection[int], str, Fault, Json], ...] = (
-    (_ANY, _MONEY, Fault.ACCOUNT, {"code": "insufficient_quota"}),
-    (_ANY, _KEY, Fault.ACCOUNT, {"code": "invalid_api_key"}),
-    ((403,), "moderation|flagged|content policy|usage guidelines", Fault.REFUSED, {}),    # OpenRouter; xAI
-    ((401, 402, 403), "", Fault.ACCOUNT, {}),
-    ((_IN_A_STREAM, 400, 412, 422), _SHUT_OUT, Fault.ACCOUNT, {}),
-    ((413,), "", Fault.TOO_LONG, {**_LONG, "status": 413}),                 # Claude: over 32 MB
-    ((429,), "request too large", Fault.TOO_LONG, _LONG),                   # OpenAI: more than the tokens of a minute
-    ((_IN_A_STREAM, 400, 404, 422, 500, 502), _TOO_LONG, Fault.TOO_LONG, _LONG),
-    ((_IN_A_STREAM, 400, 422), _NO_MODEL, Fault.NOT_FOUND, {"code": "model_not_found"}),
-    ((404,), "no endpoints found that", Fault.REFUSED, {}),                 # OpenRouter: … support image input
-    ((500,), 'option ".*" must be of type', Fault.REFUSED, {"status": 400}),    # Ollama's status for a wrong type
-    ((400,), r" (invalid_value|invalid_type|missing_required_parameter) \S+ messages\[", Fault.CLIENT, {}),    # OpenAI
-    ((_IN_A_STREAM, 500, 502), _NOT_TAKEN, Fault.REFUSED, {}),
-    ((400, 415, 422, 501), "", Fault.REFUSED, {}),
-    ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", Fault.BUSY, {}),
-    (range(400, 500), "", Fault.NOT_FOUND, {}),                             # 404 of a model; 405, 410 of a path
+_IN_A_STREAM = 0    # the status of an error after a 200, if its code is not a status
+_ANY, _BAD, _ILL = range(1000), (_IN_A_STREAM, 400, 412, 422), (_IN_A_STREAM, 400, 404, 422, 500, 502)
+
+# Faults, with what we tell the client instead of the upstream's own fields.
+_Meaning = tuple[Fault, Json]
+_LONG: _Meaning = (Fault.TOO_LONG, {"status": 400, "type": "invalid_request_error", "code": "context_length_exceeded",
+                                    "param": "messages"})
+_MONEY: _Meaning = (Fault.ACCOUNT, {"code": "insufficient_quota"})
+_KEY: _Meaning = (Fault.ACCOUNT, {"code": "invalid_api_key"})
+_GONE: _Meaning = (Fault.NOT_FOUND, {"code": "model_not_found"})
+_REFUSED: _Meaning = (Fault.REFUSED, {})
+
+# Statuses, and words in the message, type, code or param, in lower case -> what they mean; the first rule that fits
+# counts.  The words are from errors that users of those services reported.
+_RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
+    (_ANY, r"insufficient[_ ](\w+[_ ])?(quota|balance|credit|fund)|arrear|good standing|余额不足|欠费", _MONEY),
+    (_ANY, r"(balance|credits?) (is |are )?(too low|insufficient|exhausted)|credit.balance", _MONEY),    # Claude
+    (_ANY, r"api usage limits|spend(ing)?[_ ]limit|billing_error|account.?overdue", _MONEY),    # Claude, xAI, Volcano
+    (_ANY, r"billing[_ ](hard[_ ]limit|not[_ ]active)|exceeded_current_quota", _MONEY),    # OpenAI, Kimi
+    (_BAD, r"quota (is |has been )?(exhausted|exceeded)|payment required|(trial|subscription)\b.{0,20}expired", _MONEY),
+    (_ANY, r"api[ _-]?(key|token)\b.{0,20} (not valid|invalid|expired|disabled|revoked)|api_key_invalid", _KEY),
+    (_ANY, r"(invalid|incorrect|expired|missing|no) (x-)?(api[ _-]?key|(api |access )?token\b)|invalid_api_key", _KEY),
+    (_BAD, r"unauthori[sz]ed|authentication.(failed|error|required)|令牌", _KEY),    # One API
+    ((403,), r"moderation|flagged|content policy|usage guidelines", _REFUSED),    # OpenRouter, xAI
+    ((401, 402, 403), "", (Fault.ACCOUNT, {})),
+    (_BAD, r"location is not supported|unsupported_country", (Fault.ACCOUNT, {})),    # Gemini, OpenAI
+    (_BAD, r"(organi[sz]ation|account|team)\b.{0,60}(disabled|restricted|suspended|deactivated)", (Fault.ACCOUNT, {})),
+    ((413,), "", (Fault.TOO_LONG, {**_LONG[1], "status": 413})),    # Claude: over 32 MB
+    ((429,), r"request too large", _LONG),    # OpenAI: for the tokens of a minute
+    (_ILL, r"(prompt|input|request|conversation) (is )?too (long|large)", _LONG),    # Claude, Ollama, Bedrock
+    (_ILL, r"maximum (context|prompt|model|sequence|input|allowed input) length", _LONG),    # OpenAI, vLLM, xAI
+    (_ILL, r"context length (is|of) only|context_size|contextwindowexceeded", _LONG),    # vLLM, llama.cpp, LiteLLM
+    (_ILL, r"(context|prompt)_\w+_exceeded|token limit exceeded|too many (input |prompt )?tokens", _LONG),    # Cohere
+    (_ILL, r"(longer|greater|more) than .{0,20}(context|max tokens)", _LONG),    # Together, GLM
+    (_ILL, r"exceed\w* (the |this |max\w* |model\S* |available |allowed |number of )*"
+           r"(context|prompt|input|token|length|message)", _LONG),    # Kimi, Claude, Gemini, Volcano
+    (_ILL, r"(input|prompt|context|message)s?[ _](tokens?|length|window|size)\b.{0,40}exceed", _LONG),    # Copilot
+    (_ILL, r"prompt exceed|tokens, exceeding max|total tokens\b.{0,20}exceed|range of input length|超长", _LONG),
+    (_ILL, r"reduce (the length of |your )(the )?(message|prompt|input)", _LONG),    # Groq, Cerebras
+    (_ILL, r"tokens? to keep from the initial|keep the first \d+ tokens|`inputs` (tokens|must have)", _LONG),    # TGI
+    (_BAD, r"not a valid model|unknown_model|invalid_model|on-demand throughput", _GONE),    # OpenRouter, Bedrock
+    (_BAD, r"(invalid|unknown|no such|unsupported|access) model\b(?! (param|option|setting|input|output))", _GONE),
+    (_BAD, r"model_(not_(found|available|supported)|decommissioned|terms_required)", _GONE),    # Together, Groq
+    (_BAD, r"model\b.{0,60}(not (exist|found|available|loaded|ready)|no longer|been (deprecated|decom))", _GONE),
+    (_BAD, r"(requested model\b.{0,60}|(^|; )(the )?model \S+ is )not supported|not find (the )?model", _GONE),    # Copilot
+    (_BAD, r"no models? (is |are )?loaded|(failed to|error|could not) load(ing)? model", _GONE),    # LM Studio
+    (_BAD, r"model .{0,20}(crashed|unloaded)|model identifier is invalid|模型不存在", _GONE),    # Bedrock, GLM
+    ((404,), r"no endpoints found that", _REFUSED),    # OpenRouter: … support image input
+    ((400,), r" (invalid_value|invalid_type|missing_required_parameter) \S+ messages\[", (Fault.CLIENT, {})),
+    ((500,), r'option ".*" must be of type', (Fault.REFUSED, {"status": 400})),    # Ollama: a wrong type
+    (_ILL, r"jinja|\btemplate|must be at the beginning|\broles\b", _REFUSED),    # llama.cpp, Ollama, vLLM
+    (_ILL, r"(image|audio|video|vision|multimodal).{0,20}not support|missing data required|mmproj", _REFUSED),
+    (_ILL, r"not support\w* (for )?(image|audio|video|vision|multimodal|tool|function)", _REFUSED),    # LM Studio
+    (_ILL, r"(load|decode|process|open|unsupported|invalid|most \d+) (the )?(image|audio|content)", _REFUSED),
+    (_ILL, r"pars(e|ing) (grammar|tool call)|unexpected keyword|unrecognized .{0,10}argument|extra inputs", _REFUSED),
+    (_ILL, r"unknown (field|name|parameter)", _REFUSED),
+    ((400, 415, 422, 501), "", _REFUSED),
+    ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", (Fault.BUSY, {})),
+    (range(400, 500), "", (Fault.NOT_FOUND, {})),    # 404 of a model; 405, 410 of a path
 )
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
@@ -2486,69 +2466,62 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     if 300 <= status < 400:
         return UpstreamError(f"redirected elsewhere ({status}), which is refused: configure the final address")
     key = endpoint.key if endpoint else ""
-    message, fields = _told(redact(text, key), status)
-    error = UpstreamError(message, **fields)
-    words = words_of(error)
-    fault, ours = next((fault, ours) for statuses, pattern, fault, ours in _RULES
+    message, fields = _told(redact(text, key))
+    message = message or f"the upstream answered {status} without a message"
+    words = " ".join([message[:1000], *(fields.get(name, "-") for name in ("code", "type", "param"))]).lower()
+    fault, ours = next(meaning for statuses, pattern, meaning in _RULES
                        if status in statuses and re.search(pattern, words))
     if fault is Fault.TOO_LONG and not re.search(r"context (length|window)", message, re.I):
         message += " (context length exceeded)"    # what agents look for before they compact
     status = ours.get("status") or {_IN_A_STREAM: 502, 529: 503}.get(status, status)
     usual = {"type": _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
              "code": _CODES.get(status)}
-    details = {"status": status, **usual, **fields, **ours}
-    if key and details["code"] == "invalid_api_key":
-        message = f"The upstream refused the key that Oblix has for it: {message}"
-    return UpstreamError(message, fault, retry=None if fault is Fault.BUSY else False, retry_after_s=retry_after_s,
-                         **details)
+    error = UpstreamError(message, fault, retry=None if fault is Fault.BUSY else False, retry_after_s=retry_after_s,
+                          **{"status": status, **usual, **fields, **ours})
+    if key and error.code == "invalid_api_key":
+        error.message = f"The upstream refused the key that Oblix has for it: {message}"
+    return error
 
 
-def _told(text: str, status: int) -> tuple[str, Json]:
-    """Return the message of an error's body, and its type, code and param if it has them."""
+def _told(text: str) -> tuple[str, dict[str, str]]:
+    """Return the message of an error's body or "", and its type, code and param if it has them."""
     try:
-        body = loads(text)
+        told = [*itertools.islice(_said(loads(text)), MAX_WORDS)]
     except ValueError:
-        body = None
-        text = "" if text.lstrip().startswith("<") else text.strip()    # a page of HTML helps nobody
-    told = [*itertools.islice(_said(body), MAX_SAID_BY)]
-    fields = {name: value for name, value in told if name != "message" and value not in ("None", str(status))}
+        told, text = [], "" if re.match(r"\s*<[!?a-zA-Z]", text) else text.strip()    # a page of HTML helps nobody
     message = "; ".join(dict.fromkeys(value for name, value in told if name == "message"))[:MAX_MESSAGE]
-    return message or text[:300] or f"the upstream answered {status} without a message", fields
+    return message or text[:300], {name: value for name, value in told if name != "message" and value != "None"}
 
 
 def _said(body: Any) -> Iterator[tuple[str, str]]:
     """Yield what an error's body says, in any shape seen so far, as pairs with "message", "type", "code" or "param".
 
-    What is within comes after what it is in: it is what the failed server itself said.
+    What is within comes after what it is in: it is what the server that failed itself said.
     """
-    if isinstance(body, str):
-        with contextlib.suppress(ValueError):    # OpenRouter has the JSON of whom it asked as a text
-            body = loads(body) if body.startswith(("{", "[")) else body
+    if isinstance(body, str) and body.startswith(("{", "[")):    # OpenRouter has another's JSON as a text
+        with contextlib.suppress(ValueError):
+            body = loads(body)
     if isinstance(body, str) and body.strip():
         yield "message", body.strip()
-    if isinstance(body, list):
+    elif isinstance(body, list):
         for item in body:
             yield from _said(item)
-    if not isinstance(body, dict):
-        return
-    if "loc" in body:    # FastAPI's validation
-        where = [str(part) for part in body["loc"] if part != "body"] if isinstance(body["loc"], list) else []
-        yield "message", f"{'.'.join(where)}: {body.get('msg')}"
-        return
-    for name, field in _NAMES.items():    # a name, and not a sentence of a prompt
-        if re.fullmatch(r"[\w.\[\]-]{1,100}", str(body.get(name) or "")):
-            yield field, str(body[name])
-    for name in _TEXTS:
-        yield from _said(body.get(name))
-    if "signin_url" in body:
-        yield "message", "sign in where Ollama runs: ollama signin"
+    elif isinstance(body, dict) and isinstance(body.get("loc"), list):    # FastAPI's validation
+        yield "message", f"{'.'.join(str(part) for part in body['loc'] if part != 'body')}: {body.get('msg')}"
+    elif isinstance(body, dict):
+        for name, field in _NAMES.items():
+            if re.fullmatch(r"[\w.\[\]-]{1,100}", str(body.get(name) or "")):    # and not a sentence of a prompt
+                yield field, str(body[name])
+        for name in _TEXTS:
+            yield from _said(body.get(name))
+        if "signin_url" in body:
+            yield "message", "sign in where Ollama runs: ollama signin"
 
 
 _NAMES = {"type": "type", "code": "code", "error_code": "code", "reason": "code", "param": "param"}
-_TEXTS = ("error", "errors", "message", "Message", "msg", "detail", "details", "metadata", "raw", "base_resp",
-          "status_msg", "error_msg", "error_message", "error_description")
-MAX_SAID_BY = 64      # texts and names that are read of an error
-MAX_MESSAGE = 4000    # characters
+_TEXTS = ("error errors message Message msg detail details metadata raw base_resp status_msg error_msg error_message "
+          "error_description").split()
+MAX_WORDS, MAX_MESSAGE = 64, 4000    # texts and names that are read of an error, characters of its message
 
 
 def redact(text: str, key: str) -> str:
@@ -4781,7 +4754,7 @@ class Dispatch:
                 if answer.content_type == "application/json" and not provider.translates:
                     event_of(answer.body())
                     raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
-                for chunk in provider.decode(answer.lines(), request):
+                for chunk in _decoded(answer, provider, request):
                     if isinstance(chunk, Texts) and frame:
                         before, after = frame
                         yield before + (after + before).join(chunk) + after
@@ -4805,9 +4778,10 @@ class Dispatch:
         """Return the whole answer of a target that was asked for one, and its JSON if that can be taken as it came."""
         with self._exchange(request, target) as (answer, started):
             raw = answer.body()
-            whole = event_of(raw)
-            if not isinstance(choices_of(whole)[0]["message"], dict):
-                raise TypeError("message")
+            with _in_its_format():
+                whole = event_of(raw)
+                if not isinstance(choices_of(whole)[0]["message"], dict):
+                    raise TypeError("message")
         self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
         around = split_at_model(raw, whole)
         return {**whole, "model": target.id}, dumps(target.id).join(around) if around else b""
@@ -4850,9 +4824,8 @@ class Dispatch:
     def _exchange(self, request: ChatRequest, target: Target) -> Iterator[tuple[Answer, float]]:
         """Give the block the upstream's answer, and when it was asked.  It is in flight while the block reads it.
 
-        Raises UpstreamError, without the key in its texts, also for an answer that the block could not read;
-        ClientGone; and _Overtaken where another request has taken the target's last slot since the plan was made and
-        a cloud could answer.
+        Raises UpstreamError, without the key in its texts, ClientGone, and _Overtaken where another request has taken
+        the target's last slot since the plan was made and a cloud could answer.
         """
         limits = self._limits(target)
         context = self._loaded(request, target, limits)
@@ -4862,12 +4835,9 @@ class Dispatch:
             if counted_on and number > self._settings.local_slots and self._plan.conditions[target].state != "busy":
                 raise _Overtaken
             started = time.monotonic()
-            answer = self._open(request, target, context, limits)
             try:
-                with contextlib.closing(answer):
+                with contextlib.closing(self._open(request, target, context, limits)) as answer:
                     yield answer, started
-            except NOT_IN_ITS_FORMAT as error:
-                raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
             except UpstreamError as error:
                 for name in ("message", "code", "type", "param"):
                     if getattr(error, name):
@@ -4948,6 +4918,21 @@ class Dispatch:
                 log.info("%s could not continue: %s", target.id, error.brief)
                 self._gateway.note(target, error)
         return None
+
+
+@contextlib.contextmanager
+def _in_its_format() -> Iterator[None]:
+    """Turn the errors of a block that reads an answer into a fault of the upstream."""
+    try:
+        yield
+    except NOT_IN_ITS_FORMAT as error:
+        raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
+
+
+def _decoded(answer: Answer, provider: Provider, request: ChatRequest) -> Iterator[Any]:
+    """Yield the chunks of a streamed answer, and the Texts in it."""
+    with _in_its_format():    # not around what we do with them: a bug of ours is no fault of an upstream
+        yield from provider.decode(answer.lines(), request)
 
 
 MAX_SAID = 32_768     # chunks of a stream that are kept to be continued, some 1 KB each; a longer one is not

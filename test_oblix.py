@@ -3491,7 +3491,7 @@ PARAMETERS = [    # what is refused of a request that has ALL_FIELDS, whether fo
      "'function'] - 'messages.['0].role'")),
     ("prompt_cache_key", True, 400, "Fireworks", gave("Extra inputs are not permitted, field: 'prompt_cache_key', "
      "value: 'x'")),
-    ("temperature", False, 400, "Kimi", gave("invalid temperature: only 0.6 is allowed for this model")),
+    ("temperature", True, 400, "Kimi", gave("invalid temperature: only 0.6 is allowed for this model")),
     ("store", True, 400, "vLLM pydantic", {"object": "error", "message": "[{'type': 'extra_forbidden', 'loc': "
      "('body', 'store'), 'msg': 'Extra inputs are not permitted', 'input': True}]"}),
     ("service_tier", True, 400, "LiteLLM", gave("litellm.UnsupportedParamsError: groq does not support "
@@ -3508,7 +3508,7 @@ PARAMETERS = [    # what is refused of a request that has ALL_FIELDS, whether fo
      "cannot both be specified for this model. Please use only one."}}),
     (None, False, 400, "Claude tools", {"type": "error", "error": {"message": "tools.0.custom.input_schema: "
      "input_schema does not support oneOf, allOf, or anyOf at the top level"}}),
-    ("logit_bias", False, 400, "Together", gave("logit_bias is not supported for this model", type=
+    ("logit_bias", True, 400, "Together", gave("logit_bias is not supported for this model", type=
      "invalid_request_error")),
     ("parallel_tool_calls", True, 400, "Cohere", {"message": "invalid request: unknown field: parallel_tool_calls"}),
     ("store", True, 422, "Cohere 2", {"message": "unknown field: parameter 'store' is not a valid field"}),
@@ -3568,9 +3568,9 @@ LEARNED = [  # dialect, the fields, what is refused, in which words
 ]
 
 
-ALL_FIELDS = dict.fromkeys(("model messages tools response_format n temperature top_p stop store user seed frequency_penalty "
-                     "presence_penalty reasoning_effort stream_options top_k logprobs parallel_tool_calls metadata "
-                     "keep_alive thinking service_tier logit_bias prompt_cache_key").split(), "x")
+ALL_FIELDS = dict.fromkeys(("model messages tools response_format n temperature top_p stop store user seed metadata "
+                            "frequency_penalty presence_penalty reasoning_effort stream_options top_k logprobs "
+                            "parallel_tool_calls keep_alive thinking service_tier logit_bias prompt_cache_key").split())
 ALL_FIELDS["max_tokens"] = 64000
 
 
@@ -7863,9 +7863,10 @@ class Forgotten(Orchestrated):
     """Faults that a review once found."""
 
     def test_the_clients_own_fault_is_final_though_another_one_failed_before(self):
-        fault = [0.7, *whole(400, OPENAI.error("No such voice."))]
+        words, code, param = AGAINST_THE_REFERENCE[0]
+        fault = [0.7, *whole(400, OPENAI.error(words, "invalid_request_error", code, param))]
         with small([OLLAMA.head, 0.3, CLOSE]) as local, cloudy(fault) as cloud, running(local, cloud) as server:
-            self.refused(ask(server, "auto"), 400, "No such voice.")
+            self.refused(ask(server, "auto"), 400, words)
             self.assertEqual((len(local.requests), len(cloud.requests)), (1, 1))
 
     def test_a_client_that_leaves_while_its_prompt_is_sent_is_noticed(self):
