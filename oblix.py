@@ -529,21 +529,20 @@ def host_in(url: str) -> str:
 
 @functools.lru_cache(64)
 def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return the address that a host is, or None if it is a name."""
+    """Return the address that a host is, whoever runs the DNS, or None (RFC 6761, 6.3: localhost is loopback)."""
+    if re.fullmatch(r"(?:.+\.)?localhost|127(?:\.[0-9]+){1,2}", host):    # every system makes 127.0.0.1 of 127.1
+        host = "127.0.0.1"
     try:
-        return ipaddress.ip_address(host)
+        address = ipaddress.ip_address(host)
     except ValueError:
         return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
-@functools.lru_cache(64)
 def is_loopback(host: str) -> bool:
-    """Return True if a host is this device by its name alone, without DNS (RFC 6761, 6.3)."""
+    """Return True if a host is this device."""
     address = address_of(host)
-    address = getattr(address, "ipv4_mapped", None) or address
-    if address is None:    # of short spellings like 127.1 every system makes 127.0.0.1
-        return bool(re.fullmatch(r"(?:.+\.)?localhost|127(?:\.[0-9]+){1,2}", host))
-    return bool(address.is_loopback)
+    return address is not None and address.is_loopback
 
 
 # === 2. Settings ======================================================================================================
@@ -847,8 +846,8 @@ def parse_head(first: bytes, more: Iterable[bytes]) -> Head:
     return Head(method, target, version, fields)
 
 
-def body_kind_refusal(head: Head) -> BadRequest | None:
-    """Return the error for an unsupported Content-Type or Content-Encoding, or None.
+def check_body_kind(head: Head) -> None:
+    """Raise BadRequest for an unsupported Content-Type or Content-Encoding.
 
     A page may send a text or a form to any address unasked, but JSON only after a preflight.  A program may send what
     it likes (`curl -d` says that it sends a form): it has neither header that browsers add to each POST of a page, even
@@ -856,17 +855,15 @@ def body_kind_refusal(head: Head) -> BadRequest | None:
     """
     kind = head.fields.get("content-type", "").partition(";")[0].strip().lower()
     if {"origin", "sec-fetch-site"} & head.fields.keys() and not re.fullmatch(r"application/([!-.0-~]+\+)?json", kind):
-        return BadRequest("Send the body as JSON, with the header `Content-Type: application/json`.", status=415,
-                          code="unsupported_media_type")
+        raise BadRequest("Send the body as JSON, with the header `Content-Type: application/json`.", status=415,
+                         code="unsupported_media_type")
     if head.fields.get("content-encoding", "identity").lower() not in ("identity", ""):
-        return BadRequest("Send the body without a Content-Encoding.", status=415, code="unsupported_media_type")
-    return None
+        raise BadRequest("Send the body without a Content-Encoding.", status=415, code="unsupported_media_type")
 
 
 # --- 3. Access --------------------------------------------------------------------------------------------------------
 
 EXPOSED = "x-oblix-model, x-oblix-side, x-oblix-reason, x-oblix-attempts, x-request-id, x-should-retry, retry-after"
-
 
 # Schemes of pages that are part of an installed program; a page from elsewhere has http:, https: or null.  `file:` and
 # browsers' extensions are left out: a download is from elsewhere, and an extension runs beside every page.
@@ -902,7 +899,7 @@ class Guard:
 
     def _is_own(self, host: str) -> bool:
         """Return True if a host means this server, whoever runs the DNS."""
-        return host in self.names or is_loopback(host) or address_of(host) is not None
+        return host in self.names or address_of(host) is not None
 
     def welcomes(self, head: Head) -> bool:
         """Return True if the page that asks is of this device, of this server itself, or of an allowed origin."""
@@ -969,35 +966,33 @@ def _list_of(kind: type, words: str) -> Rule:
         f"must be a list of {words}")
 
 
-def _whole(low: int, high: int, words: str = "an integer") -> Rule:
+def _integer(low: int, high: int, words: str = "") -> Rule:
     # subtle: type(), not isinstance(): True is an int, and `"n": true` must not pass for 1
     return lambda value: type(value) in (int, float) and low <= value <= high and int(value) == value, (
-        f"must be {words}")
+        f"must be an integer{words}")
 
 
-def _is_function(value: Any) -> bool:
-    """Return True if a value describes a function as OpenAI's tools do."""
-    return isinstance(value, dict) and bool(value.get("name")) and isinstance(value["name"], str) and (
-        isinstance(value.get("parameters") or {}, dict) and isinstance(value.get("description") or "", str))
+def _has(value: Any, **kinds: Any) -> bool:
+    """Return True if a value is an object whose fields of these names are of these types."""
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+
+
+def _is_call(call: Any) -> bool:    # Ollama's clients leave the id out, and send the arguments as an object
+    return _has(call, id=(str, _ABSENT)) and ((call.get("type") or "function") != "function" or _has(
+        call.get("function"), **_CALLED))
 
 
 def _is_tool_choice(value: Any) -> bool:
-    if not isinstance(value, dict) or value.get("type") != "allowed_tools":
-        return isinstance(value, (str, dict))
-    inner = value.get("allowed_tools")
-    return isinstance(inner, dict) and isinstance(inner.get("tools"), list) and isinstance(inner.get("mode"), str)
+    allowed = isinstance(value, dict) and value.get("type") == "allowed_tools"
+    return _has(value.get("allowed_tools"), tools=list, mode=str) if allowed else isinstance(value, (str, dict))
 
 
-def _is_called(value: Any) -> bool:
-    """Return True if a value says which function was called.  Ollama's clients send the arguments as an object."""
-    return isinstance(value, dict) and isinstance(value.get("name"), str) and (
-        isinstance(value.get("arguments") or "", (str, dict)))
-
-
-_string, _object = _a(str, words="a string"), _a(dict, words="an object")
-_boolean, _strings = _a(bool, words="true or false"), _list_of(str, "strings")
+_ABSENT = type(None)
+_CALLED = {"name": str, "arguments": (str, dict, _ABSENT)}
+_FUNCTION = {"name": str, "parameters": (dict, _ABSENT), "description": (str, _ABSENT)}
+_string, _boolean, _object = _a(str, words="a string"), _a(bool, words="true or false"), _a(dict, words="an object")
 _number: Rule = lambda value: type(value) in (int, float), "must be a number"
-_integer = _whole(-2**63, 2**64 - 1)    # no server's types take more
+_strings = _list_of(str, "strings")
 WHOLE = ("max_tokens", "max_completion_tokens", "seed", "top_logprobs", "n")    # 1.0 is 1: some languages have no int
 
 # A rule refuses what no server takes, or what this file could not read.  For anything else the upstream knows best:
@@ -1008,14 +1003,14 @@ FIELDS: dict[str, Rule] = {
               'must be "auto" or another printable name of at most 256 characters, see GET /v1/models'),
     "messages": (lambda value: isinstance(value, list) and value, "must be a list of at least one message"),
     **dict.fromkeys(("temperature", "top_p", "presence_penalty", "frequency_penalty"), _number),
-    **dict.fromkeys(WHOLE, _integer), "n": _whole(1, 16384, "an integer from 1 to 16384"),    # vLLM's default limit
+    **dict.fromkeys(WHOLE, _integer(-2**63, 2**64 - 1)),    # no server's types take more
+    "n": _integer(1, 16384, " from 1 to 16384"),            # vLLM's limit
     "stream": _boolean, "logprobs": _boolean,
     "stop": (lambda value: isinstance(value, str) or _strings[0](value), "must be a string or a list of strings"),
     "tools": _list_of(dict, "tools"), "functions": _list_of(dict, "functions"),
     "tool_choice": (_is_tool_choice, 'must be "none", "auto", "required" or an object that names a tool'),
-    "response_format": (lambda value: isinstance(value, dict) and isinstance(value.get("type"), str),
-                        'must be like {"type": "json_object"} or {"type": "json_schema", "json_schema": {"name": …, '
-                        '"schema": {…}}}'),
+    "response_format": (lambda value: _has(value, type=str), 'must be like {"type": "json_object"} or '
+                        '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}'),
     "reasoning_effort": _string, "service_tier": _string, "stream_options": _object,
     "options": _object,    # not OpenAI's: Ollama's own options, sent by SDK users as extra_body
 }
@@ -1026,26 +1021,18 @@ NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop":
 
 _TOOL = '{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
 _CALL = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
-SPEAKERS = ("system", "developer", "user")    # roles whose messages say something
 MESSAGE_FIELDS: dict[str, Rule] = {
     "role": (lambda value: isinstance(value, str) and value, "must be system, developer, user, assistant or tool"),
     "tool_call_id": _string, "refusal": _string, "name": _string,
     "content": _a(str, list, words="a string or a list of content parts"),
-    "function_call": (_is_called, 'must be {"name": …, "arguments": "{}"}'),
+    "function_call": (lambda value: _has(value, **_CALLED), 'must be {"name": …, "arguments": "{}"}'),
     "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), f"must be a list of {_CALL}"),
 }
 
-
-def _is_call(call: Any) -> bool:
-    return isinstance(call, dict) and isinstance(call.get("id") or "", str) and (
-        (call.get("type") or "function") != "function" or _is_called(call.get("function")))
-
-
 PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test of the rest
-    "text": lambda part: isinstance(part.get("text"), str),
-    "refusal": lambda part: isinstance(part.get("refusal"), str),
-    "image_url": lambda part: isinstance(part.get("image_url"), dict) and isinstance(part["image_url"].get("url"), str),
-    "file": lambda part: isinstance(part.get("file"), dict) and isinstance(part["file"].get("file_data") or "", str),
+    "text": lambda part: _has(part, text=str), "refusal": lambda part: _has(part, refusal=str),
+    "image_url": lambda part: _has(part.get("image_url"), url=str),
+    "file": lambda part: _has(part.get("file"), file_data=(str, _ABSENT)),
 }
 
 
@@ -1080,16 +1067,17 @@ def parse_request(raw: bytes) -> ChatRequest:
 
 def _tool(where: str, tool: Json) -> Json:
     """Return a tool, checked, with its type and without its nulls.  Raises BadRequest."""
-    tool = without_nulls(tool, tool.get("type") or "function")
-    tool = tool if "type" in tool else {"type": "function", **tool}
-    need(tool["type"] != "function" or _is_function(tool.get("function")), where, f"must be like {_TOOL}")
+    tool = {"type": "function", **without_nulls(tool, tool.get("type") or "function")}
+    fits = tool["type"] != "function" or _has(tool.get("function"), **_FUNCTION) and tool["function"]["name"]
+    need(fits, where, f"must be like {_TOOL}")
     return tool
 
 
 def _message(where: str, message: Any) -> Json:
     """Return a message, checked and without its nulls.  Raises BadRequest."""
     need(isinstance(message, dict), where, "must be an object")
-    check_fields(message, MESSAGE_FIELDS, ("role", "content") if message.get("role") in SPEAKERS else ("role",), where)
+    says = message.get("role") in ("system", "developer", "user")
+    check_fields(message, MESSAGE_FIELDS, ("role", "content") if says else ("role",), where)
     # servers' chat templates want a content, if only null
     checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
     content, calls = message.get("content"), checked.pop("tool_calls", None)
@@ -1121,11 +1109,8 @@ _IMAGE = re.compile(r"(?i:data):([^;,]*)[^,]*;(?i:base64),"
 
 def without_nulls(fields: Json, inner: Any = None) -> Json:
     """Return an object without its nulls, and without those of the object in its field `inner`."""
-    kept = {name: value for name, value in fields.items() if value is not None} if None in fields.values() else fields
-    nested = kept.get(inner) if isinstance(inner, str) else None
-    if isinstance(nested, dict) and None in nested.values():
-        kept = {**kept, inner: without_nulls(nested)}
-    return kept
+    return {name: without_nulls(value) if name == inner and isinstance(value, dict) else value
+            for name, value in fields.items() if value is not None}
 
 
 # === 4. Monitors ======================================================================================================
@@ -5397,9 +5382,7 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def body(self) -> bytes:
         """Return the request's body.  Raise OblixError, ClientGone."""
-        refused = body_kind_refusal(self.head)
-        if refused:
-            raise refused
+        check_body_kind(self.head)
         size, expected = self.head.body_size, self.head.fields.get("expect", "").lower()
         if expected not in ("", "100-continue"):
             raise BadRequest("The only Expect that is honoured is 100-continue.", status=417, code="expectation_failed")
