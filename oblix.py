@@ -424,6 +424,11 @@ def text_of(message: Json) -> str:
     return "\n".join(part[part["type"]] for part in parts_of(message) if part["type"] in ("text", "refusal"))
 
 
+def as_list(value: str | list[str]) -> list[str]:
+    """Return one or several as several."""
+    return [value] if isinstance(value, str) else value
+
+
 def is_header_safe(text: str) -> bool:
     """Return True if a text is printable ASCII, which a header or a log takes as it is."""
     return text.isascii() and text.isprintable()
@@ -581,9 +586,9 @@ class Settings:
     api_key_file: str = setting("", "file that holds it")
     no_auth: bool = setting(False, "let everybody in who reaches --host, without a key")
     allow_origin: tuple[str, ...] = setting((), "origin of web pages that may ask, as https://chat.example, or * for "
-        "all; repeat; those on localhost may")
-    allow_host: tuple[str, ...] = setting((), "further name by which clients reach it; localhost, addresses and the "
-        "device's own name always work; repeat")
+        "all; repeat; those on localhost and of desktop apps may")
+    allow_host: tuple[str, ...] = setting((), "further name by which clients reach it; localhost, addresses, the "
+        "device's own name and names below .internal always work; repeat")
     demo: bool = setting(False, "serve two built-in scripted models, one local and one cloud, to try Oblix with "
         "nothing installed")
     connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together", 0.1)
@@ -1049,10 +1054,12 @@ def parse_request(raw: bytes) -> ChatRequest:
         raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
     check_fields(body, FIELDS, ("model", "messages"))
     model = body.pop("model")
-    kept = {name: value for name, value in body.items()
+    mended: Json = {name: int(body[name]) for name in WHOLE if isinstance(body.get(name), float)}
+    stops = as_list(body.get("stop") or [])
+    if "" in stops or body.get("stop") == "":    # vLLM refuses it
+        mended["stop"] = [stop for stop in stops if stop]
+    kept = {name: value for name, value in {**body, **mended}.items()
             if value is not None and not (name in NO_OPS and value == NO_OPS[name])}
-    floats = {name: int(kept[name]) for name in WHOLE if isinstance(kept.get(name), float)}
-    kept.update(floats)
     kept["messages"] = [_message(f"messages[{number}]", message) for number, message in enumerate(kept["messages"])]
     if "tools" in kept:
         kept["tools"] = [_tool(f"tools[{number}]", tool) for number, tool in enumerate(kept["tools"])]
@@ -1061,7 +1068,7 @@ def parse_request(raw: bytes) -> ChatRequest:
             kept.pop(name, None)
     stream = kept.get("stream", False)
     options = kept.get("stream_options", {}) if stream else kept.pop("stream_options", {})
-    around = split_at_model(raw, {**body, "model": model}) if kept == body and not floats else None
+    around = split_at_model(raw, {**body, "model": model}) if kept == body and not mended else None
     return ChatRequest(model, kept, stream, bool(options.get("include_usage")), around)
 
 
@@ -2582,11 +2589,6 @@ def present(fields: Json) -> Json:
     return {name: value for name, value in fields.items() if value}
 
 
-def as_list(value: str | list[str]) -> list[str]:
-    """Return one or several as several."""
-    return [value] if isinstance(value, str) else value
-
-
 def needs_of(request: ChatRequest) -> frozenset[str]:
     """Return what a model must be capable of for a request, in Ollama's words (/api/show, capabilities)."""
     return frozenset(present({"vision": any(part["type"] == "image_url" for _, part in request.parts()),
@@ -2602,7 +2604,7 @@ def name_of(tool: Any) -> str:
 def effort_of(body: Json) -> str | None:
     """Return the effort that a request asks for, or None for the model's own."""
     effort = body.get("reasoning_effort")
-    return None if effort in ("auto", "default") else effort
+    return None if effort in ("", "auto", "default") else effort
 
 
 EFFORTS = (None, "none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -2833,7 +2835,7 @@ class Ollama(Provider):
         body = request.body
         options = {theirs: body[ours] for ours, theirs in self._options.items() if ours in body}
         if "stop" in options:
-            options["stop"] = [stop for stop in as_list(options["stop"]) if stop]
+            options["stop"] = as_list(options["stop"])
         options.update({**present({"num_ctx": context}), **body.get("options", {})})
         schema = json_wanted(body)
         payload = {

@@ -1181,6 +1181,13 @@ class RequestIn(Case):
                          '{"max_tokens": 512, "seed": 7, "n": 2, "temperature": 1.0}')
         self.assertIsNone(request.around, "the client's own bytes have 512.0")
 
+    def test_an_empty_stop_says_nothing(self):
+        rows = ("", None), ([""], None), (["", "\n", "END"], ["\n", "END"]), ("END", "END"), (["a"], ["a"])
+        for stop, kept in rows:
+            body = json.dumps({"model": "auto", "messages": [HI], "stop": stop}).encode()
+            request = oblix.parse_request(body)
+            self.assertEqual((request.body.get("stop"), request.around is None), (kept, kept != stop))
+
     def test_an_image_has_the_type_that_its_bytes_tell(self):
         images = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff\xe0", "gif": b"GIF89a",
                   "webp": b"RIFF1234WEBPVP8 "}
