@@ -791,7 +791,8 @@ class Head:
     def path(self) -> str:
         """The path without query, /v1, and slashes that are doubled or trail; still percent-encoded."""
         found = _TARGET.match(self.target)
-        return re.sub("//+", "/", found[2] if found else "").rstrip("/") or "/"
+        path = found[2] if found else ""
+        return (re.sub("//+", "/", path) if "//" in path else path).rstrip("/") or "/"
 
     @property
     def authority(self) -> str | None:
@@ -859,7 +860,8 @@ def check_body_kind(head: Head) -> None:
     if that hides where it comes from (`Origin: null`; Fetch standard, "append a request Origin header").
     """
     kind = head.fields.get("content-type", "").partition(";")[0].strip().lower()
-    if {"origin", "sec-fetch-site"} & head.fields.keys() and not re.fullmatch(r"application/([!-.0-~]+\+)?json", kind):
+    by_page = "origin" in head.fields or "sec-fetch-site" in head.fields
+    if by_page and not re.fullmatch(r"application/([!-.0-~]+\+)?json", kind):
         raise BadRequest("Send the body as JSON, with the header `Content-Type: application/json`.", status=415,
                          code="unsupported_media_type")
     if head.fields.get("content-encoding", "identity").lower() not in ("identity", ""):
@@ -977,22 +979,27 @@ def _integer(low: int, high: int, words: str = "") -> Rule:
         f"must be an integer{words}")
 
 
-def _has(value: Any, **kinds: Any) -> bool:
+def _has(value: Any, kinds: Mapping[str, Any]) -> bool:
     """Return True if a value is an object whose fields of these names are of these types."""
-    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+    if isinstance(value, dict):
+        for name, kind in kinds.items():
+            if not isinstance(value.get(name), kind):
+                return False
+    return isinstance(value, dict)
 
 
 def _is_call(call: Any) -> bool:    # Ollama's clients leave the id out, and send the arguments as an object
-    return _has(call, id=(str, _ABSENT)) and ((call.get("type") or "function") != "function" or _has(
-        call.get("function"), **_CALLED))
+    return _has(call, {"id": (str, _ABSENT)}) and ((call.get("type") or "function") != "function" or _has(
+        call.get("function"), _CALLED))
 
 
 def _is_tool_choice(value: Any) -> bool:
     allowed = isinstance(value, dict) and value.get("type") == "allowed_tools"
-    return _has(value.get("allowed_tools"), tools=list, mode=str) if allowed else isinstance(value, (str, dict))
+    return _has(value.get("allowed_tools"), _ALLOWED) if allowed else isinstance(value, (str, dict))
 
 
 _ABSENT = type(None)
+_ALLOWED = {"tools": list, "mode": str}
 _CALLED = {"name": str, "arguments": (str, dict, _ABSENT)}
 _FUNCTION = {"name": str, "parameters": (dict, _ABSENT), "description": (str, _ABSENT)}
 _string, _boolean, _object = _a(str, words="a string"), _a(bool, words="true or false"), _a(dict, words="an object")
@@ -1014,7 +1021,7 @@ FIELDS: dict[str, Rule] = {
     "stop": (lambda value: isinstance(value, str) or _strings[0](value), "must be a string or a list of strings"),
     "tools": _list_of(dict, "tools"), "functions": _list_of(dict, "functions"),
     "tool_choice": (_is_tool_choice, 'must be "none", "auto", "required" or an object that names a tool'),
-    "response_format": (lambda value: _has(value, type=str), 'must be like {"type": "json_object"} or '
+    "response_format": (lambda value: _has(value, {"type": str}), 'must be like {"type": "json_object"} or '
                         '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}'),
     "reasoning_effort": _string, "service_tier": _string, "stream_options": _object,
     "options": _object,    # not OpenAI's: Ollama's own options, sent by SDK users as extra_body
@@ -1030,14 +1037,15 @@ MESSAGE_FIELDS: dict[str, Rule] = {
     "role": (lambda value: isinstance(value, str) and value, "must be system, developer, user, assistant or tool"),
     "tool_call_id": _string, "refusal": _string, "name": _string,
     "content": _a(str, list, words="a string or a list of content parts"),
-    "function_call": (lambda value: _has(value, **_CALLED), 'must be {"name": …, "arguments": "{}"}'),
+    "function_call": (lambda value: _has(value, _CALLED), 'must be {"name": …, "arguments": "{}"}'),
     "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), f"must be a list of {_CALL}"),
 }
 
 PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test of the rest
-    "text": lambda part: _has(part, text=str), "refusal": lambda part: _has(part, refusal=str),
-    "image_url": lambda part: _has(part.get("image_url"), url=str),
-    "file": lambda part: _has(part.get("file"), file_data=(str, _ABSENT)),
+    "text": lambda part: isinstance(part.get("text"), str),
+    "refusal": lambda part: isinstance(part.get("refusal"), str),
+    "image_url": lambda part: _has(part.get("image_url"), {"url": str}),
+    "file": lambda part: _has(part.get("file"), {"file_data": (str, _ABSENT)}),
 }
 
 
@@ -1054,12 +1062,14 @@ def parse_request(raw: bytes) -> ChatRequest:
         raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
     check_fields(body, FIELDS, ("model", "messages"))
     model = body.pop("model")
-    mended: Json = {name: int(body[name]) for name in WHOLE if isinstance(body.get(name), float)}
-    stops = as_list(body.get("stop") or [])
-    if "" in stops or body.get("stop") == "":    # vLLM refuses it
-        mended["stop"] = [stop for stop in stops if stop]
-    kept = {name: value for name, value in {**body, **mended}.items()
+    kept = {name: value for name, value in body.items()
             if value is not None and not (name in NO_OPS and value == NO_OPS[name])}
+    mended: Json = {name: int(value) for name, value in kept.items() if type(value) is float and name in WHOLE}
+    if "" in as_list(kept.get("stop", [])):    # it says nothing, and vLLM refuses it
+        mended["stop"] = [stop for stop in as_list(kept["stop"]) if stop]
+    kept.update(mended)
+    if kept.get("stop") == []:
+        del kept["stop"]
     kept["messages"] = [_message(f"messages[{number}]", message) for number, message in enumerate(kept["messages"])]
     if "tools" in kept:
         kept["tools"] = [_tool(f"tools[{number}]", tool) for number, tool in enumerate(kept["tools"])]
@@ -1075,7 +1085,7 @@ def parse_request(raw: bytes) -> ChatRequest:
 def _tool(where: str, tool: Json) -> Json:
     """Return a tool, checked, with its type and without its nulls.  Raises BadRequest."""
     tool = {"type": "function", **without_nulls(tool, tool.get("type") or "function")}
-    fits = tool["type"] != "function" or _has(tool.get("function"), **_FUNCTION) and tool["function"]["name"]
+    fits = tool["type"] != "function" or _has(tool.get("function"), _FUNCTION) and tool["function"]["name"]
     need(fits, where, f"must be like {_TOOL}")
     return tool
 
@@ -1116,8 +1126,11 @@ _IMAGE = re.compile(r"(?i:data):([^;,]*)[^,]*;(?i:base64),"
 
 def without_nulls(fields: Json, inner: Any = None) -> Json:
     """Return an object without its nulls, and without those of the object in its field `inner`."""
-    return {name: without_nulls(value) if name == inner and isinstance(value, dict) else value
-            for name, value in fields.items() if value is not None}
+    kept = {name: value for name, value in fields.items() if value is not None} if None in fields.values() else fields
+    nested = kept.get(inner) if isinstance(inner, str) else None
+    if isinstance(nested, dict) and None in nested.values():
+        kept = {**kept, inner: without_nulls(nested)}
+    return kept
 
 
 # === 4. Monitors ======================================================================================================
@@ -2558,7 +2571,8 @@ def without_deprecated(messages: Sequence[Json]) -> list[Json]:
     Each call gets an id, and each result the id and the name of its call: without an id it answers the oldest call of
     its name that has no result yet.
     """
-    converted, waiting = [], list[tuple[str, str]]()    # (name, id) of calls without a result so far
+    converted, names, answered = list[Json](), dict[str, str](), set[str]()    # names by the ids of calls
+    waiting: dict[str, collections.deque[str]] = collections.defaultdict(collections.deque)    # ids by name; "": all
     for number, message in enumerate(messages):
         message = dict(message)
         if message.get("refusal") and not message.get("content"):
@@ -2567,15 +2581,25 @@ def without_deprecated(messages: Sequence[Json]) -> list[Json]:
         if calls:    # the message's place makes an id
             message["tool_calls"] = [{**call, "id": call.get("id") or f"call_{number}_{place}"}
                                      for place, call in enumerate(calls)]
-            waiting += [(name_and_arguments(call)[0], call["id"]) for call in message["tool_calls"]]
+            for name, id in [(name_and_arguments(call)[0], call["id"]) for call in message["tool_calls"]]:
+                names[id] = name
+                answered.discard(id)
+                waiting[name].append(id)
+                waiting[""].append(id)
         if message["role"] in ("tool", "function"):
-            name, id = message.get("name"), message.get("tool_call_id")
-            fitting = [call for call in waiting if (call[1] == id if id else name in (None, call[0]))]
-            called = fitting[-1 if id else 0] if fitting else ("", f"call_{number}")
-            waiting = [call for call in waiting if call is not called]
-            message.update(role="tool", tool_call_id=id or called[1], name=name or called[0])
+            name = message.get("name") or ""
+            id = message.get("tool_call_id") or _first_open(waiting[name], answered) or f"call_{number}"
+            answered.add(id)
+            message.update(role="tool", tool_call_id=id, name=name or names.get(id, ""))
         converted.append(message)
     return converted
+
+
+def _first_open(ids: collections.deque[str], answered: set[str]) -> str:
+    """Return the first id that is not answered yet, or "", and forget those before it."""
+    while ids and ids[0] in answered:
+        ids.popleft()
+    return ids[0] if ids else ""
 
 
 @functools.lru_cache(64)

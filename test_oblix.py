@@ -1176,6 +1176,7 @@ class RequestIn(Case):
         self.assertEqual(request.body, {"messages": [HI]})
 
     def test_numbers_without_a_fraction_are_integers_on_the_wire_too(self):
+        self.assertEqual(parsed(seed=0.0, top_logprobs=0.0, n=1.0).body, {"messages": [HI], "seed": 0})
         request = parsed(max_tokens=512.0, seed=7.0, n=2.0, temperature=1.0)
         self.assertEqual(json.dumps({name: request.body[name] for name in ("max_tokens", "seed", "n", "temperature")}),
                          '{"max_tokens": 512, "seed": 7, "n": 2, "temperature": 1.0}')
@@ -3505,6 +3506,18 @@ REFUSALS = {
 
 class Refusals(Case):
     """What a provider cannot do is a 400 where it was named, and a reason to ask another under auto."""
+
+    def test_a_body_full_of_results_without_ids_does_not_keep_the_others_waiting(self):
+        """The work grows with their number, and not with its square."""
+        def took_s(number):
+            calls = [{"function": {"name": "f%d" % (place % 9)}} for place in range(number)]
+            results = [{"role": "tool", "name": "f%d" % (place % 9)} if place % 2 else {"role": "tool"}
+                       for place in range(number)]
+            begun = time.process_time()
+            sent = oblix.without_deprecated([{"role": "assistant", "tool_calls": calls}, *results])
+            self.assertEqual(len({message["tool_call_id"] for message in sent[1:]}), number)
+            return time.process_time() - begun
+        self.assertLess(took_s(16_000) / max(took_s(1000), took_s(1000)), 80)    # 16; by the square 256
 
     def test_a_named_provider_says_which_parameter_it_cannot_honour(self):
         for dialect, rows in REFUSALS.items():
