@@ -575,50 +575,40 @@ class Settings:
         "in order of preference; default: the newest model of Ollama")
     cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name; repeat in order of preference; default: a "
         "cheap model of each provider with a key")
-    cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags, so prefer the variable or "
-        "the file", secret=True)
+    cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags: prefer the file", secret=True)
     cloud_api_key_file: str = setting("", "file that holds it")
-    host: str = setting("localhost", "address to listen on; localhost is 127.0.0.1 and ::1; any other that the network "
-        "reaches needs --api-key")
+    host: str = setting("localhost", "address to listen on; one that the network reaches needs --api-key")
     port: int = setting(62549, "port to listen on; 0 picks a free one", 0, 65535)
-    api_key: str = setting("", "key that clients must send; `ps` shows flags, so prefer the variable or the file",
-        secret=True)
+    api_key: str = setting("", "key that clients must send; `ps` shows flags: prefer the file", secret=True)
     api_key_file: str = setting("", "file that holds it")
     no_auth: bool = setting(False, "let everybody in who reaches --host, without a key")
     allow_origin: tuple[str, ...] = setting((), "origin of web pages that may ask, as https://chat.example, or * for "
         "all; repeat; those on localhost and of desktop apps may")
-    allow_host: tuple[str, ...] = setting((), "further name by which clients reach it; localhost, addresses, the "
-        "device's own name and names below .internal always work; repeat")
-    demo: bool = setting(False, "serve two built-in scripted models, one local and one cloud, to try Oblix with "
-        "nothing installed")
+    allow_host: tuple[str, ...] = setting((), "further name by which clients reach it, beside localhost, addresses and "
+        "the device's own; repeat")
+    demo: bool = setting(False, "serve two built-in scripted models, to try Oblix with nothing installed")
     connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together", 0.1)
     prefer: str = setting("local", "what auto prefers while local is available and the cloud optimal: local, "
         "cloud, or whichever is measured to answer sooner", choices=("local", "cloud", "fast"))
     local_first_s: float = setting(5.0, "expected seconds to local's first word from which the cloud goes first, if it "
         "is expected in less than half of that; inf stays local", 0, math.inf)
     local_whole_s: float = setting(30.0, "the same for the end of an answer that is not streamed", 0, math.inf)
-    local_slots: int = setting(1, "requests that the local model answers at once (Ollama's OLLAMA_NUM_PARALLEL); more "
-        "overflow to the cloud", 1)
+    local_slots: int = setting(1, "requests that the local model answers at once (Ollama's OLLAMA_NUM_PARALLEL)", 1)
     warm_up: str = setting("auto", "whether to load the local model at start, while the cloud is not optimal, and "
         "when the cloud answers in its place", choices=("auto", "never"))
-    keep_alive: str = setting("auto", "how long Ollama keeps a model in memory after its last use: seconds, or 10m, "
-        "1h30m, -1 for ever; auto is 30m, and 5m on battery; default leaves it to Ollama",
-        form=rf"auto|default|{DURATION}")
+    keep_alive: str = setting("auto", "how long Ollama keeps a model after its last use: seconds, or 10m, -1 for ever; "
+        "auto is 30m, and 5m on battery; default leaves it to Ollama", form=rf"auto|default|{DURATION}")
     on_cut: str = setting("error", "what follows when a plain text stream breaks off: an error, or another model that "
         "continues it", choices=("error", "continue"))
-    first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; Ollama may load a model for "
-        "minutes", 0.1)
-    patience_s: float = setting(60.0, "seconds until an answer's first content while another model could answer; a "
-        "silent cloud is left sooner", 0.1)
+    first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; a load takes minutes", 0.1)
+    patience_s: float = setting(60.0, "seconds until first content while another model could answer", 0.1)
     stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; comments don't count", 0.1)
     request_timeout_s: float = setting(900.0, "seconds that a whole request may take, all attempts together", 0.1)
-    max_requests: int = setting(512, "chat requests answered at once, each on a thread; more get a 503 and are told to "
-        "come again", 1, 65_536)
+    max_requests: int = setting(512, "chat requests answered at once; more get a 503 and come again", 1, 65_536)
     max_body_mib: int = setting(32, "largest request, in MiB; images make 10 to 30 of them normal", 1, 128)
     drain: float = setting(8.0, "seconds that requests may go on after SIGTERM or Ctrl-C; docker stop waits for 10")
     probe_every_s: float = setting(30.0, "seconds between probes of a cloud that answers; sooner after trouble", 1)
-    better_after_s: float = setting(10.0, "seconds that better readings must last before they count; a flapping link "
-        "counts as down")
+    better_after_s: float = setting(10.0, "seconds that better readings must last before they count")
     cpu_constrained_percent: float = setting(80.0, "CPU use from which local is constrained")
     cpu_critical_percent: float = setting(95.0, "CPU use from which local is critical")
     memory_constrained_percent: float = setting(85.0, "memory use from which local is constrained")
@@ -2568,10 +2558,10 @@ def arguments_of(text: str) -> Json:
 def without_deprecated(messages: Sequence[Json]) -> list[Json]:
     """Return the messages as OpenAI's reference has them: tool calls for function_call, a refusal as content.
 
-    Each call gets an id, and each result the id and the name of its call: without an id it answers the oldest call of
-    its name that has no result yet.
+    Each call gets an id, and each result the id and the name of its call: results without ids answer the calls of their
+    names, or all calls if they have no names, in turn.
     """
-    converted, names, answered = list[Json](), dict[str, str](), set[str]()    # names by the ids of calls
+    converted, names = list[Json](), dict[str, str]()    # of calls, by id
     waiting: dict[str, collections.deque[str]] = collections.defaultdict(collections.deque)    # ids by name; "": all
     for number, message in enumerate(messages):
         message = dict(message)
@@ -2581,25 +2571,16 @@ def without_deprecated(messages: Sequence[Json]) -> list[Json]:
         if calls:    # the message's place makes an id
             message["tool_calls"] = [{**call, "id": call.get("id") or f"call_{number}_{place}"}
                                      for place, call in enumerate(calls)]
-            for name, id in [(name_and_arguments(call)[0], call["id"]) for call in message["tool_calls"]]:
-                names[id] = name
-                answered.discard(id)
-                waiting[name].append(id)
-                waiting[""].append(id)
+        for call in message.get("tool_calls", ()):
+            name = names[call["id"]] = name_and_arguments(call)[0]
+            waiting[name].append(call["id"])
+            waiting[""].append(call["id"])
         if message["role"] in ("tool", "function"):
             name = message.get("name") or ""
-            id = message.get("tool_call_id") or _first_open(waiting[name], answered) or f"call_{number}"
-            answered.add(id)
+            id = message.get("tool_call_id") or (waiting[name].popleft() if waiting[name] else f"call_{number}")
             message.update(role="tool", tool_call_id=id, name=name or names.get(id, ""))
         converted.append(message)
     return converted
-
-
-def _first_open(ids: collections.deque[str], answered: set[str]) -> str:
-    """Return the first id that is not answered yet, or "", and forget those before it."""
-    while ids and ids[0] in answered:
-        ids.popleft()
-    return ids[0] if ids else ""
 
 
 @functools.lru_cache(64)

@@ -3008,7 +3008,7 @@ def ollama_calls(*named):
 
 BY_NAME = talk(
     user("a?"), {"role": "assistant", "content": None, "tool_calls": ollama_calls(("find", {"q": "a"}), ("now", {}))},
-    {"role": "tool", "name": "now", "content": "noon"}, {"role": "tool", "content": "3"})
+    {"role": "tool", "name": "now", "content": "noon"}, {"role": "tool", "name": "find", "content": "3"})
 TO_OLLAMA = [
     ("the least", {}, {**talk(user("Hi")), "stream": True, "truncate": False, "model": lambda name: "llama3.2" in name,
                        **none_of("options", "think", "format", "tools", "logprobs", "n")}),
@@ -3033,6 +3033,9 @@ TO_OLLAMA = [
     ("calls and results without ids", BY_NAME,
      talk({}, {"tool_calls": lambda calls: len({call["id"] for call in calls}) == 2},
           {"tool_name": "now", "content": "noon"}, {"tool_name": "find", "content": "3"})),
+    ("calls and results without ids or names", talk(*BY_NAME["messages"][:2], {"role": "tool", "content": "3"},
+                                                    {"role": "tool", "content": "noon"}),
+     talk({}, {}, {"tool_name": "find", "content": "3"}, {"tool_name": "now", "content": "noon"})),
     ("a function's result keeps its own id", talk(user("a?"), assistant(None, X1, X2), {
         "role": "function", "name": "now", "tool_call_id": "x2", "content": "noon"}),
      talk({}, {}, {"role": "tool", "tool_call_id": "x2", "tool_name": "now"})),
@@ -3511,8 +3514,7 @@ class Refusals(Case):
         """The work grows with their number, and not with its square."""
         def took_s(number):
             calls = [{"function": {"name": "f%d" % (place % 9)}} for place in range(number)]
-            results = [{"role": "tool", "name": "f%d" % (place % 9)} if place % 2 else {"role": "tool"}
-                       for place in range(number)]
+            results = [{"role": "tool", "name": "f%d" % (place % 9)} for place in range(number)]
             begun = time.process_time()
             sent = oblix.without_deprecated([{"role": "assistant", "tool_calls": calls}, *results])
             self.assertEqual(len({message["tool_call_id"] for message in sent[1:]}), number)
