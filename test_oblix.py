@@ -3761,7 +3761,7 @@ WAYS_TO_WRITE_EVENTS = [  # all of them mean the same; wire.md 7.1
 ]
 
 CLAUDE_STOPS = [  # stop_reason -> finish_reason
-    ("end_turn", "stop"), ("stop_sequence", "stop"), ("max_tokens", "length"), ("tool_use", "tool_calls"),
+    ("end_turn", "stop"), ("stop_sequence", "stop"), ("max_tokens", "length"), ("tool_use", "stop"),    # without a call
     ("model_context_window_exceeded", "length"), ("refusal", "content_filter"),
 ]
 
@@ -7734,7 +7734,7 @@ class Passing(Case):
         for odd in ("\0", "\\u0000", '"content":"\0"', '"delta":{"content":"\0"'):
             choice = {"odd": odd, "index": 0, "delta": {"role": "assistant", "content": "Hi"}, "finish_reason": None}
             told = {"id": odd, "choices": [choice], odd: 1}
-            before, after = oblix.text_frame(told, False)
+            before, after = oblix.text_frame(told)
             self.assertEqual(json.loads((before + b"x" + after)[len(b"data: "):]), {"id": odd, "choices": [
                 {"index": 0, "finish_reason": None, "delta": {"content": "x"}}]}, "odd fields are one chunk's own")
 
@@ -13624,7 +13624,7 @@ def passed_on(case, passes):
                 continue
             told = {**envelope, **piece, "model": "m"}
             if passes and not frame and oblix.has_content(piece):
-                frame = oblix.text_frame(told, False)
+                frame = oblix.text_frame(told)
                 answer.text_event = provider.text_event if frame else None
             shown = oblix.for_client(told, False)
             sent += [] if shown is None else [oblix.sse(shown)]
