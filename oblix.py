@@ -2294,7 +2294,7 @@ class Provider:
 
         Raises as `decode`.
         """
-        if _EVENTS.match(raw):    # some servers stream unasked
+        if self.translates or _EVENTS.match(raw):    # some servers stream unasked
             return fold(self.decode(raw.splitlines(), request)), False
         answer = event_of(raw)
         return (answer, True) if is_in_order(answer) else (fold(in_order([answer], request)), False)
@@ -2527,10 +2527,12 @@ def event_of(text: str | bytes) -> Json:
         event = None
     if not isinstance(event, dict):
         raise UpstreamError("a piece of the answer is not a JSON object", code="bad_upstream_answer")
-    words = event.get("message", event.get("detail"))
-    error = event.get("error")
+    words = event.get("message", event.get("detail", event.get("msg")))    # the last: Zhipu
+    base, error = event.get("base_resp"), event.get("error") or event.get("errors")    # MiniMax; Workers AI
+    if isinstance(base, dict) and base.get("status_code"):
+        error = error or {"message": base.get("status_msg")}
     if "error" in (event.get("object"), event.get("type")) or isinstance(words, str) and "choices" not in event:
-        error = error or event    # flat: vLLM's older versions, what follows `event: error`
+        error = error or {**event, "message": words}    # flat: vLLM's older versions, what follows `event: error`
     if error:
         raise error_inside(error)
     return event
@@ -2592,7 +2594,9 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
         usage, told = chunk.pop("usage", None), choices_of(chunk)
         if usage:
             counted = {**chunk, "choices": [], "usage": usage}
-        chunk["choices"] = [choice for choice in told if choices[choice.get("index") or 0].take(choice, chunk)]
+        for place, choice in enumerate(told):
+            choice["index"] = place if choice.get("index") is None else choice["index"]
+        chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
         if chunk["choices"]:    # Azure begins with an event that has none
             yield chunk
     if not choices:
@@ -2636,13 +2640,13 @@ class _Choice:
             raise error_inside(choice["error"])
         message = choice.pop("message", None)    # of a whole answer; MiniMax repeats that at the end of a stream
         delta = self._delta(choice.get("delta") or (not self._said and message) or {})
-        self._said, reason = self._said or bool(delta), choice.get("finish_reason")
+        self._said, reason = self._said or any(delta.values()), choice.get("finish_reason")
         delta = delta if self._last[0] else {"role": "assistant", **delta}
         if choice.get("logprobs"):
             complete_logprobs(choice["logprobs"])
-        choice.update(index=choice.get("index") or 0, delta=delta, finish_reason=None)
+        choice.update(delta=delta, finish_reason=None)
         if reason:
-            self._finish = finish_of(reason)
+            self._finish = finish_of(str(reason))
         if reason or not self._last[0]:
             self._last = chunk, {**choice, "logprobs": None if delta else choice.get("logprobs")}
         return bool(delta) or not reason
@@ -2651,13 +2655,15 @@ class _Choice:
         """Return what a delta, or a message, says besides its role."""
         delta = {name: value for name, value in said.items() if value is not None and name != "role"}
         if isinstance(delta.get("reasoning"), str):    # vLLM, OpenRouter, Ollama's /v1
-            delta.setdefault("reasoning_content", delta.pop("reasoning"))
+            thought = delta.pop("reasoning")
+            delta["reasoning_content"] = delta.get("reasoning_content") or thought
         if isinstance(delta.get("content"), list):     # Mistral's reasoning models
             thought = [part for part in delta["content"] if isinstance(part, dict) and part.get("type") in _THOUGHTS]
             delta["content"] = text_in([part for part in delta["content"] if part not in thought])
             delta.update(present({"reasoning_content": text_in(thought)}))
-        if not all(isinstance(delta.get(name, ""), str) for name in ("content", "reasoning_content", "refusal")):
-            raise TypeError("text expected")
+        for name in ("content", "reasoning_content", "refusal"):
+            if not isinstance(delta.get(name, ""), str):
+                raise TypeError("text expected")
         self._is_legacy = self._is_legacy or bool(delta.get("function_call"))
         pieces = [self._piece(call, place) for place, call in enumerate(delta.pop("tool_calls", ()))]
         return {**delta, **present({"tool_calls": [*filter(None, pieces)]})} if pieces else delta
@@ -2669,9 +2675,7 @@ class _Choice:
         id, name = (str(value or "") for value in (piece.get("id"), inner.get("name")))
         text = inner.get(field)
         text = text if isinstance(text, str) else "" if text is None else dumps(text).decode()
-        call = self._call(id, name, text, piece.get("index"), place)
-        if call.has_all(id, name, text):
-            return None
+        call, text = self._call(id, name, text, piece.get("index"), place)
         call.texts.extend([text] if text else ())
         rest = {name: value for name, value in piece.items() if name not in _OF_CALL}    # Gemini's extra_content
         if call.number >= 0:
@@ -2684,8 +2688,8 @@ class _Choice:
         return {"index": call.number, "id": self._new_id(id or call.id), "type": kind, **rest,
                 kind: {"name": call.name, field: "".join(call.texts)}}
 
-    def _call(self, id: str, name: str, text: str, index: Any, place: int) -> _Call:
-        """Return the call that a piece belongs to: a new one where a name shows that, or arguments that are complete.
+    def _call(self, id: str, name: str, text: str, index: Any, place: int) -> tuple[_Call, str]:
+        """Return the call that a piece belongs to, perhaps a new one, and what it adds to the arguments.
 
         Servers leave indices out or give parallel calls the same one (Gemini, ollama#15457, ollama#7881), and repeat
         ids and names.  Older vLLM has a new id in each piece of a call, but the name in the first piece only.
@@ -2694,10 +2698,11 @@ class _Choice:
         call, other = self._known.get(key), self._known.get(id) if id else None
         if other and not (call and call.id == id) and not (name and index not in (None, other.index)):
             call = other    # else the server gave two calls one id
-        if not call or call.is_over(id, name, text):
-            call = _Call(index, id, call.name if call and not name else "")
+        added = call.added(id, name, text) if call else None
+        if not call or added is None:
+            call, added = _Call(index, id, name or (call.name if call else "")), text
         self._known[key] = self._known[id or key] = call
-        return call
+        return call, added
 
     def _new_id(self, id: str) -> str:
         """Return an id that the conversation has not had yet: the server's, if that is one."""
@@ -2731,21 +2736,18 @@ class _Call:
 
     def __init__(self, index: Any, id: str, name: str) -> None:
         self.index, self.id, self.name = index, id, name    # as the server has them
-        self.number, self.is_json = -1, False               # its place among the calls, when its name has come
+        self.number, self.is_json = -1, False               # its place among the calls, once its name has come
         self.texts: list[str] = []                          # of its arguments
-        self._begins_again = False
+        self._named_again = False
 
-    def is_over(self, id: str, name: str, text: str) -> bool:
-        """Return True if a piece in this call's place belongs to another call."""
+    def added(self, id: str, name: str, text: str) -> str | None:
+        """Return what a piece in this call's place adds to the arguments, or None if it belongs to another call."""
         if name and (self.id and id and id != self.id or self.name and name != self.name):
-            return True
-        whole = bool(name or self._begins_again) and self._is_whole()
-        self._begins_again = whole and not text.strip()    # a name that is said again, or another call of it
-        return whole and bool(text.strip()) and (id, text) != (self.id, "".join(self.texts))
-
-    def has_all(self, id: str, name: str, text: str) -> bool:
-        """Return True if a piece repeats the whole call."""
-        return bool(id and name) and id == self.id and self._is_whole() and text == "".join(self.texts)
+            return None
+        if not (name or self._named_again) or not self._is_whole():
+            return text
+        self._named_again = not text.strip()    # this call once more, or the beginning of another of its name
+        return "" if self._named_again or id and (id, text) == (self.id, "".join(self.texts)) else None
 
     def _is_whole(self) -> bool:
         """Return True if the arguments are a JSON object.  Of very many pieces it is not asked."""
@@ -2961,18 +2963,20 @@ class OpenAI(Provider):
         return kept
 
     def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        finished = set[Any]()
-        for data in sse_data(lines):
-            if isinstance(data, Texts):
-                yield data
-                continue
-            if data.startswith("[DONE]"):
-                return
-            chunk = event_of(data)
-            chunk.pop("obfuscation", None)    # padding, of no use on this side of TLS
-            finished.update(choice.get("index") for choice in choices_of(chunk) if choice.get("finish_reason"))
-            yield chunk
-        if len(finished) != request.body.get("n", 1):    # some servers leave [DONE] out
+        finished, asked = set[Any](), request.body.get("n", 1)
+        try:
+            for data in sse_data(lines):
+                event = data if isinstance(data, Texts) else {} if data.startswith("[DONE]") else event_of(data)
+                if not event:
+                    return
+                if isinstance(event, dict):
+                    event.pop("obfuscation", None)    # padding, of no use on this side of TLS
+                    finished.update(one.get("index") for one in choices_of(event) if one.get("finish_reason"))
+                yield event
+        except UpstreamError as error:
+            if error.fault is not Fault.TRANSPORT or len(finished) != asked:
+                raise
+        if len(finished) != asked:    # some servers leave [DONE] out
             raise cut()
 
     def passes_text(self, request: ChatRequest) -> bool:
