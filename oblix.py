@@ -3804,8 +3804,8 @@ def tool_schema(function: Json) -> Json:
         return whole
     variants, required = dict[str, dict[bytes, Any]](), dict.fromkeys(whole.get("required", []))
     for word, schemas in lost.items():
-        found = [_referred(schema, whole) for schema in schemas if isinstance(schema, dict)]
-        branches = [*{id(branch): valid_schema(branch) for branch in found}.values()]
+        found = (_referred(schema, whole) for schema in schemas if isinstance(schema, dict))
+        branches = [*map(valid_schema, {id(branch): branch for branch in found}.values())]    # each once
         for name, schema in itertools.chain.from_iterable(branch.get("properties", {}).items() for branch in branches):
             variants.setdefault(name, {})[dumps(schema)] = schema
         needed = [{*branch.get("required", [])} for branch in branches] or [set[str]()]
@@ -3813,9 +3813,9 @@ def tool_schema(function: Json) -> Json:
         required.update(dict.fromkeys(sorted(every)))
     merged = {name: {"anyOf": [*some.values()]} if len(some) > 1 else [*some.values()][0]
               for name, some in variants.items()}
-    told = [whole.get("description", ""), f"It must also fit {json.dumps(lost, ensure_ascii=False)}."]
+    told = f"It must also fit {json.dumps(lost, ensure_ascii=False)}."
     return {**whole, "properties": {**merged, **whole["properties"]}, "required": [*required],
-            "description": "\n".join(filter(None, told))}
+            "description": f"{whole.get('description', '')} {told if len(told) < 1000 else ''}".strip()}
 
 
 def _referred(schema: Json, root: Json) -> Json:
