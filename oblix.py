@@ -2345,7 +2345,7 @@ class Provider:
         said = re.split(r" one of |did you mean|supported values", error.message, flags=re.I)[0]
         quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", said)
         paths: list[str] = re.findall(r"[A-Za-z_][\w.\[\]]*", said)
-        known = re.search(_UNSUPPORTED, f"{error.message} {error.code}".lower())
+        known = error.fault is Fault.REFUSED and re.search(_UNSUPPORTED, f"{error.message} {error.code}".lower())
         for path in [error.param or "", *quoted, *paths] if known else ():
             name = re.split(r"[.\[]", re.sub(r"^(body|request|parameters?)\.", "", path))[0]
             name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()    # xAI says presencePenalty
@@ -2359,24 +2359,28 @@ def limit_in(message: str, asked: Any) -> int:
     """Return the most tokens of an answer that an error allows, or 0 unless it names fewer than were asked for."""
     if not isinstance(asked, int):
         return 0
-    for pattern in _ROOM:
-        found = re.search(pattern, message, re.I | re.S)
-        if found:    # in either order
-            window, prompt = map(int, filter(None, found.groups()))
-            room = abs(window - prompt)
-            return room if LEAST_ROOM <= room < asked else 0
-    digits = re.findall(r"(?<![\[\d,])\d{1,3}(?:,\d{3})+\b|\b\d{1,9}\b", message)    # 16,384 is one number
-    numbers = [int(number.replace(",", "")) for number in digits] if re.search(_MOST, message, re.I) else []
-    return max((number for number in numbers if number < asked), default=0)
+    found = next(filter(None, (re.search(pattern, message, re.I | re.S) for pattern in _ROOM)), None)
+    if found:    # in either order
+        window, prompt = map(int, filter(None, found.groups()))
+        numbers = [abs(window - prompt)]
+    elif re.search(_MOST, message, re.I) and re.search(_LIMIT, message, re.I):
+        digits = re.findall(r"(?<![\[\d,])\d{1,3}(?:,\d{3})+\b|(?<![\w.-])\d{1,9}\b(?![-.]\w)", message)
+        numbers = [int(number.replace(",", "")) for number in digits]
+    else:
+        return 0
+    most = max((number for number in numbers if LEAST_ROOM < number < asked), default=0)
+    return most - 1 if most and "(exclusive)" in message else most    # Gemini
 
 
 def is_permanent(param: str, error: UpstreamError) -> bool:
     """Return True if the model never accepts the parameter, or more of it.
 
-    An effort is excluded: each model knows some of them, and fewer with tools.  So is what a prompt leaves of a window.
+    An effort is excluded: each model knows some of them, and fewer with tools.  So is a limit that is no round number,
+    as it may be what this prompt leaves of a window.
     """
     if "<=" in param:
-        return error.fault is Fault.REFUSED
+        most = int(param.partition("<=")[2])
+        return error.fault is Fault.REFUSED and (most % 256 == 0 or most % 1000 == 0)
     return param != "reasoning_effort" and not re.search(_SOMETIMES, error.message.lower())
 
 
@@ -2394,6 +2398,7 @@ _ROOM = (    # a window, and what a prompt takes of it
     r"context length is (\d+) tokens.{0,80}contains at least (\d+)|passed (\d+) input.*context length is only (\d+)",
     r"limit: (\d+) \+ \d+ > (\d+)|<= (\d+)\. given: (\d+)",             # Claude: "190001 + 16384 > 200000"; TGI
 )
+_LIMIT = r"at most|less than|<|>|maximum|range|between|too large|exceed|up to|above|greater|afford|limit"
 LEAST_ROOM = 256    # tokens for an answer; with fewer the prompt is too long
 
 _IN_A_STREAM = 0    # the status of an error after a 200, if its code is not a status
@@ -2420,6 +2425,7 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     (_ANY, r"(invalid|incorrect|expired|missing|no) (x-)?(api[ _-]?key|(api |access )?token\b)|invalid_api_key", _KEY),
     (_BAD, r"unauthori[sz]ed|authentication.(failed|error|required)|令牌", _KEY),    # One API
     ((403,), r"moderation|flagged|content policy|usage guidelines", _REFUSED),    # OpenRouter, xAI
+    ((402,), r"can only afford", _REFUSED),    # OpenRouter: of max_tokens
     ((401, 402, 403), "", (Fault.ACCOUNT, {})),
     (_BAD, r"location is not supported|unsupported_country", (Fault.ACCOUNT, {})),    # Gemini, OpenAI
     (_BAD, r"(organi[sz]ation|account|team)\b.{0,60}(disabled|restricted|suspended|deactivated)", (Fault.ACCOUNT, {})),
@@ -2440,7 +2446,7 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     (_BAD, r"(invalid|unknown|no such|unsupported|access) model\b(?! (param|option|setting|input|output))", _GONE),
     (_BAD, r"model_(not_(found|available|supported)|decommissioned|terms_required)", _GONE),    # Together, Groq
     (_BAD, r"model\b.{0,60}(not (exist|found|available|loaded|ready)|no longer|been (deprecated|decom))", _GONE),
-    (_BAD, r"(requested model\b.{0,60}|(^|; )(the )?model \S+ is )not supported|not find (the )?model", _GONE),    # Copilot
+    (_BAD, r"(requested model\b.{0,60}|(^|; )(the )?model \S+ is )not supported|not find (the )?model", _GONE),
     (_BAD, r"no models? (is |are )?loaded|(failed to|error|could not) load(ing)? model", _GONE),    # LM Studio
     (_BAD, r"model .{0,20}(crashed|unloaded)|model identifier is invalid|模型不存在", _GONE),    # Bedrock, GLM
     ((404,), r"no endpoints found that", _REFUSED),    # OpenRouter: … support image input

@@ -3529,7 +3529,7 @@ PARAMETERS = [    # what is refused of a request that has ALL_FIELDS, whether fo
      "valid: integer above maximum value, expected a value <= 32768, but got 64000 instead.", param="max_tokens")),
     ("max_tokens<=8192", True, 400, "Claude", gave("max_tokens: 64000 > 8192, which is the maximum allowed number "
      "of output tokens for claude-3-5-sonnet-20241022")),
-    ("max_tokens<=8193", True, 400, "Gemini", [gave("Unable to submit request because it has a maxOutputTokens "
+    ("max_tokens<=8192", True, 400, "Gemini", [gave("Unable to submit request because it has a maxOutputTokens "
      "value of 64000 but the supported range is from 1 (inclusive) to 8193 (exclusive).", code=400)]),
     ("max_tokens<=8092", False, 400, "vLLM", gave("'max_tokens' or 'max_completion_tokens' is too large: 64000. "
      "This model's maximum context length is 8192 tokens and your request has 100 input tokens (64000 > 8192 - 100).")),
@@ -3555,6 +3555,10 @@ PARAMETERS = [    # what is refused of a request that has ALL_FIELDS, whether fo
      "requested 72100 tokens (8100 in the messages, 64000 in the completion).")),
     (None, False, 400, "too long, prompt", gave("This model's maximum context length is 8192 tokens. However, your "
      "messages resulted in 9001 tokens.")),
+    ("max_tokens", True, 400, "a model's number is no limit", gave("Unsupported parameter: 'max_tokens' is not "
+     "supported with gpt-512-mini. Use 'max_completion_tokens' instead.", param="max_tokens", code="unsupported_parameter")),
+    ("max_tokens<=12003", False, 402, "OpenRouter", gave("This request requires more credits, or fewer max_tokens. You "
+     "requested up to 64000 tokens, but can only afford 12003.", code=402)),
     (None, False, 400, "SiliconFlow", {"code": 20015, "message": "number of input tokens (204703) has exceeded "
      "max_prompt_tokens (202752) limit."}),
 ]
