@@ -3556,7 +3556,15 @@ PARAMETERS = [    # what is refused of a request that has ALL_FIELDS, whether fo
     (None, False, 400, "too long, prompt", gave("This model's maximum context length is 8192 tokens. However, your "
      "messages resulted in 9001 tokens.")),
     ("max_tokens", True, 400, "a model's number is no limit", gave("Unsupported parameter: 'max_tokens' is not "
-     "supported with gpt-512-mini. Use 'max_completion_tokens' instead.", param="max_tokens", code="unsupported_parameter")),
+     "supported with gpt-512-mini. Use 'max_completion_tokens' instead.", code="unsupported_parameter")),
+    ("max_tokens<=8192", True, 400, "Bedrock", {"message": "The maximum tokens you requested exceeds the model limit "
+     "of 8192. Try again with a maximum tokens value that is lower than 8192."}),
+    ("max_tokens<=4000", False, 400, "Cohere", {"message": "too many tokens: max tokens must be less than or equal to "
+     "4000, received 64000"}),
+    ("store", True, 422, "jsonschema", {"detail": "Additional properties are not allowed ('store' was unexpected)"}),
+    ("top_p", False, 400, "a range", gave("top_p: value is out of range")),
+    (None, False, 400, "OpenAI, a mistake", gave("Invalid 'temperature': decimal above maximum value. Expected a value "
+     "<= 2, but got 3 instead.", param="temperature", code="decimal_above_max_value")),
     ("max_tokens<=12003", False, 402, "OpenRouter", gave("This request requires more credits, or fewer max_tokens. You "
      "requested up to 64000 tokens, but can only afford 12003.", code=402)),
     (None, False, 400, "SiliconFlow", {"code": 20015, "message": "number of input tokens (204703) has exceeded "
@@ -3820,6 +3828,8 @@ MEANT = [    # the fault, status, who says so, body; as users of these services 
      "Number of input tokens exceeds maximum length."}),
     ("TOO_LONG", 400, "plain text", "This model's maximum context length is 4096 tokens."),
     ("TOO_LONG", 422, "AI21", {"detail": "Prompt has 9001 tokens, exceeding max of 8000 tokens"}),
+    ("TOO_LONG", 400, "vLLM, no room", gave("max_tokens must be at least 1, got -91.", code=400)),
+    ("REFUSED", 500, "Ollama, image", {"error": "failed to process inputs: image: unknown format"}),
     ("TOO_LONG", 413, "claude 413", {"type": "error", "error": {"type": "request_too_large", "message":
      "Request exceeds the maximum size"}}),
     ("ACCOUNT", 400, "Gemini key", [gave("API key not valid. Please pass a valid API key.", code=400, status=
