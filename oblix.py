@@ -2423,7 +2423,7 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     (_ANY, r"billing[_ ](hard[_ ]limit|not[_ ]active)|exceeded_current_quota", _MONEY),    # OpenAI, Kimi
     (_BAD, r"quota (is |has been )?(exhausted|exceeded)|payment required|(trial|subscription)\b.{0,20}expired", _MONEY),
     (_ANY, r"api[ _-]?(key|token)\b.{0,20} (not valid|invalid|expired|disabled|revoked)|api_key_invalid", _KEY),
-    (_ANY, r"(invalid|incorrect|expired|missing|no) (x-)?(api[ _-]?key|(api |access )?token\b)|invalid_api_key", _KEY),
+    (_ANY, r"(invalid|incorrect|expired|missing|no) (x-)?(api|access|auth)[ _-]?(key|token)|invalid_api_key", _KEY),
     (_BAD, r"unauthori[sz]ed|authentication.(failed|error|required)|令牌", _KEY),    # One API
     ((403,), r"moderation|flagged|content policy|usage guidelines", _REFUSED),    # OpenRouter, xAI
     ((402,), r"can only afford", _REFUSED),    # OpenRouter: of max_tokens
@@ -4973,12 +4973,13 @@ def _empty() -> UpstreamError:
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
     """Return the most useful error when no target answered: the only one, or one that lists all of them.
 
-    Where all targets refused the request, the first refusal is the answer.
+    Where all targets refused the request, but for last resorts, the first refusal is the answer.
     """
     target, last = failed[-1].target, failed[-1].error
     errors = [tried.error for tried in failed]
-    if all(error.fault in (Fault.REFUSED, Fault.TOO_LONG) for error in errors):
-        return errors[0]
+    told = [tried.error for tried in failed if tried.target not in plan.last_resort] or errors
+    if all(error.fault in (Fault.REFUSED, Fault.TOO_LONG) for error in told):
+        return told[0]
     if not last.fault.moves_on or len(failed) == 1 and not plan.excluded:
         if last.fault is Fault.TRANSPORT:    # our own words do not name the target
             last.message = f"{target.id}: {last.message}"

@@ -3830,6 +3830,9 @@ MEANT = [    # the fault, status, who says so, body; as users of these services 
     ("TOO_LONG", 422, "AI21", {"detail": "Prompt has 9001 tokens, exceeding max of 8000 tokens"}),
     ("TOO_LONG", 400, "vLLM, no room", gave("max_tokens must be at least 1, got -91.", code=400)),
     ("REFUSED", 500, "Ollama, image", {"error": "failed to process inputs: image: unknown format"}),
+    ("REFUSED", 400, "no key of ours", gave("logit_bias: invalid token 99999")),
+    ("REFUSED", 400, "no model that is gone", gave("Unsupported parameter: 'temperature' is not supported with this "
+     "model.", code="unsupported_parameter")),
     ("TOO_LONG", 413, "claude 413", {"type": "error", "error": {"type": "request_too_large", "message":
      "Request exceeds the maximum size"}}),
     ("ACCOUNT", 400, "Gemini key", [gave("API key not valid. Please pass a valid API key.", code=400, status=
@@ -5022,6 +5025,15 @@ class Auto(Case):
     def test_a_prompt_too_long_for_one_may_fit_the_other(self):
         too_long = whole(400, OLLAMA.error("the prompt is longer than the context length"))
         self.answered(self.saved(OLLAMA, too_long, False), "saved")
+
+    def test_a_refusal_is_the_answer_where_only_a_last_resort_was_left(self):
+        """So an agent without a network knows that its prompt is too long, and compacts."""
+        too_long = OLLAMA.error("prompt too long; exceeded max context length by 9 tokens")
+        with Upstream(OLLAMA, whole(400, too_long)) as local, Upstream(OPENAI) as cloud:
+            cloud.close()
+            with running(local, cloud) as server:
+                for stream in (False, True):
+                    self.refused(ask(server, "auto", stream=stream), 400, code="context_length_exceeded")
 
     def test_a_client_never_sees_two_beginnings(self):
         for name, script, _ in FAULTS_AFTER:
