@@ -12872,7 +12872,7 @@ class ClientContract:
         self.assertLessEqual({"auto", "local", "cloud", "ollama:hf.co/org/tiny:Q4", *EXPLICIT}, set(ids))
         for name in ids:
             self.does("model", name, {"ids": [name]})
-        self.raises("NotFoundError", "model", "openai:no/such", 404, "no/such")
+        self.raises("NotFoundError", "model", "no/such", 404, "no/such")
 
     def test_the_base_url_may_lack_v1_and_say_localhost(self):
         self.start()
