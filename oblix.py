@@ -90,17 +90,7 @@ import time
 import traceback
 import urllib.parse
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    ClassVar,
-    NamedTuple,
-    NoReturn,
-    Optional,
-    TextIO,
-    Union,
-)
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, TextIO, Union
 
 if TYPE_CHECKING:
     import ssl
@@ -261,8 +251,9 @@ class ChatRequest:
         return dumps(payload["model"]).join(self.around)
 
     def max_output_tokens(self, usual: int) -> int:
-        """Return the most tokens that the answer may have."""
-        return int(self.body.get("max_completion_tokens") or self.body.get("max_tokens") or usual)
+        """Return the most tokens that the answer may have; -1 is no limit, as LM Studio and Ollama have it."""
+        asked: int = self.body.get("max_completion_tokens") or self.body.get("max_tokens") or usual
+        return asked if asked > 0 else usual
 
     @functools.cached_property
     def blocks(self) -> tuple[int, ...]:
@@ -433,6 +424,11 @@ def text_of(message: Json) -> str:
     return "\n".join(part[part["type"]] for part in parts_of(message) if part["type"] in ("text", "refusal"))
 
 
+def as_list(value: str | list[str]) -> list[str]:
+    """Return one or several as several."""
+    return [value] if isinstance(value, str) else value
+
+
 def is_header_safe(text: str) -> bool:
     """Return True if a text is printable ASCII, which a header or a log takes as it is."""
     return text.isascii() and text.isprintable()
@@ -538,21 +534,20 @@ def host_in(url: str) -> str:
 
 @functools.lru_cache(64)
 def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return the address that a host is, or None if it is a name."""
+    """Return the address that a host is, whoever runs the DNS, or None (RFC 6761, 6.3: localhost is loopback)."""
+    if re.fullmatch(r"(?:.+\.)?localhost|127(?:\.[0-9]+){1,2}", host):    # every system makes 127.0.0.1 of 127.1
+        host = "127.0.0.1"
     try:
-        return ipaddress.ip_address(host)
+        address = ipaddress.ip_address(host)
     except ValueError:
         return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
-@functools.lru_cache(64)
 def is_loopback(host: str) -> bool:
-    """Return True if a host is this device by its name alone, without DNS (RFC 6761, 6.3)."""
+    """Return True if a host is this device."""
     address = address_of(host)
-    address = getattr(address, "ipv4_mapped", None) or address
-    if address is None:    # of short spellings like 127.1 every system makes 127.0.0.1
-        return bool(re.fullmatch(r"(?:.+\.)?localhost|127(?:\.[0-9]+){1,2}", host))
-    return bool(address.is_loopback)
+    return address is not None and address.is_loopback
 
 
 # === 2. Settings ======================================================================================================
@@ -580,50 +575,40 @@ class Settings:
         "in order of preference; default: the newest model of Ollama")
     cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name; repeat in order of preference; default: a "
         "cheap model of each provider with a key")
-    cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags, so prefer the variable or "
-        "the file", secret=True)
+    cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags: prefer the file", secret=True)
     cloud_api_key_file: str = setting("", "file that holds it")
-    host: str = setting("localhost", "address to listen on; localhost is 127.0.0.1 and ::1; any other that the network "
-        "reaches needs --api-key")
+    host: str = setting("localhost", "address to listen on; one that the network reaches needs --api-key")
     port: int = setting(62549, "port to listen on; 0 picks a free one", 0, 65535)
-    api_key: str = setting("", "key that clients must send; `ps` shows flags, so prefer the variable or the file",
-        secret=True)
+    api_key: str = setting("", "key that clients must send; `ps` shows flags: prefer the file", secret=True)
     api_key_file: str = setting("", "file that holds it")
     no_auth: bool = setting(False, "let everybody in who reaches --host, without a key")
     allow_origin: tuple[str, ...] = setting((), "origin of web pages that may ask, as https://chat.example, or * for "
-        "all; repeat; those on localhost may")
-    allow_host: tuple[str, ...] = setting((), "further name by which clients reach it; localhost, addresses and the "
-        "device's own name always work; repeat")
-    demo: bool = setting(False, "serve two built-in scripted models, one local and one cloud, to try Oblix with "
-        "nothing installed")
+        "all; repeat; those on localhost and of desktop apps may")
+    allow_host: tuple[str, ...] = setting((), "further name by which clients reach it, beside localhost, addresses and "
+        "the device's own; repeat")
+    demo: bool = setting(False, "serve two built-in scripted models, to try Oblix with nothing installed")
     connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together", 0.1)
     prefer: str = setting("local", "what auto prefers while local is available and the cloud optimal: local, "
         "cloud, or whichever is measured to answer sooner", choices=("local", "cloud", "fast"))
     local_first_s: float = setting(5.0, "expected seconds to local's first word from which the cloud goes first, if it "
         "is expected in less than half of that; inf stays local", 0, math.inf)
     local_whole_s: float = setting(30.0, "the same for the end of an answer that is not streamed", 0, math.inf)
-    local_slots: int = setting(1, "requests that the local model answers at once (Ollama's OLLAMA_NUM_PARALLEL); more "
-        "overflow to the cloud", 1)
+    local_slots: int = setting(1, "requests that the local model answers at once (Ollama's OLLAMA_NUM_PARALLEL)", 1)
     warm_up: str = setting("auto", "whether to load the local model at start, while the cloud is not optimal, and "
         "when the cloud answers in its place", choices=("auto", "never"))
-    keep_alive: str = setting("auto", "how long Ollama keeps a model in memory after its last use: seconds, or 10m, "
-        "1h30m, -1 for ever; auto is 30m, and 5m on battery; default leaves it to Ollama",
-        form=rf"auto|default|{DURATION}")
+    keep_alive: str = setting("auto", "how long Ollama keeps a model after its last use: seconds, or 10m, -1 for ever; "
+        "auto is 30m, and 5m on battery; default leaves it to Ollama", form=rf"auto|default|{DURATION}")
     on_cut: str = setting("error", "what follows when a plain text stream breaks off: an error, or another model that "
         "continues it", choices=("error", "continue"))
-    first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; Ollama may load a model for "
-        "minutes", 0.1)
-    patience_s: float = setting(60.0, "seconds until an answer's first content while another model could answer; a "
-        "silent cloud is left sooner", 0.1)
+    first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; a load takes minutes", 0.1)
+    patience_s: float = setting(60.0, "seconds until first content while another model could answer", 0.1)
     stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; comments don't count", 0.1)
     request_timeout_s: float = setting(900.0, "seconds that a whole request may take, all attempts together", 0.1)
-    max_requests: int = setting(512, "chat requests answered at once, each on a thread; more get a 503 and are told to "
-        "come again", 1, 65_536)
+    max_requests: int = setting(512, "chat requests answered at once; more get a 503 and come again", 1, 65_536)
     max_body_mib: int = setting(32, "largest request, in MiB; images make 10 to 30 of them normal", 1, 128)
     drain: float = setting(8.0, "seconds that requests may go on after SIGTERM or Ctrl-C; docker stop waits for 10")
     probe_every_s: float = setting(30.0, "seconds between probes of a cloud that answers; sooner after trouble", 1)
-    better_after_s: float = setting(10.0, "seconds that better readings must last before they count; a flapping link "
-        "counts as down")
+    better_after_s: float = setting(10.0, "seconds that better readings must last before they count")
     cpu_constrained_percent: float = setting(80.0, "CPU use from which local is constrained")
     cpu_critical_percent: float = setting(95.0, "CPU use from which local is critical")
     memory_constrained_percent: float = setting(85.0, "memory use from which local is constrained")
@@ -661,9 +646,20 @@ class Settings:
                 if not value or [] in value:    # argparse's reading of --flag=--
                     raise UsageError(f"{flag_of(field)} needs a value; see --help")
                 found[field.name] = tuple(value)
-            elif not field.repr and not is_header_safe(value):    # repr=False: a secret
-                raise UsageError(f"{variable_of(field)} holds characters that no key has: copy it again")
+            elif not field.repr:    # a secret
+                found[field.name] = key_in(value, variable_of(field))
         return cls(**found)
+
+
+def key_in(text: str, place: str) -> str:
+    """Return the key in a text, without what editors and shells leave around it; "" if there is none.
+
+    Raise UsageError, which names the place, for characters that no key has.
+    """
+    key = text.strip("\ufeff \t\r\n\"'")
+    if not is_header_safe(key):
+        raise UsageError(f"{place} holds characters that no key has: copy it again")
+    return key
 
 
 def variable_of(field: dataclasses.Field[Any]) -> str:
@@ -762,7 +758,8 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
 FIELD_LINE = re.compile(_TOKEN + rb":[\t -~\x80-\xff]*\r\n")
 _FIELD_LINES = re.compile(rb"(?:" + FIELD_LINE.pattern + rb")*")
-_TARGET = re.compile(r"(?:(?i:https?)://([^/?#]*))?(?:/v1(?=[/?#]|$))?([^?#]*)")    # authority, path
+# Authority, path.  Clients join base URL and path with a /v1 or a slash too many: only one thing can be meant.
+_TARGET = re.compile(r"(?:(?i:https?)://([^/?#]*))?(?:/+v1(?=[/?#]|$))*([^?#]*)")
 # Two servers in a row may read two of these differently.
 _ONCE = frozenset(["authorization", "content-length", "content-type", "host", "origin", "transfer-encoding"])
 
@@ -782,9 +779,10 @@ class Head:
 
     @functools.cached_property
     def path(self) -> str:
-        """The path without query, /v1 and trailing slash; still percent-encoded."""
+        """The path without query, /v1, and slashes that are doubled or trail; still percent-encoded."""
         found = _TARGET.match(self.target)
-        return (found[2] if found else "").rstrip("/") or "/"
+        path = found[2] if found else ""
+        return (re.sub("//+", "/", path) if "//" in path else path).rstrip("/") or "/"
 
     @property
     def authority(self) -> str | None:
@@ -844,23 +842,30 @@ def parse_head(first: bytes, more: Iterable[bytes]) -> Head:
     return Head(method, target, version, fields)
 
 
-def body_kind_refusal(head: Head) -> BadRequest | None:
-    """Return the error for an unsupported Content-Type or Content-Encoding, or None.
+def check_body_kind(head: Head) -> None:
+    """Raise BadRequest for an unsupported Content-Type or Content-Encoding.
 
-    A page may send a text or a form to any address unasked, but JSON only after a preflight.
+    A page may send a text or a form to any address unasked, but JSON only after a preflight.  A program may send what
+    it likes (`curl -d` says that it sends a form): it has neither header that browsers add to each POST of a page, even
+    if that hides where it comes from (`Origin: null`; Fetch standard, "append a request Origin header").
     """
     kind = head.fields.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not re.fullmatch(r"application/[!-.0-~]+\+json", kind):
-        return BadRequest("Send the body as JSON, with the header `Content-Type: application/json`.", status=415,
-                          code="unsupported_media_type")
+    by_page = "origin" in head.fields or "sec-fetch-site" in head.fields
+    if by_page and not re.fullmatch(r"application/([!-.0-~]+\+)?json", kind):
+        raise BadRequest("Send the body as JSON, with the header `Content-Type: application/json`.", status=415,
+                         code="unsupported_media_type")
     if head.fields.get("content-encoding", "identity").lower() not in ("identity", ""):
-        return BadRequest("Send the body without a Content-Encoding.", status=415, code="unsupported_media_type")
-    return None
+        raise BadRequest("Send the body without a Content-Encoding.", status=415, code="unsupported_media_type")
 
 
 # --- 3. Access --------------------------------------------------------------------------------------------------------
 
 EXPOSED = "x-oblix-model, x-oblix-side, x-oblix-reason, x-oblix-attempts, x-request-id, x-should-retry, retry-after"
+
+# Schemes of pages that are part of an installed program; a page from elsewhere has http:, https: or null.  `file:` and
+# browsers' extensions are left out: a download is from elsewhere, and an extension runs beside every page.
+APPS = frozenset(("app", "capacitor", "capacitor-electron", "electron", "ionic", "tauri", "vscode-file",
+                  "vscode-webview"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -873,8 +878,11 @@ class Guard:
     def check(self, head: Head) -> None:
         """Raise OblixError unless the client may ask."""
         host = host_of(head.authority or "")
-        if not self.key and head.authority is not None and not (
-                host in self.names or is_loopback(host) or address_of(host) is not None):
+        if head.authority and not host:
+            raise BadRequest("The Host header is not `host` or `host:port` (RFC 9112, 3.2).", code="bad_request")
+        # Containers call the host host.docker.internal and the like.  Nobody on the internet can have a name below
+        # .internal, but who runs the network's DNS can: `welcomes` refuses the requests of such a page.
+        if not self.key and head.authority is not None and not (self._is_own(host) or host.endswith(".internal")):
             # For the browser, a page whose own name leads here (DNS rebinding) is of the same origin.
             raise BadRequest("The Host header is none of this server's names. Use localhost or an IP address, or start "
                              "Oblix with --allow-host NAME, or with an --api-key.", status=403, code="host_not_allowed")
@@ -886,11 +894,17 @@ class Guard:
                              "as `Authorization: Bearer …`.", status=401, type="authentication_error",
                              code="invalid_api_key", retry=False)
 
+    def _is_own(self, host: str) -> bool:
+        """Return True if a host means this server, whoever runs the DNS."""
+        return host in self.names or address_of(host) is not None
+
     def welcomes(self, head: Head) -> bool:
         """Return True if the page that asks is of this device, of this server itself, or of an allowed origin."""
         origin = head.fields.get("origin", "").lower()
-        place = origin.partition("://")[2]
-        return bool(self.origins & {origin, "*"} or place and (place == head.authority or is_loopback(host_of(place))))
+        scheme, _, place = origin.partition("://")
+        host = host_of(place)
+        return bool(self.origins & {origin, "*"} or place and (scheme in APPS or is_loopback(host) or (
+            place == head.authority and (self.key or self._is_own(host)))))
 
     def is_public(self, head: Head) -> bool:
         """Return True for GET /health without the key that is set: its answer has only status and version."""
@@ -940,21 +954,8 @@ def check_fields(fields: Json, rules: Mapping[str, Rule], needed: Iterable[str],
             need(False, f"{where}.{name}".lstrip("."), rule[1])
 
 
-def _a(kind: type, words: str) -> Rule:
-    return lambda value: isinstance(value, kind), f"must be {words}"
-
-
-def _number(low: float, high: float, kinds: tuple[type, ...] = (int, float), words: str = "a number") -> Rule:
-    # subtle: type(), not isinstance(): True is an int, and `"temperature": true` must not pass for 1
-    return lambda value: type(value) in kinds and low <= value <= high, f"must be {words} from {low} to {high}"
-
-
-def _integer(low: int, high: int) -> Rule:
-    return _number(low, high, (int,), "an integer")
-
-
-def _one_of(*words: str) -> Rule:
-    return lambda value: value in words, f"must be one of {', '.join(words)}"
+def _a(*kinds: type, words: str) -> Rule:
+    return lambda value: isinstance(value, kinds), f"must be {words}"
 
 
 def _list_of(kind: type, words: str) -> Rule:
@@ -962,64 +963,57 @@ def _list_of(kind: type, words: str) -> Rule:
         f"must be a list of {words}")
 
 
-_string, _boolean, _object = _a(str, "a string"), _a(bool, "true or false"), _a(dict, "an object")
-_strings = _list_of(str, "strings")
+def _integer(low: int, high: int, words: str = "") -> Rule:
+    # subtle: type(), not isinstance(): True is an int, and `"n": true` must not pass for 1
+    return lambda value: type(value) in (int, float) and low <= value <= high and int(value) == value, (
+        f"must be an integer{words}")
 
 
-def _inner(value: Any, usual: str = "") -> Json | None:
-    """Return the object that {"type": kind, kind: {...}} contains, or None for any other value."""
-    kind = value.get("type") or usual if isinstance(value, dict) else None
-    return value.get(kind) or None if isinstance(kind, str) and isinstance(value.get(kind), dict) else None
+def _has(value: Any, kinds: Mapping[str, Any]) -> bool:
+    """Return True if a value is an object whose fields of these names are of these types."""
+    if isinstance(value, dict):
+        for name, kind in kinds.items():
+            if not isinstance(value.get(name), kind):
+                return False
+    return isinstance(value, dict)
 
 
-def _is_response_format(value: Any) -> bool:
-    schema = value.get("json_schema") if isinstance(value, dict) else None
-    return isinstance(value, dict) and (value.get("type") in ("text", "json_object") or (
-        value.get("type") == "json_schema" and isinstance(schema, dict) and isinstance(schema.get("name"), str)
-        and isinstance(schema.get("schema") or {}, dict)))
-
-
-def _is_tool(tool: Json) -> bool:
-    inner = _inner(tool) or {}
-    return bool(inner.get("name")) and isinstance(inner["name"], str) and (
-        isinstance(inner.get("parameters") or {}, dict) and isinstance(inner.get("description") or "", str))
+def _is_call(call: Any) -> bool:    # Ollama's clients leave the id out, and send the arguments as an object
+    return _has(call, {"id": (str, _ABSENT)}) and ((call.get("type") or "function") != "function" or _has(
+        call.get("function"), _CALLED))
 
 
 def _is_tool_choice(value: Any) -> bool:
-    inner = _inner(value)
-    if inner and value["type"] == "allowed_tools":
-        tools = inner.get("tools")
-        return inner.get("mode") in ("auto", "required") and isinstance(tools, list) and all(map(_is_tool, tools))
-    return value in ("none", "auto", "required") or inner is not None and isinstance(inner.get("name"), str)
+    allowed = isinstance(value, dict) and value.get("type") == "allowed_tools"
+    return _has(value.get("allowed_tools"), _ALLOWED) if allowed else isinstance(value, (str, dict))
 
 
-def _is_call(call: Any) -> bool:
-    inner = _inner(call, "function") or {}
-    return isinstance(inner.get("name"), str) and isinstance(inner.get("arguments", inner.get("input")), str) and (
-        isinstance(call.get("id"), str))
+_ABSENT = type(None)
+_ALLOWED = {"tools": list, "mode": str}
+_CALLED = {"name": str, "arguments": (str, dict, _ABSENT)}
+_FUNCTION = {"name": str, "parameters": (dict, _ABSENT), "description": (str, _ABSENT)}
+_string, _boolean, _object = _a(str, words="a string"), _a(bool, words="true or false"), _a(dict, words="an object")
+_number: Rule = lambda value: type(value) in (int, float), "must be a number"
+_strings = _list_of(str, "strings")
+WHOLE = ("max_tokens", "max_completion_tokens", "seed", "top_logprobs", "n")    # 1.0 is 1: some languages have no int
 
-
+# A rule refuses what no server takes, or what this file could not read.  For anything else the upstream knows best:
+# servers have efforts, kinds of tools and formats, and ranges of numbers that OpenAI's reference does not have.
 FIELDS: dict[str, Rule] = {
     # the model's name goes into headers and logs
     "model": (lambda name: isinstance(name, str) and 0 < len(name) <= 256 and name.isprintable(),
               'must be "auto" or another printable name of at most 256 characters, see GET /v1/models'),
     "messages": (lambda value: isinstance(value, list) and value, "must be a list of at least one message"),
-    "temperature": _number(0, 2), "top_p": _number(0, 1),
-    "presence_penalty": _number(-2, 2), "frequency_penalty": _number(-2, 2),
-    "max_tokens": _integer(1, 2**31 - 1), "max_completion_tokens": _integer(1, 2**31 - 1),
-    "n": _integer(1, 128), "seed": _integer(-2**63, 2**63 - 1), "top_logprobs": _integer(0, 20),
-    "stream": _boolean, "logprobs": _boolean, "parallel_tool_calls": _boolean, "store": _boolean,
+    **dict.fromkeys(("temperature", "top_p", "presence_penalty", "frequency_penalty"), _number),
+    **dict.fromkeys(WHOLE, _integer(-2**63, 2**64 - 1)),    # no server's types take more
+    "n": _integer(1, 16384, " from 1 to 16384"),            # vLLM's limit
+    "stream": _boolean, "logprobs": _boolean,
     "stop": (lambda value: isinstance(value, str) or _strings[0](value), "must be a string or a list of strings"),
-    "response_format": (_is_response_format, 'must be {"type": "text"}, {"type": "json_object"}, or {"type": '
-                                             '"json_schema", "json_schema": {"name": …, "schema": {…}}}'),
-    "tools": _list_of(dict, "tools"),
-    "tool_choice": (_is_tool_choice, 'must be "none", "auto", "required" or name a tool'),
-    "reasoning_effort": _one_of("none", "minimal", "low", "medium", "high", "xhigh", "max"),
-    "user": _string, "safety_identifier": _string, "service_tier": _string, "verbosity": _string,
-    "stream_options": (lambda value: isinstance(value, dict) and isinstance(value.get("include_usage") or False, bool),
-                       "must be an object with a boolean include_usage"),
-    "logit_bias": _object, "metadata": _object, "audio": _object, "prediction": _object, "web_search_options": _object,
-    "modalities": _strings, "functions": _list_of(dict, "objects"),
+    "tools": _list_of(dict, "tools"), "functions": _list_of(dict, "functions"),
+    "tool_choice": (_is_tool_choice, 'must be "none", "auto", "required" or an object that names a tool'),
+    "response_format": (lambda value: _has(value, {"type": str}), 'must be like {"type": "json_object"} or '
+                        '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}'),
+    "reasoning_effort": _string, "service_tier": _string, "stream_options": _object,
     "options": _object,    # not OpenAI's: Ollama's own options, sent by SDK users as extra_body
 }
 
@@ -1027,33 +1021,28 @@ FIELDS: dict[str, Rule] = {
 NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop": [], "tools": [], "functions": [],
           "logit_bias": {}, "modalities": ["text"], "response_format": {"type": "text"}}
 
-ROLES: dict[str, tuple[str, ...]] = {    # role of a message -> the fields that it must have
-    "system": ("content",), "developer": ("content",), "user": ("content",), "assistant": (), "function": (),
-    "tool": ("tool_call_id",)}
-
 _TOOL = '{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
 _CALL = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
 MESSAGE_FIELDS: dict[str, Rule] = {
-    "role": _one_of(*ROLES), "tool_call_id": _string, "refusal": _string,
-    "content": (lambda value: isinstance(value, (str, list)), "must be a string or a list of content parts"),
-    "function_call": (lambda value: _is_call({"id": "", "function": value}), 'must be {"name": …, "arguments": "{}"}'),
+    "role": (lambda value: isinstance(value, str) and value, "must be system, developer, user, assistant or tool"),
+    "tool_call_id": _string, "refusal": _string, "name": _string,
+    "content": _a(str, list, words="a string or a list of content parts"),
+    "function_call": (lambda value: _has(value, _CALLED), 'must be {"name": …, "arguments": "{}"}'),
     "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), f"must be a list of {_CALL}"),
 }
 
 PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test of the rest
     "text": lambda part: isinstance(part.get("text"), str),
     "refusal": lambda part: isinstance(part.get("refusal"), str),
-    "image_url": lambda part: isinstance(part.get("image_url"), dict) and isinstance(part["image_url"].get("url"), str),
-    "input_audio": lambda part: isinstance(part.get("input_audio"), dict),
-    "file": lambda part: isinstance(part.get("file"), dict) and all(
-        isinstance(part["file"].get(name) or "", str) for name in ("file_id", "file_data", "filename")),
+    "image_url": lambda part: _has(part.get("image_url"), {"url": str}),
+    "file": lambda part: _has(part.get("file"), {"file_data": (str, _ABSENT)}),
 }
 
 
 def parse_request(raw: bytes) -> ChatRequest:
     """Return the request that a client's bytes contain.
 
-    Raises BadRequest, which names the parameter, for a type or range that OpenAI's reference does not allow.
+    Raises BadRequest, which names the parameter, for a type or range that no upstream takes.
     """
     try:
         body = loads(raw)
@@ -1065,24 +1054,37 @@ def parse_request(raw: bytes) -> ChatRequest:
     model = body.pop("model")
     kept = {name: value for name, value in body.items()
             if value is not None and not (name in NO_OPS and value == NO_OPS[name])}
+    mended: Json = {name: int(value) for name, value in kept.items() if type(value) is float and name in WHOLE}
+    if "" in as_list(kept.get("stop", [])):    # it says nothing, and vLLM refuses it
+        mended["stop"] = [stop for stop in as_list(kept["stop"]) if stop]
+    kept.update(mended)
+    if kept.get("stop") == []:
+        del kept["stop"]
     kept["messages"] = [_message(f"messages[{number}]", message) for number, message in enumerate(kept["messages"])]
     if "tools" in kept:
-        for number, tool in enumerate(kept["tools"]):
-            need(_is_tool(tool), f"tools[{number}]", f"must be like {_TOOL}")
-        kept["tools"] = [without_nulls(tool, tool["type"]) for tool in kept["tools"]]
+        kept["tools"] = [_tool(f"tools[{number}]", tool) for number, tool in enumerate(kept["tools"])]
     for name, needed in (("tool_choice", "tools"), ("parallel_tool_calls", "tools"), ("function_call", "functions")):
         if needed not in kept:    # OpenAI refuses the one without the other
             kept.pop(name, None)
     stream = kept.get("stream", False)
     options = kept.get("stream_options", {}) if stream else kept.pop("stream_options", {})
-    around = split_at_model(raw, {**body, "model": model}) if kept == body else None
+    around = split_at_model(raw, {**body, "model": model}) if kept == body and not mended else None
     return ChatRequest(model, kept, stream, bool(options.get("include_usage")), around)
+
+
+def _tool(where: str, tool: Json) -> Json:
+    """Return a tool, checked, with its type and without its nulls.  Raises BadRequest."""
+    tool = {"type": "function", **without_nulls(tool, tool.get("type") or "function")}
+    fits = tool["type"] != "function" or _has(tool.get("function"), _FUNCTION) and tool["function"]["name"]
+    need(fits, where, f"must be like {_TOOL}")
+    return tool
 
 
 def _message(where: str, message: Any) -> Json:
     """Return a message, checked and without its nulls.  Raises BadRequest."""
     need(isinstance(message, dict), where, "must be an object")
-    check_fields(message, MESSAGE_FIELDS, ROLES.get(str(message.get("role")), ("role",)), where)
+    says = message.get("role") in ("system", "developer", "user")
+    check_fields(message, MESSAGE_FIELDS, ("role", "content") if says else ("role",), where)
     # servers' chat templates want a content, if only null
     checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
     content, calls = message.get("content"), checked.pop("tool_calls", None)
@@ -1100,13 +1102,22 @@ def _part(where: str, part: Any) -> Json:
     if kind == "image_url" and isinstance(part.get("image_url"), str):
         part = {**part, "image_url": {"url": part["image_url"]}}
     need(kind not in PARTS or PARTS[kind](part), where, f"is not a well-formed {kind} part")
+    image = _IMAGE.match(part["image_url"]["url"]) if kind == "image_url" else None
+    if image and image[1].lower() != f"image/{image.lastgroup}":    # Claude and Gemini refuse it
+        url = f"data:image/{image.lastgroup}{image.string[image.end(1):]}"
+        part = {**part, "image_url": {**part["image_url"], "url": url}}
     return without_nulls(part, kind)
 
 
-def without_nulls(fields: Json, inner: str = "") -> Json:
+# A data: URL of an image, by the first bytes of its formats: what a client says of the type is often a guess.
+_IMAGE = re.compile(r"(?i:data):([^;,]*)[^,]*;(?i:base64),"
+                    r"(?:(?P<png>iVBORw0KGg)|(?P<jpeg>/9j/)|(?P<gif>R0lGOD)|(?P<webp>UklGR.{6}XRUJQ))")
+
+
+def without_nulls(fields: Json, inner: Any = None) -> Json:
     """Return an object without its nulls, and without those of the object in its field `inner`."""
     kept = {name: value for name, value in fields.items() if value is not None} if None in fields.values() else fields
-    nested = kept.get(inner)
+    nested = kept.get(inner) if isinstance(inner, str) else None
     if isinstance(nested, dict) and None in nested.values():
         kept = {**kept, inner: without_nulls(nested)}
     return kept
@@ -1966,8 +1977,9 @@ def same_ollama_model(asked: str, installed: str) -> bool:
 
 
 def full_name(name: str) -> str:
-    """Return the one spelling of an Ollama name."""
-    return name.lower() if ":" in name.rsplit("/", 1)[-1] else name.lower() + ":latest"
+    """Return the one spelling of an Ollama name, without the host and the namespace that are implied."""
+    name = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
+    return name if ":" in name.rsplit("/", 1)[-1] else name + ":latest"
 
 
 def _exclusion(target: Target, reading: Reading | None, model: Model | None,
@@ -2313,8 +2325,9 @@ class Provider:
             why = self.refuse_part(part)
             if why:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
-        if self.translates and any(tool["type"] != "function" for tool in request.body.get("tools", [])):
-            return Unsupported(f"{self.label} supports tools of type function only.", param="tools")
+        unknown = unknown_value(request) if self.translates else None
+        if unknown:
+            return Unsupported(f"{self.label} does not support this value of {unknown}.", param=unknown)
         if not self.forces_tools and chosen_tools(request.body)[1] not in ("none", "auto"):
             return Unsupported(f"{self.label} can't be made to call a tool: only auto and none work.",
                                param="tool_choice")
@@ -2543,16 +2556,29 @@ def arguments_of(text: str) -> Json:
 
 
 def without_deprecated(messages: Sequence[Json]) -> list[Json]:
-    """Return the messages without deprecated fields: tool calls for function_call, a refusal as content."""
-    converted = []
+    """Return the messages as OpenAI's reference has them: tool calls for function_call, a refusal as content.
+
+    Each call gets an id, and each result the id and the name of its call: results without ids answer the calls of their
+    names, or all calls if they have no names, in turn.
+    """
+    converted, names = list[Json](), dict[str, str]()    # of calls, by id
+    waiting: dict[str, collections.deque[str]] = collections.defaultdict(collections.deque)    # ids by name; "": all
     for number, message in enumerate(messages):
         message = dict(message)
         if message.get("refusal") and not message.get("content"):
             message["content"] = message["refusal"]
-        if "function_call" in message:    # it has no id; the message's place makes one
-            message["tool_calls"] = [{"id": f"call_{number}", "type": "function", "function": message["function_call"]}]
-        if message["role"] == "function":
-            message.update(role="tool", tool_call_id=f"call_{number - 1}")
+        calls = [{"function": message["function_call"]}] if "function_call" in message else message.get("tool_calls")
+        if calls:    # the message's place makes an id
+            message["tool_calls"] = [{**call, "id": call.get("id") or f"call_{number}_{place}"}
+                                     for place, call in enumerate(calls)]
+        for call in message.get("tool_calls", ()):
+            name = names[call["id"]] = name_and_arguments(call)[0]
+            waiting[name].append(call["id"])
+            waiting[""].append(call["id"])
+        if message["role"] in ("tool", "function"):
+            name = message.get("name") or ""
+            id = message.get("tool_call_id") or (waiting[name].popleft() if waiting[name] else f"call_{number}")
+            message.update(role="tool", tool_call_id=id, name=name or names.get(id, ""))
         converted.append(message)
     return converted
 
@@ -2568,51 +2594,90 @@ def present(fields: Json) -> Json:
     return {name: value for name, value in fields.items() if value}
 
 
-def as_list(value: str | list[str]) -> list[str]:
-    """Return one or several as several."""
-    return [value] if isinstance(value, str) else value
-
-
 def needs_of(request: ChatRequest) -> frozenset[str]:
     """Return what a model must be capable of for a request, in Ollama's words (/api/show, capabilities)."""
     return frozenset(present({"vision": any(part["type"] == "image_url" for _, part in request.parts()),
                               "tools": chosen_tools(request.body)[0]}))
 
 
-def name_of(tool: Json) -> str:
-    """Return the name in a tool, or in the choice of one: {"type": kind, kind: {"name": ...}}."""
-    return str(tool[tool["type"]]["name"])
+def name_of(tool: Any) -> str:
+    """Return the name in a tool, or in the choice of one: {"type": kind, kind: {"name": ...}}; "" without one."""
+    inner = tool.get(str(tool.get("type"))) if isinstance(tool, dict) else None
+    return str(inner.get("name") or "") if isinstance(inner, dict) else ""
+
+
+def effort_of(body: Json) -> str | None:
+    """Return the effort that a request asks for, or None for the model's own."""
+    effort = body.get("reasoning_effort")
+    return None if effort in ("", "auto", "default") else effort
+
+
+EFFORTS = (None, "none", "minimal", "low", "medium", "high", "xhigh", "max")
+CHOICES = ("none", "auto", "required")
+
+
+def unknown_value(request: ChatRequest) -> str | None:
+    """Return the parameter whose value only some OpenAI-compatible servers know, or None."""
+    body = request.body
+    choice = chosen_tools(body)[1]
+    if effort_of(body) not in EFFORTS:
+        return "reasoning_effort"
+    if body.get("response_format", {"type": "text"})["type"] not in JSON_FORMS:
+        return "response_format"
+    if any(tool["type"] != "function" for tool in body.get("tools", ())):
+        return "tools"
+    if choice not in CHOICES and not name_of(choice):
+        return "tool_choice"
+    for number, message in enumerate(request.messages):
+        if message["role"] not in ROLES:
+            return f"messages[{number}].role"
+        if not all(map(called_in, message.get("tool_calls", ()))):
+            return f"messages[{number}].tool_calls"
+    return None
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+JSON_FORMS = ("text", "json_object", "json_schema")
 
 
 def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
     """Return the tools that tool_choice leaves, and the choice among them: a word, or the named tool."""
     tools, choice = body.get("tools", []), body.get("tool_choice", "auto")
-    if isinstance(choice, dict) and choice["type"] == "allowed_tools":
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         allowed = {name_of(tool) for tool in choice["allowed_tools"]["tools"]}
-        return [tool for tool in tools if name_of(tool) in allowed], choice["allowed_tools"]["mode"]
-    return ([] if choice == "none" else tools), choice
+        tools, choice = [tool for tool in tools if name_of(tool) in allowed], choice["allowed_tools"]["mode"]
+    return ([] if choice == "none" else tools), "required" if choice == "any" else choice    # Mistral's word
 
 
 def json_wanted(body: Json) -> Json | None:
     """Return the JSON schema that the answer must fit, {} for any JSON, or None for a text."""
     form = body.get("response_format", {"type": "text"})
-    if form["type"] == "json_schema":
-        return form["json_schema"].get("schema") or {}
-    return None if form["type"] == "text" else {}
+    if form["type"] == "text":
+        return None
+    schema = (form["json_schema"] if isinstance(form.get("json_schema"), dict) else form).get("schema")
+    return schema if isinstance(schema, dict) else {}    # beside the type, as llama.cpp and Together have it
 
 
 def data_url(url: str) -> tuple[str, str] | None:
     """Return (media type, base64) of a data: URL, or None for any other."""
     head, comma, data = url.partition(",")
+    head = head.lower()
     if not comma or not head.startswith("data:") or not head.endswith(";base64"):
         return None
-    return head[5:].split(";")[0].lower().replace("image/jpg", "image/jpeg"), data
+    return head[5:].split(";")[0], data
 
 
 def name_and_arguments(call: Json) -> tuple[str, str]:
     """Return (name, arguments) of a message's tool call, function or custom."""
-    inner = call[call.get("type") or "function"]
-    return inner["name"], inner.get("arguments", inner.get("input", ""))
+    inner = called_in(call) or {}
+    arguments = inner.get("arguments", inner.get("input")) or ""
+    return inner["name"], arguments if isinstance(arguments, str) else dumps(arguments).decode()
+
+
+def called_in(call: Json) -> Json | None:
+    """Return what a tool call names, or None for a kind that is no function or custom tool."""
+    inner = call.get("function") or call.get("custom")
+    return inner if isinstance(inner, dict) and isinstance(inner.get("name"), str) else None
 
 
 def created_at(value: Any) -> int:
@@ -2671,6 +2736,9 @@ class OpenAI(Provider):
         payload = {"model": target.model, **request.body}
         if is_at(target.endpoint.base_url, self.vendor):    # its models know the new name, and none of Ollama's fields
             payload = self.adapt(payload, frozenset({"max_tokens", "options", "keep_alive", "think"}))
+        elif any(message["role"] == "developer" for message in request.messages):    # others drop or refuse the role
+            payload["messages"] = [{**message, "role": "system"} if message["role"] == "developer" else message
+                                   for message in request.messages]
         if "tools" in payload and _NO_TOOLS_WHILE_REASONING.match(target.model):
             payload.setdefault("reasoning_effort", "none")
         return payload
@@ -2772,7 +2840,7 @@ class Ollama(Provider):
         body = request.body
         options = {theirs: body[ours] for ours, theirs in self._options.items() if ours in body}
         if "stop" in options:
-            options["stop"] = [stop for stop in as_list(options["stop"]) if stop]
+            options["stop"] = as_list(options["stop"])
         options.update({**present({"num_ctx": context}), **body.get("options", {})})
         schema = json_wanted(body)
         payload = {
@@ -2782,7 +2850,7 @@ class Ollama(Provider):
                        "format": "json" if schema == {} else schema})}
         if keep_alive is not None:
             payload["keep_alive"] = keep_alive
-        if "reasoning_effort" in body:
+        if effort_of(body):
             payload["think"] = self._think[body["reasoning_effort"]]
         payload.update({name: body[name] for name in self._as_they_are if name in body})
         return payload
@@ -2790,7 +2858,6 @@ class Ollama(Provider):
     @staticmethod
     def _messages(messages: Sequence[Json]) -> list[Json]:
         """Return the messages in Ollama's shape, where a tool's result has the tool's name."""
-        names: dict[str, str] = {}    # by id of the call
         converted: list[Json] = []
         for message in messages:
             role = "system" if message["role"] == "developer" else message["role"]
@@ -2800,11 +2867,10 @@ class Ollama(Provider):
                 turn["images"] = [image[1] for image in images if image]
             if message.get("tool_calls"):
                 calls = [(call["id"], *name_and_arguments(call)) for call in message["tool_calls"]]
-                names.update({id: name for id, name, _ in calls})
                 turn["tool_calls"] = [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
                                       for id, name, arguments in calls]
             if role == "tool":
-                turn.update(tool_call_id=message["tool_call_id"], tool_name=names.get(message["tool_call_id"], ""))
+                turn.update(tool_call_id=message["tool_call_id"], tool_name=message["name"])
             converted.append(turn)
         return converted
 
@@ -3022,10 +3088,10 @@ class Claude(Provider):
             **self._tools(body, choice, turns)})
         if schema:
             payload["output_config"] = {"format": {"type": "json_schema", "schema": closed_schema(schema)}}
-        self._think(payload, body.get("reasoning_effort"), model)
+        self._think(payload, effort_of(body), model)
         if "thinking" not in payload:    # with it, any temperature but 1 is a 400
             asked = [name for name in ("temperature", "top_p") if name in body][:model.sampling]
-            payload.update({name: min(1.0, body[name]) for name in asked})
+            payload.update({name: min(1.0, max(0.0, body[name])) for name in asked})
         return payload
 
     @staticmethod
@@ -3256,7 +3322,13 @@ def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
     provider, rest = split_id(spec)
     if not provider:
         raise UsageError(f"{flag}: start with one of {', '.join(name + ':' for name in PROVIDERS)}")
-    model, at, url = rest.partition("@") if not rest.startswith("@") else (rest, "", "")
+    model, at, url = rest.rpartition("@")
+    if "://" not in url:    # a name may have an @ itself: LM Studio's name@4bit, Cloudflare's @cf/meta/name
+        if re.search(r":\d{2,5}(/|$)", url if at else ""):
+            raise UsageError(f"{flag}: write the address as http://{url}")
+        model, at, url = rest, "", ""
+    if "://" in model:    # the flag is not repeated: what stands before an @ may be a password
+        raise UsageError(f"--{side.value}-model: an address can't contain an @; a key goes into --cloud-api-key")
     if not model or not model.isprintable():
         raise UsageError(f"{flag}: name a model, like {provider}:NAME or {provider}:NAME@http://host:port/v1")
     usual = PROVIDERS[provider].endpoint(settings)
@@ -4985,7 +5057,7 @@ def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | 
     body = {**request.body, "messages": [*request.messages, {"role": "assistant", "content": text},
                                          {"role": "user", "content": CONTINUE}]}
     for name in ("max_tokens", "max_completion_tokens"):
-        if name in body:
+        if body.get(name, 0) > 0:
             body[name] -= tokens
             if body[name] < 1:
                 return None
@@ -5317,9 +5389,7 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def body(self) -> bytes:
         """Return the request's body.  Raise OblixError, ClientGone."""
-        refused = body_kind_refusal(self.head)
-        if refused:
-            raise refused
+        check_body_kind(self.head)
         size, expected = self.head.body_size, self.head.fields.get("expect", "").lower()
         if expected not in ("", "100-continue"):
             raise BadRequest("The only Expect that is honoured is 100-continue.", status=417, code="expectation_failed")
@@ -5435,7 +5505,8 @@ class _Handler(socketserver.BaseRequestHandler):
         if head.method == "OPTIONS":
             return self.reply(204, b"", {"Allow": ", ".join([*(methods or ("GET", "HEAD", "POST")), "OPTIONS"])})
         if methods is None:
-            raise BadRequest(f"There is nothing at {head.method[:20]} {path[:100]}. Oblix serves POST "
+            asked = head.target.partition("?")[0][:100]
+            raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST "
                              "/v1/chat/completions, GET /v1/models and GET /health; use the chat completions API.",
                              status=404, code="unknown_url")
         if head.method not in methods:
@@ -5458,11 +5529,13 @@ class _Handler(socketserver.BaseRequestHandler):
         self.json(status, health)
 
     def _models(self, wanted: str) -> None:
-        models = [model for model in self.server.gateway.models() if wanted in ("", model[0])]
-        if wanted and not models:
-            raise BadRequest(f"There is no model {wanted[:100]!r}; GET /v1/models lists them.", param="model",
-                             status=404, code="model_not_found")
-        body = models_body(models)
+        gateway = self.server.gateway
+        known = {model[0]: model for model in gateway.models()}
+        if wanted and wanted not in known:    # chat takes other spellings, and names that are not listed
+            target = gateway.resolve(wanted, gateway.snapshot())
+            check_fields({"model": wanted}, FIELDS, ())
+            known[wanted] = (wanted, *known.get(target.id, ("", 0, target.endpoint.provider))[1:])
+        body = models_body([known[wanted]] if wanted else known.values())
         self.json(200, body["data"][0] if wanted else body)
 
     def _chat(self) -> None:
@@ -5738,12 +5811,12 @@ def with_keys_from_files(settings: Settings) -> Settings:
         if getattr(settings, name):
             raise UsageError(f"{flag} and the key itself are both set: choose one")
         try:
-            with open(path, encoding="ascii") as file:
-                key = file.read(MAX_KEY_FILE).strip()
+            with open(path, encoding="utf-8") as file:
+                key = key_in(file.read(MAX_KEY_FILE), f"{flag}: {path}")
         except (OSError, ValueError) as error:
             raise UsageError(f"{flag}: {path} can't be read: "
                              f"{getattr(error, 'strerror', None) or 'it is not plain text'}") from error
-        if not key.isprintable() or not key:
+        if not key:
             raise UsageError(f"{flag}: {path} holds no key")
         settings = dataclasses.replace(settings, **{name: key, f"{name}_file": ""})  # type: ignore[arg-type]
     return settings
