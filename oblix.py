@@ -33,10 +33,9 @@ Promises, each held by a test of its name
 Who owns which state
   monitors' readings     each monitor's own thread writes its one attribute; everybody reads it without a lock (4)
   idle connections       deques of the transport, whose append and pop are atomic (7)
-  ways to upstreams      a dict of the transport; two threads that miss an entry at once make the same one (7)
-  TLS context            made by the first thread that needs it; a second one made at once is just dropped (7)
+  ways to upstreams, TLS context    caches of the transport; two threads that miss at once make the same (7)
   evidence of requests   a monitor's deque of losses and its wake-up, whose operations are atomic (4)
-  loads under way        a dict of the loader, whose setdefault and del are atomic (9)
+  loads and look-ups under way    a dict of each kind of errands, whose setdefault and del are atomic (7)
   what readings mean     caches of pure functions (lru_cache); two threads that miss at once put in the same (5, 9)
   contexts of loads      a dict of the gateway, whose entries the threads of loads replace (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
@@ -78,6 +77,7 @@ import os
 import random
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -105,11 +105,10 @@ from typing import (
 if TYPE_CHECKING:
     import ssl
 
-# http.client imports ssl where it is there, used or not: 5 of 15 MiB.  Here an https: upstream alone needs it.  Whoever
-# imports this file has it at once.
+# http.server imports http.client, and that ssl where it is there, used or not: 5 of 15 MiB.  Here an https: upstream
+# alone needs it.  Whoever imports this file has it at once.
 if __name__ == "__main__":
     sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails, which http.client allows for
-import http.client
 import http.server
 
 if __name__ == "__main__":
@@ -3278,9 +3277,9 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 
 # === 7. Transport =====================================================================================================
 # uses: 1 3
-# How do bytes get to an upstream and back?  http.client connects, by the way that urllib knows (proxies), and HTTP/1.1
-# is written and read here, over connections that stay open between requests.  It knows addresses and deadlines, and
-# nothing of what the bytes mean.  Four rules hold here and in 11:
+# How do bytes get to an upstream and back?  By the proxies that urllib knows, over connections that stay open between
+# requests, in HTTP/1.1, which is written and read here.  It knows addresses and deadlines, and nothing of what
+# the bytes mean.  Four rules hold here and in 11:
 #   A wait is a blocking call that ends by itself after a tick; then one callback looks at the clock and the client.
 #   A stream belongs to its own thread from head to end: what one read brought goes out in one write.
 #   Events that say a text and nothing else are known by one static pattern, and pass as values of their own type.
@@ -3350,6 +3349,67 @@ def wait_for(event: threading.Event, limit_s: float, look: Look) -> bool:
     return True
 
 
+class Errand:
+    """Work on a thread of its own; it has a value or an error when `done` is set."""
+    value: Any = None
+    error: Exception | None = None
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
+    def result(self, look: Look = no_look) -> Any:
+        """Return what the work returns, when it does.  Raise what it raises, and what the look raises."""
+        while not self.done.wait(TICK_S):
+            look()
+        if self.error:
+            raise copy.copy(self.error)    # others wait for the same
+        return self.value
+
+
+class Errands:
+    """Work of one kind, each piece of it done once for all who want it at the same time, whoever of them leaves."""
+
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self._work = work
+        self._errands: dict[Any, Errand] = {}    # setdefault and del are atomic
+
+    @property
+    def keys(self) -> frozenset[Any]:
+        """Return what is being worked on."""
+        return frozenset(tuple(self._errands))
+
+    def under_way(self, key: Any) -> Errand | None:
+        """Return the errand of that key that has not ended, or None."""
+        return self._errands.get(key)
+
+    def begin(self, key: Any, *more: Any) -> Errand:
+        """Begin to work on a key, or join the errand that is under way.  Do not wait."""
+        fresh = Errand()
+        errand = self._errands.setdefault(key, fresh)
+        if errand is fresh:
+            thread = threading.Thread(target=self._run, args=(errand, key, *more), name="errand", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:    # no more threads
+                self._end(errand, key, UpstreamError("no thread is left for it", status=503, code="out_of_threads"))
+        return errand
+
+    def _run(self, errand: Errand, key: Any, *more: Any) -> None:
+        error: Exception | None = UpstreamError("it failed")    # by a bug, which stderr tells
+        try:
+            errand.value = self._work(key, *more)
+            error = None
+        except (OblixError, OSError, ValueError) as failure:
+            error = failure
+        finally:
+            self._end(errand, key, error)
+
+    def _end(self, errand: Errand, key: Any, error: Exception | None) -> None:
+        errand.error = error
+        del self._errands[key]
+        errand.done.set()
+
+
 def send_all(connection: socket.socket, data: bytes, limit_s: float, look: Look = no_look) -> None:
     """Send data.  Raise OSError, one of NOT_YET where the other side takes nothing of it for `limit_s`."""
     left, deadline = memoryview(data), time.monotonic() + limit_s
@@ -3387,116 +3447,124 @@ _READABLE, _HUNG_UP = getattr(select, "POLLIN", 1), getattr(select, "POLLRDHUP",
 
 # --- 7. Connecting ----------------------------------------------------------------------------------------------------
 
+MAX_ADDRESSES = 8    # of a name that are tried
+DEAD_S = 15          # after which a silent network has failed, and not a slow model: the peer's kernel answers at once
+
+
 class _Route(NamedTuple):
     """How an upstream is reached."""
-    upstream: str             # its host[:port]
+    upstream: str    # its host[:port]
     tls: bool
-    host: str                 # host[:port] to connect to: the upstream, or a proxy
-    tunnel: str               # the upstream's host[:port] where a proxy passes bytes through to it, else ""
-    head: str                 # the request line's target and version, and fields
-    secret: dict[str, str]    # what the proxy wants to see of a tunnel
+    host: str        # host[:port] to connect to: the upstream, or a proxy
+    tunnel: str      # the upstream's host[:port] where a proxy passes bytes through to it, else ""
+    head: str        # the request line's target and version, and fields
+    secret: str      # the field that the proxy wants to see of a tunnel, else ""
 
 
-def is_near(host: str) -> bool:
-    """Return True if a host[:port] is the device itself or a private address: nothing has to be looked up."""
-    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+def is_near(name: str) -> bool:
+    """Return True if a host is the device itself or a private address: nothing has to be looked up."""
     address = address_of(name)
     return is_loopback(name) or address is not None and address.is_private    # link-local included
 
 
-def _proxy_for(scheme: str, host: str) -> str:
-    """Return the URL of the system's proxy to a host[:port], or "" where there is none or the host is near."""
-    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
-    if is_near(host) or "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa")):
+def _proxy_for(there: urllib.parse.SplitResult) -> str:
+    """Return the URL of the system's proxy to a URL, or "" where there is none or the host is near."""
+    name = there.hostname or ""
+    if is_near(name) or "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa")):
         return ""
     from urllib.request import getproxies, proxy_bypass  # takes 1 MiB, which a local model alone does not need
-    proxy = getproxies().get(scheme, "")
-    return "" if not proxy or proxy_bypass(host) else proxy if "://" in proxy else f"http://{proxy}"
+    proxy = getproxies().get(there.scheme, "")
+    return "" if not proxy or proxy_bypass(there.netloc) else proxy if "://" in proxy else f"http://{proxy}"
 
 
 def way_to(url: str) -> _Route:
     """Return how a URL is reached: as it is, or by the system's proxy."""
     there = urllib.parse.urlsplit(url)
-    tls, host, proxy = there.scheme == "https", there.netloc, _proxy_for(there.scheme, there.netloc)
+    by, host, tls = urllib.parse.urlsplit(_proxy_for(there)), there.netloc, there.scheme == "https"
     path = urllib.parse.urlunsplit(("", "", there.path or "/", there.query, ""))
-    if not proxy:
-        return _Route(host, tls, host, "", f"{path} HTTP/1.1\r\nHost: {host}\r\n", {})
-    by = urllib.parse.urlsplit(proxy)
-    user, password = (urllib.parse.unquote(part or "") for part in (by.username, by.password))
-    known = base64.b64encode(f"{user}:{password}".encode()).decode()
-    secret = {"Proxy-Authorization": f"Basic {known}"} if user else {}
+    user = ":".join(urllib.parse.unquote(part or "") for part in (by.username, by.password))
+    secret = f"Proxy-Authorization: Basic {base64.b64encode(user.encode()).decode()}\r\n" if by.username else ""
     middle = by.netloc.rpartition("@")[2]
-    if tls:
-        return _Route(host, True, middle, host, f"{path} HTTP/1.1\r\nHost: {host}\r\n", secret)
-    fields = "".join(f"{name}: {value}\r\n" for name, value in {"Host": host, **secret}.items())
-    return _Route(host, by.scheme == "https", middle, "", f"{url} HTTP/1.1\r\n{fields}", {})
+    if middle and not tls:    # it passes on requests
+        return _Route(host, by.scheme == "https", middle, "", f"{url} HTTP/1.1\r\nHost: {host}\r\n{secret}", "")
+    return _Route(host, tls, middle or host, middle and host, f"{path} HTTP/1.1\r\nHost: {host}\r\n", secret)
 
 
-class _TlsConnection(http.client.HTTPConnection):
-    """A connection whose other side speaks TLS; http.client's own is not there where ssl was not imported with it."""
-    default_port = 443
+def look_up(place: tuple[str, int]) -> list[Any]:
+    """Return the addresses of a (host, port), as socket.getaddrinfo has them.  Raise OSError."""
+    return socket.getaddrinfo(*place, type=socket.SOCK_STREAM)
 
 
-def _connect(way: _Route, limit_s: float, tls_context: Callable[[], ssl.SSLContext]) -> socket.socket:
-    """Return a new connection, on which TLS has been set up."""
-    connection = (_TlsConnection if way.tls else http.client.HTTPConnection)(way.host, timeout=limit_s)
-    if way.tunnel:
-        connection.set_tunnel(way.tunnel, headers=way.secret)
-    connection.connect()
-    upstream: socket.socket = connection.sock
-    _notice_death(upstream)
-    if way.tls:
-        name = urllib.parse.urlsplit(f"//{way.tunnel or way.host}").hostname
-        upstream = tls_context().wrap_socket(upstream, server_hostname=name)
-    limit_waits(upstream, TICK_S)
-    return upstream
+def _dial(found: Sequence[Any], watch: Look) -> socket.socket:
+    """Return a TCP connection to the first address that takes one.  Raise OSError, and what `watch` raises.
 
-
-DEAD_S = 15    # after which a silent network has failed, and not a slow model: the peer's kernel answers at once
-
-
-def _notice_death(upstream: socket.socket) -> None:
-    """Make the kernel fail a connection whose other end has vanished, as it does when a device changes networks.
-
-    Else a request on a kept connection would wait there for as long as a model may think.
+    One of them may lead nowhere, so they are tried side by side: each a tick after the one before, or at once where
+    that has failed (RFC 8305, section 5).
     """
+    both = [[one for one in found if (one[0] == found[0][0]) is same] for same in (True, False)]    # versions of IP
+    left = [one for pair in itertools.zip_longest(*both) for one in pair if one][:MAX_ADDRESSES]
+    failure, trying = OSError("its name has no address"), selectors.DefaultSelector()
+    try:
+        while left or trying.get_map():
+            watch()
+            try:
+                if left:
+                    one = _begin_to_connect(*left.pop(0))
+                    trying.register(one, selectors.EVENT_WRITE, one)
+            except OSError as error:
+                failure = error
+                continue
+            for key, _ in trying.select(TICK_S):
+                trying.unregister(key.data)
+                code = key.data.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not code:
+                    return key.data  # type: ignore[no-any-return]
+                key.data.close()
+                failure = OSError(code, os.strerror(code))
+        raise failure
+    finally:
+        for key in tuple(trying.get_map().values()):
+            key.data.close()
+        trying.close()
+
+
+def _begin_to_connect(family: int, kind: int, protocol: int, _: str, address: Any) -> socket.socket:
+    """Return a socket that is on its way to an address.  Raise OSError."""
+    one = socket.socket(family, kind, protocol)
+    one.setblocking(False)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            one.connect(address)
+    except OSError:
+        one.close()
+        raise
+    return one
+
+
+def _prepare(upstream: socket.socket) -> None:
+    """Let a connection send at once, wait for a tick at most, and fail where its other end has vanished.
+
+    The last happens as a device changes networks.  Else a request on a kept connection would wait there for as long as
+    a model may think.
+    """
+    upstream.settimeout(TICK_S)
     upstream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPALIVE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2),
-                        ("TCP_USER_TIMEOUT", 1000 * DEAD_S)):    # each where the system has it
+    for name, value in (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 10), ("TCP_KEEPALIVE", 10), ("TCP_KEEPINTVL", 5),
+                        ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 1000 * DEAD_S)):    # each where the system has it
         with contextlib.suppress(AttributeError, OSError):
             upstream.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _connect_within(limit_s: float, connect: Callable[[], socket.socket], look: Look) -> socket.socket:
-    """Return the connection that `connect` makes on a thread of its own, or raise what it raises.
-
-    The thread is the only bound on the resolver, which has no timeout.  Raise UpstreamError after `limit_s` seconds.
-    """
-    made: list[Any] = []    # the connection or an error, behind None if the caller has given up before
-    done = threading.Event()
-
-    def run() -> None:
-        try:
-            made.append(connect())
-        except Exception as error:
-            made.append(error)
-        done.set()
-        if made[0] is None and isinstance(made[1], socket.socket):
-            made[1].close()
-
-    try:
-        threading.Thread(target=run, name="connect", daemon=True).start()
-    except RuntimeError:
-        raise UpstreamError("no thread is left to connect", status=503, code="out_of_threads") from None
-    try:
-        wait_for(done, limit_s, look)
-    finally:
-        made.append(None)
-    if made[0] is None:
-        raise UpstreamError("no connection within the time limit", status=504, code="upstream_timeout")
-    if isinstance(made[0], Exception):
-        raise made[0]
-    return made[0]  # type: ignore[no-any-return]
+def _open_tunnel(upstream: socket.socket, way: _Route, watch: Look) -> None:
+    """Ask a proxy to pass bytes through.  Raise UpstreamError where it does not, OSError, and what `watch` raises."""
+    there = way.tunnel if urllib.parse.urlsplit(f"//{way.tunnel}").port else f"{way.tunnel}:443"
+    asked = f"CONNECT {there} HTTP/1.1\r\nHost: {there}\r\n{way.secret}\r\n".encode("latin-1")
+    send_all(upstream, asked, math.inf, watch)
+    answer = Answer(upstream, Limits(math.inf, math.inf, math.inf), watch, no_look)
+    answer.read_head()
+    if answer.status >= 300:
+        raise UpstreamError(f"the proxy refuses to connect, with status {answer.status}", status=503,
+                            code="upstream_unreachable")
 
 
 # --- 7. Reading an answer ---------------------------------------------------------------------------------------------
@@ -3524,6 +3592,7 @@ class Answer:
         self.text_event: TextEvent | None = None    # of events that need not be read
         self._held = b""    # what has come and is not used yet
         self._left = self._size = 0    # bytes of the chunk, or of the body, that are still to come; of all that came
+        self._most = MAX_STREAM_BYTES
         self.silent = True             # nothing has come
         self._begun = self._trailing = self._ended = self.complete = False    # the last one: the body has come
 
@@ -3607,8 +3676,15 @@ class Answer:
 
     @property
     def retry_after_s(self) -> float | None:
-        """The seconds that the server asks to wait."""
-        return _retry_after(self._fields)
+        """The seconds that the server asks to wait: `retry-after-ms` or `retry-after`, by RFC 9110, 10.2.3."""
+        text = self._fields.get("retry-after", "")
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            if self._fields.get("retry-after-ms"):
+                return max(0.0, finite(self._fields["retry-after-ms"]) / 1000)
+            if re.fullmatch(r"\s*[\d.]+\s*", text):
+                return finite(text)
+            return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time()) if text else None
+        return None
 
     def begin(self) -> None:
         """From now on limit silence: the first content has come."""
@@ -3650,8 +3726,8 @@ class Answer:
         else:
             piece, self._held, self.complete = self._held, b"", come is None
         self._size += len(piece)
-        if self._size > MAX_STREAM_BYTES:
-            raise UpstreamError(f"the answer is larger than {MAX_STREAM_BYTES >> 20} MiB")
+        if self._size > self._most:
+            raise UpstreamError(f"the answer is larger than {self._most >> 20} MiB")
         return piece
 
     def _unframed(self) -> bytes:
@@ -3687,14 +3763,11 @@ class Answer:
 
         Raise UpstreamError where it breaks off or is too large.
         """
-        pieces, size = [], 0
+        self._most, pieces = MAX_BODY_BYTES, []
         for piece in self._pieces():
             if not within_first_byte:
                 self.begin()
             pieces.append(piece)
-            size += len(piece)
-            if size > MAX_BODY_BYTES:
-                raise UpstreamError(f"the answer is larger than {MAX_BODY_BYTES >> 20} MiB")
         return b"".join(pieces)
 
     def lines(self) -> Iterator[bytes | Texts]:
@@ -3773,34 +3846,22 @@ def time_is_up() -> UpstreamError:
                          code="request_timeout", retry=False)
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds to wait by `retry-after-ms` or `retry-after`, a number or an HTTP date (RFC 9110, 10.2.3)."""
-    text = headers.get("retry-after", "")
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if headers.get("retry-after-ms"):
-            return max(0.0, finite(headers["retry-after-ms"]) / 1000)
-        if re.fullmatch(r"\s*[\d.]+\s*", text):
-            return finite(text)
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time()) if text else None
-    return None
-
-
 _FAULTS: tuple[tuple[Any, str, int, str], ...] = (    # the first that fits; socket.timeout is TimeoutError since 3.10
     (NOT_YET, "no connection, or the request was not accepted, within the time limit", 504, "upstream_timeout"),
-    (socket.gaierror, "its host name can't be resolved", 503, "upstream_unreachable"),
+    ((socket.gaierror, UnicodeError), "its host name can't be resolved", 503, "upstream_unreachable"),
     (ConnectionRefusedError, "connection refused", 503, "upstream_unreachable"),
     (ConnectionError, "the connection broke off", 502, "upstream_cut"),
     (OSError, "unreachable: {}", 503, "upstream_unreachable"),
-    ((http.client.HTTPException, ValueError), "it does not answer in HTTP", 502, "bad_upstream_answer"),
+    (ValueError, "it does not answer in HTTP", 502, "bad_upstream_answer"),
 )
 
 
 @contextlib.contextmanager
 def _upstream_faults() -> Iterator[None]:
-    """Turn all that sockets, TLS, DNS and http.client raise into an UpstreamError, here and nowhere else."""
+    """Turn all that sockets, TLS and DNS raise into an UpstreamError, here and nowhere else."""
     try:
         yield
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, ValueError) as error:
         why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         words, status, code = next(fault[1:] for fault in _FAULTS if isinstance(error, fault[0]))
         if hasattr(error, "library") and not isinstance(error, NOT_YET):    # of ssl, which need not be imported
@@ -3809,6 +3870,13 @@ def _upstream_faults() -> Iterator[None]:
 
 
 # --- 7. Exchanges -----------------------------------------------------------------------------------------------------
+
+def _new_tls_context() -> ssl.SSLContext:
+    import ssl
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
 
 class Transport:
     """Opens exchanges with upstreams, over connections that stay open between requests.
@@ -3819,8 +3887,9 @@ class Transport:
 
     def __init__(self) -> None:
         self._idle: dict[Any, collections.deque[tuple[socket.socket, float]]] = {}    # by way[:4]
-        self._ways: dict[str, _Route] = {}    # by URL, of which there are a few for each endpoint: proxies take 0.05 ms
-        self._tls: ssl.SSLContext | None = None    # made when first needed: it reads every certificate there is
+        self._way = functools.lru_cache(256)(way_to)    # there are a few URLs for each endpoint; proxies take 0.05 ms
+        self._tls_context = functools.lru_cache(1)(_new_tls_context)    # when first needed: it reads all certificates
+        self._resolver = Errands(look_up)    # on a thread of its own, as the resolver has no time limit
         self._closed = False
 
     def open(self, url: str, headers: Mapping[str, str], payload: bytes | None, limits: Limits,
@@ -3838,13 +3907,6 @@ class Transport:
             head = "\r\n".join([*lines, "", ""]).encode("latin-1")
             return self._exchange(way, head + (payload or b""), limits, look)
 
-    def _way(self, url: str) -> _Route:
-        """Return how a URL is reached, which is found out once."""
-        way = self._ways.get(url)
-        if way is None:
-            way = self._ways[url] = way_to(url)
-        return way
-
     def _exchange(self, way: _Route, raw: bytes, limits: Limits, look: Look) -> Answer:
         """Send a request, and return its answer when the head has come.
 
@@ -3853,8 +3915,7 @@ class Transport:
         """
         begun, kept = time.monotonic(), self._kept(way)
         while True:
-            upstream = kept or _connect_within(
-                limits.connect_s, lambda: _connect(way, limits.connect_s, self._tls_context), look)
+            upstream = kept or self._connect(way, limits.connect_s, look)
             answer = Answer(upstream, limits, look, functools.partial(self._keep, way, upstream))
             try:
                 send_all(upstream, raw, limits.stall_s, answer.watch)
@@ -3867,12 +3928,38 @@ class Transport:
                     raise
             kept = None
 
-    def _tls_context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            import ssl
-            self._tls = ssl.create_default_context()
-            self._tls.set_alpn_protocols(["http/1.1"])
-        return self._tls
+    def _connect(self, way: _Route, limit_s: float, look: Look) -> socket.socket:
+        """Return a new connection, on which TLS has been set up.
+
+        Raise UpstreamError after `limit_s` seconds, OSError, and what the look raises.
+        """
+        deadline = time.monotonic() + limit_s
+
+        def watch() -> None:
+            look()
+            if time.monotonic() >= deadline:
+                raise UpstreamError("no connection within the time limit", status=504, code="upstream_timeout")
+
+        there = urllib.parse.urlsplit(f"//{way.host}")
+        place = there.hostname, there.port or (443 if way.tls and not way.tunnel else 80)
+        upstream = _dial(self._resolver.begin(place).result(watch), watch)
+        try:
+            _prepare(upstream)
+            if way.tunnel:
+                _open_tunnel(upstream, way, watch)
+            if way.tls:
+                name = urllib.parse.urlsplit(f"//{way.tunnel or way.host}").hostname
+                secured = upstream = self._tls_context().wrap_socket(upstream, server_hostname=name,
+                                                                     do_handshake_on_connect=False)
+                while not secured.version():
+                    watch()
+                    with contextlib.suppress(*NOT_YET):
+                        secured.do_handshake()
+            limit_waits(upstream, TICK_S)
+        except BaseException:
+            upstream.close()
+            raise
+        return upstream
 
     def _kept(self, way: _Route) -> socket.socket | None:
         """Return an idle connection on which nothing has come: neither its end, nor bytes that nobody asked for."""
@@ -4074,58 +4161,6 @@ def _probed(answer: Answer, endpoint: Endpoint) -> Json:
     return told  # type: ignore[no-any-return]
 
 
-class Load:
-    """A model on its way into memory: `done` is set at its end, and `error` tells why it failed."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.error: UpstreamError | None = None
-
-
-class Loader:
-    """Loads models by requests of its own, so that no client that hangs up can abort a load."""
-
-    def __init__(self, load: Callable[[Target, int], None]) -> None:
-        self._load = load
-        self._loads: dict[Target, Load] = {}    # setdefault and del are atomic
-
-    @property
-    def loading(self) -> frozenset[Target]:
-        """Return the targets that are being loaded."""
-        return frozenset(tuple(self._loads))
-
-    def under_way(self, target: Target) -> Load | None:
-        """Return the load of a target that has not ended, or None."""
-        return self._loads.get(target)
-
-    def begin(self, target: Target, context: int) -> Load:
-        """Load a target's model for a context (0: its own), or join the load that is under way.  Does not wait."""
-        fresh = Load()
-        load = self._loads.setdefault(target, fresh)
-        if load is fresh:
-            thread = threading.Thread(target=self._run, args=(target, context, load), name="load", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:    # no more threads
-                self._end(target, load, UpstreamError("no thread is left to load the model"))
-        return load
-
-    def _run(self, target: Target, context: int, load: Load) -> None:
-        error: UpstreamError | None = UpstreamError("loading the model failed")    # of a bug, which stderr tells
-        try:
-            self._load(target, context)
-            error = None
-        except UpstreamError as failure:
-            error = failure
-        finally:
-            self._end(target, load, error)
-
-    def _end(self, target: Target, load: Load, error: UpstreamError | None) -> None:
-        load.error = error
-        del self._loads[target]
-        load.done.set()
-
-
 @dataclasses.dataclass
 class Result:
     """An answer on its way to the client: either `whole`, or `chunks` whose first ones have content."""
@@ -4143,7 +4178,7 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.ledger, self.transport, self.loader = Ledger(), Transport(), Loader(self._load)
+        self.ledger, self.transport, self.loader = Ledger(), Transport(), Errands(self._load)
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
         self._said: dict[Target, tuple[int, int]] = {}    # of a target's last load: context asked, context said
@@ -4161,7 +4196,7 @@ class Gateway:
 
     def snapshot(self) -> Snapshot:
         """Return all that a decision is made from, as it is now.  Does not wait."""
-        settings, readings, loading = self.settings, self.watch.readings, self.loader.loading
+        settings, readings, loading = self.settings, self.watch.readings, self.loader.keys
         local = () if settings.local_model else newest_that_fits(self._ollama, readings, loading)
         return Snapshot(readings, (*local, *self._configured), self.ledger.records(), self.ledger.in_flight(), loading,
                         self.ledger.clock(), settings.prefer, settings.local_slots, settings.local_first_s,
@@ -4616,7 +4651,7 @@ class Dispatch:
         limit_s = min(limit_s, self._until - time.monotonic())
         return wait_for(event, limit_s, self._look)
 
-    def _await(self, load: Load, limit_s: float) -> None:
+    def _await(self, load: Errand, limit_s: float) -> None:
         """Wait for a load.  Raises UpstreamError where it fails or takes too long, ClientGone on a hang-up."""
         done = self._wait(load.done, limit_s)
         if not done and time.monotonic() >= self._until:
@@ -4624,8 +4659,7 @@ class Dispatch:
         if not done:
             raise UpstreamError("the model is still loading", Fault.LOADING, status=503, code="model_loading",
                                 retry_after_s=LOAD_RETRY_S)
-        if load.error:
-            raise copy.copy(load.error)    # others wait for the same load
+        load.result()
 
     def _stream(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Generator[Any, None, None]:
         """Yield the chunks of a target's streamed answer, all with one id, time and model.

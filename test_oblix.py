@@ -4476,7 +4476,7 @@ class Transport(Connections, Case):
                 way = oblix.way_to(url)
                 self.assertEqual((way.host, way.tls, way.tunnel), (host, tls, tunnel))
                 line, *fields = way.head.split("\r\n")[:-1]
-                told = {**dict(field.split(": ") for field in fields), **way.secret}
+                told = dict(field.split(": ") for field in [*fields, *way.secret.splitlines()])
                 self.assertEqual(line, path + " HTTP/1.1")
                 self.assertEqual((told.pop("Host"), told.pop("Proxy-Authorization", "")), (way.upstream, known))
                 self.assertEqual(told, {})
@@ -4818,7 +4818,7 @@ class Replanned(Case):
     def test_a_load_starts_and_ends(self):
         end = threading.Event()
         self.addCleanup(end.set)
-        self.gateway.loader = oblix.Loader(lambda target, context: end.wait(5))
+        self.gateway.loader = oblix.Errands(lambda target, context: end.wait(5))
         self.tries("small", "large")
         load = self.gateway.loader.begin(self.small, 0)
         self.tries("large", "small", says="small is loading")
