@@ -3448,7 +3448,7 @@ _READABLE, _HUNG_UP = getattr(select, "POLLIN", 1), getattr(select, "POLLRDHUP",
 # --- 7. Connecting ----------------------------------------------------------------------------------------------------
 
 MAX_ADDRESSES = 8    # of a name that are tried
-DEAD_S = 15          # after which a silent network has failed, and not a slow model: the peer's kernel answers at once
+DEAD_S = 8           # after which a silent network has failed, and not a slow model: the peer's kernel answers at once
 
 
 class _Route(NamedTuple):
@@ -3468,13 +3468,39 @@ def is_near(name: str) -> bool:
 
 
 def _proxy_for(there: urllib.parse.SplitResult) -> str:
-    """Return the URL of the system's proxy to a URL, or "" where there is none or the host is near."""
-    name = there.hostname or ""
+    """Return the URL of the system's proxy to a URL, or "" where there is none or the host is near.
+
+    Raise UpstreamError for one that does not speak HTTP: its owner may not want to be seen without it.
+    """
+    name = (there.hostname or "").rstrip(".")
     if is_near(name) or "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa")):
         return ""
     from urllib.request import getproxies, proxy_bypass  # takes 1 MiB, which a local model alone does not need
-    proxy = getproxies().get(there.scheme, "")
-    return "" if not proxy or proxy_bypass(there.netloc) else proxy if "://" in proxy else f"http://{proxy}"
+    known = getproxies()
+    proxy = known.get(there.scheme) or known.get("all", "")
+    port = there.port or (443 if there.scheme == "https" else 80)
+    if not proxy or any(_excepts(rule, name, port) for rule in re.split(r"[,\s]+", known.get("no", "").lower())):
+        return ""
+    kind, found, _ = proxy.partition("://")
+    if found and kind.lower() not in ("http", "https"):
+        raise UpstreamError(f"{kind} proxies are not supported: set {there.scheme}_proxy to one that speaks HTTP, or "
+                            f"no_proxy={name} to do without", status=503, code="unsupported_proxy")
+    return "" if proxy_bypass(there.netloc) else proxy if found else f"http://{proxy}"
+
+
+def _excepts(rule: str, name: str, port: int) -> bool:
+    """Return True if a rule of NO_PROXY holds for a host: x.test (and below it), .x.test, *.x.test, *, 10.0.0.0/8.
+
+    A rule may name a port, too.
+    """
+    with contextlib.suppress(ValueError):
+        address = address_of(name)
+        return address is not None and address in ipaddress.ip_network(rule.strip("[]"), strict=False)
+    found = re.fullmatch(r"\[?([^\[\]]+?)\]?(?::([0-9]+))?", rule)
+    if not found or found[2] and int(found[2]) != port:
+        return False
+    wanted = found[1].lstrip("*").strip(".")
+    return found[1] == "*" or name == wanted or bool(wanted) and name.endswith("." + wanted)
 
 
 def way_to(url: str) -> _Route:
@@ -3545,14 +3571,38 @@ def _prepare(upstream: socket.socket) -> None:
     """Let a connection send at once, wait for a tick at most, and fail where its other end has vanished.
 
     The last happens as a device changes networks.  Else a request on a kept connection would wait there for as long as
-    a model may think.
+    a model may think.  What was sent and is not acknowledged counts here on macOS (TCP_RXT_CONNDROPTIME) and Windows
+    (TCP_MAXRT), whose options Python has no names for, and in `_undelivered` on Linux.
     """
     upstream.settimeout(TICK_S)
     upstream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 10), ("TCP_KEEPALIVE", 10), ("TCP_KEEPINTVL", 5),
-                        ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 1000 * DEAD_S)):    # each where the system has it
-        with contextlib.suppress(AttributeError, OSError):
-            upstream.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    names = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2}
+    options = {getattr(socket, name): value for name, value in names.items() if hasattr(socket, name)}
+    for option, value in {**options, **{"darwin": {0x80: DEAD_S}, "win32": {5: DEAD_S}}.get(sys.platform, {})}.items():
+        with contextlib.suppress(OSError):
+            upstream.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _undelivered(upstream: socket.socket) -> tuple[int, float]:
+    """Return (how much that was sent the other side's kernel has not acknowledged, for how many seconds it is silent).
+
+    Both are 0 where nothing is on its way, or where the system does not tell.
+    """
+    with contextlib.suppress(OSError, struct.error):
+        if sys.platform == "darwin":
+            return upstream.getsockopt(socket.SOL_SOCKET, 0x1024), 0.0    # SO_NWRITE
+        if sys.platform == "linux":
+            told = upstream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 148)    # linux/tcp.h, struct tcp_info
+            sent, silent_ms, unsent = (struct.unpack_from("=I", told, at)[0] for at in (24, 56, 144))
+            return sent + unsent, silent_ms / 1000 if sent else 0.0    # a peer that takes nothing now is not silent
+    return 0, 0.0
+
+
+def _abort(upstream: socket.socket) -> None:
+    """Close a connection, and let the kernel send nothing more of what was written to it."""
+    with contextlib.suppress(OSError):
+        upstream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
+    upstream.close()
 
 
 def _open_tunnel(upstream: socket.socket, way: _Route, watch: Look) -> None:
@@ -3594,14 +3644,25 @@ class Answer:
         self._left = self._size = 0    # bytes of the chunk, or of the body, that are still to come; of all that came
         self._most = MAX_STREAM_BYTES
         self.silent = True             # nothing has come
+        self.undelivered = False       # nor can the request have been worked on: its end was not acknowledged
+        self._asked = time.monotonic()
         self._begun = self._trailing = self._ended = self.complete = False    # the last one: the body has come
 
     def watch(self) -> None:
-        """See to the client and to the clock.  Raise UpstreamError where the time is over, and what the look raises."""
+        """See to the client, to the clock, and whether the other side is there.
+
+        Raise UpstreamError where the time is over, ConnectionAbortedError where nothing that is sent arrives, and what
+        the look raises.
+        """
         before = time.monotonic()
         self._look()
         now = time.monotonic()
         self._deadline += now - before    # a client that takes what it is sent slowly is no silence of the upstream
+        if self.silent and now - self._asked >= TICK_S:
+            amount, silent_s = _undelivered(self._upstream)
+            self.undelivered = amount > 0
+            if min(silent_s, now - self._asked) >= DEAD_S:
+                raise ConnectionAbortedError
         if now >= self._until:
             raise time_is_up()
         if now >= self._deadline:
@@ -3850,10 +3911,29 @@ _FAULTS: tuple[tuple[Any, str, int, str], ...] = (    # the first that fits; soc
     (NOT_YET, "no connection, or the request was not accepted, within the time limit", 504, "upstream_timeout"),
     ((socket.gaierror, UnicodeError), "its host name can't be resolved", 503, "upstream_unreachable"),
     (ConnectionRefusedError, "connection refused", 503, "upstream_unreachable"),
+    (ConnectionAbortedError, "what is sent does not arrive: the network is gone, or it drops large packets (MTU)", 503,
+     "upstream_unreachable"),
     (ConnectionError, "the connection broke off", 502, "upstream_cut"),
     (OSError, "unreachable: {}", 503, "upstream_unreachable"),
     (ValueError, "it does not answer in HTTP", 502, "bad_upstream_answer"),
 )
+
+
+# by OpenSSL's number of what is wrong with a certificate (x509_vfy.h), or its word for another fault
+_TLS_ADVICE: dict[Any, str] = {
+    **dict.fromkeys((9, 10), "is the clock of this device right?"),    # not yet valid, has expired
+    **dict.fromkeys((18, 19, 20, 21), "if its issuer is your own, or a proxy's, name that one's certificate in "
+                                      "SSL_CERT_FILE where Oblix runs"),
+    **dict.fromkeys((62, 64), "is the address right, and no login page in between?"),
+    "WRONG_VERSION_NUMBER": "there is no TLS there: is its address http://…?",
+}
+
+
+def _about_tls(error: Any) -> str:
+    """Return which fault of TLS it is, and what a person can do."""
+    number, why = getattr(error, "verify_code", 0), getattr(error, "reason", None) or "it broke off"
+    advice = _TLS_ADVICE.get(number or why, "")
+    return f"TLS failed: {error.verify_message if number else why}" + (f"; {advice}" if advice else "")
 
 
 @contextlib.contextmanager
@@ -3865,7 +3945,7 @@ def _upstream_faults() -> Iterator[None]:
         why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         words, status, code = next(fault[1:] for fault in _FAULTS if isinstance(error, fault[0]))
         if hasattr(error, "library") and not isinstance(error, NOT_YET):    # of ssl, which need not be imported
-            words, status, code = "TLS failed: {}", 502, "upstream_tls"
+            words, status, code, why = "{}", 502, "upstream_tls", _about_tls(error)
         raise UpstreamError(words.format(why), status=status, code=code) from error
 
 
@@ -3891,6 +3971,7 @@ class Transport:
         self._tls_context = functools.lru_cache(1)(_new_tls_context)    # when first needed: it reads all certificates
         self._resolver = Errands(look_up)    # on a thread of its own, as the resolver has no time limit
         self._closed = False
+        self.connect_s = math.inf    # the most that connecting may take, whatever an exchange's limits say
 
     def open(self, url: str, headers: Mapping[str, str], payload: bytes | None, limits: Limits,
              look: Look = no_look) -> Answer:
@@ -3910,22 +3991,23 @@ class Transport:
     def _exchange(self, way: _Route, raw: bytes, limits: Limits, look: Look) -> Answer:
         """Send a request, and return its answer when the head has come.
 
-        A kept connection may have died while it was idle.  That shows at once, so only then is the request sent again:
-        a model that has worked on it may be paid for it.
+        A kept connection may have died while it was idle.  That shows at once, or nothing of the request is
+        acknowledged: only then is it sent again.  A model that has worked on it may be paid for it.
         """
         begun, kept = time.monotonic(), self._kept(way)
         while True:
-            upstream = kept or self._connect(way, limits.connect_s, look)
+            upstream = kept or self._connect(way, min(limits.connect_s, self.connect_s), look)
             answer = Answer(upstream, limits, look, functools.partial(self._keep, way, upstream))
             try:
                 send_all(upstream, raw, limits.stall_s, answer.watch)
                 answer.read_head()
                 return answer
             except BaseException as error:
-                upstream.close()
+                _abort(upstream)
                 dead = isinstance(error, OSError) and not isinstance(error, NOT_YET) and answer.silent
-                if not kept or not dead or time.monotonic() - begun > STALE_S:
+                if not kept or not dead or not answer.undelivered and time.monotonic() - begun > STALE_S:
                     raise
+            self.forget(f"//{way.upstream}")    # the others have gone the same way
             kept = None
 
     def _connect(self, way: _Route, limit_s: float, look: Look) -> socket.socket:
@@ -3969,18 +4051,18 @@ class Transport:
                 upstream, since = idle.pop()
             except IndexError:    # another thread was quicker
                 break
-            if time.monotonic() - since < IDLE_S and not _has_come(upstream, _READABLE):
+            if 0 <= time.time() - since < IDLE_S and not _has_come(upstream, _READABLE):
                 return upstream
             upstream.close()
         return None
 
     def _keep(self, way: _Route, upstream: socket.socket) -> None:
         """Keep a connection for the next request, and close those that nobody has used for long."""
-        now = time.monotonic()
+        now = time.time()    # which goes on while the device sleeps, unlike monotonic
         self._idle.setdefault(way[:4], collections.deque()).append((upstream, now))
         for idle in tuple(self._idle.values()):
             with contextlib.suppress(IndexError):    # none is left
-                while self._closed or len(idle) > MAX_IDLE or now - idle[0][1] > IDLE_S:
+                while self._closed or len(idle) > MAX_IDLE or not 0 <= now - idle[0][1] <= IDLE_S:
                     idle.popleft()[0].close()
 
     def forget(self, url: str = "") -> None:
@@ -4100,12 +4182,11 @@ class Ledger:
 # How does one request become one answer?  Composes the sections above: resolve the model, rank the targets, try them
 # until one has content, and tell why.  It knows nothing of the client's HTTP but the socket to watch.
 
-PROBE_LIMITS = Limits(connect_s=5.0, first_byte_s=5.0, stall_s=5.0)
+PROBE_LIMITS = Limits(connect_s=math.inf, first_byte_s=5.0, stall_s=5.0)
 SECOND_TRY_S = 0.5           # sooner nothing will have changed
 PAUSE_S, MAX_PAUSE_S = 0.5, 2.0    # before a cloud that has failed is asked again: at least, and less than,
 SLOW_S = 15.0                # where the local model would take longer than this
 OVERHEAD_S = 0.2             # of a first word besides its reading: HTTP, the template, the first token's writing
-LAST_HOPE_CONNECT_S = 1.5    # where nobody else is left to answer, but hardly this one either
 WARM_AGAIN_S = 300.0         # as long as Ollama keeps a model by itself
 KEPT_S, KEPT_ON_BATTERY_S = 1800, 300    # a model in memory; Ollama's own default is the latter
 LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
@@ -4179,6 +4260,7 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.ledger, self.transport, self.loader = Ledger(), Transport(), Errands(self._load)
+        self.transport.connect_s = settings.connect_timeout_s    # of probes and of loads, too
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
         self._said: dict[Target, tuple[int, int]] = {}    # of a target's last load: context asked, context said
@@ -4486,7 +4568,7 @@ class Dispatch:
         # Of the attempt under way: the targets that may be tried after it, whether it is the first or a last resort,
         # its beginning, the limit to its first content where that is less than it would have alone.
         self._others: tuple[Target, ...] = ()
-        self._hoping = self._alone = False
+        self._alone = False
         self._asked_at, self._patience_s = 0.0, math.inf
 
     def run(self) -> Result:
@@ -4536,7 +4618,6 @@ class Dispatch:
                 if trial:
                     self.ledger.release(target)
         yield from ((target, ()) for target in self._overtaken)
-        self._hoping = True
         yield from ((target, ()) for target in hope)
         yield from ((tried.target, ()) for tried in [*self._failed] if not self._named and tried.may_be_back())
 
@@ -4578,8 +4659,6 @@ class Dispatch:
         if left_s <= 0:
             raise time_is_up()
         connect_s, patience_s = min(usual.connect_s, left_s), usual.first_byte_s
-        if self._hoping:
-            connect_s = min(connect_s, LAST_HOPE_CONNECT_S)
         if target.side is Side.LOCAL and self._others:
             patience_s = self._settings.patience_s
         elif any(other.side is Side.LOCAL for other in self._others):
@@ -4641,7 +4720,7 @@ class Dispatch:
     def _know(self, target: Target) -> None:
         """Make sure that what counts as local is not a name that Ollama passes on to a cloud.  Raises UpstreamError."""
         if self._request.model == "local":    # for `auto` a cloud is as good
-            self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.connect_s)
+            self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.first_byte_s)
         model = model_of(target, reading_of(target, self._gateway.watch.readings))
         if model and model.remote and target.side is Side.LOCAL and not self._named:
             raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.NOT_FOUND, status=404)

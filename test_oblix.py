@@ -13446,6 +13446,10 @@ class CannedWire:
 
     close = settimeout = setsockopt
 
+    def getsockopt(self, *_):
+        """It is no connection of which the kernel could tell anything."""
+        raise OSError
+
     def makefile(self, *_):
         """As http.client wants to have it."""
         return io.BytesIO(b"".join(self._pieces))
