@@ -215,6 +215,7 @@ class Model:
     size: int = 0                       # bytes on disk: about what its weights take in memory
     capabilities: frozenset[str] | None = None    # "tools", "vision", …
     max_context: int = 0                # tokens that it was trained for
+    own_context: int = 0                # tokens that a person has set, or that it was seen loaded for
     token_bytes: int = 0                # memory that one token of context takes
     cold: bool = False                  # not in memory: the next request would wait for its load
     context: int = 0                    # tokens that it is loaded for
@@ -224,7 +225,7 @@ class Model:
     @property
     def is_chat_model(self) -> bool:
         """False for embedding models."""
-        return "completion" in self.capabilities if self.capabilities else "embed" not in self.name
+        return "completion" in self.capabilities if self.capabilities else "embed" not in self.name.lower()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)    # each is one of a kind: what follows from it is remembered by it
@@ -2363,6 +2364,7 @@ _RULES: tuple[tuple[Collection[int], str, Fault, Json], ...] = (
     ((500,), 'option ".*" must be of type', Fault.CLIENT, {"status": 400}),    # Ollama's status for a wrong type
     ((400, 422), _UNSUPPORTED, Fault.UNSUPPORTED, {}),                   # '"m" does not support thinking' (Ollama)
     ((400, 422), "", Fault.CLIENT, {}),
+    ((503,), "^loading model|model.* is (currently |still )?loading", Fault.LOADING, {"code": "model_loading"}),
     ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", Fault.BUSY, {}),
     (range(400, 500), "", Fault.NOT_FOUND, {}),                           # 404 of a model; 405, 410 of a path
 )
@@ -2381,13 +2383,15 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     words = f"{message[:1000]} {fields.get('code')} {fields.get('type')}".lower()
     fault, ours = next((fault, ours) for statuses, pattern, fault, ours in _RULES
                        if status in statuses and re.search(pattern, words))
+    if '"signin_url"' in text:    # Ollama, asked for a model of ollama.com
+        message += ": run `ollama signin` where Ollama runs"
     if status == 401 and key:
         message = f"The upstream refused the key that Oblix has for it: {message}"
     status = ours.get("status") or {_IN_A_STREAM: 502, 529: 503}.get(status, status)
     usual = {"type": _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
              "code": _CODES.get(status)}
-    return UpstreamError(message, fault, retry=None if fault is Fault.BUSY else False, retry_after_s=retry_after_s,
-                         **{"status": status, **usual, **fields, **ours})
+    return UpstreamError(message, fault, retry=None if fault in (Fault.BUSY, Fault.LOADING) else False,
+                         retry_after_s=retry_after_s, **{"status": status, **usual, **fields, **ours})
 
 
 def _error_fields(text: str) -> dict[str, str]:
@@ -2848,18 +2852,22 @@ class Ollama(Provider):
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
                         is_remote(str(item["name"])) or bool(item.get("remote_host")), str(item.get("digest") or ""),
-                        int(item.get("size") or 0), frozenset(map(str, item.get("capabilities") or ())) or None)
+                        int(item.get("size") or 0), _capabilities(item))
                   for item in ask(self.models_path, None).get("models") or []]
         models = sorted(listed, key=lambda model: -model.created)[:MAX_MODELS]
         with contextlib.suppress(UpstreamError, *NOT_IN_ITS_FORMAT):
-            loaded = {str(item["name"]).lower(): item for item in ask("/api/ps", None)["models"]}
-            models = [_with_state(model, loaded.get(model.name.lower())) for model in models]
+            loaded = {str(name).lower(): item for item in ask("/api/ps", None)["models"]
+                      for name in (item.get("digest"), item["name"]) if name}    # of two names it says the loaded one
+            models = [_with_state(model, loaded.get(model.name.lower(), loaded.get(model.digest.lower())))
+                      for model in models]
         by_key = {model.digest or model.name: model for model in models if not model.remote}
         for key in known.keys() - by_key.keys():
             del known[key]
         for key in [key for key in by_key if key not in known][:DETAILS_AT_ONCE]:
             with contextlib.suppress(UpstreamError):
                 known[key] = _details(ask("/api/show", {"model": by_key[key].name}))
+        for key in by_key.keys() & known.keys():
+            known[key]["own_context"] = max(known[key].get("own_context", 0), by_key[key].context)
         return tuple(dataclasses.replace(model, **known.get(model.digest or model.name, {})) for model in models)
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
@@ -2871,11 +2879,13 @@ class Ollama(Provider):
             raise Unsupported(f"the prompt has over {size // 8} tokens, and its context {model.max_context}",
                               param="messages", code="context_length_exceeded")
         answer = min(request.max_output_tokens(512), 4096)
-        now = model.context or asked or DEFAULT_CONTEXT
-        if size // 3 + answer <= now:    # English has 4 bytes a token, code and other languages about 3
-            return now if now == asked else 0
-        wanted = max(now, min(next((step for step in CONTEXTS if step >= size // 3 + answer), CONTEXTS[-1]),
-                              model.max_context))
+        own = max(asked, min(model.own_context, model.max_context))    # never to be made smaller
+        now = model.context or own or DEFAULT_CONTEXT
+        needed = size // 3 + answer    # English has 4 bytes a token, code and other languages about 3
+        if needed <= now:
+            return now if now == asked or not model.context and needed > DEFAULT_CONTEXT else 0
+        step = next((step for step in CONTEXTS if step >= needed), CONTEXTS[-1])
+        wanted = max(now, own, min(step, model.max_context))
         # the size of a loaded model is with its context, and `free` counts it as free
         if free is None or model.size + (wanted - model.context) * model.token_bytes <= free:
             return wanted if wanted > now or wanted == asked else 0
@@ -2887,6 +2897,13 @@ class Ollama(Provider):
 
 DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
+
+
+def _capabilities(item: Json) -> frozenset[str] | None:
+    """Return what a model can do as /api/tags says, or its family, in older versions; None if neither says it."""
+    said = frozenset(map(str, item.get("capabilities") or ()))
+    embeds = "bert" in str((item.get("details") or {}).get("family")).lower()    # nomic-bert, xlm-roberta, …
+    return said or (frozenset({"embedding"}) if embeds else None)
 
 
 def _with_state(model: Model, loaded: Json | None) -> Model:
@@ -2902,6 +2919,7 @@ def _details(shown: Json) -> Json:
     """Return the fields of a Model that /api/show tells; none if it is not in its format."""
     with contextlib.suppress(*NOT_IN_ITS_FORMAT):
         info = shown.get("model_info") or {}
+        said = re.search(r"(?m)^num_ctx\s+([0-9]{1,9})$", str(shown.get("parameters")))
         kind = info.get("general.architecture")
         number = {name[len(f"{kind}."):]: value for name, value in info.items()
                   if name.startswith(f"{kind}.") and isinstance(value, int)}    # some are lists, one number a layer
@@ -2911,7 +2929,8 @@ def _details(shown: Json) -> Json:
         # llama.cpp keeps a key and a value of 16 bits each for every layer and head
         token_bytes = 2 * number.get("block_count", 0) * number.get("attention.head_count_kv", 0) * row
         return {**present({"capabilities": frozenset(map(str, shown.get("capabilities") or ()))}),
-                "max_context": number.get("context_length", 0), "token_bytes": token_bytes}
+                "max_context": number.get("context_length", 0), "token_bytes": token_bytes,
+                "own_context": int(said[1]) if said else 0}
     return {}
 
 
@@ -3448,7 +3467,7 @@ _READABLE, _HUNG_UP = getattr(select, "POLLIN", 1), getattr(select, "POLLRDHUP",
 # --- 7. Connecting ----------------------------------------------------------------------------------------------------
 
 MAX_ADDRESSES = 8    # of a name that are tried
-DEAD_S = 8           # after which a silent network has failed, and not a slow model: the peer's kernel answers at once
+DEAD_S = 6           # after which a silent network has failed, and not a slow model: the peer's kernel answers at once
 
 
 class _Route(NamedTuple):
@@ -3493,9 +3512,10 @@ def _excepts(rule: str, name: str, port: int) -> bool:
 
     A rule may name a port, too.
     """
+    address = address_of(name)
     with contextlib.suppress(ValueError):
-        address = address_of(name)
-        return address is not None and address in ipaddress.ip_network(rule.strip("[]"), strict=False)
+        network = ipaddress.ip_network(rule.strip("[]"), strict=False)
+        return address is not None and address in network
     found = re.fullmatch(r"\[?([^\[\]]+?)\]?(?::([0-9]+))?", rule)
     if not found or found[2] and int(found[2]) != port:
         return False
@@ -4264,13 +4284,17 @@ class Gateway:
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
         self._said: dict[Target, tuple[int, int]] = {}    # of a target's last load: context asked, context said
+        # Models that their server shows under another name after a load, and the names that it shows then: those of one
+        # file of weights are one to it.
+        self._hidden: dict[tuple[Endpoint, str], frozenset[str]] = {}
         self._configured = configured_targets(settings)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         self._ollama = self._default_endpoints["ollama"]
         # Ollama is watched in any case: whatever it has installed can be asked for by name
         watched = (Target(self._ollama, "", Side.LOCAL), *self._configured)
-        prober = Prober(self.transport)
-        self.watch = Watch(monitors_for(settings, watched, prober), sampled=self._stand_by)
+        self._prober = Prober(self.transport)
+        self.watch = Watch(monitors_for(settings, watched, self._probe), sampled=self._stand_by)
+        self.heard = self.watch.first(self._ollama)    # set when it has told what it has, or has not answered
 
     def close(self) -> None:
         self.watch.stop()
@@ -4329,6 +4353,20 @@ class Gateway:
         self.watch.look(endpoint, lambda reading: _shows_loaded(target, context, reading))
         model = model_of(target, reading_of(target, self.watch.readings))
         self._said[target] = context, model.context if model else 0
+        if model and model.cold:
+            self._hidden[endpoint, model.name] = _in_memory(reading_of(target, self.watch.readings))
+            self.watch.look(endpoint, lambda reading: _shows_loaded(target, 0, reading))
+
+    def _probe(self, endpoint: Endpoint) -> Probe:
+        """Return the state of an endpoint, whose hidden models count as in memory.  Raise UpstreamError."""
+        probe = self._prober(endpoint)
+        shown = _in_memory(probe)
+        for where, name in [key for key, names in tuple(self._hidden.items()) if key[0] == endpoint and (
+                key[1] in shown or names != shown and not names & shown)]:
+            self._hidden.pop((where, name), None)    # it is shown, or what was in memory with it is gone
+        return dataclasses.replace(probe, models=probe.models and tuple([
+            dataclasses.replace(model, cold=model.cold and (endpoint, model.name) not in self._hidden)
+            for model in probe.models]))
 
     def context_of(self, target: Target, model: Model) -> int:
         """Return the context that a model is loaded for.
@@ -4504,6 +4542,13 @@ def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
 
 # Codes of faults that tell of the way to an endpoint, so that it is worth a probe at once.
 _LOST = ("upstream_unreachable", "upstream_tls", "upstream_timeout", "upstream_cut")
+
+
+def _in_memory(told: Probe | Reading | None) -> frozenset[str]:
+    """Return the names of the models that a server shows in its memory."""
+    return frozenset(model.name for model in told and told.models or () if not model.cold and not model.remote)
+
+
 def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
     """Return True if a reading knows of a load that has ended."""
     model = model_of(target, reading)
@@ -4561,7 +4606,8 @@ class Dispatch:
         self._gateway, self._request, self._look = gateway, request, look
         self._settings, self.ledger = gateway.settings, gateway.ledger
         self._until = time.monotonic() + self._settings.request_timeout_s
-        self._plan = gateway.plan(request)
+        self._heard = request.model == "cloud" or gateway.heard.is_set()
+        self._plan = self._first_plan()
         self._named = request.model not in ("auto", "local", "cloud")
         self._failed: list[_Failure] = []
         self._overtaken: list[Target] = []
@@ -4587,6 +4633,20 @@ class Dispatch:
                 else:
                     return self._completed(served)
         raise _all_failed(self._plan, self._failed)
+
+    def _first_plan(self) -> Plan:
+        """Return the plan.  Raise OblixError where there is none although it is known what Ollama has."""
+        try:
+            return self._gateway.plan(self._request)
+        except OblixError:
+            if not self._hears_more():
+                raise
+            return self._gateway.plan(self._request)
+
+    def _hears_more(self) -> bool:
+        """Return True if Ollama has told what it has since the request came: it may be the first one after a start."""
+        before, self._heard = self._heard, True
+        return not before and self._wait(self._gateway.heard, PROBE_LIMITS.first_byte_s)
 
     def _completed(self, served: Result) -> Result:
         """Note an answer that has come, or begun, and tell how it came about."""
@@ -4619,7 +4679,14 @@ class Dispatch:
                     self.ledger.release(target)
         yield from ((target, ()) for target in self._overtaken)
         yield from ((target, ()) for target in hope)
-        yield from ((tried.target, ()) for tried in [*self._failed] if not self._named and tried.may_be_back())
+        if self._named:
+            return
+        if self._hears_more():
+            with contextlib.suppress(OblixError):
+                self._plan = self._gateway.plan(self._request)
+            tried_before = {tried.target for tried in self._failed}
+            yield from ((target, ()) for target in self._plan.order if target not in tried_before)
+        yield from ((tried.target, ()) for tried in [*self._failed] if tried.may_be_back())
 
     def _warm_up(self) -> None:
         """Load a cold local model for the next request, while the cloud answers in its place."""
