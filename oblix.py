@@ -64,6 +64,7 @@ import datetime
 import email.utils
 import enum
 import errno
+import fnmatch
 import functools
 import glob
 import http
@@ -3467,6 +3468,7 @@ _READABLE, _HUNG_UP = getattr(select, "POLLIN", 1), getattr(select, "POLLRDHUP",
 # --- 7. Connecting ----------------------------------------------------------------------------------------------------
 
 MAX_ADDRESSES = 8    # of a name that are tried
+LOOK_UP_S = 10       # after which one that hangs is waited for by nobody new
 DEAD_S = 6           # after which a silent network has failed, and not a slow model: the peer's kernel answers at once
 
 
@@ -3508,9 +3510,9 @@ def _proxy_for(there: urllib.parse.SplitResult) -> str:
 
 
 def _excepts(rule: str, name: str, port: int) -> bool:
-    """Return True if a rule of NO_PROXY holds for a host: x.test (and below it), .x.test, *.x.test, *, 10.0.0.0/8.
+    """Return True if a rule of NO_PROXY holds for a host: x.test (and all below it), .x.test, *.x.test, 100.64.0.0/10.
 
-    A rule may name a port, too.
+    A rule may name a port, too, and have stars anywhere.
     """
     address = address_of(name)
     with contextlib.suppress(ValueError):
@@ -3520,7 +3522,7 @@ def _excepts(rule: str, name: str, port: int) -> bool:
     if not found or found[2] and int(found[2]) != port:
         return False
     wanted = found[1].lstrip("*").strip(".")
-    return found[1] == "*" or name == wanted or bool(wanted) and name.endswith("." + wanted)
+    return fnmatch.fnmatchcase(name, found[1]) or wanted != "" and f".{name}".endswith("." + wanted)
 
 
 def way_to(url: str) -> _Route:
@@ -3536,9 +3538,9 @@ def way_to(url: str) -> _Route:
     return _Route(host, tls, middle or host, middle and host, f"{path} HTTP/1.1\r\nHost: {host}\r\n", secret)
 
 
-def look_up(place: tuple[str, int]) -> list[Any]:
-    """Return the addresses of a (host, port), as socket.getaddrinfo has them.  Raise OSError."""
-    return socket.getaddrinfo(*place, type=socket.SOCK_STREAM)
+def look_up(place: tuple[str, int, int]) -> list[Any]:
+    """Return the addresses of a (host, port, …), as socket.getaddrinfo has them.  Raise OSError."""
+    return socket.getaddrinfo(*place[:2], type=socket.SOCK_STREAM)
 
 
 def _dial(found: Sequence[Any], watch: Look) -> socket.socket:
@@ -3633,8 +3635,12 @@ def _open_tunnel(upstream: socket.socket, way: _Route, watch: Look) -> None:
     answer = Answer(upstream, Limits(math.inf, math.inf, math.inf), watch, no_look)
     answer.read_head()
     if answer.status >= 300:
-        raise UpstreamError(f"the proxy refuses to connect, with status {answer.status}", status=503,
-                            code="upstream_unreachable")
+        raise _refused_by_proxy(answer.status)
+
+
+def _refused_by_proxy(status: int) -> UpstreamError:
+    advice = ": are user and password right in https_proxy or http_proxy?" if status == 407 else ""
+    return UpstreamError(f"the proxy refuses, with status {status}{advice}", status=503, code="upstream_unreachable")
 
 
 # --- 7. Reading an answer ---------------------------------------------------------------------------------------------
@@ -3943,7 +3949,7 @@ _FAULTS: tuple[tuple[Any, str, int, str], ...] = (    # the first that fits; soc
 _TLS_ADVICE: dict[Any, str] = {
     **dict.fromkeys((9, 10), "is the clock of this device right?"),    # not yet valid, has expired
     **dict.fromkeys((18, 19, 20, 21), "if its issuer is your own, or a proxy's, name that one's certificate in "
-                                      "SSL_CERT_FILE where Oblix runs"),
+                                      "SSL_CERT_FILE; else, is the package ca-certificates installed?"),
     **dict.fromkeys((62, 64), "is the address right, and no login page in between?"),
     "WRONG_VERSION_NUMBER": "there is no TLS there: is its address http://…?",
 }
@@ -3953,7 +3959,7 @@ def _about_tls(error: Any) -> str:
     """Return which fault of TLS it is, and what a person can do."""
     number, why = getattr(error, "verify_code", 0), getattr(error, "reason", None) or "it broke off"
     advice = _TLS_ADVICE.get(number or why, "")
-    return f"TLS failed: {error.verify_message if number else why}" + (f"; {advice}" if advice else "")
+    return f"TLS failed: {error.verify_message.rstrip('.') if number else why}" + (f"; {advice}" if advice else "")
 
 
 @contextlib.contextmanager
@@ -4006,7 +4012,11 @@ class Transport:
             if payload is not None:
                 lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
             head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-            return self._exchange(way, head + (payload or b""), limits, look)
+            answer = self._exchange(way, head + (payload or b""), limits, look)
+            if answer.status == 407:
+                answer.close()
+                raise _refused_by_proxy(407)
+            return answer
 
     def _exchange(self, way: _Route, raw: bytes, limits: Limits, look: Look) -> Answer:
         """Send a request, and return its answer when the head has come.
@@ -4043,7 +4053,8 @@ class Transport:
                 raise UpstreamError("no connection within the time limit", status=504, code="upstream_timeout")
 
         there = urllib.parse.urlsplit(f"//{way.host}")
-        place = there.hostname, there.port or (443 if way.tls and not way.tunnel else 80)
+        port = there.port or (443 if way.tls and not way.tunnel else 80)
+        place = there.hostname, port, int(time.monotonic() / LOOK_UP_S)
         upstream = _dial(self._resolver.begin(place).result(watch), watch)
         try:
             _prepare(upstream)
