@@ -33,10 +33,9 @@ Promises, each held by a test of its name
 Who owns which state
   monitors' readings     each monitor's own thread writes its one attribute; everybody reads it without a lock (4)
   idle connections       deques of the transport, whose append and pop are atomic (7)
-  ways to upstreams      a dict of the transport; two threads that miss an entry at once make the same one (7)
-  TLS context            made by the first thread that needs it; a second one made at once is just dropped (7)
+  ways to upstreams, TLS context    caches of the transport; two threads that miss at once make the same (7)
   evidence of requests   a monitor's deque of losses and its wake-up, whose operations are atomic (4)
-  loads under way        a dict of the loader, whose setdefault and del are atomic (9)
+  loads and look-ups under way    a dict of each kind of errands, whose setdefault and del are atomic (7)
   what readings mean     caches of pure functions (lru_cache); two threads that miss at once put in the same (5, 9)
   contexts of loads      a dict of the gateway, whose entries the threads of loads replace (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
@@ -65,6 +64,7 @@ import datetime
 import email.utils
 import enum
 import errno
+import fnmatch
 import functools
 import glob
 import http
@@ -78,6 +78,7 @@ import os
 import random
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -95,11 +96,10 @@ from typing import TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, NoReturn,
 if TYPE_CHECKING:
     import ssl
 
-# http.client imports ssl where it is there, used or not: 5 of 15 MiB.  Here an https: upstream alone needs it.  Whoever
-# imports this file has it at once.
+# http.server imports http.client, and that ssl where it is there, used or not: 5 of 15 MiB.  Here an https: upstream
+# alone needs it.  Whoever imports this file has it at once.
 if __name__ == "__main__":
     sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails, which http.client allows for
-import http.client
 import http.server
 
 if __name__ == "__main__":
@@ -206,6 +206,7 @@ class Model:
     size: int = 0                       # bytes on disk: about what its weights take in memory
     capabilities: frozenset[str] | None = None    # "tools", "vision", …
     max_context: int = 0                # tokens that it was trained for
+    own_context: int = 0                # tokens that a person has set, or that it was seen loaded for
     token_bytes: int = 0                # memory that one token of context takes
     cold: bool = False                  # not in memory: the next request would wait for its load
     context: int = 0                    # tokens that it is loaded for
@@ -215,7 +216,7 @@ class Model:
     @property
     def is_chat_model(self) -> bool:
         """False for embedding models."""
-        return "completion" in self.capabilities if self.capabilities else "embed" not in self.name
+        return "completion" in self.capabilities if self.capabilities else "embed" not in self.name.lower()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)    # each is one of a kind: what follows from it is remembered by it
@@ -2377,6 +2378,7 @@ _RULES: tuple[tuple[Collection[int], str, Fault, Json], ...] = (
     ((500,), 'option ".*" must be of type', Fault.CLIENT, {"status": 400}),    # Ollama's status for a wrong type
     ((400, 422), _UNSUPPORTED, Fault.UNSUPPORTED, {}),                   # '"m" does not support thinking' (Ollama)
     ((400, 422), "", Fault.CLIENT, {}),
+    ((503,), "^loading model|model.* is (currently |still )?loading", Fault.LOADING, {"code": "model_loading"}),
     ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", Fault.BUSY, {}),
     (range(400, 500), "", Fault.NOT_FOUND, {}),                           # 404 of a model; 405, 410 of a path
 )
@@ -2395,13 +2397,15 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     words = f"{message[:1000]} {fields.get('code')} {fields.get('type')}".lower()
     fault, ours = next((fault, ours) for statuses, pattern, fault, ours in _RULES
                        if status in statuses and re.search(pattern, words))
+    if '"signin_url"' in text:    # Ollama, asked for a model of ollama.com
+        message += ": run `ollama signin` where Ollama runs"
     if status == 401 and key:
         message = f"The upstream refused the key that Oblix has for it: {message}"
     status = ours.get("status") or {_IN_A_STREAM: 502, 529: 503}.get(status, status)
     usual = {"type": _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
              "code": _CODES.get(status)}
-    return UpstreamError(message, fault, retry=None if fault is Fault.BUSY else False, retry_after_s=retry_after_s,
-                         **{"status": status, **usual, **fields, **ours})
+    return UpstreamError(message, fault, retry=None if fault in (Fault.BUSY, Fault.LOADING) else False,
+                         retry_after_s=retry_after_s, **{"status": status, **usual, **fields, **ours})
 
 
 def _error_fields(text: str) -> dict[str, str]:
@@ -2915,18 +2919,22 @@ class Ollama(Provider):
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
                         is_remote(str(item["name"])) or bool(item.get("remote_host")), str(item.get("digest") or ""),
-                        int(item.get("size") or 0), frozenset(map(str, item.get("capabilities") or ())) or None)
+                        int(item.get("size") or 0), _capabilities(item))
                   for item in ask(self.models_path, None).get("models") or []]
         models = sorted(listed, key=lambda model: -model.created)[:MAX_MODELS]
         with contextlib.suppress(UpstreamError, *NOT_IN_ITS_FORMAT):
-            loaded = {str(item["name"]).lower(): item for item in ask("/api/ps", None)["models"]}
-            models = [_with_state(model, loaded.get(model.name.lower())) for model in models]
+            loaded = {str(name).lower(): item for item in ask("/api/ps", None)["models"]
+                      for name in (item.get("digest"), item["name"]) if name}    # of two names it says the loaded one
+            models = [_with_state(model, loaded.get(model.name.lower(), loaded.get(model.digest.lower())))
+                      for model in models]
         by_key = {model.digest or model.name: model for model in models if not model.remote}
         for key in known.keys() - by_key.keys():
             del known[key]
         for key in [key for key in by_key if key not in known][:DETAILS_AT_ONCE]:
             with contextlib.suppress(UpstreamError):
                 known[key] = _details(ask("/api/show", {"model": by_key[key].name}))
+        for key in by_key.keys() & known.keys():
+            known[key]["own_context"] = max(known[key].get("own_context", 0), by_key[key].context)
         return tuple(dataclasses.replace(model, **known.get(model.digest or model.name, {})) for model in models)
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
@@ -2938,11 +2946,13 @@ class Ollama(Provider):
             raise Unsupported(f"the prompt has over {size // 8} tokens, and its context {model.max_context}",
                               param="messages", code="context_length_exceeded")
         answer = min(request.max_output_tokens(512), 4096)
-        now = model.context or asked or DEFAULT_CONTEXT
-        if size // 3 + answer <= now:    # English has 4 bytes a token, code and other languages about 3
-            return now if now == asked else 0
-        wanted = max(now, min(next((step for step in CONTEXTS if step >= size // 3 + answer), CONTEXTS[-1]),
-                              model.max_context))
+        own = max(asked, min(model.own_context, model.max_context))    # never to be made smaller
+        now = model.context or own or DEFAULT_CONTEXT
+        needed = size // 3 + answer    # English has 4 bytes a token, code and other languages about 3
+        if needed <= now:
+            return now if now == asked or not model.context and needed > DEFAULT_CONTEXT else 0
+        step = next((step for step in CONTEXTS if step >= needed), CONTEXTS[-1])
+        wanted = max(now, own, min(step, model.max_context))
         # the size of a loaded model is with its context, and `free` counts it as free
         if free is None or model.size + (wanted - model.context) * model.token_bytes <= free:
             return wanted if wanted > now or wanted == asked else 0
@@ -2954,6 +2964,13 @@ class Ollama(Provider):
 
 DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
+
+
+def _capabilities(item: Json) -> frozenset[str] | None:
+    """Return what a model can do as /api/tags says, or its family, in older versions; None if neither says it."""
+    said = frozenset(map(str, item.get("capabilities") or ()))
+    embeds = "bert" in str((item.get("details") or {}).get("family")).lower()    # nomic-bert, xlm-roberta, …
+    return said or (frozenset({"embedding"}) if embeds else None)
 
 
 def _with_state(model: Model, loaded: Json | None) -> Model:
@@ -2969,6 +2986,7 @@ def _details(shown: Json) -> Json:
     """Return the fields of a Model that /api/show tells; none if it is not in its format."""
     with contextlib.suppress(*NOT_IN_ITS_FORMAT):
         info = shown.get("model_info") or {}
+        said = re.search(r"(?m)^num_ctx\s+([0-9]{1,9})$", str(shown.get("parameters")))
         kind = info.get("general.architecture")
         number = {name[len(f"{kind}."):]: value for name, value in info.items()
                   if name.startswith(f"{kind}.") and isinstance(value, int)}    # some are lists, one number a layer
@@ -2978,7 +2996,8 @@ def _details(shown: Json) -> Json:
         # llama.cpp keeps a key and a value of 16 bits each for every layer and head
         token_bytes = 2 * number.get("block_count", 0) * number.get("attention.head_count_kv", 0) * row
         return {**present({"capabilities": frozenset(map(str, shown.get("capabilities") or ()))}),
-                "max_context": number.get("context_length", 0), "token_bytes": token_bytes}
+                "max_context": number.get("context_length", 0), "token_bytes": token_bytes,
+                "own_context": int(said[1]) if said else 0}
     return {}
 
 
@@ -3350,9 +3369,9 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 
 # === 7. Transport =====================================================================================================
 # uses: 1 3
-# How do bytes get to an upstream and back?  http.client connects, by the way that urllib knows (proxies), and HTTP/1.1
-# is written and read here, over connections that stay open between requests.  It knows addresses and deadlines, and
-# nothing of what the bytes mean.  Four rules hold here and in 11:
+# How do bytes get to an upstream and back?  By the proxies that urllib knows, over connections that stay open between
+# requests, in HTTP/1.1, which is written and read here.  It knows addresses and deadlines, and nothing of what
+# the bytes mean.  Four rules hold here and in 11:
 #   A wait is a blocking call that ends by itself after a tick; then one callback looks at the clock and the client.
 #   A stream belongs to its own thread from head to end: what one read brought goes out in one write.
 #   Events that say a text and nothing else are known by one static pattern, and pass as values of their own type.
@@ -3422,6 +3441,67 @@ def wait_for(event: threading.Event, limit_s: float, look: Look) -> bool:
     return True
 
 
+class Errand:
+    """Work on a thread of its own; it has a value or an error when `done` is set."""
+    value: Any = None
+    error: Exception | None = None
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
+    def result(self, look: Look = no_look) -> Any:
+        """Return what the work returns, when it does.  Raise what it raises, and what the look raises."""
+        while not self.done.wait(TICK_S):
+            look()
+        if self.error:
+            raise copy.copy(self.error)    # others wait for the same
+        return self.value
+
+
+class Errands:
+    """Work of one kind, each piece of it done once for all who want it at the same time, whoever of them leaves."""
+
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self._work = work
+        self._errands: dict[Any, Errand] = {}    # setdefault and del are atomic
+
+    @property
+    def keys(self) -> frozenset[Any]:
+        """Return what is being worked on."""
+        return frozenset(tuple(self._errands))
+
+    def under_way(self, key: Any) -> Errand | None:
+        """Return the errand of that key that has not ended, or None."""
+        return self._errands.get(key)
+
+    def begin(self, key: Any, *more: Any) -> Errand:
+        """Begin to work on a key, or join the errand that is under way.  Do not wait."""
+        fresh = Errand()
+        errand = self._errands.setdefault(key, fresh)
+        if errand is fresh:
+            thread = threading.Thread(target=self._run, args=(errand, key, *more), name="errand", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:    # no more threads
+                self._end(errand, key, UpstreamError("no thread is left for it", status=503, code="out_of_threads"))
+        return errand
+
+    def _run(self, errand: Errand, key: Any, *more: Any) -> None:
+        error: Exception | None = UpstreamError("it failed")    # by a bug, which stderr tells
+        try:
+            errand.value = self._work(key, *more)
+            error = None
+        except (OblixError, OSError, ValueError) as failure:
+            error = failure
+        finally:
+            self._end(errand, key, error)
+
+    def _end(self, errand: Errand, key: Any, error: Exception | None) -> None:
+        errand.error = error
+        del self._errands[key]
+        errand.done.set()
+
+
 def send_all(connection: socket.socket, data: bytes, limit_s: float, look: Look = no_look) -> None:
     """Send data.  Raise OSError, one of NOT_YET where the other side takes nothing of it for `limit_s`."""
     left, deadline = memoryview(data), time.monotonic() + limit_s
@@ -3459,116 +3539,180 @@ _READABLE, _HUNG_UP = getattr(select, "POLLIN", 1), getattr(select, "POLLRDHUP",
 
 # --- 7. Connecting ----------------------------------------------------------------------------------------------------
 
+MAX_ADDRESSES = 8    # of a name that are tried
+LOOK_UP_S = 10       # after which one that hangs is waited for by nobody new
+DEAD_S = 6           # after which a silent network has failed, and not a slow model: the peer's kernel answers at once
+
+
 class _Route(NamedTuple):
     """How an upstream is reached."""
-    upstream: str             # its host[:port]
+    upstream: str    # its host[:port]
     tls: bool
-    host: str                 # host[:port] to connect to: the upstream, or a proxy
-    tunnel: str               # the upstream's host[:port] where a proxy passes bytes through to it, else ""
-    head: str                 # the request line's target and version, and fields
-    secret: dict[str, str]    # what the proxy wants to see of a tunnel
+    host: str        # host[:port] to connect to: the upstream, or a proxy
+    tunnel: str      # the upstream's host[:port] where a proxy passes bytes through to it, else ""
+    head: str        # the request line's target and version, and fields
+    secret: str      # the field that the proxy wants to see of a tunnel, else ""
 
 
-def is_near(host: str) -> bool:
-    """Return True if a host[:port] is the device itself or a private address: nothing has to be looked up."""
-    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+def is_near(name: str) -> bool:
+    """Return True if a host is the device itself or a private address: nothing has to be looked up."""
     address = address_of(name)
     return is_loopback(name) or address is not None and address.is_private    # link-local included
 
 
-def _proxy_for(scheme: str, host: str) -> str:
-    """Return the URL of the system's proxy to a host[:port], or "" where there is none or the host is near."""
-    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
-    if is_near(host) or "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa")):
+def _proxy_for(there: urllib.parse.SplitResult) -> str:
+    """Return the URL of the system's proxy to a URL, or "" where there is none or the host is near.
+
+    Raise UpstreamError for one that does not speak HTTP: its owner may not want to be seen without it.
+    """
+    name = (there.hostname or "").rstrip(".")
+    if is_near(name) or "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa")):
         return ""
     from urllib.request import getproxies, proxy_bypass  # takes 1 MiB, which a local model alone does not need
-    proxy = getproxies().get(scheme, "")
-    return "" if not proxy or proxy_bypass(host) else proxy if "://" in proxy else f"http://{proxy}"
+    known = getproxies()
+    proxy = known.get(there.scheme) or known.get("all", "")
+    port = there.port or (443 if there.scheme == "https" else 80)
+    if not proxy or any(_excepts(rule, name, port) for rule in re.split(r"[,\s]+", known.get("no", "").lower())):
+        return ""
+    kind, found, _ = proxy.partition("://")
+    if found and kind.lower() not in ("http", "https"):
+        raise UpstreamError(f"{kind} proxies are not supported: set {there.scheme}_proxy to one that speaks HTTP, or "
+                            f"no_proxy={name} to do without", status=503, code="unsupported_proxy")
+    return "" if proxy_bypass(there.netloc) else proxy if found else f"http://{proxy}"
+
+
+def _excepts(rule: str, name: str, port: int) -> bool:
+    """Return True if a rule of NO_PROXY holds for a host: x.test (and all below it), .x.test, *.x.test, 100.64.0.0/10.
+
+    A rule may name a port, too, and have stars anywhere.
+    """
+    address = address_of(name)
+    with contextlib.suppress(ValueError):
+        network = ipaddress.ip_network(rule.strip("[]"), strict=False)
+        return address is not None and address in network
+    found = re.fullmatch(r"\[?([^\[\]]+?)\]?(?::([0-9]+))?", rule)
+    if not found or found[2] and int(found[2]) != port:
+        return False
+    wanted = found[1].lstrip("*").strip(".")
+    return fnmatch.fnmatchcase(name, found[1]) or wanted != "" and f".{name}".endswith("." + wanted)
 
 
 def way_to(url: str) -> _Route:
     """Return how a URL is reached: as it is, or by the system's proxy."""
     there = urllib.parse.urlsplit(url)
-    tls, host, proxy = there.scheme == "https", there.netloc, _proxy_for(there.scheme, there.netloc)
+    by, host, tls = urllib.parse.urlsplit(_proxy_for(there)), there.netloc, there.scheme == "https"
     path = urllib.parse.urlunsplit(("", "", there.path or "/", there.query, ""))
-    if not proxy:
-        return _Route(host, tls, host, "", f"{path} HTTP/1.1\r\nHost: {host}\r\n", {})
-    by = urllib.parse.urlsplit(proxy)
-    user, password = (urllib.parse.unquote(part or "") for part in (by.username, by.password))
-    known = base64.b64encode(f"{user}:{password}".encode()).decode()
-    secret = {"Proxy-Authorization": f"Basic {known}"} if user else {}
+    user = ":".join(urllib.parse.unquote(part or "") for part in (by.username, by.password))
+    secret = f"Proxy-Authorization: Basic {base64.b64encode(user.encode()).decode()}\r\n" if by.username else ""
     middle = by.netloc.rpartition("@")[2]
-    if tls:
-        return _Route(host, True, middle, host, f"{path} HTTP/1.1\r\nHost: {host}\r\n", secret)
-    fields = "".join(f"{name}: {value}\r\n" for name, value in {"Host": host, **secret}.items())
-    return _Route(host, by.scheme == "https", middle, "", f"{url} HTTP/1.1\r\n{fields}", {})
+    if middle and not tls:    # it passes on requests
+        return _Route(host, by.scheme == "https", middle, "", f"{url} HTTP/1.1\r\nHost: {host}\r\n{secret}", "")
+    return _Route(host, tls, middle or host, middle and host, f"{path} HTTP/1.1\r\nHost: {host}\r\n", secret)
 
 
-class _TlsConnection(http.client.HTTPConnection):
-    """A connection whose other side speaks TLS; http.client's own is not there where ssl was not imported with it."""
-    default_port = 443
+def look_up(place: tuple[str, int, int]) -> list[Any]:
+    """Return the addresses of a (host, port, …), as socket.getaddrinfo has them.  Raise OSError."""
+    return socket.getaddrinfo(*place[:2], type=socket.SOCK_STREAM)
 
 
-def _connect(way: _Route, limit_s: float, tls_context: Callable[[], ssl.SSLContext]) -> socket.socket:
-    """Return a new connection, on which TLS has been set up."""
-    connection = (_TlsConnection if way.tls else http.client.HTTPConnection)(way.host, timeout=limit_s)
-    if way.tunnel:
-        connection.set_tunnel(way.tunnel, headers=way.secret)
-    connection.connect()
-    upstream: socket.socket = connection.sock
-    _notice_death(upstream)
-    if way.tls:
-        name = urllib.parse.urlsplit(f"//{way.tunnel or way.host}").hostname
-        upstream = tls_context().wrap_socket(upstream, server_hostname=name)
-    limit_waits(upstream, TICK_S)
-    return upstream
+def _dial(found: Sequence[Any], watch: Look) -> socket.socket:
+    """Return a TCP connection to the first address that takes one.  Raise OSError, and what `watch` raises.
 
-
-DEAD_S = 15    # after which a silent network has failed, and not a slow model: the peer's kernel answers at once
-
-
-def _notice_death(upstream: socket.socket) -> None:
-    """Make the kernel fail a connection whose other end has vanished, as it does when a device changes networks.
-
-    Else a request on a kept connection would wait there for as long as a model may think.
+    One of them may lead nowhere, so they are tried side by side: each a tick after the one before, or at once where
+    that has failed (RFC 8305, section 5).
     """
-    upstream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPALIVE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2),
-                        ("TCP_USER_TIMEOUT", 1000 * DEAD_S)):    # each where the system has it
-        with contextlib.suppress(AttributeError, OSError):
-            upstream.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def _connect_within(limit_s: float, connect: Callable[[], socket.socket], look: Look) -> socket.socket:
-    """Return the connection that `connect` makes on a thread of its own, or raise what it raises.
-
-    The thread is the only bound on the resolver, which has no timeout.  Raise UpstreamError after `limit_s` seconds.
-    """
-    made: list[Any] = []    # the connection or an error, behind None if the caller has given up before
-    done = threading.Event()
-
-    def run() -> None:
-        try:
-            made.append(connect())
-        except Exception as error:
-            made.append(error)
-        done.set()
-        if made[0] is None and isinstance(made[1], socket.socket):
-            made[1].close()
-
+    both = [[one for one in found if (one[0] == found[0][0]) is same] for same in (True, False)]    # versions of IP
+    left = [one for pair in itertools.zip_longest(*both) for one in pair if one][:MAX_ADDRESSES]
+    failure, trying = OSError("its name has no address"), selectors.DefaultSelector()
     try:
-        threading.Thread(target=run, name="connect", daemon=True).start()
-    except RuntimeError:
-        raise UpstreamError("no thread is left to connect", status=503, code="out_of_threads") from None
-    try:
-        wait_for(done, limit_s, look)
+        while left or trying.get_map():
+            watch()
+            try:
+                if left:
+                    one = _begin_to_connect(*left.pop(0))
+                    trying.register(one, selectors.EVENT_WRITE, one)
+            except OSError as error:
+                failure = error
+                continue
+            for key, _ in trying.select(TICK_S):
+                trying.unregister(key.data)
+                code = key.data.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not code:
+                    return key.data  # type: ignore[no-any-return]
+                key.data.close()
+                failure = OSError(code, os.strerror(code))
+        raise failure
     finally:
-        made.append(None)
-    if made[0] is None:
-        raise UpstreamError("no connection within the time limit", status=504, code="upstream_timeout")
-    if isinstance(made[0], Exception):
-        raise made[0]
-    return made[0]  # type: ignore[no-any-return]
+        for key in tuple(trying.get_map().values()):
+            key.data.close()
+        trying.close()
+
+
+def _begin_to_connect(family: int, kind: int, protocol: int, _: str, address: Any) -> socket.socket:
+    """Return a socket that is on its way to an address.  Raise OSError."""
+    one = socket.socket(family, kind, protocol)
+    one.setblocking(False)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            one.connect(address)
+    except OSError:
+        one.close()
+        raise
+    return one
+
+
+def _prepare(upstream: socket.socket) -> None:
+    """Let a connection send at once, wait for a tick at most, and fail where its other end has vanished.
+
+    The last happens as a device changes networks.  Else a request on a kept connection would wait there for as long as
+    a model may think.  What was sent and is not acknowledged counts here on macOS (TCP_RXT_CONNDROPTIME) and Windows
+    (TCP_MAXRT), whose options Python has no names for, and in `_undelivered` on Linux.
+    """
+    upstream.settimeout(TICK_S)
+    upstream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    names = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2}
+    options = {getattr(socket, name): value for name, value in names.items() if hasattr(socket, name)}
+    for option, value in {**options, **{"darwin": {0x80: DEAD_S}, "win32": {5: DEAD_S}}.get(sys.platform, {})}.items():
+        with contextlib.suppress(OSError):
+            upstream.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _undelivered(upstream: socket.socket) -> tuple[int, float]:
+    """Return (how much that was sent the other side's kernel has not acknowledged, for how many seconds it is silent).
+
+    Both are 0 where nothing is on its way, or where the system does not tell.
+    """
+    with contextlib.suppress(OSError, struct.error):
+        if sys.platform == "darwin":
+            return upstream.getsockopt(socket.SOL_SOCKET, 0x1024), 0.0    # SO_NWRITE
+        if sys.platform == "linux":
+            told = upstream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 148)    # linux/tcp.h, struct tcp_info
+            sent, silent_ms, unsent = (struct.unpack_from("=I", told, at)[0] for at in (24, 56, 144))
+            return sent + unsent, silent_ms / 1000 if sent else 0.0    # a peer that takes nothing now is not silent
+    return 0, 0.0
+
+
+def _abort(upstream: socket.socket) -> None:
+    """Close a connection, and let the kernel send nothing more of what was written to it."""
+    with contextlib.suppress(OSError):
+        upstream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
+    upstream.close()
+
+
+def _open_tunnel(upstream: socket.socket, way: _Route, watch: Look) -> None:
+    """Ask a proxy to pass bytes through.  Raise UpstreamError where it does not, OSError, and what `watch` raises."""
+    there = way.tunnel if urllib.parse.urlsplit(f"//{way.tunnel}").port else f"{way.tunnel}:443"
+    asked = f"CONNECT {there} HTTP/1.1\r\nHost: {there}\r\n{way.secret}\r\n".encode("latin-1")
+    send_all(upstream, asked, math.inf, watch)
+    answer = Answer(upstream, Limits(math.inf, math.inf, math.inf), watch, no_look)
+    answer.read_head()
+    if answer.status >= 300:
+        raise _refused_by_proxy(answer.status)
+
+
+def _refused_by_proxy(status: int) -> UpstreamError:
+    advice = ": are user and password right in https_proxy or http_proxy?" if status == 407 else ""
+    return UpstreamError(f"the proxy refuses, with status {status}{advice}", status=503, code="upstream_unreachable")
 
 
 # --- 7. Reading an answer ---------------------------------------------------------------------------------------------
@@ -3596,15 +3740,27 @@ class Answer:
         self.text_event: TextEvent | None = None    # of events that need not be read
         self._held = b""    # what has come and is not used yet
         self._left = self._size = 0    # bytes of the chunk, or of the body, that are still to come; of all that came
+        self._most = MAX_STREAM_BYTES
         self.silent = True             # nothing has come
+        self.undelivered = False       # nor can the request have been worked on: its end was not acknowledged
+        self._asked = time.monotonic()
         self._begun = self._trailing = self._ended = self.complete = False    # the last one: the body has come
 
     def watch(self) -> None:
-        """See to the client and to the clock.  Raise UpstreamError where the time is over, and what the look raises."""
+        """See to the client, to the clock, and whether the other side is there.
+
+        Raise UpstreamError where the time is over, ConnectionAbortedError where nothing that is sent arrives, and what
+        the look raises.
+        """
         before = time.monotonic()
         self._look()
         now = time.monotonic()
         self._deadline += now - before    # a client that takes what it is sent slowly is no silence of the upstream
+        if self.silent and now - self._asked >= TICK_S:
+            amount, silent_s = _undelivered(self._upstream)
+            self.undelivered = amount > 0
+            if min(silent_s, now - self._asked) >= DEAD_S:
+                raise ConnectionAbortedError
         if now >= self._until:
             raise time_is_up()
         if now >= self._deadline:
@@ -3679,8 +3835,15 @@ class Answer:
 
     @property
     def retry_after_s(self) -> float | None:
-        """The seconds that the server asks to wait."""
-        return _retry_after(self._fields)
+        """The seconds that the server asks to wait: `retry-after-ms` or `retry-after`, by RFC 9110, 10.2.3."""
+        text = self._fields.get("retry-after", "")
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            if self._fields.get("retry-after-ms"):
+                return max(0.0, finite(self._fields["retry-after-ms"]) / 1000)
+            if re.fullmatch(r"\s*[\d.]+\s*", text):
+                return finite(text)
+            return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time()) if text else None
+        return None
 
     def begin(self) -> None:
         """From now on limit silence: the first content has come."""
@@ -3722,8 +3885,8 @@ class Answer:
         else:
             piece, self._held, self.complete = self._held, b"", come is None
         self._size += len(piece)
-        if self._size > MAX_STREAM_BYTES:
-            raise UpstreamError(f"the answer is larger than {MAX_STREAM_BYTES >> 20} MiB")
+        if self._size > self._most:
+            raise UpstreamError(f"the answer is larger than {self._most >> 20} MiB")
         return piece
 
     def _unframed(self) -> bytes:
@@ -3759,14 +3922,11 @@ class Answer:
 
         Raise UpstreamError where it breaks off or is too large.
         """
-        pieces, size = [], 0
+        self._most, pieces = MAX_BODY_BYTES, []
         for piece in self._pieces():
             if not within_first_byte:
                 self.begin()
             pieces.append(piece)
-            size += len(piece)
-            if size > MAX_BODY_BYTES:
-                raise UpstreamError(f"the answer is larger than {MAX_BODY_BYTES >> 20} MiB")
         return b"".join(pieces)
 
     def lines(self) -> Iterator[bytes | Texts]:
@@ -3845,42 +4005,56 @@ def time_is_up() -> UpstreamError:
                          code="request_timeout", retry=False)
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds to wait by `retry-after-ms` or `retry-after`, a number or an HTTP date (RFC 9110, 10.2.3)."""
-    text = headers.get("retry-after", "")
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if headers.get("retry-after-ms"):
-            return max(0.0, finite(headers["retry-after-ms"]) / 1000)
-        if re.fullmatch(r"\s*[\d.]+\s*", text):
-            return finite(text)
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time()) if text else None
-    return None
-
-
 _FAULTS: tuple[tuple[Any, str, int, str], ...] = (    # the first that fits; socket.timeout is TimeoutError since 3.10
     (NOT_YET, "no connection, or the request was not accepted, within the time limit", 504, "upstream_timeout"),
-    (socket.gaierror, "its host name can't be resolved", 503, "upstream_unreachable"),
+    ((socket.gaierror, UnicodeError), "its host name can't be resolved", 503, "upstream_unreachable"),
     (ConnectionRefusedError, "connection refused", 503, "upstream_unreachable"),
+    (ConnectionAbortedError, "what is sent does not arrive: the network is gone, or it drops large packets (MTU)", 503,
+     "upstream_unreachable"),
     (ConnectionError, "the connection broke off", 502, "upstream_cut"),
     (OSError, "unreachable: {}", 503, "upstream_unreachable"),
-    ((http.client.HTTPException, ValueError), "it does not answer in HTTP", 502, "bad_upstream_answer"),
+    (ValueError, "it does not answer in HTTP", 502, "bad_upstream_answer"),
 )
+
+
+# by OpenSSL's number of what is wrong with a certificate (x509_vfy.h), or its word for another fault
+_TLS_ADVICE: dict[Any, str] = {
+    **dict.fromkeys((9, 10), "is the clock of this device right?"),    # not yet valid, has expired
+    **dict.fromkeys((18, 19, 20, 21), "if its issuer is your own, or a proxy's, name that one's certificate in "
+                                      "SSL_CERT_FILE; else, is the package ca-certificates installed?"),
+    **dict.fromkeys((62, 64), "is the address right, and no login page in between?"),
+    "WRONG_VERSION_NUMBER": "there is no TLS there: is its address http://…?",
+}
+
+
+def _about_tls(error: Any) -> str:
+    """Return which fault of TLS it is, and what a person can do."""
+    number, why = getattr(error, "verify_code", 0), getattr(error, "reason", None) or "it broke off"
+    advice = _TLS_ADVICE.get(number or why, "")
+    return f"TLS failed: {error.verify_message.rstrip('.') if number else why}" + (f"; {advice}" if advice else "")
 
 
 @contextlib.contextmanager
 def _upstream_faults() -> Iterator[None]:
-    """Turn all that sockets, TLS, DNS and http.client raise into an UpstreamError, here and nowhere else."""
+    """Turn all that sockets, TLS and DNS raise into an UpstreamError, here and nowhere else."""
     try:
         yield
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, ValueError) as error:
         why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         words, status, code = next(fault[1:] for fault in _FAULTS if isinstance(error, fault[0]))
         if hasattr(error, "library") and not isinstance(error, NOT_YET):    # of ssl, which need not be imported
-            words, status, code = "TLS failed: {}", 502, "upstream_tls"
+            words, status, code, why = "{}", 502, "upstream_tls", _about_tls(error)
         raise UpstreamError(words.format(why), status=status, code=code) from error
 
 
 # --- 7. Exchanges -----------------------------------------------------------------------------------------------------
+
+def _new_tls_context() -> ssl.SSLContext:
+    import ssl
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
 
 class Transport:
     """Opens exchanges with upstreams, over connections that stay open between requests.
@@ -3891,9 +4065,11 @@ class Transport:
 
     def __init__(self) -> None:
         self._idle: dict[Any, collections.deque[tuple[socket.socket, float]]] = {}    # by way[:4]
-        self._ways: dict[str, _Route] = {}    # by URL, of which there are a few for each endpoint: proxies take 0.05 ms
-        self._tls: ssl.SSLContext | None = None    # made when first needed: it reads every certificate there is
+        self._way = functools.lru_cache(256)(way_to)    # there are a few URLs for each endpoint; proxies take 0.05 ms
+        self._tls_context = functools.lru_cache(1)(_new_tls_context)    # when first needed: it reads all certificates
+        self._resolver = Errands(look_up)    # on a thread of its own, as the resolver has no time limit
         self._closed = False
+        self.connect_s = math.inf    # the most that connecting may take, whatever an exchange's limits say
 
     def open(self, url: str, headers: Mapping[str, str], payload: bytes | None, limits: Limits,
              look: Look = no_look) -> Answer:
@@ -3908,43 +4084,67 @@ class Transport:
             if payload is not None:
                 lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
             head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-            return self._exchange(way, head + (payload or b""), limits, look)
-
-    def _way(self, url: str) -> _Route:
-        """Return how a URL is reached, which is found out once."""
-        way = self._ways.get(url)
-        if way is None:
-            way = self._ways[url] = way_to(url)
-        return way
+            answer = self._exchange(way, head + (payload or b""), limits, look)
+            if answer.status == 407:
+                answer.close()
+                raise _refused_by_proxy(407)
+            return answer
 
     def _exchange(self, way: _Route, raw: bytes, limits: Limits, look: Look) -> Answer:
         """Send a request, and return its answer when the head has come.
 
-        A kept connection may have died while it was idle.  That shows at once, so only then is the request sent again:
-        a model that has worked on it may be paid for it.
+        A kept connection may have died while it was idle.  That shows at once, or nothing of the request is
+        acknowledged: only then is it sent again.  A model that has worked on it may be paid for it.
         """
         begun, kept = time.monotonic(), self._kept(way)
         while True:
-            upstream = kept or _connect_within(
-                limits.connect_s, lambda: _connect(way, limits.connect_s, self._tls_context), look)
+            upstream = kept or self._connect(way, min(limits.connect_s, self.connect_s), look)
             answer = Answer(upstream, limits, look, functools.partial(self._keep, way, upstream))
             try:
                 send_all(upstream, raw, limits.stall_s, answer.watch)
                 answer.read_head()
                 return answer
             except BaseException as error:
-                upstream.close()
+                _abort(upstream)
                 dead = isinstance(error, OSError) and not isinstance(error, NOT_YET) and answer.silent
-                if not kept or not dead or time.monotonic() - begun > STALE_S:
+                if not kept or not dead or not answer.undelivered and time.monotonic() - begun > STALE_S:
                     raise
+            self.forget(f"//{way.upstream}")    # the others have gone the same way
             kept = None
 
-    def _tls_context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            import ssl
-            self._tls = ssl.create_default_context()
-            self._tls.set_alpn_protocols(["http/1.1"])
-        return self._tls
+    def _connect(self, way: _Route, limit_s: float, look: Look) -> socket.socket:
+        """Return a new connection, on which TLS has been set up.
+
+        Raise UpstreamError after `limit_s` seconds, OSError, and what the look raises.
+        """
+        deadline = time.monotonic() + limit_s
+
+        def watch() -> None:
+            look()
+            if time.monotonic() >= deadline:
+                raise UpstreamError("no connection within the time limit", status=504, code="upstream_timeout")
+
+        there = urllib.parse.urlsplit(f"//{way.host}")
+        port = there.port or (443 if way.tls and not way.tunnel else 80)
+        place = there.hostname, port, int(time.monotonic() / LOOK_UP_S)
+        upstream = _dial(self._resolver.begin(place).result(watch), watch)
+        try:
+            _prepare(upstream)
+            if way.tunnel:
+                _open_tunnel(upstream, way, watch)
+            if way.tls:
+                name = urllib.parse.urlsplit(f"//{way.tunnel or way.host}").hostname
+                secured = upstream = self._tls_context().wrap_socket(upstream, server_hostname=name,
+                                                                     do_handshake_on_connect=False)
+                while not secured.version():
+                    watch()
+                    with contextlib.suppress(*NOT_YET):
+                        secured.do_handshake()
+            limit_waits(upstream, TICK_S)
+        except BaseException:
+            upstream.close()
+            raise
+        return upstream
 
     def _kept(self, way: _Route) -> socket.socket | None:
         """Return an idle connection on which nothing has come: neither its end, nor bytes that nobody asked for."""
@@ -3954,18 +4154,18 @@ class Transport:
                 upstream, since = idle.pop()
             except IndexError:    # another thread was quicker
                 break
-            if time.monotonic() - since < IDLE_S and not _has_come(upstream, _READABLE):
+            if 0 <= time.time() - since < IDLE_S and not _has_come(upstream, _READABLE):
                 return upstream
             upstream.close()
         return None
 
     def _keep(self, way: _Route, upstream: socket.socket) -> None:
         """Keep a connection for the next request, and close those that nobody has used for long."""
-        now = time.monotonic()
+        now = time.time()    # which goes on while the device sleeps, unlike monotonic
         self._idle.setdefault(way[:4], collections.deque()).append((upstream, now))
         for idle in tuple(self._idle.values()):
             with contextlib.suppress(IndexError):    # none is left
-                while self._closed or len(idle) > MAX_IDLE or now - idle[0][1] > IDLE_S:
+                while self._closed or len(idle) > MAX_IDLE or not 0 <= now - idle[0][1] <= IDLE_S:
                     idle.popleft()[0].close()
 
     def forget(self, url: str = "") -> None:
@@ -4085,12 +4285,11 @@ class Ledger:
 # How does one request become one answer?  Composes the sections above: resolve the model, rank the targets, try them
 # until one has content, and tell why.  It knows nothing of the client's HTTP but the socket to watch.
 
-PROBE_LIMITS = Limits(connect_s=5.0, first_byte_s=5.0, stall_s=5.0)
+PROBE_LIMITS = Limits(connect_s=math.inf, first_byte_s=5.0, stall_s=5.0)
 SECOND_TRY_S = 0.5           # sooner nothing will have changed
 PAUSE_S, MAX_PAUSE_S = 0.5, 2.0    # before a cloud that has failed is asked again: at least, and less than,
 SLOW_S = 15.0                # where the local model would take longer than this
 OVERHEAD_S = 0.2             # of a first word besides its reading: HTTP, the template, the first token's writing
-LAST_HOPE_CONNECT_S = 1.5    # where nobody else is left to answer, but hardly this one either
 WARM_AGAIN_S = 300.0         # as long as Ollama keeps a model by itself
 KEPT_S, KEPT_ON_BATTERY_S = 1800, 300    # a model in memory; Ollama's own default is the latter
 LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
@@ -4146,58 +4345,6 @@ def _probed(answer: Answer, endpoint: Endpoint) -> Json:
     return told  # type: ignore[no-any-return]
 
 
-class Load:
-    """A model on its way into memory: `done` is set at its end, and `error` tells why it failed."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.error: UpstreamError | None = None
-
-
-class Loader:
-    """Loads models by requests of its own, so that no client that hangs up can abort a load."""
-
-    def __init__(self, load: Callable[[Target, int], None]) -> None:
-        self._load = load
-        self._loads: dict[Target, Load] = {}    # setdefault and del are atomic
-
-    @property
-    def loading(self) -> frozenset[Target]:
-        """Return the targets that are being loaded."""
-        return frozenset(tuple(self._loads))
-
-    def under_way(self, target: Target) -> Load | None:
-        """Return the load of a target that has not ended, or None."""
-        return self._loads.get(target)
-
-    def begin(self, target: Target, context: int) -> Load:
-        """Load a target's model for a context (0: its own), or join the load that is under way.  Does not wait."""
-        fresh = Load()
-        load = self._loads.setdefault(target, fresh)
-        if load is fresh:
-            thread = threading.Thread(target=self._run, args=(target, context, load), name="load", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:    # no more threads
-                self._end(target, load, UpstreamError("no thread is left to load the model"))
-        return load
-
-    def _run(self, target: Target, context: int, load: Load) -> None:
-        error: UpstreamError | None = UpstreamError("loading the model failed")    # of a bug, which stderr tells
-        try:
-            self._load(target, context)
-            error = None
-        except UpstreamError as failure:
-            error = failure
-        finally:
-            self._end(target, load, error)
-
-    def _end(self, target: Target, load: Load, error: UpstreamError | None) -> None:
-        load.error = error
-        del self._loads[target]
-        load.done.set()
-
-
 @dataclasses.dataclass
 class Result:
     """An answer on its way to the client: either `whole`, or `chunks` whose first ones have content."""
@@ -4215,17 +4362,22 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.ledger, self.transport, self.loader = Ledger(), Transport(), Loader(self._load)
+        self.ledger, self.transport, self.loader = Ledger(), Transport(), Errands(self._load)
+        self.transport.connect_s = settings.connect_timeout_s    # of probes and of loads, too
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
         self._said: dict[Target, tuple[int, int]] = {}    # of a target's last load: context asked, context said
+        # Models that their server shows under another name after a load, and the names that it shows then: those of one
+        # file of weights are one to it.
+        self._hidden: dict[tuple[Endpoint, str], frozenset[str]] = {}
         self._configured = configured_targets(settings)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         self._ollama = self._default_endpoints["ollama"]
         # Ollama is watched in any case: whatever it has installed can be asked for by name
         watched = (Target(self._ollama, "", Side.LOCAL), *self._configured)
-        prober = Prober(self.transport)
-        self.watch = Watch(monitors_for(settings, watched, prober), sampled=self._stand_by)
+        self._prober = Prober(self.transport)
+        self.watch = Watch(monitors_for(settings, watched, self._probe), sampled=self._stand_by)
+        self.heard = self.watch.first(self._ollama)    # set when it has told what it has, or has not answered
 
     def close(self) -> None:
         self.watch.stop()
@@ -4233,7 +4385,7 @@ class Gateway:
 
     def snapshot(self) -> Snapshot:
         """Return all that a decision is made from, as it is now.  Does not wait."""
-        settings, readings, loading = self.settings, self.watch.readings, self.loader.loading
+        settings, readings, loading = self.settings, self.watch.readings, self.loader.keys
         local = () if settings.local_model else newest_that_fits(self._ollama, readings, loading)
         return Snapshot(readings, (*local, *self._configured), self.ledger.records(), self.ledger.in_flight(), loading,
                         self.ledger.clock(), settings.prefer, settings.local_slots, settings.local_first_s,
@@ -4284,6 +4436,20 @@ class Gateway:
         self.watch.look(endpoint, lambda reading: _shows_loaded(target, context, reading))
         model = model_of(target, reading_of(target, self.watch.readings))
         self._said[target] = context, model.context if model else 0
+        if model and model.cold:
+            self._hidden[endpoint, model.name] = _in_memory(reading_of(target, self.watch.readings))
+            self.watch.look(endpoint, lambda reading: _shows_loaded(target, 0, reading))
+
+    def _probe(self, endpoint: Endpoint) -> Probe:
+        """Return the state of an endpoint, whose hidden models count as in memory.  Raise UpstreamError."""
+        probe = self._prober(endpoint)
+        shown = _in_memory(probe)
+        for where, name in [key for key, names in tuple(self._hidden.items()) if key[0] == endpoint and (
+                key[1] in shown or names != shown and not names & shown)]:
+            self._hidden.pop((where, name), None)    # it is shown, or what was in memory with it is gone
+        return dataclasses.replace(probe, models=probe.models and tuple([
+            dataclasses.replace(model, cold=model.cold and (endpoint, model.name) not in self._hidden)
+            for model in probe.models]))
 
     def context_of(self, target: Target, model: Model) -> int:
         """Return the context that a model is loaded for.
@@ -4459,6 +4625,13 @@ def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
 
 # Codes of faults that tell of the way to an endpoint, so that it is worth a probe at once.
 _LOST = ("upstream_unreachable", "upstream_tls", "upstream_timeout", "upstream_cut")
+
+
+def _in_memory(told: Probe | Reading | None) -> frozenset[str]:
+    """Return the names of the models that a server shows in its memory."""
+    return frozenset(model.name for model in told and told.models or () if not model.cold and not model.remote)
+
+
 def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
     """Return True if a reading knows of a load that has ended."""
     model = model_of(target, reading)
@@ -4516,14 +4689,15 @@ class Dispatch:
         self._gateway, self._request, self._look = gateway, request, look
         self._settings, self.ledger = gateway.settings, gateway.ledger
         self._until = time.monotonic() + self._settings.request_timeout_s
-        self._plan = gateway.plan(request)
+        self._heard = request.model == "cloud" or gateway.heard.is_set()
+        self._plan = self._first_plan()
         self._named = request.model not in ("auto", "local", "cloud")
         self._failed: list[_Failure] = []
         self._overtaken: list[Target] = []
         # Of the attempt under way: the targets that may be tried after it, whether it is the first or a last resort,
         # its beginning, the limit to its first content where that is less than it would have alone.
         self._others: tuple[Target, ...] = ()
-        self._hoping = self._alone = False
+        self._alone = False
         self._asked_at, self._patience_s = 0.0, math.inf
 
     def run(self) -> Result:
@@ -4542,6 +4716,20 @@ class Dispatch:
                 else:
                     return self._completed(served)
         raise _all_failed(self._plan, self._failed)
+
+    def _first_plan(self) -> Plan:
+        """Return the plan.  Raise OblixError where there is none although it is known what Ollama has."""
+        try:
+            return self._gateway.plan(self._request)
+        except OblixError:
+            if not self._hears_more():
+                raise
+            return self._gateway.plan(self._request)
+
+    def _hears_more(self) -> bool:
+        """Return True if Ollama has told what it has since the request came: it may be the first one after a start."""
+        before, self._heard = self._heard, True
+        return not before and self._wait(self._gateway.heard, PROBE_LIMITS.first_byte_s)
 
     def _completed(self, served: Result) -> Result:
         """Note an answer that has come, or begun, and tell how it came about."""
@@ -4573,9 +4761,15 @@ class Dispatch:
                 if trial:
                     self.ledger.release(target)
         yield from ((target, ()) for target in self._overtaken)
-        self._hoping = True
         yield from ((target, ()) for target in hope)
-        yield from ((tried.target, ()) for tried in [*self._failed] if not self._named and tried.may_be_back())
+        if self._named:
+            return
+        if self._hears_more():
+            with contextlib.suppress(OblixError):
+                self._plan = self._gateway.plan(self._request)
+            tried_before = {tried.target for tried in self._failed}
+            yield from ((target, ()) for target in self._plan.order if target not in tried_before)
+        yield from ((tried.target, ()) for tried in [*self._failed] if tried.may_be_back())
 
     def _warm_up(self) -> None:
         """Load a cold local model for the next request, while the cloud answers in its place."""
@@ -4615,8 +4809,6 @@ class Dispatch:
         if left_s <= 0:
             raise time_is_up()
         connect_s, patience_s = min(usual.connect_s, left_s), usual.first_byte_s
-        if self._hoping:
-            connect_s = min(connect_s, LAST_HOPE_CONNECT_S)
         if target.side is Side.LOCAL and self._others:
             patience_s = self._settings.patience_s
         elif any(other.side is Side.LOCAL for other in self._others):
@@ -4678,7 +4870,7 @@ class Dispatch:
     def _know(self, target: Target) -> None:
         """Make sure that what counts as local is not a name that Ollama passes on to a cloud.  Raises UpstreamError."""
         if self._request.model == "local":    # for `auto` a cloud is as good
-            self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.connect_s)
+            self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.first_byte_s)
         model = model_of(target, reading_of(target, self._gateway.watch.readings))
         if model and model.remote and target.side is Side.LOCAL and not self._named:
             raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.NOT_FOUND, status=404)
@@ -4688,7 +4880,7 @@ class Dispatch:
         limit_s = min(limit_s, self._until - time.monotonic())
         return wait_for(event, limit_s, self._look)
 
-    def _await(self, load: Load, limit_s: float) -> None:
+    def _await(self, load: Errand, limit_s: float) -> None:
         """Wait for a load.  Raises UpstreamError where it fails or takes too long, ClientGone on a hang-up."""
         done = self._wait(load.done, limit_s)
         if not done and time.monotonic() >= self._until:
@@ -4696,8 +4888,7 @@ class Dispatch:
         if not done:
             raise UpstreamError("the model is still loading", Fault.LOADING, status=503, code="model_loading",
                                 retry_after_s=LOAD_RETRY_S)
-        if load.error:
-            raise copy.copy(load.error)    # others wait for the same load
+        load.result()
 
     def _stream(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Generator[Any, None, None]:
         """Yield the chunks of a target's streamed answer, all with one id, time and model.

@@ -176,14 +176,16 @@ class OllamaDialect:
 
     def probe(self):
         details = {"format": "gguf", "family": "llama", "parameter_size": "3.2B", "quantization_level": "Q4_K_M"}
-        entry = {"modified_at": "2026-11-01T10:00:00Z", "size": 2019393189, "digest": "a80c", "details": details}
-        return {"models": [{"name": name, "model": name, **entry} for name in ("llama3.2:latest", "hf.co/org/tiny:Q4")]}
+        entry = {"modified_at": "2026-11-01T10:00:00Z", "size": 2019393189, "details": details}
+        return {"models": [{"name": name, "model": name, "digest": "of " + name, **entry}
+                           for name in ("llama3.2:latest", "hf.co/org/tiny:Q4")]}
 
     def ps(self, loaded):
         """What /api/ps says when these models are in memory: name -> what is not as usual."""
-        usual = {"size": 3000000000, "digest": "a80c", "details": {}, "expires_at": "2026-11-22T10:05:00Z",
+        usual = {"size": 3000000000, "details": {}, "expires_at": "2026-11-22T10:05:00Z",
                  "size_vram": 3000000000, "context_length": 4096}
-        return {"models": [{"name": name, "model": name, **usual, **rest} for name, rest in loaded.items()]}
+        return {"models": [{"name": name, "model": name, "digest": "of " + name, **usual, **rest}
+                           for name, rest in loaded.items()]}
 
     def show(self):
         """What /api/show says of a model."""
@@ -3454,7 +3456,46 @@ class Catalogue(Case):
         self.assertEqual((other.cold, other.context, other.max_context), (True, 0, 131072))
         self.assertEqual(loaded.capabilities, {"completion", "tools", "vision", "thinking"})
         self.assertEqual(loaded.token_bytes, 2 * 28 * 8 * 256)
-        self.assertEqual([path for path, _ in asked], ["/api/tags", "/api/ps", "/api/show"])    # both have one digest
+        self.assertEqual([path for path, _ in asked], ["/api/tags", "/api/ps", "/api/show", "/api/show"])
+
+    def test_two_names_of_one_digest_are_one_model(self):
+        tags = {"models": [{"name": name, "digest": "e95"} for name in ("gpt-oss:20b", "gpt-4:latest")]}
+        other = {"models": [{"name": "other", "digest": "e95"}, {"name": "GPT-4:latest"}]}
+        for ps in (OLLAMA.ps({"gpt-4:latest": {"digest": "E95"}}), other):
+            models, asked = self.listed("ollama", {"/api/tags": tags, "/api/ps": ps, "/api/show": OLLAMA.show()})
+            self.assertEqual([model.cold for model in models], [False, False])
+            self.assertEqual([path for path, _ in asked].count("/api/show"), 1)
+
+    def test_the_window_that_a_person_set_or_that_was_seen_is_known(self):
+        known, tags = {}, {"models": [{"name": "m", "digest": "d"}]}
+        for seen, parameters, own in ((None, "stop  \"x\"\nnum_ctx                  8192", 8192), (4096, "", 8192),
+                                      (16384, "", 16384), (None, "", 16384)):
+            ps = {"models": [{"name": "m", "context_length": seen}] if seen else []}
+            show = {**OLLAMA.show(), "parameters": parameters}
+            model, = self.listed("ollama", {"/api/tags": tags, "/api/ps": ps, "/api/show": show}, known)[0]
+            self.assertEqual(model.own_context, own)
+
+    def test_what_embeds_is_known_by_its_family_where_abilities_are_missing(self):
+        for family, said, chats in (("bert", None, False), ("nomic-bert", [], False), ("xlm-roberta", None, False),
+                                    ("nomic-bert-moe", None, False), ("llama", None, True), (None, None, True),
+                                    ("bert", ["completion"], True), ("gemma3", ["embedding"], False)):
+            tags = {"models": [{"name": "m", "details": {"family": family}, "capabilities": said}]}
+            answers = {"/api/tags": tags, "/api/ps": {}, "/api/show": oblix.UpstreamError("no")}
+            with self.subTest(family, said=said):
+                self.assertIs(self.listed("ollama", answers)[0][0].is_chat_model, chats)
+
+    def test_the_window_to_ask_for(self):
+        """It is no smaller than the one that a person has set, or that the model was seen with."""
+        rows = [  # tokens of the prompt; loaded for, own, asked last -> what is asked for, 0: what is there
+            (9, 0, 0, 0, 0), (9, 0, 32768, 0, 0), (9, 0, 32768, 8192, 0), (9, 0, 0, 8192, 8192),
+            (9, 8192, 0, 8192, 8192), (6000, 0, 0, 0, 8192), (6000, 0, 32768, 0, 32768), (6000, 32768, 32768, 0, 0),
+            (6000, 4096, 32768, 0, 32768), (40000, 32768, 32768, 0, 65536), (6000, 0, 1 << 20, 0, 131072),
+            (6000, 0, 6144, 0, 6144), (7000, 0, 6144, 0, 8192)]
+        for tokens, now, own, asked, expected in rows:
+            with self.subTest(tokens=tokens, now=now, own=own, asked=asked):
+                model = oblix.Model("m", max_context=131072, context=now, own_context=own, cold=not now)
+                request = oblix.ChatRequest("m", {**talk(user("a" * 3 * tokens)), "max_tokens": 1})
+                self.assertEqual(oblix.PROVIDERS["ollama"].context_for(request, model, asked, None), expected)
 
     def test_details_are_asked_for_a_few_at_once_and_once_each(self):
         names = ["m%d" % number for number in range(oblix.DETAILS_AT_ONCE + 1)]
@@ -3700,11 +3741,14 @@ FAULT_OF = [  # status, words, code -> fault, where no client sees the differenc
     (503, "failed: context length of worker", None, oblix.Fault.BUSY), (999, "No.", None, oblix.Fault.BUSY),
     (405, "No.", None, oblix.Fault.NOT_FOUND), (451, "No.", None, oblix.Fault.NOT_FOUND),
     (302, "No.", None, oblix.Fault.TRANSPORT),
+    (503, "Loading model", "503", oblix.Fault.LOADING),    # llama-server
+    (503, "Model m is currently loading", None, oblix.Fault.LOADING),
+    (503, "unable to load model: m", None, oblix.Fault.BUSY),
     (400, "x" * 1000 + " context length", None, oblix.Fault.CLIENT),    # a prompt may be quoted there
 ]
 ODD_ERRORS = [  # dialect, status, body -> words that the client sees
     (OLLAMA, 403, b"", ""),
-    (OLLAMA, 401, {"error": "unauthorized", "signin_url": "https://ollama.com/connect"}, "unauthorized"),
+    (OLLAMA, 401, {"error": "unauthorized", "signin_url": "https://ollama.com/connect"}, "`ollama signin`"),
     (OPENAI, 500, {"error": "a bare string"}, "a bare string"),
     (OPENAI, 422, {"detail": "Not processable."}, "Not processable."),
     (OPENAI, 502, b"<html>Bad gateway</html>", ""),
@@ -4352,6 +4396,52 @@ class Connections:
                     self.answered(ask(server, up.target), "Hello")
                     self.assertTrue(up.requests[0].hung_up.wait(1), "the connection is still in use")
 
+    def test_what_nobody_acknowledges_is_sent_again_over_a_connection_of_now(self):
+        """A router has forgotten the connections, say.  One of them is waited for, not each."""
+        for size, stream in itertools.product((10, 3000000), (False, True)):
+            with self.subTest(size=size, stream=stream), Upstream(OPENAI, tls=self.tls) as upstream, \
+                    running(upstream) as server, mock.patch.multiple(oblix, DEAD_S=0.4, STALE_S=0.1):
+                at_once(ask, [(server, upstream.target)] * 3)
+                for connection in [*upstream._connections]:
+                    drop_packets(connection)
+                dialled = self.count_calls(oblix, "_dial")
+                reply = ask(server, upstream.target, stream=stream, **talk(user("x" * size)))
+                self.answered(reply, "Hello")
+                self.answered(ask(server, upstream.target), "Hello")
+                self.assertEqual((reply.headers["x-oblix-attempts"], len(upstream.requests)), ("1", 5))
+                self.assertEqual([found[0][4][1] for found, _ in dialled].count(upstream.port), 1)
+
+    def count_calls(self, place, name):
+        """A list that gets an entry for each call of a function, until the test ends."""
+        real, calls = getattr(place, name), []
+        patched = mock.patch.object(place, name, lambda *args: calls.append(args) or real(*args))
+        patched.start()
+        self.addCleanup(patched.stop)
+        return calls
+
+    def test_a_network_that_drops_large_packets_is_noticed_and_not_waited_for_as_a_model_is(self):
+        with Upstream(OPENAI, tls=self.tls) as upstream, mock.patch.object(oblix, "DEAD_S", 0.4):
+            drop_packets(upstream._listener, over=1400)
+            with running(upstream) as server:
+                self.answered(ask(server, upstream.target), "Hello")
+                for stream in (False, True):
+                    reply = ask(server, upstream.target, stream=stream, **talk(user("word " * 2000)))
+                    self.refused(reply, 503, "does not arrive")
+                self.assertEqual(len(upstream.requests), 1)
+
+    def test_who_takes_nothing_for_a_while_is_not_dead(self):
+        """A server that answers one at a time reads the next request late."""
+        with Upstream(OPENAI, pace=0.05, tls=self.tls) as upstream, running(upstream) as server, \
+                mock.patch.object(oblix, "DEAD_S", 0.4):
+            self.answered(ask(server, upstream.target, **talk(user("x" * 1500000))), "Hello")
+
+    def test_after_a_sleep_no_connection_from_before_is_used(self):
+        """Monotonic clocks stand still meanwhile."""
+        with Upstream(OPENAI, tls=self.tls) as upstream, running(upstream) as server:
+            for hours in (0, 0, 1, -2):
+                with mock.patch.object(time, "time", lambda hours=hours, now=time.time: now() + 3600 * hours):
+                    self.answered(ask(server, upstream.target), "Hello")
+            self.assertEqual(len({request.connection for request in upstream.requests}), 3)
 
     def test_a_request_that_is_taken_slowly_but_steadily_is_not_cut(self):
         with Upstream(OPENAI, pace=0.008, tls=self.tls) as upstream, \
@@ -4373,6 +4463,16 @@ class Connections:
                     eventually(lambda: server.gateway.ledger.in_flight() == {})
                 else:
                     self.refused(reply_in(rest_of(client)), 504, "not accepted")
+
+
+def drop_packets(connection, over=0):
+    """Let the kernel drop what comes to a socket from now on, or packets of more than so many bytes: none of it is
+    acknowledged.  What a listening socket accepts inherits it.
+    """
+    need(sys.platform == "linux", IMPOSSIBLE + ": only Linux filters packets for everybody")
+    code = struct.pack("HBBI" * 4, 0x80, 0, 0, 0, 0x25, 0, 1, over, 6, 0, 0, 0, 6, 0, 0, 0xffffffff)    # linux/filter.h
+    rules = ctypes.create_string_buffer(code, len(code))
+    connection.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", len(code) // 8, ctypes.addressof(rules)))
 
 
 class Deaf:
@@ -4440,6 +4540,7 @@ class Unhindered(Case):
             gate.set()
             for client in clients:
                 client.join()
+            self.assertLess(len(asked), 9)    # one look-up is for all who want it
 
     def test_upstreams_that_are_slow_where_they_were_quick(self):
         gate = threading.Event()
@@ -4553,8 +4654,20 @@ class TransportOverTls(Connections, Case):
     def test_a_certificate_that_nobody_vouches_for_is_refused(self):
         with mock.patch.dict(os.environ, SSL_CERT_FILE=os.devnull, SSL_CERT_DIR=os.devnull), \
                 Upstream(OPENAI, tls=self.tls) as upstream, running(upstream) as server:
-            self.refused(ask(server, upstream.target), 502, "certificate")
+            self.refused(ask(server, upstream.target), 502, "SSL_CERT_FILE")
             self.assertEqual(upstream.probes + upstream.requests, [])
+
+    def test_what_is_wrong_with_tls_is_told_and_what_to_do(self):
+        with Upstream(OPENAI, tls=self.tls) as upstream, running() as plain:
+            by_address = upstream.url.replace("localhost", "127.0.0.1")
+            for upstream.url, words in ((by_address, "not valid for '127.0.0.1'; is the address right"),
+                                        ("https://127.0.0.1:%d" % plain.port, "there is no TLS there")):
+                with self.subTest(words), running(upstream) as server:
+                    self.refused(ask(server, upstream.target), 502, words, code="upstream_tls")
+                    self.assertIn(words, health(server)["cloud"]["reason"])
+        for number, advice in ((9, "clock"), (10, "clock"), (20, "SSL_CERT_FILE"), (18, "SSL_CERT_FILE"), (85, "")):
+            error = mock.Mock(verify_code=number, verify_message="certificate is odd")
+            self.assertRegex(oblix._about_tls(error), "^TLS failed: certificate is odd%s" % (advice and ";.*" + advice))
 
 
 class Transport(Connections, Case):
@@ -4616,11 +4729,65 @@ class Transport(Connections, Case):
                 way = oblix.way_to(url)
                 self.assertEqual((way.host, way.tls, way.tunnel), (host, tls, tunnel))
                 line, *fields = way.head.split("\r\n")[:-1]
-                told = {**dict(field.split(": ") for field in fields), **way.secret}
+                told = dict(field.split(": ") for field in [*fields, *way.secret.splitlines()])
                 self.assertEqual(line, path + " HTTP/1.1")
                 self.assertEqual((told.pop("Host"), told.pop("Proxy-Authorization", "")), (way.upstream, known))
                 self.assertEqual(told, {})
                 self.assertEqual(bool(way.secret), bool(tunnel and known))
+
+    def test_what_no_proxy_says_is_reached_directly(self):
+        here, address = "http://llm.corp.example:8000/v1", "http://100.101.102.103:11434/v1"
+        rows = [  # URL, rule, whether it is for that
+            *((here, rule, True) for rule in (
+                "corp.example", ".corp.example", "*.corp.example", "LLM.Corp.Example", "llm.corp.example:8000", "*",
+                "x.test, corp.example ,y.test", "x.test corp.example", "*corp.example", "*.corp.example:8000",
+                "llm.*")),
+            *((here, rule, False) for rule in (
+                "other.example", "orp.example", "llm.corp.example:80", "10.0.0.0/8", "llm", "x.llm.corp.example", ",",
+                ".", "[", "corp.example:x", "*.corp.example:80")),
+            *((address, rule, True) for rule in ("100.101.102.103", "100.64.0.0/10", "100.101.102.103:11434", "100.*")),
+            *((address, rule, False) for rule in ("100.101.102.10", "100.128.0.0/9", "fd00::/8")),
+            ("http://[2001:db8::1]:80/", "[2001:db8::1]", True), ("http://[2001:db8::1]/", "2001:db8::/32", True),
+            ("https://far.example/", "far.example:443", True), ("https://far.example/", "far.example:80", False)]
+        for url, rule, directly in rows:
+            proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://proxy.example:3128")
+            with self.subTest(url, rule=rule), mock.patch.dict(os.environ, {**proxies, "no_proxy": rule}):
+                self.assertEqual(oblix.way_to(url).host != "proxy.example:3128", directly)
+
+    def test_a_proxy_that_does_not_speak_http_is_told_and_not_gone_around(self):
+        for variable, kind in (("https_proxy", "socks5h"), ("all_proxy", "socks5"), ("ALL_PROXY", "SOCKS4")):
+            with mock.patch.dict(os.environ, {variable: kind + "://127.0.0.1:9"}), Upstream(OPENAI) as upstream:
+                upstream.url = "https://api.example"
+                with self.subTest(variable), running(upstream) as server:
+                    self.refused(ask(server, upstream.target), 503, kind + " proxies are not supported")
+                    self.assertIn("https_proxy", health(server)["cloud"]["reason"])
+        with mock.patch.dict(os.environ, {"all_proxy": "http://proxy.example:8"}):
+            self.assertEqual(oblix.way_to("https://far.example/").host, "proxy.example:8")
+
+    def test_a_proxy_that_refuses_is_told_without_its_password(self):
+        with Upstream(OPENAI) as proxy, Upstream(OPENAI) as upstream:
+            for kind, status in itertools.product(("http", "https"), (407, 403)):
+                proxy.probe = whole(status, "<html>No.</html>")
+                proxy.play(proxy.probe)
+                upstream.url = kind + "://api.example"
+                env = {kind + "_proxy": proxy.url.replace("://", "://user:p%40ss@")}
+                with self.subTest(env, status=status), mock.patch.dict(os.environ, env), running(upstream) as server:
+                    reply = ask(server, upstream.target)
+                    if (kind, status) != ("http", 403):    # which could as well be the server's
+                        self.refused(reply, 503, "the proxy refuses, with status %d" % status)
+                    self.assertNotIn("p@ss", reply.body.decode() + json.dumps(health(server)))
+
+    def test_connecting_has_one_limit_whoever_asks(self):
+        limits = []
+
+        def connect(_transport, _way, limit_s, _look):
+            limits.append(limit_s)
+            raise ConnectionRefusedError
+        with mock.patch.object(oblix.Transport, "_connect", connect), Upstream(OPENAI) as upstream, \
+                running(upstream, flags=["--connect-timeout-s=7"]) as server:
+            for name in ("cloud", upstream.target):
+                self.refused(ask(server, name), 503)    # as a last resort, and by its name
+        self.assertEqual({*limits}, {7})
 
     def test_dripping_bytes_do_not_outlive_the_limits(self):
         """A limit is a length of time, not the patience for one more byte."""
@@ -4639,6 +4806,57 @@ class Transport(Connections, Case):
             with self.subTest(name):
                 self.broken_off(reply, "Hel") if "after" in name else self.refused(reply, {502, 504})
                 self.assertLess(took.seconds, 30)
+
+
+class SideBySide(Case):
+    """A name with several addresses, of which some lead nowhere."""
+
+    @contextlib.contextmanager
+    def addresses(self):
+        """What leads nowhere, what refuses, what takes connections; and the sockets that are opened meanwhile."""
+        opened, begin = [], oblix._begin_to_connect
+        with contextlib.ExitStack() as stack:
+            nowhere, refuses, takes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+            found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", one.getsockname())
+                     for one in (nowhere, refuses, takes)]
+            drop_packets(nowhere)
+            refuses.close()
+            stack.enter_context(mock.patch.object(oblix, "_begin_to_connect",
+                                                  lambda *place: opened.append(begin(*place)) or opened[-1]))
+            yield (*found, opened)
+
+    def test_the_first_that_takes_a_connection_is_used_and_the_others_are_closed(self):
+        with self.addresses() as (nowhere, refuses, takes, opened):
+            for found in ([takes], [nowhere, takes], [refuses, takes], [nowhere, refuses, nowhere, takes]):
+                opened.clear()
+                with self.subTest(len(found)), oblix._dial(found, oblix.no_look) as connection:
+                    self.assertEqual(connection.getpeername(), takes[4])
+                    self.assertEqual({one.fileno() for one in opened} - {-1}, {connection.fileno()})
+
+    def test_where_none_does_the_last_failure_is_told_and_nothing_stays_open(self):
+        def give_up():
+            if len(opened) > 1:
+                raise oblix.ClientGone
+        with self.addresses() as (nowhere, refuses, _, opened):
+            for found, error in (([refuses] * 2, ConnectionRefusedError), ([nowhere] * 3, oblix.ClientGone),
+                                 ([], OSError)):
+                opened.clear()
+                with self.subTest(error), self.assertRaises(error):
+                    oblix._dial(found, give_up if error is oblix.ClientGone else oblix.no_look)
+                self.assertEqual({one.fileno() for one in opened} - {-1}, set())
+
+    def test_both_versions_of_ip_have_their_turn_and_no_more_than_a_few_addresses(self):
+        tried = []
+
+        def refuse(family, *_):
+            tried.append({socket.AF_INET6: 6, socket.AF_INET: 4}[family])
+            raise OSError("no")
+        for found, order in (([6, 6, 6, 4, 4], [6, 4, 6, 4, 6]), ([4] * 50, [4] * oblix.MAX_ADDRESSES)):
+            tried.clear()
+            places = [(socket.AF_INET6 if one == 6 else socket.AF_INET, 1, 6, "", ()) for one in found]
+            with self.subTest(found), mock.patch.object(oblix, "_begin_to_connect", refuse), self.assertRaises(OSError):
+                oblix._dial(places, oblix.no_look)
+            self.assertEqual(tried, order)
 
 
 # === 9. Gateway ======================================================================================================
@@ -4958,7 +5176,7 @@ class Replanned(Case):
     def test_a_load_starts_and_ends(self):
         end = threading.Event()
         self.addCleanup(end.set)
-        self.gateway.loader = oblix.Loader(lambda target, context: end.wait(5))
+        self.gateway.loader = oblix.Errands(lambda target, context: end.wait(5))
         self.tries("small", "large")
         load = self.gateway.loader.begin(self.small, 0)
         self.tries("large", "small", says="small is loading")
@@ -5786,6 +6004,45 @@ class Warmth(Orchestrated):
             seen = len(local.probes)
             eventually(lambda: look(server) or len(local.probes) > seen + 1)
             self.assertEqual(local.loads, [])
+
+    def test_a_model_that_is_shown_under_another_name_is_in_memory(self):
+        """Those of one file of weights are one to Ollama.  Others show nothing.  Another load would change nothing."""
+        told = OllamaDialect.ps
+        for shown in ({"hf.co/org/tiny:Q4": {}}, {}):
+            def ps(dialect, loaded, shown=shown):
+                return told(dialect, shown if "llama3.2:latest" in loaded else {})
+            with self.subTest(shown=shown), mock.patch.object(OllamaDialect, "ps", ps), small(loaded={}) as local, \
+                    cloudy() as cloud, running(local, cloud) as server:
+                eventually(lambda: states(server)[local.target] == "ready")
+                for stream in (False, True):
+                    self.answered(ask(server, "auto", stream=stream), "local", by=local.target)
+                self.assertEqual(len(local.loads), 1)
+                if shown:    # what was in memory is gone
+                    del local.loaded["llama3.2:latest"]
+                    eventually(lambda: look(server) or states(server)[local.target] == "cold")
+
+    def test_the_first_request_waits_for_the_first_word_of_ollama(self):
+        gate = threading.Event()
+
+        def first(model, script):
+            local, cloud = small(), cloudy(script) if script else None
+            local.probe = [gate, *local.probe]
+            clouds = [cloud] if cloud else []
+            with local, cloud or contextlib.nullcontext(), \
+                    running(*clouds, env=env_for(local), probed=False) as server:
+                replies = [self.later(ask, server, model, stream=stream) for stream in (False, True)]
+                if script:
+                    eventually(lambda: len(cloud.requests) > 1)
+                self.waits(*replies)
+                gate.set()
+                for reply in replies:
+                    self.answered(reply.result(), "local", by="ollama:llama3.2")
+                    self.assertEqual(reply.result().headers["x-oblix-attempts"], "2" if script else "1")
+        refused = whole(401, OPENAI.error("No."))
+        for model, script in (("auto", None), ("local", None), ("llama3.2", None), ("auto", refused)):
+            gate.clear()
+            with self.subTest(model, script=script):
+                first(model, script)
 
     def test_while_it_loads_the_cloud_answers_and_the_load_goes_on(self):
         gate = threading.Event()
@@ -10476,7 +10733,7 @@ class Crowded(Case):
         start = threading.Thread.start
 
         def failing(thread):
-            if thread.name != "connect" if refused == "the client" else thread.name == "connect":
+            if thread.name != "errand" if refused == "the client" else thread.name == "errand":
                 raise RuntimeError("can't start new thread")
             start(thread)
         with Upstream(OPENAI) as upstream, running(upstream, flags=["--max-requests=1"]) as server:
@@ -13635,6 +13892,10 @@ class CannedWire:
         """Nothing here waits."""
 
     close = settimeout = setsockopt
+
+    def getsockopt(self, *_):
+        """It is no connection of which the kernel could tell anything."""
+        raise OSError
 
     def makefile(self, *_):
         """As http.client wants to have it."""
