@@ -2287,13 +2287,30 @@ class Provider:
         """
         raise NotImplementedError
 
+    def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+        """Yield what an answer's lines say, in rough chunks for `in_order`, and the Texts among them.
+
+        Raises as `decode`.
+        """
+        raise NotImplementedError
+
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        """Yield the chunks of the streamed answer to a request, and the Texts among the lines.
+        """Yield the chunks of an answer as OpenAI's reference has them, and the Texts among its lines.
 
         Raises UpstreamError for an error among the lines and for an early end.  Raises one of NOT_IN_ITS_FORMAT for a
         line that is not in the provider's own format.
         """
-        raise NotImplementedError
+        return in_order(self.chunks(lines, request), request)
+
+    def whole(self, raw: bytes, request: ChatRequest) -> tuple[Json, bool]:
+        """Return the answer in a whole body, and True if it stands there as OpenAI's reference has it.
+
+        Raises as `decode`.
+        """
+        if self.translates or _EVENTS.match(raw):    # some servers stream unasked
+            return fold(self.decode(raw.splitlines(), request)), False
+        answer = event_of(raw)
+        return (answer, True) if is_in_order(answer) else (fold(in_order([answer], request)), False)
 
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         """Return the endpoint's models.  Raises what `ask` raises, and NOT_IN_ITS_FORMAT.
@@ -2432,9 +2449,7 @@ def redact(text: str, key: str) -> str:
 
 
 def chunk_of(finish_reason: str | None = None, logprobs: Json | None = None, **delta: Any) -> Chunk:
-    """Return a chunk of choice 0.  Raises TypeError where a broken upstream sent another type for text."""
-    if not all(isinstance(text, str) for name, text in delta.items() if name != "tool_calls"):
-        raise TypeError("text expected")
+    """Return a chunk of choice 0."""
     return {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]}
 
 
@@ -2460,13 +2475,9 @@ def told_of_reading(timings: Any, unread: float) -> tuple[float, float]:
     return (read, took_ms / 1000) if took_ms and read > 0 else (0.0, 0.0)
 
 
-def tool_chunk(index: int, arguments: str, id: str = "", name: str = "") -> Chunk:
-    """Return a tool call's first chunk, with id and name, or a later one.  Raises TypeError as `chunk_of` does."""
-    if not all(isinstance(text, str) for text in (arguments, id, name)) or bool(id) != bool(name):
-        raise TypeError("a tool call needs id and name")
-    head: Json = {"id": id, "type": "function"} if name else {}
-    return chunk_of(tool_calls=[{"index": index, **head, "function": {**present({"name": name}),
-                                                                      "arguments": arguments}}])
+def tool_chunk(index: int, arguments: Any, id: str | None = None, name: str | None = None) -> Chunk:
+    """Return a piece of a tool call."""
+    return chunk_of(tool_calls=[{"index": index, "id": id, "function": {"name": name, "arguments": arguments}}])
 
 
 def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
@@ -2498,23 +2509,31 @@ def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
 def sse_data(lines: Lines) -> Iterator[Any]:
     """Yield the data of each server-sent event, and Texts as they are.
 
-    An event that the stream's end cuts is dropped (WHATWG HTML, 9.2.6).
+    An event that the stream's end cuts is dropped (WHATWG HTML, 9.2.6).  A body of JSON, from a server that does not
+    stream, is an event and [DONE].
     """
-    data: list[str] = []
-    size = 0    # of the event
-    for number, line in enumerate(lines):
+    data: list[bytes] = []
+    size, kind = 0, b""    # of the event; the first byte of the body
+    for line in lines:
         if isinstance(line, Texts):
             yield line
-        elif not line:
-            if data:
-                yield "\n".join(data)
-            data, size = [], 0
-        elif line.startswith((b"data:", b"\xef\xbb\xbfdata:") if number == 0 else b"data:"):
-            text = line.partition(b":")[2].decode("utf-8", "replace")
-            data.append(text[1:] if text.startswith(" ") else text)
-            size += len(text) + 1
+            continue
+        if not kind and line.strip():
+            line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
+            kind = line.lstrip()[:1]
+        if kind == b"{" or line.startswith(b"data:"):
+            data.append(line if kind == b"{" else line[6:] if line.startswith(b"data: ") else line[5:])
+            size += len(data[-1]) + 1
             if size > MAX_LINE_BYTES:
                 raise UpstreamError(f"a piece of the answer is larger than {MAX_LINE_BYTES >> 20} MiB")
+        elif data and not line:
+            yield b"\n".join(data).decode("utf-8", "replace")
+            data, size = [], 0
+    if kind == b"{":
+        yield from (b"\n".join(data).decode("utf-8", "replace"), "[DONE]")
+
+
+_EVENTS = re.compile(rb"\s*(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")    # how a body of events begins
 
 
 def event_of(text: str | bytes) -> Json:
@@ -2525,17 +2544,24 @@ def event_of(text: str | bytes) -> Json:
         event = None
     if not isinstance(event, dict):
         raise UpstreamError("a piece of the answer is not a JSON object", code="bad_upstream_answer")
-    words = event.get("message", event.get("detail"))
-    error = event.get("error")
+    words = event.get("message", event.get("detail", event.get("msg")))    # the last: Zhipu
+    base, error = event.get("base_resp"), event.get("error") or event.get("errors")    # MiniMax; Workers AI
+    if isinstance(base, dict) and base.get("status_code"):
+        error = error or {"message": base.get("status_msg")}
     if "error" in (event.get("object"), event.get("type")) or isinstance(words, str) and "choices" not in event:
-        error = error or event    # flat: vLLM's older versions, what follows `event: error`
+        error = error or {**event, "message": words}    # flat: vLLM's older versions, what follows `event: error`
     if error:
-        named = error if isinstance(error, dict) else {}
-        code = str(named.get("code"))
-        status = _STATUS_OF.get(code) or _STATUS_OF.get(str(named.get("type"))) or (
-            int(code) if re.fullmatch("[45][0-9]{2}", code) else _IN_A_STREAM)
-        raise classify(status, dumps({"error": error}).decode())
+        raise error_inside(error)
     return event
+
+
+def error_inside(error: Any) -> UpstreamError:
+    """Return what an error means that an answer of status 200 has inside."""
+    named = error if isinstance(error, dict) else {}
+    code = str(named.get("code"))
+    status = _STATUS_OF.get(code) or _STATUS_OF.get(str(named.get("type"))) or (
+        int(code) if re.fullmatch("[45][0-9]{2}", code) else _IN_A_STREAM)
+    return classify(status, dumps({"error": error}).decode())
 
 
 # The status of an error in an answer, by its code or type.
@@ -2548,6 +2574,258 @@ _STATUS_OF = {"invalid_request_error": 400, "context_length_exceeded": 400, "aut
 def cut() -> UpstreamError:
     """Return the error of a stream that ends without its protocol's end mark."""
     return UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
+
+
+def finish_of(reason: str) -> str:
+    """Return a vendor's finish reason in OpenAI's words.  Raises UpstreamError if the answer broke off for it."""
+    finish = next(finish for pattern, finish in _FINISH if re.search(pattern, reason.lower()))
+    if not finish:
+        raise UpstreamError(f"the upstream broke off its answer, for the reason {reason[:60]!r}", Fault.BUSY,
+                            code="upstream_cut")
+    return finish
+
+
+_FINISH = (    # words in a reason -> OpenAI's reason, "" for an answer that broke off; the first that fits counts
+    # error (OpenRouter), abort (vLLM, MiniMax), network_error (GLM), insufficient_system_resource (DeepSeek),
+    # "function_call_filter: MALFORMED_FUNCTION_CALL" (Gemini)
+    ("error|abort|cancel|fail|interrupt|insufficient|malformed|unexpected|overload|unavailable|time.?out|rate.lim", ""),
+    ("length|max|limit|window|context|pause|incomplete|repetition", "length"),    # model_length (Mistral), pause_turn
+    ("filter|safety|sensitive|refus|recitation|prohibit|block|guardrail|moderation|spii|language", "content_filter"),
+    ("function_call", "function_call"), ("tool", "tool_calls"), ("", "stop"),     # eos, end_turn, COMPLETE
+)
+
+
+def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
+    """Yield an answer's chunks as OpenAI's reference has them, and Texts as they are.  Raises as `decode`.
+
+    A choice's finish reason and the usage come at the end: some servers say more after either, or either twice.
+    """
+    taken = {str(call.get("id")) for message in request.body.get("messages", ()) if "tools" in request.body
+             for call in message.get("tool_calls") or ()}
+    choices: dict[int, _Choice] = collections.defaultdict(lambda: _Choice(taken))
+    counted: Chunk = {}
+    for chunk in chunks:
+        if isinstance(chunk, Texts):
+            yield chunk
+            continue
+        usage, told = chunk.pop("usage", None), choices_of(chunk)
+        if usage:
+            counted = {**chunk, "choices": [], "usage": usage}
+        for place, choice in enumerate(told):
+            choice["index"] = place if choice.get("index") is None else choice["index"]
+        chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
+        if chunk["choices"]:    # Azure begins with an event that has none
+            yield chunk
+    if not choices:
+        raise UpstreamError("the answer has no choices", code="bad_upstream_answer")
+    for one in choices.values():
+        yield from one.end()
+    if counted:
+        yield counted
+
+
+def is_in_order(answer: Json) -> bool:
+    """Return True if a whole answer is as `in_order` and `fold` would make it; False where that must be tried."""
+    return (type(answer.get("created")) is int and isinstance(answer.get("usage"), dict)
+            and answer.get("object") == "chat.completion" and bool(answer.get("choices")) and all(
+                type(choice.get("index")) is int and isinstance(message.get("content"), str)
+                and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
+                and not choice.get("logprobs") and "error" not in choice and _REMADE.isdisjoint(message)
+                for choice in answer["choices"] for message in [choice.get("message") or {}]))
+
+
+_PLAIN_ENDS = ("stop", "length", "content_filter")
+_REMADE = frozenset({"tool_calls", "function_call", "reasoning"})    # fields of a message that may have to change
+
+
+class _Choice:
+    """One choice of an answer, as far as it has come."""
+
+    def __init__(self, taken: set[str]) -> None:
+        """`taken` are the ids of tool calls in the conversation."""
+        self._taken, self._finish, self._said, self._is_legacy = taken, "stop", False, False
+        self._calls: list[_Call] = []       # in their order, as soon as they have a name
+        self._known: dict[Any, _Call] = {}    # by the server's id, and by its index, or by the place in a chunk
+        self._last: tuple[Chunk, Json] = ({}, {})    # the chunk with the finish reason, and the choice in it
+
+    def take(self, choice: Json, chunk: Chunk) -> bool:
+        """Put a chunk's choice in order.  Return False if it says nothing before the end.
+
+        Raises UpstreamError for an error in it, TypeError.
+        """
+        if choice.get("error"):    # OpenRouter
+            raise error_inside(choice["error"])
+        message = choice.pop("message", None)    # of a whole answer; MiniMax repeats that at the end of a stream
+        delta = self._delta(choice.get("delta") or (not self._said and message) or {})
+        self._said, reason = self._said or any(delta.values()), choice.get("finish_reason")
+        delta = delta if self._last[0] else {"role": "assistant", **delta}
+        if choice.get("logprobs"):
+            complete_logprobs(choice["logprobs"])
+        choice.update(delta=delta, finish_reason=None)
+        if reason:
+            self._finish = finish_of(str(reason))
+        if reason or not self._last[0]:
+            self._last = chunk, {**choice, "logprobs": None if delta else choice.get("logprobs")}
+        return bool(delta) or not reason
+
+    def _delta(self, said: Json) -> Json:
+        """Return what a delta, or a message, says besides its role."""
+        delta = {name: value for name, value in said.items() if value is not None and name != "role"}
+        if isinstance(delta.get("reasoning"), str):    # vLLM, OpenRouter, Ollama's /v1
+            thought = delta.pop("reasoning")
+            delta["reasoning_content"] = delta.get("reasoning_content") or thought
+        if isinstance(delta.get("content"), list):     # Mistral's reasoning models
+            thought = [part for part in delta["content"] if isinstance(part, dict) and part.get("type") in _THOUGHTS]
+            delta["content"] = text_in([part for part in delta["content"] if part not in thought])
+            delta.update(present({"reasoning_content": text_in(thought)}))
+        for name in ("content", "reasoning_content", "refusal"):
+            if not isinstance(delta.get(name, ""), str):
+                raise TypeError("text expected")
+        self._is_legacy = self._is_legacy or bool(delta.get("function_call"))
+        pieces = [self._piece(call, place) for place, call in enumerate(delta.pop("tool_calls", ()))]
+        return {**delta, **present({"tool_calls": [*filter(None, pieces)]})} if pieces else delta
+
+    def _piece(self, piece: Json, place: int) -> Json | None:
+        """Return a piece of a tool call in order, or None if it says nothing, or not yet the name."""
+        kind, field = ("custom", "input") if piece.get("custom") else ("function", "arguments")
+        inner = piece.get(kind) or piece    # Workers AI has no `function` around it
+        id, name = (str(value or "") for value in (piece.get("id"), inner.get("name")))
+        text = inner.get(field)
+        text = text if isinstance(text, str) else "" if text is None else dumps(text).decode()
+        call, text = self._call(id, name, text, piece.get("index"), place)
+        call.texts.extend([text] if text else ())
+        rest = {name: value for name, value in piece.items() if name not in _OF_CALL}    # Gemini's extra_content
+        if call.number >= 0:
+            return {"index": call.number, **rest, kind: {field: text}} if text or rest else None
+        call.name = call.name or name
+        if not call.name:
+            return None
+        call.number, call.is_json = len(self._calls), kind == "function"
+        self._calls.append(call)
+        return {"index": call.number, "id": self._new_id(id or call.id), "type": kind, **rest,
+                kind: {"name": call.name, field: "".join(call.texts)}}
+
+    def _call(self, id: str, name: str, text: str, index: Any, place: int) -> tuple[_Call, str]:
+        """Return the call that a piece belongs to, perhaps a new one, and what it adds to the arguments.
+
+        Servers leave indices out or give parallel calls the same one (Gemini, ollama#15457, ollama#7881), and repeat
+        ids and names.  Older vLLM has a new id in each piece of a call, but the name in the first piece only.
+        """
+        key = place if index is None else index
+        call, other = self._known.get(key), self._known.get(id) if id else None
+        if other and not (call and call.id == id) and not (name and index not in (None, other.index)):
+            call = other    # else the server gave two calls one id
+        added = call.added(id, name, text) if call else None
+        if not call or added is None:
+            call, added = _Call(index, id, name or (call.name if call else "")), text
+        self._known[key] = self._known[id or key] = call
+        return call, added
+
+    def _new_id(self, id: str) -> str:
+        """Return an id that the conversation has not had yet: the server's, if that is one."""
+        numbers = itertools.count(len(self._taken))
+        while not id or id in self._taken:
+            id = f"call_{next(numbers)}"
+        self._taken.add(id)
+        return id
+
+    def end(self) -> Iterator[Chunk]:
+        """Yield the last chunks: the arguments of calls that have come without, and the finish reason."""
+        if any(call.texts and call.number < 0 for call in self._known.values()):
+            raise UpstreamError("a tool call came without its name", code="bad_upstream_answer")
+        chunk, choice = self._last
+        bare = [{"index": call.number, "function": {"arguments": "{}"}} for call in self._calls
+                if call.is_json and not "".join(call.texts).strip()]
+        finish = self._finish
+        if finish in ("stop", "tool_calls", "function_call"):    # some say stop, or the same word always
+            finish = "tool_calls" if self._calls else "function_call" if self._is_legacy else "stop"
+        last: list[tuple[Json, str | None]] = [({"tool_calls": bare}, None)] if bare else []
+        for delta, reason in [*last, ({}, finish)]:
+            yield {**chunk, "choices": [{**choice, "delta": delta, "finish_reason": reason}]}
+
+
+_THOUGHTS = ("thinking", "reasoning")    # types of a content's parts
+_OF_CALL = frozenset({"index", "id", "type", "function", "custom", "name", "arguments"})
+
+
+class _Call:
+    """A tool call of an answer, as far as it has come."""
+
+    def __init__(self, index: Any, id: str, name: str) -> None:
+        self.index, self.id, self.name = index, id, name    # as the server has them
+        self.number, self.is_json = -1, False               # its place among the calls, once its name has come
+        self.texts: list[str] = []                          # of its arguments
+        self._named_again = False
+
+    def added(self, id: str, name: str, text: str) -> str | None:
+        """Return what a piece in this call's place adds to the arguments, or None if it belongs to another call."""
+        if name and (self.id and id and id != self.id or self.name and name != self.name):
+            return None
+        if not (name or self._named_again) or not self._is_whole():
+            return text
+        self._named_again = not text.strip()    # this call once more, or the beginning of another of its name
+        return "" if self._named_again or id and (id, text) == (self.id, "".join(self.texts)) else None
+
+    def _is_whole(self) -> bool:
+        """Return True if the arguments are a JSON object.  Of very many pieces it is not asked."""
+        if not self.texts or len(self.texts) > 1000 or not self.texts[-1].rstrip().endswith("}"):
+            return False
+        with contextlib.suppress(ValueError):
+            return isinstance(loads("".join(self.texts)), dict)
+        return False
+
+
+def text_in(value: Any) -> str:
+    """Return the text in a content's part, or in a list of them, at any depth.  Raises TypeError."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return text_in([value.get(name) or "" for name in ("text", *_THOUGHTS)])
+    return "".join(map(text_in, value))
+
+
+def complete_logprobs(logprobs: Any) -> None:
+    """Add to log probabilities what OpenAI's reference has and some servers, like Ollama, leave out."""
+    with contextlib.suppress(*NOT_IN_ITS_FORMAT):
+        logprobs.setdefault("refusal", None)
+        for token in logprobs.get("content") or ():
+            token["top_logprobs"] = token.get("top_logprobs") or []
+            for one in (token, *token["top_logprobs"]):
+                one.setdefault("bytes", [*one["token"].encode("utf-8", "replace")])
+
+
+def fold(chunks: Iterable[Chunk]) -> Json:
+    """Return the chat.completion of a stream's chunks, which are in order, and at least one."""
+    whole: Json = {}
+    choices: dict[int, Json] = {}
+    for chunk in chunks:
+        whole.update(chunk)
+        for piece in chunk["choices"]:
+            choice = choices.setdefault(piece["index"], {"index": 0, "message": {}, "logprobs": {}})
+            _join(choice["message"], piece.pop("delta"))
+            _join(choice["logprobs"], piece.pop("logprobs", None) or {})
+            choice.update(piece)
+    for choice in choices.values():
+        calls: dict[int, Json] = {}
+        for call in choice["message"].pop("tool_calls", ()):
+            _join(calls.setdefault(call.pop("index"), {}), call)
+        said = {"role": "assistant", "content": "", "refusal": None, **choice["message"]}
+        if calls:
+            said.update(content=said["content"] or None, tool_calls=[*calls.values()])
+        choice.update(message=said, logprobs=choice["logprobs"] or None)
+    return {**whole, "object": "chat.completion", "choices": [*choices.values()]}
+
+
+def _join(whole: Json, piece: Json) -> None:
+    """Add a piece of an object to the whole, as the SDKs do: texts and lists grow; of anything else the last counts."""
+    for name, value in piece.items():
+        known = whole.get(name)
+        if isinstance(known, dict) and isinstance(value, dict):
+            _join(known, value)
+        elif isinstance(known, (str, list)) and isinstance(value, type(known)):
+            whole[name] += value
+        else:
+            whole[name] = value
 
 
 def arguments_of(text: str) -> Json:
@@ -2756,63 +3034,25 @@ class OpenAI(Provider):
             kept["reasoning_effort"] = "none"    # these models take tools only without reasoning, and would reason
         return kept
 
-    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        choices: dict[int, _StreamedChoice] = collections.defaultdict(_StreamedChoice)
-        for data in sse_data(lines):
-            if isinstance(data, Texts):
-                yield data
-                continue
-            if data.startswith("[DONE]") and choices:
-                return
-            chunk = event_of(data)
-            chunk.pop("obfuscation", None)    # padding, of no use on this side of TLS
-            chunk["choices"] = choices_of(chunk)
-            for choice in chunk["choices"]:
-                choices[choice.get("index", 0)].tidy(choice)
-            if chunk["choices"] or chunk.get("usage"):    # Azure begins with an event that has neither
-                yield chunk
-        finished = [choice.finished for choice in choices.values()]
-        if finished != [True] * request.body.get("n", 1):    # some servers leave [DONE] out
+    def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+        finished, asked = set[Any](), request.body.get("n", 1)
+        try:
+            for data in sse_data(lines):
+                event = data if isinstance(data, Texts) else {} if data.startswith("[DONE]") else event_of(data)
+                if not event:
+                    return
+                if isinstance(event, dict):
+                    event.pop("obfuscation", None)    # padding, of no use on this side of TLS
+                    finished.update(one.get("index") for one in choices_of(event) if one.get("finish_reason"))
+                yield event
+        except UpstreamError as error:
+            if error.fault is not Fault.TRANSPORT or len(finished) != asked:
+                raise
+        if len(finished) != asked:    # some servers leave [DONE] out
             raise cut()
 
     def passes_text(self, request: ChatRequest) -> bool:
         return bool(request.body.get("n", 1) == 1)
-
-
-class _StreamedChoice:
-    """One choice of a stream.  It drops what servers repeat, as the SDKs' helpers join repeated strings.
-
-    Servers repeat ids and names, leave indices out, or give parallel calls the same one (ollama#15457, ollama#7881).
-    Older vLLM has a new id in each piece of a call, but the name in the first piece only.
-    """
-
-    def __init__(self) -> None:
-        self.begun = self.finished = False
-        self._numbers: dict[str | int, int] = {}    # of calls, by id, and by the server's index or the place
-        self._count = 0
-
-    def tidy(self, choice: Json) -> None:
-        """Drop a role, and a tool call's id, type and name, after the first; number the tool calls from 0."""
-        delta = choice.get("delta") or {}
-        choice["delta"] = {name: value for name, value in delta.items() if name != "role"}
-        if not self.begun:
-            self.begun, choice["delta"] = True, {"role": "assistant", **choice["delta"]}
-        self.finished = self.finished or bool(choice.get("finish_reason"))
-        for place, call in enumerate(delta.get("tool_calls") or ()):
-            self._number(call, place)
-
-    def _number(self, call: Json, place: int) -> None:
-        id, inner = call.get("id"), call.get("function") or call.get("custom") or {}
-        key = place if call.get("index") is None else call["index"]
-        number = self._numbers.get(id) if id else None
-        if number is None and not (id and inner.get("name")):
-            number = self._numbers.get(key)
-        if number is None:
-            number, self._count = self._count, self._count + 1
-        else:
-            for fields, name in ((call, "id"), (call, "type"), (inner, "name")):
-                fields.pop(name, None)
-        call["index"] = self._numbers[key] = self._numbers[id or key] = number
 
 
 class Ollama(Provider):
@@ -2878,29 +3118,23 @@ class Ollama(Provider):
             converted.append(turn)
         return converted
 
-    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        yield chunk_of(role="assistant", content="")
-        calls = 0
+    def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+        yield chunk_of(content="")
+        numbers = itertools.count()    # of calls: each comes whole, and the server's index is always 0
         for line in filter(None, lines):
             if isinstance(line, Texts):
                 yield line
                 continue
             event = event_of(line)
-            message = event.get("message", {})
-            logprobs = {"content": list(event["logprobs"]), "refusal": None} if event.get("logprobs") else None
-            if message.get("thinking"):
-                yield chunk_of(reasoning_content=message["thinking"])
-            if message.get("content"):
-                yield chunk_of(content=message["content"], logprobs=logprobs)
-            for call in message.get("tool_calls") or []:
-                function = call["function"]
-                yield tool_chunk(calls, "", call.get("id") or f"call_{calls}", function["name"])
-                yield tool_chunk(calls, dumps(function.get("arguments") or {}).decode())
-                calls += 1
+            message, logprobs = event.get("message") or {}, event.get("logprobs")
+            calls = [{**call, "index": next(numbers)} for call in message.get("tool_calls") or ()]
+            said = present({"reasoning_content": message.get("thinking"), "content": message.get("content"),
+                            "tool_calls": calls})
+            if said or logprobs:
+                yield chunk_of(None, {"content": logprobs} if logprobs else None, **said)
             if event.get("done"):
-                reason = "length" if event.get("done_reason") == "length" else "tool_calls" if calls else "stop"
-                yield chunk_of(reason)
-                yield {**usage_chunk(event.get("prompt_eval_count", 0), event.get("eval_count", 0)),
+                yield chunk_of(finish_of(event.get("done_reason") or "stop"))
+                yield {**usage_chunk(event.get("prompt_eval_count") or 0, event.get("eval_count") or 0),
                        "timings": self._timings(event)}
                 return
         raise cut()    # a runaway repetition ends without done: true as well
@@ -3063,8 +3297,6 @@ class Claude(Provider):
     vendor, chat_path, models_path = "api.anthropic.com", "/v1/messages", "/v1/models?limit=1000"
     text_event = TextEvent(_CLAUDE_TEXT, b"\n\n")
     refuses = {**_NEITHER_HAS, "logprobs": "it does not tell them", "top_logprobs": "it does not tell them"}
-    _finish = {"max_tokens": "length", "model_context_window_exceeded": "length", "pause_turn": "length",
-               "tool_use": "tool_calls", "refusal": "content_filter"}
 
     def endpoint(self, settings: Settings) -> Endpoint:
         url = (settings.anthropic_base_url or f"https://{self.vendor}").rstrip("/").removesuffix("/v1")
@@ -3143,7 +3375,7 @@ class Claude(Provider):
             payload["thinking"] = {"type": "enabled", "budget_tokens": budget}
             payload["max_tokens"] = max(payload["max_tokens"], budget + 1024)
 
-    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+    def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
         chunks = self._chunks(lines)
         return only_json(chunks) if json_wanted(request.body) == {} else chunks
 
@@ -3152,53 +3384,71 @@ class Claude(Provider):
 
     def _chunks(self, lines: Lines) -> Iterator[Any]:
         usage, stop = Json(), Json()
-        block = Json()              # the open one
-        calls, fresh = -1, False    # fresh: a tool call whose arguments have not begun
-        for data in sse_data(lines):
-            if isinstance(data, Texts):
-                yield data
-                continue
-            event = event_of(data)
-            kind, delta = event.get("type"), event.get("delta") or {}
-            if kind == "message_start":
+        blocks: dict[int, Json] = {}
+        for event in claude_events(lines):
+            kind = "texts" if isinstance(event, Texts) else str(event.get("type"))
+            if kind == "texts":
+                yield event
+            elif kind.startswith("content_block_"):
+                yield from self._said(event, blocks)
+            elif kind == "message_start":
+                if blocks:    # a relay that began anew after it had failed
+                    raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
                 usage.update(event["message"].get("usage") or {})
-                yield chunk_of(role="assistant", content="")
-            elif kind == "content_block_start":
-                delta = block = event["content_block"]    # its text is mostly empty
-                if block["type"] == "tool_use":
-                    calls, fresh = calls + 1, True
-                    yield tool_chunk(calls, "", block["id"], block["name"])
-            elif kind == "content_block_stop" and fresh:
-                fresh = False
-                yield tool_chunk(calls, "{}")
+                yield chunk_of(content="")
             elif kind == "message_delta":
-                stop.update(delta)
+                stop.update(event.get("delta") or {})
                 usage.update({name: count for name, count in (event.get("usage") or {}).items() if count is not None})
             elif kind == "message_stop":
                 yield from self._end(stop, usage)
                 return
-            if kind not in ("content_block_start", "content_block_delta"):
-                continue
-            if delta.get("text"):
-                yield chunk_of(content=delta["text"])
-            elif delta.get("thinking"):
-                yield chunk_of(reasoning_content=delta["thinking"])
-            elif delta.get("partial_json") and block.get("type") == "tool_use":
-                fresh = False
-                yield tool_chunk(calls, delta["partial_json"])
         raise cut()
+
+    @staticmethod
+    def _said(event: Json, blocks: dict[int, Json]) -> Iterator[Chunk]:
+        """Yield what an event of a content block says.  `blocks` are the open ones, and None after their end."""
+        index, kind, piece = event.get("index") or 0, event["type"], event.get("delta") or {}
+        block = blocks.setdefault(index, {})
+        if kind == "content_block_start":
+            block = blocks[index] = piece = event["content_block"]    # its text is mostly empty
+            if block["type"] == "tool_use":
+                yield tool_chunk(index, "", block.get("id"), block.get("name"))
+        elif block.get("type") == "tool_use" and piece.get("partial_json"):
+            block["input"] = ""
+            yield tool_chunk(index, piece["partial_json"])
+        elif kind == "content_block_stop" and block.get("type") == "tool_use":
+            blocks[index] = {}
+            yield tool_chunk(index, {} if block.get("input") is None else block["input"])
+        said = present({"content": piece.get("text"), "reasoning_content": piece.get("thinking")})
+        if said:
+            yield chunk_of(**said)
 
     def _end(self, stop: Json, usage: Json) -> Iterator[Chunk]:
         """Yield the last chunks: an explained refusal, the finish reason, the usage."""
         explanation = (stop.get("stop_details") or {}).get("explanation")
         if stop.get("stop_reason") == "refusal" and explanation:
             yield chunk_of(refusal=explanation)
-        yield chunk_of(self._finish.get(stop.get("stop_reason") or "", "stop"))
+        yield chunk_of(finish_of(stop.get("stop_reason") or "stop"))
         read, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
         thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens")
         yield usage_chunk((usage.get("input_tokens") or 0) + read + written, usage.get("output_tokens") or 0,
                           prompt_tokens_details={"cached_tokens": read, "cache_write_tokens": written},
                           **present({"completion_tokens_details": present({"reasoning_tokens": thinking})}))
+
+
+def claude_events(lines: Lines) -> Iterator[Any]:
+    """Yield the events of an answer, those that it would have if it came whole, and Texts as they are."""
+    for data in sse_data(lines):
+        event = data if isinstance(data, Texts) else event_of(data)
+        if isinstance(event, Texts) or event.get("type") != "message":
+            yield event
+            continue
+        yield {"type": "message_start", "message": event}
+        for number, block in enumerate(event.get("content") or ()):
+            yield {"type": "content_block_start", "index": number, "content_block": block}
+            yield {"type": "content_block_stop", "index": number}
+        yield {"type": "message_delta", "delta": event}
+        yield {"type": "message_stop"}
 
 
 def _tools_used(turns: Sequence[Json]) -> list[str]:
@@ -4301,9 +4551,9 @@ def new_id(prefix: str) -> str:
 
 def _envelope(first: Chunk, model: str) -> Json:
     """Return what all chunks of a stream have in common: the upstream's id and time where its first chunk has them."""
-    id, created = first.get("id"), first.get("created")
+    id = first.get("id")
     return {"id": id if id and isinstance(id, str) else new_id("chatcmpl-"), "object": "chat.completion.chunk",
-            "created": created if type(created) is int and created > 0 else int(time.time()), "model": model}
+            "created": created_at(first.get("created")) or int(time.time()), "model": model}
 
 
 class Prober:
@@ -4902,9 +5152,6 @@ class Dispatch:
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
             with self._exchange(request, target, context, limits) as answer:
-                if answer.content_type == "application/json" and not provider.translates:
-                    event_of(answer.body())
-                    raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
                 for chunk in _decoded(answer, provider, request):
                     if isinstance(chunk, Texts) and frame:
                         before, after = frame
@@ -4916,7 +5163,7 @@ class Dispatch:
                     if not begun and has_content(chunk):
                         begun = time.monotonic()
                         answer.begin()
-                        frame = text_frame(told, request.include_usage) if may_pass else None
+                        frame = text_frame(told) if may_pass else None
                         answer.text_event = provider.text_event if frame else None
                     tokens = tokens_of(chunk) or tokens
                     yield told
@@ -4931,12 +5178,11 @@ class Dispatch:
         with self._exchange(request, target, 0, limits) as answer:
             raw = answer.body()
             with _in_its_format():
-                whole = event_of(raw)
-                if not isinstance(choices_of(whole)[0]["message"], dict):
-                    raise TypeError("message")
+                whole, as_it_came = PROVIDERS[target.endpoint.provider].whole(raw, request)
         self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
-        around = split_at_model(raw, whole)
-        return {**whole, "model": target.id}, dumps(target.id).join(around) if around else b""
+        told = {**whole, **_envelope(whole, target.id), "object": "chat.completion"}
+        around = split_at_model(raw, whole) if as_it_came and told["id"] == whole.get("id") else None
+        return told, dumps(target.id).join(around) if around else b""
 
     def _learn(self, request: ChatRequest, target: Target, first_s: float | None, tokens: int, seconds: float,
                timings: Any) -> None:
@@ -5158,7 +5404,7 @@ def sse(event: Json) -> bytes:
     return b"data: " + dumps(event) + b"\n\n"
 
 
-def text_frame(chunk: Chunk, include_usage: bool) -> tuple[bytes, bytes] | None:
+def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
     """Return what a client sees around the text of each event that says nothing else, in a stream with this chunk.
 
     Return None where the chunk is of another choice than the first, which such events are of.
@@ -5169,53 +5415,19 @@ def text_frame(chunk: Chunk, include_usage: bool) -> tuple[bytes, bytes] | None:
     choice = {name: None if name in ("logprobs", "finish_reason") else value for name, value in choices[0].items()
               if name in AROUND_TEXT}
     kept = {name: value for name, value in chunk.items() if name in AROUND_TEXT}
-    told = for_client({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]}, include_usage) or {}
-    before, mark, after = sse(told).partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
+    told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
+    before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
     return before + mark[:-len(rb'\u0000"')], b'"' + after
 
 
 # Fields of an event that says a text and nothing else.  Any other is the first chunk's own, and not the stream's.
-AROUND_TEXT = frozenset(("id object created model system_fingerprint service_tier usage prompt_token_ids "
+AROUND_TEXT = frozenset(("id object created model system_fingerprint service_tier prompt_token_ids "
                          "index logprobs finish_reason stop_reason token_ids matched_stop").split())
 
 
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
-    """Return the chunk as a client may see it, or None: many clients fail at an unasked usage without choices."""
-    if include_usage or "usage" not in chunk:
-        return chunk
-    return {name: value for name, value in chunk.items() if name != "usage"} if choices_of(chunk) else None
-
-
-def fold(chunks: Iterable[Chunk]) -> Json:
-    """Return the chat.completion of a translated stream, which has at least one chunk and only choice 0."""
-    message: Json = {"role": "assistant", "content": "", "refusal": None}
-    choice: Json = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
-    whole: Json = {}
-    for chunk in chunks:
-        whole.update({**chunk, "object": "chat.completion", "choices": [choice]})
-        for piece in chunk["choices"]:
-            _fold_piece(choice, piece)
-    if "tool_calls" in message:
-        message["content"] = message["content"] or None
-    return whole
-
-
-def _fold_piece(choice: Json, piece: Json) -> None:
-    """Add a chunk's choice to the whole choice."""
-    message, delta = choice["message"], piece["delta"]
-    for name in ("content", "reasoning_content", "refusal"):
-        if delta.get(name):
-            message[name] = (message.get(name) or "") + delta[name]
-    for call in delta.get("tool_calls", ()):
-        calls = message.setdefault("tool_calls", [])
-        if call["index"] == len(calls):
-            calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
-        else:
-            calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-    if piece["logprobs"]:
-        choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
-        choice["logprobs"]["content"].extend(piece["logprobs"]["content"])
-    choice["finish_reason"] = piece["finish_reason"] or choice["finish_reason"]
+    """Return the chunk if a client may see it, or None: many clients fail at an unasked usage without choices."""
+    return chunk if include_usage or "usage" not in chunk else None
 
 
 def tokens_of(answer: Json) -> int:
@@ -6106,7 +6318,7 @@ show(); setInterval(show, 3000);
 
 
 # === 13. Demo =========================================================================================================
-# uses: 1 2 10 11
+# uses: 1 2 6 10 11
 # What can a newcomer run who has neither Ollama nor a key?  A server on a loopback port that speaks Ollama's and
 # OpenAI's formats, and answers from a script.
 

@@ -3945,7 +3945,7 @@ WAYS_TO_WRITE_EVENTS = [  # all of them mean the same; wire.md 7.1
 ]
 
 CLAUDE_STOPS = [  # stop_reason -> finish_reason
-    ("end_turn", "stop"), ("stop_sequence", "stop"), ("max_tokens", "length"), ("tool_use", "tool_calls"),
+    ("end_turn", "stop"), ("stop_sequence", "stop"), ("max_tokens", "length"), ("tool_use", "stop"),    # without a call
     ("model_context_window_exceeded", "length"), ("refusal", "content_filter"),
 ]
 
@@ -4120,6 +4120,28 @@ TOOL_PIECES = [  # tool_calls of the deltas, what the client has joined at the e
     ("id and name repeated", [piece("a", "f", '{"x"', index=0), piece("a", "f", ":1}", index=0)], [A]),
     ("a new id in each piece", [piece("a", "f", '{"x"', index=0), piece("z", None, ":1}", index=0)], [A]),    # vLLM
     ("counted from 1", [piece(*A, index=1), piece(*B, index=2)], [A, B]),
+    ("indices null", [piece(*A, index=None), piece(*B, index=None)], [A, B]),
+    ("no ids, one index", [piece(None, *A[1:], index=0), piece(None, *B[1:], index=0)], [(0, *A[1:]), (1, *B[1:])]),
+    ("no ids, ids null, one function", [piece(None, "f", "{}"), {**piece(None, "f", '{"x":1}'), "id": None}],
+     [(0, "f", "{}"), (1, "f", '{"x":1}')]),
+    ("no ids, in pieces, one function", [
+        *(piece(None, *one, index=0) for one in (("f", ""), (None, '{"x"'), (None, ":1}"), ("f", ""), (None, "{}")))],
+     [(0, "f", '{"x":1}'), (1, "f", "{}")]),
+    ("no ids, the name in each piece", [piece(None, "f", one, index=0) for one in ('{"x":{"y"', ":1}", "}", "")],
+     [(0, "f", '{"x":{"y":1}}')]),
+    ("one id for two, in turn", [piece("a", "f", "", index=0), piece("a", "g", "", index=1),
+                                 piece("a", None, '{"x":1}', index=0), piece("a", None, '{"y":2}', index=1)],
+     [A, (1, *B[1:])]),
+    ("one id for two of one index", [piece("a", "f", "{}", index=0), piece("a", "f", '{"x":1}', index=0)],
+     [("a", "f", "{}"), (1, "f", '{"x":1}')]),
+    ("a call twice", [piece(*A, index=0), piece(*A, index=0)], [A]),
+    ("a name that comes later", [piece("a", None, "", index=0), piece("", "f", '{"x":1}', index=0)], [A]),
+    ("nothing but a name", [piece("a", "f", index=0), piece("b", "f", None, index=1)],
+     [("a", "f", "{}"), ("b", "f", "{}")]),
+    ("arguments of other types", [piece("a", "f", {"x": 1}), piece("b", "g", None), piece("c", "h", {})],
+     [A, ("b", "g", "{}"), ("c", "h", "{}")]),
+    ("without `function` around it", [{"name": "f", "arguments": {"x": 1}}], [(0, *A[1:])]),    # Workers AI
+    ("the id of a call before", [piece("of-before", *A[1:])], [(1, *A[1:])]),
     ("in turn", [piece("a", "f", '{"x"', index=0), piece("b", "g", '{"y"', index=1), piece(arguments=":1}", index=0),
                  piece(arguments=":2}", index=1)], [A, B]),
 ]
@@ -4192,8 +4214,13 @@ class BrokenAnswers(Case):
             events = [data_event(OPENAI.chunk([{"index": 0, "delta": delta}])) for delta in deltas]
             events.append(data_event(OPENAI.chunk([{"index": 0, "delta": {}, "finish_reason": "tool_calls"}])))
             with self.subTest(name):
-                said = joined(through(OPENAI, streamed(OPENAI, events), stream=True).deltas)["tool_calls"]
-                self.assertEqual([(call["id"], *call["function"].values()) for call in said], calls)
+                before = [user("Hi"), assistant(None, ("of-before", "f", "{}")), result("of-before", "1"), user("More")]
+                reply = through(OPENAI, streamed(OPENAI, events), stream=True, messages=before, tools=TOOLS)
+                said = joined(reply.deltas)["tool_calls"]
+                ids = [call["id"] for call in said]
+                self.assertEqual((len({*ids, "of-before", ""}), reply.finish), (len(ids) + 2, "tool_calls"))
+                self.assertEqual([(call["id"] if isinstance(id, str) else id, *call["function"].values())
+                                  for call, (id, *_) in zip(said, calls)], calls)
 
     def test_a_stream_has_one_id_and_every_chunk_a_choice(self):
         """Azure begins with an event without choices; some servers count their chunks where the id belongs."""
@@ -4247,6 +4274,279 @@ class BrokenAnswers(Case):
                 reply = through(OPENAI, whole(429, OPENAI.error("Slow down."), header))
                 self.refused(reply, 429, "Slow down.")
                 self.assertNotIn("retry-after", {name.lower() for name in reply.headers})
+
+
+# --- 6. Answers in order ---------------------------------------------------------------------------------------------
+# What compatible servers, Claude's and Ollama's relays say in their own ways: the client reads OpenAI's reference.
+
+A_CALL = {"tool_calls": [piece(*A, index=0)]}
+FINISHES = [  # a reason, an answer's beginning, what the client reads
+    *((reason, {"content": "a"}, finish) for reason, finish in (
+        ("stop", "stop"), (None, "stop"), ("", "stop"), ("eos_token", "stop"), ("COMPLETE", "stop"),
+        ("length", "length"), ("model_length", "length"), ("MAX_TOKENS", "length"), ("SAFETY", "content_filter"),
+        ("sensitive", "content_filter"), ("content_filter", "content_filter"), ("tool_calls", "stop"),
+        ("function_call", "stop"))),
+    *((reason, A_CALL, "tool_calls") for reason in ("stop", "tool_calls", "function_call", "tool_use", None, "")),
+    ("length", A_CALL, "length"),
+    ("function_call", {"function_call": {"name": "f", "arguments": "{}"}}, "function_call"),
+]
+BROKE_OFF = ["error", "abort", "network_error", "insufficient_system_resource", "CANCELLED", "server_overloaded",
+             "function_call_filter: MALFORMED_FUNCTION_CALL"]
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
+SAYINGS = [  # deltas, or a message, what the client has joined at the end
+    ("Mistral's parts", [{"content": [THOUGHT, {"type": "text", "text": "Hel"}]}, {"content": "lo"}], ("Hello", "Hm.")),
+    ("parts of text", [{"content": [{"type": "text", "text": "Hel"}, "lo"]}], ("Hello", None)),
+    ("parts of thinking", [{"content": [THOUGHT]}, {"content": "a"}], ("a", "Hm.")),
+    ("reasoning", [{"reasoning": "Hm."}, {"content": "a"}], ("a", "Hm.")),
+    ("both names", [{"reasoning": "Hm.", "reasoning_content": "Hm."}, {"content": "a"}], ("a", "Hm.")),
+    ("one of both empty", [{"reasoning": "Hm.", "reasoning_content": ""}, {"content": "a"}], ("a", "Hm.")),
+    ("nulls", [{"content": "a", "tool_calls": None, "reasoning": None, "function_call": None, "refusal": None},
+               {"content": None}], ("a", None)),
+    ("calls that are none", [{"content": "a", "tool_calls": []},
+                             {"tool_calls": [piece("", "", index=0, type="function")]}], ("a", None)),
+]
+ODD_EVENTS = [  # after the first content of a stream; the client reads the same without them
+    {"choices": None}, {"choices": []}, {"choices": [{"index": 0, "delta": None}]}, {"type": "ping"},
+    {"choices": [{"index": 0, "finish_reason": "stop", "delta": {}}]}, {"usage": None},
+    {"base_resp": {"status_code": 0}},
+    {"choices": [{"index": 0, "content_filter_offsets": {"check_offset": 1}}]},                         # Azure
+    {"object": "chat.completion", "choices": [{"index": 0, "message": {"content": "Hello"}, "finish_reason": "stop"}]},
+    {"choices": [{"index": 0, "delta": {}}], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}},
+]
+ERRORS_INSIDE = [  # what stands in a stream or in a whole answer
+    {"type": "error"}, {"error": "overheated"}, {"errors": [{"code": 7, "message": "overheated"}]},
+    {"choices": [{"index": 0, "delta": {}, "message": {}, "error": {"code": 502, "message": "overheated"}}]},
+    {"choices": None, "base_resp": {"status_code": 1002, "status_msg": "overheated"}},                  # MiniMax
+    {"code": 500, "msg": "overheated", "success": False},                                               # Zhipu
+]
+NO_ENVELOPE = [{"id": None, "created": None, "object": None}, {"id": "", "created": 0}, {"id": 7, "created": 17.5e8},
+               {"created": "2026-11-01T10:00:00Z", "object": "text_completion", "model": None}]
+
+
+def as_events(*deltas, finish="stop", done=True, **fields):
+    """A stream of OpenAI's that says this."""
+    rows = [*((delta, None) for delta in deltas), ({}, finish)]
+    chunks = [{**OPENAI.chunk([{"index": 0, "delta": delta, "finish_reason": reason}]), **fields}
+              for delta, reason in rows]
+    return [*map(data_event, chunks), *([b"data: [DONE]\n\n"] if done else [])]
+
+
+def as_whole(message, finish="stop", **fields):
+    """A whole answer of OpenAI's with this message."""
+    choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}
+    return {**OPENAI.chunk([choice]), "object": "chat.completion", "usage": OPENAI._usage(HELLO), **fields}
+
+
+class InOrder(Case):
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = {dialect: cls.keep(Upstream(dialect)) for dialect in DIALECTS}
+        cls.server = cls.keep(running(*cls.upstreams.values()))
+
+    def said(self, dialect, script, stream, **fields):
+        """What a client gets of an upstream that plays this: events, the JSON of a whole body, or its bytes."""
+        upstream, kind = self.upstreams[dialect], b"Content-Type: application/json"
+        if isinstance(script, list):
+            script = streamed(dialect, script)
+        elif isinstance(script, dict):
+            script = whole(200, script)
+        else:
+            script = [head(200, kind.decode(), f"Content-Length: {len(script)}") + script]
+        upstream.play(script)
+        return ask(self.server, upstream.target, stream=stream, **fields)
+
+    def test_a_finish_reason_is_openais_and_fits_what_was_said(self):
+        for reason, delta, finish in FINISHES:
+            for stream, script in ((True, as_events(delta, finish=reason)), (False, as_whole(delta, reason))):
+                with self.subTest(reason, stream=stream, delta=delta):
+                    self.assertEqual(self.said(OPENAI, script, stream, tools=TOOLS).finish, finish)
+
+    def test_an_answer_that_broke_off_for_a_reason_is_no_answer(self):
+        for reason in BROKE_OFF:
+            with self.subTest(reason):
+                for script, stream in ((as_whole({"content": "Hel"}, reason), False), (as_events(finish=reason), True)):
+                    self.refused(self.said(OPENAI, script, stream), 502, code="upstream_cut")
+                self.broken_off(self.said(OPENAI, as_events({"content": "Hel"}, finish=reason), True), "Hel")
+        for dialect, old in ((OLLAMA, b'"stop"'), (CLAUDE, b'"end_turn"')):
+            events = [event.replace(old, b'"error"') for event in dialect.events(HELLO)]
+            with self.subTest(dialect.name):
+                self.broken_off(self.said(dialect, events, True), "Hello")
+                self.refused(self.said(dialect, events, False), 502, code="upstream_cut")
+
+    def test_an_error_inside_an_answer_is_one_wherever_it_stands(self):
+        for error in ERRORS_INSIDE:
+            with self.subTest(error):
+                words = "overheated" if "overheated" in str(error) else "error"
+                self.refused(self.said(OPENAI, error, False), BUSY, words)
+                self.refused(self.said(OPENAI, [data_event(error)], True), BUSY, words)
+                self.broken_off(self.said(OPENAI, [*as_events({"content": "Hel"})[:1], data_event(error),
+                                                   *as_events({"content": "lo"})], True), "Hel")
+
+    def test_a_second_beginning_of_claudes_is_no_answer(self):
+        start, *rest = CLAUDE.events(HELLO)
+        hel = next(number for number, event in enumerate(rest) if b"Hel" in event)
+        self.broken_off(self.said(CLAUDE, [start, *rest[:hel + 1], start, *rest], True), "Hel")
+        self.refused(self.said(CLAUDE, [start, *rest[:hel + 1], start, *rest], False), 502, code="upstream_cut")
+        self.answered(self.said(CLAUDE, [start, start, *rest], True), "Hello")
+
+    def test_an_answer_in_the_other_mode_is_put_into_the_one_asked_for(self):
+        message = {"type": "message", "role": "assistant", "content": [
+            {"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Hello"}], "stop_reason": "end_turn",
+            "usage": {"input_tokens": 9, "output_tokens": 7}}
+        answers = {OPENAI: as_whole({"content": "Hello", "reasoning_content": "Hm."}), CLAUDE: message, OLLAMA: {
+            "message": {"content": "Hello", "thinking": "Hm."}, "done": True, "prompt_eval_count": 9, "eval_count": 7}}
+        for (dialect, body), stream in itertools.product(answers.items(), (False, True)):
+            bodies = [body] if dialect is OLLAMA else [body, json.dumps(body, indent=1).encode(),
+                                                       b"\xef\xbb\xbf" + json.dumps(body).encode(),
+                                                       b"\n \r\n" * 9 + json.dumps(body).encode()]
+            for body in bodies:
+                with self.subTest(dialect.name, stream=stream, body=body):
+                    reply = self.said(dialect, body, stream, stream_options={"include_usage": True} if stream else None)
+                    self.answered(reply, "Hello")
+                    self.assertEqual(reply.message["reasoning_content"], "Hm.")
+                    usage = (reply.chunks[-1] if stream else reply.json)["usage"]
+                    self.assertEqual((usage["prompt_tokens"], usage["completion_tokens"]), (9, 7))
+        events = OPENAI.events(Saying((Think("Hm."), Text("Hel"), Text("lo"), FIND, NOW), "tool_calls", 9, 7),
+                               {"stream_options": {"include_usage": True}})
+        for body in (events, b"".join(events), b": ping\n\n" + b"".join(events).replace(b"\n", b"\r\n")):
+            reply = self.said(OPENAI, body, False)
+            self.assertEqual((reply.text, reply.finish), ("Hello", "tool_calls"))
+            self.assertEqual(reply.json["usage"]["total_tokens"], 16)
+            self.assertEqual([call["id"] for call in reply.message["tool_calls"]], [FIND.id, NOW.id])
+        self.refused(self.said(OPENAI, b"".join(events[:3]), False), 502, code="upstream_cut")
+
+    def test_content_is_text_and_thinking_is_reasoning_content(self):
+        for name, deltas, (text, thought) in SAYINGS:
+            scripts = [(as_events(*deltas), True), *([(as_whole(deltas[0]), False)] if len(deltas) == 1 else [])]
+            for script, stream in scripts:
+                with self.subTest(name, stream=stream):
+                    message = self.said(OPENAI, script, stream).message
+                    self.assertEqual((message["content"], message.get("reasoning_content")), (text, thought))
+                    self.assertEqual({*message} & {"tool_calls", "reasoning"}, set())
+
+    def test_a_whole_answer_has_what_the_reference_requires(self):
+        for fields in (*NO_ENVELOPE, {"usage": None}):
+            for message in ({"content": "Hello"}, {"content": "Hello", "tool_calls": [], "function_call": None}):
+                with self.subTest(fields, message=message):
+                    reply = self.said(OPENAI, as_whole(message, **fields), False)
+                    self.answered(reply, "Hello", by=self.upstreams[OPENAI].target)
+                    self.assertEqual((reply.json["object"], type(reply.json["created"])), ("chat.completion", int))
+                    self.assertTrue(reply.json["id"] and isinstance(reply.json["id"], str))
+                    self.assertGreater(reply.json["created"], 1)
+                    self.assertNotIn("tool_calls", reply.message)
+                    self.assertIsNotNone(reply.json.get("usage", {}))
+        filtered = {"choices": [{"finish_reason": "content_filter", "index": 0, "content_filter_results": {}}]}
+        reply = self.said(OPENAI, filtered, False)
+        self.assertEqual((reply.status, reply.message["content"], reply.finish), (200, "", "content_filter"))
+        self.refused(self.said(OPENAI, {"choices": []}, False), 502, code="bad_upstream_answer")
+
+    def test_a_whole_answer_that_is_in_order_passes_as_it_came(self):
+        for body in (as_whole({"content": "Hello"}), OPENAI.whole(HELLO)):
+            raw = json.dumps({**body, "own": {"field": [1.50, "\u00e9"]}}, indent=3)
+            reply = self.said(OPENAI, raw.encode(), False)
+            self.assertEqual(reply.body.decode(), raw.replace(json.dumps(body["model"]), json.dumps("openai:gpt-test")))
+
+    def test_each_chunk_of_a_stream_has_what_the_reference_requires(self):
+        said = as_events({"role": "assistant", "content": "Hel"}, {"content": "lo"})
+        streams = [as_events({"content": "Hel"}, {"content": "lo"}, **fields) for fields in NO_ENVELOPE]
+        streams += [[said[0], data_event(event), *said[1:]] for event in ODD_EVENTS]
+        streams += [[*said[:-1], data_event(event), said[-1]] for event in ODD_EVENTS]
+        streams.append([data_event(json.loads(event[6:]) | {"id": str(number), "model": str(number), "created": number})
+                        for number, event in enumerate(said[:-1], 5)])
+        for number, (events, usage) in enumerate(itertools.product(streams, (False, True))):
+            with self.subTest(number, usage=usage):
+                reply = self.said(OPENAI, events, True, stream_options={"include_usage": usage})
+                self.answered(reply, "Hello")
+                counted = [one for one in reply.chunks if one.get("usage")]
+                self.assertEqual(counted, reply.chunks[-1:] if usage and counted else [])
+                chunks = [one for one in reply.chunks if one not in counted]
+                self.assertEqual({type(choice["delta"]) for one in chunks for choice in one["choices"]}, {dict})
+                self.assertEqual([len(one["choices"]) for one in chunks], [1] * len(chunks))
+                self.assertEqual([one["choices"][0]["finish_reason"] for one in chunks],
+                                 [None] * (len(chunks) - 1) + ["stop"])
+                [(id, created, kind, _)] = {tuple(map(one.get, ("id", "created", "object", "model")))
+                                            for one in reply.chunks}
+                self.assertTrue(id and isinstance(id, str) and type(created) is int and kind.endswith(".chunk"))
+
+    def test_claudes_calls_are_apart_and_whole_however_they_are_told(self):
+        def block(index, id, name, *parts, **fields):
+            told = {"type": "tool_use", "id": id, "name": name, **fields}
+            deltas = [{"index": index, "delta": {"type": "input_json_delta", "partial_json": part}} for part in parts]
+            return [CLAUDE.event("content_block_start", index=index, content_block=told),
+                    *(CLAUDE.event("content_block_delta", **delta) for delta in deltas),
+                    CLAUDE.event("content_block_stop", index=index)]
+        one, two = block(1, "a", "f", '{"x":1}', input={}), block(2, "b", "g", '{"y"', ":2}", input={})
+        nothing = [("a", "f", "{}")]
+        for name, events, calls in (
+            ("input with the block", block(1, "a", "f", input={"x": 1}), [A]),
+            ("input with the block and after it", block(1, "a", "f", '{"x":1}', input={"x": 1}), [A]),
+            ("input as text", block(1, "a", "f", input='{"x":1}'), [A]),
+            ("in turn", [one[0], two[0], two[1], one[1], *two[2:], one[2]], [A, B]),
+            ("input empty", block(1, "a", "f", input=""), nothing),
+            ("input null", block(1, "a", "f", input=None), nothing),
+            ("no input", block(1, "a", "f"), nothing), ("no end of the block", one[:2], [A]),
+            ("one index", [*block(0, "a", "f", '{"x":1}'), *block(0, "b", "g", '{"y":2}')], [A, B]),
+            ("no ids", [*block(1, "", "f", '{"x":1}'), *block(2, None, "g", '{"y":2}')], [(0, *A[1:]), (1, *B[1:])]),
+            ("one id", [*block(1, "a", "f", '{"x":1}'), *block(2, "a", "g", '{"y":2}')], [A, (1, *B[1:])]),
+        ):
+            for reason, stream in itertools.product((b'"tool_use"', b'"end_turn"', b"null"), (False, True)):
+                start, *_, delta, stop = CLAUDE.events(HELLO)
+                with self.subTest(name, reason=reason, stream=stream):
+                    reply = self.said(CLAUDE, [start, *events, delta.replace(b'"end_turn"', reason), stop], stream)
+                    said = reply.message["tool_calls"]
+                    self.assertEqual((len({call["id"] for call in said} - {""}), reply.finish),
+                                     (len(calls), "tool_calls"))
+                    self.assertEqual([(call["id"] if isinstance(id, str) else id, *call["function"].values())
+                                      for call, (id, *_) in zip(said, calls)], calls)
+
+    def test_ollamas_calls_have_ids_that_the_conversation_has_not(self):
+        def call(arguments, **fields):
+            return {"function": {"index": 0, "name": "f", "arguments": arguments}, **fields}
+        rows = [[call({})], [call(None), call({"x": 1})], [call('{"x":1}', id="call_0")], [call({}, id="")]]
+        lines = [{"message": {"content": "", "tool_calls": calls}, "done": False} for calls in rows]
+        before = [user("Hi"), assistant(None, ("call_0", "f", "{}")), result("call_0", "1")]
+        for stream in (False, True):
+            script = [*map(OLLAMA.line, lines), OLLAMA.events(HELLO)[-1]]
+            reply = self.said(OLLAMA, script, stream, messages=before, tools=TOOLS)
+            said = reply.message["tool_calls"]
+            self.assertEqual((len({call["id"] for call in said} - {"call_0", ""}), reply.finish), (5, "tool_calls"))
+            self.assertEqual([call["function"]["arguments"] for call in said], ["{}", "{}", '{"x":1}', '{"x":1}', "{}"])
+
+    def test_log_probabilities_are_whole_and_none_is_lost(self):
+        def token(text, **fields):
+            return {"token": text, "logprob": -0.5, **fields}
+        lines = [{"message": {"content": "", "thinking": "h"}, "logprobs": [token("h", top_logprobs=[token("i")])]},
+                 {"message": {"content": "é"}, "logprobs": [token("é", bytes=[195, 169])]},
+                 {"message": {"content": ""}, "logprobs": [token("x", top_logprobs=None)]},
+                 {"message": {"content": ""}, "done": True, "logprobs": [token("!")]}]
+        chunks = [OPENAI.chunk([{"index": 0, "delta": {"content": text}, "logprobs": {"content": [one]},
+                                 "finish_reason": finish}])
+                  for text, one, finish in (("é", token("h", top_logprobs=[token("i")]), None), ("", token("é"), None),
+                                            ("", token("x"), None), ("", token("!"), "stop"))]
+        wanted = [("h", [104], [[105]]), ("é", [195, 169], []), ("x", [120], []), ("!", [33], [])]
+        for dialect, events in ((OLLAMA, [*map(OLLAMA.line, lines)]), (OPENAI, [*map(data_event, chunks)])):
+            for stream in (False, True):
+                reply = self.said(dialect, events, stream, logprobs=True, top_logprobs=1)
+                choices = [choice for part in (reply.chunks if stream else [reply.json]) for choice in part["choices"]]
+                found = [one for choice in choices for one in (choice["logprobs"] or {}).get("content", [])]
+                with self.subTest(dialect.name, stream=stream):
+                    self.answered(reply, "é")
+                    self.assertEqual([(one["token"], one["bytes"], [top["bytes"] for top in one["top_logprobs"]])
+                                      for one in found], wanted)
+
+    def test_a_nameless_call_is_the_upstreams_fault(self):
+        nameless = {"tool_calls": [piece("a", None, "{}", index=0)]}
+        self.refused(self.said(OPENAI, as_whole(nameless), False, tools=TOOLS), 502, code="bad_upstream_answer")
+        reply = self.said(OPENAI, as_events({"content": "Hel"}, nameless), True, tools=TOOLS)
+        self.broken_off(reply, "Hel")
+
+    def test_an_answer_that_came_to_its_end_needs_no_more(self):
+        """A connection that dies between the finish reason and [DONE] takes nothing from it."""
+        upstream = self.upstreams[OPENAI]
+        for steps in ([CLOSE], [RESET], [b"no chunk\r\n"]):
+            upstream.play([OPENAI.head, *map(chunk, as_events({"content": "Hello"}, done=False)), 0.1, *steps])
+            with self.subTest(steps):
+                self.answered(ask(self.server, upstream.target, stream=True), "Hello")
 
 
 # === 7. Transport ====================================================================================================
@@ -8129,7 +8429,7 @@ class Passing(Case):
         for odd in ("\0", "\\u0000", '"content":"\0"', '"delta":{"content":"\0"'):
             choice = {"odd": odd, "index": 0, "delta": {"role": "assistant", "content": "Hi"}, "finish_reason": None}
             told = {"id": odd, "choices": [choice], odd: 1}
-            before, after = oblix.text_frame(told, False)
+            before, after = oblix.text_frame(told)
             self.assertEqual(json.loads((before + b"x" + after)[len(b"data: "):]), {"id": odd, "choices": [
                 {"index": 0, "finish_reason": None, "delta": {"content": "x"}}]}, "odd fields are one chunk's own")
 
@@ -13778,9 +14078,7 @@ def make_whole(chance):
 
 def check_whole(data):
     try:
-        whole = oblix.event_of(data)
-        if not isinstance(oblix.choices_of(whole)[0]["message"], dict):
-            raise TypeError
+        whole, _ = oblix.PROVIDERS["openai"].whole(data, PASSED_FOR)
     except DECODER_FAULTS as error:
         return sound_error(error) if isinstance(error, oblix.UpstreamError) else None
     oblix.is_empty([whole]), oblix.tokens_of(whole), oblix.dumps(whole)
@@ -14075,7 +14373,7 @@ def passed_on(case, passes):
                 continue
             told = {**envelope, **piece, "model": "m"}
             if passes and not frame and oblix.has_content(piece):
-                frame = oblix.text_frame(told, False)
+                frame = oblix.text_frame(told)
                 answer.text_event = provider.text_event if frame else None
             shown = oblix.for_client(told, False)
             sent += [] if shown is None else [oblix.sse(shown)]
