@@ -9301,7 +9301,7 @@ class Guard(Case):
     def started(self, flags, env):
         """(status, stdout, stderr) of a start that fails before the server would run."""
         with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(io.StringIO()) as said, \
-                mock.patch.object(oblix, "run_server", lambda _: "it runs"):
+                mock.patch.object(oblix, "run_server", lambda *_: "it runs"):
             status = oblix.main(flags, {**NOBODY, **env})
         return status, said.getvalue(), told.getvalue()
 
@@ -11618,7 +11618,7 @@ class Outlet(io.StringIO):
         self.gate.set()
 
     def write(self, text):
-        self.gate.wait(10)
+        self.gate.wait(60)
         self.writes += 1
         return super().write(text)
 
@@ -11630,14 +11630,8 @@ class LogWriter(Case):
         self.outlet = Outlet()
         self.writer = oblix._LogWriter(self.outlet)
         self.writer.setFormatter(logging.Formatter("%(message)s"))
-        self.addCleanup(self.stop)
-
-    def stop(self):
-        """End the thread, which would wait for ever."""
-        self.outlet.gate.set()
-        with mock.patch.object(self.writer._come, "wait", return_value=False):
-            self.tell("the last one")
-            eventually(lambda: "log" not in [thread.name for thread in threading.enumerate()])
+        self.addCleanup(self.writer.close)
+        self.addCleanup(self.outlet.gate.set)
 
     def tell(self, *texts, level=logging.INFO):
         for text in texts:
@@ -11652,12 +11646,13 @@ class LogWriter(Case):
         self.tell("one more")    # after a rest
         eventually(lambda: "one more" in self.outlet.getvalue())
 
-    def test_a_flush_waits_until_all_is_written(self):
-        with mock.patch.object(oblix, "LOG_END_S", 10):
-            for number in range(3):
-                self.tell("line %d" % number)
-                self.writer.flush()
-                self.assertEqual(len(self.outlet.getvalue().splitlines()), number + 1)
+    def test_its_end_waits_until_all_is_written(self):
+        with mock.patch.object(oblix, "LOG_END_S", 60):
+            self.tell("line 0")
+            eventually(lambda: self.outlet.writes)
+            self.tell("line 1", "line 2")
+            self.writer.close()
+            self.assertEqual(len(self.outlet.getvalue().splitlines()), 3)
 
     def test_nobody_waits_where_nothing_is_taken_and_the_oldest_lines_are_dropped(self):
         self.outlet.gate.clear()
@@ -11666,8 +11661,8 @@ class LogWriter(Case):
             eventually(lambda: not self.writer._lines)
             self.tell(*map(str, range(oblix.MAX_LOG_LINES + 5)))
             self.tell("a warning", level=logging.WARNING)
-            self.writer.flush()
-        self.assertLess(took.seconds, 5)
+            self.writer.close()
+        self.assertLess(took.seconds, 10)    # its gate opens after 60
         self.outlet.gate.set()
         eventually(lambda: "a warning" in self.outlet.getvalue())
         lines = self.outlet.getvalue().splitlines()
@@ -11678,7 +11673,7 @@ class LogWriter(Case):
         for error in (BrokenPipeError(), ValueError("it is closed")):
             with mock.patch.object(self.outlet, "write", side_effect=error) as write:
                 self.tell("lost", level=logging.WARNING)
-                eventually(lambda: write.called and not self.writer._writing)    # noqa: B023 - it is over here
+                eventually(lambda: write.called)    # noqa: B023 - it is over here
         self.tell("told", level=logging.WARNING)
         eventually(lambda: "told" in self.outlet.getvalue())
 
