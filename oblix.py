@@ -5624,7 +5624,7 @@ class _Listener(QuickServer):
         self._thread.join()
 
     def _run(self) -> None:
-        hold_on_one_core()
+        hold_on_one_core(self.port)
         while not self._is_done:
             if self.admission.stopping:
                 self.timeout = 0.0
@@ -5657,18 +5657,21 @@ class _Listener(QuickServer):
             log.exception("a connection failed")
 
 
-def hold_on_one_core(cpufreq: str = "/sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq") -> None:
-    """Hold this thread, and those that it starts, on the fastest core it may use, the last of equals.
+def hold_on_one_core(port: int, cpufreq: str = "/sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq") -> None:
+    """Hold this thread, and those that it starts, on the fastest core it may use.
 
     The interpreter runs one thread at a time, and two cores hand it to and fro: a bare relay answers 8,400 requests a
-    second on two cores, and 19,600 held on one.  Monitors and commands start from other threads and stay free.
+    second on two cores, and 19,600 held on one.  Monitors and commands start from other threads and stay free.  Of
+    equally fast cores the port decides, so that two Oblixes on a device can have one each.
     """
     def speed(core: int) -> int:
         with contextlib.suppress(OSError, ValueError), open(cpufreq % core, encoding="ascii") as told:
             return int(told.read())
         return 0
     with contextlib.suppress(AttributeError, OSError):    # only Linux has affinities, and a sandbox may forbid them
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0), key=lambda core: (speed(core), core))})
+        speeds = {core: speed(core) for core in sorted(os.sched_getaffinity(0))}
+        fastest = [core for core in speeds if speeds[core] == max(speeds.values())]
+        os.sched_setaffinity(0, {fastest[port % len(fastest)]})
 
 
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -6002,8 +6005,6 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
         settings = Settings.parse(argv[1:] if checks else argv, os.environ if env is None else env)
         settings = with_keys_from_files(settings)
         start_log(settings, os.environ.get("JOURNAL_STREAM", ""))
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
         return run_check(settings) if checks else run_server(settings, script)
 
     return _status_of(run)
@@ -6014,8 +6015,20 @@ def _status_of(run: Callable[[], int]) -> int:
     try:
         return run()
     except UsageError as error:
-        print(f"oblix: {error}", file=sys.stderr)
+        say(f"oblix: {error}", "stderr")
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def say(text: str, stream: str = "stdout") -> None:
+    """Print.  Do without where that fails: the stream may be closed, on a full disk, or a pipe without a reader."""
+    try:
+        if isinstance(getattr(sys, stream), io.TextIOWrapper):
+            getattr(sys, stream).reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
+        print(text, file=getattr(sys, stream), flush=True)
+    except (OSError, ValueError):
+        setattr(sys, stream, None)    # at its end Python would try once more, and exit with a status of its own
 
 
 class _LogFormatter(logging.Formatter):
@@ -6118,7 +6131,8 @@ def run_server(settings: Settings, script: bool) -> int:
             status = _status_of(lambda: _serve(settings, waiting))
         except BaseException:
             sys.excepthook(*sys.exc_info())
-        logging.shutdown()    # os._exit leaves it out: the last lines are to be written
+        for handler in logging.root.handlers:    # os._exit leaves out what writes the last lines
+            handler.close()
         os._exit(status)
 
     threading.Thread(target=run, name="main").start()
@@ -6131,9 +6145,10 @@ def catch_signals() -> socket.socket:
     waiting, woken = socket.socketpair()
     woken.setblocking(False)
     signal.set_wakeup_fd(woken.detach(), warn_on_full_buffer=False)
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):    # the last one is Windows' word for both
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: None)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):    # the last one is Windows' word for all of them
+        number = getattr(signal, name, None)
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):    # as nohup wants it
+            signal.signal(number, lambda *_: None)
     return waiting
 
 
@@ -6142,7 +6157,8 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
     raise_file_limit(4 * settings.max_requests + 256)    # for each two connections of clients, and two upstream
     with demo(settings) as settings, running(settings) as server:
         server.gateway.watch.settle(SETTLE_S)
-        print(start_text(settings, server), flush=True)
+        # A pipe that nobody reads takes nothing, but no signal may wait for that.
+        threading.Thread(target=say, args=(start_text(settings, server),), name="say", daemon=True).start()
         while not signal_within(waiting, TIDY_S):
             with contextlib.suppress(ImportError, OSError, AttributeError):    # only glibc has it
                 import ctypes
@@ -6184,7 +6200,7 @@ def run_check(settings: Settings) -> int:
         gateway.watch.settle(CHECK_S)
         time.sleep(CPU_S)
         health = gateway.health()
-    print("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
+    say("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
     return 0 if health["status"] == "healthy" and health["plan"]["order"] else 1
 
 

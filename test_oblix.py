@@ -4323,14 +4323,16 @@ class Unhindered(Case):
 
     def test_threads_of_requests_are_held_on_the_fastest_core_and_monitors_are_not(self):
         need(hasattr(os, "sched_setaffinity"), IMPOSSIBLE + ": only Linux holds a thread on a core")
-        rows = [({}, 5), ({2: "800000", 5: "2400000", 3: "2400000\n"}, 5), ({2: "9", 3: "8"}, 2), ({2: "x", 3: "1"}, 3)]
-        for speeds, core in rows:
-            with self.subTest(speeds=speeds), tempfile.TemporaryDirectory() as files:
+        rows = [({}, 0, 2), ({}, 1, 3), ({}, 2, 5), ({2: "800000", 5: "2400000", 3: "2400000\n"}, 62549, 5),
+                ({2: "800000", 5: "2400000", 3: "2400000\n"}, 62550, 3), ({2: "9", 3: "8"}, 1, 2),
+                ({2: "x", 3: "1"}, 1, 3)]
+        for speeds, port, core in rows:
+            with self.subTest(speeds=speeds, port=port), tempfile.TemporaryDirectory() as files:
                 for one, speed in speeds.items():
                     Path(files, str(one)).write_text(speed)
                 with mock.patch.object(os, "sched_getaffinity", lambda _: {2, 3, 5}), \
                         mock.patch.object(os, "sched_setaffinity") as held:
-                    oblix.hold_on_one_core(files + "/%d")
+                    oblix.hold_on_one_core(port, files + "/%d")
                 held.assert_called_once_with(0, {core})
         parse, held = oblix.parse_request, []
 
@@ -11009,7 +11011,8 @@ def named(name):
 ENDLESS = ["--drain=60"]
 OTHER = "ollama:hf.co/org/tiny:Q4"    # a model that `small` has, beside the usual one
 IDLE_WITH = [("a load under way", signal.SIGTERM, lambda: small(loaded={}, load=[HANG])),
-             ("a probe under way", signal.SIGINT, lambda: Upstream(OLLAMA, probe=[HANG]))]
+             ("a probe under way", signal.SIGINT, lambda: Upstream(OLLAMA, probe=[HANG])),
+             ("its terminal gone", signal.SIGHUP, lambda: Upstream(OLLAMA))]
 RUNS_ON = [  # name, model, whether streamed: requests that wait for something which comes within the drain
     ("flowing", "cloud", True), ("flowing", "cloud", False), ("silent", "cloud", True), ("silent", "cloud", False),
     ("loading", "local", True), ("loading", "local", False),
@@ -11036,7 +11039,8 @@ class Stopping(Case):
     @classmethod
     def setUpClass(cls):
         rows = [(work, row) for work, rows in [
-            (cls.first_of_all, [()]), (cls.at_the_end_of_the_drain, [(0.5,), (0.0,)]), (cls.within_the_drain, [()]),
+            (cls.first_of_all, [()]), (cls.under_nohup, [()]),
+            (cls.at_the_end_of_the_drain, [(0.5,), (0.0,)]), (cls.within_the_drain, [()]),
             (cls.idle, IDLE_WITH), (cls.told_twice, [(signal.SIGINT, signal.SIGTERM)]),
             (cls.in_a_terminal, [(True,), (False,)]), (cls.starting, STARTING)] for row in rows]
         outcomes = at_once(cls.outcome, rows)
@@ -11073,6 +11077,21 @@ class Stopping(Case):
                                      seconds=time.monotonic() - took.begun if took else 0.0, **more)
 
     # What happens.
+
+    @classmethod
+    def under_nohup(cls):
+        ignored = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)"
+        with Service("--demo", "--port=0", changed=ignored) as service:
+            service.signal(signal.SIGHUP)
+            reply = ask(service, "cloud")    # this takes longer than a drain of nothing
+            service.signal(signal.SIGTERM)
+            return cls.seen(service, reply=reply)
+
+    def test_what_nohup_started_outlives_its_terminal(self):
+        def check(seen):
+            self.assertEqual((seen.reply.status, seen.reply.headers["Connection"]), (200, "keep-alive"))
+            self.ended(seen)
+        self.each(self.under_nohup, check)
 
     @classmethod
     def idle(cls, _what, number, upstream):
@@ -11691,16 +11710,17 @@ class LogWriter(Case):
                 self.assertIn("stopping", "".join(lines[-2:]))    # the last request may be told of after it
 
     @unittest.skipUnless(os.name == "posix", IMPOSSIBLE + ": signals are POSIX's")
-    def test_a_process_whose_log_nobody_takes_answers_and_ends(self):
-        """A pipe that is full, one whose other end is closed, and no stderr at all."""
-        for how in ("full", "left", "closed"):
+    def test_a_process_whose_words_nobody_takes_answers_and_ends(self):
+        """A pipe that is full, one whose other end is closed, a full disk, and no stdout and stderr at all."""
+        for how in ("full", "left", "closed", *["disk"] * os.path.exists("/dev/full")):
             read, write = os.pipe()
             with self.subTest(how), Upstream(OPENAI, [OPENAI.head, chunk(HEL[OPENAI]), CLOSE]) as upstream:
                 with socket.create_server(("127.0.0.1", 0)) as free:
                     server = argparse.Namespace(port=free.getsockname()[1])
-                command = ["sh", "-c", 'exec "$@"%s' % (" 2>&-" if how == "closed" else ""), "sh", sys.executable,
-                           "oblix.py", "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
-                if how == "full":    # but for what the start says
+                closed = {"closed": " >&- 2>&-", "disk": " >/dev/full 2>&1"}.get(how, "")
+                command = ["sh", "-c", 'exec "$@"' + closed, "sh", sys.executable, "oblix.py",
+                           "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
+                if how == "full":
                     os.set_blocking(write, False)
                     with contextlib.suppress(BlockingIOError):
                         while True:
@@ -11709,21 +11729,29 @@ class LogWriter(Case):
                 elif how == "left":
                     os.close(read)
                 process = subprocess.Popen(command, cwd=HERE, env=bare_env(env_for(upstream)), stderr=write,
-                                           stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+                                           stdout=write, stdin=subprocess.DEVNULL)
                 try:
                     os.close(write)
-                    eventually(lambda: not refuses_connections(server), within=10)    # noqa: B023 - it is over here
+                    eventually(lambda: not refuses_connections(server), within=20)    # noqa: B023 - it is over here
                     for _ in range(3):
                         reply = ask(server, upstream.target, stream=True)    # which is cut, and warned of
                         self.assertTrue(reply.cut)
                     self.assertEqual(fetch(server, "GET", "/health").status in (200, 503), True)
                     process.send_signal(signal.SIGTERM)
-                    self.assertEqual(process.wait(8), 0)
+                    self.assertEqual(process.wait(20), 0)
                 finally:
                     process.kill()
                     process.wait()
                     if how != "left":
                         os.close(read)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), IMPOSSIBLE + ": no device is a full disk")
+    def test_what_a_command_finds_is_its_status_whoever_reads_it(self):
+        for flags, status in ((["check"], 1), (["--port=x"], 2)):
+            with open("/dev/full", "wb") as full:
+                ran = subprocess.run([sys.executable, "oblix.py", *flags], cwd=HERE, env=bare_env(), stdout=full,
+                                     stderr=full, stdin=subprocess.DEVNULL, timeout=60)
+            self.assertEqual(ran.returncode, status, flags)
 
 
 def refuses_connections(server):
