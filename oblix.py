@@ -631,8 +631,8 @@ class Settings:
     ollama_host: str = setting("", "where Ollama listens, by Ollama's own rules", env="OLLAMA_HOST")
     openai_api_key: str = setting("", "key for OpenAI", env="OPENAI_API_KEY", secret=True)
     openai_base_url: str = setting("", "another OpenAI-compatible server, ending in /v1", env="OPENAI_BASE_URL")
-    openai_org_id: str = setting("", "OpenAI organization", env="OPENAI_ORG_ID")
-    openai_project_id: str = setting("", "OpenAI project", env="OPENAI_PROJECT_ID")
+    openai_org_id: str = setting("", "OpenAI organization", env="OPENAI_ORG_ID", secret=True)
+    openai_project_id: str = setting("", "OpenAI project", env="OPENAI_PROJECT_ID", secret=True)
     anthropic_api_key: str = setting("", "key for Claude", env="ANTHROPIC_API_KEY", secret=True)
     anthropic_base_url: str = setting("", "another server that speaks Anthropic's API", env="ANTHROPIC_BASE_URL")
 
@@ -642,7 +642,7 @@ class Settings:
         parser = _parser(cls)
         found = vars(parser.parse_args(argv))
         for field in dataclasses.fields(cls):
-            text = env.get(variable_of(field), "").strip()
+            text = env.get(variable_of(field), "").strip(_AROUND)
             if text and field.name not in found:
                 found.update(_from_variable(parser, field, text))
             value = found.get(field.name, field.default)
@@ -650,9 +650,39 @@ class Settings:
                 if not value or [] in value:    # argparse's reading of --flag=--
                     raise UsageError(f"{flag_of(field)} needs a value; see --help")
                 found[field.name] = tuple(value)
-            elif not field.repr and not is_header_safe(value):    # repr=False: a secret
-                raise UsageError(f"{variable_of(field)} holds characters that no key has: copy it again")
+            elif not field.repr:    # a secret
+                found[field.name] = key_in(value)
+                if not is_header_safe(found[field.name]):
+                    raise UsageError(f"{variable_of(field)} holds characters that no key has: copy it again")
+            elif field.name.endswith("_base_url"):
+                found[field.name] = base_url_in(value)
         return cls(**found)
+
+
+# What copying leaves around a value: blanks, a byte order mark, quotes (`docker run --env-file` keeps them).
+_AROUND = " \t\r\n\xa0\ufeff\u200b\"'`\u201c\u201d\u2018\u2019"
+_BEFORE_KEY = re.compile(r"(?:export\s+)?[A-Z][A-Z0-9_]*(?:KEY|TOKEN)=(?=[^=])|(?i:authorization:\s*)?(?i:bearer)\s+")
+_ODD_KEY = re.compile(r"(?i)[$<{%]|.*(?:\s|\.\.\.)|(?:bearer|none|null|undefined|your.*key.*)$")    # of a template
+
+
+def key_in(text: str) -> str:
+    """Return the key in a text that was copied: without what stands around it, its variable or `Bearer`."""
+    return _BEFORE_KEY.sub("", text.strip(_AROUND), 1).strip(_AROUND)
+
+
+def base_url_in(text: str) -> str:
+    """Return an address with a scheme: without one https is meant for a name of the internet, and http otherwise."""
+    found = re.match("(?i)(https?)[:/]+(.*)", text)
+    if found or not text or "://" in text:
+        return f"{found[1].lower()}://{found[2]}" if found else text
+    return ("https://" if re.match(r"[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}(?::443)?(?:/|$)", text) else "http://") + text
+
+
+def odd_keys(settings: Settings) -> list[str]:
+    """Return a line for each key that looks like no key, without the key."""
+    return [f"{variable_of(field)} does not look like a key: it has blanks inside, or is a placeholder"
+            for field in dataclasses.fields(settings)
+            if not field.repr and _ODD_KEY.match(getattr(settings, field.name))]
 
 
 def variable_of(field: dataclasses.Field[Any]) -> str:
@@ -676,7 +706,7 @@ def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any
         if text.lower() not in _BOOLEANS:
             raise UsageError(f"{variable_of(field)}: {text!r} is neither true nor false")
         return {field.name: _BOOLEANS[text.lower()]}
-    values = [part.strip() for part in text.split(",")] if isinstance(field.default, tuple) else [text]
+    values = [part.strip(_AROUND) for part in text.split(",")] if isinstance(field.default, tuple) else [text]
     try:
         return vars(parser.parse_args([f"{flag_of(field)}={value}" for value in values if value]))
     except UsageError as error:
@@ -5721,13 +5751,14 @@ def with_keys_from_files(settings: Settings) -> Settings:
         if getattr(settings, name):
             raise UsageError(f"{flag} and the key itself are both set: choose one")
         try:
-            with open(path, encoding="ascii") as file:
-                key = file.read(MAX_KEY_FILE).strip()
+            with open(os.path.expanduser(path), "rb") as file:
+                data = file.read(MAX_KEY_FILE)
+            key = key_in(data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"))    # PowerShell's
         except (OSError, ValueError) as error:
             raise UsageError(f"{flag}: {path} can't be read: "
                              f"{getattr(error, 'strerror', None) or 'it is not plain text'}") from error
-        if not key.isprintable() or not key:
-            raise UsageError(f"{flag}: {path} holds no key")
+        if not is_header_safe(key) or not key:
+            raise UsageError(f"{flag}: {path} holds {'more than one line of plain ASCII' if key else 'no key'}")
         settings = dataclasses.replace(settings, **{name: key, f"{name}_file": ""})  # type: ignore[arg-type]
     return settings
 
@@ -5933,6 +5964,7 @@ LOG_S = 0.1       # in which the lines of the log are collected, to be written t
 LOG_END_S = 1.0   # for the last of them
 MAX_LOG_LINES = 10_000
 DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
+HANG_UP = getattr(signal, "SIGHUP", 0)    # the terminal is gone; Windows does not tell
 # After the start it gives back 13 of 32 MiB, after 500 streams 6 of 42; a look takes 0.1 ms.
 TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
 
@@ -6005,6 +6037,8 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
         settings = Settings.parse(argv[1:] if checks else argv, os.environ if env is None else env)
         settings = with_keys_from_files(settings)
         start_log(settings, os.environ.get("JOURNAL_STREAM", ""))
+        for line in odd_keys(settings):
+            log.warning(line)
         return run_check(settings) if checks else run_server(settings, script)
 
     return _status_of(run)
@@ -6145,9 +6179,8 @@ def catch_signals() -> socket.socket:
     waiting, woken = socket.socketpair()
     woken.setblocking(False)
     signal.set_wakeup_fd(woken.detach(), warn_on_full_buffer=False)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):    # the last one is Windows' word for all of them
-        number = getattr(signal, name, None)
-        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):    # as nohup wants it
+    for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP, getattr(signal, "SIGBREAK", 0))):    # Windows'
+        if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:    # as nohup wants it
             signal.signal(number, lambda *_: None)
     return waiting
 
@@ -6164,7 +6197,12 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
                 import ctypes
                 ctypes.CDLL(None).malloc_trim(0)    # gives freed memory back to the system
         log.info("stopping; what runs has %g s (--drain), and a second signal ends it at once", settings.drain)
-        again = server.drain(settings.drain, lambda: signal_within(waiting, DRAIN_LOOK_S))
+
+        def hurried() -> int:
+            number = signal_within(waiting, DRAIN_LOOK_S)
+            return number if number != HANG_UP else 0    # a terminal that closes sends two, or systemd one as well
+
+        again = server.drain(settings.drain, hurried)
     return 128 + again if again else 0
 
 

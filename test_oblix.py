@@ -1007,7 +1007,70 @@ VENDORS = [  # models that a vendor's own server answers, however its address is
 ]
 
 
+AROUND_A_KEY = [  # what is copied along with a key
+    "%s", " %s\r\n", "\t%s\n\n", "\ufeff%s", "\xa0%s\u200b", "'%s'", '"%s"', '" %s "\n', "\u201c%s\u201d", "`%s`",
+    "'\"%s\"'", "Bearer %s", "bearer  %s", '"Bearer %s"', "Bearer '%s'", "Authorization: Bearer %s",
+    "OPENAI_API_KEY=%s", 'export OPENAI_API_KEY="%s"\n', "HF_TOKEN='%s'",
+]
+NOTHING = ["", " ", "\r\n", '""', "''", "' '", "\ufeff"]
+
+
 class Settings(Case):
+    def test_a_key_is_read_without_what_is_copied_along_with_it(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "key")
+            for key, form in itertools.product(("sk-a_1.Z", "dG9r+ZW4/==", "KEY=="), AROUND_A_KEY):
+                text = form % key
+                with self.subTest(text):
+                    settings = oblix.Settings.parse(["--cloud-api-key=" + text], {"OPENAI_API_KEY": text})
+                    keys = [settings.openai_api_key, settings.cloud_api_key]
+                    for coding in ("utf-8", "utf-16"):    # the latter by PowerShell's `>`
+                        path.write_bytes(text.encode(coding))
+                        settings = oblix.Settings.parse(["--api-key-file=%s" % path], {})
+                        keys.append(oblix.with_keys_from_files(settings).api_key)
+                    self.assertEqual(keys, [key] * 4)
+
+    def test_a_variable_that_says_nothing_is_as_if_unset(self):
+        unset = oblix.Settings.parse([], {})
+        for text in NOTHING:
+            env = {oblix.variable_of(field): text for field in dataclasses.fields(oblix.Settings)}
+            self.assertEqual(oblix.Settings.parse([], env), unset, text)
+
+    def test_every_variable_may_stand_in_quotes(self):
+        """`docker run --env-file` keeps them."""
+        for name, text, value in (("port", '"8080"', 8080), ("demo", "'1'", True), ("host", '"127.0.0.1"', "127.0.0.1"),
+                                  ("local_model", '"ollama:a", "ollama:b"', ("ollama:a", "ollama:b")),
+                                  ("keep_alive", "\ufeff'10m'\r\n", "10m"), ("drain", "' 3 '", 3.0)):
+            self.assertEqual(getattr(oblix.Settings.parse([], {"OBLIX_" + name.upper(): text}), name), value)
+
+    def test_a_base_url_may_stand_in_quotes_and_lack_its_scheme(self):
+        for text, url in (
+            ("'https://api.x.com/v1/'", "https://api.x.com/v1"), (' "http://box:1/v1"\n', "http://box:1/v1"),
+            ("api.x.com/v1", "https://api.x.com/v1"), ("api.x.com:443/v1", "https://api.x.com:443/v1"),
+            ("localhost:8080/v1", "http://localhost:8080/v1"), ("127.0.0.1/v1", "http://127.0.0.1/v1"),
+            ("box:8000/v1", "http://box:8000/v1"), ("box.lan:8000/v1", "http://box.lan:8000/v1"),
+            ("[::1]:8080/v1", "http://[::1]:8080/v1"), ("HTTPS://api.x.com/v1", "https://api.x.com/v1"),
+            ("https//api.x.com/v1", "https://api.x.com/v1"), ("http:/box:1/v1", "http://box:1/v1"),
+        ):
+            with self.subTest(text):
+                settings = oblix.Settings.parse(["--cloud-model=openai:a"], {"OPENAI_BASE_URL": text})
+                self.assertEqual(oblix.configured_targets(settings)[0].endpoint.base_url, url)
+        for text in ("ftp://box/v1", "http://a b/v1", "http://"):
+            settings = oblix.Settings.parse(["--cloud-model=openai:a"], {"OPENAI_BASE_URL": text})
+            with self.subTest(text), self.assertRaisesRegex(oblix.UsageError, "^[^\n]*is not an address[^\n]*$"):
+                oblix.configured_targets(settings)
+
+    def test_a_key_that_looks_like_none_is_told_of_without_it(self):
+        for text in ("sk-a b", "<your key>", "${OPENAI_API_KEY}", "$KEY", "%OPENAI_API_KEY%", "sk-...", "None",
+                     "undefined", "your-api-key-here", "YOUR_API_KEY", "Bearer", "sk-1 # of the team"):
+            for argv, env, name in (([], {"OPENAI_API_KEY": text}, "OPENAI_API_KEY"),
+                                    (["--cloud-model=openai:a", "--cloud-api-key=" + text], {}, "OBLIX_CLOUD_API_KEY")):
+                [line] = oblix.odd_keys(oblix.Settings.parse(argv, env))
+                self.assertTrue(line.startswith(name + " "), line)
+                self.assertNotIn("sk-", line)
+        for key in ("sk-proj-a_b-C", "gsk_1", "AIza-x", "ollama", "placeholder", "no-key", "a" * 300, "eyJ.x.y", "k=="):
+            self.assertEqual(oblix.odd_keys(oblix.Settings.parse([], {"OPENAI_API_KEY": key})), [])
+
     def test_a_flag_wins_over_its_variable_and_that_over_the_default(self):
         for argv, env, port in (([], {}, 62549), ([], {"OBLIX_PORT": "1"}, 1), (["--port=2"], {"OBLIX_PORT": "1"}, 2)):
             with self.subTest(argv=argv, env=env):
@@ -11042,6 +11105,7 @@ class Stopping(Case):
             (cls.first_of_all, [()]), (cls.under_nohup, [()]),
             (cls.at_the_end_of_the_drain, [(0.5,), (0.0,)]), (cls.within_the_drain, [()]),
             (cls.idle, IDLE_WITH), (cls.told_twice, [(signal.SIGINT, signal.SIGTERM)]),
+            (cls.hung_up_twice, [(signal.SIGHUP,), (signal.SIGTERM,)]),
             (cls.in_a_terminal, [(True,), (False,)]), (cls.starting, STARTING)] for row in rows]
         outcomes = at_once(cls.outcome, rows)
         cls.seen = [(work, row, outcome) for (work, row), outcome in zip(rows, outcomes)]
@@ -11291,6 +11355,26 @@ class Stopping(Case):
             self.assertTrue(seen.still_there)
             self.ended(seen, seen.expected, within=2)
         self.each(self.told_twice, check)
+
+    @classmethod
+    def hung_up_twice(cls, first):
+        gate = threading.Event()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, small(delayed(gate, 0.5)) as local, \
+                Service("--port=0", *ENDLESS, *CALM, env=env_for(local)) as service:
+            running = pool.submit(ask, service, "local", timeout=20)
+            local.next_request()
+            service.signal(first)
+            eventually(service.refuses)
+            service.signal(signal.SIGHUP)
+            gate.set()
+            return cls.seen(service, reply=running.result())
+
+    def test_a_terminal_that_hangs_up_twice_hurries_nobody(self):
+        """A shell passes on what it is sent, and when it has ended the kernel sends it once more."""
+        def check(seen):
+            self.answered(seen.reply, "local")
+            self.ended(seen)
+        self.each(self.hung_up_twice, check)
 
     @classmethod
     def in_a_terminal(cls, busy):
