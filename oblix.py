@@ -5205,7 +5205,7 @@ class Admission:
         waiting = [guest for guest in self._guests() if not guest.busy]
         slowest = min(waiting, key=lambda guest: guest.since, default=None)
         if slowest:
-            slowest.since = math.inf    # another one is next
+            self.leave(slowest)    # it is not counted while it goes
             slowest.hang_up()
 
     def _guests(self) -> tuple[Guest, ...]:

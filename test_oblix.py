@@ -10346,6 +10346,19 @@ class Crowded(Case):
             self.assertEqual([*map(is_closed, crowd)][-6:], [False] * 6)
             self.answered(ask(server, upstream.target), "Hello")
 
+    def test_one_that_was_sent_away_takes_no_place_while_it_goes(self):
+        """Its thread sees that in its own time; the next to come must not be sent away in its stead."""
+        admission = oblix.Admission(max_requests=1, max_body_bytes=1)
+        with contextlib.ExitStack() as stack:
+            ours, clients = zip(*(map(stack.enter_context, socket.socketpair()) for _ in range(4)))
+            admission.enter(ours[0]).busy = True
+            admission.enter(ours[1])
+            third = admission.enter(ours[2])
+            self.assertEqual([*map(is_closed, clients[:3])], [False, True, False])
+            admission.leave(third)
+            admission.enter(ours[3])
+            self.assertEqual([*map(is_closed, clients)], [False, True, False, False])
+
     def test_a_connection_that_gets_no_thread_is_closed_and_the_next_one_served(self):
         start = threading.Thread.start
 
