@@ -67,7 +67,6 @@ import errno
 import fnmatch
 import functools
 import glob
-import http
 import io
 import ipaddress
 import itertools
@@ -628,8 +627,8 @@ class Settings:
     ollama_host: str = setting("", "where Ollama listens, by Ollama's own rules", env="OLLAMA_HOST")
     openai_api_key: str = setting("", "key for OpenAI", env="OPENAI_API_KEY", secret=True)
     openai_base_url: str = setting("", "another OpenAI-compatible server, ending in /v1", env="OPENAI_BASE_URL")
-    openai_org_id: str = setting("", "OpenAI organization", env="OPENAI_ORG_ID")
-    openai_project_id: str = setting("", "OpenAI project", env="OPENAI_PROJECT_ID")
+    openai_org_id: str = setting("", "OpenAI organization", env="OPENAI_ORG_ID", secret=True)
+    openai_project_id: str = setting("", "OpenAI project", env="OPENAI_PROJECT_ID", secret=True)
     anthropic_api_key: str = setting("", "key for Claude", env="ANTHROPIC_API_KEY", secret=True)
     anthropic_base_url: str = setting("", "another server that speaks Anthropic's API", env="ANTHROPIC_BASE_URL")
 
@@ -639,7 +638,7 @@ class Settings:
         parser = _parser(cls)
         found = vars(parser.parse_args(argv))
         for field in dataclasses.fields(cls):
-            text = env.get(variable_of(field), "").strip()
+            text = env.get(variable_of(field), "").strip(_AROUND)
             if text and field.name not in found:
                 found.update(_from_variable(parser, field, text))
             value = found.get(field.name, field.default)
@@ -649,18 +648,41 @@ class Settings:
                 found[field.name] = tuple(value)
             elif not field.repr:    # a secret
                 found[field.name] = key_in(value, variable_of(field))
+            elif field.name.endswith("_base_url"):
+                found[field.name] = base_url_in(value)
         return cls(**found)
 
 
-def key_in(text: str, place: str) -> str:
-    """Return the key in a text, without what editors and shells leave around it; "" if there is none.
+# What copying leaves around a value: blanks, a byte order mark, quotes (`docker run --env-file` keeps them).
+_AROUND = " \t\r\n\xa0\ufeff\u200b\"'`\u201c\u201d\u2018\u2019"
+_BEFORE_KEY = re.compile(r"(?:export\s+)?[A-Z][A-Z0-9_]*(?:KEY|TOKEN)=(?=[^=])|(?i:authorization:\s*)?(?i:bearer)\s+")
+_ODD_KEY = re.compile(r"(?i)[$<{%]|.*(?:\s|\.\.\.)|(?:bearer|none|null|undefined|your.*key.*)$")    # of a template
 
-    Raise UsageError, which names the place, for characters that no key has.
+
+def key_in(text: str, place: str) -> str:
+    """Return the key in a text that was copied: without what stands around it, its variable or `Bearer`.
+
+    Return "" if there is none.  Raise UsageError, which names the place, for characters that no key has.
     """
-    key = text.strip("\ufeff \t\r\n\"'")
+    key = _BEFORE_KEY.sub("", text.strip(_AROUND), 1).strip(_AROUND)
     if not is_header_safe(key):
         raise UsageError(f"{place} holds characters that no key has: copy it again")
     return key
+
+
+def base_url_in(text: str) -> str:
+    """Return an address with a scheme: without one https is meant for a name of the internet, and http otherwise."""
+    found = re.match("(?i)(https?)[:/]+(.*)", text)
+    if found or not text or "://" in text:
+        return f"{found[1].lower()}://{found[2]}" if found else text
+    return ("https://" if re.match(r"[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}(?::443)?(?:/|$)", text) else "http://") + text
+
+
+def odd_keys(settings: Settings) -> list[str]:
+    """Return a line for each key that looks like no key, without the key."""
+    return [f"{variable_of(field)} does not look like a key: it has blanks inside, or is a placeholder"
+            for field in dataclasses.fields(settings)
+            if not field.repr and _ODD_KEY.match(getattr(settings, field.name))]
 
 
 def variable_of(field: dataclasses.Field[Any]) -> str:
@@ -684,7 +706,7 @@ def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any
         if text.lower() not in _BOOLEANS:
             raise UsageError(f"{variable_of(field)}: {text!r} is neither true nor false")
         return {field.name: _BOOLEANS[text.lower()]}
-    values = [part.strip() for part in text.split(",")] if isinstance(field.default, tuple) else [text]
+    values = [part.strip(_AROUND) for part in text.split(",")] if isinstance(field.default, tuple) else [text]
     try:
         return vars(parser.parse_args([f"{flag_of(field)}={value}" for value in values if value]))
     except UsageError as error:
@@ -5661,7 +5683,7 @@ class Admission:
         waiting = [guest for guest in self._guests() if not guest.busy]
         slowest = min(waiting, key=lambda guest: guest.since, default=None)
         if slowest:
-            slowest.since = math.inf    # another one is next
+            self.leave(slowest)    # it is not counted while it goes
             slowest.hang_up()
 
     def _guests(self) -> tuple[Guest, ...]:
@@ -5736,7 +5758,7 @@ class _Handler(socketserver.BaseRequestHandler):
         """Read a request and answer it.  Return True if another one may follow."""
         self.close_connection, self._unread = True, True
         self.head, self._common, self.told = _NO_HEAD, dict[str, str](), dict[str, Any]()
-        self.id, self._come, self._held = new_id("req_"), 0, 0
+        self.id, self._counted = new_id("req_"), 0
         self.started = time.monotonic()
         self.guest.await_request()
         try:
@@ -5754,8 +5776,8 @@ class _Handler(socketserver.BaseRequestHandler):
             if "status" not in self.told:
                 self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self.id}."))
         finally:
-            if self._held:
-                self.admission.take(0, -self._held)
+            if self._counted:
+                self.admission.take(0, -self._counted)
         self._tell()
         if self._unread:
             self.guest.linger()
@@ -5796,8 +5818,6 @@ class _Handler(socketserver.BaseRequestHandler):
         size, expected = self.head.body_size, self.head.fields.get("expect", "").lower()
         if expected not in ("", "100-continue"):
             raise BadRequest("The only Expect that is honoured is 100-continue.", status=417, code="expectation_failed")
-        if not size and "content-length" not in self.head.fields:
-            raise BadRequest("Send the body's size as one decimal Content-Length.", status=411, code="bad_framing")
         if self.admission.full:
             raise too_much("--max-requests")    # before the body is waited for
         self._check_size(size)
@@ -5816,15 +5836,14 @@ class _Handler(socketserver.BaseRequestHandler):
                              status=413, code="request_too_large")
 
     def _exactly(self, size: int) -> bytes:
-        """Return so many bytes, counted as they come.  Raise Busy, ClientGone."""
-        body = bytearray()
+        """Return so many bytes, those of large ones counted as they come.  Raise Busy, ClientGone."""
+        body, is_large = bytearray(), not 0 <= self.head.body_size <= LARGE_BODY_BYTES    # or of a size unknown so far
         while len(body) < size:
             piece = self.guest.some(size - len(body))
             body += piece
-            self._come += len(piece)
-            if self._come > LARGE_BODY_BYTES:
-                self.admission.take(0, self._come - self._held)
-                self._held = self._come
+            if is_large:
+                self.admission.take(0, len(piece))
+                self._counted += len(piece)
         return bytes(body)
 
     def _chunked_body(self) -> bytes:
@@ -5875,7 +5894,8 @@ class _Handler(socketserver.BaseRequestHandler):
         lines = [f"{name}: {value}" for name, value in fields.items()]
         if not is_header_safe("".join(lines)):
             lines = [re.sub("[^ -~]+", " ", line) for line in lines]
-        return "\r\n".join([f"HTTP/1.1 {status} {_PHRASES.get(status, 'Status')}", *lines, "", ""]).encode("ascii")
+        start = f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}"
+        return "\r\n".join([start, *lines, "", ""]).encode("ascii")
 
     def write(self, data: bytes) -> None:
         """Send data.  Raise ClientGone, also where the client takes nothing of it for SEND_S."""
@@ -6013,7 +6033,6 @@ ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health":
 JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
 _NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
 _CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
-_PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 # The words for each fact of a request in the log, in the order of the line; a fact that is not known is left out.
 LOG_WORDS = {"id": "%s", "method": " %s", "path": " %s", "status": " %s", "asked": " %s", "served": " -> %s",
              "side": " (%s)", "first_token_s": ", first %.2f s", "tokens_per_s": ", %.1f tokens/s",
@@ -6084,25 +6103,46 @@ class _Events:
 
 # --- 11. Listening, and the end ---------------------------------------------------------------------------------------
 
-class QuickServer(http.server.ThreadingHTTPServer):
-    """The stdlib's server without its traps."""
+class QuickServer(socketserver.ThreadingTCPServer):
+    """The stdlib's server for many clients; its HTTPServer asks DNS for its own name, which takes seconds offline."""
     daemon_threads = True
     request_queue_size = 1024                   # the default of 5 drops bursts: clients then wait 1, 3, 7 s for TCP
     allow_reuse_address = os.name == "posix"    # on Windows it would let two programs share the port
 
-    def server_bind(self) -> None:
-        # Not as the base class does it: that asks DNS for its own name, which takes seconds on an offline device.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-
 
 class _Listener(QuickServer):
     """One listening socket."""
+    timeout = 5.0    # until `handle_request` returns by itself
 
     def __init__(self, address: tuple[str, int], gateway: Gateway, admission: Admission, guard: Guard) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.gateway, self.admission, self.guard = gateway, admission, guard
+        self.gateway, self.admission, self.guard, self._is_done = gateway, admission, guard, False
         super().__init__(address, _Handler)
+        self.host, self.port = str(self.server_address[0]), int(self.server_address[1])
+        self._thread = threading.Thread(target=self._run, name="listen", daemon=True)
+
+    def start(self) -> None:
+        """Begin to let clients in."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Wait until the clients that the kernel has taken so far are in and the socket is closed; see `_run`."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        with contextlib.suppress(OSError):    # a client wakes its thread
+            socket.create_connection((host, self.port), 0.2).close()
+        self._thread.join()
+
+    def _run(self) -> None:
+        hold_on_one_core(self.port)
+        while not self._is_done:
+            if self.admission.stopping:
+                self.timeout = 0.0
+            self.handle_request()
+        self.server_close()
+
+    def handle_timeout(self) -> None:
+        """Note that nobody is waiting who came before the stop."""
+        self._is_done = not self.timeout
 
     def get_request(self) -> Any:
         try:
@@ -6114,57 +6154,33 @@ class _Listener(QuickServer):
             raise
         return self.admission.enter(connection), address
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError as error:    # no thread is left
-            log.warning("a client was sent away: %s", error)
-            self.shutdown_request(request)
-
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request.connection)
         self.admission.leave(request)
 
-    def run(self) -> None:
-        """Serve until `shutdown`, which wakes the loop: it need not wake up by itself while nothing happens."""
-        hold_on_one_core()
-        self.serve_forever(poll_interval=5)
-
-    def shutdown(self) -> None:
-        stopping = threading.Thread(target=super().shutdown, name="stop", daemon=True)
-        stopping.start()
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
-        while stopping.is_alive():
-            with contextlib.suppress(OSError):
-                socket.create_connection((host, self.server_port), 0.2).close()
-            stopping.join(0.02)
-
-    def stop_listening(self) -> None:
-        """Let in the clients that have already connected, and then close the socket."""
-        self.shutdown()
-        self.socket.settimeout(0)
-        with contextlib.suppress(OSError):
-            while True:
-                self.process_request(*self.get_request())
-        self.server_close()
-
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):    # a client that left while its connection was set up
+        error = sys.exc_info()[1]
+        if isinstance(error, RuntimeError):
+            log.warning("a client was sent away: %s", error)    # no thread is left
+        elif not isinstance(error, OSError):    # a client that left while its connection was set up
             log.exception("a connection failed")
 
 
-def hold_on_one_core(cpufreq: str = "/sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq") -> None:
-    """Hold this thread, and those that it starts, on the fastest core it may use, the last of equals.
+def hold_on_one_core(port: int, cpufreq: str = "/sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq") -> None:
+    """Hold this thread, and those that it starts, on the fastest core it may use.
 
     The interpreter runs one thread at a time, and two cores hand it to and fro: a bare relay answers 8,400 requests a
-    second on two cores, and 19,600 held on one.  Monitors and commands start from other threads and stay free.
+    second on two cores, and 19,600 held on one.  Monitors and commands start from other threads and stay free.  Of
+    equally fast cores the port decides, so that two Oblixes on a device can have one each.
     """
     def speed(core: int) -> int:
         with contextlib.suppress(OSError, ValueError), open(cpufreq % core, encoding="ascii") as told:
             return int(told.read())
         return 0
     with contextlib.suppress(AttributeError, OSError):    # only Linux has affinities, and a sandbox may forbid them
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0), key=lambda core: (speed(core), core))})
+        speeds = {core: speed(core) for core in sorted(os.sched_getaffinity(0))}
+        fastest = [core for core in speeds if speeds[core] == max(speeds.values())]
+        os.sched_setaffinity(0, {fastest[port % len(fastest)]})
 
 
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -6190,7 +6206,7 @@ def listen(settings: Settings, gateway: Gateway) -> list[_Listener]:
     for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
         try:
             listeners.append(_Listener((address, port), *parts))
-            port = listeners[0].server_port
+            port = listeners[0].port
         except (OSError, OverflowError, UnicodeError) as error:
             taken = getattr(error, "errno", None) == errno.EADDRINUSE
             if listeners:
@@ -6214,11 +6230,13 @@ def with_keys_from_files(settings: Settings) -> Settings:
         if getattr(settings, name):
             raise UsageError(f"{flag} and the key itself are both set: choose one")
         try:
-            with open(path, encoding="utf-8") as file:
-                key = key_in(file.read(MAX_KEY_FILE), f"{flag}: {path}")
+            with open(os.path.expanduser(path), "rb") as file:
+                data = file.read(MAX_KEY_FILE)
+            text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")    # PowerShell's
         except (OSError, ValueError) as error:
             raise UsageError(f"{flag}: {path} can't be read: "
                              f"{getattr(error, 'strerror', None) or 'it is not plain text'}") from error
+        key = key_in(text, f"{flag}: {path}")
         if not key:
             raise UsageError(f"{flag}: {path} holds no key")
         settings = dataclasses.replace(settings, **{name: key, f"{name}_file": ""})  # type: ignore[arg-type]
@@ -6231,24 +6249,28 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self.gateway = Gateway(settings)
         self._listeners = listen(settings, self.gateway)
-        self.admission, host = self._listeners[0].admission, self._listeners[0].server_name
-        self.port = self._listeners[0].server_port
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        first = self._listeners[0]
+        self.admission, self.port = first.admission, first.port
+        self.url = f"http://{f'[{first.host}]' if ':' in first.host else first.host}:{self.port}"
 
     def start(self) -> None:
         """Begin to watch, and to answer."""
         self.gateway.watch.start()
         for listener in self._listeners:
-            threading.Thread(target=listener.run, name="listen", daemon=True).start()
+            listener.start()
+
+    def _stop(self) -> None:
+        """Let no new client in, and close connections behind their answers."""
+        self.admission.stop()
+        for listener in self._listeners:
+            listener.stop()
 
     def drain(self, limit_s: float, pause: Callable[[], int]) -> int:
         """Let no new client in, wait for requests to end within the limit, and end the rest in-band.
 
         `pause` waits for a moment.  Return 0, or the first other number that it returns, which ends the wait.
         """
-        self.admission.stop()
-        for listener in self._listeners:
-            listener.stop_listening()
+        self._stop()
         for seconds, at_its_end in ((limit_s, self.admission.end), (LAST_WORDS_S, self.admission.close)):
             deadline = time.monotonic() + seconds
             while not self.admission.empty and time.monotonic() < deadline:
@@ -6260,9 +6282,7 @@ class Server:
 
     def close(self) -> None:
         """End at once."""
-        for listener in self._listeners:
-            listener.shutdown()
-            listener.server_close()
+        self._stop()
         self.admission.close()
         self.gateway.close()
 
@@ -6322,7 +6342,7 @@ show(); setInterval(show, 3000);
 # What can a newcomer run who has neither Ollama nor a key?  A server on a loopback port that speaks Ollama's and
 # OpenAI's formats, and answers from a script.
 
-DEMO_TEXT = "A scripted answer by the demo's {side} model, in {dialect}'s wire format, to {count} message(s)."
+DEMO_TEXT = "A scripted answer by the demo's {} model, in {}'s wire format, to {} message(s)."
 DEMO_PAUSE_S = 0.02    # between words, so that a stream looks like one
 
 _DEMO_LOCAL: Json = {"name": "demo-local:latest", "size": 1, "digest": "demo", "details": {},
@@ -6335,21 +6355,19 @@ _DEMO_FACTS: dict[str, Json] = {    # path -> the answer there
 }
 
 
-def _demo_words(side: str, dialect: str, asked: Json) -> Iterator[str]:
-    """Yield the script, a word at a time."""
-    for word in re.findall(r"\S+\s*", DEMO_TEXT.format(side=side, dialect=dialect, count=len(asked["messages"]))):
-        time.sleep(DEMO_PAUSE_S)
-        yield word
+def _demo_words(side: str, dialect: str, asked: Json) -> list[str]:
+    """Return the script."""
+    return re.findall(r"\S+\s*", DEMO_TEXT.format(side, dialect, len(asked["messages"])))
 
 
 def _demo_ollama(asked: Json) -> Iterator[bytes]:
     """Yield the lines of the answer to /api/chat."""
-    head, count = {"model": asked["model"], "created_at": "2026-11-01T00:00:00Z"}, 0
-    for word in _demo_words("local", "Ollama", asked):
-        count += 1
+    head, words = {"model": asked["model"], "created_at": "2026-11-01T00:00:00Z"}, _demo_words("local", "Ollama", asked)
+    for word in words:
+        time.sleep(DEMO_PAUSE_S)
         yield dumps({**head, "message": {"role": "assistant", "content": word}, "done": False}) + b"\n"
     yield dumps({**head, "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop",
-                 "prompt_eval_count": 10 * len(asked["messages"]), "eval_count": count}) + b"\n"
+                 "prompt_eval_count": 10 * len(asked["messages"]), "eval_count": len(words)}) + b"\n"
 
 
 def _demo_openai(asked: Json) -> Iterator[Chunk]:
@@ -6357,13 +6375,13 @@ def _demo_openai(asked: Json) -> Iterator[Chunk]:
     head = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": int(time.time()),
             "model": asked["model"]}
     choice: Json = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}
-    prompt, count = 10 * len(asked["messages"]), 0
+    prompt, words = 10 * len(asked["messages"]), _demo_words("cloud", "OpenAI", asked)
     yield {**head, "choices": [{**choice, "delta": {"role": "assistant", "content": ""}}]}
-    for word in _demo_words("cloud", "OpenAI", asked):
-        count += 1
+    for word in words:
+        time.sleep(DEMO_PAUSE_S)
         yield {**head, "choices": [{**choice, "delta": {"content": word}}]}
     yield {**head, "choices": [{**choice, "finish_reason": "stop"}],
-           "usage": {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}}
+           "usage": {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}}
 
 
 class _DemoHandler(http.server.BaseHTTPRequestHandler):
@@ -6400,20 +6418,19 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def demo(settings: Settings) -> Iterator[Settings]:
-    """Yield settings that point to the scripted server while the block runs; unchanged ones without --demo."""
+    """Yield settings that point to the scripted server alone while the block runs; unchanged ones without --demo."""
     if not settings.demo:
         yield settings
         return
-    server = QuickServer(("127.0.0.1", 0), _DemoHandler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), name="demo", daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield dataclasses.replace(settings, ollama_host=url, local_model=(), cloud_api_key="",
-                                  cloud_model=(f"openai:demo-cloud@{url}/v1",), openai_api_key="", openai_base_url="",
-                                  anthropic_api_key="", anthropic_base_url="")    # nothing can leave the device
-    finally:
-        server.shutdown()
-        server.server_close()
+    with QuickServer(("127.0.0.1", 0), _DemoHandler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), name="demo", daemon=True).start()
+        url = "http://127.0.0.1:%d" % server.server_address[1]
+        try:
+            yield dataclasses.replace(settings, ollama_host=url, local_model=(), cloud_api_key="",
+                                      cloud_model=(f"openai:demo-cloud@{url}/v1",), openai_api_key="",
+                                      openai_base_url="", anthropic_api_key="", anthropic_base_url="")
+        finally:
+            server.shutdown()
 
 
 # === 14. Command line =================================================================================================
@@ -6427,6 +6444,7 @@ LOG_S = 0.1       # in which the lines of the log are collected, to be written t
 LOG_END_S = 1.0   # for the last of them
 MAX_LOG_LINES = 10_000
 DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
+HANG_UP = getattr(signal, "SIGHUP", 0)    # the terminal is gone; Windows does not tell
 # After the start it gives back 13 of 32 MiB, after 500 streams 6 of 42; a look takes 0.1 ms.
 TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
 
@@ -6437,9 +6455,9 @@ SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))  
 
 def start_text(settings: Settings, server: Server) -> str:
     """Return the lines that a start prints."""
-    host = server.url.split("//")[1].rsplit(":", 1)[0]
-    host = {"0.0.0.0": socket.gethostname(), "[::]": socket.gethostname()}.get(host, host)
-    base = f"http://{'localhost' if settings.host == 'localhost' else host}:{server.port}/v1"
+    host = settings.host.strip("[]")
+    host = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    base = f"http://{host}:{server.port}/v1"
     key = "the key of --api-key" if settings.api_key else "placeholder"
     lines = [f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""), "",
              *findings(server.gateway.health())]
@@ -6488,9 +6506,9 @@ def advices(health: Json) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None, script: bool = False) -> int:
-    """Run the server until SIGTERM or Ctrl-C, or `check`.  Return the exit status: 2 for a mistake in what was set.
+    """Run the server until a signal comes, or `check`.  Return the exit status: 2 for a mistake in what was set.
 
-    As a script it returns when the server begins, which ends the process itself: see `leave_server`.
+    As a script it returns when the server begins, which ends the process itself: see `run_server`.
     """
     argv = sys.argv[1:] if argv is None else argv
     checks = argv[:1] == ["check"]
@@ -6499,9 +6517,9 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
         settings = Settings.parse(argv[1:] if checks else argv, os.environ if env is None else env)
         settings = with_keys_from_files(settings)
         start_log(settings, os.environ.get("JOURNAL_STREAM", ""))
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
-        return (run_check if checks else leave_server if script else run_server)(settings)
+        for line in odd_keys(settings):
+            log.warning(line)
+        return run_check(settings) if checks else run_server(settings, script)
 
     return _status_of(run)
 
@@ -6511,8 +6529,20 @@ def _status_of(run: Callable[[], int]) -> int:
     try:
         return run()
     except UsageError as error:
-        print(f"oblix: {error}", file=sys.stderr)
+        say(f"oblix: {error}", "stderr")
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def say(text: str, stream: str = "stdout") -> None:
+    """Print.  Do without where that fails: the stream may be closed, on a full disk, or a pipe without a reader."""
+    try:
+        if isinstance(getattr(sys, stream), io.TextIOWrapper):
+            getattr(sys, stream).reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
+        print(text, file=getattr(sys, stream), flush=True)
+    except (OSError, ValueError):
+        setattr(sys, stream, None)    # at its end Python would try once more, and exit with a status of its own
 
 
 class _LogFormatter(logging.Formatter):
@@ -6550,7 +6580,7 @@ def local_time(second: int) -> str:
 
 
 class _LogWriter(logging.Handler):
-    """Writes the lines of LOG_S together, on a thread of its own: no request waits for the disk or the terminal.
+    """Writes lines on a thread of its own, those of LOG_S together: no request waits for the disk or the terminal.
 
     Where nobody takes the log any more its oldest lines are dropped.  (A buffered stream would be simpler.  But while
     its buffer is full each request would wait, and a write to it holds the handler's lock.)
@@ -6558,29 +6588,31 @@ class _LogWriter(logging.Handler):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
-        self.stream, self._come, self._writing = stream, threading.Event(), False
+        self.stream, self._come, self._closing = stream, threading.Event(), threading.Event()
         self._lines: collections.deque[str] = collections.deque(maxlen=MAX_LOG_LINES)
-        threading.Thread(target=self._run, name="log", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines.append(self.format(record) + "\n")
         self._come.set()
 
     def _run(self) -> None:
-        while self._come.wait():
-            time.sleep(LOG_S)
+        closing = False
+        while not closing:
+            self._come.wait()
+            closing = self._closing.wait(LOG_S)
             self._come.clear()
-            self._writing = True
             with contextlib.suppress(OSError, ValueError):    # nobody reads it, or it is closed
                 self.stream.write("".join([self._lines.popleft() for _ in range(len(self._lines))]))
                 self.stream.flush()
-            self._writing = False
 
-    def flush(self) -> None:
+    def close(self) -> None:
         """Wait until all that has come is written, but no longer than LOG_END_S."""
-        deadline = time.monotonic() + LOG_END_S
-        while (self._lines or self._writing) and time.monotonic() < deadline:
-            time.sleep(LOG_S / 10)
+        self._closing.set()
+        self._come.set()
+        self._thread.join(LOG_END_S)
+        super().close()
 
 
 def start_log(settings: Settings, journal_stream: str) -> None:
@@ -6597,65 +6629,60 @@ def start_log(settings: Settings, journal_stream: str) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
-def run_server(settings: Settings) -> int:
-    """Answer requests until a signal comes, then let them end.  Raise UsageError.
+def run_server(settings: Settings, script: bool) -> int:
+    """Answer requests until a signal comes, then let them end.  Return the exit status.  Raise UsageError.
 
-    Return 0, or 128 more than a second signal that ended them.
+    A script returns 0 at once, and a thread goes on that ends the process with the status: Python keeps a script's
+    syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
     """
-    waiting, woken = catch_signals()
-    with waiting, woken:
-        try:
-            return _serve(settings, waiting)
-        finally:
-            signal.set_wakeup_fd(-1)
-
-
-def leave_server(settings: Settings) -> int:
-    """Do as `run_server` on a thread, which ends the process with that status.  Return 0 at once: the script ends.
-
-    Python keeps a script's syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
-    """
-    if (3, 12) <= sys.version_info < (3, 12, 3):    # no thread could start after that (python/cpython#113964)
-        return run_server(settings)
-    waiting, woken = catch_signals()    # which only the main thread may do; when the script has ended it waits for ours
+    waiting = catch_signals()    # which only the main thread may do; when the script has ended it waits for ours
+    if not script or (3, 12) <= sys.version_info < (3, 12, 3):    # no thread could start then (python/cpython#113964)
+        return _serve(settings, waiting)
 
     def run() -> None:
         status = 1
-        with waiting, woken:
-            try:
-                status = _status_of(lambda: _serve(settings, waiting))
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            logging.shutdown()    # os._exit leaves it out: the last lines are to be written
-            os._exit(status)
+        try:
+            status = _status_of(lambda: _serve(settings, waiting))
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        for handler in logging.root.handlers:    # os._exit leaves out what writes the last lines
+            handler.close()
+        os._exit(status)
 
     threading.Thread(target=run, name="main").start()
     return 0
 
 
-def catch_signals() -> tuple[socket.socket, socket.socket]:
-    """Return two sockets: from now on the first one gets the number of each signal that asks for the end."""
+def catch_signals() -> socket.socket:
+    """Return a socket that from now on gets the number of each signal that asks for the end."""
     # Python itself writes to the other when a signal comes: no handler of ours that another signal could interrupt.
     waiting, woken = socket.socketpair()
     woken.setblocking(False)
-    signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):    # the last one is Windows' word for both
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: None)
-    return waiting, woken
+    signal.set_wakeup_fd(woken.detach(), warn_on_full_buffer=False)
+    for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP, getattr(signal, "SIGBREAK", 0))):    # Windows'
+        if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:    # as nohup wants it
+            signal.signal(number, lambda *_: None)
+    return waiting
 
 
 def _serve(settings: Settings, waiting: socket.socket) -> int:
+    """Serve until `waiting` gets a signal.  Return 0, or 128 more than a second signal that ended what ran."""
     raise_file_limit(4 * settings.max_requests + 256)    # for each two connections of clients, and two upstream
     with demo(settings) as settings, running(settings) as server:
         server.gateway.watch.settle(SETTLE_S)
-        print(start_text(settings, server), flush=True)
+        # A pipe that nobody reads takes nothing, but no signal may wait for that.
+        threading.Thread(target=say, args=(start_text(settings, server),), name="say", daemon=True).start()
         while not signal_within(waiting, TIDY_S):
             with contextlib.suppress(ImportError, OSError, AttributeError):    # only glibc has it
                 import ctypes
                 ctypes.CDLL(None).malloc_trim(0)    # gives freed memory back to the system
         log.info("stopping; what runs has %g s (--drain), and a second signal ends it at once", settings.drain)
-        again = server.drain(settings.drain, lambda: signal_within(waiting, DRAIN_LOOK_S))
+
+        def hurried() -> int:
+            number = signal_within(waiting, DRAIN_LOOK_S)
+            return number if number != HANG_UP else 0    # a terminal that closes sends two, or systemd one as well
+
+        again = server.drain(settings.drain, hurried)
     return 128 + again if again else 0
 
 
@@ -6691,7 +6718,7 @@ def run_check(settings: Settings) -> int:
         gateway.watch.settle(CHECK_S)
         time.sleep(CPU_S)
         health = gateway.health()
-    print("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
+    say("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
     return 0 if health["status"] == "healthy" and health["plan"]["order"] else 1
 
 

@@ -637,8 +637,8 @@ def joined(deltas):
     return message
 
 
-def fetch(server, method, path, body=None, headers=None, timeout=5):
-    """One request on a connection of its own.  It waits less long than Oblix does for an upstream (PATIENT)."""
+def fetch(server, method, path, body=None, headers=None, timeout=30):
+    """One request on a connection of its own."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
     with contextlib.closing(connection):
         connection.request(method, path, body, headers or {})
@@ -651,7 +651,7 @@ def chat(model="auto", **fields):
     return {"model": model, "messages": [{"role": "user", "content": "Hi"}], **fields}
 
 
-def ask(server, model="auto", timeout=5, **fields):
+def ask(server, model="auto", timeout=30, **fields):
     """A chat request, and what the client gets."""
     return fetch(server, "POST", "/v1/chat/completions", json.dumps(chat(model, **fields)),
                  {"Content-Type": "application/json", "Authorization": "Bearer of-the-client"}, timeout)
@@ -660,7 +660,7 @@ def ask(server, model="auto", timeout=5, **fields):
 @contextlib.contextmanager
 def asking(server, model="auto", **fields):
     """A chat request in progress, as an http.client response: read its `sse` as it comes, or leave."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     with contextlib.closing(connection):
         connection.request("POST", "/v1/chat/completions", json.dumps(chat(model, **fields)),
                            {"Content-Type": "application/json"})
@@ -686,7 +686,7 @@ def post(body, *headers, version="1.1", length=True):
     return "\r\n".join([*lines, *["Content-Length: %d" % len(data)] * length, "", ""]).encode() + data
 
 
-def raw(server, data, leave=False, timeout=5):
+def raw(server, data, leave=False, timeout=30):
     """Send these bytes (and, to `leave`, no more) and return all that comes until the server closes."""
     received = []
     with socket.create_connection(("127.0.0.1", server.port), timeout) as connection:
@@ -748,7 +748,7 @@ def states(server):
     return {target["id"]: target["state"] for target in health(server)["targets"]}
 
 
-def eventually(true, within=5):
+def eventually(true, within=30):
     """Wait until this is true; fail when it does not become so."""
     deadline = time.monotonic() + within
     while not true():
@@ -1014,9 +1014,70 @@ NAMES_WITH_AT = [  # LM Studio's quantisations, Cloudflare's Workers AI, Vertex'
     "qwen3.6-27b@iq3_xxs", "gemma4-31b@?", "a@b@4bit", "@cf/meta/llama-3.1-8b-instruct", "claude-sonnet-4-5@20250929",
     "workers-ai/@cf/openai/gpt-oss-120b", "plain",
 ]
+AROUND_A_KEY = [  # what is copied along with a key
+    "%s", " %s\r\n", "\t%s\n\n", "\ufeff%s", "\xa0%s\u200b", "'%s'", '"%s"', '" %s "\n', "\u201c%s\u201d", "`%s`",
+    "'\"%s\"'", "Bearer %s", "bearer  %s", '"Bearer %s"', "Bearer '%s'", "Authorization: Bearer %s",
+    "OPENAI_API_KEY=%s", 'export OPENAI_API_KEY="%s"\n', "HF_TOKEN='%s'",
+]
+NOTHING = ["", " ", "\r\n", '""', "''", "' '", "\ufeff"]
 
 
 class Settings(Case):
+    def test_a_key_is_read_without_what_is_copied_along_with_it(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "key")
+            for key, form in itertools.product(("sk-a_1.Z", "dG9r+ZW4/==", "KEY=="), AROUND_A_KEY):
+                text = form % key
+                with self.subTest(text):
+                    settings = oblix.Settings.parse(["--cloud-api-key=" + text], {"OPENAI_API_KEY": text})
+                    keys = [settings.openai_api_key, settings.cloud_api_key]
+                    for coding in ("utf-8", "utf-16"):    # the latter by PowerShell's `>`
+                        path.write_bytes(text.encode(coding))
+                        settings = oblix.Settings.parse(["--api-key-file=%s" % path], {})
+                        keys.append(oblix.with_keys_from_files(settings).api_key)
+                    self.assertEqual(keys, [key] * 4)
+
+    def test_a_variable_that_says_nothing_is_as_if_unset(self):
+        unset = oblix.Settings.parse([], {})
+        for text in NOTHING:
+            env = {oblix.variable_of(field): text for field in dataclasses.fields(oblix.Settings)}
+            self.assertEqual(oblix.Settings.parse([], env), unset, text)
+
+    def test_every_variable_may_stand_in_quotes(self):
+        """`docker run --env-file` keeps them."""
+        for name, text, value in (("port", '"8080"', 8080), ("demo", "'1'", True), ("host", '"127.0.0.1"', "127.0.0.1"),
+                                  ("local_model", '"ollama:a", "ollama:b"', ("ollama:a", "ollama:b")),
+                                  ("keep_alive", "\ufeff'10m'\r\n", "10m"), ("drain", "' 3 '", 3.0)):
+            self.assertEqual(getattr(oblix.Settings.parse([], {"OBLIX_" + name.upper(): text}), name), value)
+
+    def test_a_base_url_may_stand_in_quotes_and_lack_its_scheme(self):
+        for text, url in (
+            ("'https://api.x.com/v1/'", "https://api.x.com/v1"), (' "http://box:1/v1"\n', "http://box:1/v1"),
+            ("api.x.com/v1", "https://api.x.com/v1"), ("api.x.com:443/v1", "https://api.x.com:443/v1"),
+            ("localhost:8080/v1", "http://localhost:8080/v1"), ("127.0.0.1/v1", "http://127.0.0.1/v1"),
+            ("box:8000/v1", "http://box:8000/v1"), ("box.lan:8000/v1", "http://box.lan:8000/v1"),
+            ("[::1]:8080/v1", "http://[::1]:8080/v1"), ("HTTPS://api.x.com/v1", "https://api.x.com/v1"),
+            ("https//api.x.com/v1", "https://api.x.com/v1"), ("http:/box:1/v1", "http://box:1/v1"),
+        ):
+            with self.subTest(text):
+                settings = oblix.Settings.parse(["--cloud-model=openai:a"], {"OPENAI_BASE_URL": text})
+                self.assertEqual(oblix.configured_targets(settings)[0].endpoint.base_url, url)
+        for text in ("ftp://box/v1", "http://a b/v1", "http://"):
+            settings = oblix.Settings.parse(["--cloud-model=openai:a"], {"OPENAI_BASE_URL": text})
+            with self.subTest(text), self.assertRaisesRegex(oblix.UsageError, "^[^\n]*is not an address[^\n]*$"):
+                oblix.configured_targets(settings)
+
+    def test_a_key_that_looks_like_none_is_told_of_without_it(self):
+        for text in ("sk-a b", "<your key>", "${OPENAI_API_KEY}", "$KEY", "%OPENAI_API_KEY%", "sk-...", "None",
+                     "undefined", "your-api-key-here", "YOUR_API_KEY", "Bearer", "sk-1 # of the team"):
+            for argv, env, name in (([], {"OPENAI_API_KEY": text}, "OPENAI_API_KEY"),
+                                    (["--cloud-model=openai:a", "--cloud-api-key=" + text], {}, "OBLIX_CLOUD_API_KEY")):
+                [line] = oblix.odd_keys(oblix.Settings.parse(argv, env))
+                self.assertTrue(line.startswith(name + " "), line)
+                self.assertNotIn("sk-", line)
+        for key in ("sk-proj-a_b-C", "gsk_1", "AIza-x", "ollama", "placeholder", "no-key", "a" * 300, "eyJ.x.y", "k=="):
+            self.assertEqual(oblix.odd_keys(oblix.Settings.parse([], {"OPENAI_API_KEY": key})), [])
+
     def test_a_flag_wins_over_its_variable_and_that_over_the_default(self):
         for argv, env, port in (([], {}, 62549), ([], {"OBLIX_PORT": "1"}, 1), (["--port=2"], {"OBLIX_PORT": "1"}, 2)):
             with self.subTest(argv=argv, env=env):
@@ -4808,10 +4869,10 @@ class Unhindered(Case):
     """A request that waits for something costs no other request anything, however many of them there are."""
 
     def quick(self, server):
-        """That another client is answered, some hundred times slower than usual at most."""
+        """That another client is answered; what it must not wait for takes 20 s or more."""
         with Took() as took:
             self.assertEqual(fetch(server, "GET", "/v1/models").status, 200)
-        self.assertLess(took.seconds, 1)
+        self.assertLess(took.seconds, 10)
 
     def test_clients_that_were_refused_and_do_not_leave(self):
         with running(flags=["--max-requests=99"]) as server, contextlib.ExitStack() as clients:
@@ -4864,14 +4925,16 @@ class Unhindered(Case):
 
     def test_threads_of_requests_are_held_on_the_fastest_core_and_monitors_are_not(self):
         need(hasattr(os, "sched_setaffinity"), IMPOSSIBLE + ": only Linux holds a thread on a core")
-        rows = [({}, 5), ({2: "800000", 5: "2400000", 3: "2400000\n"}, 5), ({2: "9", 3: "8"}, 2), ({2: "x", 3: "1"}, 3)]
-        for speeds, core in rows:
-            with self.subTest(speeds=speeds), tempfile.TemporaryDirectory() as files:
+        rows = [({}, 0, 2), ({}, 1, 3), ({}, 2, 5), ({2: "800000", 5: "2400000", 3: "2400000\n"}, 62549, 5),
+                ({2: "800000", 5: "2400000", 3: "2400000\n"}, 62550, 3), ({2: "9", 3: "8"}, 1, 2),
+                ({2: "x", 3: "1"}, 1, 3)]
+        for speeds, port, core in rows:
+            with self.subTest(speeds=speeds, port=port), tempfile.TemporaryDirectory() as files:
                 for one, speed in speeds.items():
                     Path(files, str(one)).write_text(speed)
                 with mock.patch.object(os, "sched_getaffinity", lambda _: {2, 3, 5}), \
                         mock.patch.object(os, "sched_setaffinity") as held:
-                    oblix.hold_on_one_core(files + "/%d")
+                    oblix.hold_on_one_core(port, files + "/%d")
                 held.assert_called_once_with(0, {core})
         parse, held = oblix.parse_request, []
 
@@ -9048,7 +9111,7 @@ class Server(Case):
             connection.request(method, path, body, JSON)
             with contextlib.closing(connection.getresponse()) as response:
                 return Reply(response)
-        connection = http.client.HTTPConnection(host, self.server.port, timeout=5)
+        connection = http.client.HTTPConnection(host, self.server.port, timeout=30)
         with contextlib.closing(connection):
             yield send
 
@@ -9119,10 +9182,11 @@ class Server(Case):
 
     def test_a_server_stops_at_once_wherever_it_listens(self):
         for host in ["localhost", "127.0.0.1", "0.0.0.0"] + ["::"] * has_loopback_6():
-            with self.subTest(host), running(self.local, flags=["--no-auth", "--host=" + host], probed=False) as server:
+            with self.subTest(host), mock.patch.object(oblix._Listener, "timeout", 60.0), \
+                    running(self.local, flags=["--no-auth", "--host=" + host], probed=False) as server:
                 self.assertEqual(fetch(server, "GET", "/").status, 200)
                 begun = time.monotonic()
-            self.assertLess(time.monotonic() - begun, 1)
+            self.assertLess(time.monotonic() - begun, 30)    # nobody wakes by himself before 60
 
     def test_chat_with_and_without_v1_with_a_slash_and_a_query(self):
         for path in ("/v1/chat/completions", "/chat/completions", "/v1/chat/completions/", "/chat/completions?a=1",
@@ -9280,9 +9344,7 @@ class Server(Case):
             client.sendall(post(chat(local.target)))
             local.next_request()
             for path in ("/health", "/v1/models", "/v1/models/auto", "/"):
-                with Took() as took:
-                    self.assertEqual(fetch(server, "GET", path).status, 200)
-                self.assertLess(took.seconds, 0.5, path)
+                self.assertEqual(fetch(server, "GET", path).status, 200)    # the upstreams answer nothing at all
 
     def test_unhealthy_is_a_503_with_reasons(self):
         with Upstream(OLLAMA) as local:
@@ -9412,7 +9474,7 @@ class Hostile(Case):
 
     def ask_all(self, bodies):
         """One client with many bodies on one connection."""
-        connection, replies = http.client.HTTPConnection("127.0.0.1", self.process.port, timeout=10), []
+        connection, replies = http.client.HTTPConnection("127.0.0.1", self.process.port, timeout=30), []
         with contextlib.closing(connection):
             for body in bodies:
                 connection.request("POST", "/v1/chat/completions", body, JSON)
@@ -10004,7 +10066,7 @@ class Guard(Case):
             with self.subTest(flags=flags, env=env), \
                     running(self.local, flags=flags, env=env, probed=False) as server:
                 host = "::1" if "::1" in server.url else "127.0.0.1"
-                connection = http.client.HTTPConnection(host, server.port, timeout=5)
+                connection = http.client.HTTPConnection(host, server.port, timeout=30)
                 with contextlib.closing(connection):
                     connection.request("GET", "/v1/models")
                     with contextlib.closing(connection.getresponse()) as response:
@@ -10045,7 +10107,7 @@ class Guard(Case):
     def started(self, flags, env):
         """(status, stdout, stderr) of a start that fails before the server would run."""
         with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(io.StringIO()) as said, \
-                mock.patch.object(oblix, "run_server", lambda _: "it runs"):
+                mock.patch.object(oblix, "run_server", lambda *_: "it runs"):
             status = oblix.main(flags, {**NOBODY, **env})
         return status, said.getvalue(), told.getvalue()
 
@@ -10550,7 +10612,7 @@ def reply_in(data):
 
 
 def connected(server):
-    return socket.create_connection(("127.0.0.1", server.port), 5)
+    return socket.create_connection(("127.0.0.1", server.port), 30)
 
 
 def thirstless(server, **fields):
@@ -10596,7 +10658,7 @@ def cannot_send(client, data):
     return False
 
 
-def slowly(client, pieces, pause=0.03, within=4):
+def slowly(client, pieces, pause=0.03, within=30):
     """What comes back to a client that sends these pieces, with a pause after each, until something comes."""
     until = time.monotonic() + within
     with contextlib.suppress(ConnectionError):
@@ -10659,7 +10721,7 @@ class Large(Case):
         def sent(piece):
             with connected(self.server) as client:
                 client.sendall(post(b"", "Content-Length: 99999999999", length=False))
-                eventually(lambda: cannot_send(client, piece), within=4)
+                eventually(lambda: cannot_send(client, piece))
         with mock.patch.object(oblix, "LINGER_S", 0.2):
             at_once(sent, [(b" ",), (b" " * 65536,)])
 
@@ -10779,7 +10841,7 @@ class Busy(Case):
             with Upstream(OPENAI) as upstream, running(upstream, flags=flags) as server:
                 self.ended(server, upstream, size, script, how, fields)
                 data = post(padded(size, model=upstream.target), "Connection: close")
-                eventually(lambda: raw(server, data).startswith(b"HTTP/1.1 200 "), within=10)
+                eventually(lambda: raw(server, data).startswith(b"HTTP/1.1 200 "))
                 return server.gateway.ledger.in_flight()
         with mock.patch.object(oblix, "for_client", with_a_bug), self.assertLogs("oblix", "ERROR") as logged, \
                 mock.patch.object(oblix, "MAX_BODIES_BYTES", size):
@@ -10830,17 +10892,17 @@ class Busy(Case):
                     return reply_in(b"".join(received)).text == text and len(received) > 100
                 upstream.play(answer(Text("Hello")))
                 self.refused(ask(server, upstream.target), 503, code="overloaded")
-                eventually(lambda: ask(server, upstream.target).status == 200, within=4)
+                eventually(lambda: ask(server, upstream.target).status == 200)
                 return server.gateway.ledger.in_flight() == {} and (script is pieces or not stream
-                                                                    or request.hung_up.wait(2))
-        with mock.patch.object(oblix, "SEND_S", 0.4):
+                                                                    or request.hung_up.wait(20))
+        with mock.patch.object(oblix, "SEND_S", 1.5):
             self.assertEqual(at_once(served, rows), [True] * len(rows))
 
     def test_who_asks_on_and_on_and_reads_nothing_is_dropped(self):
         with mock.patch.object(oblix, "SEND_S", 0.3), Upstream(OLLAMA) as upstream, \
                 running(upstream, flags=["--max-requests=4"]) as server, connected(server) as client:
             client.settimeout(0.1)
-            eventually(lambda: cannot_send(client, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500), within=4)
+            eventually(lambda: cannot_send(client, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500))
 
 
 @contextlib.contextmanager
@@ -10887,7 +10949,7 @@ class Slow(Case):
 
     @classmethod
     def setUpClass(cls):
-        cls.keep(mock.patch.multiple(oblix, HEAD_S=0.4, BODY_S=0.4, BODY_BYTES_PER_S=1 << 17, IDLE_CLIENT_S=0.8))
+        cls.keep(mock.patch.multiple(oblix, HEAD_S=1.0, BODY_S=1.0, BODY_BYTES_PER_S=1 << 17, IDLE_CLIENT_S=3.0))
         cls.upstream = cls.keep(Upstream(OPENAI, cls.script))
         cls.server = cls.keep(running(cls.upstream))
         cls.pool = cls.keep(concurrent.futures.ThreadPoolExecutor(64))
@@ -10895,12 +10957,12 @@ class Slow(Case):
         cls.slow = [(row, cls.pool.submit(cls.sent, *row[1:])) for row in rows]
         cls.honest = [(told, cls.pool.submit(cls.sent_in_time, pieces)) for pieces, told in cls.honest_rows()]
         cls.idle = [cls.pool.submit(cls.left_idle, requests) for requests in (0, 2)]
-        cls.waiting = [cls.pool.submit(ask, cls.server, cls.upstream.target, 5, user="late", stream=stream)
+        cls.waiting = [cls.pool.submit(ask, cls.server, cls.upstream.target, user="late", stream=stream)
                        for stream in (False, True)]
 
     @staticmethod
     def script(dialect, request):
-        late = [1.2] * ("user" in request.json)
+        late = [3.5] * ("user" in request.json)
         return [*late, *answer(Text("Hello"))(dialect, request)]
 
     @classmethod
@@ -10928,7 +10990,7 @@ class Slow(Case):
         close = "Connection: close"
 
         def after_a_rest():
-            time.sleep(0.6)    # of which no byte of a head has come
+            time.sleep(1.2)    # of which no byte of a head has come
             yield from (START[:20], START[20:], b"Connection: close\r\n\r\n")
         return [([body_head("Content-Length: %d" % len(body), close), *pieces], b"Hello"),
                 ([body_head(*CHUNKS), *map(chunk, pieces), END], b"Hello"), (after_a_rest(), b'"status":"healthy"')]
@@ -10960,7 +11022,7 @@ class Slow(Case):
         for result in self.idle:
             last, seconds = result.result()
             self.assertEqual(last, b"")
-            self.assertGreater(seconds, 0.4)
+            self.assertGreater(seconds, 2)
 
     def test_one_that_waits_for_its_answer_is_not_idle(self):
         for reply in self.waiting:
@@ -10996,7 +11058,7 @@ class Crowded(Case):
                     asking_later(server, upstream, 2) as under_way:
                 crowd = self.flood(clients, server, data)
                 upstream.play(answer(Text("Hello")))
-                self.answered(ask(server, upstream.target, timeout=3), "Hello")
+                self.answered(ask(server, upstream.target), "Hello")
                 eventually(lambda: sum(map(is_closed, crowd)) >= len(crowd) - 14)
                 closed = [*map(is_closed, crowd)]
                 gate.set()
@@ -11027,7 +11089,20 @@ class Crowded(Case):
             crowd += self.flood(clients, server, b"", 7, "::1")
             eventually(lambda: sum(map(is_closed, crowd)) >= 14 - 8)
             self.assertEqual([*map(is_closed, crowd)][-6:], [False] * 6)
-            self.answered(ask(server, upstream.target, timeout=3), "Hello")
+            self.answered(ask(server, upstream.target), "Hello")
+
+    def test_one_that_was_sent_away_takes_no_place_while_it_goes(self):
+        """Its thread sees that in its own time; the next to come must not be sent away in its stead."""
+        admission = oblix.Admission(max_requests=1, max_body_bytes=1)
+        with contextlib.ExitStack() as stack:
+            ours, clients = zip(*(map(stack.enter_context, socket.socketpair()) for _ in range(4)))
+            admission.enter(ours[0]).busy = True
+            admission.enter(ours[1])
+            third = admission.enter(ours[2])
+            self.assertEqual([*map(is_closed, clients[:3])], [False, True, False])
+            admission.leave(third)
+            admission.enter(ours[3])
+            self.assertEqual([*map(is_closed, clients)], [False, True, False, False])
 
     def test_a_connection_that_gets_no_thread_is_closed_and_the_next_one_served(self):
         start = threading.Thread.start
@@ -11131,8 +11206,8 @@ class Siege(Case):
             for _ in range(3):
                 for client in writers:
                     client.sendall(b"a")
-                self.answered(ask(self.server, "cloud", timeout=3), "Hello")
-                self.assertEqual(fetch(self.server, "GET", "/health", timeout=3).status, 200)
+                self.answered(ask(self.server, "cloud"), "Hello")
+                self.assertEqual(fetch(self.server, "GET", "/health").status, 200)
             self.assertEqual(len(self.upstream.requests), self.readers + 3)
         self.gate.set()
         eventually(lambda: health(self.server)["targets"][0]["in_flight"] == 0)
@@ -11409,7 +11484,7 @@ def bare_env(env=None):
 
 def command(*flags, env=None):
     """`python oblix.py FLAGS` from its beginning to its end."""
-    return subprocess.run([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env), timeout=10,
+    return subprocess.run([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env), timeout=60,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
 
 
@@ -11422,7 +11497,7 @@ class Process:
         self._said, self._reader = [], threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         address = re.compile(r"http://(?:localhost|127\.0\.0\.1):(\d+)/v1")
-        eventually(lambda: address.search(self.said()) or self._process.poll() is not None, within=10)
+        eventually(lambda: address.search(self.said()) or self._process.poll() is not None, within=60)
         if not address.search(self.said()):
             self.__exit__()
             raise AssertionError("it does not say its address: " + self.said())
@@ -11439,8 +11514,8 @@ class Process:
         """End it by these signals, and wait for the last of what it says."""
         for number in signal_numbers:
             self._process.send_signal(number)
-        self._process.wait(5)
-        self._reader.join(5)
+        self._process.wait(30)
+        self._reader.join(30)
 
     def __enter__(self):
         return self
@@ -11545,11 +11620,10 @@ class CommandLine(Case):
                 self.assertEqual([*states(process)], ["ollama:demo-local", "openai:demo-cloud"])
 
     def test_it_starts_with_nothing_there_and_says_what_to_do(self):
-        with Took() as took, Process("--port=0") as process:
+        with Process("--port=0") as process:
             self.refused(ask(process, "auto"), 503, code="no_target_available")
             for word in ("ollama", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
-                self.assertIn(word.lower(), process.said().lower())
-        self.assertLess(took.seconds, 3)
+                eventually(lambda: word.lower() in process.said().lower())    # noqa: B023 - it is over here
 
     def test_it_starts_beside_an_ollama_that_does_not_answer(self):
         with Upstream(OLLAMA, probe=[HANG]) as silent, Process("--port=0", env=env_for(silent)) as process:
@@ -11598,7 +11672,7 @@ class CommandLine(Case):
             def given_back():
                 kib = {name: int(size) for name, size in re.findall(r"(\w+):\s+(\d+) kB", status.read_text())}
                 return kib["VmHWM"] - kib["VmRSS"] > 8 << 10
-            eventually(given_back, within=10)
+            eventually(given_back)
 
 
 # --- 14. As a service ------------------------------------------------------------------------------------------------
@@ -11621,7 +11695,7 @@ class Service(Process):
         self._said, self._reader = [], threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
-            eventually(lambda: (ready or type(self)._address)(self) or self._process.poll() is not None, within=10)
+            eventually(lambda: (ready or type(self)._address)(self) or self._process.poll() is not None, within=60)
             self.port = int(self._address()[1]) if not ready else None
         except BaseException as error:
             self.__exit__()
@@ -11642,7 +11716,7 @@ class Service(Process):
     def signal(self, number):
         os.kill(self.pid, number)
 
-    def status(self, within=8):
+    def status(self, within=60):
         """Its exit status, waited for."""
         return self._process.wait(within)
 
@@ -11753,7 +11827,8 @@ def named(name):
 ENDLESS = ["--drain=60"]
 OTHER = "ollama:hf.co/org/tiny:Q4"    # a model that `small` has, beside the usual one
 IDLE_WITH = [("a load under way", signal.SIGTERM, lambda: small(loaded={}, load=[HANG])),
-             ("a probe under way", signal.SIGINT, lambda: Upstream(OLLAMA, probe=[HANG]))]
+             ("a probe under way", signal.SIGINT, lambda: Upstream(OLLAMA, probe=[HANG])),
+             ("its terminal gone", signal.SIGHUP, lambda: Upstream(OLLAMA))]
 RUNS_ON = [  # name, model, whether streamed: requests that wait for something which comes within the drain
     ("flowing", "cloud", True), ("flowing", "cloud", False), ("silent", "cloud", True), ("silent", "cloud", False),
     ("loading", "local", True), ("loading", "local", False),
@@ -11780,8 +11855,10 @@ class Stopping(Case):
     @classmethod
     def setUpClass(cls):
         rows = [(work, row) for work, rows in [
-            (cls.first_of_all, [()]), (cls.at_the_end_of_the_drain, [(0.5,), (0.0,)]), (cls.within_the_drain, [()]),
+            (cls.first_of_all, [()]), (cls.under_nohup, [()]),
+            (cls.at_the_end_of_the_drain, [(0.5,), (0.0,)]), (cls.within_the_drain, [()]),
             (cls.idle, IDLE_WITH), (cls.told_twice, [(signal.SIGINT, signal.SIGTERM)]),
+            (cls.hung_up_twice, [(signal.SIGHUP,), (signal.SIGTERM,)]),
             (cls.in_a_terminal, [(True,), (False,)]), (cls.starting, STARTING)] for row in rows]
         outcomes = at_once(cls.outcome, rows)
         cls.seen = [(work, row, outcome) for (work, row), outcome in zip(rows, outcomes)]
@@ -11803,25 +11880,40 @@ class Stopping(Case):
                         raise outcome
                     check(outcome)
 
-    def ended(self, seen, status=0, within=5.0):
+    def ended(self, seen, status=0):
         self.assertEqual(seen.status, status, seen.said)
-        self.assertLess(seen.seconds, within)
+        self.assertLess(seen.seconds, 30, "half of the drain")
         self.assertNotIn("Traceback", seen.said)
 
     @staticmethod
     def seen(service, took=None, **more):
         """What is to be seen of a service that has ended."""
         status = service.status()
-        service._reader.join(5)
+        service._reader.join(30)
         return types.SimpleNamespace(status=status, said=service.said() + service.log(),
                                      seconds=time.monotonic() - took.begun if took else 0.0, **more)
 
     # What happens.
 
     @classmethod
+    def under_nohup(cls):
+        ignored = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)"
+        with Service("--demo", "--port=0", changed=ignored) as service:
+            service.signal(signal.SIGHUP)
+            reply = ask(service, "cloud")    # this takes longer than a drain of nothing
+            service.signal(signal.SIGTERM)
+            return cls.seen(service, reply=reply)
+
+    def test_what_nohup_started_outlives_its_terminal(self):
+        def check(seen):
+            self.assertEqual((seen.reply.status, seen.reply.headers["Connection"]), (200, "keep-alive"))
+            self.ended(seen)
+        self.each(self.under_nohup, check)
+
+    @classmethod
     def idle(cls, _what, number, upstream):
         with upstream() as local, Service("--port=0", *ENDLESS, env=env_for(local)) as service, \
-                socket.create_connection(("127.0.0.1", service.port), 8) as idle:
+                socket.create_connection(("127.0.0.1", service.port), 30) as idle:
             idle.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
             first = idle.recv(1 << 16)
             eventually(lambda: local.loads or local.probes)
@@ -11877,7 +11969,7 @@ class Stopping(Case):
 
     @staticmethod
     def connected(service):
-        return socket.create_connection(("127.0.0.1", service.port), 8)
+        return socket.create_connection(("127.0.0.1", service.port), 30)
 
     @staticmethod
     def rest_of(client):
@@ -11933,7 +12025,7 @@ class Stopping(Case):
                      *CALM, *flags_for(local, cloud), "--cloud-model=openai:none@%s/v1" % silent]
             service = stack.enter_context(Service(*flags, env=env_for(cloud, local)))
             eventually(lambda: states(service)[local.target] == "ready" and states(service)[cloud.target] == "ready")
-            running = [pool.submit(ask, service, cls.asked(model), stream=stream, timeout=8, **named(name))
+            running = [pool.submit(ask, service, cls.asked(model), stream=stream, **named(name))
                        for name, model, stream in rows]
             deaf, slow, eager, half, first = (stack.enter_context(cls.connected(service)) for _ in range(5))
             deaf.sendall(post(chat("cloud", stream=True, **named("flooding"))))
@@ -11950,7 +12042,7 @@ class Stopping(Case):
             seen = cls.seen(service, took, replies=dict(zip(BEGUN + NOT_BEGUN, replies)))
             seen.replies.update(eager=reply_of(cls.rest_of(eager)), slow=reply_of(slowly.result()))
             requests = cloud.requests + local.requests + local.loads
-            seen.left = [request.body for request in requests if not request.hung_up.wait(2)]
+            seen.left = [request.body for request in requests if not request.hung_up.wait(20)]
             seen.asked = len(requests)
             return seen
 
@@ -12014,8 +12106,28 @@ class Stopping(Case):
     def test_a_second_signal_ends_it_at_once(self):
         def check(seen):
             self.assertTrue(seen.still_there)
-            self.ended(seen, seen.expected, within=2)
+            self.ended(seen, seen.expected)
         self.each(self.told_twice, check)
+
+    @classmethod
+    def hung_up_twice(cls, first):
+        gate = threading.Event()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, small(delayed(gate, 0.5)) as local, \
+                Service("--port=0", *ENDLESS, *CALM, env=env_for(local)) as service:
+            running = pool.submit(ask, service, "local")
+            local.next_request()
+            service.signal(first)
+            eventually(service.refuses)
+            service.signal(signal.SIGHUP)
+            gate.set()
+            return cls.seen(service, reply=running.result())
+
+    def test_a_terminal_that_hangs_up_twice_hurries_nobody(self):
+        """A shell passes on what it is sent, and when it has ended the kernel sends it once more."""
+        def check(seen):
+            self.answered(seen.reply, "local")
+            self.ended(seen)
+        self.each(self.hung_up_twice, check)
 
     @classmethod
     def in_a_terminal(cls, busy):
@@ -12038,7 +12150,8 @@ class Stopping(Case):
     def starting(cls, does, number, changed):
         with Upstream(OLLAMA, probe=[HANG]) as local:
             ready = (lambda service: "now" in service.said()) if changed else (lambda _: local.probes)
-            with Service("--port=0", env=env_for(local), changed=changed, ready=ready) as service, Took() as took:
+            with Service("--port=0", *ENDLESS, env=env_for(local), changed=changed, ready=ready) as service, \
+                    Took() as took:
                 service.signal(number)
                 return cls.seen(service, took)
 
@@ -12187,7 +12300,7 @@ class Logs(Case):
             replies = {name: reply_of(cls.left(service, data) if name == "left" else raw(service, data))
                        for name, data, *_ in LOGGED}
             if replies["left"].status == 200:
-                cloud.last.hung_up.wait(2)
+                cloud.last.hung_up.wait(20)
             service.end(signal.SIGTERM)
             return types.SimpleNamespace(replies=replies, log=service.log(), lines=service.log().splitlines(),
                                          local=local.target, cloud=cloud.target)
@@ -12363,7 +12476,7 @@ class Outlet(io.StringIO):
         self.gate.set()
 
     def write(self, text):
-        self.gate.wait(10)
+        self.gate.wait(60)
         self.writes += 1
         return super().write(text)
 
@@ -12375,14 +12488,8 @@ class LogWriter(Case):
         self.outlet = Outlet()
         self.writer = oblix._LogWriter(self.outlet)
         self.writer.setFormatter(logging.Formatter("%(message)s"))
-        self.addCleanup(self.stop)
-
-    def stop(self):
-        """End the thread, which would wait for ever."""
-        self.outlet.gate.set()
-        with mock.patch.object(self.writer._come, "wait", return_value=False):
-            self.tell("the last one")
-            eventually(lambda: "log" not in [thread.name for thread in threading.enumerate()])
+        self.addCleanup(self.writer.close)
+        self.addCleanup(self.outlet.gate.set)
 
     def tell(self, *texts, level=logging.INFO):
         for text in texts:
@@ -12397,12 +12504,13 @@ class LogWriter(Case):
         self.tell("one more")    # after a rest
         eventually(lambda: "one more" in self.outlet.getvalue())
 
-    def test_a_flush_waits_until_all_is_written(self):
-        with mock.patch.object(oblix, "LOG_END_S", 10):
-            for number in range(3):
-                self.tell("line %d" % number)
-                self.writer.flush()
-                self.assertEqual(len(self.outlet.getvalue().splitlines()), number + 1)
+    def test_its_end_waits_until_all_is_written(self):
+        with mock.patch.object(oblix, "LOG_END_S", 60):
+            self.tell("line 0")
+            eventually(lambda: self.outlet.writes)
+            self.tell("line 1", "line 2")
+            self.writer.close()
+            self.assertEqual(len(self.outlet.getvalue().splitlines()), 3)
 
     def test_nobody_waits_where_nothing_is_taken_and_the_oldest_lines_are_dropped(self):
         self.outlet.gate.clear()
@@ -12411,8 +12519,8 @@ class LogWriter(Case):
             eventually(lambda: not self.writer._lines)
             self.tell(*map(str, range(oblix.MAX_LOG_LINES + 5)))
             self.tell("a warning", level=logging.WARNING)
-            self.writer.flush()
-        self.assertLess(took.seconds, 5)
+            self.writer.close()
+        self.assertLess(took.seconds, 10)    # its gate opens after 60
         self.outlet.gate.set()
         eventually(lambda: "a warning" in self.outlet.getvalue())
         lines = self.outlet.getvalue().splitlines()
@@ -12423,7 +12531,7 @@ class LogWriter(Case):
         for error in (BrokenPipeError(), ValueError("it is closed")):
             with mock.patch.object(self.outlet, "write", side_effect=error) as write:
                 self.tell("lost", level=logging.WARNING)
-                eventually(lambda: write.called and not self.writer._writing)    # noqa: B023 - it is over here
+                eventually(lambda: write.called)    # noqa: B023 - it is over here
         self.tell("told", level=logging.WARNING)
         eventually(lambda: "told" in self.outlet.getvalue())
 
@@ -12441,16 +12549,17 @@ class LogWriter(Case):
                 self.assertIn("stopping", "".join(lines[-2:]))    # the last request may be told of after it
 
     @unittest.skipUnless(os.name == "posix", IMPOSSIBLE + ": signals are POSIX's")
-    def test_a_process_whose_log_nobody_takes_answers_and_ends(self):
-        """A pipe that is full, one whose other end is closed, and no stderr at all."""
-        for how in ("full", "left", "closed"):
+    def test_a_process_whose_words_nobody_takes_answers_and_ends(self):
+        """A pipe that is full, one whose other end is closed, a full disk, and no stdout and stderr at all."""
+        for how in ("full", "left", "closed", *["disk"] * os.path.exists("/dev/full")):
             read, write = os.pipe()
             with self.subTest(how), Upstream(OPENAI, [OPENAI.head, chunk(HEL[OPENAI]), CLOSE]) as upstream:
                 with socket.create_server(("127.0.0.1", 0)) as free:
                     server = argparse.Namespace(port=free.getsockname()[1])
-                command = ["sh", "-c", 'exec "$@"%s' % (" 2>&-" if how == "closed" else ""), "sh", sys.executable,
-                           "oblix.py", "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
-                if how == "full":    # but for what the start says
+                closed = {"closed": " >&- 2>&-", "disk": " >/dev/full 2>&1"}.get(how, "")
+                command = ["sh", "-c", 'exec "$@"' + closed, "sh", sys.executable, "oblix.py",
+                           "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
+                if how == "full":
                     os.set_blocking(write, False)
                     with contextlib.suppress(BlockingIOError):
                         while True:
@@ -12459,21 +12568,29 @@ class LogWriter(Case):
                 elif how == "left":
                     os.close(read)
                 process = subprocess.Popen(command, cwd=HERE, env=bare_env(env_for(upstream)), stderr=write,
-                                           stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+                                           stdout=write, stdin=subprocess.DEVNULL)
                 try:
                     os.close(write)
-                    eventually(lambda: not refuses_connections(server), within=10)    # noqa: B023 - it is over here
+                    eventually(lambda: not refuses_connections(server))    # noqa: B023 - it is over here
                     for _ in range(3):
                         reply = ask(server, upstream.target, stream=True)    # which is cut, and warned of
                         self.assertTrue(reply.cut)
                     self.assertEqual(fetch(server, "GET", "/health").status in (200, 503), True)
                     process.send_signal(signal.SIGTERM)
-                    self.assertEqual(process.wait(8), 0)
+                    self.assertEqual(process.wait(20), 0)
                 finally:
                     process.kill()
                     process.wait()
                     if how != "left":
                         os.close(read)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), IMPOSSIBLE + ": no device is a full disk")
+    def test_what_a_command_finds_is_its_status_whoever_reads_it(self):
+        for flags, status in ((["check"], 1), (["--port=x"], 2)):
+            with open("/dev/full", "wb") as full:
+                ran = subprocess.run([sys.executable, "oblix.py", *flags], cwd=HERE, env=bare_env(), stdout=full,
+                                     stderr=full, stdin=subprocess.DEVNULL, timeout=60)
+            self.assertEqual(ran.returncode, status, flags)
 
 
 def refuses_connections(server):
