@@ -1752,12 +1752,10 @@ _SET.set()
 
 TYPICAL_TOKENS = 200    # of an answer whose length nobody knows
 
-REST_S, MAX_REST_S = 1.0, 60.0                      # after a fault, doubled for each further one in a row
-ACCOUNT_REST_S, MAX_ACCOUNT_REST_S = 600.0, 3600.0    # a person must act: not soon
-MISSING_REST_S = 60.0                               # the model may be pulled or named rightly at any time
-
-_RESTS = {Fault.TRANSPORT: (REST_S, MAX_REST_S), Fault.BUSY: (REST_S, MAX_REST_S),
-          Fault.ACCOUNT: (ACCOUNT_REST_S, MAX_ACCOUNT_REST_S), Fault.NOT_FOUND: (MISSING_REST_S, MISSING_REST_S)}
+# The seconds that a target rests after a fault, doubled for each further one in a row, and at most.  After a fault of
+# the account a person must act, which is not soon.  A missing model may be pulled or named rightly at any time.
+RESTS_S = {Fault.TRANSPORT: (1.0, 60.0), Fault.BUSY: (1.0, 60.0), Fault.ACCOUNT: (600.0, 3600.0),
+           Fault.NOT_FOUND: (60.0, 60.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1774,13 +1772,13 @@ class Breaker:
         return max(0.0, self.until - now)
 
     def failed(self, error: UpstreamError, now: float) -> Breaker:
-        """Return the breaker after a fault.  Only faults that tell of the target's health count (`_RESTS`).
+        """Return the breaker after a fault.  Only faults that tell of the target's health count (`RESTS_S`).
 
         Requests that fail together count as one: a failure during a rest does not make the rest longer.
         """
-        if error.fault not in _RESTS:
+        if error.fault not in RESTS_S:
             return self
-        first_s, most_s = _RESTS[error.fault]
+        first_s, most_s = RESTS_S[error.fault]
         resting = self.rest_s(now) > 0
         failures = self.failures if resting else self.failures + 1
         rest_s = min(first_s * 2.0 ** min(failures - 1, 60), most_s)
@@ -1790,10 +1788,6 @@ class Breaker:
         if until < self.until:    # the fault before it is what still keeps the target from being asked
             return dataclasses.replace(self, failures=failures, last_resort=not hopeless)
         return Breaker(failures, until, error.brief, error.fault, not hopeless)
-
-    def succeeded(self) -> Breaker:
-        """Return the breaker after an answer: closed."""
-        return Breaker()
 
 
 class Pace(NamedTuple):    # rebuilt with each answer, as the record is: a dataclass takes more than twice as long
@@ -2119,7 +2113,7 @@ def in_time(plan: Plan, snapshot: Snapshot, work: Work) -> Plan:
     """Return the plan with the clouds before those local targets that would keep the client waiting for much longer.
 
     A cloud that merely rests is asked as well, by one request at a time.  A whole answer is expected to be as long as
-    the longest of late, since the client sees nothing of it before its end.
+    the longest of late, or as the client allows, since the client sees nothing of it before its end.
     """
     clouds = [target for target in (*plan.order, *plan.last_resort) if target.side is Side.CLOUD and (
         target in plan.order or plan.conditions[target].state == "resting")]
@@ -2127,7 +2121,10 @@ def in_time(plan: Plan, snapshot: Snapshot, work: Work) -> Plan:
         return plan
     what, limit_s = "first word", snapshot.first_limit_s
     if work.whole:
-        what, limit_s, work = "end", snapshot.whole_limit_s, work._replace(tokens=longest_answer(snapshot, work))
+        lengths = [tokens for record in snapshot.records.values() for tokens in record.pace.lengths]
+        longest = max(lengths, default=TYPICAL_TOKENS)
+        work = work._replace(tokens=min(work.max_output_tokens or longest, longest))
+        what, limit_s = "end", snapshot.whole_limit_s
     theirs = predicted(clouds[0], plan.conditions[clouds[0]], snapshot, work)
     cloud_s = (theirs.first_s or CLOUD_FIRST_S) + (theirs.end_s - theirs.first_s if work.whole else 0.0)
     waits = {target: waits_s(target, plan.conditions[target], snapshot, work)
@@ -2139,13 +2136,6 @@ def in_time(plan: Plan, snapshot: Snapshot, work: Work) -> Plan:
     return dataclasses.replace(
         plan, order=(*near, *clouds, *late), last_resort=tuple(hope for hope in plan.last_resort if hope not in clouds),
         reason=f"{plan.reason}; local {brief_s(waits[late[0]])} to the {what}, cloud {brief_s(cloud_s)}")
-
-
-def longest_answer(snapshot: Snapshot, work: Work) -> int:
-    """Return the tokens of the longest answer of late, or those that the client allows if they are fewer."""
-    lengths = [tokens for record in snapshot.records.values() for tokens in record.pace.lengths]
-    longest = max(lengths, default=TYPICAL_TOKENS)
-    return min(work.max_output_tokens or longest, longest)
 
 
 def cloud_patience_s(pace: Pace, stream: bool, patience_s: float) -> float:
@@ -2868,19 +2858,19 @@ class Ollama(Provider):
         if "num_ctx" in request.body.get("options", {}) or not model.max_context:
             return 0
         size = request.size
-        if size // 8 > model.max_context:    # no language has 8 bytes a token
-            raise Unsupported(f"the prompt has over {size // 8} tokens, and its context {model.max_context}",
+        if size // MOST_BYTES > model.max_context:
+            raise Unsupported(f"the prompt has over {size // MOST_BYTES} tokens, and its context {model.max_context}",
                               param="messages", code="context_length_exceeded")
         answer = min(request.max_output_tokens(512), 4096)
         now = model.context or asked or DEFAULT_CONTEXT
-        if size // 3 + answer <= now:    # English has 4 bytes a token, code and other languages about 3
+        needed = size // LEAST_BYTES + answer
+        if needed <= now:
             return now if now == asked else 0
-        wanted = max(now, min(next((step for step in CONTEXTS if step >= size // 3 + answer), CONTEXTS[-1]),
-                              model.max_context))
+        wanted = max(now, min(next((step for step in CONTEXTS if step >= needed), CONTEXTS[-1]), model.max_context))
         # the size of a loaded model is with its context, and `free` counts it as free
         if free is None or model.size + (wanted - model.context) * model.token_bytes <= free:
             return wanted if wanted > now or wanted == asked else 0
-        if size // 5 + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
+        if size // LARGE_BYTES + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
             return 0
         raise Unsupported(f"a context of {wanted} tokens does not fit in memory", param="messages",
                           code="context_length_exceeded")
@@ -2888,6 +2878,8 @@ class Ollama(Provider):
 
 DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
+# Bytes a token: code and languages other than English have about 3; English has 4, and seldom 5; none has 8.
+LEAST_BYTES, LARGE_BYTES, MOST_BYTES = 3, 5, 8
 
 
 def _with_state(model: Model, loaded: Json | None) -> Model:
@@ -3987,7 +3979,7 @@ class Ledger:
         if not error and not known.failures:    # nearly always
             return known
         before, _ = self._update(target, lambda record: record._replace(
-            breaker=record.breaker.failed(error, now) if error else record.breaker.succeeded()))
+            breaker=record.breaker.failed(error, now) if error else Breaker()))
         return before.breaker
 
     def learn_refusal(self, target: Target, param: str) -> None:

@@ -939,7 +939,7 @@ class Shape(Case):
         """Nor for the network: under a lock nothing is called but what collections do at once, or makes a new value."""
         quick = {"get", "pop", "popitem", "move_to_end", "add", "discard", "dict", "len", "tuple", "iter", "next",
                  "values", "Record", "change", "too_much"}
-        pure = {"_replace", "bool", "learned", "failed", "succeeded", "Record", "Cache"}
+        pure = {"_replace", "bool", "learned", "failed", "Breaker", "Record", "Cache"}
         tree = ast.parse(self.source)
         held = [node for node in ast.walk(tree) if isinstance(node, ast.With)
                 and any("_lock" in ast.dump(item.context_expr) for item in node.items)]
@@ -2023,7 +2023,7 @@ def paced(first_s, tokens_per_s=0.0, load_s=0.0):
     return oblix.Record(pace=oblix.Pace((first_s,) if first_s else (), tokens_per_s, load_s))
 
 
-MB = 2**20
+MB, REST_S = 2**20, oblix.RESTS_S[oblix.Fault.TRANSPORT][0]
 
 CELLS = [  # local, cloud, what is tried with --prefer local, with --prefer cloud, and when all of that has failed
     (GOOD, GOOD, [LOCAL_1, CLOUD_1], [CLOUD_1, LOCAL_1], []),
@@ -2079,9 +2079,10 @@ class Policy(Case):
     def test_the_readme_tells_how_long_each_fault_rests(self):
         table = README.partition("| fault | rest")[2].partition("\n\n")[0]
         rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", table, re.M))
-        for words, status, shown in (("unreachable", 503, (oblix.REST_S, oblix.MAX_REST_S)),
-                                     ("401", 401, (oblix.ACCOUNT_REST_S, oblix.MAX_ACCOUNT_REST_S)),
-                                     ("404", 404, (oblix.MISSING_REST_S,)), ("client's own", 400, ())):
+        rests_s = oblix.RESTS_S
+        for words, status, shown in (("unreachable", 503, rests_s[oblix.Fault.TRANSPORT]),
+                                     ("401", 401, rests_s[oblix.Fault.ACCOUNT]),
+                                     ("404", 404, rests_s[oblix.Fault.NOT_FOUND][:1]), ("client's own", 400, ())):
             [row] = [rest for fault, rest in rows.items() if words in fault]
             self.assertEqual(row == "none", not shown)
             numbers = [float(number) for number in re.findall(r"\d+", row)]
@@ -4771,8 +4772,8 @@ class Replanned(Case):
         for _ in range(3):
             self.tries("large", says="rests after: gone")
             self.assertEqual(self.plan().last_resort, (self.small,))
-            self.clock.now += oblix.REST_S / 4
-        self.clock.now += oblix.REST_S / 4
+            self.clock.now += REST_S / 4
+        self.clock.now += REST_S / 4
         self.tries("small", "large", says="local available")
         self.ledger.settle(self.small, oblix.UpstreamError("gone again"))
         self.tries("large", says="rests after: gone again")
@@ -4795,7 +4796,7 @@ class Replanned(Case):
 
     def test_a_trial_begins_and_ends(self):
         self.ledger.settle(self.small, oblix.UpstreamError("gone"))
-        self.clock.now += oblix.REST_S
+        self.clock.now += REST_S
         self.tries("small", "large")
         self.assertEqual(self.ledger.admit(self.small), (True, True))
         self.tries("large")
@@ -5268,13 +5269,6 @@ class Breaker(Case):
                 self.assertEqual((breaker.failures, breaker.rest_s(now + 1)), (1, rest_s - 1))
                 self.assertFalse(breaker.last_resort)
 
-    def test_a_success_forgets_everything(self):
-        for faults, *_ in RESTS:
-            with self.subTest(faults[-6:], count=len(faults)):
-                breaker = after(*faults)[0].succeeded()
-                self.assertEqual(breaker, oblix.Breaker())
-                self.assertEqual((breaker.failures, breaker.rest_s(0.0)), (0, 0.0))
-
     def test_what_is_no_fault_of_the_target_changes_nothing(self):
         for faults, fault, wait_s in itertools.product(([], ["TRANSPORT"], ["ACCOUNT"]), NO_FAULTS, (None, 7.0)):
             with self.subTest(faults, fault=fault, wait_s=wait_s):
@@ -5291,8 +5285,10 @@ class Breaker(Case):
             breaker.failures = 1
 
     def test_its_numbers(self):
-        self.assertEqual((oblix.REST_S, oblix.MAX_REST_S, oblix.MAX_RETRY_AFTER_S), (1.0, 60.0, 600.0))
-        self.assertEqual((oblix.ACCOUNT_REST_S, oblix.MISSING_REST_S), (600.0, 60.0))
+        self.assertEqual({fault.name: rests_s for fault, rests_s in oblix.RESTS_S.items()},
+                         {"TRANSPORT": (1.0, 60.0), "BUSY": (1.0, 60.0), "ACCOUNT": (600.0, 3600.0),
+                          "NOT_FOUND": (60.0, 60.0)})
+        self.assertEqual(oblix.MAX_RETRY_AFTER_S, 600.0)
 
     # What it leads to, asked over the wire.  The cloud is first, as it has no slots that could be full, and is the one
     # that fails.  The clock stands still, and moves where a test moves it.
@@ -13889,9 +13885,7 @@ class Relays:
     def __init__(self, stack):
         self.data, self.logged = b"", []
         self.upstreams = [stack.enter_context(Upstream(dialect, self.play)) for dialect in DIALECTS]
-        rests = dict.fromkeys(oblix._RESTS, (0.0, 0.0))
-        stack.enter_context(mock.patch.dict(oblix._RESTS, rests))
-        stack.enter_context(mock.patch.multiple(oblix, REST_S=0.0, MAX_REST_S=0.0, MISSING_REST_S=0.0))
+        stack.enter_context(mock.patch.dict(oblix.RESTS_S, dict.fromkeys(oblix.RESTS_S, (0.0, 0.0))))
         flags = ["--on-cut=continue", "--stall-timeout-s=2", "--first-byte-timeout-s=2"]
         self.server = stack.enter_context(running(*self.upstreams, flags=flags))
         handler = logging.Handler()
