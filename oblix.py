@@ -1219,20 +1219,12 @@ LIMITS = {
     "battery_percent": ("battery {:.0f}%", "battery_constrained_percent", "battery_critical_percent"),
     "temperature_c": ("temperature {:.0f} C", "temperature_high_c", "temperature_critical_c"),
 }
-
-
 # Facts that count only beside another one.  A load may be another machine's (LXC shows the host's), or one of threads
 # that sleep (raspberrypi/linux's issue 2881): CPUs that are idle are idle.
 COUNTS: dict[str, Callable[[Json], bool]] = {
-    "load_per_core": lambda facts: facts.get("cpu_percent", 0.0) >= LOAD_CPU_PERCENT,
+    "load_per_core": lambda facts: facts.get("cpu_percent", 0.0) >= 50,
     "battery_percent": lambda facts: facts.get("battery_plugged") is False,    # None: the system can't tell
 }
-LOAD_CPU_PERCENT = 50.0
-
-
-def level_of(value: float, constrained: float, critical: float) -> Level:
-    """Return the level of a value with these limits."""
-    return Level.OUT if value >= critical else Level.STRAINED if value >= constrained else Level.GOOD
 
 
 def worst(facts: Json, settings: Settings) -> tuple[Level, str]:
@@ -1241,7 +1233,8 @@ def worst(facts: Json, settings: Settings) -> tuple[Level, str]:
     for fact, (words, constrained, critical) in LIMITS.items():
         if fact in facts and (fact not in COUNTS or COUNTS[fact](facts)):
             sign = -1 if fact == "battery_percent" else 1    # a battery is bad when low
-            level = level_of(sign * facts[fact], sign * values[constrained], sign * values[critical])
+            value, strained_from, out_from = (sign * values[name] for name in (fact, constrained, critical))
+            level = Level.OUT if value >= out_from else Level.STRAINED if value >= strained_from else Level.GOOD
             found.append((level, words.format(facts[fact])))
     return max((level for level, _ in found), default=Level.GOOD), ", ".join(words for level, words in found if level)
 
@@ -1278,19 +1271,20 @@ class DeviceMonitor(Monitor):
 class ServerProcesses:
     """The processes of local model servers: what they use for our answers must not read as a busy machine.
 
-    A server listens at a target's port or has a known name.  Its children are part of it, Oblix and its parents are
-    not.  Who listens is known of this user's processes, and to root of all.
+    A server listens at a target's port or has a known name, and its children are part of it.  Oblix and its parents
+    are not.  Linux shows a user which of the own processes listen, and root which of all.
     """
     names = ("ollama", ".ollama", "llama", "lm studio", "lms", "vllm")    # NixOS wraps programs with a dot
     afresh_s = 60.0    # between looks at all processes: exec changes a name, as vLLM's workers do; pids are reused
+    share = 0.0005     # of a core, that looking for a server which is not seen to listen may cost
 
     def __init__(self) -> None:
         self.ports: frozenset[int] = frozenset()
         self.pids: frozenset[int] = frozenset()          # of the servers that the last use() found
         self._all: dict[int, tuple[str, int]] = {}       # pid -> name and parent, of all processes at the last call
         self._found: dict[Any, float] = {}               # psutil.Process of a server -> its CPU seconds then
-        self._listeners: set[int] = set()                # pids
-        self._afresh_at = -math.inf
+        self._listeners: Collection[int] = ()            # pids
+        self._afresh_at = self._listen_at = -math.inf
 
     def use(self) -> tuple[float, int]:
         """Return the CPU seconds that the servers used since the last call, and the bytes of memory that they hold.
@@ -1315,8 +1309,11 @@ class ServerProcesses:
         before, kept = self._all.keys() or pids, pids & self._all.keys()
         if now >= self._afresh_at:
             kept, self._afresh_at = set(), now + self.afresh_s
+        if now >= self._listen_at and pids.isdisjoint(self._listeners):
             with contextlib.suppress(Exception):    # Android denies it, a bare container may lack it
-                self._listeners = self._listeners & pids or listeners(self.ports)
+                self._listeners = listeners(self.ports)
+            done = time.monotonic()
+            self._listen_at = done + max(5.0, (done - now) / self.share)
         self._all = {pid: self._all[pid] if pid in kept else ("", 0) for pid in pids}
         for pid in pids - kept:
             with contextlib.suppress(psutil.Error):
@@ -1339,24 +1336,25 @@ class ServerProcesses:
         while pid in self._all and pid not in above:
             above.add(pid)
             pid = self._all[pid][1]
-        roots = [*self._listeners]
-        for pid in roots:    # of those that share a port psutil shows one: a parent of the same name shares it, too
-            name, parent = self._all.get(pid, ("", 0))
-            roots += [parent] if parent not in roots and self._all.get(parent, ("", 0))[0] == name else []
-        more = found = {pid for pid, (name, _) in self._all.items()
-                        if pid not in above and (pid in roots or name.startswith(self.names))}
+        found = {pid for pid, (name, _) in self._all.items() if name.startswith(self.names) or pid in self._listeners}
+        more = found = found - above
         while more:
             more = {pid for pid, (_, parent) in self._all.items() if parent in more} - found - above
             found |= more
         return frozenset(found)
 
 
-def listeners(ports: Collection[int]) -> set[int]:
+def listeners(ports: Collection[int]) -> Collection[int]:
     """Return the pids of the processes that listen at these ports, as far as the system shows them."""
+    rows = [line.split() for name in ("tcp", "tcp6") for line in read_text(f"/proc/net/{name}").splitlines()
+            if " 0A " in line]    # they listen
+    if rows:
+        return holders(frozenset(f"socket:[{row[9]}]" for row in rows if int(row[1].rpartition(":")[2], 16) in ports))
+    # psutil takes 15 us for each connection of a server, so not on Linux
     import psutil
     found: list[tuple[Any, int | None]] = []
     try:
-        found += [(one, one.pid) for one in psutil.net_connections("tcp")] if ports else []
+        found += [(one, one.pid) for one in psutil.net_connections("tcp")]
     except psutil.AccessDenied:    # macOS shows a user only the own processes, and each by itself
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -1364,19 +1362,30 @@ def listeners(ports: Collection[int]) -> set[int]:
     return {pid for one, pid in found if pid and one.status == "LISTEN" and one.laddr.port in ports}
 
 
+@functools.lru_cache(1)
+def holders(files: frozenset[str]) -> frozenset[int]:
+    """Return the pids of the processes that have one of these files open, as far as Linux shows them."""
+    found = set()
+    for path in glob.glob("/proc/[0-9]*/fd/*") if files else ():
+        with contextlib.suppress(OSError):
+            found |= {int(path.split("/")[2])} if os.readlink(path) in files else set()
+    return frozenset(found)
+
+
 class ResourceMonitor(DeviceMonitor):
     """CPU, memory and load of the device and of the model servers' container, less what these servers use."""
     name = "resources"
-    limits_s = 10.0    # between looks for limits of containers
+    limits_s = 10.0    # between looks for limits
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, self._ours, self._limits, self._cpu, self._memory, self._swap, self._load)
+        super().__init__(settings, self._ours, self._limits, self._cpu, self._memory, self._load)
         self._cores = os.cpu_count() or 1
         self._at, self._passed_s = -math.inf, math.inf    # the last sample, and the seconds before it
         self._cores_ours, self._bytes_ours = 0.0, 0       # that the servers used in these seconds, and hold
         self._load_ours = 0.0
         self._groups: dict[ControlGroup, float] = {}      # with limits -> the CPU seconds that they have used
-        self._groups_at = -math.inf
+        self._most: Json = {}
+        self._limits_at = -math.inf
 
     def _ours(self, _: Any) -> Json:
         """Measure what the servers use, which the other readers subtract."""
@@ -1389,12 +1398,19 @@ class ResourceMonitor(DeviceMonitor):
             self._cores_ours = used_s / self._passed_s
         return {}
 
-    def _limits(self, _: Any) -> Json:
-        """Update the control groups that limit the servers."""
-        if self._at >= self._groups_at:
-            self._groups_at = self._at + self.limits_s
+    def _limits(self, psutil: Any) -> Json:
+        """Find out what limits the servers: the device, and the control groups of their container.
+
+        A Mac makes swap as it needs it, so what there is in all is not known.
+        """
+        if self._at >= self._limits_at:
+            self._limits_at = self._at + self.limits_s
             self._groups = {group: self._groups.get(group, math.nan) for group in control_groups(self.servers.pids)}
-        return {"cores": min([self._cores, *(group.cores for group in self._groups)])}
+            self._most = {"cores": min([self._cores, *(group.cores for group in self._groups)])}
+            with contextlib.suppress(Exception):    # a container may lack it
+                most = psutil.virtual_memory().total + psutil.swap_memory().total
+                self._most.update({"memory_and_swap_mb": most >> 20} if sys.platform != "darwin" else {})
+        return self._most
 
     def _cpu(self, psutil: Any) -> Json:
         percent = psutil.cpu_percent()    # since the last call of this thread; 0 at the first
@@ -1414,11 +1430,6 @@ class ResourceMonitor(DeviceMonitor):
         percents = [100 * (taken - own) / max(total - own, 1) for (total, taken), own in zip(rooms, ours)]
         return {"memory_percent": round(min(max(percents), 100.0), 1),
                 "memory_free_mb": max(0, int(min(total - taken for total, taken in rooms))) >> 20}
-
-    def _swap(self, psutil: Any) -> Json:
-        """Return the memory and swap that there are in all.  A Mac makes swap as it needs it."""
-        most = psutil.virtual_memory().total + psutil.swap_memory().total
-        return {"memory_and_swap_mb": most >> 20} if sys.platform != "darwin" else {}
 
     def _load(self, psutil: Any) -> Json:
         """Return the load of one minute, less the cores that the servers used, damped as the kernel damps it."""
@@ -1466,9 +1477,9 @@ def control_groups(pids: Collection[int], root: str = "/") -> list[ControlGroup]
     for folder in folders:
         sizes = [read_number(f"{folder}/memory.{name}") for name in ("max", "high", "limit_in_bytes")]
         memory = min([size for size in sizes if size is not None and size < 1 << 60], default=math.inf)    # 2**63: none
-        cpu = read_text(f"{folder}/cpu.max") or "{} {}".format(*(read_text(f"{folder}/cpu.cfs_{name}_us") for name in (
-            "quota", "period")))
-        quota, period = map(parse_number, cpu.split(" ", 1))
+        cpu = read_text(f"{folder}/cpu.max").split() or [read_text(f"{folder}/cpu.cfs_{name}_us")
+                                                         for name in ("quota", "period")]
+        quota, period = (*map(parse_number, cpu), None)[:2]
         cores = quota / period if quota and period else math.inf
         found += [ControlGroup(folder, memory, cores)] if min(memory, cores) < math.inf else []
     return found
@@ -1561,14 +1572,13 @@ def temperature(psutil: Any, folder: str = "/sys/class/thermal") -> Json:
 def hottest(sensors: Iterable[tuple[str, float, float | None, float | None]]) -> Json:
     """Return the facts of sensors, each given as its chip, what it reads, and where it says it is high and critical."""
     found = []
-    for chip, current, high, critical in sensors:
-        limits = temperature_limits(chip, high, critical)
+    for chip, current, *told in sensors:
+        limits = temperature_limits(chip, *told)
         if limits and 0 < current < HOTTEST:
-            found.append((level_of(current, *limits), current - limits[0], round(current, 1), *limits))
-    if not found:
-        return {}
-    _, _, *facts = max(found)
-    return dict(zip(("temperature_c", "temperature_high_c", "temperature_critical_c"), facts))
+            high, critical = limits
+            found.append(((current - high) / max(critical - high, 0.1), round(current, 1), high, critical))
+    names = ("temperature_c", "temperature_high_c", "temperature_critical_c")
+    return dict(zip(names, max(found)[1:])) if found else {}
 
 
 # --- 4. GPUs ----------------------------------------------------------------------------------------------------------
@@ -1685,14 +1695,12 @@ def nvidia_rows(smi: str, query: str) -> list[list[float | None]]:
 
 def amd(devices: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
     """Read the driver's files.  Built-in GPUs count only where there is no other, and without their memory."""
-    gpus = [Gpu(0.0) if asleep(device) else amd_gpu(device) for device in devices]
+    gpus = []
+    for device in devices:
+        busy, used, total = (0.0, None, None) if asleep(device) else (read_number(f"{device}/{name}") for name in (
+            "gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total"))
+        gpus.append(Gpu(busy, used and used / 2**20, total and total / 2**20))    # from bytes
     return [gpu for gpu in gpus if (gpu.total_mb or 0.0) >= APU_MB] or [Gpu(gpu.busy_percent) for gpu in gpus], None
-
-
-def amd_gpu(device: str) -> Gpu:
-    busy, used, total = (parse_number(read_text(f"{device}/{name}"))    # memory in bytes
-                         for name in ("gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total"))
-    return Gpu(busy, used and used / 2**20, total and total / 2**20)
 
 
 def apple(command: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
@@ -1749,7 +1757,7 @@ def run_command(*command: str) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
         with contextlib.suppress(subprocess.SubprocessError):
-            process.communicate(timeout=COMMAND_S / 5)
+            process.communicate(timeout=2.0)    # it is dead at once, or stuck in a driver
         raise
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)

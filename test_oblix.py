@@ -1486,12 +1486,14 @@ class OwnWork(Case):
                     servers.ports = frozenset(ports)
                     servers.use()
                     self.assertEqual(servers.pids, pids)
-            # macOS shows a user no list of all, Android nothing at all
-            denied = mock.patch("psutil.net_connections", side_effect=psutil.AccessDenied())
-            with denied:
+            # macOS shows a user no list of all, Windows does, and Android nothing at all
+            no_proc = mock.patch("oblix.read_text", return_value="")
+            with no_proc:
+                self.assertEqual(oblix.listeners({port}), {process.pid})
+            with no_proc, mock.patch("psutil.net_connections", side_effect=psutil.AccessDenied()):
                 self.assertEqual(oblix.listeners({port}), {process.pid})
             for error in (PermissionError("denied"), AttributeError("no such function"), RuntimeError("odd")):
-                with self.subTest(error), mock.patch("psutil.net_connections", side_effect=error):
+                with self.subTest(error), mock.patch("psutil.net_connections", side_effect=error), no_proc:
                     servers = oblix.ServerProcesses()
                     servers.ports = frozenset([port])
                     self.assertEqual(servers.use(), (0.0, 0))
@@ -1503,6 +1505,30 @@ class OwnWork(Case):
             servers.ports = frozenset([held.getsockname()[1]])
             servers.use()
             self.assertEqual((servers._listeners, servers.pids), ({os.getpid()}, set()))
+
+    def test_a_server_that_listens_later_is_found_when_it_does(self):
+        code = "import os, socket, time\nwhile not os.path.exists('go'): time.sleep(0.01)\n" \
+               "server = socket.create_server(('127.0.0.1', int(open('go').read()))); time.sleep(60)"
+        with socket.create_server(("127.0.0.1", 0)) as held:
+            port = held.getsockname()[1]
+        servers = oblix.ServerProcesses()
+        servers.ports = frozenset([port])
+        with processes(code, "node") as (process,):
+            servers.use()
+            self.assertEqual(servers.pids, set())
+            Path(f"/proc/{process.pid}/cwd/new").write_text(str(port))
+            Path(f"/proc/{process.pid}/cwd/new").rename(f"/proc/{process.pid}/cwd/go")
+            eventually(lambda: psutil.Process(process.pid).net_connections())
+            with mock.patch("oblix.listeners") as seldom:
+                servers.use()
+            self.assertFalse(seldom.called, "it is not looked for each time")
+            servers._listen_at = 0.0
+            servers.use()
+            self.assertEqual(servers.pids, {process.pid})
+            with mock.patch("oblix.listeners") as never:
+                servers._listen_at = 0.0
+                servers.use()
+            self.assertFalse(never.called, "it is known")
 
     def test_a_new_server_counts_from_its_start_and_an_older_one_from_when_it_is_seen(self):
         early = oblix.ServerProcesses()
@@ -1725,7 +1751,8 @@ class Memory(Case):
         two = "0::/user.slice/oblix\n"
         one = "9:name=systemd:/x\n8:memory:/a/b\n4:cpu,cpuacct:/a\n0::/\n"
         for what, files, found in (
-            ("nothing is known", {}, []), ("odd", {"proc/7/cgroup": "odd\n:\n::\n"}, []),
+            ("nothing is known", {}, []), ("odd", {"proc/7/cgroup": "odd\n:\n::\n", "sys/fs/cgroup/cpu.max": "?"}, []),
+            ("no period", {"proc/7/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "max"}, []),
             ("none", {"proc/7/cgroup": two, "sys/fs/cgroup/user.slice/oblix/memory.max": "max",
                       "sys/fs/cgroup/user.slice/oblix/cpu.max": "max 100000"}, []),
             ("a container's", {"proc/7/cgroup": "0::/", "sys/fs/cgroup/memory.max": "4096",
@@ -1763,7 +1790,7 @@ class Memory(Case):
                 self.assertEqual(group.memory_used(), used)
                 self.assertEqual(group.cpu_s(), seconds) if seconds else self.assertTrue(math.isnan(group.cpu_s()))
 
-    def sampled(self, group, used_s=0.0, held=0, files=(), arc=0):
+    def sampled(self, group, used_s=0.0, held=0, files=(), arc=0, platform="linux"):
         """A monitor's facts after two seconds on 4 idle cores with 1000 MiB, of which 600 are available."""
         with tree({"cpu.stat": "usage_usec 0", "memory.current": "0", **dict(files)}) as root, \
                 mock.patch("psutil.cpu_percent", return_value=10.0), mock.patch("os.cpu_count", return_value=4), \
@@ -1771,7 +1798,7 @@ class Memory(Case):
                 mock.patch("psutil.swap_memory", return_value=mock.Mock(total=24 * MB)), \
                 mock.patch("oblix.zfs_cache", return_value=arc), \
                 mock.patch("oblix.control_groups", return_value=[group._replace(folder=root[:-1])] if group else []), \
-                mock.patch("time.monotonic", side_effect=[10.0, 12.0]), mock.patch("sys.platform", "linux"):
+                mock.patch("time.monotonic", side_effect=[10.0, 12.0]), mock.patch("sys.platform", platform):
             monitor = oblix.ResourceMonitor(oblix.Settings())
             with mock.patch.object(monitor.servers, "use", side_effect=[(0.0, 0), (used_s, held)]):
                 monitor.sample()
@@ -1802,6 +1829,8 @@ class Memory(Case):
                 files = {name: str(text) for name, text in how.pop("files", {}).items()}
                 found = self.sampled(**how, files=files)
                 self.assertEqual({name: found[name] for name in facts}, facts)
+        mac = self.sampled(None, platform="darwin")
+        self.assertNotIn("memory_and_swap_mb", mac, "it makes swap as it needs it")
 
 
 @contextlib.contextmanager
