@@ -1253,21 +1253,22 @@ LIMITS = {
     "battery_percent": ("battery {:.0f}%", "battery_constrained_percent", "battery_critical_percent"),
     "temperature_c": ("temperature {:.0f} C", "temperature_high_c", "temperature_critical_c"),
 }
-
-
-def level_of(value: float, constrained: float, critical: float) -> Level:
-    """Return the level of a value with these limits."""
-    return Level.OUT if value >= critical else Level.STRAINED if value >= constrained else Level.GOOD
+# Facts that count only beside another one.  A load may be another machine's (LXC shows the host's), or one of threads
+# that sleep (raspberrypi/linux's issue 2881): CPUs that are idle are idle.
+COUNTS: dict[str, Callable[[Json], bool]] = {
+    "load_per_core": lambda facts: facts.get("cpu_percent", 0.0) >= 50,
+    "battery_percent": lambda facts: facts.get("battery_plugged") is False,    # None: the system can't tell
+}
 
 
 def worst(facts: Json, settings: Settings) -> tuple[Level, str]:
     """Return the worst level of the facts, and a reason that names all that are not well.  A missing fact is fine."""
     values, found = {**vars(settings), **facts}, []
     for fact, (words, constrained, critical) in LIMITS.items():
-        sign = -1 if fact == "battery_percent" else 1    # a battery is bad when low,
-        counts = sign > 0 or facts.get("battery_plugged") is False    # and unplugged; None: the system can't tell
-        if fact in facts and counts:
-            level = level_of(sign * facts[fact], sign * values[constrained], sign * values[critical])
+        if fact in facts and (fact not in COUNTS or COUNTS[fact](facts)):
+            sign = -1 if fact == "battery_percent" else 1    # a battery is bad when low
+            value, strained_from, out_from = (sign * values[name] for name in (fact, constrained, critical))
+            level = Level.OUT if value >= out_from else Level.STRAINED if value >= strained_from else Level.GOOD
             found.append((level, words.format(facts[fact])))
     return max((level for level, _ in found), default=Level.GOOD), ", ".join(words for level, words in found if level)
 
@@ -1277,6 +1278,7 @@ class DeviceMonitor(Monitor):
 
     def __init__(self, settings: Settings, *readers: Callable[[Any], Json]) -> None:
         super().__init__(settings, Side.LOCAL)
+        self.servers = ServerProcesses()
         self._found: dict[Callable[[Any], Json], Json] = dict.fromkeys(readers, {})    # the last facts of each
 
     def sample(self) -> Json:
@@ -1303,20 +1305,20 @@ class DeviceMonitor(Monitor):
 class ServerProcesses:
     """The processes of local model servers: what they use for our answers must not read as a busy machine.
 
-    Those that the system does not show, as other users' on macOS, are not counted.
+    A server listens at a target's port or has a known name, and its children are part of it.  Oblix and its parents
+    are not.  Linux shows a user which of the own processes listen, and root which of all.
     """
-    names = ("ollama", "llama", "lm studio", "lms", "vllm")
-    afresh_s = 60.0    # between looks at all names: exec changes one, as vLLM's workers do, and pids are reused
+    names = ("ollama", ".ollama", "llama", "lm studio", "lms", "vllm")    # NixOS wraps programs with a dot
+    afresh_s = 60.0    # between looks at all processes: exec changes a name, as vLLM's workers do; pids are reused
+    share = 0.0005     # of a core, that looking for a server which is not seen to listen may cost
 
     def __init__(self) -> None:
-        self._pids: set[int] = set()          # of all processes at the last call
-        self._found: dict[Any, float] = {}    # psutil.Process of a server -> its CPU seconds at the last call
-        self._afresh_at = -math.inf
-
-    @property
-    def pids(self) -> frozenset[int]:
-        """The pids of the servers that the last use() found."""
-        return frozenset(process.pid for process in self._found)
+        self.ports: frozenset[int] = frozenset()
+        self.pids: frozenset[int] = frozenset()          # of the servers that the last use() found
+        self._all: dict[int, tuple[str, int]] = {}       # pid -> name and parent, of all processes at the last call
+        self._found: dict[Any, float] = {}               # psutil.Process of a server -> its CPU seconds then
+        self._listeners: Collection[int] = ()            # pids
+        self._afresh_at = self._listen_at = -math.inf
 
     def use(self) -> tuple[float, int]:
         """Return the CPU seconds that the servers used since the last call, and the bytes of memory that they hold.
@@ -1335,62 +1337,186 @@ class ServerProcesses:
         return used_s, held
 
     def _look(self) -> None:
-        """Update the servers.  Reading a name takes 60 us and a desktop runs 300 processes: only new pids are read."""
+        """Update the servers.  Reading a name takes 80 us and a desktop runs 300 processes: only new pids are read."""
         import psutil
         pids, now = set(psutil.pids()), time.monotonic()
-        before, self._pids = self._pids or pids, pids
-        unread = pids - before
+        before, kept = self._all.keys() or pids, pids & self._all.keys()
         if now >= self._afresh_at:
-            unread, self._afresh_at = pids, now + self.afresh_s
-        kept = pids - unread
-        found = {process: used_s for process, used_s in self._found.items() if process.pid in kept}
-        for pid in unread:
+            kept, self._afresh_at = set(), now + self.afresh_s
+        if now >= self._listen_at and pids.isdisjoint(self._listeners):
+            with contextlib.suppress(Exception):    # Android denies it, a bare container may lack it
+                self._listeners = listeners(self.ports)
+            done = time.monotonic()
+            self._listen_at = done + max(5.0, (done - now) / self.share)
+        self._all = {pid: self._all[pid] if pid in kept else ("", 0) for pid in pids}
+        for pid in pids - kept:
             with contextlib.suppress(psutil.Error):
                 process = psutil.Process(pid)
-                if process.name().lower().startswith(self.names):
-                    # All that a new process used counts; one that was there under another name counts from now.
-                    used_s = sum(process.cpu_times()[:2]) if pid in before else 0.0
-                    found[process] = self._found.get(process, used_s)
+                with process.oneshot():
+                    self._all[pid] = process.name().lower(), process.ppid()
+        known = {process.pid: process for process in self._found if process.pid in kept}
+        self.pids, found = self._servers(), {}
+        for pid in self.pids:
+            with contextlib.suppress(psutil.Error):
+                process = known.get(pid) or psutil.Process(pid)
+                # All that a new process used counts; one that was there under another name counts from now.
+                used_s = sum(process.cpu_times()[:2]) if pid in before else 0.0
+                found[process] = self._found.get(process, used_s)
         self._found = found
+
+    def _servers(self) -> frozenset[int]:
+        """Return the pids of the servers."""
+        above, pid = set[int](), os.getpid()
+        while pid in self._all and pid not in above:
+            above.add(pid)
+            pid = self._all[pid][1]
+        found = {pid for pid, (name, _) in self._all.items() if name.startswith(self.names) or pid in self._listeners}
+        more = found = found - above
+        while more:
+            more = {pid for pid, (_, parent) in self._all.items() if parent in more} - found - above
+            found |= more
+        return frozenset(found)
+
+
+def listeners(ports: Collection[int]) -> Collection[int]:
+    """Return the pids of the processes that listen at these ports, as far as the system shows them."""
+    rows = [line.split() for name in ("tcp", "tcp6") for line in read_text(f"/proc/net/{name}").splitlines()
+            if " 0A " in line]    # they listen
+    if rows:
+        return holders(frozenset(f"socket:[{row[9]}]" for row in rows if int(row[1].rpartition(":")[2], 16) in ports))
+    # psutil takes 15 us for each connection of a server, so not on Linux
+    import psutil
+    found: list[tuple[Any, int | None]] = []
+    try:
+        found += [(one, one.pid) for one in psutil.net_connections("tcp")]
+    except psutil.AccessDenied:    # macOS shows a user only the own processes, and each by itself
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                found += [(one, process.pid) for one in process.net_connections("tcp")]
+    return {pid for one, pid in found if pid and one.status == "LISTEN" and one.laddr.port in ports}
+
+
+@functools.lru_cache(1)
+def holders(files: frozenset[str]) -> frozenset[int]:
+    """Return the pids of the processes that have one of these files open, as far as Linux shows them."""
+    found = set()
+    for path in glob.glob("/proc/[0-9]*/fd/*") if files else ():
+        with contextlib.suppress(OSError):
+            found |= {int(path.split("/")[2])} if os.readlink(path) in files else set()
+    return frozenset(found)
 
 
 class ResourceMonitor(DeviceMonitor):
-    """CPU, memory and load of the device, less what the model servers use."""
+    """CPU, memory and load of the device and of the model servers' container, less what these servers use."""
     name = "resources"
+    limits_s = 10.0    # between looks for limits
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, self._ours, self._cpu, self._memory, self._load)
-        self._servers, self._cores = ServerProcesses(), os.cpu_count() or 1
+        super().__init__(settings, self._ours, self._limits, self._cpu, self._memory, self._load)
+        self._cores = os.cpu_count() or 1
         self._at, self._passed_s = -math.inf, math.inf    # the last sample, and the seconds before it
         self._cores_ours, self._bytes_ours = 0.0, 0       # that the servers used in these seconds, and hold
         self._load_ours = 0.0
+        self._groups: dict[ControlGroup, float] = {}      # with limits -> the CPU seconds that they have used
+        self._most: Json = {}
+        self._limits_at = -math.inf
 
     def _ours(self, _: Any) -> Json:
         """Measure what the servers use, which the other readers subtract."""
-        now = time.monotonic()
-        self._passed_s, self._at = max(now - self._at, 0.01), now
-        used_s, self._bytes_ours = self._servers.use()
-        self._cores_ours = used_s / self._passed_s
+        used_s, before = 0.0, self._at
+        try:
+            used_s, self._bytes_ours = self.servers.use()
+        finally:
+            self._at = time.monotonic()
+            self._passed_s = max(self._at - before, 0.01)
+            self._cores_ours = used_s / self._passed_s
         return {}
+
+    def _limits(self, psutil: Any) -> Json:
+        """Find out what limits the servers: the device, and the control groups of their container.
+
+        A Mac makes swap as it needs it, so what there is in all is not known.
+        """
+        if self._at >= self._limits_at:
+            self._limits_at = self._at + self.limits_s
+            self._groups = {group: self._groups.get(group, math.nan) for group in control_groups(self.servers.pids)}
+            self._most = {"cores": min([self._cores, *(group.cores for group in self._groups)])}
+            with contextlib.suppress(Exception):    # a container may lack it
+                most = psutil.virtual_memory().total + psutil.swap_memory().total
+                self._most.update({"memory_and_swap_mb": most >> 20} if sys.platform != "darwin" else {})
+        return self._most
 
     def _cpu(self, psutil: Any) -> Json:
         percent = psutil.cpu_percent()    # since the last call of this thread; 0 at the first
-        others = max(0.0, percent - 100 * self._cores_ours / self._cores)
-        return {"cpu_percent": round(others, 1)} if self._passed_s < math.inf else {}
+        others = [percent - 100 * self._cores_ours / self._cores]
+        for group, before_s in self._groups.items():
+            self._groups[group] = now_s = group.cpu_s()
+            others.append(100 * ((now_s - before_s) / self._passed_s - self._cores_ours) / group.cores)
+        most = max(0.0, *(other for other in others if not math.isnan(other)))
+        return {"cpu_percent": round(min(most, 100.0), 1)} if self._passed_s < math.inf else {}
 
     def _memory(self, psutil: Any) -> Json:
         memory = psutil.virtual_memory()
         used = memory.total - memory.available
-        ours = min(self._bytes_ours, used)
-        return {"memory_percent": round(100 * (used - ours) / (memory.total - ours), 1),
-                "memory_free_mb": memory.available >> 20}
+        rooms = [(memory.total, used - zfs_cache(used)), *(
+            (group.memory, group.memory_used()) for group in self._groups if group.memory < memory.total)]
+        ours = [min(self._bytes_ours, taken) for _, taken in rooms]
+        percents = [100 * (taken - own) / max(total - own, 1) for (total, taken), own in zip(rooms, ours)]
+        return {"memory_percent": round(min(max(percents), 100.0), 1),
+                "memory_free_mb": max(0, int(min(total - taken for total, taken in rooms))) >> 20}
 
     def _load(self, psutil: Any) -> Json:
         """Return the load of one minute, less the cores that the servers used, damped as the kernel damps it."""
         keep = math.exp(-self._passed_s / 60)
         self._load_ours = keep * self._load_ours + (1 - keep) * self._cores_ours
         others = max(0.0, psutil.getloadavg()[0] - self._load_ours)
-        return {"load_per_core": round(others / self._cores, 2), "cores": self._cores}
+        return {"load_per_core": round(others / self._cores, 2)}
+
+
+def zfs_cache(used: float, path: str = "/proc/spl/kstat/zfs/arcstats") -> float:
+    """Return the bytes in use that ZFS would give back.  A cache that is larger is the host's of this container."""
+    arc = read_numbers(path)
+    cache = arc.get("size", 0.0)
+    return max(0.0, cache - arc.get("c_min", cache)) if cache <= used else 0.0
+
+
+class ControlGroup(NamedTuple):
+    """The limits of a container or a service, by Linux's control groups of version 1 or 2."""
+    folder: str
+    memory: float    # bytes
+    cores: float
+
+    def memory_used(self) -> float:
+        """Return the bytes in use, without the page cache, which is given back."""
+        used = read_number(f"{self.folder}/memory.current") or read_number(f"{self.folder}/memory.usage_in_bytes")
+        stat = read_numbers(f"{self.folder}/memory.stat")
+        cache = sum(stat.get(f"total_{name}", stat.get(name, 0.0)) for name in ("active_file", "inactive_file"))
+        return max(0.0, (used or 0.0) - cache)
+
+    def cpu_s(self) -> float:
+        """Return the CPU seconds used so far, or nan if they are unknown."""
+        used_us = read_numbers(f"{self.folder}/cpu.stat").get("usage_usec", math.nan)
+        return (read_number(f"{self.folder}/cpuacct.usage") or 1000 * used_us) / 1e9
+
+
+def control_groups(pids: Collection[int], root: str = "/") -> list[ControlGroup]:
+    """Return the groups with limits that processes are in, outer ones too; this process's where none is known."""
+    folders, found = dict[str, None](), []
+    for line in "\n".join(read_text(f"{root}proc/{pid}/cgroup") for pid in pids or ("self",)).splitlines():
+        controllers, _, path = line.partition(":")[2].partition(":")    # of 0::/a/b, or 4:cpu,cpuacct:/a/b
+        parts = [part for part in path.split("/") if part]
+        if ".." not in parts:    # it is outside of what a container is shown
+            folders.update(("/".join([f"{root}sys/fs/cgroup", *filter(None, [controller]), *parts[:depth]]), None)
+                           for controller in controllers.split(",") for depth in range(len(parts) + 1))
+    for folder in folders:
+        sizes = [read_number(f"{folder}/memory.{name}") for name in ("max", "high", "limit_in_bytes")]
+        memory = min([size for size in sizes if size is not None and size < 1 << 60], default=math.inf)    # 2**63: none
+        cpu = read_text(f"{folder}/cpu.max").split() or [read_text(f"{folder}/cpu.cfs_{name}_us")
+                                                         for name in ("quota", "period")]
+        quota, period = (*map(parse_number, cpu), None)[:2]
+        cores = quota / period if quota and period else math.inf
+        found += [ControlGroup(folder, memory, cores)] if min(memory, cores) < math.inf else []
+    return found
 
 
 class PowerMonitor(DeviceMonitor):
@@ -1400,50 +1526,93 @@ class PowerMonitor(DeviceMonitor):
     pause_s = 10.0
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, charge, lambda psutil: hottest(psutil.sensors_temperatures()))
+        super().__init__(settings, charge, temperature)
 
 
-def charge(psutil: Any) -> Json:
-    """Return the facts of the device's battery, none if it has none."""
-    battery = psutil.sensors_battery()
-    if battery is None or not has_battery():
+SUPPLY = ("type", "scope", "present", "status", "online", "capacity", "energy_now", "energy_full", "charge_now",
+          "charge_full")    # files of Linux on a battery or a charger
+# What they tell -> whether the device is plugged in; the first that applies.  Chargers by USB may be too weak.
+PLUGGED = (({"Mains 1"}, True), ({"Discharging"}, False),
+           ({"USB 1", "Wireless 1", "Charging", "Full", "Not charging"}, True), ({"Mains 0"}, False))
+
+
+def charge(psutil: Any, folder: str = "/sys/class/power_supply") -> Json:
+    """Return the facts of the device's batteries, taken as one; none if it has none.
+
+    psutil tells of one battery, which may be a mouse's.  Linux says whose each is.
+    """
+    supplies = [{name: read_text(f"{path}/{name}") for name in SUPPLY} for path in glob.glob(f"{folder}/*")]
+    if supplies:
+        supplies = [supply for supply in supplies if supply["scope"] != "Device"]
+        told = {text for one in supplies for text in (one["status"], f"{one['type'].split('_')[0]} {one['online']}")}
+        plugged = next((plugged for texts, plugged in PLUGGED if texts & told), None)
+        percent = charge_of([one for one in supplies if one["type"] == "Battery" and one["present"] != "0"])
+    else:
+        battery = psutil.sensors_battery()
+        percent, plugged = (battery.percent, battery.power_plugged) if battery else (None, None)
+    if percent is None or not 0 <= percent <= 100:    # 255 and -1 mean unknown
         return {}
-    return {"battery_percent": round(battery.percent, 1), "battery_plugged": battery.power_plugged}
+    return {"battery_percent": round(percent, 1), "battery_plugged": plugged}
 
 
-def has_battery(folder: str = "/sys/class/power_supply") -> bool:
-    """Return False on a PC whose only battery is its mouse's: psutil takes it for the PC's, but Linux has its scope."""
-    scopes = [read_text(f"{path[:-len('capacity')]}scope") for path in glob.glob(f"{folder}/*/capacity")]
-    return scopes == [] or any(scope != "Device" for scope in scopes)
+def charge_of(batteries: Sequence[Mapping[str, str]]) -> float | None:
+    """Return the percentage that batteries hold together, by their sizes where they tell them, or None if unknown."""
+    for unit in ("energy", "charge"):
+        sizes = [(parse_number(one[f"{unit}_now"]), parse_number(one[f"{unit}_full"])) for one in batteries]
+        told = [(now, full) for now, full in sizes if now is not None and full]    # a dead one has 0 of 0
+        if told:
+            return min(100.0, 100 * sum(now for now, _ in told) / sum(full for _, full in told))
+    percents = [percent for one in batteries if (percent := parse_number(one["capacity"])) is not None]
+    return sum(percents) / len(percents) if percents else None
 
 
-_CPU_SENSOR = re.compile("cpu|soc|core|package", re.I)
+# Sensors of processors and GPUs, by the names of their drivers and thermal zones; limits of those that tell none; and
+# whether a critical temperature is where they throttle.  Elsewhere it is where the device switches itself off.  Other
+# parts are warm by design (disks, memory, network cards), have inputs that nothing is connected to (board chips), or
+# limits that somebody made up (acpitz, embedded controllers).
+CHIPS = (
+    (re.compile("coretemp|via_cputemp|nouveau|i915|xe$"), (80.0, 90.0), True),
+    (re.compile("amdgpu|radeon"), (95.0, 100.0), True),
+    (re.compile("k8temp|k10temp|zenpower"), (95.0, 100.0), False),    # they boost up to 95 degrees by design
+    (re.compile(r"\w?cpu|gpu|soc|tj|package|cluster|(big|little|mid)(core|$)|center|core_|main\d|x86_pkg|tcpu|b0d4"
+                "|g3d|mtktscpu|(bcm2835|imx|aml|exynos|sunxi)_therm|tsens_tz|scpi_sensors|sfctemp"),
+     (80.0, 90.0), False),    # of single-board computers and phones: cpu_thermal, soc-thermal, GPU-therm, cpuss-0 …
+)
 
 
-def temperature_limits(chip: str, sensor: Any) -> tuple[float, float] | None:
-    """Return the temperatures from which a sensor of psutil's is high and critical, or None if it can't be judged."""
-    high, critical = sensor.high or 0.0, sensor.critical or 0.0
-    if chip == "acpitz":    # whatever the firmware's author wrote: 8.3 degrees of 31.3 in bpytop's issue 185
-        return None
-    if critical >= high >= 50:
-        return high, critical
-    if chip in ("k10temp", "zenpower"):    # AMD's desktop chips boost up to 95 degrees by design
-        return 95.0, 100.0
-    return (80.0, 90.0) if _CPU_SENSOR.search(f"{chip} {sensor.label}") else None
+def temperature_limits(chip: str, high: float | None, critical: float | None) -> tuple[float, float] | None:
+    """Return the temperatures from which a sensor is high and critical, or None if it can't be judged."""
+    for pattern, usual, throttles in CHIPS:
+        if pattern.match(chip.lower().replace("-", "_")):
+            if high and critical and 50 <= high <= critical <= HOTTEST and (throttles or high < critical):
+                return high, critical if throttles else min(critical, high + 10)
+            return usual
+    return None
 
 
-def hottest(sensors: Mapping[str, Iterable[Any]]) -> Json:
+HOTTEST = 125.0    # degrees, beyond which a sensor is broken: processors are off by then
+
+
+def temperature(psutil: Any, folder: str = "/sys/class/thermal") -> Json:
     """Return the facts of the sensor nearest to its limit, or furthest past it; none if none can be judged."""
+    sensors = [(chip, one.current, one.high, one.critical) for chip, group in psutil.sensors_temperatures().items()
+               for one in group if one.label != "Tctl" or "Tdie" not in [other.label for other in group]]
+    # psutil leaves out the zones where any part, a disk say, has a sensor of its own.
+    zones = [(read_text(f"{path}/type"), (read_number(f"{path}/temp") or 0.0) / 1000, None, None)
+             for path in glob.glob(f"{folder}/thermal_zone*")]
+    return hottest(sensors) or hottest(zones)
+
+
+def hottest(sensors: Iterable[tuple[str, float, float | None, float | None]]) -> Json:
+    """Return the facts of sensors, each given as its chip, what it reads, and where it says it is high and critical."""
     found = []
-    for chip, group in sensors.items():
-        for sensor in group:
-            limits = temperature_limits(chip, sensor)
-            if limits and 0 < sensor.current < 150:    # beyond that it is broken
-                found.append((level_of(sensor.current, *limits), sensor.current - limits[0], sensor.current, *limits))
-    if not found:
-        return {}
-    _, _, current, high, critical = max(found)
-    return {"temperature_c": round(current, 1), "temperature_high_c": high, "temperature_critical_c": critical}
+    for chip, current, *told in sensors:
+        limits = temperature_limits(chip, *told)
+        if limits and 0 < current < HOTTEST:
+            high, critical = limits
+            found.append(((current - high) / max(critical - high, 0.1), round(current, 1), high, critical))
+    names = ("temperature_c", "temperature_high_c", "temperature_critical_c")
+    return dict(zip(names, max(found)[1:])) if found else {}
 
 
 # --- 4. GPUs ----------------------------------------------------------------------------------------------------------
@@ -1469,18 +1638,18 @@ class GpuMonitor(DeviceMonitor):
     def __init__(self, settings: Settings, sources: Sequence[GpuSource] | None = None) -> None:
         super().__init__(settings, self._gpus)
         self.sources = gpu_sources() if sources is None else sources
-        self._servers, self._took_s = ServerProcesses(), 0.0
+        self._took_s = 0.0
 
     def _gpus(self, _: Any) -> Json:
-        self._servers.use()
+        self.servers.use()
         begun = time.monotonic()
-        if self._servers.pids:
+        if self.servers.pids:
             time.sleep(self.window_s)
         asked = time.monotonic()
-        gpus, own_mb = self._ask(self._servers.pids)
+        gpus, own_mb = self._ask(self.servers.pids)
         done = time.monotonic()
         self._took_s = done - asked
-        return gpu_facts(gpus, own_mb, self._servers.use()[0] > self.own_cores * (done - begun))
+        return gpu_facts(gpus, own_mb, self.servers.use()[0] > self.own_cores * (done - begun))
 
     def _ask(self, servers: frozenset[int]) -> tuple[list[Gpu], float | None]:
         """Return what the first source finds that knows anything."""
@@ -1560,14 +1729,12 @@ def nvidia_rows(smi: str, query: str) -> list[list[float | None]]:
 
 def amd(devices: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
     """Read the driver's files.  Built-in GPUs count only where there is no other, and without their memory."""
-    gpus = [Gpu(0.0) if asleep(device) else amd_gpu(device) for device in devices]
+    gpus = []
+    for device in devices:
+        busy, used, total = (0.0, None, None) if asleep(device) else (read_number(f"{device}/{name}") for name in (
+            "gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total"))
+        gpus.append(Gpu(busy, used and used / 2**20, total and total / 2**20))    # from bytes
     return [gpu for gpu in gpus if (gpu.total_mb or 0.0) >= APU_MB] or [Gpu(gpu.busy_percent) for gpu in gpus], None
-
-
-def amd_gpu(device: str) -> Gpu:
-    busy, used, total = (parse_number(read_text(f"{device}/{name}"))    # memory in bytes
-                         for name in ("gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total"))
-    return Gpu(busy, used and used / 2**20, total and total / 2**20)
 
 
 def apple(command: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
@@ -1582,27 +1749,53 @@ def asleep(device: str) -> bool:
 
 
 def parse_number(text: str) -> float | None:
-    """Return the number that a tool or a driver wrote, or None for "[N/A]", "[Not Supported]" and other words."""
+    """Return the number that a tool or a driver wrote, with or without a unit; None for "[N/A]" and other words."""
     with contextlib.suppress(ValueError):
-        return finite(text) if finite(text) >= 0 else None
+        return finite(re.sub(r"\s*(%|MiB)$", "", text)) if "-" not in text else None
     return None
 
 
 def read_text(path: str) -> str:
     """Return the text of a small file, "" if it can't be read."""
     with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as file:
-        return file.read(4096).strip()
+        return file.read(1 << 16).strip()
     return ""
+
+
+def read_number(path: str) -> float | None:
+    """Return the number in a file, or None."""
+    return parse_number(read_text(path))
+
+
+def read_numbers(path: str) -> dict[str, float]:
+    """Return the numbers of a file whose lines begin with a name and end with its number."""
+    rows = [line.split() for line in read_text(path).splitlines()]
+    found = {row[0]: parse_number(row[-1]) for row in rows if row}
+    return {name: number for name, number in found.items() if number is not None}
 
 
 COMMAND_S = 5.0    # a command that takes longer is killed
 
 
 def run_command(*command: str) -> str:
-    """Return the output of a command.  Raise OSError or SubprocessError if it fails or hangs."""
-    return subprocess.check_output(
-        command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=COMMAND_S, encoding="ascii",
-        errors="replace", creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+    """Return the output of a command.  Raise OSError or SubprocessError if it fails or hangs.
+
+    One that hangs is killed with its children and then left alone, as a driver may hold it for ever.
+    """
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="ascii",
+        errors="replace", env={**os.environ, "LC_ALL": "C"}, start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+    try:
+        text, _ = process.communicate(timeout=COMMAND_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+        with contextlib.suppress(subprocess.SubprocessError):
+            process.communicate(timeout=2.0)    # it is dead at once, or stuck in a driver
+        raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return text
 
 
 # --- 4. Endpoints, and the watch over all -----------------------------------------------------------------------------
@@ -1692,8 +1885,11 @@ def monitors_for(settings: Settings, targets: Sequence[Target], fetch: Fetch) ->
     for target in targets:
         if not target.endpoint.lacks_key:
             sides.setdefault(target.endpoint, target.side)
-    here = any(target.side is Side.LOCAL and target.endpoint.on_device for target in targets)
+    here = [urllib.parse.urlsplit(target.endpoint.base_url) for target in targets
+            if target.side is Side.LOCAL and target.endpoint.on_device]
     device = [kind(settings) for kind in MONITORS if here and issubclass(kind, DeviceMonitor)]
+    for monitor in device:
+        monitor.servers.ports = frozenset(url.port or (443 if url.scheme == "https" else 80) for url in here)
     network = [kind(settings, side, endpoint, fetch) for kind in MONITORS if issubclass(kind, ConnectivityMonitor)
                for endpoint, side in sides.items()]
     return [*(monitor for monitor in device if not isinstance(monitor, GpuMonitor) or monitor.sources), *network]
@@ -1701,11 +1897,13 @@ def monitors_for(settings: Settings, targets: Sequence[Target], fetch: Fetch) ->
 
 class Watch:
     """The monitors, each run on a thread of its own."""
-    apart_s = 0.1    # between two samples at least, however often one is woken
+    apart_s = 0.1     # between two samples at least, however often one is woken
+    settle_s = 10.0    # until a first sample that is still missing, as one that hangs, holds up nobody
 
     def __init__(self, monitors: Sequence[Monitor], sampled: Callable[[], None] = lambda: None) -> None:
         """`sampled` is called after each probe, on its monitor's thread, once every monitor has sampled."""
         self.monitors, self._after, self._settled = tuple(monitors), sampled, False
+        self._late_at = math.inf
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(monitor, monitor.sampled), daemon=True,
                                           name=f"watch-{monitor.name}") for monitor in monitors]
@@ -1737,6 +1935,7 @@ class Watch:
         return [monitor for monitor in self.monitors if monitor.endpoint == endpoint]
 
     def start(self) -> None:
+        self._late_at = time.monotonic() + self.settle_s
         for thread in self._threads:
             thread.start()
 
@@ -1770,7 +1969,8 @@ class Watch:
 
     def _announce(self, monitor: Monitor) -> None:
         """Report a sample that may matter to others: of an endpoint's models, or the last one that was missing."""
-        settled, self._settled = self._settled, all(each.sampled.is_set() for each in self.monitors)
+        settled, self._settled = self._settled, time.monotonic() >= self._late_at or all(
+            each.sampled.is_set() for each in self.monitors)
         if self._settled and (monitor.endpoint or not settled):
             self._after()
 
@@ -1786,12 +1986,10 @@ _SET.set()
 
 TYPICAL_TOKENS = 200    # of an answer whose length nobody knows
 
-REST_S, MAX_REST_S = 1.0, 60.0                      # after a fault, doubled for each further one in a row
-ACCOUNT_REST_S, MAX_ACCOUNT_REST_S = 600.0, 3600.0    # a person must act: not soon
-MISSING_REST_S = 60.0                               # the model may be pulled or named rightly at any time
-
-_RESTS = {Fault.TRANSPORT: (REST_S, MAX_REST_S), Fault.BUSY: (REST_S, MAX_REST_S),
-          Fault.ACCOUNT: (ACCOUNT_REST_S, MAX_ACCOUNT_REST_S), Fault.NOT_FOUND: (MISSING_REST_S, MISSING_REST_S)}
+# The seconds that a target rests after a fault, doubled for each further one in a row, and at most.  After a fault of
+# the account a person must act, which is not soon.  A missing model may be pulled or named rightly at any time.
+RESTS_S = {Fault.TRANSPORT: (1.0, 60.0), Fault.BUSY: (1.0, 60.0), Fault.ACCOUNT: (600.0, 3600.0),
+           Fault.NOT_FOUND: (60.0, 60.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1808,13 +2006,13 @@ class Breaker:
         return max(0.0, self.until - now)
 
     def failed(self, error: UpstreamError, now: float) -> Breaker:
-        """Return the breaker after a fault.  Only faults that tell of the target's health count (`_RESTS`).
+        """Return the breaker after a fault.  Only faults that tell of the target's health count (`RESTS_S`).
 
         Requests that fail together count as one: a failure during a rest does not make the rest longer.
         """
-        if error.fault not in _RESTS:
+        if error.fault not in RESTS_S:
             return self
-        first_s, most_s = _RESTS[error.fault]
+        first_s, most_s = RESTS_S[error.fault]
         resting = self.rest_s(now) > 0
         failures = self.failures if resting else self.failures + 1
         rest_s = min(first_s * 2.0 ** min(failures - 1, 60), most_s)
@@ -1824,10 +2022,6 @@ class Breaker:
         if until < self.until:    # the fault before it is what still keeps the target from being asked
             return dataclasses.replace(self, failures=failures, last_resort=not hopeless)
         return Breaker(failures, until, error.brief, error.fault, not hopeless)
-
-    def succeeded(self) -> Breaker:
-        """Return the breaker after an answer: closed."""
-        return Breaker()
 
 
 class Pace(NamedTuple):    # rebuilt with each answer, as the record is: a dataclass takes more than twice as long
@@ -1933,7 +2127,7 @@ def condition(target: Target, snapshot: Snapshot) -> Condition:
     if resting or record.trial:
         use = Eligibility.LAST_RESORT if record.breaker.last_resort or not resting else Eligibility.NO
         return Condition("resting", f"rests after: {record.breaker.reason}", Level.OUT, use)
-    if target.side is Side.CLOUD or found.state == "unreachable":
+    if target.side is Side.CLOUD or found.state in ("unreachable", "too large"):
         return found
     if found.state in ("cold", "loading"):
         # With --prefer fast `predicted` counts the load, however long it is.
@@ -1950,9 +2144,9 @@ def survey(target: Target, readings: tuple[Reading, ...], loading: bool) -> Cond
     """Return what the readings say of a target.  They change about once a second, and many requests ask in between."""
     reading = reading_of(target, readings)
     model = model_of(target, reading)
-    blocked = _exclusion(target, reading, model, readings)
-    if blocked and not (blocked[0] == "too large" and loading):    # its load takes that memory
-        return Condition(*blocked, Level.OUT, Eligibility.NO)
+    blocked = _exclusion(target, reading, model) or (model and not loading and _too_large(target, model, readings))
+    if blocked:
+        return blocked
     speaking = [one for one in readings if _speaks_of(one, target)]
     level = max((one.level for one in speaking), default=Level.GOOD)
     if reading and reading.level is Level.OUT:
@@ -2005,21 +2199,33 @@ def full_name(name: str) -> str:
     return name if ":" in name.rsplit("/", 1)[-1] else name + ":latest"
 
 
-def _exclusion(target: Target, reading: Reading | None, model: Model | None,
-              readings: Sequence[Reading]) -> tuple[str, str] | None:
-    """Return (state, advice) if the target must be excluded, else None."""
+def _exclusion(target: Target, reading: Reading | None, model: Model | None) -> Condition | None:
+    """Return the condition of a target that must be excluded, with advice, else None."""
     if target.endpoint.lacks_key:
-        return "no key", f"no key: set {target.endpoint.key_variable}"
-    if target.endpoint.provider != "ollama" or reading is None or reading.models is None:
+        found = "no key", f"no key: set {target.endpoint.key_variable}"
+    elif target.endpoint.provider != "ollama" or reading is None or reading.models is None:
         return None
-    if not model:
-        return "not installed", f"not installed: run `ollama pull {target.model}`"
-    if model.remote and target.side is Side.LOCAL:
-        return "remote", "answered by ollama.com, so it is not a local model: name it with --cloud-model"
+    elif not model:
+        found = "not installed", f"not installed: run `ollama pull {target.model}`"
+    elif model.remote and target.side is Side.LOCAL:
+        found = "remote", "answered by ollama.com, so it is not a local model: name it with --cloud-model"
+    else:
+        return None
+    return Condition(*found, Level.OUT, Eligibility.NO)
+
+
+def _too_large(target: Target, model: Model, readings: Sequence[Reading]) -> Condition | None:
+    """Return the condition of a model that does not fit into the memory that is free, else None.
+
+    It is a last resort where it fits into memory and swap, or these are unknown: Ollama counts exactly.
+    """
     free = free_bytes(target, readings) if model.cold else None
-    if free is not None and model.size > free:
-        return "too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-    return None
+    if free is None or model.size <= free or target.endpoint.provider != "ollama":
+        return None
+    facts = device_facts(readings)
+    most = facts.get("memory_and_swap_mb", math.inf) + facts.get("gpu_memory_free_mb", 0)
+    return Condition("too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+                     Level.OUT, Eligibility.LAST_RESORT if model.size <= most * 2**20 else Eligibility.NO)
 
 
 def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
@@ -2154,7 +2360,7 @@ def in_time(plan: Plan, snapshot: Snapshot, work: Work) -> Plan:
     """Return the plan with the clouds before those local targets that would keep the client waiting for much longer.
 
     A cloud that merely rests is asked as well, by one request at a time.  A whole answer is expected to be as long as
-    the longest of late, since the client sees nothing of it before its end.
+    the longest of late, or as the client allows, since the client sees nothing of it before its end.
     """
     clouds = [target for target in (*plan.order, *plan.last_resort) if target.side is Side.CLOUD and (
         target in plan.order or plan.conditions[target].state == "resting")]
@@ -2162,7 +2368,10 @@ def in_time(plan: Plan, snapshot: Snapshot, work: Work) -> Plan:
         return plan
     what, limit_s = "first word", snapshot.first_limit_s
     if work.whole:
-        what, limit_s, work = "end", snapshot.whole_limit_s, work._replace(tokens=longest_answer(snapshot, work))
+        lengths = [tokens for record in snapshot.records.values() for tokens in record.pace.lengths]
+        longest = max(lengths, default=TYPICAL_TOKENS)
+        work = work._replace(tokens=min(work.max_output_tokens or longest, longest))
+        what, limit_s = "end", snapshot.whole_limit_s
     theirs = predicted(clouds[0], plan.conditions[clouds[0]], snapshot, work)
     cloud_s = (theirs.first_s or CLOUD_FIRST_S) + (theirs.end_s - theirs.first_s if work.whole else 0.0)
     waits = {target: waits_s(target, plan.conditions[target], snapshot, work)
@@ -2174,13 +2383,6 @@ def in_time(plan: Plan, snapshot: Snapshot, work: Work) -> Plan:
     return dataclasses.replace(
         plan, order=(*near, *clouds, *late), last_resort=tuple(hope for hope in plan.last_resort if hope not in clouds),
         reason=f"{plan.reason}; local {brief_s(waits[late[0]])} to the {what}, cloud {brief_s(cloud_s)}")
-
-
-def longest_answer(snapshot: Snapshot, work: Work) -> int:
-    """Return the tokens of the longest answer of late, or those that the client allows if they are fewer."""
-    lengths = [tokens for record in snapshot.records.values() for tokens in record.pace.lengths]
-    longest = max(lengths, default=TYPICAL_TOKENS)
-    return min(work.max_output_tokens or longest, longest)
 
 
 def cloud_patience_s(pace: Pace, stream: bool, patience_s: float) -> float:
@@ -2219,7 +2421,8 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
     excluded = [(target, _why_not(target, conditions[target], refusals, only))
                 for target in snapshot.targets if target not in usable]
     plan = Plan(tuple(order), _reason(sides_are, only, [(target, seconds[target]) for target in order if fast]),
-                tuple(target for target in usable if target not in order), tuple(excluded), conditions)
+                tuple(sorted((target for target in usable if target not in order),
+                             key=lambda target: conditions[target].state == "too large")), tuple(excluded), conditions)
     return in_time(plan, snapshot, work) if snapshot.prefer == "local" and not only else plan
 
 
@@ -3198,13 +3401,13 @@ class Ollama(Provider):
         if "num_ctx" in request.body.get("options", {}) or not model.max_context:
             return 0
         size = request.size
-        if size // 8 > model.max_context:    # no language has 8 bytes a token
-            raise Unsupported(f"the prompt has over {size // 8} tokens, and its context {model.max_context}",
+        if size // MOST_BYTES > model.max_context:
+            raise Unsupported(f"the prompt has over {size // MOST_BYTES} tokens, and its context {model.max_context}",
                               param="messages", code="context_length_exceeded")
         answer = min(request.max_output_tokens(512), 4096)
         own = max(asked, min(model.own_context, model.max_context))    # never to be made smaller
         now = model.context or own or DEFAULT_CONTEXT
-        needed = size // 3 + answer    # English has 4 bytes a token, code and other languages about 3
+        needed = size // LEAST_BYTES + answer
         if needed <= now:
             return now if now == asked or not model.context and needed > DEFAULT_CONTEXT else 0
         step = next((step for step in CONTEXTS if step >= needed), CONTEXTS[-1])
@@ -3212,7 +3415,7 @@ class Ollama(Provider):
         # the size of a loaded model is with its context, and `free` counts it as free
         if free is None or model.size + (wanted - model.context) * model.token_bytes <= free:
             return wanted if wanted > now or wanted == asked else 0
-        if size // 5 + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
+        if size // LARGE_BYTES + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
             return 0
         raise Unsupported(f"a context of {wanted} tokens does not fit in memory", param="messages",
                           code="context_length_exceeded")
@@ -3220,6 +3423,8 @@ class Ollama(Provider):
 
 DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
+# Bytes a token: code and languages other than English have about 3; English has 4, and seldom 5; none has 8.
+LEAST_BYTES, LARGE_BYTES, MOST_BYTES = 3, 5, 8
 
 
 def _capabilities(item: Json) -> frozenset[str] | None:
@@ -4531,7 +4736,7 @@ class Ledger:
         if not error and not known.failures:    # nearly always
             return known
         before, _ = self._update(target, lambda record: record._replace(
-            breaker=record.breaker.failed(error, now) if error else record.breaker.succeeded()))
+            breaker=record.breaker.failed(error, now) if error else Breaker()))
         return before.breaker
 
     def learn_refusal(self, target: Target, param: str) -> None:
