@@ -148,10 +148,10 @@ class Fault(enum.Enum):
     BUSY = "busy"               # 408 409 425 429 5xx: later it may work
     ACCOUNT = "account"         # 401 402 403, no money: a person must act
     NOT_FOUND = "not found"     # 404 of the model; 405, 410 and the like of the path
-    UNSUPPORTED = "capability"  # this model can't do what the request needs
+    REFUSED = "refused"         # this target does not take this request; it may take others, and others may take it
     TOO_LONG = "too long"       # only a larger window helps
     LOADING = "loading"         # the model is on its way into memory
-    CLIENT = "client"           # the request itself is wrong: no other target would do better
+    CLIENT = "client"           # the request itself is wrong, by OpenAI's own rules: no other target would do better
     LATE = "late"               # the time for the whole request is over
 
     @property
@@ -2577,52 +2577,147 @@ class Provider:
         return None
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
-        """Return the payload without the parameters that the model is known to refuse."""
-        return {name: value for name, value in payload.items() if name not in refused} if refused else payload
+        """Return the payload without the parameters that the model is known to refuse, and within its known limits."""
+        kept = {name: value for name, value in payload.items() if name not in refused} if refused else payload
+        for old, new in self.renames.items() if refused else ():
+            if old in payload and old not in kept and new not in refused:
+                kept.setdefault(new, payload[old])
+        for name, is_limit, most in [entry.partition("<=") for entry in refused]:
+            if is_limit and isinstance(kept.get(name), (int, float)):
+                kept[name] = min(kept[name], int(most))
+        return kept
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
-        """Return the parameter of our payload that an error names, or None if it may not be left out."""
-        if error.fault is not Fault.UNSUPPORTED:
+        """Return the parameter of our payload that an error names, or None if it may not be left out.
+
+        Return `name<=most` where the error says how much the model takes.
+        """
+        if error.fault not in (Fault.REFUSED, Fault.TOO_LONG):
             return None
-        quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", error.message)
-        rest: list[str] = re.findall(r"\w+", error.message.rpartition("supplied:")[2])    # "Unrecognized … supplied: x"
-        for name in [error.param] if error.param else [*quoted, error.message.split(":")[0], *rest]:
-            name = self.spelt.get(name, name.split(".")[0])
+        for name in ("max_tokens", "max_completion_tokens"):
+            most = limit_in(error.message, payload.get(name))
+            if most:
+                return f"{name}<={most}"
+        said = re.split(r" one of |did you mean|supported values", error.message, flags=re.I)[0]
+        quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", said)
+        paths: list[str] = re.findall(r"[A-Za-z_][\w.\[\]]*", said)
+        known = error.fault is Fault.REFUSED and re.search(_UNSUPPORTED, f"{error.message} {error.code}".lower())
+        for path in [error.param or "", *quoted, *paths] if known else ():
+            name = re.split(r"[.\[]", re.sub(r"^(body|request|parameters?)\.", "", path))[0]
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()    # xAI says presencePenalty
+            name = self.spelt.get(name, name)
             if name in payload and (name not in ESSENTIAL or name in self.renames):
                 return name
         return None
 
 
+def limit_in(message: str, asked: Any) -> int:
+    """Return the most tokens of an answer that an error allows, or 0 unless it names fewer than were asked for."""
+    if not isinstance(asked, int):
+        return 0
+    found = next(filter(None, (re.search(pattern, message, re.I | re.S) for pattern in _ROOM)), None)
+    if found:    # in either order
+        window, prompt = map(int, filter(None, found.groups()))
+        numbers = [abs(window - prompt)]
+    elif re.search(_MOST, message, re.I) and re.search(_LIMIT, message, re.I):
+        digits = re.findall(r"(?<![\[\d,])\d{1,3}(?:,\d{3})+\b|(?<![\w.-])\d{1,9}\b(?![-.]\w)", message)
+        numbers = [int(number.replace(",", "")) for number in digits]
+    else:
+        return 0
+    most = max((number for number in numbers if LEAST_ROOM < number < asked), default=0)
+    return most - 1 if most and "(exclusive)" in message else most    # Gemini
+
+
 def is_permanent(param: str, error: UpstreamError) -> bool:
-    """Return True if the model never accepts the parameter.
+    """Return True if the model never accepts the parameter, or more of it.
 
-    An effort is excluded: each model knows some of them, and fewer with tools.
+    An effort is excluded: each model knows some of them, and fewer with tools.  So is a limit that is no round number,
+    as it may be what this prompt leaves of a window.
     """
-    return param != "reasoning_effort" and bool(re.search(_PERMANENT, f"{error.code} {error.message}".lower()))
+    if "<=" in param:
+        most = int(param.partition("<=")[2])
+        return error.fault is Fault.REFUSED and (most % 256 == 0 or most % 1000 == 0)
+    return param != "reasoning_effort" and not re.search(_SOMETIMES, error.message.lower())
 
 
-_PERMANENT = ("unsupported_parameter|unsupported_value|unknown_parameter|deprecated|not permitted|unrecognized|"
-              "not support thinking")
-_UNSUPPORTED = "unsupported|not support|unrecognized|unknown.parameter|not permitted|deprecated|may (only|not) be"
-_MONEY = "insufficient_quota|credit.balance|api usage limits|spend_limit|billing_error"
-_TOO_LONG = "prompt is too long|context.(length|size)|input tokens exceed"
+# What errors say of a parameter, in lower case, and what of one of its values, or of it beside another one.
+_UNSUPPORTED = "|".join((
+    r"unsupported|not support|unrecognized|deprecated|not permitted|not (allowed|accepted|available)|supported values",
+    r"(unknown|unexpected|invalid)[ _.](name|param|field|argument|keyword|key|propert|option)|extra (input|field)",
+    r"(must|should|has to) be|may (only|not) be|only .{0,40}(is|are) allowed|not one of|cannot both",
+))
+_SOMETIMES = r'value "|(must|should|has to|may only|may not) be|supported values|\b(when|if|both)\b'
+_MOST = "max_?(completion_|new_|output_)?tokens|(completion|output) ?tokens"    # how they call the answer's limit
+_ROOM = (    # a window, and what a prompt takes of it
+    r"(\d+) - (\d+)\)",                                                 # vLLM: "(64000 > 8192 - 100)"
+    r"context length (?:is|of) (\d+) tokens.{0,80}?[(:] ?(\d+) (?:tokens )?(?:in|of|from) ",    # OpenAI, SGLang
+    r"context length is (\d+) tokens.{0,80}contains at least (\d+)|passed (\d+) input.*context length is only (\d+)",
+    r"limit: (\d+) \+ \d+ > (\d+)|<= (\d+)\. given: (\d+)",             # Claude: "190001 + 16384 > 200000"; TGI
+)
+_LIMIT = r"at most|less than|<|>|maximum|range|between|too large|exceed|up to|above|greater|afford|limit"
+LEAST_ROOM = 256    # tokens for an answer; with fewer the prompt is too long
+
 _IN_A_STREAM = 0    # the status of an error after a 200, if its code is not a status
+_ANY, _BAD, _ILL = range(1000), (_IN_A_STREAM, 400, 412, 422), (_IN_A_STREAM, 400, 404, 422, 500, 502)
 
-# Statuses, and words in the message, type or code -> fault, and what we tell the client instead of the upstream's own
-# fields; the first rule that fits counts.
-_LONG: Json = {"status": 400, "type": "invalid_request_error", "code": "context_length_exceeded", "param": "messages"}
-_RULES: tuple[tuple[Collection[int], str, Fault, Json], ...] = (
-    ((413,), "", Fault.TOO_LONG, {**_LONG, "status": 413}),             # Claude: over 32 MB
-    ((_IN_A_STREAM, 400, 422), _TOO_LONG, Fault.TOO_LONG, _LONG),       # "prompt is too long: 9 tokens > 8 maximum"
-    ((500,), "exceeds the available context", Fault.TOO_LONG, _LONG),   # llama.cpp before it sent 400
-    ((400, 401, 402, 403, 429), _MONEY, Fault.ACCOUNT, {"code": "insufficient_quota"}),    # Claude sends 400
-    ((401, 402, 403), "", Fault.ACCOUNT, {}),
-    ((500,), 'option ".*" must be of type', Fault.CLIENT, {"status": 400}),    # Ollama's status for a wrong type
-    ((400, 422), _UNSUPPORTED, Fault.UNSUPPORTED, {}),                   # '"m" does not support thinking' (Ollama)
-    ((400, 422), "", Fault.CLIENT, {}),
-    ((503,), "^loading model|model.* is (currently |still )?loading", Fault.LOADING, {"code": "model_loading"}),
-    ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", Fault.BUSY, {}),
-    (range(400, 500), "", Fault.NOT_FOUND, {}),                           # 404 of a model; 405, 410 of a path
+# Faults, with what we tell the client instead of the upstream's own fields.
+_Meaning = tuple[Fault, Json]
+_LONG: _Meaning = (Fault.TOO_LONG, {"status": 400, "type": "invalid_request_error", "code": "context_length_exceeded",
+                                    "param": "messages"})
+_MONEY: _Meaning = (Fault.ACCOUNT, {"code": "insufficient_quota"})
+_KEY: _Meaning = (Fault.ACCOUNT, {"code": "invalid_api_key"})
+_GONE: _Meaning = (Fault.NOT_FOUND, {"code": "model_not_found"})
+_REFUSED: _Meaning = (Fault.REFUSED, {})
+
+# Statuses, and words in the message, type, code or param, in lower case -> what they mean; the first rule that fits
+# counts.  The words are from errors that users of those services reported.
+_RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
+    (_ANY, r"insufficient[_ ](\w+[_ ])?(quota|balance|credit|fund)|arrear|good standing|余额不足|欠费", _MONEY),
+    (_ANY, r"(balance|credits?) (is |are )?(too low|insufficient|exhausted)|credit.balance", _MONEY),    # Claude
+    (_ANY, r"api usage limits|spend(ing)?[_ ]limit|billing_error|account.?overdue", _MONEY),    # Claude, xAI, Volcano
+    (_ANY, r"billing[_ ](hard[_ ]limit|not[_ ]active)|exceeded_current_quota", _MONEY),    # OpenAI, Kimi
+    (_BAD, r"quota (is |has been )?(exhausted|exceeded)|payment required|(trial|subscription)\b.{0,20}expired", _MONEY),
+    (_ANY, r"api[ _-]?(key|token)\b.{0,20} (not valid|invalid|expired|disabled|revoked)|api_key_invalid", _KEY),
+    (_ANY, r"(invalid|incorrect|expired|missing|no) (x-)?(api[ _-]?key|(api |access )?token\b)|invalid_api_key", _KEY),
+    (_BAD, r"unauthori[sz]ed|authentication.(failed|error|required)|令牌", _KEY),    # One API
+    ((403,), r"moderation|flagged|content policy|usage guidelines", _REFUSED),    # OpenRouter, xAI
+    ((402,), r"can only afford", _REFUSED),    # OpenRouter: of max_tokens
+    ((401, 402, 403), "", (Fault.ACCOUNT, {})),
+    (_BAD, r"location is not supported|unsupported_country", (Fault.ACCOUNT, {})),    # Gemini, OpenAI
+    (_BAD, r"(organi[sz]ation|account|team)\b.{0,60}(disabled|restricted|suspended|deactivated)", (Fault.ACCOUNT, {})),
+    ((413,), "", (Fault.TOO_LONG, {**_LONG[1], "status": 413})),    # Claude: over 32 MB
+    ((429,), r"request too large", _LONG),    # OpenAI: for the tokens of a minute
+    (_ILL, r"(prompt|input|request|conversation) (is )?too (long|large)", _LONG),    # Claude, Ollama, Bedrock
+    (_ILL, r"maximum (context|prompt|model|sequence|input|allowed input) length", _LONG),    # OpenAI, vLLM, xAI
+    (_ILL, r"context length (is|of) only|context_size|contextwindowexceeded", _LONG),    # vLLM, llama.cpp, LiteLLM
+    (_ILL, r"(context|prompt)_\w+_exceeded|token limit exceeded|too many (input |prompt )?tokens", _LONG),    # Cohere
+    (_ILL, r"(longer|greater|more) than .{0,20}(context|max tokens)", _LONG),    # Together, GLM
+    (_ILL, r"exceed\w* (the |this |max\w* |model\S* |available |allowed |number of )*"
+           r"(context|prompt|input|token|length|message)", _LONG),    # Kimi, Claude, Gemini, Volcano
+    (_ILL, r"(input|prompt|context|message)s?[ _](tokens?|length|window|size)\b.{0,40}exceed", _LONG),    # Copilot
+    (_ILL, r"prompt exceed|tokens, exceeding max|total tokens\b.{0,20}exceed|range of input length|超长", _LONG),
+    (_ILL, r"reduce (the length of |your )(the )?(message|prompt|input)", _LONG),    # Groq, Cerebras
+    (_ILL, r"tokens? to keep from the initial|keep the first \d+ tokens|`inputs` (tokens|must have)", _LONG),    # TGI
+    (_BAD, r"not a valid model|unknown_model|invalid_model|on-demand throughput", _GONE),    # OpenRouter, Bedrock
+    (_BAD, r"(invalid|unknown|no such|unsupported|access) model\b(?! (param|option|setting|input|output))", _GONE),
+    (_BAD, r"model_(not_(found|available|supported)|decommissioned|terms_required)", _GONE),    # Together, Groq
+    (_BAD, r"model\b.{0,60}(not (exist|found|available|loaded|ready)|no longer|been (deprecated|decom))", _GONE),
+    (_BAD, r"(requested model\b.{0,60}|(^|; )(the )?model \S+ is )not supported|not find (the )?model", _GONE),
+    (_BAD, r"no models? (is |are )?loaded|(failed to|error|could not) load(ing)? model", _GONE),    # LM Studio
+    (_BAD, r"model .{0,20}(crashed|unloaded)|model identifier is invalid|模型不存在", _GONE),    # Bedrock, GLM
+    ((404,), r"no endpoints found that", _REFUSED),    # OpenRouter: … support image input
+    ((400,), r" (invalid_value|invalid_type|missing_required_parameter) \S+ messages\[", (Fault.CLIENT, {})),
+    ((500,), r'option ".*" must be of type', (Fault.REFUSED, {"status": 400})),    # Ollama: a wrong type
+    (_ILL, r"jinja|\btemplate|must be at the beginning|\broles\b", _REFUSED),    # llama.cpp, Ollama, vLLM
+    (_ILL, r"(image|audio|video|vision|multimodal).{0,20}not support|missing data required|mmproj", _REFUSED),
+    (_ILL, r"not support\w* (for )?(image|audio|video|vision|multimodal|tool|function)", _REFUSED),    # LM Studio
+    (_ILL, r"(load|decode|process|open|unsupported|invalid|most \d+) (the )?(image|audio|content)", _REFUSED),
+    (_ILL, r"pars(e|ing) (grammar|tool call)|unexpected keyword|unrecognized .{0,10}argument|extra inputs", _REFUSED),
+    (_ILL, r"unknown (field|name|parameter)", _REFUSED),
+    ((400, 415, 422, 501), "", _REFUSED),
+    ((503,), r"^loading model|model.* is (currently |still )?loading", (Fault.LOADING, {"code": "model_loading"})),
+    ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", (Fault.BUSY, {})),
+    (range(400, 500), "", (Fault.NOT_FOUND, {})),    # 404 of a model; 405, 410 of a path
 )
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
@@ -2634,38 +2729,64 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     if 300 <= status < 400:
         return UpstreamError(f"redirected elsewhere ({status}), which is refused: configure the final address")
     key = endpoint.key if endpoint else ""
-    fields = _error_fields(redact(text, key))
-    message = fields.pop("message", "") or f"the upstream answered {status} without a message"
-    words = f"{message[:1000]} {fields.get('code')} {fields.get('type')}".lower()
-    fault, ours = next((fault, ours) for statuses, pattern, fault, ours in _RULES
+    message, fields = _told(redact(text, key))
+    message = message or f"the upstream answered {status} without a message"
+    words = " ".join([message[:1000], *(fields.get(name, "-") for name in ("code", "type", "param"))]).lower()
+    fault, ours = next(meaning for statuses, pattern, meaning in _RULES
                        if status in statuses and re.search(pattern, words))
     if '"signin_url"' in text:    # Ollama, asked for a model of ollama.com
         message += ": run `ollama signin` where Ollama runs"
-    if status == 401 and key:
-        message = f"The upstream refused the key that Oblix has for it: {message}"
+    if fault is Fault.TOO_LONG and not re.search(r"context (length|window)", message, re.I):
+        message += " (context length exceeded)"    # what agents look for before they compact
     status = ours.get("status") or {_IN_A_STREAM: 502, 529: 503}.get(status, status)
     usual = {"type": _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
              "code": _CODES.get(status)}
-    return UpstreamError(message, fault, retry=None if fault in (Fault.BUSY, Fault.LOADING) else False,
-                         retry_after_s=retry_after_s, **{"status": status, **usual, **fields, **ours})
+    error = UpstreamError(message, fault, retry=None if fault in (Fault.BUSY, Fault.LOADING) else False,
+                          retry_after_s=retry_after_s, **{"status": status, **usual, **fields, **ours})
+    if key and error.code == "invalid_api_key":
+        error.message = f"The upstream refused the key that Oblix has for it: {message}"
+    return error
 
 
-def _error_fields(text: str) -> dict[str, str]:
-    """Return the message, type, code and param that an error body has, in any shape seen so far."""
+def _told(text: str) -> tuple[str, dict[str, str]]:
+    """Return the message of an error's body or "", and its type, code and param if it has them."""
     try:
-        body = loads(text)
+        told = [*itertools.islice(_said(loads(text)), MAX_WORDS)]
     except ValueError:
-        return {} if "<" in text else {"message": text.strip()[:300]}    # a page of HTML helps nobody
-    body = body[0] if isinstance(body, list) and len(body) == 1 else body
-    error = body.get("error", body) if isinstance(body, dict) else body
-    if not isinstance(error, dict):
-        return {"message": error if isinstance(error, str) else text[:300]}
-    details = error.get("details")
-    code = error.get("code") or (details.get("error_code") if isinstance(details, dict) else None)
-    named = {name: str(value) for name, value in {**error, "code": code}.items() if name in ("type", "code", "param")
-             and re.fullmatch(r"[\w.\[\]-]{1,100}", str(value or ""))}    # a name, and not a sentence of a prompt
-    message = error.get("message", error.get("detail"))
-    return {**named, "message": message if isinstance(message, str) else text[:300]}
+        told, text = [], "" if re.match(r"\s*<[!?a-zA-Z]", text) else text.strip()    # a page of HTML helps nobody
+    message = "; ".join(dict.fromkeys(value for name, value in told if name == "message"))[:MAX_MESSAGE]
+    return message or text[:300], {name: value for name, value in told if name != "message" and value != "None"}
+
+
+def _said(body: Any) -> Iterator[tuple[str, str]]:
+    """Yield what an error's body says, in any shape seen so far, as pairs with "message", "type", "code" or "param".
+
+    What is within comes after what it is in: it is what the server that failed itself said.
+    """
+    if isinstance(body, str) and body.startswith(("{", "[")):    # OpenRouter has another's JSON as a text
+        with contextlib.suppress(ValueError):
+            body = loads(body)
+    if isinstance(body, str) and body.strip():
+        yield "message", body.strip()
+    elif isinstance(body, list):
+        for item in body:
+            yield from _said(item)
+    elif isinstance(body, dict) and isinstance(body.get("loc"), list):    # FastAPI's validation
+        yield "message", f"{'.'.join(str(part) for part in body['loc'] if part != 'body')}: {body.get('msg')}"
+    elif isinstance(body, dict):
+        for name, field in _NAMES.items():
+            if re.fullmatch(r"[\w.\[\]-]{1,100}", str(body.get(name) or "")):    # and not a sentence of a prompt
+                yield field, str(body[name])
+        for name in _TEXTS:
+            yield from _said(body.get(name))
+        if "signin_url" in body:
+            yield "message", "sign in where Ollama runs: ollama signin"
+
+
+_NAMES = {"type": "type", "code": "code", "error_code": "code", "reason": "code", "param": "param"}
+_TEXTS = ("error errors message Message msg detail details metadata raw base_resp status_msg error_msg error_message "
+          "error_description").split()
+MAX_WORDS, MAX_MESSAGE = 64, 4000    # texts and names that are read of an error, characters of its message
 
 
 def redact(text: str, key: str) -> str:
@@ -3252,9 +3373,6 @@ class OpenAI(Provider):
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
         kept = super().adapt(payload, refused)
-        for old, new in self.renames.items():
-            if old in payload and old not in kept and new not in refused:
-                kept.setdefault(new, payload[old])
         if "reasoning_effort" in payload.keys() - kept.keys() and "tools" in payload:
             kept["reasoning_effort"] = "none"    # these models take tools only without reasoning, and would reason
         return kept
@@ -3402,8 +3520,8 @@ class Ollama(Provider):
             return 0
         size = request.size
         if size // MOST_BYTES > model.max_context:
-            raise Unsupported(f"the prompt has over {size // MOST_BYTES} tokens, and its context {model.max_context}",
-                              param="messages", code="context_length_exceeded")
+            raise Unsupported(f"its maximum context length is {model.max_context} tokens, and the prompt has over "
+                              f"{size // MOST_BYTES}", param="messages", code="context_length_exceeded")
         answer = min(request.max_output_tokens(512), 4096)
         own = max(asked, min(model.own_context, model.max_context))    # never to be made smaller
         now = model.context or own or DEFAULT_CONTEXT
@@ -3417,8 +3535,8 @@ class Ollama(Provider):
             return wanted if wanted > now or wanted == asked else 0
         if size // LARGE_BYTES + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
             return 0
-        raise Unsupported(f"a context of {wanted} tokens does not fit in memory", param="messages",
-                          code="context_length_exceeded")
+        raise Unsupported(f"a context of {wanted} tokens does not fit in memory: its maximum context length is {now} "
+                          "tokens now", param="messages", code="context_length_exceeded")
 
 
 DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
@@ -4707,37 +4825,35 @@ class Ledger:
         with self._lock:
             return self._records.get(target, UNTRIED)
 
-    def _update(self, target: Target, change: Callable[[Record], Record]) -> tuple[Record, Record]:
-        """Replace a target's record; returns (before, after).  `change` does nothing but make a value."""
+    def _update(self, target: Target, change: Callable[[Record], Record]) -> Record:
+        """Replace a target's record and return the one of before.  `change` does nothing but make a value."""
         with self._lock:
-            before = self._records.get(target, UNTRIED)
-            after = change(before)
-            self._records.pop(target, None)
-            self._records[target] = after
+            before = self._records.pop(target, UNTRIED)
+            self._records[target] = change(before)
             if len(self._records) > MAX_REMEMBERED:
                 del self._records[next(iter(self._records))]
-        return before, after
+        return before
 
-    def admit(self, target: Target) -> tuple[bool, bool]:
-        """Return (True if this request may try the target, True if it is the trial after a rest, to be released)."""
+    @contextlib.contextmanager
+    def trial(self, target: Target) -> Iterator[bool]:
+        """Give the block True if it may try the target: until one has answered after a fault, one request at a time."""
         if not self.record(target).breaker.failures:    # nearly always
-            return True, False
-        before, after = self._update(target, lambda record: record._replace(
-            trial=record.trial or bool(record.breaker.failures)))
-        return not before.trial, after.trial and not before.trial
-
-    def release(self, target: Target) -> None:
-        """End a trial, whatever it has shown."""
-        self._update(target, lambda record: record._replace(trial=False))
+            yield True
+            return
+        taken = self._update(target, lambda record: record._replace(trial=True)).trial
+        try:
+            yield not taken
+        finally:
+            if not taken:
+                self._update(target, lambda record: record._replace(trial=False))
 
     def settle(self, target: Target, error: UpstreamError | None) -> Breaker:
         """Note that an attempt has failed, or with None succeeded.  Return the target's breaker of before."""
         now, known = self.clock(), self.record(target).breaker
         if not error and not known.failures:    # nearly always
             return known
-        before, _ = self._update(target, lambda record: record._replace(
-            breaker=record.breaker.failed(error, now) if error else Breaker()))
-        return before.breaker
+        return self._update(target, lambda record: record._replace(
+            breaker=record.breaker.failed(error, now) if error else Breaker())).breaker
 
     def learn_refusal(self, target: Target, param: str) -> None:
         """Remember that this model refuses a parameter of the upstream's dialect."""
@@ -4978,7 +5094,8 @@ class Gateway:
         if request.model not in ("auto", "local", "cloud"):
             return self._plan_of_one(request, snapshot)
         only = None if request.model == "auto" else Side(request.model)
-        refusals = self._refusals(request, snapshot)
+        refusals = {target: refused for target in snapshot.targets
+                    for refused in [self._refusal(request, target, snapshot)] if refused}
         plan = rank(snapshot, {target: refused.message for target, refused in refusals.items()}, only,
                     work_of(request) if len(snapshot.targets) > 1 else USUAL_WORK)
         if not plan.order and not plan.last_resort:
@@ -4996,11 +5113,6 @@ class Gateway:
             raise OblixError(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
                              status=401, type="authentication_error", code="no_api_key", retry=False)
         return Plan((target,), "the request named the model")
-
-    def _refusals(self, request: ChatRequest, snapshot: Snapshot) -> dict[Target, Unsupported]:
-        """Return what of the request the targets can't do, by target."""
-        found = {target: self._refusal(request, target, snapshot) for target in snapshot.targets}
-        return {target: refused for target, refused in found.items() if refused}
 
     def _refusal(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> Unsupported | None:
         """Return what of the request a target can't do, from what its provider and its server say, or None."""
@@ -5132,11 +5244,9 @@ def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json
 
 
 def _side_report(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition]) -> Json:
-    found, facts = side_condition(side, snapshot, conditions, {}), {}
+    found = side_condition(side, snapshot, conditions, {})
     mine = [reading for reading in snapshot.readings if reading.side is side]
-    for reading in mine:
-        if reading.endpoint is None:
-            facts.update(reading.facts)
+    facts = {name: fact for reading in mine if not reading.endpoint for name, fact in reading.facts.items()}
     return {"level": found.word(side), "reason": found.reason,
             "facts": {**facts, "endpoints": [reading.facts for reading in mine if reading.endpoint and reading.facts]}}
 
@@ -5153,6 +5263,9 @@ class _Failure(NamedTuple):
         slow = self.error.fault is Fault.LOADING or self.hurried and self.error.code == "upstream_timeout"
         gone = self.error.code in ("upstream_unreachable", "upstream_cut")
         return slow or gone and time.monotonic() - self.at >= SECOND_TRY_S
+
+
+Stream = Generator[Any, None, None]    # of chunks, and of bytes that are ready for the client
 
 
 class _Overtaken(Exception):
@@ -5188,7 +5301,7 @@ class Dispatch:
                     self._overtaken.append(target)
                 except UpstreamError as error:
                     self._fail(target, error)
-                    if not error.fault.moves_on:    # no other target would do better
+                    if not error.fault.moves_on:
                         break
                 else:
                     return self._completed(served)
@@ -5226,17 +5339,13 @@ class Dispatch:
         """
         hope = [*self._plan.last_resort]
         for place, target in enumerate(self._plan.order):
-            allowed, trial = (True, False) if self._named else self.ledger.admit(target)
-            if not allowed:
-                hope.append(target)
-                continue
-            try:
+            with contextlib.nullcontext(True) if self._named else self.ledger.trial(target) as allowed:
+                if not allowed:
+                    hope.append(target)
+                    continue
                 yield target, self._plan.order[place + 1:]
                 if self._again(target):
                     yield target, self._plan.order[place + 1:]
-            finally:
-                if trial:
-                    self.ledger.release(target)
         yield from ((target, ()) for target in self._overtaken)
         yield from ((target, ()) for target in hope)
         if self._named:
@@ -5299,21 +5408,34 @@ class Dispatch:
 
         An empty answer is a fault as long as there is another target to ask.
         """
-        request, limits = self._request, self._limits(target)
-        context = self._loaded(request, target, limits)
+        request = self._request
         if request.stream:
-            stream = self._stream(request, target, context, limits)
-            held = _until_content(stream)
-            served = Result(target, chunks=self._relayed(target, held, stream), held=len(held))
-        elif PROVIDERS[target.endpoint.provider].translates:
-            served = Result(target, whole=fold(self._stream(request, target, context, limits)))
-            held = [served.whole or {}]
-        else:
-            whole, raw = self._whole(request, target, limits)
-            served, held = Result(target, whole=whole, raw=raw), [whole]
+            held, stream = self._begun(request, target)
+            relay = self._continuing if self._settings.on_cut == "continue" else self._noted
+            return Result(target, chunks=relay(target, held, stream), held=len(held))
+        if PROVIDERS[target.endpoint.provider].translates:
+            return Result(target, whole=fold(itertools.chain(*self._begun(request, target))))
+        whole, raw = self._whole(request, target)
+        if self._others and is_empty([whole]):
+            raise _empty()
+        return Result(target, whole=whole, raw=raw)
+
+    def _begun(self, request: ChatRequest, target: Target) -> tuple[list[Chunk], Stream]:
+        """Return the chunks of a target's answer up to the first with content, the commit point, and its stream.
+
+        Raises UpstreamError for what fails before that.
+        """
+        stream, held = self._stream(request, target), list[Chunk]()
+        for chunk in stream:
+            held.append(chunk)
+            if has_content(chunk):
+                break
+            if len(held) > MAX_HELD:
+                stream.close()
+                raise UpstreamError(f"no content in {MAX_HELD} pieces", code="bad_upstream_answer")
         if self._others and is_empty(held):
-            raise UpstreamError("the answer was empty", code="empty_answer")
-        return served
+            raise _empty()
+        return held, stream
 
     def _loaded(self, request: ChatRequest, target: Target, limits: Limits) -> int:
         """Load a local model if need be.  Return the context to ask for, which is large enough, or 0 for its own.
@@ -5328,21 +5450,17 @@ class Dispatch:
             load, snapshot = loader.under_way(target), self._gateway.snapshot()
             model = model_of(target, reading_of(target, snapshot.readings))
             if not load and model and not model.remote:
-                context = self._context(request, target, snapshot)
+                try:
+                    context = self._gateway.context(request, target, snapshot)
+                except Unsupported as error:    # the memory has shrunk since the plan was made
+                    raise UpstreamError(error.message, Fault.TOO_LONG, status=error.status, type=error.type,
+                                        code=error.code, param=error.param, retry=False) from None
                 if model.cold or context not in (0, self._gateway.context_of(target, model)):
                     load = loader.begin(target, context)
             if not load:
                 break
             self._await(load, limits.first_byte_s)
         return context
-
-    def _context(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> int:
-        """Return Gateway.context.  Raises UpstreamError where the prompt has grown too long since the plan was made."""
-        try:
-            return self._gateway.context(request, target, snapshot)
-        except Unsupported as error:
-            raise UpstreamError(error.message, Fault.TOO_LONG, status=error.status, type=error.type, code=error.code,
-                                param=error.param, retry=False) from None
 
     def _know(self, target: Target) -> None:
         """Make sure that what counts as local is not a name that Ollama passes on to a cloud.  Raises UpstreamError."""
@@ -5367,18 +5485,18 @@ class Dispatch:
                                 retry_after_s=LOAD_RETRY_S)
         load.result()
 
-    def _stream(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Generator[Any, None, None]:
+    def _stream(self, request: ChatRequest, target: Target) -> Stream:
         """Yield the chunks of a target's streamed answer, all with one id, time and model.
 
         After the first content, events that say a text and nothing else come as bytes that are ready for the client.
         """
         envelope: Json = {}
-        provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], time.monotonic(), 0.0, 0
+        provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
         frame: tuple[bytes, bytes] | None = None
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
-            with self._exchange(request, target, context, limits) as answer:
+            with self._exchange(request, target) as (answer, started):
                 for chunk in _decoded(answer, provider, request):
                     if isinstance(chunk, Texts) and frame:
                         before, after = frame
@@ -5399,10 +5517,9 @@ class Dispatch:
             if begun:
                 self._learn(request, target, begun - started, tokens, time.monotonic() - begun, timings)
 
-    def _whole(self, request: ChatRequest, target: Target, limits: Limits) -> tuple[Json, bytes]:
+    def _whole(self, request: ChatRequest, target: Target) -> tuple[Json, bytes]:
         """Return the whole answer of a target that was asked for one, and its JSON if that can be taken as it came."""
-        started = time.monotonic()
-        with self._exchange(request, target, 0, limits) as answer:
+        with self._exchange(request, target) as (answer, started):
             raw = answer.body()
             with _in_its_format():
                 whole, as_it_came = PROVIDERS[target.endpoint.provider].whole(raw, request)
@@ -5446,20 +5563,23 @@ class Dispatch:
         self.ledger.learn_pace(target, waited_s, 0, 0.0, read, Cache())
 
     @contextlib.contextmanager
-    def _exchange(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Iterator[Answer]:
-        """Give the block the upstream's answer, in flight while the block reads it.
+    def _exchange(self, request: ChatRequest, target: Target) -> Iterator[tuple[Answer, float]]:
+        """Give the block the upstream's answer, and when it was asked.  It is in flight while the block reads it.
 
         Raises UpstreamError, without the key in its texts, ClientGone, and _Overtaken where another request has taken
         the target's last slot since the plan was made and a cloud could answer.
         """
+        limits = self._limits(target)
+        context = self._loaded(request, target, limits)
         with self.ledger.flight(target) as number:
             self._alone = number == 1
             counted_on = target.side is Side.LOCAL and self._others and self._others[0].side is Side.CLOUD
             if counted_on and number > self._settings.local_slots and self._plan.conditions[target].state != "busy":
                 raise _Overtaken
+            started = time.monotonic()
             try:
                 with contextlib.closing(self._open(request, target, context, limits)) as answer:
-                    yield answer
+                    yield answer, started
             except UpstreamError as error:
                 for name in ("message", "code", "type", "param"):
                     if getattr(error, name):
@@ -5469,18 +5589,21 @@ class Dispatch:
     def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
         """Return the upstream's answer of status 2xx.  Raises UpstreamError, ClientGone.
 
-        Leave out the parameters that the model refuses, one by one; remember those that it never accepts.
+        Leave out the parameters that the model refuses, one by one, and keep to the limits that it names; remember what
+        it never accepts.
         """
         provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
         encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
-        dropped: frozenset[str] = frozenset()
+        changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
         while True:
-            refused = self.ledger.record(target).refused | dropped
-            payload = provider.adapt(encoded, refused)
+            payload = provider.adapt(encoded, self.ledger.record(target).refused.union(changed))
             body = request.with_model_replaced(payload) or dumps(payload)
             answer = self._gateway.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
                                                   body, limits, self._look)
             if answer.status < 300 and answer.content_type != "text/html":
+                for refused, error in changed.items():
+                    if is_permanent(refused, error):
+                        self.ledger.learn_refusal(target, refused)
                 return answer
             with contextlib.closing(answer):
                 if answer.status < 300:
@@ -5489,32 +5612,12 @@ class Dispatch:
                 text = answer.body().decode("utf-8", "replace")
             error = classify(answer.status, text, answer.retry_after_s, endpoint)
             param = provider.refused_parameter(error, payload)
-            if not param or param in refused:
+            if not param or param.partition("<=")[0] in [known.partition("<=")[0] for known in changed]:
                 raise error
-            log.info("%s refuses %s: left out", target.id, param)
-            dropped |= {param}
-            if is_permanent(param, error):
-                self.ledger.learn_refusal(target, param)
+            log.info("%s refuses %s: asked without", target.id, param.replace("<=", " above "))
+            changed[param] = error
 
-    def _relayed(self, target: Target, held: Sequence[Chunk],
-                 stream: Generator[Any, None, None]) -> Generator[Any, None, None]:
-        """Yield the chunks of an answer; where it breaks off, with --on-cut continue, those of one more target."""
-        said: list[Chunk] = []
-        keep = self._settings.on_cut == "continue"
-        try:
-            with contextlib.closing(self._noted(target, held, stream)) as noted:
-                for chunk in noted:
-                    keep = keep and len(said) < MAX_SAID
-                    said.extend([chunk] if keep else ())
-                    yield chunk
-        except UpstreamError as error:
-            follower = self._follower(said, error) if keep else None
-            if follower is None:
-                raise
-            yield from follower
-
-    def _noted(self, target: Target, held: Sequence[Chunk],
-               stream: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    def _noted(self, target: Target, held: Sequence[Chunk], stream: Stream) -> Stream:
         """Yield the held chunks and the rest of a stream.  Tell the ledger how it ends; close the upstream."""
         with contextlib.closing(stream):
             yield from held
@@ -5525,26 +5628,37 @@ class Dispatch:
                 raise
         self._gateway.note(target, None)
 
-    def _follower(self, said: Sequence[Chunk], error: UpstreamError) -> Iterator[Chunk] | None:
-        """Return the rest of an answer that broke off, from the next target that gives one, or None without one."""
-        text = continuable_text(self._request, said)
-        request = continuation(self._request, text, len(said)) if text and error.fault.moves_on else None
-        while request and self._others:
-            target, *others = self._others
-            self._others = tuple(others)
+    def _continuing(self, target: Target, held: Sequence[Chunk], stream: Stream) -> Stream:
+        """Yield the chunks of an answer and, where it breaks off, the rest from the next target that gives one."""
+        said: list[Chunk] = []
+        try:
+            with contextlib.closing(self._noted(target, held, stream)) as noted:
+                for chunk in noted:
+                    said.extend([chunk] if len(said) <= MAX_SAID else ())
+                    yield chunk
+        except UpstreamError as error:
+            text = continuable_text(self._request, said) if len(said) <= MAX_SAID and error.fault.moves_on else ""
+            request = continuation(self._request, text, len(said)) if text else None
+            follower = self._follower(request) if request else None
+            if not follower:
+                raise
+            log.warning("%s continues an answer that broke off: %s", follower[0].id, error.brief)
+            yield from continued(self._noted(*follower), said[0], text, follower[0].id)
+
+    def _follower(self, request: ChatRequest) -> tuple[Target, list[Chunk], Stream] | None:
+        """Return the next target that begins to answer, with its answer's beginning and stream, or None."""
+        while self._others:
+            target, self._others = self._others[0], self._others[1:]
             try:
-                limits = self._limits(target)
-                stream = self._stream(request, target, self._loaded(request, target, limits), limits)
-                held = _until_content(stream)
+                held, stream = self._begun(request, target)
                 if is_empty(held):
-                    raise UpstreamError("the answer was empty", code="empty_answer")
-            except (UpstreamError, _Overtaken) as failure:
-                log.info("%s could not continue: %s", target.id, getattr(failure, "brief", "it can't now"))
-                if isinstance(failure, UpstreamError):
-                    self._gateway.note(target, failure)
-                continue
-            log.warning("%s continues an answer that broke off: %s", target.id, error.brief)
-            return continued(self._noted(target, held, stream), said[0], text, target.id)
+                    raise _empty()
+                return target, held, stream
+            except _Overtaken:
+                log.info("%s could not continue: it has no free slot", target.id)
+            except UpstreamError as error:
+                log.info("%s could not continue: %s", target.id, error.brief)
+                self._gateway.note(target, error)
         return None
 
 
@@ -5559,7 +5673,7 @@ def _in_its_format() -> Iterator[None]:
 
 def _decoded(answer: Answer, provider: Provider, request: ChatRequest) -> Iterator[Any]:
     """Yield the chunks of a streamed answer, and the Texts in it."""
-    with _in_its_format():
+    with _in_its_format():    # not around what we do with them: a bug of ours is no fault of an upstream
         yield from provider.decode(answer.lines(), request)
 
 
@@ -5586,33 +5700,27 @@ def _listing(lines: Iterable[str]) -> str:
     return "; ".join(line.rstrip(".") for line in lines)
 
 
-def _until_content(stream: Generator[Chunk, None, None]) -> list[Chunk]:
-    """Return the chunks up to the first with content, the commit point.  Raise the stream's faults before it."""
-    held: list[Chunk] = []
-    for chunk in stream:
-        held.append(chunk)
-        if has_content(chunk):
-            break
-        if len(held) > MAX_HELD:
-            stream.close()
-            raise UpstreamError(f"no content in {MAX_HELD} pieces", code="bad_upstream_answer")
-    return held
+def _empty() -> UpstreamError:
+    return UpstreamError("the answer was empty", code="empty_answer")
 
 
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
-    """Return the most useful error when no target answered: the only one, or one that lists all of them."""
+    """Return the most useful error when no target answered: the only one, or one that lists all of them.
+
+    Where all targets refused the request, the first refusal is the answer.
+    """
     target, last = failed[-1].target, failed[-1].error
-    if not last.fault.moves_on or (len(failed) == 1 and not plan.excluded):
+    errors = [tried.error for tried in failed]
+    if all(error.fault in (Fault.REFUSED, Fault.TOO_LONG) for error in errors):
+        return errors[0]
+    if not last.fault.moves_on or len(failed) == 1 and not plan.excluded:
         if last.fault is Fault.TRANSPORT:    # our own words do not name the target
             last.message = f"{target.id}: {last.message}"
         return last
-    errors = [tried.error for tried in failed]
     waits = [error.retry_after_s for error in errors if error.retry_after_s is not None]
     text = f"No model could answer ({plan.reason}). " + _listing(
         [f"{tried.target.id}: {tried.error.message}" for tried in failed]
         + [f"{target.id}: {reason}" for target, reason in plan.excluded])
-    if all(error.fault is Fault.TOO_LONG for error in errors):
-        return BadRequest(text, code="context_length_exceeded", param="messages")
     again: Json = {"retry": None if waits else False, "retry_after_s": min(waits, default=None)}
     if last.fault is not Fault.TRANSPORT and {error.status for error in errors} == {last.status}:
         return NoTarget(text, status=last.status, type=last.type, **again)
