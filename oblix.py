@@ -2855,27 +2855,28 @@ def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
 def sse_data(lines: Lines) -> Iterator[Any]:
     """Yield the data of each server-sent event, and Texts as they are.
 
-    An event that the stream's end cuts is dropped (WHATWG HTML, 9.2.6).  A body of JSON, from a server that does not
-    stream, is an event and [DONE].
+    An event that the stream's end cuts is dropped (WHATWG HTML, 9.2.6).  The body of a server that does not stream is
+    one event, and [DONE].
     """
     data: list[bytes] = []
-    size, kind = 0, b""    # of the event; the first byte of the body
+    size = 0    # of the event
+    streams: bool | None = None    # until its first line
     for line in lines:
         if isinstance(line, Texts):
             yield line
             continue
-        if not kind and line.strip():
+        if streams is None and line.strip():
+            streams = bool(_EVENTS.match(line))
             line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
-            kind = line.lstrip()[:1]
-        if kind == b"{" or line.startswith(b"data:"):
-            data.append(line if kind == b"{" else line[6:] if line.startswith(b"data: ") else line[5:])
+        if streams is False or line.startswith(b"data:"):
+            data.append(line if not streams else line[6:] if line.startswith(b"data: ") else line[5:])
             size += len(data[-1]) + 1
             if size > MAX_LINE_BYTES:
                 raise UpstreamError(f"a piece of the answer is larger than {MAX_LINE_BYTES >> 20} MiB")
         elif data and not line:
             yield b"\n".join(data).decode("utf-8", "replace")
             data, size = [], 0
-    if kind == b"{":
+    if streams is False:
         yield from (b"\n".join(data).decode("utf-8", "replace"), "[DONE]")
 
 

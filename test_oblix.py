@@ -14081,7 +14081,7 @@ class Cluster(Case):
             reply = ask(self.server, "auto", stream=stream)
             self.answered(reply, "Hello", by="openai:" + VLLM.model)
             self.assertEqual(reply.headers["x-oblix-side"], "local")
-            self.assertEqual(reply.message["reasoning"], "Hm.")
+            self.assertEqual(reply.message["reasoning_content"], "Hm.")
             self.assertEqual((self.upstream.last.path, self.upstream.last.json["model"]), (VLLM.path, VLLM.model))
             self.assertIsNone(self.upstream.last.headers["Authorization"])
 
