@@ -56,6 +56,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import binascii
 import collections
 import contextlib
 import copy
@@ -598,6 +599,8 @@ class Settings:
         "when the cloud answers in its place", choices=("auto", "never"))
     keep_alive: str = setting("auto", "how long Ollama keeps a model after its last use: seconds, or 10m, -1 for ever; "
         "auto is 30m, and 5m on battery; default leaves it to Ollama", form=rf"auto|default|{DURATION}")
+    claude_cache: str = setting("auto", "whether to ask Claude to cache the prompt of a conversation that goes on, if "
+        "the client does not", choices=("auto", "off"))
     on_cut: str = setting("error", "what follows when a plain text stream breaks off: an error, or another model that "
         "continues it", choices=("error", "continue"))
     first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; a load takes minutes", 0.1)
@@ -2493,7 +2496,6 @@ class Provider:
     refuses: ClassVar[dict[str, str]] = {}  # parameter -> the reason why it can't be honoured
     renames: ClassVar[dict[str, str]] = {}  # parameter -> its name for a model that refuses this one
     spelt: ClassVar[dict[str, str]] = {}    # word of an error -> the parameter that it means
-    forces_tools: ClassVar[bool] = True     # takes a tool_choice that forces a call
     text_event: ClassVar[TextEvent]
 
     def endpoint(self, settings: Settings) -> Endpoint:
@@ -2502,13 +2504,13 @@ class Provider:
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         """Return the headers of each request to the endpoint, except for its content type."""
-        raise NotImplementedError
+        return {**present({"Authorization": endpoint.key and f"Bearer {endpoint.key}"}), **dict(endpoint.headers)}
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         """Return the body of the upstream request, for a request without a `refusal`.
 
         `context` is the window to load the model for, in tokens, where the provider can; 0 leaves it as it is.
-        `keep_alive` is how long to keep it in memory, where the provider can; None leaves that to its server.
+        `keep_alive` is how long to keep it in memory, or the prompt (Claude); None leaves that to its server.
         """
         raise NotImplementedError
 
@@ -2571,9 +2573,8 @@ class Provider:
         unknown = unknown_value(request) if self.translates else None
         if unknown:
             return Unsupported(f"{self.label} does not support this value of {unknown}.", param=unknown)
-        if not self.forces_tools and chosen_tools(request.body)[1] not in ("none", "auto"):
-            return Unsupported(f"{self.label} can't be made to call a tool: only auto and none work.",
-                               param="tool_choice")
+        if self.translates and chosen_tools(request.body)[1] not in ("none", "auto") and not forced_tools(request.body):
+            return Unsupported("tool_choice asks for a tool that is not among the tools.", param="tool_choice")
         return None
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
@@ -2637,7 +2638,7 @@ def is_permanent(param: str, error: UpstreamError) -> bool:
     if "<=" in param:
         most = int(param.partition("<=")[2])
         return error.fault is Fault.REFUSED and (most % 256 == 0 or most % 1000 == 0)
-    return param != "reasoning_effort" and not re.search(_SOMETIMES, error.message.lower())
+    return param in CHANGES or param != "reasoning_effort" and not re.search(_SOMETIMES, error.message.lower())
 
 
 # What errors say of a parameter, in lower case, and what of one of its values, or of it beside another one.
@@ -2850,6 +2851,88 @@ def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
                 yield chunk
         if not choices_of(chunk):    # usage
             yield chunk
+
+
+def call_schema(tools: Sequence[Json]) -> Json:
+    """Return the JSON schema of a call: of the one tool's arguments, or of the name of a tool and its arguments."""
+    if len(tools) == 1:
+        return _grammar_schema(tools[0], "#")
+    schemas = [_grammar_schema(tool, f"#/$defs/{number}") for number, tool in enumerate(tools)]
+    referred = {str(number): schema for number, schema in enumerate(schemas) if b'"$ref"' in dumps(schema)}
+    calls = [{"type": "object", "properties": {"name": {"const": tool["name"]}, "arguments": schema},
+              "required": ["name", "arguments"], "additionalProperties": False} for tool, schema in zip(tools, schemas)]
+    return {"anyOf": calls, **present({"$defs": referred})}
+
+
+def _grammar_schema(tool: Json, place: str) -> Json:
+    """Return the schema of a tool's arguments at a place in another, to which its references lead.
+
+    It is without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp).
+    """
+    def change(schema: Json) -> Json:
+        kept = {name: value for name, value in schema.items() if name not in ("pattern", "minLength", "maxLength")}
+        return {**kept, "$ref": place + kept["$ref"][1:]} if kept.get("$ref", "").startswith("#") else kept
+    return in_each_schema(tool_schema(tool), change)  # type: ignore[no-any-return]
+
+
+def call_hint(tools: Sequence[Json]) -> str:
+    """Return what a model must know for the call that `call_schema` holds it to: it sees neither tools nor schema."""
+    one, form = ("the tool", "its arguments") if len(tools) == 1 else ("one tool", '{"name": …, "arguments": {…}}')
+    return "\n".join([f"Answer with a call of {one} below: write {form} as one JSON object, and nothing else.",
+                      *(json.dumps(tool, ensure_ascii=False) for tool in tools)])
+
+
+def as_call(chunks: Iterable[Chunk], tools: Sequence[Json]) -> Iterator[Chunk]:
+    """Yield the chunks of an answer that `call_schema` held to a call, as that call.
+
+    Raises UpstreamError if it is none, unless its length cut it off.
+    """
+    names = [tool["name"] for tool in tools]
+    name, around = (names[0], 0) if len(names) == 1 else ("", 1)    # braces after the arguments
+    held, said, is_call = "", list[str](), False
+    yield chunk_of(content="")
+    for chunk in chunks:
+        for choice in choices_of(chunk):
+            held, end = held + (choice["delta"].pop("content", "") or ""), choice["finish_reason"]
+            is_call = is_call or "tool_calls" in choice["delta"]    # in Ollama's own words
+            if not name:
+                name, held = _begun_call(held, bool(end))
+            if said or name in names and held.startswith("{"):
+                size = len(held) - around * (end == "stop") if end else len(held.rstrip("} \t\r\n"))
+                yield from [tool_chunk(0, held[:size], None, None if said else name)] if size > 0 else []
+                said.append(held[:size])
+                held = held[size:]
+            if end == "stop" and not is_call:
+                _need_object("".join(said))
+        yield chunk
+
+
+def _begun_call(text: str, whole: bool) -> tuple[str, str]:
+    """Return the name in a call's JSON, and the rest from its arguments on; ("", text) if they are not there yet."""
+    begin = re.match(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*(?=\{)', text)
+    if begin:
+        return begin[1], text[begin.end():]
+    with contextlib.suppress(*NOT_IN_ITS_FORMAT):
+        call = loads(text) if whole else {}
+        return str(call["name"]), dumps(call["arguments"]).decode() + "}"    # in another order
+    return "", text
+
+
+def _need_object(arguments: str) -> None:
+    """Raise UpstreamError unless a call's arguments are a JSON object."""
+    with contextlib.suppress(ValueError):
+        if isinstance(loads(arguments), dict):
+            return
+    raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED, code="bad_upstream_answer")
+
+
+def first_call(chunks: Iterable[Any]) -> Iterator[Any]:
+    """Yield the chunks without all tool calls but the first."""
+    for chunk in chunks:
+        for choice in choices_of(chunk) if not isinstance(chunk, Texts) else ():
+            if "tool_calls" in choice["delta"]:
+                choice["delta"]["tool_calls"] = [call for call in choice["delta"]["tool_calls"] if not call["index"]]
+        yield chunk
 
 
 def sse_data(lines: Lines) -> Iterator[Any]:
@@ -3226,7 +3309,7 @@ def present(fields: Json) -> Json:
 def needs_of(request: ChatRequest) -> frozenset[str]:
     """Return what a model must be capable of for a request, in Ollama's words (/api/show, capabilities)."""
     return frozenset(present({"vision": any(part["type"] == "image_url" for _, part in request.parts()),
-                              "tools": chosen_tools(request.body)[0]}))
+                              "tools": chosen_tools(request.body)[0] and not forced_tools(request.body)}))
 
 
 def name_of(tool: Any) -> str:
@@ -3276,6 +3359,14 @@ def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
         allowed = {name_of(tool) for tool in choice["allowed_tools"]["tools"]}
         tools, choice = [tool for tool in tools if name_of(tool) in allowed], choice["allowed_tools"]["mode"]
     return ([] if choice == "none" else tools), "required" if choice == "any" else choice    # Mistral's word
+
+
+def forced_tools(body: Json) -> list[Json]:
+    """Return the functions of which the answer must be a call; none where it may be a text."""
+    tools, choice = chosen_tools(body)
+    if isinstance(choice, dict):
+        tools = [tool for tool in tools if name_of(tool) == name_of(choice)]
+    return [] if choice in ("none", "auto") else [*{name_of(tool): tool["function"] for tool in tools}.values()]
 
 
 def json_wanted(body: Json) -> Json | None:
@@ -3358,9 +3449,6 @@ class OpenAI(Provider):
         return Endpoint(self.name, url, settings.openai_api_key, tuple(present(extra).items()),
                         self.key_variable if is_at(url, self.vendor) else "")
 
-    def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        return {**present({"Authorization": endpoint.key and f"Bearer {endpoint.key}"}), **dict(endpoint.headers)}
-
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         payload = {"model": target.model, **request.body}
         if is_at(target.endpoint.base_url, self.vendor):    # its models know the new name, and none of Ollama's fields
@@ -3376,7 +3464,18 @@ class OpenAI(Provider):
         kept = super().adapt(payload, refused)
         if "reasoning_effort" in payload.keys() - kept.keys() and "tools" in payload:
             kept["reasoning_effort"] = "none"    # these models take tools only without reasoning, and would reason
+        for name, (_, change) in CHANGES.items():
+            if name in refused:
+                kept.update({place: [*map(change, kept[place])] for place in ("messages", "tools") if place in kept})
         return kept
+
+    def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
+        if error.status in (400, 422, 500):
+            said = [one for place in ("messages", "tools") for one in payload.get(place) or ()]
+            for name, (words, change) in CHANGES.items():
+                if re.search(words, error.message.lower()) and any(change(one) != one for one in said):
+                    return name
+        return super().refused_parameter(error, payload)
 
     def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
         finished, asked = set[Any](), request.body.get("n", 1)
@@ -3399,11 +3498,43 @@ class OpenAI(Provider):
         return bool(request.body.get("n", 1) == 1)
 
 
+def _with_short_ids(message: Json) -> Json:
+    """Return a message with ids of tool calls of nine letters and digits, each id always as the same one."""
+    def short(place: Json, name: str) -> Json:
+        id = str(place[name])
+        return {**place, name: id if re.fullmatch("[A-Za-z0-9]{9}", id) else f"{number_for(id):09x}"}
+    if "tool_calls" in message:
+        return {**message, "tool_calls": [short(call, "id") for call in message["tool_calls"]]}
+    return short(message, "tool_call_id") if "tool_call_id" in message else message
+
+
+def _with_reasoning(message: Json) -> Json:
+    return {"reasoning_content": "", **message} if message.get("role") == "assistant" else message
+
+
+def _without(prefix: str) -> Callable[[Json], Json]:
+    def change(fields: Json) -> Json:
+        kept = {name: value for name, value in fields.items() if not name.startswith(prefix)}
+        parts = kept.get("content")
+        return {**kept, "content": [*map(change, parts)]} if isinstance(parts, list) else kept
+    return change
+
+
+# What servers want otherwise in messages and tools: the words of their errors, the change.  It is remembered.
+CHANGES: dict[str, tuple[str, Callable[[Json], Json]]] = {
+    "tool_call_id": (r"tool call ids?\b.*\b9\b", _with_short_ids),    # Mistral's API, tokenizer and chat templates
+    "no reasoning_content": (r"missing.*reasoning_content|reasoning_content.*(missing|passed back|required)",
+                             _with_reasoning),    # DeepSeek, Kimi
+    "reasoning_content": (r"\breasoning(_content|_details)?\b(?! effort)", _without("reasoning")),    # Groq, Mistral
+    "cache_control": ("cache_control", _without("cache_control")),    # Gemini, Groq
+}
+
+
 class Ollama(Provider):
     """Ollama's native API.  Its own /v1 can't set num_ctx, truncate or think, and takes images out of their message."""
     name, label = "ollama", "Ollama"
     vendor, chat_path, models_path = "ollama.com", "/api/chat", "/api/tags"
-    refuses, forces_tools = _NEITHER_HAS, False
+    refuses = _NEITHER_HAS
     spelt = {"thinking": "think"}
     text_event = TextEvent(_OLLAMA_TEXT, b"\n")
     _options = {"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
@@ -3416,9 +3547,6 @@ class Ollama(Provider):
     def endpoint(self, settings: Settings) -> Endpoint:
         return Endpoint(self.name, ollama_url(settings.ollama_host))
 
-    def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        return present({"Authorization": endpoint.key and f"Bearer {endpoint.key}"})    # ollama.com wants one
-
     def refuse_part(self, part: Json) -> str | None:
         if part["type"] == "image_url":
             return None if data_url(part["image_url"]["url"]) else "images must be base64 data: URLs"
@@ -3430,11 +3558,17 @@ class Ollama(Provider):
         if "stop" in options:
             options["stop"] = as_list(options["stop"])
         options.update({**present({"num_ctx": context}), **body.get("options", {})})
-        schema = json_wanted(body)
+        messages, forced = self._messages(without_deprecated(request.messages)), forced_tools(body)
+        if forced:    # it has no tool_choice, and holds an answer to a schema only without tools
+            first = [messages.pop(0)["content"]] if messages[0]["role"] == "system" else []
+            messages.insert(0, {"role": "system", "content": "\n\n".join([*first, call_hint(forced)])})
+        schema = call_schema(forced) if forced else json_wanted(body)
+        tools = [{**tool, "function": {**tool["function"], "parameters": tool_schema(tool["function"])}}
+                 for tool in chosen_tools(body)[0]]    # it refuses what it can't read, and skips anyOf at the top
         payload = {
-            "model": target.model, "messages": self._messages(without_deprecated(request.messages)), "stream": True,
+            "model": target.model, "messages": messages, "stream": True,
             "truncate": False,    # without it the oldest messages are forgotten silently
-            **present({"options": options, "tools": chosen_tools(body)[0],
+            **present({"options": options, "tools": [] if forced else tools,
                        "format": "json" if schema == {} else schema})}
         if keep_alive is not None:
             payload["keep_alive"] = keep_alive
@@ -3453,6 +3587,9 @@ class Ollama(Provider):
             images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
             if images:
                 turn["images"] = [image[1] for image in images if image]
+            thought = message.get("reasoning_content") or message.get("reasoning")
+            if thought and isinstance(thought, str):    # the templates of thinking models want it back
+                turn["thinking"] = thought
             if message.get("tool_calls"):
                 calls = [(call["id"], *name_and_arguments(call)) for call in message["tool_calls"]]
                 turn["tool_calls"] = [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
@@ -3463,6 +3600,16 @@ class Ollama(Provider):
         return converted
 
     def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+        chunks, forced = self._said(lines), forced_tools(request.body)
+        if forced:
+            return as_call(only_json(chunks), forced)
+        only_one = request.body.get("parallel_tool_calls") is False    # Ollama has no such field
+        return first_call(chunks) if only_one else chunks
+
+    def passes_text(self, request: ChatRequest) -> bool:
+        return not forced_tools(request.body)
+
+    def _said(self, lines: Lines) -> Iterator[Any]:
         yield chunk_of(content="")
         numbers = itertools.count()    # of calls: each comes whole, and the server's index is always 0
         for line in filter(None, lines):
@@ -3626,6 +3773,8 @@ _CLAUDE_MODELS = (    # the first that fits (Anthropic's documentation, 2026-11)
 _CLAUDE_MAX_TOKENS = 16384    # where the client sets no limit: thinking counts too, so a small one gives empty answers
 _THINKING_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 4096, "high": 8192, "xhigh": 16384, "max": 16384}
 _CLAUDE_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+_MOST_MARKS = 4                       # of its prompt cache; it refuses more
+_CACHED_FROM = 512 * TOKEN_BYTES      # of a prompt; no model caches a shorter one
 _ONLY_JSON = "Answer with one JSON object and nothing else: no prose, no Markdown fence."
 
 
@@ -3671,21 +3820,22 @@ class Claude(Provider):
         system, turns = claude_conversation(without_deprecated(request.messages), model.prefill)
         choice, schema = chosen_tools(body)[1], json_wanted(body)
         if schema == {}:    # Claude has no field for JSON without a schema
-            system.append(_ONLY_JSON)
+            system.extend(_text_blocks(_ONLY_JSON))
         if choice not in ("auto", "none") and not model.forced:
-            which = name_of(choice) if isinstance(choice, dict) else "that fits best"
-            system.append(f"Answer with a call of the tool {which}.")
+            which = claude_name(name_of(choice)) if isinstance(choice, dict) else "that fits best"
+            system.extend(_text_blocks(f"Answer with a call of the tool {which}."))
             choice = "auto"
         payload = present({
             "model": target.model, "messages": turns, "stream": True,
             "max_tokens": min(request.max_output_tokens(_CLAUDE_MAX_TOKENS), model.most),
-            "system": "\n\n".join(system),
+            "system": system,
             "stop_sequences": [stop for stop in as_list(body.get("stop", [])) if stop.strip()],
             "service_tier": {"auto": "auto", "default": "standard_only"}.get(body.get("service_tier", "")),
             **self._tools(body, choice, turns)})
         if schema:
             payload["output_config"] = {"format": {"type": "json_schema", "schema": closed_schema(schema)}}
         self._think(payload, effort_of(body), model)
+        self._cache(payload, request, keep_alive is not None)
         if "thinking" not in payload:    # with it, any temperature but 1 is a 400
             asked = [name for name in ("temperature", "top_p") if name in body][:model.sampling]
             payload.update({name: min(1.0, max(0.0, body[name])) for name in asked})
@@ -3696,15 +3846,30 @@ class Claude(Provider):
         """Return the fields for tools and for the choice among them."""
         chosen = chosen_tools(body)[0]
         # Claude must know the tools that the history calls, even if it may call none now.
-        tools = [tool["function"] for tool in chosen or body.get("tools", [])] or [
-            {"name": name} for name in _tools_used(turns)]
-        theirs: Json = ({"type": "tool", "name": name_of(choice)} if isinstance(choice, dict)
+        tools = [claude_tool(tool) for tool in chosen or body.get("tools", [])] or [
+            claude_tool({"function": {"name": name}}) for name in _tools_used(turns)]
+        theirs: Json = ({"type": "tool", "name": claude_name(name_of(choice))} if isinstance(choice, dict)
                         else {"type": "any" if choice == "required" else "auto"})
         if not chosen:
             theirs = {"type": "none"}
         elif body.get("parallel_tool_calls") is False:
             theirs["disable_parallel_tool_use"] = True
-        return {"tools": [*map(claude_tool, tools)], "tool_choice": theirs} if tools else {}
+        by_name = {tool["name"]: tool for tool in tools}    # it refuses a second tool of a name
+        return {"tools": [*by_name.values()], "tool_choice": theirs} if tools else {}
+
+    @staticmethod
+    def _cache(payload: Json, request: ChatRequest, ask: bool) -> None:
+        """Keep the last of the client's marks that Claude takes.  Without any, ask for caching if that will pay."""
+        own = request.body.get("cache_control")
+        payload.update({"cache_control": own} if isinstance(own, dict) else {})
+        blocks = [*payload.get("tools", []), *payload.get("system", []),
+                  *(block for turn in payload["messages"] for block in turn["content"])]
+        marked = [block for block in blocks if "cache_control" in block]
+        for block in marked[:max(0, len(marked) + ("cache_control" in payload) - _MOST_MARKS)]:
+            del block["cache_control"]
+        goes_on = any(turn["role"] == "assistant" for turn in payload["messages"])
+        if ask and goes_on and not marked and request.size >= _CACHED_FROM:
+            payload.setdefault("cache_control", {"type": "ephemeral"})
 
     @staticmethod
     def _think(payload: Json, effort: str | None, model: _ClaudeModel) -> None:
@@ -3724,6 +3889,10 @@ class Claude(Provider):
     def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
         chunks = self._chunks(lines)
         return only_json(chunks) if json_wanted(request.body) == {} else chunks
+
+    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+        chunks = super().decode(lines, request)
+        return under_own_names(chunks, request.body["tools"]) if "tools" in request.body else chunks
 
     def passes_text(self, request: ChatRequest) -> bool:
         return json_wanted(request.body) != {}
@@ -3803,31 +3972,143 @@ def _tools_used(turns: Sequence[Json]) -> list[str]:
                               if block["type"] == "tool_use"))
 
 
-def claude_tool(function: Json) -> Json:
+def claude_tool(tool: Json) -> Json:
     """Return a tool in Claude's shape, without `strict`: few schemas qualify for it there."""
-    return {"name": function["name"], **present({"description": function.get("description")}),
-            "input_schema": {"properties": {}, **(function.get("parameters") or {}), "type": "object"}}
+    function, schema = tool["function"], tool_schema(tool["function"])
+    schema["properties"] = {claude_key(name): inner for name, inner in schema["properties"].items()}
+    schema.update({"required": [*map(claude_key, schema["required"])]} if "required" in schema else {})
+    return {"name": claude_name(function["name"]), **present({"description": function.get("description")}),
+            "input_schema": schema, **_mark_of(tool, function)}
+
+
+def claude_name(name: str, letters: str = "A-Za-z0-9_-") -> str:
+    """Return the name by which Claude knows a tool: its own, or one made of that alone where it would be refused."""
+    if re.fullmatch(f"[{letters}]{{1,64}}", name):
+        return name
+    return f"{re.sub(f'[^{letters}]', '_', name)[:55]}_{number_for(name):08x}"
+
+
+def claude_key(name: str) -> str:
+    """Return the name by which Claude knows an argument, as `claude_name` does."""
+    return claude_name(name, "A-Za-z0-9_.-")
+
+
+def number_for(text: str) -> int:
+    """Return a number of 32 bits for a text, always the same."""
+    return binascii.crc32(text.encode("utf-8", "replace"))
+
+
+def under_own_names(chunks: Iterable[Any], tools: Sequence[Json]) -> Iterator[Any]:
+    """Yield the chunks with the client's own names of the tools that they call, and of the arguments."""
+    own = {claude_name(name_of(tool)): tool["function"] for tool in tools}
+    keys, held = dict[str, str](), ""    # arguments that Claude knows by another name; what there is of all so far
+    for chunk in chunks:
+        for choice in choices_of(chunk) if not isinstance(chunk, Texts) else ():
+            for inner in (call["function"] for call in choice["delta"].get("tool_calls", ())):
+                if "name" in inner:
+                    function = own.get(inner["name"], {"name": inner["name"]})
+                    inner["name"], names = function["name"], tool_schema(function)["properties"]
+                    keys, held = {claude_key(name): name for name in names if claude_key(name) != name}, ""
+                if keys:
+                    held, inner["arguments"] = held + inner["arguments"], ""
+                    with contextlib.suppress(ValueError):    # not whole yet
+                        said = loads(held if held.endswith("}") else "").items()
+                        inner["arguments"] = dumps({keys.get(name, name): value for name, value in said}).decode()
+        yield chunk
+
+
+def _mark_of(*places: Json) -> Json:
+    """Return the client's mark for Claude's prompt cache in the first of the places that has one."""
+    marks = [place["cache_control"] for place in places if isinstance(place.get("cache_control"), dict)]
+    return {"cache_control": marks[0]} if marks else {}
 
 
 def closed_schema(schema: Any) -> Any:
     """Return a JSON schema as Claude's structured output takes it: closed objects, no bounds, anyOf for oneOf."""
+    def closed(schema: Json) -> Json:
+        kept = {"anyOf" if name == "oneOf" else name: value for name, value in schema.items()
+                if name not in _NOT_IN_SCHEMAS}
+        kind = kept.get("type")
+        is_object = kind == "object" or isinstance(kind, list) and "object" in kind or "properties" in kept
+        return {**kept, "additionalProperties": False} if is_object else kept
+    return in_each_schema(schema, closed)
+
+
+def in_each_schema(schema: Any, change: Callable[[Json], Json]) -> Any:
+    """Return a JSON schema with `change` made to it and to each schema in it, but not to data in it."""
     if isinstance(schema, list):
-        return [closed_schema(item) for item in schema]
+        return [in_each_schema(item, change) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    kept: Json = {}
-    for name, value in schema.items():
-        if name in _DATA_IN_SCHEMAS:
-            kept[name] = value
-        elif name in _NAMED_SCHEMAS and isinstance(value, dict):
-            kept[name] = {inner: closed_schema(one) for inner, one in value.items()}
-        elif name not in _NOT_IN_SCHEMAS:
-            kept["anyOf" if name == "oneOf" else name] = closed_schema(value)
-    kind = kept.get("type")
-    is_object = kind == "object" or isinstance(kind, list) and "object" in kind or "properties" in kept
-    return {**kept, "additionalProperties": False} if is_object else kept
+    return change({name: value if name in _DATA_IN_SCHEMAS else
+                   {inner: in_each_schema(one, change) for inner, one in value.items()}
+                   if name in _NAMED_SCHEMAS and isinstance(value, dict) else in_each_schema(value, change)
+                   for name, value in schema.items()})
 
 
+def tool_schema(function: Json) -> Json:
+    """Return the schema of a function's arguments as Claude and grammars take it: of an object, in today's words.
+
+    Claude takes no alternatives at the top: their properties become the object's, and its description tells of them.
+    """
+    whole = {"properties": {}, **in_each_schema(function.get("parameters") or {}, valid_schema), "type": "object"}
+    lost = {word: whole.pop(word) for word in ("allOf", "anyOf", "oneOf") if word in whole}
+    if not lost:
+        return whole
+    variants, required = dict[str, dict[bytes, Any]](), dict.fromkeys(whole.get("required", []))
+    for word, schemas in lost.items():
+        found = [_referred(schema, whole) for schema in schemas if isinstance(schema, dict)]
+        branches = [*{id(branch): valid_schema(branch) for branch in found}.values()]
+        for name, schema in itertools.chain.from_iterable(branch.get("properties", {}).items() for branch in branches):
+            variants.setdefault(name, {})[dumps(schema)] = schema
+        needed = [{*branch.get("required", [])} for branch in branches] or [set[str]()]
+        every = set.union(*needed) if word == "allOf" else set.intersection(*needed)
+        required.update(dict.fromkeys(sorted(every)))
+    merged = {name: {"anyOf": [*some.values()]} if len(some) > 1 else [*some.values()][0]
+              for name, some in variants.items()}
+    told = [whole.get("description", ""), f"It must also fit {json.dumps(lost, ensure_ascii=False)}."]
+    return {**whole, "properties": {**merged, **whole["properties"]}, "required": [*required],
+            "description": "\n".join(filter(None, told))}
+
+
+def _referred(schema: Json, root: Json) -> Json:
+    """Return what a schema's reference leads to within the root, or the schema itself."""
+    place: Any = root
+    for step in schema.get("$ref", "").split("/")[1:]:
+        place = place.get(step) if isinstance(place, dict) else None
+    return place if isinstance(place, dict) and place is not root else schema
+
+
+def valid_schema(schema: Json) -> Json:
+    """Return a schema of any draft in the words of draft 2020-12, without those that Claude would refuse a tool for."""
+    new = dict(schema)
+    for bound, strict in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if new.get(strict) is True and bound in new:    # draft 4
+            new[strict] = new.pop(bound)
+    if isinstance(new.get("items"), list):    # all before 2020-12
+        new["prefixItems"] = new.pop("items")
+    if isinstance(new.get("properties"), dict):
+        new["properties"] = {name: one if isinstance(one, dict) else {} for name, one in new["properties"].items()}
+    new = {name: value for name, value in new.items() if type(value) in _FORMS.get(name, (type(value),))}
+    if "required" in new:
+        new["required"] = [name for name in new["required"] if isinstance(name, str)]
+    if "type" in new and not all(kind in _SCHEMA_TYPES for kind in as_list(new["type"])):
+        del new["type"]
+    return new
+
+
+_SCHEMA_TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
+_FORMS: dict[str, tuple[type, ...]] = {    # keyword -> the types of its value (JSON Schema's meta-schemas)
+    word: kinds for words, kinds in (
+        ("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf", (int, float)),
+        ("minLength maxLength minItems maxItems minProperties maxProperties minContains maxContains", (int,)),
+        ("title description format pattern $ref $comment", (str,)),
+        ("uniqueItems deprecated readOnly writeOnly", (bool,)),
+        ("items additionalProperties not if then else contains propertyNames", (dict, bool)),
+        ("properties patternProperties $defs definitions dependentSchemas", (dict,)),
+        ("anyOf oneOf allOf prefixItems required enum examples", (list,)), ("type", (str, list)),
+        ("$schema $id", ()),    # of another draft; another root for references
+    ) for word in words.split()}
 _DATA_IN_SCHEMAS = frozenset({"const", "enum", "default", "examples", "required", "dependentRequired"})
 _NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
 _NOT_IN_SCHEMAS = frozenset({
@@ -3835,31 +4116,34 @@ _NOT_IN_SCHEMAS = frozenset({
     "minItems", "maxItems", "minProperties", "maxProperties", "not", "if", "then", "else"})
 
 
-def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[str], list[Json]]:
-    """Return the system texts and the turns that Claude takes.
+def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[Json], list[Json]]:
+    """Return the system's blocks and the turns that Claude takes.
 
     Turns alternate and begin with the user.  The next user turn begins with the results of all tool calls, placeholders
     among them; results of unknown calls become text.  Without `prefills` the last turn is the user's too.
     """
-    system: list[str] = []
+    system: list[Json] = []
     said: list[tuple[str, list[Json]]] = [("user", [])]
     used: set[str] = set()
     waiting: dict[str, list[Json]] = {}    # the client's id of a call -> results without content yet
     for message in messages:
+        blocks = claude_content(message)
+        texts = [block for block in blocks if block["type"] == "text"]
         if message["role"] in ("system", "developer"):
-            system.extend([text_of(message)] if text_of(message).strip() else [])
+            system.extend(texts)
         elif message["role"] == "assistant":
-            blocks, results, waiting = _text_blocks(text_of(message)), list[Json](), {}
-            for call in message.get("tool_calls") or ():
-                blocks.append(_claude_call(call, used))
-                results.append({"type": "tool_result", "tool_use_id": blocks[-1]["id"], "content": "(no result)"})
-                waiting.setdefault(call["id"], []).append(results[-1])
-            said.extend([("assistant", blocks)] if blocks else [])
-            said.extend([("user", results)] if results else [])
+            calls, waiting = message.get("tool_calls") or [], {}
+            uses = [_claude_call(call, used) for call in calls]
+            results = [{"type": "tool_result", "tool_use_id": use["id"], "content": "(no result)"} for use in uses]
+            for call, result in zip(calls, results):
+                waiting.setdefault(call["id"], []).append(result)
+            said += [("assistant", texts + uses)] if texts or uses else []
+            said += [("user", results)] if results else []
         elif message["role"] == "tool" and waiting.get(message["tool_call_id"]):
-            waiting[message["tool_call_id"]].pop(0)["content"] = claude_content(message) or ""
+            marks = [{"cache_control": block.pop("cache_control")} for block in blocks if "cache_control" in block]
+            waiting[message["tool_call_id"]].pop(0).update({"content": blocks or "", **_mark_of(*marks[-1:])})
         else:
-            said.append(("user", claude_content(message)))
+            said.append(("user", blocks))
     turns = [{"role": role, "content": [block for _, some in group for block in some] or _text_blocks(".")}
              for role, group in itertools.groupby(said, lambda pair: pair[0])]
     last = turns[-1]
@@ -3877,7 +4161,8 @@ def _claude_call(call: Json, used: set[str]) -> Json:
     while id in used:
         id += "_"
     used.add(id)
-    return {"type": "tool_use", "id": id, "name": name, "input": arguments_of(arguments)}
+    given = {claude_key(key): value for key, value in arguments_of(arguments).items()}
+    return {"type": "tool_use", "id": id, "name": claude_name(name), "input": given}
 
 
 def _text_blocks(text: str) -> list[Json]:
@@ -3890,7 +4175,7 @@ def claude_content(message: Json) -> list[Json]:
     blocks: list[Json] = []
     for part in parts_of(message):
         if part["type"] in ("text", "refusal"):
-            blocks.extend(_text_blocks(part[part["type"]]))
+            blocks.extend({**block, **_mark_of(part)} for block in _text_blocks(part[part["type"]]))
             continue
         kind = "image" if part["type"] == "image_url" else "document"
         url = part["image_url"]["url"] if kind == "image" else part["file"]["file_data"]
@@ -3899,7 +4184,9 @@ def claude_content(message: Json) -> list[Json]:
         if media_type.startswith("text/"):
             text = base64.b64decode(data).decode("utf-8", "replace")
             source = {"type": "text", "media_type": "text/plain", "data": text}
-        blocks.append({"type": kind, "source": source})
+        blocks.append({"type": kind, "source": source, **_mark_of(part)})
+    if blocks:
+        blocks[-1].update(_mark_of(message))
     return blocks
 
 
@@ -4886,6 +5173,7 @@ SLOW_S = 15.0                # where the local model would take longer than this
 OVERHEAD_S = 0.2             # of a first word besides its reading: HTTP, the template, the first token's writing
 WARM_AGAIN_S = 300.0         # as long as Ollama keeps a model by itself
 KEPT_S, KEPT_ON_BATTERY_S = 1800, 300    # a model in memory; Ollama's own default is the latter
+CACHED_S = 300    # a prompt, by Claude: its usual time
 LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
 
 def new_id(prefix: str) -> str:
@@ -5055,7 +5343,9 @@ class Gateway:
         return asked if asked and said == model.context else model.context
 
     def keep_alive(self, target: Target) -> KeepAlive:
-        """Return how long a target's server is asked to keep the model, or None to leave that to it."""
+        """Return how long a target's server is asked to keep the model, or the prompt; None leaves that to it."""
+        if target.endpoint.provider == "claude":
+            return CACHED_S if self.settings.claude_cache == "auto" else None
         said = self.settings.keep_alive
         if said == "default" or target.side is Side.CLOUD:
             return None

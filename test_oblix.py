@@ -65,6 +65,7 @@ import types
 import unittest
 import urllib.parse
 import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -3305,7 +3306,7 @@ WEB_IMAGE = "https://example.com/a.png"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
 JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": SCHEMA}}
 FIND_TOOL = TOOLS[0]["function"]
-ONLY_NOW = {"type": "function", "function": {"name": "now"}}
+ONLY_NOW = {"type": "function", "function": {"name": "now"}}    # the tool, and the choice of it
 OPUS, SONNET, HAIKU = "claude:claude-opus-5-5", "claude:claude-sonnet-4-6", "claude:claude-haiku-4-5"
 
 
@@ -3374,6 +3375,41 @@ def is_dict(value):
     return isinstance(value, dict)
 
 
+def a_tool(name, parameters, **fields):
+    """A tool in OpenAI's shape."""
+    return {"type": "function", "function": {"name": name, "parameters": parameters}, **fields}
+
+
+def exactly(schema):
+    """This schema and nothing else, but for a description."""
+    return lambda given: {name: value for name, value in given.items() if name != "description"} == schema
+
+
+def choice_of(name):
+    """The choice of a tool."""
+    return {"type": "function", "function": {"name": name}}
+
+
+def one_call(name, arguments):
+    """The schema of a call of one of several tools."""
+    return {"type": "object", "properties": {"name": {"const": name}, "arguments": arguments},
+            "required": ["name", "arguments"], "additionalProperties": False}
+
+
+def growing(root):
+    """A schema that refers to itself and to a definition, as it is written at another place."""
+    kid = {"type": "object", "properties": {"kid": {"$ref": root + "/$defs/kid"}, "top": {"$ref": root}}}
+    return {"type": "object", "properties": {"kid": {"$ref": root + "/$defs/kid"}}, "$defs": {"kid": kid}}
+
+
+A_OR_B = [{"properties": {"kind": {"const": "a"}, "a": {}}, "required": ["kind", "a"]},
+          {"$ref": "#/$defs/b"}]
+TREE, TREE_IN_IT = growing("#"), growing("#/$defs/0")
+BEYOND_GRAMMARS = {"type": "object", "properties": {"a": {"type": "string", "pattern": "x", "maxLength": 9999},
+                                                    "b": {"minimum": 0, "exclusiveMinimum": True},
+                                                    "c": {"items": [{}]}, "d": {"type": "any"}}}
+
+
 def options(**expected):
     """Ollama's options: these and no others."""
     return {"options": lambda given: given == expected}
@@ -3435,6 +3471,33 @@ TO_OLLAMA = [
     ("tools", {"tools": TOOLS, "tool_choice": "auto"}, {"tools": TOOLS, **none_of("tool_choice")}),
     ("tools not to be used", {"tools": TOOLS, "tool_choice": "none"}, none_of("tools")),
     ("log probabilities", {"logprobs": True, "top_logprobs": 2}, {"logprobs": True, "top_logprobs": 2}),
+    ("this tool must be used", {"tools": TOOLS, "tool_choice": choice_of("find"), **talk(user("a?"))},
+     {"format": FIND_TOOL["parameters"], **none_of("tools", "tool_choice"),
+      **talk({"role": "system", "content": lambda text: json.dumps(FIND_TOOL) in text}, user("a?"))}),
+    ("a tool without parameters must be used", {"tools": [ONLY_NOW], "tool_choice": "required"},
+     {"format": {"type": "object", "properties": {}}, **none_of("tools")}),
+    ("some tool must be used", {"tools": TOOLS, "tool_choice": "required", **talk(system("Be kind."), user("a?"))},
+     {"format": {"anyOf": [one_call("find", FIND_TOOL["parameters"]), one_call("now", FIND_TOOL["parameters"])]},
+      **none_of("tools"), **talk({"content": lambda text: text.startswith("Be kind.\n\n") and '"now"' in text}, {})}),
+    ("some of these tools must be used", {"tools": TOOLS, "tool_choice": {
+        "type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [choice_of("now")]}}},
+     {"format": FIND_TOOL["parameters"], **none_of("tools")}),
+    ("a call goes before an answer in JSON", {"tools": TOOLS, "tool_choice": choice_of("find"),
+                                              "response_format": {"type": "json_object"}},
+     {"format": FIND_TOOL["parameters"]}),
+    ("what makes no grammar", {"tools": [a_tool("run", BEYOND_GRAMMARS)], "tool_choice": "required"},
+     {"format": exactly({"type": "object", "properties": {"a": {"type": "string"}, "b": {"exclusiveMinimum": 0},
+                                                          "c": {"prefixItems": [{}]}, "d": {}}})}),
+    ("references lead to the same from another root",
+     {"tools": [a_tool("plant", TREE), TOOLS[0]], "tool_choice": "required"},
+     {"format": {"anyOf": [one_call("plant", TREE_IN_IT), one_call("find", FIND_TOOL["parameters"])],
+                 "$defs": {"0": TREE_IN_IT}}}),
+    ("a schema that Ollama can't read", {"tools": [a_tool("run", {"type": ["object", "null"], "anyOf": A_OR_B[:1]})]},
+     {"tools": [a_tool("run", exactly({"type": "object", "properties": A_OR_B[0]["properties"],
+                                       "required": ["a", "kind"]}))]}),
+    ("thoughts come back", talk(user("a?"), {**assistant(None, X1), "reasoning_content": "hm"}, result("x1", "3"),
+                                {**assistant("c"), "reasoning": "oh"}, {**assistant("d"), "reasoning": {"a": 1}}),
+     talk({}, {"thinking": "hm"}, {}, {"thinking": "oh"}, none_of("thinking"))),
 ]
 
 
@@ -3463,6 +3526,38 @@ def by_closed_schema(schema):
     return {"output_config": {"format": {"type": "json_schema", "schema": lambda given: given == schema}}}
 
 
+def tools_fit(body):
+    """True if Claude takes all names in the tools."""
+    return all(re.fullmatch("[a-zA-Z0-9_-]{1,64}", one["name"]) and all(
+        re.fullmatch("[a-zA-Z0-9_.-]{1,64}", name) for name in one["input_schema"]["properties"])
+        for one in body["tools"])
+
+
+MARKED = {"cache_control": {"type": "ephemeral"}}
+B = {"type": "object", "properties": {"kind": {"const": "b"}}, "required": ["kind"]}
+KINDS = {"kind": {"anyOf": [{"const": "a"}, {"const": "b"}]}, "a": {}}
+SCHEMAS = [  # what is in it that only Claude refuses, the schema, what is sent beside the type
+    ("no type", {"properties": {"a": {}}}, {"properties": {"a": {}}}),
+    ("a type of its own", {"type": ["object", "null"]}, {"properties": {}}),
+    ("a draft", {"$schema": "http://json-schema.org/draft-07/schema#", "$id": "x"}, {"properties": {}}),
+    ("alternatives", {"properties": {"c": {}}, "required": ["c"], "anyOf": A_OR_B, "$defs": {"b": B}},
+     {"properties": {**KINDS, "c": {}}, "required": ["c", "kind"], "$defs": {"b": B}}),
+    ("parts", {"allOf": A_OR_B, "$defs": {"b": B}},
+     {"properties": KINDS, "required": ["a", "kind"], "$defs": {"b": B}}),
+    ("alternatives that say what is needed", {"properties": {"a": {}}, "oneOf": [{"required": ["a"]}, True, {}]},
+     {"properties": {"a": {}}, "required": []}),
+    ("references that lead nowhere", {"anyOf": [{"$ref": "#/x"}, {"$ref": "#"}, {"$ref": "http://x"}]},
+     {"properties": {}, "required": []}),
+    ("words of older drafts", {"properties": {"a": {"maximum": 9, "exclusiveMaximum": True, "items": [{}]}}},
+     {"properties": {"a": {"exclusiveMaximum": 9, "prefixItems": [{}]}}}),
+    ("values of no valid form", {"required": ["a", 5], "properties": {"a": {
+        "required": True, "type": "int", "minimum": "0", "minLength": 1.5, "description": 5, "default": {"type": "int"},
+        "exclusiveMinimum": False, "additionalProperties": "no", "enum": "a", "properties": 5},
+        "b": True, "c": "string"}},
+     {"required": ["a"], "properties": {"a": {"default": {"type": "int"}}, "b": {}, "c": {}}}),
+    ("names that are keywords elsewhere", {"properties": {"$schema": {}, "type": {"type": "string"}}},
+     {"properties": {"_schema_%08x" % zlib.crc32(b"$schema"): {}, "type": {"type": "string"}}}),
+]
 TO_CLAUDE = [
     ("the least", {}, {**talk(on_claude("user", "Hi")), "model": "claude-test", "stream": True,
                        "max_tokens": lambda limit: type(limit) is int and limit >= 4096,
@@ -3489,6 +3584,32 @@ TO_CLAUDE = [
                 for name in ("find", "now")]}),
     ("a tool without parameters", {"tools": [ONLY_NOW]},
      {"tools": [{"name": "now", "input_schema": {"type": "object", "properties": {}}}]}),
+    ("a tool's names that only Claude refuses", {
+        "model": SONNET, "tools": [a_tool("fs.read", {"properties": {"größe": {}, "a.b": {}}, "required": ["größe"]}),
+                                   a_tool("n" * 70, {}), TOOLS[0], TOOLS[0]], "tool_choice": choice_of("fs.read"),
+        **talk(user("a?"), assistant(None, ("x1", "fs.read", '{"größe": 1}')), result("x1", "3"))},
+     lambda body: tools_fit(body) and len(body["tools"]) == 3 and {
+         *body["messages"][1]["content"][0]["input"]} < {*body["tools"][0]["input_schema"]["properties"]}
+     and body["tools"][0]["name"] == body["tool_choice"]["name"] == body["messages"][1]["content"][0]["name"]),
+    *((f"a schema with {title}", {"tools": [a_tool("run", given)]},
+       {"tools": [{"input_schema": exactly({"type": "object", **sent})}]}) for title, given, sent in SCHEMAS),
+    ("what is lost of a schema is told", {"tools": [a_tool("run", {"anyOf": [{"required": ["a"]}]})]},
+     {"tools": [{"input_schema": {"description": lambda text: '{"anyOf": [{"required": ["a"]}]}' in text}}]}),
+    ("the client's marks for the cache", {
+        "tools": [{**TOOLS[0], **MARKED}, {"type": "function", "function": {**TOOLS[1]["function"], **MARKED}}],
+        **talk({"role": "system", "content": [{**part("S"), **MARKED}]}, {**user("a?"), **MARKED})},
+     {"tools": [MARKED, MARKED], **talk({"content": [MARKED]}), **none_of("cache_control")}),
+    ("marks in results, on images and on all", {"cache_control": {"type": "ephemeral", "ttl": "1h"}, **talk(
+        user({**image(PNG_URL), **MARKED}), assistant(None, X1), result("x1", [{**part("3"), **MARKED}]))},
+     {"cache_control": {"ttl": "1h"}, **talk({"content": [MARKED]}, {}, {"content": [
+         {"content": [none_of("cache_control")], **MARKED}]})}),
+    ("no more marks than Claude takes", {**talk(*(user({**part(word), **MARKED}) for word in "abcdef"))},
+     talk({"content": [none_of("cache_control")] * 2 + [MARKED] * 4})),
+    ("a conversation that goes on is cached", talk(user("a " * 2000), assistant("c"), user("d")), MARKED),
+    ("but not its first turn", talk(system("s " * 2000), user("a")), none_of("cache_control")),
+    ("nor a short one", talk(user("a"), assistant("c"), user("d")), none_of("cache_control")),
+    ("nor where the client marks itself", talk(user({**part("a " * 2000), **MARKED}), assistant("c"), user("d")),
+     none_of("cache_control")),
     ("some tool must be used", {"model": SONNET, "tools": TOOLS, "tool_choice": "required"},
      {"tool_choice": {"type": "any"}}),
     ("this tool must be used", {"model": SONNET, "tools": TOOLS, "tool_choice": ONLY_NOW},
@@ -3628,6 +3749,7 @@ class SentUpstream(Case):
         return self.upstreams[name].last.json
 
     def test_to_ollama(self):
+        self.upstreams["ollama"].play(answer(Text('{"name":"find","arguments":{}}')))
         for title, fields, expected in TO_OLLAMA:
             with self.subTest(title):
                 self.assertEqual(differences(expected, self.sent("ollama", fields)), [])
@@ -3636,6 +3758,13 @@ class SentUpstream(Case):
         for title, fields, expected in TO_CLAUDE:
             with self.subTest(title):
                 self.assertEqual(differences(expected, self.as_blocks(self.sent("claude", fields))), [])
+
+    def test_claudes_cache_can_be_left_alone(self):
+        long = talk(user("a " * 2000), assistant("c"), user("d"))
+        with Upstream(CLAUDE) as cloud, running(cloud, flags=["--claude-cache=off"]) as server:
+            for fields, expected in ((long, none_of("cache_control")), ({**long, **MARKED}, MARKED)):
+                self.answered(ask(server, cloud.target, **fields), "Hello")
+                self.assertEqual(differences(expected, cloud.last.json), [])
 
     def as_blocks(self, body):
         """The two ways to write a text, made one: content as a list of blocks, a system prompt as text."""
@@ -3916,8 +4045,7 @@ BOTH_REFUSE = [  # the parameter that is named, the fields
 REFUSALS = {
     OLLAMA: [*BOTH_REFUSE,
              ("messages", talk(user(image(WEB_IMAGE)))), ("messages", talk(user(file(file_data=PDF_URL)))),
-             ("tool_choice", {"tools": TOOLS, "tool_choice": "required"}),
-             ("tool_choice", {"tools": TOOLS, "tool_choice": ONLY_NOW})],
+             ("tool_choice", {"tools": TOOLS, "tool_choice": choice_of("nothing")})],
     CLAUDE: [*BOTH_REFUSE,
              ("logprobs", {"logprobs": True}), ("messages", talk(user(image("http://example.com/a.png"))))],
 }
@@ -3964,7 +4092,7 @@ class Refusals(Case):
 
 NEEDS = [  # the fields, what a model must be capable of
     ({}, set()), ({"tools": TOOLS}, {"tools"}), ({"tools": TOOLS, "tool_choice": "none"}, set()),
-    ({"tools": TOOLS, "tool_choice": "required"}, {"tools"}), (talk(user(part("a"), image(PNG_URL))), {"vision"}),
+    ({"tools": TOOLS, "tool_choice": "required"}, set()), (talk(user(part("a"), image(PNG_URL))), {"vision"}),
     ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [ONLY_NOW]}}},
      {"tools"}),
 ]
@@ -4002,6 +4130,9 @@ def claude_refuses(message):
     return CLAUDE.error(message, "invalid_request_error")
 
 
+THOUGHT = talk(user("a?"), {**assistant("c"), "reasoning_content": "hm"}, user("d"))
+BY_TOOLS = talk(user("a?"), assistant(None, ("call_lyywui55", "now", "{}"), ("abc123XYZ", "now", "{}")),
+                result("call_lyywui55", "3"), result("abc123XYZ", "4"))
 PARAMETERS = [    # what is refused of a request that has ALL_FIELDS, whether for ever, status, who says so, body
     ("frequency_penalty", True, 400, "Gemini", [gave("Invalid JSON payload received. Unknown name "
      "\"frequency_penalty\": Cannot find field.\nInvalid JSON payload received. Unknown name \"seed\": Cannot find "
@@ -4125,6 +4256,14 @@ LEARNED = [  # dialect, the fields, what is refused, in which words
     (CLAUDE, {"temperature": 0.2}, "temperature", claude_refuses("`temperature` is deprecated for this model.")),
     (CLAUDE, {"temperature": 0.2}, "temperature", claude_refuses("temperature: Extra inputs are not permitted")),
     (OLLAMA, {"reasoning_effort": "high"}, "think", OLLAMA.error("\"llama3.2\" does not support thinking")),
+    (OPENAI, THOUGHT, "reasoning_content", unsupported("messages[1].reasoning_content", "unknown_parameter")),
+    (OPENAI, THOUGHT, "reasoning_content", OPENAI.error("property 'messages.1.reasoning_content' is unsupported")),
+    (OPENAI, {"tools": [{**TOOLS[0], **MARKED}]}, "cache_control", OPENAI.error('Unknown name "cache_control" at ...')),
+    (OPENAI, talk(user({**part("a"), **MARKED})), "cache_control", OPENAI.error(
+        "property 'messages.0.content.0.cache_control' is unsupported")),
+    (OPENAI, BY_TOOLS, "call_lyywui55", OPENAI.error(
+        "Tool call id was call_lyywui55 but must be a-z, A-Z, 0-9, with a length of 9.")),    # Mistral's API
+    (OPENAI, BY_TOOLS, "call_lyywui55", OPENAI.error("Tool call IDs should be alphanumeric strings with length 9!")),
 ]
 
 
@@ -4195,6 +4334,31 @@ class LearnedParameters(Case):
         with Upstream(OPENAI, script) as upstream, running(upstream) as server:
             self.answered(ask(server, upstream.target, max_tokens=5), "Hello")
             self.assertEqual(upstream.last.json["max_completion_tokens"], 5)
+
+    def test_ids_that_fit_stay_and_others_are_always_the_same_ones(self):
+        script = refusing("call_lyywui55", LEARNED[-1][-1])
+        with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+            for _ in range(2):
+                self.answered(ask(server, upstream.target, **BY_TOOLS), "Hello")
+            bodies = [request.json["messages"] for request in upstream.requests[1:]]
+        self.assertEqual(bodies[0], bodies[1])
+        ids = [call["id"] for call in bodies[0][1]["tool_calls"]]
+        self.assertRegex(" ".join(ids), "^[a-zA-Z0-9]{9} abc123XYZ$")
+        self.assertEqual([message["tool_call_id"] for message in bodies[0][2:]], ids)
+
+    def test_reasoning_comes_back_where_its_api_wants_it(self):
+        """DeepSeek's and Kimi's words; a turn that another model gave has none."""
+        error = OPENAI.error("The reasoning_content in the thinking mode must be passed back to the API.")
+        given = talk(user("a?"), {**assistant(None, X1), "reasoning_content": "hm"}, result("x1", "3"),
+                     assistant(None, X2), result("x2", "4"))
+
+        def script(dialect, request):
+            wanted = all("reasoning_content" in one for one in request.json["messages"] if "tool_calls" in one)
+            return answer(Text("Hello"))(dialect, request) if wanted else whole(400, error)
+        with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+            self.answered(ask(server, upstream.target, **given), "Hello")
+            self.assertEqual([one.get("reasoning_content") for one in upstream.last.json["messages"]],
+                             [None, "hm", None, "", None])
 
     def test_it_is_remembered_for_this_model_alone(self):
         with Upstream(OPENAI, refusing("stop", unsupported("stop"))) as upstream, running(upstream) as server:
@@ -4835,6 +4999,107 @@ class Phrases(Case):
             found = [choice["logprobs"] for part in parts for choice in part["choices"]]
             [content] = [logprobs["content"] for logprobs in found if logprobs]
             self.assertEqual([(one["token"], one["logprob"]) for one in content], [("Hello", -0.5)])
+
+
+# --- 6. Calls that a tool_choice forces ------------------------------------------------------------------------------
+
+FORCED = [  # the names of the tools, what Ollama's model writes, the call that the client gets
+    (["find"], '{"q":"a}b"}', ("find", {"q": "a}b"})), (["find"], '{"q":{"n":{}}}', ("find", {"q": {"n": {}}})),
+    (["now"], "{}", ("now", {})), (["find"], 'Sure:\n```json\n{"q":1}\n```\nDone.', ("find", {"q": 1})),
+    (["find", "now"], '{"name":"find","arguments":{"q":{"n":"}"}}}', ("find", {"q": {"n": "}"}})),
+    (["find", "now"], '{ "name" : "now" ,\n "arguments" : { } }', ("now", {})),
+    (["find", "now"], '{"arguments":{"q":1},"name":"find"}', ("find", {"q": 1})),    # a model that no grammar holds
+    (["a/b", 'c"d'], '{"name":"c\\"d","arguments":{"q":1}}', ('c"d', {"q": 1})),
+]
+NO_CALLS = [(["find"], text) for text in ("", "No.", "[1]", '{"q":', '{"q":1}}', "null")] + [
+    (["find", "now"], text) for text in ('{"q":1}', '{"name":"other","arguments":{}}', '{"name":"now"}', "5",
+                                         '{"name":"now","arguments":5}', '{"name":["now"],"arguments":{}}')]
+
+
+def forcing(names):
+    """The fields of a request that forces a call of one of these tools."""
+    tools = [a_tool(name, FIND_TOOL["parameters"]) for name in names]
+    return {"tools": tools, "tool_choice": choice_of(names[0]) if len(names) == 1 else "required"}
+
+
+class Forced(Case):
+    """Ollama has no tool_choice: a call that is forced is written as JSON that it is held to, and told as a call."""
+
+    def said(self, text, size, names, **fields):
+        pieces = [Text(text[at:at + size]) for at in range(0, len(text), size)]
+        return through(OLLAMA, answer(Think("hm"), *pieces), **forcing(names), **fields)
+
+    def test_what_fits_the_schema_is_a_call(self):
+        for names, text, (name, arguments) in FORCED:
+            for size, stream in ((1, True), (3, False), (1000, True)):
+                with self.subTest(text, size=size):
+                    reply = self.said(text, size, names, stream=stream)
+                    self.assertEqual((reply.status, reply.finish, reply.text or None), (200, "tool_calls", None))
+                    self.assertEqual(reply.message["reasoning_content"], "hm")
+                    [call] = reply.message["tool_calls"]
+                    self.assertRegex(call["id"], "^call_[a-zA-Z0-9]+$")
+                    self.assertEqual((call["type"], call["function"]["name"]), ("function", name))
+                    self.assertEqual(json.loads(call["function"]["arguments"]), arguments)
+
+    def test_its_arguments_are_streamed(self):
+        arguments = '{"q":"abcdef"}'
+        for names, text in ((["find"], arguments), (["find", "now"], '{"name":"find","arguments":%s}' % arguments)):
+            deltas = self.said(text, 2, names, stream=True).deltas
+            parts = [part for delta in deltas for part in delta.get("tool_calls", ())]
+            self.assertGreater(len(parts), 5)
+            self.assertEqual([sorted(part) for part in parts[1:]], [["function", "index"]] * (len(parts) - 1))
+
+    def test_what_is_no_call_is_the_upstreams_failure(self):
+        for names, text in NO_CALLS:
+            with self.subTest(text):
+                self.refused(self.said(text, 1000, names), 502, code="bad_upstream_answer")
+                with Upstream(OLLAMA, answer(Text(text))) as local, Upstream(OPENAI, answer(FIND)) as cloud, \
+                        running(local, cloud) as server:
+                    reply = ask(server, "auto", **forcing(names))
+                    self.assertEqual((reply.headers["x-oblix-model"], reply.finish), (cloud.target, "tool_calls"))
+                    self.assertEqual(fetch(server, "GET", "/health").json["targets"][0]["failures"], 0)
+
+    def test_a_cut_call_is_told_as_cut(self):
+        for names, text in ((["find"], '{"q":"ab'), (["find", "now"], '{"name":"find","arguments":{"q":"ab')):
+            for stream in (False, True):
+                script = answer(Text(text), finish="length")
+                reply = through(OLLAMA, script, stream=stream, **forcing(names))
+                [call] = reply.message["tool_calls"]
+                self.assertEqual((reply.finish, call["function"]["arguments"]), ("length", '{"q":"ab'))
+            first = OLLAMA.events(Saying((Text(text),), "stop", 9, 7))[0]
+            reply = through(OLLAMA, [OLLAMA.head, chunk(first), CLOSE], stream=True, **forcing(names))
+            self.assertEqual((reply.finish, reply.cut, reply.error["code"]), (None, True, "upstream_cut"))
+        reply = through(OLLAMA, answer(Think("hm"), finish="length"), **forcing(["find"]))
+        self.assertEqual((reply.finish, "tool_calls" in reply.message), ("length", False))
+
+    def test_a_call_in_ollamas_own_words_is_one_too(self):
+        reply = through(OLLAMA, answer(FIND), **forcing(["find"]))
+        self.assertEqual((reply.finish, reply.message["tool_calls"][0]["function"]["name"]), ("tool_calls", "find"))
+
+    def test_a_model_without_tools_can_be_forced(self):
+        """What holds it to the call is a grammar."""
+        with Upstream(OLLAMA, answer(Text("{}"))) as local, running(local) as server:
+            self.assertEqual(ask(server, local.target, **forcing(["now"])).finish, "tool_calls")
+
+    def test_one_call_at_a_time_is_one(self):
+        fields = {"tools": TOOLS, "parallel_tool_calls": False}
+        for stream in (False, True):
+            reply = through(OLLAMA, answer(Text("Hm."), FIND, NOW), stream=stream, **fields)
+            self.assertEqual([call["function"]["name"] for call in reply.message["tool_calls"]], ["find"])
+            self.assertEqual((reply.text, reply.finish), ("Hm.", "tool_calls"))
+
+    def test_claude_calls_by_the_clients_own_names(self):
+        schema = {"type": "object", "properties": {"größe": {}, "$top": {}, "q": {}}}
+        tools = [a_tool("fs.read", schema), a_tool("fs_read", {}), a_tool("n" * 70, {})]
+
+        def script(dialect, request):
+            calls = [Call(f"c{number}", one["name"], dict.fromkeys(one["input_schema"]["properties"], number))
+                     for number, one in enumerate(request.json["tools"])]
+            return answer(*calls)(dialect, request)
+        for stream in (False, True):
+            calls = through(CLAUDE, script, stream=stream, tools=tools).message["tool_calls"]
+            self.assertEqual([(one["function"]["name"], json.loads(one["function"]["arguments"])) for one in calls],
+                             [("fs.read", {"größe": 0, "$top": 0, "q": 0}), ("fs_read", {}), ("n" * 70, {})])
 
 
 # --- 6. Upstreams that break their own format -------------------------------------------------------------------------
@@ -14249,6 +14514,15 @@ class ClientContract:
             wanted.update(text="Let me look.", finish="tool_calls",
                           calls=[["call_1", "find", ADA], ["call_2", "find", ADA]])
             self.does(job, model, wanted, tools=[TOOL])
+
+    def test_a_tool_is_called_because_it_was_named(self):
+        """As LangChain's with_structured_output, pydantic-ai and instructor do it."""
+        self.start(lambda dialect, request: answer(Text(json.dumps(ADA)) if dialect is OLLAMA else Call(
+            "call_1", "find", ADA))(dialect, request))
+        fields = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "find"}}}
+        for model, job in itertools.product(ANSWERED_BY, ("whole", "streamed", "accumulated", "parsed")):
+            got = self.does(job, model, {"finish": "tool_calls"}, **fields)
+            self.assertEqual([call[1:] for call in got["calls"]], [["find", ADA]])
 
     def test_the_message_that_an_sdk_made_goes_back_with_the_results_of_its_tools(self):
         self.start()
