@@ -4243,7 +4243,8 @@ PARAMETERS = [    # what is refused of a request that has ALL_FIELDS, whether fo
     (None, False, 400, "too long, prompt", gave("This model's maximum context length is 8192 tokens. However, your "
      "messages resulted in 9001 tokens.")),
     ("max_tokens", True, 400, "a model's number is no limit", gave("Unsupported parameter: 'max_tokens' is not "
-     "supported with gpt-512-mini. Use 'max_completion_tokens' instead.", param="max_tokens", code="unsupported_parameter")),
+     "supported with gpt-512-mini. Use 'max_completion_tokens' instead.", param="max_tokens", code=
+     "unsupported_parameter")),
     ("max_tokens<=12003", False, 402, "OpenRouter", gave("This request requires more credits, or fewer max_tokens. You "
      "requested up to 64000 tokens, but can only afford 12003.", code=402)),
     (None, False, 400, "SiliconFlow", {"code": 20015, "message": "number of input tokens (204703) has exceeded "
