@@ -20,6 +20,7 @@ With psutil alone everything runs but part 15 (real clients); OBLIX_TEST_ALL=1 m
 import argparse
 import ast
 import asyncio
+import base64
 import collections
 import concurrent.futures
 import contextlib
@@ -64,6 +65,7 @@ import types
 import unittest
 import urllib.parse
 import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -175,14 +177,16 @@ class OllamaDialect:
 
     def probe(self):
         details = {"format": "gguf", "family": "llama", "parameter_size": "3.2B", "quantization_level": "Q4_K_M"}
-        entry = {"modified_at": "2026-11-01T10:00:00Z", "size": 2019393189, "digest": "a80c", "details": details}
-        return {"models": [{"name": name, "model": name, **entry} for name in ("llama3.2:latest", "hf.co/org/tiny:Q4")]}
+        entry = {"modified_at": "2026-11-01T10:00:00Z", "size": 2019393189, "details": details}
+        return {"models": [{"name": name, "model": name, "digest": "of " + name, **entry}
+                           for name in ("llama3.2:latest", "hf.co/org/tiny:Q4")]}
 
     def ps(self, loaded):
         """What /api/ps says when these models are in memory: name -> what is not as usual."""
-        usual = {"size": 3000000000, "digest": "a80c", "details": {}, "expires_at": "2026-11-22T10:05:00Z",
+        usual = {"size": 3000000000, "details": {}, "expires_at": "2026-11-22T10:05:00Z",
                  "size_vram": 3000000000, "context_length": 4096}
-        return {"models": [{"name": name, "model": name, **usual, **rest} for name, rest in loaded.items()]}
+        return {"models": [{"name": name, "model": name, "digest": "of " + name, **usual, **rest}
+                           for name, rest in loaded.items()]}
 
     def show(self):
         """What /api/show says of a model."""
@@ -440,7 +444,7 @@ class Upstream:
         """From now on POSTs get these, in order, and then the last one."""
         self._scripts = list(scripts)
 
-    def next_request(self, timeout=5):
+    def next_request(self, timeout=30):
         """The next POST, waited for."""
         return self.arrivals.get(timeout=timeout)
 
@@ -634,8 +638,8 @@ def joined(deltas):
     return message
 
 
-def fetch(server, method, path, body=None, headers=None, timeout=5):
-    """One request on a connection of its own.  It waits less long than Oblix does for an upstream (PATIENT)."""
+def fetch(server, method, path, body=None, headers=None, timeout=30):
+    """One request on a connection of its own."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
     with contextlib.closing(connection):
         connection.request(method, path, body, headers or {})
@@ -648,7 +652,7 @@ def chat(model="auto", **fields):
     return {"model": model, "messages": [{"role": "user", "content": "Hi"}], **fields}
 
 
-def ask(server, model="auto", timeout=5, **fields):
+def ask(server, model="auto", timeout=30, **fields):
     """A chat request, and what the client gets."""
     return fetch(server, "POST", "/v1/chat/completions", json.dumps(chat(model, **fields)),
                  {"Content-Type": "application/json", "Authorization": "Bearer of-the-client"}, timeout)
@@ -657,7 +661,7 @@ def ask(server, model="auto", timeout=5, **fields):
 @contextlib.contextmanager
 def asking(server, model="auto", **fields):
     """A chat request in progress, as an http.client response: read its `sse` as it comes, or leave."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     with contextlib.closing(connection):
         connection.request("POST", "/v1/chat/completions", json.dumps(chat(model, **fields)),
                            {"Content-Type": "application/json"})
@@ -683,7 +687,7 @@ def post(body, *headers, version="1.1", length=True):
     return "\r\n".join([*lines, *["Content-Length: %d" % len(data)] * length, "", ""]).encode() + data
 
 
-def raw(server, data, leave=False, timeout=5):
+def raw(server, data, leave=False, timeout=30):
     """Send these bytes (and, to `leave`, no more) and return all that comes until the server closes."""
     received = []
     with socket.create_connection(("127.0.0.1", server.port), timeout) as connection:
@@ -745,7 +749,7 @@ def states(server):
     return {target["id"]: target["state"] for target in health(server)["targets"]}
 
 
-def eventually(true, within=5):
+def eventually(true, within=30):
     """Wait until this is true; fail when it does not become so."""
     deadline = time.monotonic() + within
     while not true():
@@ -939,7 +943,7 @@ class Shape(Case):
         """Nor for the network: under a lock nothing is called but what collections do at once, or makes a new value."""
         quick = {"get", "pop", "popitem", "move_to_end", "add", "discard", "dict", "len", "tuple", "iter", "next",
                  "values", "Record", "change", "too_much"}
-        pure = {"_replace", "bool", "learned", "failed", "succeeded", "Record", "Cache"}
+        pure = {"_replace", "bool", "learned", "failed", "Breaker", "Record", "Cache"}
         tree = ast.parse(self.source)
         held = [node for node in ast.walk(tree) if isinstance(node, ast.With)
                 and any("_lock" in ast.dump(item.context_expr) for item in node.items)]
@@ -1007,7 +1011,74 @@ VENDORS = [  # models that a vendor's own server answers, however its address is
 ]
 
 
+NAMES_WITH_AT = [  # LM Studio's quantisations, Cloudflare's Workers AI, Vertex' dates
+    "qwen3.6-27b@iq3_xxs", "gemma4-31b@?", "a@b@4bit", "@cf/meta/llama-3.1-8b-instruct", "claude-sonnet-4-5@20250929",
+    "workers-ai/@cf/openai/gpt-oss-120b", "plain",
+]
+AROUND_A_KEY = [  # what is copied along with a key
+    "%s", " %s\r\n", "\t%s\n\n", "\ufeff%s", "\xa0%s\u200b", "'%s'", '"%s"', '" %s "\n', "\u201c%s\u201d", "`%s`",
+    "'\"%s\"'", "Bearer %s", "bearer  %s", '"Bearer %s"', "Bearer '%s'", "Authorization: Bearer %s",
+    "OPENAI_API_KEY=%s", 'export OPENAI_API_KEY="%s"\n', "HF_TOKEN='%s'",
+]
+NOTHING = ["", " ", "\r\n", '""', "''", "' '", "\ufeff"]
+
+
 class Settings(Case):
+    def test_a_key_is_read_without_what_is_copied_along_with_it(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "key")
+            for key, form in itertools.product(("sk-a_1.Z", "dG9r+ZW4/==", "KEY=="), AROUND_A_KEY):
+                text = form % key
+                with self.subTest(text):
+                    settings = oblix.Settings.parse(["--cloud-api-key=" + text], {"OPENAI_API_KEY": text})
+                    keys = [settings.openai_api_key, settings.cloud_api_key]
+                    for coding in ("utf-8", "utf-16"):    # the latter by PowerShell's `>`
+                        path.write_bytes(text.encode(coding))
+                        settings = oblix.Settings.parse(["--api-key-file=%s" % path], {})
+                        keys.append(oblix.with_keys_from_files(settings).api_key)
+                    self.assertEqual(keys, [key] * 4)
+
+    def test_a_variable_that_says_nothing_is_as_if_unset(self):
+        unset = oblix.Settings.parse([], {})
+        for text in NOTHING:
+            env = {oblix.variable_of(field): text for field in dataclasses.fields(oblix.Settings)}
+            self.assertEqual(oblix.Settings.parse([], env), unset, text)
+
+    def test_every_variable_may_stand_in_quotes(self):
+        """`docker run --env-file` keeps them."""
+        for name, text, value in (("port", '"8080"', 8080), ("demo", "'1'", True), ("host", '"127.0.0.1"', "127.0.0.1"),
+                                  ("local_model", '"ollama:a", "ollama:b"', ("ollama:a", "ollama:b")),
+                                  ("keep_alive", "\ufeff'10m'\r\n", "10m"), ("drain", "' 3 '", 3.0)):
+            self.assertEqual(getattr(oblix.Settings.parse([], {"OBLIX_" + name.upper(): text}), name), value)
+
+    def test_a_base_url_may_stand_in_quotes_and_lack_its_scheme(self):
+        for text, url in (
+            ("'https://api.x.com/v1/'", "https://api.x.com/v1"), (' "http://box:1/v1"\n', "http://box:1/v1"),
+            ("api.x.com/v1", "https://api.x.com/v1"), ("api.x.com:443/v1", "https://api.x.com:443/v1"),
+            ("localhost:8080/v1", "http://localhost:8080/v1"), ("127.0.0.1/v1", "http://127.0.0.1/v1"),
+            ("box:8000/v1", "http://box:8000/v1"), ("box.lan:8000/v1", "http://box.lan:8000/v1"),
+            ("[::1]:8080/v1", "http://[::1]:8080/v1"), ("HTTPS://api.x.com/v1", "https://api.x.com/v1"),
+            ("https//api.x.com/v1", "https://api.x.com/v1"), ("http:/box:1/v1", "http://box:1/v1"),
+        ):
+            with self.subTest(text):
+                settings = oblix.Settings.parse(["--cloud-model=openai:a"], {"OPENAI_BASE_URL": text})
+                self.assertEqual(oblix.configured_targets(settings)[0].endpoint.base_url, url)
+        for text in ("ftp://box/v1", "http://a b/v1", "http://"):
+            settings = oblix.Settings.parse(["--cloud-model=openai:a"], {"OPENAI_BASE_URL": text})
+            with self.subTest(text), self.assertRaisesRegex(oblix.UsageError, "^[^\n]*is not an address[^\n]*$"):
+                oblix.configured_targets(settings)
+
+    def test_a_key_that_looks_like_none_is_told_of_without_it(self):
+        for text in ("sk-a b", "<your key>", "${OPENAI_API_KEY}", "$KEY", "%OPENAI_API_KEY%", "sk-...", "None",
+                     "undefined", "your-api-key-here", "YOUR_API_KEY", "Bearer", "sk-1 # of the team"):
+            for argv, env, name in (([], {"OPENAI_API_KEY": text}, "OPENAI_API_KEY"),
+                                    (["--cloud-model=openai:a", "--cloud-api-key=" + text], {}, "OBLIX_CLOUD_API_KEY")):
+                [line] = oblix.odd_keys(oblix.Settings.parse(argv, env))
+                self.assertTrue(line.startswith(name + " "), line)
+                self.assertNotIn("sk-", line)
+        for key in ("sk-proj-a_b-C", "gsk_1", "AIza-x", "ollama", "placeholder", "no-key", "a" * 300, "eyJ.x.y", "k=="):
+            self.assertEqual(oblix.odd_keys(oblix.Settings.parse([], {"OPENAI_API_KEY": key})), [])
+
     def test_a_flag_wins_over_its_variable_and_that_over_the_default(self):
         for argv, env, port in (([], {}, 62549), ([], {"OBLIX_PORT": "1"}, 1), (["--port=2"], {"OBLIX_PORT": "1"}, 2)):
             with self.subTest(argv=argv, env=env):
@@ -1039,10 +1110,33 @@ class Settings(Case):
             (["--local-model=ollama:gpt-oss:120b-CLOUD"], "--cloud-model"),
             (["--local-model=openai:gpt-6-luna"], "say where it runs"), (["--cloud-api-key=k"], "--cloud-model"),
             *((["--local-model=" + model], "say where it runs") for model in VENDORS),
+            (["--cloud-model=openai:x@10.0.0.5:8080/v1"], "http://10.0.0.5:8080/v1"),
+            (["--local-model=ollama:x:3b@box:11434"], "http://box:11434"),
+            (["--cloud-model=openai:@http://x/v1"], "NAME"),
+            (["--cloud-model=openai:x@http://user:pass@x/v1"], "--cloud-api-key"),
         ):
             with self.subTest(argv=argv), self.assertRaises(oblix.UsageError) as raised:
                 oblix.configured_targets(oblix.Settings.parse(argv, {}))
             self.assertIn(says, str(raised.exception))
+
+    def test_a_name_may_have_an_at_sign_and_the_address_follows_the_last_one(self):
+        for name in NAMES_WITH_AT:
+            for side, (address, url) in itertools.product(("local", "cloud"), (("", "http://usual/v1"), (
+                    "@http://127.0.0.1:1/v1", "http://127.0.0.1:1/v1"), ("@https://x.y/z/", "https://x.y/z"))):
+                with self.subTest(name, side=side, address=address):
+                    argv = ["--%s-model=openai:%s%s" % (side, name, address)]
+                    env = {"OPENAI_BASE_URL": "http://usual/v1"}
+                    [target, *_] = oblix.configured_targets(oblix.Settings.parse(argv, env))
+                    self.assertEqual((target.model, target.endpoint.base_url, target.side.value), (name, url, side))
+
+    def test_a_key_has_nothing_around_it(self):
+        for text in ("sk-one", " sk-one\n", '"sk-one"', "'sk-one'\r\n", "\ufeffsk-one"):
+            flags = ["--cloud-model=openai:a", "--cloud-api-key=" + text]
+            for argv, env in ([], {"OPENAI_API_KEY": text}), (flags, {}):
+                with self.subTest(text, argv=argv):
+                    [target] = oblix.configured_targets(oblix.Settings.parse(argv, env))
+                    self.assertEqual(target.endpoint.key, "sk-one")
+        self.assertEqual(oblix.Settings.parse([], {"OPENAI_API_KEY": '""'}).openai_api_key, "")
 
     def test_keys_go_only_where_they_belong(self):
         env = {"OPENAI_API_KEY": "sk-usual"}
@@ -1103,15 +1197,13 @@ class RequestIn(Case):
     def test_every_wrong_type_or_value_is_a_400_that_names_its_parameter(self):
         wrong = {
             "model": ("", 1, [], "a\nb", "x" * 300),
-            "messages": ([], {}, "Hi", [1], [{"role": "boss", "content": "x"}]),
-            "temperature": (True, "1", -1, 3), "top_p": (2, []), "n": (0, 1.0, True, 10**30), "seed": (1.5, 2**70),
-            "max_tokens": (True, 0, "9"), "max_completion_tokens": (0,), "top_logprobs": (21,), "stream": ("yes", 1),
-            "logprobs": (1,), "stop": (1, [1]), "tools": ({}, [1], [{"type": "function"}],
-                                                          [{"type": "function", "function": {"name": ""}}]),
-            "tool_choice": ("any", {"type": "function"}, 1), "reasoning_effort": ("huge", 1),
-            "response_format": ("json", {"type": "xml"}, {"type": "json_schema"}),
-            "stream_options": (1, {"include_usage": 1}),
-            "logit_bias": ([],), "parallel_tool_calls": ("no",), "user": (1,), "modalities": ("text", [1]),
+            "messages": ([], {}, "Hi", [1], [{"role": "", "content": "x"}]),
+            "temperature": (True, "1", []), "top_p": ("0.5",), "n": (0, 1.5, True, 10**30), "seed": (1.5, 2**70, "7"),
+            "max_tokens": (True, "9", 1e300), "max_completion_tokens": ([],), "top_logprobs": (0.5,),
+            "stream": ("yes", 1), "logprobs": (1,), "stop": (1, [1]),
+            "tools": ({}, [1], [{"type": "function"}], [{"function": {}}], [{"function": {"name": ""}}]),
+            "tool_choice": (1, [], {"type": "allowed_tools"}), "reasoning_effort": (1,), "service_tier": ([],),
+            "response_format": ("json", {}, {"type": 1}), "stream_options": (1,), "options": ([],), "functions": ({},),
         }
         for param, values in wrong.items():
             for value in values:
@@ -1125,8 +1217,9 @@ class RequestIn(Case):
             ({"role": "user", "content": [1]}, "messages[1].content[0]"),
             ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content[0]"),
             ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[1].content[0]"),
-            ({"role": "tool", "content": "x"}, "messages[1].tool_call_id"),
+            ({"role": "tool", "content": "x", "tool_call_id": 1}, "messages[1].tool_call_id"),
             ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "messages[1].tool_calls"),
+            ({"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}, "messages[1].tool_calls"),
         ):
             with self.subTest(message), self.assertRaises(oblix.BadRequest) as raised:
                 parsed(messages=[HI, message])
@@ -1145,6 +1238,36 @@ class RequestIn(Case):
                          stream=False, stream_options=None, logprobs=False, logit_bias={}, modalities=["text"],
                          response_format={"type": "text"})
         self.assertEqual(request.body, {"messages": [HI]})
+
+    def test_numbers_without_a_fraction_are_integers_on_the_wire_too(self):
+        self.assertEqual(parsed(seed=0.0, top_logprobs=0.0, n=1.0).body, {"messages": [HI], "seed": 0})
+        request = parsed(max_tokens=512.0, seed=7.0, n=2.0, temperature=1.0)
+        self.assertEqual(json.dumps({name: request.body[name] for name in ("max_tokens", "seed", "n", "temperature")}),
+                         '{"max_tokens": 512, "seed": 7, "n": 2, "temperature": 1.0}')
+        self.assertIsNone(request.around, "the client's own bytes have 512.0")
+
+    def test_an_empty_stop_says_nothing(self):
+        rows = ("", None), ([""], None), (["", "\n", "END"], ["\n", "END"]), ("END", "END"), (["a"], ["a"])
+        for stop, kept in rows:
+            body = json.dumps({"model": "auto", "messages": [HI], "stop": stop}).encode()
+            request = oblix.parse_request(body)
+            self.assertEqual((request.body.get("stop"), request.around is None), (kept, kept != stop))
+
+    def test_an_image_has_the_type_that_its_bytes_tell(self):
+        images = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff\xe0", "gif": b"GIF89a",
+                  "webp": b"RIFF1234WEBPVP8 "}
+        for (kind, start), said in itertools.product(images.items(), ("image/png", "image/jpg", "", "IMAGE/GIF;x=y")):
+            data = base64.b64encode(start + b"...").decode()
+            shown = {"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (said, data), "detail": "low"}}
+            with self.subTest(kind, said=said):
+                [sent] = parsed(messages=[{"role": "user", "content": [shown]}]).messages[0]["content"]
+                url = sent["image_url"]["url"]
+                self.assertEqual(sent, {**shown, "image_url": {"url": url, "detail": "low"}})
+                self.assertRegex(url.lower(), "^data:image/%s[;,]" % kind)
+                self.assertTrue(url.endswith(";base64," + data))
+        for url in ("data:image/png;base64,AAAA", "https://x/a.png", "data:image/png,\x89PNG", WAV_URL):
+            [sent] = parsed(messages=[user(image(url))]).messages[0]["content"]
+            self.assertEqual(sent["image_url"]["url"], url)
 
     def test_unknown_fields_are_kept(self):
         self.assertEqual(parsed(keep_alive="5m").body["keep_alive"], "5m")
@@ -1191,7 +1314,7 @@ LOCAL, CLOUD = oblix.Side.LOCAL, oblix.Side.CLOUD
 class Monitors(Case):
     def test_resources_are_judged_at_their_thresholds(self):
         monitor = oblix.ResourceMonitor(oblix.Settings())
-        calm = {"cpu_percent": 0, "memory_percent": 0, "load_per_core": 0}
+        calm = {"cpu_percent": 50, "memory_percent": 0, "load_per_core": 0}
         for name, value, level in (
             ("cpu_percent", 79.9, GOOD), ("cpu_percent", 80, STRAINED), ("cpu_percent", 95, OUT),
             ("memory_percent", 84.9, GOOD), ("memory_percent", 85, STRAINED), ("memory_percent", 95, OUT),
@@ -1200,6 +1323,14 @@ class Monitors(Case):
             with self.subTest(name, value=value):
                 reading = monitor.judge({**calm, name: value})
                 self.assertEqual((reading.level, bool(reading.reason)), (level, level is not GOOD))
+
+    def test_a_load_counts_only_beside_work_of_the_cpus(self):
+        """In LXC it is the host's; on some boards that of threads which sleep; it outlives the work by a minute."""
+        monitor = oblix.ResourceMonitor(oblix.Settings())
+        for facts, level in (({"cpu_percent": 50}, OUT), ({"cpu_percent": 49.9}, GOOD), ({"cpu_percent": 0.0}, GOOD),
+                             ({}, GOOD), ({"cpu_percent": 85}, OUT)):
+            with self.subTest(facts):
+                self.assertEqual(monitor.judge({**facts, "load_per_core": 12.0}).level, level)
 
     def test_a_threshold_that_is_never_reached_leaves_the_other_one_as_it_is(self):
         monitor = oblix.ResourceMonitor(oblix.Settings(cpu_constrained_percent=100.0))
@@ -1399,7 +1530,7 @@ class OwnWork(Case):
             monitor = oblix.ResourceMonitor(oblix.Settings())
             with self.subTest(percent=percent, ours_s=ours_s), mock.patch("psutil.cpu_percent", return_value=percent), \
                     mock.patch("time.monotonic", side_effect=[10.0, 12.0]), \
-                    mock.patch.object(monitor._servers, "use", return_value=(ours_s, 0)):
+                    mock.patch.object(monitor.servers, "use", return_value=(ours_s, 0)):
                 self.assertNotIn("cpu_percent", monitor.sample())
                 self.assertEqual(monitor.sample()["cpu_percent"], others)
 
@@ -1408,8 +1539,9 @@ class OwnWork(Case):
         monitor = oblix.ResourceMonitor(oblix.Settings())
         denied = mock.patch("psutil.getloadavg", side_effect=OSError("denied"))
         with denied:
-            self.assertEqual(set(monitor.sample()), {"memory_percent", "memory_free_mb"})
-            self.assertEqual(set(monitor.sample()), {"cpu_percent", "memory_percent", "memory_free_mb"})
+            known = {"cores", "memory_percent", "memory_free_mb", "memory_and_swap_mb"}
+            self.assertEqual(set(monitor.sample()), known)
+            self.assertEqual(set(monitor.sample()), {*known, "cpu_percent"})
         load = monitor.sample()["load_per_core"]
         memory = mock.Mock(total=100 << 20, available=42 << 20)
         with denied, mock.patch("psutil.virtual_memory", return_value=memory), \
@@ -1443,23 +1575,83 @@ class OwnWork(Case):
             """The load's facts after one more second in which the servers used so many of the cores."""
             monitor._passed_s, monitor._cores_ours = 1.0, used * cores
             return monitor._load(mock.Mock(getloadavg=lambda: (2.0 * cores, 0, 0)))
-        self.assertEqual(second(0.0), {"load_per_core": 2.0, "cores": cores})
+        self.assertEqual(second(0.0), {"load_per_core": 2.0})
         for _ in range(60):
             facts = second(1.0)
         self.assertAlmostEqual(facts["load_per_core"], 2 - (1 - 1 / 2.718), delta=0.02)
         for _ in range(400):
             facts = second(3.0)
-        self.assertEqual(facts, {"load_per_core": 0.0, "cores": cores})
+        self.assertEqual(facts, {"load_per_core": 0.0})
 
     def test_which_processes_are_model_servers(self):
         servers = oblix.ServerProcesses()
-        ours = ("ollama", "Ollama Helper", "llama-server", "LM Studio", "lms", "vllm")
+        ours = ("ollama", "Ollama Helper", ".ollama-wrapped", "llama-server", "LM Studio", "lms", "vllm")
         with processes(SLEEP, *ours, "myollama", "lm", "burner") as found:
             servers.use()
             self.assertEqual(servers.pids & {process.pid for process in found},
                              {process.pid for process in found[:len(ours)]})
         servers.use()
         self.assertEqual(servers.pids & {process.pid for process in found}, set(), "they have ended")
+
+    def test_who_listens_at_a_targets_port_is_a_server_whatever_its_name_and_so_are_its_children(self):
+        code = "import socket, subprocess, sys, time; server = socket.create_server(('127.0.0.1', 0)); " \
+               f"child = subprocess.Popen([sys.executable, '-S', '-E', '-c', {SLEEP!r}]); " \
+               "open('new', 'w').write(f'{server.getsockname()[1]} {child.pid}'); import os; " \
+               "os.rename('new', 'port'); time.sleep(60)"
+        with processes(code, "node") as (process,), processes(SLEEP, "koboldcpp"):
+            told = Path(f"/proc/{process.pid}/cwd/port")
+            eventually(told.exists)
+            port, child = map(int, told.read_text().split())
+            self.addCleanup(os.kill, child, 9)
+            for ports, pids in (((), set()), ((port,), {process.pid, child}), ((port, 9), {process.pid, child})):
+                with self.subTest(ports):
+                    servers = oblix.ServerProcesses()
+                    servers.ports = frozenset(ports)
+                    servers.use()
+                    self.assertEqual(servers.pids, pids)
+            # macOS shows a user no list of all, Windows does, and Android nothing at all
+            no_proc = mock.patch("oblix.read_text", return_value="")
+            with no_proc:
+                self.assertEqual(oblix.listeners({port}), {process.pid})
+            with no_proc, mock.patch("psutil.net_connections", side_effect=psutil.AccessDenied()):
+                self.assertEqual(oblix.listeners({port}), {process.pid})
+            for error in (PermissionError("denied"), AttributeError("no such function"), RuntimeError("odd")):
+                with self.subTest(error), mock.patch("psutil.net_connections", side_effect=error), no_proc:
+                    servers = oblix.ServerProcesses()
+                    servers.ports = frozenset([port])
+                    self.assertEqual(servers.use(), (0.0, 0))
+
+    def test_oblix_and_its_parents_are_no_servers(self):
+        """A supervisor may hold the port, as systemd does until the first connection; its children are anybody."""
+        with socket.create_server(("127.0.0.1", 0)) as held, processes(SLEEP, "burner"):
+            servers = oblix.ServerProcesses()
+            servers.ports = frozenset([held.getsockname()[1]])
+            servers.use()
+            self.assertEqual((servers._listeners, servers.pids), ({os.getpid()}, set()))
+
+    def test_a_server_that_listens_later_is_found_when_it_does(self):
+        code = "import os, socket, time\nwhile not os.path.exists('go'): time.sleep(0.01)\n" \
+               "server = socket.create_server(('127.0.0.1', int(open('go').read()))); time.sleep(60)"
+        with socket.create_server(("127.0.0.1", 0)) as held:
+            port = held.getsockname()[1]
+        servers = oblix.ServerProcesses()
+        servers.ports = frozenset([port])
+        with processes(code, "node") as (process,):
+            servers.use()
+            self.assertEqual(servers.pids, set())
+            Path(f"/proc/{process.pid}/cwd/new").write_text(str(port))
+            Path(f"/proc/{process.pid}/cwd/new").rename(f"/proc/{process.pid}/cwd/go")
+            eventually(lambda: psutil.Process(process.pid).net_connections())
+            with mock.patch("oblix.listeners") as seldom:
+                servers.use()
+            self.assertFalse(seldom.called, "it is not looked for each time")
+            servers._listen_at = 0.0
+            servers.use()
+            self.assertEqual(servers.pids, {process.pid})
+            with mock.patch("oblix.listeners") as never:
+                servers._listen_at = 0.0
+                servers.use()
+            self.assertFalse(never.called, "it is known")
 
     def test_a_new_server_counts_from_its_start_and_an_older_one_from_when_it_is_seen(self):
         early = oblix.ServerProcesses()
@@ -1530,23 +1722,65 @@ ODD = {"acpitz": [Sensor("", 40.0, 31.3, 31.3)]}
 
 
 class Power(Case):
+    @staticmethod
+    def judged(sensors, zones="/nowhere"):
+        """The temperature that counts and its limits, or None."""
+        facts = oblix.temperature(mock.Mock(sensors_temperatures=lambda: sensors), zones)
+        return tuple(facts[name] for name in ("temperature_c", "temperature_high_c", "temperature_critical_c")
+                     ) if facts else None
+
     def test_temperature_is_that_of_the_sensor_nearest_to_its_limit(self):
         def one(chip, *sensor):
             return {chip: [Sensor(*sensor)]}
         for sensors, facts in (
-            ({}, None), (OTHERS, None), (ODD, None), (CORES, (44.0, 100.0, 100.0)),
-            ({**CORES, **DISK, **OTHERS}, (31.9, 84.85, 84.85)),
-            ({**CORES, **one("thinkpad", "CPU", 44.0, None, None)}, (44.0, 80.0, 90.0)),
+            ({}, None), (CORES, (44.0, 100.0, 100.0)), ({**CORES, **DISK, **OTHERS, **ODD}, (44.0, 100.0, 100.0)),
             (one("cpu_thermal", "", 70.0, None, None), (70.0, 80.0, 90.0)),
             (one("k10temp", "Tctl", 70.8, None, None), (70.8, 95.0, 100.0)),
             (one("soc_thermal", "", 60.0, 0.0, 0.0), (60.0, 80.0, 90.0)),
             (one("coretemp", "Core 0", 60.0, 100.0, 90.0), (60.0, 80.0, 90.0)),    # limits that can't be
-            (one("k10temp", "Tctl", 6280.0, None, None), None),                     # broken
-            ({**one("a_cpu", "", 105.0, 98.0, 110.0), **one("b_cpu", "", 91.0, 89.0, 90.0)}, (91.0, 89.0, 90.0)),
+            (one("coretemp", "Core 0", 60.0, 127.0, 127.0), (60.0, 80.0, 90.0)),
+            ({**one("coretemp", "", 105.0, 98.0, 110.0), **one("nouveau", "", 91.0, 89.0, 90.0)}, (91.0, 89.0, 90.0)),
+            ({"k10temp": [Sensor("Tctl", 97.0, None, None), Sensor("Tdie", 70.0, None, None)]},    # 27 added
+             (70.0, 95.0, 100.0)),
         ):
             with self.subTest(sensors):
-                names = ("temperature_c", "temperature_high_c", "temperature_critical_c")
-                self.assertEqual(oblix.hottest(sensors), dict(zip(names, facts)) if facts else {})
+                self.assertEqual(self.judged(sensors), facts)
+
+    def test_only_sensors_of_processors_and_gpus_are_judged_by_limits_that_mean_throttling(self):
+        for chip, high, critical, limits in (    # as psutil has them: a limit that is told alone is both
+            *((chip, 90.0, 105.0, (90.0, 105.0)) for chip in ("coretemp", "via_cputemp", "nouveau", "xe", "amdgpu")),
+            *((chip, None, None, (80.0, 90.0)) for chip in ("coretemp", "i915", "cpu_thermal", "CPU-therm")),
+            *((chip, None, None, (95.0, 100.0)) for chip in ("k10temp", "zenpower", "amdgpu")),
+            ("amdgpu", 100.0, 100.0, (100.0, 100.0)), ("k10temp", 70.0, 70.0, (95.0, 100.0)),
+            # Linux switches a board off at the one limit that it tells
+            *((chip, 110.0, 110.0, (80.0, 90.0)) for chip in (
+                "cpu_thermal", "cpu-thermal", "cpu0_thermal", "soc_thermal", "soc-thermal", "gpu_thermal", "GPU-therm",
+                "MCPU-therm", "tj-thermal", "bigcore0_thermal", "littlecore-thermal", "package_thermal",
+                "cpuss0_thermal", "cpu-1-0-gold-usr", "gpuss-0-usr", "cluster0_thermal", "bcm2835_thermal",
+                "imx_thermal_zone", "tsens_tz_sensor7", "mtktscpu", "BIG", "MID", "LITTLE", "G3D", "x86_pkg_temp")),
+            ("cpu_thermal", 85.0, 115.0, (85.0, 95.0)), ("cpu_thermal", 85.0, 90.0, (85.0, 90.0)),
+            *((chip, *told, None) for told in ((None, None), (80.0, 80.0), (55.0, 85.0)) for chip in (
+                "w83627dhg", "nct6775", "nct6795", "nct6687", "it8728", "it8665", "f71882fg", "asus_ec_sensors",
+                "nvme", "drivetemp", "spd5118", "jc42", "iwlwifi_1", "mlx5", "r8169_0_300:00", "enp5s0", "thinkpad",
+                "dell_smm", "cros_ec", "applesmc", "acpitz", "pch_cannonlake", "BAT0", "battery", "PMIC-Die",
+                "Tboard_tegra", "thermal-fan-est", "ddr_thermal", "pm8150_thermal", "skin-therm", "charger_therm",
+                "rp1_adc", "", "bigwig")),
+        ):
+            with self.subTest(chip, high=high, critical=critical):
+                self.assertEqual(oblix.temperature_limits(chip, high, critical), limits)
+                sensors = {chip: [Sensor("CPU", 127.0 if limits is None else 60.0, high, critical)]}
+                self.assertEqual(self.judged(sensors), limits and (60.0, *limits))
+        for current in (-273.2, -40.0, 0.0, 125.0, 127.5, 255.0, 6280.0):
+            with self.subTest(current):
+                self.assertIsNone(self.judged({"coretemp": [Sensor("Core 0", current, 100.0, 100.0)]}), "it is broken")
+
+    def test_thermal_zones_are_read_where_psutil_leaves_them_out(self):
+        """It does so on a Jetson with a disk, say."""
+        zones = {"thermal_zone0/type": "CPU-therm", "thermal_zone0/temp": "61500", "thermal_zone1/type": "PMIC-Die",
+                 "thermal_zone1/temp": "100000", "thermal_zone2/type": "GPU-therm", "thermal_zone3/type": "cpu"}
+        with tree(zones) as root:
+            self.assertEqual(self.judged(DISK, root), (61.5, 80.0, 90.0))
+            self.assertEqual(self.judged({**DISK, **CORES}, root), (44.0, 100.0, 100.0))
 
     def test_power_is_judged_at_its_thresholds(self):
         monitor = oblix.PowerMonitor(oblix.Settings())
@@ -1570,31 +1804,156 @@ class Power(Case):
 
     def test_facts_are_there_where_the_device_tells_them(self):
         battery = mock.Mock(percent=67.07795849691531, power_plugged=False)
+        hot = {"temperature_c": 44.0, "temperature_high_c": 100.0, "temperature_critical_c": 100.0}
         for has, tells, facts in (
-            (None, CORES, oblix.hottest(CORES)), (None, {}, {}),
+            (None, CORES, hot), (None, {}, {}),
             (battery, {}, {"battery_percent": 67.1, "battery_plugged": False}),
             (battery, OSError("denied"), {"battery_percent": 67.1, "battery_plugged": False}),
-            (AttributeError("no such function"), CORES, oblix.hottest(CORES)),
+            (AttributeError("no such function"), CORES, hot), *(
+                (mock.Mock(percent=percent, power_plugged=plugged), {}, {})
+                for percent, plugged in ((255, True), (None, None), (-1, None), (-1, False), (math.nan, False))),
         ):
-            with self.subTest(has=has, tells=tells), \
-                    mock.patch("oblix.has_battery", return_value=True), \
+            with self.subTest(has=has, tells=tells), mock.patch("glob.glob", return_value=[]), \
                     mock.patch("psutil.sensors_battery", create=True, side_effect=[has]), \
                     mock.patch("psutil.sensors_temperatures", create=True, side_effect=[tells]):
                 self.assertEqual(oblix.PowerMonitor(oblix.Settings()).sample(), facts)
         monitor = oblix.PowerMonitor(oblix.Settings())
-        with mock.patch("psutil.sensors_battery", create=True, return_value=battery), \
-                mock.patch("oblix.has_battery", return_value=False):
-            self.assertNotIn("battery_percent", monitor.sample())
         self.assertEqual(monitor.judge(oblix.PowerMonitor(oblix.Settings()).sample()).side, LOCAL)    # this very device
 
-    def test_a_mouse_is_not_the_battery_of_a_pc(self):
-        for supplies, has in (({}, True), ({"BAT0": ""}, True), ({"hidpp_battery_0": "Device"}, False),
-                              ({"BAT0": "System", "hidpp_battery_0": "Device"}, True)):
-            with self.subTest(supplies), tree({f"{name}/capacity": "55\n" for name in supplies}) as root:
-                for name, scope in supplies.items():
-                    if scope:
-                        Path(root, name, "scope").write_text(scope + "\n")
-                self.assertEqual(oblix.has_battery(root), has)
+    def test_a_device_has_one_charge_over_its_own_batteries(self):
+        def battery(percent, status="Discharging", unit="energy", full=40, **more):
+            told = {f"{unit}_now": full * percent, f"{unit}_full": full * 100} if unit else {}
+            return {"type": "Battery", "present": 1, "status": status, "capacity": percent, **told, **more}
+        mouse = battery(5, unit="", scope="Device")
+        mains, usb = ({online: {"type": kind, "online": online} for online in (0, 1)} for kind in ("Mains", "USB_PD"))
+        flat, gone = battery(0, "Unknown", full=0), {"type": "Battery", "present": 0, "status": "Unknown"}
+        silent = {"type": "Battery", "status": "Discharging"}
+        for what, supplies, percent, plugged in (
+            ("none", [mains[1]], None, None), ("a mouse", [mouse], None, None),
+            ("a mouse and a laptop", [mouse, battery(88, "Charging", scope="System"), mains[1]], 88, True),
+            ("a UPS", [battery(5, scope="Device"), {**battery(9), "type": "UPS"}], None, None),
+            ("one", [battery(7), mains[0]], 7, False), ("one, plugged in", [battery(7, "Charging"), mains[1]], 7, True),
+            ("two, the first low", [battery(4), battery(96, "Unknown"), mains[0]], 50, False),
+            ("two, the second low", [battery(96, "Unknown"), battery(4), mains[0]], 50, False),
+            ("by their sizes", [battery(100, full=20), battery(0, full=80), mains[0]], 20, False),
+            ("in Ah", [battery(10, unit="charge", full=30), battery(90, unit="charge", full=10)], 30, False),
+            ("which do not tell sizes", [battery(10, unit=""), battery(70, unit="")], 40, False),
+            ("one flat", [flat, battery(90), mains[0]], 90, False), ("one flat, alone", [flat], 0, None),
+            ("one taken out", [gone, battery(90), mains[0]], 90, False),
+            ("one silent", [silent, battery(90)], 90, False),
+            ("all silent", [silent], None, None), ("more than all", [battery(103)], 100, False),
+            ("nonsense", [battery(255, unit="")], None, None),
+            ("a phone at a charger", [battery(50, "Charging", "charge"), usb[1]], 50, True),
+            ("a phone at none", [battery(50, "Discharging", "charge"), usb[0]], 50, False),
+            ("a charger that is too weak", [battery(50, "Discharging"), usb[1]], 50, False),
+            ("USB instead of its own", [battery(50, "Charging"), usb[1], mains[0]], 50, True),
+            ("full", [battery(100, "Full")], 100, True), ("it does not tell", [battery(50, "Unknown")], 50, None),
+            ("it charges up to 80", [battery(80, "Not charging"), mains[1]], 80, True),
+        ):
+            files = {f"{number}/{name}": f"{text}\n" for number, supply in enumerate(supplies)
+                     for name, text in supply.items()}
+            with self.subTest(what), tree(files) as root:
+                self.assertEqual(oblix.charge(None, root), {} if percent is None else {
+                    "battery_percent": percent, "battery_plugged": plugged})
+
+
+class Memory(Case):
+    """What could be had counts as free, and a container's limits count as the device's."""
+
+    def test_zfs_gives_its_cache_back_down_to_its_minimum(self):
+        for text, spare in (
+            ("13 1 0x01\nname type data\nsize 4 50\nc 4 50\nc_min 4 2\nc_max 4 60", 48), ("size 4 1\nc_min 4 2", 0),
+            ("size 4 50", 0), ("c_min 4 2", 0), ("", 0), ("odd", 0), ("size 4 ?\nc_min 4 2", 0),
+            ("size 4 61\nc_min 4 2", 0),    # more than is in use: it is that of another machine
+        ):
+            with self.subTest(text), tree({"arcstats": text}) as root:
+                self.assertEqual(oblix.zfs_cache(60, root + "arcstats"), spare)
+        self.assertEqual(oblix.zfs_cache(60, "/nowhere"), 0)
+
+    def test_which_limits_a_process_has(self):
+        two = "0::/user.slice/oblix\n"
+        one = "9:name=systemd:/x\n8:memory:/a/b\n4:cpu,cpuacct:/a\n0::/\n"
+        for what, files, found in (
+            ("nothing is known", {}, []), ("odd", {"proc/7/cgroup": "odd\n:\n::\n", "sys/fs/cgroup/cpu.max": "?"}, []),
+            ("no period", {"proc/7/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "max"}, []),
+            ("none", {"proc/7/cgroup": two, "sys/fs/cgroup/user.slice/oblix/memory.max": "max",
+                      "sys/fs/cgroup/user.slice/oblix/cpu.max": "max 100000"}, []),
+            ("a container's", {"proc/7/cgroup": "0::/", "sys/fs/cgroup/memory.max": "4096",
+                               "sys/fs/cgroup/cpu.max": "150000 100000"}, [("", 4096, 1.5)]),
+            ("an outer one's", {"proc/7/cgroup": two, "sys/fs/cgroup/user.slice/cpu.max": "50000 100000",
+                                "sys/fs/cgroup/user.slice/oblix/memory.high": "99"},
+             [("/user.slice", math.inf, 0.5), ("/user.slice/oblix", 99, math.inf)]),
+            ("one that is not shown", {"proc/7/cgroup": "0::/../ollama", "sys/fs/cgroup/memory.max": "4096"}, []),
+            ("version 1", {"proc/7/cgroup": one, "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+                           "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "4096",
+                           "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "200000",
+                           "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000"},
+             [("/memory/a/b", 4096, math.inf), ("/cpu/a", math.inf, 2)]),
+            ("version 1, none", {"proc/7/cgroup": one, "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "-1",
+                                 "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000"}, []),
+            ("version 1, a container's", {"proc/7/cgroup": "8:memory:/docker/x", "sys/fs/cgroup/memory/memory."
+                                          "limit_in_bytes": "4096"}, [("/memory", 4096, math.inf)]),
+        ):
+            with self.subTest(what), tree(files) as root:
+                limits = oblix.control_groups([7], root)
+                self.assertEqual([(group.folder[len(root + "sys/fs/cgroup"):], *group[1:]) for group in limits], found)
+        with tree({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "4096"}) as root:
+            self.assertEqual(len(oblix.control_groups([], root)), 1, "no server is known: perhaps it is in here")
+
+    def test_what_is_used_of_a_limit(self):
+        for files, used, seconds in (
+            ({"memory.current": "900", "memory.stat": "anon 500\nfile 400\ninactive_file 250\nactive_file 100\n",
+              "cpu.stat": "usage_usec 2500000\nuser_usec 1"}, 550, 2.5),
+            ({"memory.usage_in_bytes": "900", "memory.stat": "inactive_file 1\ntotal_inactive_file 250\n"
+              "total_active_file 100\n", "cpuacct.usage": "2500000000", "cpu.stat": "nr_periods 9"}, 550, 2.5),
+            ({}, 0, None), ({"memory.current": "9", "memory.stat": "inactive_file 10"}, 0, None),
+        ):
+            with self.subTest(files), tree(files) as root:
+                group = oblix.ControlGroup(root, 1, 1)
+                self.assertEqual(group.memory_used(), used)
+                self.assertEqual(group.cpu_s(), seconds) if seconds else self.assertTrue(math.isnan(group.cpu_s()))
+
+    def sampled(self, group, used_s=0.0, held=0, files=(), arc=0, platform="linux"):
+        """A monitor's facts after two seconds on 4 idle cores with 1000 MiB, of which 600 are available."""
+        with tree({"cpu.stat": "usage_usec 0", "memory.current": "0", **dict(files)}) as root, \
+                mock.patch("psutil.cpu_percent", return_value=10.0), mock.patch("os.cpu_count", return_value=4), \
+                mock.patch("psutil.virtual_memory", return_value=mock.Mock(total=1000 * MB, available=600 * MB)), \
+                mock.patch("psutil.swap_memory", return_value=mock.Mock(total=24 * MB)), \
+                mock.patch("oblix.zfs_cache", return_value=arc), \
+                mock.patch("oblix.control_groups", return_value=[group._replace(folder=root[:-1])] if group else []), \
+                mock.patch("time.monotonic", side_effect=[10.0, 12.0]), mock.patch("sys.platform", platform):
+            monitor = oblix.ResourceMonitor(oblix.Settings())
+            with mock.patch.object(monitor.servers, "use", side_effect=[(0.0, 0), (used_s, held)]):
+                monitor.sample()
+                Path(root, "cpu.stat").write_text("usage_usec 2000000\n")
+                return monitor.sample()
+
+    def test_a_containers_limits_and_zfs_count(self):
+        group = oblix.ControlGroup("", math.inf, math.inf)
+        for what, how, facts in (
+            ("none", {"group": None}, {"cpu_percent": 10, "memory_percent": 40, "memory_free_mb": 600, "cores": 4,
+                                       "memory_and_swap_mb": 1024}),
+            ("ZFS", {"group": None, "arc": 300 * MB}, {"memory_percent": 10, "memory_free_mb": 900}),
+            ("cores", {"group": group._replace(cores=2)}, {"cpu_percent": 50, "cores": 2}),
+            ("half a core", {"group": group._replace(cores=0.5)}, {"cpu_percent": 100, "cores": 0.5}),
+            ("cores that the server uses", {"group": group._replace(cores=2), "used_s": 2.0}, {"cpu_percent": 0}),
+            ("memory", {"group": group._replace(memory=500 * MB), "files": {"memory.current": 450 * MB}},
+             {"memory_percent": 90, "memory_free_mb": 50}),
+            ("memory that the server holds", {"group": group._replace(memory=500 * MB), "held": 400 * MB,
+                                              "files": {"memory.current": 450 * MB}}, {"memory_percent": 50}),
+            ("memory that is page cache", {"group": group._replace(memory=500 * MB), "files": {
+                "memory.current": 450 * MB, "memory.stat": f"active_file {400 * MB}"}},
+             {"memory_percent": 40, "memory_free_mb": 450}),
+            ("more than its limit", {"group": group._replace(memory=100 * MB), "files": {"memory.current": 450 * MB}},
+             {"memory_percent": 100, "memory_free_mb": 0}),
+            ("more than there is", {"group": group._replace(memory=5000 * MB)}, {"memory_free_mb": 600}),
+        ):
+            with self.subTest(what):
+                files = {name: str(text) for name, text in how.pop("files", {}).items()}
+                found = self.sampled(**how, files=files)
+                self.assertEqual({name: found[name] for name in facts}, facts)
+        mac = self.sampled(None, platform="darwin")
+        self.assertNotIn("memory_and_swap_mb", mac, "it makes swap as it needs it")
 
 
 @contextlib.contextmanager
@@ -1650,6 +2009,9 @@ class Gpus(Case):
             ("[Not Supported], [Not Supported], [Not Supported]", {}), ("", {}),
             ("-1, 2, 4", {"gpu_memory_free_mb": 2, "gpu_memory_percent": 50}),
             ("No devices were found", {}), ("nan, inf, 1", {}), ("1, 2", {}), ("1, 2, 0", {"gpu_percent": 1}),
+            ("37 %, 2048 MiB, 24564 MiB", {"gpu_percent": 37, "gpu_memory_free_mb": 22516, "gpu_memory_percent": 8.3}),
+            ("ERR!, [GPU requires reset], [Unknown Error]", {}), ("37,5 %, 2.048 MiB, 24.564 MiB", {}),
+            ("1e999, 1 GiB, 2 GiB", {}),
             ("NVIDIA-SMI has failed because it couldn't communicate, really, with the NVIDIA driver.", {}),
         ):
             with self.subTest(text), mock.patch("oblix.run_command", return_value=text):
@@ -1748,6 +2110,22 @@ class Gpus(Case):
             with self.assertRaises(ProcessLookupError):
                 os.kill(int(path.read_text()), 0)
 
+    @unittest.skipIf(os.name == "nt", "a script is no program there")
+    def test_a_command_that_hangs_is_waited_for_no_longer_whatever_holds_it(self):
+        begun, path = time.monotonic(), os.environ["PATH"]
+        with tree({"hangs": "#!/bin/sh\nsleep 60 &\nwait\n"}) as root, mock.patch("oblix.COMMAND_S", 0.2), \
+                mock.patch.dict(os.environ, PATH=path):
+            with self.assertRaises(subprocess.TimeoutExpired):    # its child holds the pipe
+                oblix.run_command(root + "hangs")
+            begin, begun_ones = subprocess.Popen, []
+            with mock.patch("subprocess.Popen", side_effect=lambda *args, **how: begun_ones.append(
+                    begin(*args, **how)) or begun_ones[-1]), mock.patch("os.killpg") as kill, \
+                    self.assertRaises(subprocess.TimeoutExpired):
+                oblix.run_command(root + "hangs")    # a driver does not let it die
+        os.killpg(*kill.call_args.args)
+        begun_ones[0].communicate()
+        self.assertLess(time.monotonic() - begun, 30)
+
     def test_sampling_paces_itself(self):
         monitor = oblix.GpuMonitor(oblix.Settings(), [lambda servers: ([oblix.Gpu(1.0)], None)])
         monitor.sample()
@@ -1811,6 +2189,44 @@ class DeviceMonitors(Case):
             watch.settle(5)
             watch.stop()
         self.assertEqual([(reading.known, reading.level) for reading in watch.readings], [(False, GOOD)] * 3)
+
+    @unittest.skipIf(os.name == "nt", "no such paths there")
+    def test_nothing_that_can_be_read_is_no_trouble(self):
+        """Android, a bare container, macOS, Windows: functions are missing, files are denied."""
+        missing = ("net_connections", "sensors_battery", "sensors_temperatures", "getloadavg", "swap_memory")
+        for error in (PermissionError("denied"), AttributeError("no such function"), NotImplementedError()):
+            denied = [mock.patch("psutil." + name, create=True, side_effect=error) for name in (
+                *missing, "cpu_percent", "virtual_memory", "pids")]
+            with self.subTest(error), contextlib.ExitStack() as stack, mock.patch("glob.glob", return_value=[]):
+                for one in [*denied, mock.patch("oblix.open", create=True, side_effect=PermissionError("denied"))]:
+                    stack.enter_context(one)
+                for kind in self.KINDS[:2]:
+                    monitor = kind(oblix.Settings())
+                    monitor.servers.ports = frozenset([11434])
+                    for now in (0.0, 1.0):
+                        monitor.step(now)
+                    self.assertEqual(monitor.reading.level, GOOD)
+                    self.assertEqual({*monitor.reading.facts} - {"cores"}, set())
+
+    def test_servers_are_known_by_the_ports_of_the_local_targets_on_this_device(self):
+        targets = [oblix.Target(oblix.Endpoint("openai", url), "m", side) for url, side in (
+            ("http://127.0.0.1:8080/v1", LOCAL), ("http://localhost", LOCAL), ("https://localhost/v1", LOCAL),
+            ("http://127.0.0.1:9999", CLOUD), ("http://box:7777", LOCAL))]
+        for monitor in oblix.monitors_for(oblix.Settings(), targets, None)[:2]:
+            self.assertEqual(monitor.servers.ports, {8080, 80, 443})
+
+    def test_a_first_sample_that_hangs_holds_up_nobody(self):
+        hangs, told = threading.Event(), threading.Event()
+        self.addCleanup(hangs.set)
+        stuck = Told({})
+        stuck.sample = lambda: hangs.wait(60) and {}
+        well = oblix.ConnectivityMonitor(oblix.Settings(), CLOUD, FAR, lambda _: oblix.Probe(200, (), 1.0))
+        watch = oblix.Watch([stuck, well], sampled=told.set)
+        with mock.patch.object(oblix.Watch, "settle_s", 0.2):
+            watch.start()
+            eventually(lambda: well.wake.set() or told.is_set())
+        hangs.set()
+        watch.stop()
 
     def test_their_reasons_can_stand_in_a_header(self):
         facts = {"cpu_percent": 99.0, "memory_percent": 99.0, "load_per_core": 9.25, "battery_percent": 1.0,
@@ -2023,7 +2439,7 @@ def paced(first_s, tokens_per_s=0.0, load_s=0.0):
     return oblix.Record(pace=oblix.Pace((first_s,) if first_s else (), tokens_per_s, load_s))
 
 
-MB = 2**20
+MB, REST_S = 2**20, oblix.RESTS_S[oblix.Fault.TRANSPORT][0]
 
 CELLS = [  # local, cloud, what is tried with --prefer local, with --prefer cloud, and when all of that has failed
     (GOOD, GOOD, [LOCAL_1, CLOUD_1], [CLOUD_1, LOCAL_1], []),
@@ -2064,7 +2480,7 @@ class Policy(Case):
     @unittest.skipUnless(README, "README.md is not here")
     def test_the_readme_shows_every_signal_with_its_thresholds(self):
         settings = oblix.Settings()
-        hot = oblix.temperature_limits("cpu_thermal", mock.Mock(high=None, critical=None, label=""))
+        hot = oblix.temperature_limits("cpu_thermal", None, None)
         values = {**vars(settings), "temperature_high_c": hot[0], "temperature_critical_c": hot[1]}
         declared = {fact: tuple("%s %g" % ("down to" if fact == "battery_percent" else "from", values[name])
                                 for name in names) for fact, (_, *names) in oblix.LIMITS.items()}
@@ -2079,9 +2495,10 @@ class Policy(Case):
     def test_the_readme_tells_how_long_each_fault_rests(self):
         table = README.partition("| fault | rest")[2].partition("\n\n")[0]
         rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", table, re.M))
-        for words, status, shown in (("unreachable", 503, (oblix.REST_S, oblix.MAX_REST_S)),
-                                     ("401", 401, (oblix.ACCOUNT_REST_S, oblix.MAX_ACCOUNT_REST_S)),
-                                     ("404", 404, (oblix.MISSING_REST_S,)), ("client's own", 400, ())):
+        rests_s = oblix.RESTS_S
+        for words, status, shown in (("unreachable", 503, rests_s[oblix.Fault.TRANSPORT]),
+                                     ("401", 401, rests_s[oblix.Fault.ACCOUNT]),
+                                     ("404", 404, rests_s[oblix.Fault.NOT_FOUND][:1]), ("client's own", 400, ())):
             [row] = [rest for fault, rest in rows.items() if words in fault]
             self.assertEqual(row == "none", not shown)
             numbers = [float(number) for number in re.findall(r"\d+", row)]
@@ -2151,7 +2568,7 @@ class Policy(Case):
 
     def test_what_rules_a_target_out_is_told_with_advice(self):
         cold = oblix.Model("small", size=8 * 10**9, cold=True)
-        little = oblix.Reading(LOCAL, GOOD, "", {"memory_free_mb": 4000})    # of 1024 × 1024 bytes
+        little = oblix.Reading(LOCAL, GOOD, "", {"memory_free_mb": 4000, "memory_and_swap_mb": 4000})    # MiB
         both = (installed(oblix.Model("Small:latest"), oblix.Model("q:4b"), oblix.Model("far", remote=True)),)
         for what, target, known, record, state, advice in (
             ("no key", KEYLESS, (), None, "no key", "set OPENAI_API_KEY"),
@@ -2277,7 +2694,7 @@ class Policy(Case):
         self.assertEqual((cloud.state, cloud.level), ("ready", GOOD), "a cloud has no slots")
 
     def test_a_model_that_would_not_fit_in_the_memory_that_is_free(self):
-        device = oblix.Reading(LOCAL, GOOD, "", {"memory_free_mb": 4000})
+        device = oblix.Reading(LOCAL, GOOD, "", {"memory_free_mb": 4000, "memory_and_swap_mb": 4000})
         gpu = oblix.Reading(LOCAL, GOOD, "", {"gpu_memory_free_mb": 3000})
         other = oblix.Model("other", size=2000 * MB, context=4096)
         asleep = dataclasses.replace(other, cold=True)
@@ -2297,6 +2714,26 @@ class Policy(Case):
                 self.assertEqual(oblix.condition(LOCAL_1, found).state == "too large", not fits)
                 plan = oblix.rank(found, {})
                 self.assertEqual([target for target, _ in plan.excluded], [] if fits else [LOCAL_1])
+
+    def test_a_model_that_fits_into_memory_and_swap_is_a_last_resort(self):
+        """Ollama counts exactly, and refuses if not.  A Mac, which makes swap as it needs it, does not tell it."""
+        cold = oblix.Model("small", size=6000 * MB, cold=True)
+        tired = {CLOUD_1: resting(9.0)}
+        for facts, targets, records, order, hope in (
+            ({"memory_and_swap_mb": 6000}, (LOCAL_1,), {}, [], [LOCAL_1]),
+            ({"memory_and_swap_mb": 5999}, (LOCAL_1,), {}, [], []), ({}, (LOCAL_1,), {}, [], [LOCAL_1]),
+            ({"memory_and_swap_mb": 5000, "gpu_memory_free_mb": 1000}, (LOCAL_1,), {}, [], [LOCAL_1]),
+            ({}, (LOCAL_1, CLOUD_1), {}, [CLOUD_1], [LOCAL_1]), ({}, (LOCAL_1, CLOUD_1), tired, [], [CLOUD_1, LOCAL_1]),
+            ({}, (LOCAL_1,), {LOCAL_1: resting(9.0)}, [], [LOCAL_1]),
+            ({}, (LOCAL_1,), {LOCAL_1: resting(9.0, last_resort=False)}, [], []),
+        ):
+            for prefer, only in itertools.product(("local", "cloud", "fast"), (None, LOCAL)):
+                with self.subTest(facts, targets=targets, records=records, prefer=prefer, only=only):
+                    device = oblix.Reading(LOCAL, GOOD, "", {"memory_free_mb": 4000, **facts})
+                    found = oblix.Snapshot((device, installed(cold)), targets, records, now=1.0, prefer=prefer)
+                    plan = oblix.rank(found, {}, only)
+                    kept = [[target for target in some if only in (None, target.side)] for some in (order, hope)]
+                    self.assertEqual([[*plan.order], [*plan.last_resort]], kept)
 
     def test_the_load_of_this_device_says_nothing_of_another(self):
         device = oblix.Reading(LOCAL, OUT, "cpu 99%", {"memory_free_mb": 1})
@@ -2638,7 +3075,7 @@ class Situation:
         records = {target: self.record() for target in targets}
         self.resting = {target for target, record in records.items() if record.trial or record.breaker.until > 100.0}
         listed, measured = not self.one_in(5), not self.one_in(5)
-        known = [self.reading(LOCAL, facts={"memory_free_mb": 8000} if measured else {}),
+        known = [self.reading(LOCAL, facts={"memory_free_mb": 8000, "memory_and_swap_mb": 8000} if measured else {}),
                  self.reading(LOCAL, NEAR, self.models if listed else None),
                  *(self.reading(target.side, target.endpoint) for target in (LOCAL_2, BOX, CLOUD_1, CLOUD_2))]
         self.snapshot = oblix.Snapshot(
@@ -2869,7 +3306,7 @@ WEB_IMAGE = "https://example.com/a.png"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
 JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": SCHEMA}}
 FIND_TOOL = TOOLS[0]["function"]
-ONLY_NOW = {"type": "function", "function": {"name": "now"}}
+ONLY_NOW = {"type": "function", "function": {"name": "now"}}    # the tool, and the choice of it
 OPUS, SONNET, HAIKU = "claude:claude-opus-5-5", "claude:claude-sonnet-4-6", "claude:claude-haiku-4-5"
 
 
@@ -2927,6 +3364,7 @@ def file(**fields):
     return {"type": "file", "file": fields}
 
 
+WAV_URL = "data:audio/wav;base64," + base64.b64encode(b"RIFF1234WAVEfmt ").decode()
 AUDIO = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
 X1, X2, BAD = ("x1", "find", "{\"q\":\"a\"}"), ("x2", "now", ""), ("x1", "find", "{oops")  # calls
 TWO_CALLS = talk(user("a?"), assistant("I look.", X1, X2), result("x1", "3"), result("x2", [part("4"), part("5")]))
@@ -2935,6 +3373,41 @@ BAD_CALL = talk(user("a?"), assistant(None, BAD), result("x1", "3"))
 
 def is_dict(value):
     return isinstance(value, dict)
+
+
+def a_tool(name, parameters, **fields):
+    """A tool in OpenAI's shape."""
+    return {"type": "function", "function": {"name": name, "parameters": parameters}, **fields}
+
+
+def exactly(schema):
+    """This schema and nothing else, but for a description."""
+    return lambda given: {name: value for name, value in given.items() if name != "description"} == schema
+
+
+def choice_of(name):
+    """The choice of a tool."""
+    return {"type": "function", "function": {"name": name}}
+
+
+def one_call(name, arguments):
+    """The schema of a call of one of several tools."""
+    return {"type": "object", "properties": {"name": {"const": name}, "arguments": arguments},
+            "required": ["name", "arguments"], "additionalProperties": False}
+
+
+def growing(root):
+    """A schema that refers to itself and to a definition, as it is written at another place."""
+    kid = {"type": "object", "properties": {"kid": {"$ref": root + "/$defs/kid"}, "top": {"$ref": root}}}
+    return {"type": "object", "properties": {"kid": {"$ref": root + "/$defs/kid"}}, "$defs": {"kid": kid}}
+
+
+A_OR_B = [{"properties": {"kind": {"const": "a"}, "a": {}}, "required": ["kind", "a"]},
+          {"$ref": "#/$defs/b"}]
+TREE, TREE_IN_IT = growing("#"), growing("#/$defs/0")
+BEYOND_GRAMMARS = {"type": "object", "properties": {"a": {"type": "string", "pattern": "x", "maxLength": 9999},
+                                                    "b": {"minimum": 0, "exclusiveMinimum": True},
+                                                    "c": {"items": [{}]}, "d": {"type": "any"}}}
 
 
 def options(**expected):
@@ -2946,6 +3419,9 @@ def ollama_calls(*named):
     return [{"function": {"name": name, "arguments": arguments}} for name, arguments in named]
 
 
+BY_NAME = talk(
+    user("a?"), {"role": "assistant", "content": None, "tool_calls": ollama_calls(("find", {"q": "a"}), ("now", {}))},
+    {"role": "tool", "name": "now", "content": "noon"}, {"role": "tool", "name": "find", "content": "3"})
 TO_OLLAMA = [
     ("the least", {}, {**talk(user("Hi")), "stream": True, "truncate": False, "model": lambda name: "llama3.2" in name,
                        **none_of("options", "think", "format", "tools", "logprobs", "n")}),
@@ -2964,6 +3440,24 @@ TO_OLLAMA = [
     ("arguments that are no JSON", BAD_CALL, talk({}, {"tool_calls": ollama_calls(("find", is_dict))}, {})),
     ("options", {"temperature": 0.5, "top_p": 0.25, "stop": "X", "presence_penalty": 1, "frequency_penalty": -1},
      options(temperature=0.5, top_p=0.25, stop=["X"], presence_penalty=1, frequency_penalty=-1)),
+    ("a result has its own tool's name", talk(user("a?"), assistant(None, X1), {**result("x1", "3"), "name": "own"},
+                                              {**result("gone", "4"), "name": "older"}),
+     talk({}, {}, {"content": "3", "tool_name": "own"}, {"content": "4", "tool_name": "older"})),
+    ("calls and results without ids", BY_NAME,
+     talk({}, {"tool_calls": lambda calls: len({call["id"] for call in calls}) == 2},
+          {"tool_name": "now", "content": "noon"}, {"tool_name": "find", "content": "3"})),
+    ("calls and results without ids or names", talk(*BY_NAME["messages"][:2], {"role": "tool", "content": "3"},
+                                                    {"role": "tool", "content": "noon"}),
+     talk({}, {}, {"tool_name": "find", "content": "3"}, {"tool_name": "now", "content": "noon"})),
+    ("a function's result keeps its own id", talk(user("a?"), assistant(None, X1, X2), {
+        "role": "function", "name": "now", "tool_call_id": "x2", "content": "noon"}),
+     talk({}, {}, {"role": "tool", "tool_call_id": "x2", "tool_name": "now"})),
+    ("what other servers call the model's own effort", {"reasoning_effort": "default"}, none_of("think")),
+    ("no limit", {"max_tokens": -1, "temperature": 3}, options(num_predict=-1, temperature=3)),
+    ("a schema beside the type", {"response_format": {"type": "json_object", "schema": SCHEMA}}, {"format": SCHEMA}),
+    ("a schema without a name", {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+     {"format": SCHEMA}),
+    ("a tool without a type", {"tools": [{"function": FIND_TOOL}]}, {"tools": TOOLS[:1]}),
     ("several stops", {"stop": ["X", "Y"]}, options(stop=["X", "Y"])),
     ("zero is a value", {"temperature": 0, "seed": 0}, options(temperature=0, seed=0)),
     ("the old limit", {"max_tokens": 5}, {**options(num_predict=5), **none_of("max_tokens")}),
@@ -2977,6 +3471,33 @@ TO_OLLAMA = [
     ("tools", {"tools": TOOLS, "tool_choice": "auto"}, {"tools": TOOLS, **none_of("tool_choice")}),
     ("tools not to be used", {"tools": TOOLS, "tool_choice": "none"}, none_of("tools")),
     ("log probabilities", {"logprobs": True, "top_logprobs": 2}, {"logprobs": True, "top_logprobs": 2}),
+    ("this tool must be used", {"tools": TOOLS, "tool_choice": choice_of("find"), **talk(user("a?"))},
+     {"format": FIND_TOOL["parameters"], **none_of("tools", "tool_choice"),
+      **talk({"role": "system", "content": lambda text: json.dumps(FIND_TOOL) in text}, user("a?"))}),
+    ("a tool without parameters must be used", {"tools": [ONLY_NOW], "tool_choice": "required"},
+     {"format": {"type": "object", "properties": {}}, **none_of("tools")}),
+    ("some tool must be used", {"tools": TOOLS, "tool_choice": "required", **talk(system("Be kind."), user("a?"))},
+     {"format": {"anyOf": [one_call("find", FIND_TOOL["parameters"]), one_call("now", FIND_TOOL["parameters"])]},
+      **none_of("tools"), **talk({"content": lambda text: text.startswith("Be kind.\n\n") and '"now"' in text}, {})}),
+    ("some of these tools must be used", {"tools": TOOLS, "tool_choice": {
+        "type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [choice_of("now")]}}},
+     {"format": FIND_TOOL["parameters"], **none_of("tools")}),
+    ("a call goes before an answer in JSON", {"tools": TOOLS, "tool_choice": choice_of("find"),
+                                              "response_format": {"type": "json_object"}},
+     {"format": FIND_TOOL["parameters"]}),
+    ("what makes no grammar", {"tools": [a_tool("run", BEYOND_GRAMMARS)], "tool_choice": "required"},
+     {"format": exactly({"type": "object", "properties": {"a": {"type": "string"}, "b": {"exclusiveMinimum": 0},
+                                                          "c": {"prefixItems": [{}]}, "d": {}}})}),
+    ("references lead to the same from another root",
+     {"tools": [a_tool("plant", TREE), TOOLS[0]], "tool_choice": "required"},
+     {"format": {"anyOf": [one_call("plant", TREE_IN_IT), one_call("find", FIND_TOOL["parameters"])],
+                 "$defs": {"0": TREE_IN_IT}}}),
+    ("a schema that Ollama can't read", {"tools": [a_tool("run", {"type": ["object", "null"], "anyOf": A_OR_B[:1]})]},
+     {"tools": [a_tool("run", exactly({"type": "object", "properties": A_OR_B[0]["properties"],
+                                       "required": ["a", "kind"]}))]}),
+    ("thoughts come back", talk(user("a?"), {**assistant(None, X1), "reasoning_content": "hm"}, result("x1", "3"),
+                                {**assistant("c"), "reasoning": "oh"}, {**assistant("d"), "reasoning": {"a": 1}}),
+     talk({}, {"thinking": "hm"}, {}, {"thinking": "oh"}, none_of("thinking"))),
 ]
 
 
@@ -3005,6 +3526,38 @@ def by_closed_schema(schema):
     return {"output_config": {"format": {"type": "json_schema", "schema": lambda given: given == schema}}}
 
 
+def tools_fit(body):
+    """True if Claude takes all names in the tools."""
+    return all(re.fullmatch("[a-zA-Z0-9_-]{1,64}", one["name"]) and all(
+        re.fullmatch("[a-zA-Z0-9_.-]{1,64}", name) for name in one["input_schema"]["properties"])
+        for one in body["tools"])
+
+
+MARKED = {"cache_control": {"type": "ephemeral"}}
+B = {"type": "object", "properties": {"kind": {"const": "b"}}, "required": ["kind"]}
+KINDS = {"kind": {"anyOf": [{"const": "a"}, {"const": "b"}]}, "a": {}}
+SCHEMAS = [  # what is in it that only Claude refuses, the schema, what is sent beside the type
+    ("no type", {"properties": {"a": {}}}, {"properties": {"a": {}}}),
+    ("a type of its own", {"type": ["object", "null"]}, {"properties": {}}),
+    ("a draft", {"$schema": "http://json-schema.org/draft-07/schema#", "$id": "x"}, {"properties": {}}),
+    ("alternatives", {"properties": {"c": {}}, "required": ["c"], "anyOf": A_OR_B, "$defs": {"b": B}},
+     {"properties": {**KINDS, "c": {}}, "required": ["c", "kind"], "$defs": {"b": B}}),
+    ("parts", {"allOf": A_OR_B, "$defs": {"b": B}},
+     {"properties": KINDS, "required": ["a", "kind"], "$defs": {"b": B}}),
+    ("alternatives that say what is needed", {"properties": {"a": {}}, "oneOf": [{"required": ["a"]}, True, {}]},
+     {"properties": {"a": {}}, "required": []}),
+    ("references that lead nowhere", {"anyOf": [{"$ref": "#/x"}, {"$ref": "#"}, {"$ref": "http://x"}]},
+     {"properties": {}, "required": []}),
+    ("words of older drafts", {"properties": {"a": {"maximum": 9, "exclusiveMaximum": True, "items": [{}]}}},
+     {"properties": {"a": {"exclusiveMaximum": 9, "prefixItems": [{}]}}}),
+    ("values of no valid form", {"required": ["a", 5], "properties": {"a": {
+        "required": True, "type": "int", "minimum": "0", "minLength": 1.5, "description": 5, "default": {"type": "int"},
+        "exclusiveMinimum": False, "additionalProperties": "no", "enum": "a", "properties": 5},
+        "b": True, "c": "string"}},
+     {"required": ["a"], "properties": {"a": {"default": {"type": "int"}}, "b": {}, "c": {}}}),
+    ("names that are keywords elsewhere", {"properties": {"$schema": {}, "type": {"type": "string"}}},
+     {"properties": {"_schema_%08x" % zlib.crc32(b"$schema"): {}, "type": {"type": "string"}}}),
+]
 TO_CLAUDE = [
     ("the least", {}, {**talk(on_claude("user", "Hi")), "model": "claude-test", "stream": True,
                        "max_tokens": lambda limit: type(limit) is int and limit >= 4096,
@@ -3020,8 +3573,8 @@ TO_CLAUDE = [
     ("no text is empty", talk(user("")), talk(on_claude("user", {"type": "text", "text": str.strip}))),
     ("an image", talk(user(part("a"), image(PNG_URL))),
      talk(on_claude("user", "a", base64_block("image", "image/png", PNG)))),
-    ("an image called jpg", talk(user(image("data:image/jpg;base64," + PNG))),
-     talk(on_claude("user", base64_block("image", "image/jpeg", PNG)))),
+    ("an image under a wrong name", talk(user(image("data:image/jpg;base64," + PNG))),
+     talk(on_claude("user", base64_block("image", "image/png", PNG)))),
     ("an image elsewhere", talk(user(image(WEB_IMAGE))),
      talk(on_claude("user", {"type": "image", "source": {"type": "url", "url": WEB_IMAGE}}))),
     ("a document", talk(user(file(filename="a.pdf", file_data=PDF_URL), part("Sum it up."))),
@@ -3031,6 +3584,32 @@ TO_CLAUDE = [
                 for name in ("find", "now")]}),
     ("a tool without parameters", {"tools": [ONLY_NOW]},
      {"tools": [{"name": "now", "input_schema": {"type": "object", "properties": {}}}]}),
+    ("a tool's names that only Claude refuses", {
+        "model": SONNET, "tools": [a_tool("fs.read", {"properties": {"größe": {}, "a.b": {}}, "required": ["größe"]}),
+                                   a_tool("n" * 70, {}), TOOLS[0], TOOLS[0]], "tool_choice": choice_of("fs.read"),
+        **talk(user("a?"), assistant(None, ("x1", "fs.read", '{"größe": 1}')), result("x1", "3"))},
+     lambda body: tools_fit(body) and len(body["tools"]) == 3 and {
+         *body["messages"][1]["content"][0]["input"]} < {*body["tools"][0]["input_schema"]["properties"]}
+     and body["tools"][0]["name"] == body["tool_choice"]["name"] == body["messages"][1]["content"][0]["name"]),
+    *((f"a schema with {title}", {"tools": [a_tool("run", given)]},
+       {"tools": [{"input_schema": exactly({"type": "object", **sent})}]}) for title, given, sent in SCHEMAS),
+    ("what is lost of a schema is told", {"tools": [a_tool("run", {"anyOf": [{"required": ["a"]}]})]},
+     {"tools": [{"input_schema": {"description": lambda text: '{"anyOf": [{"required": ["a"]}]}' in text}}]}),
+    ("the client's marks for the cache", {
+        "tools": [{**TOOLS[0], **MARKED}, {"type": "function", "function": {**TOOLS[1]["function"], **MARKED}}],
+        **talk({"role": "system", "content": [{**part("S"), **MARKED}]}, {**user("a?"), **MARKED})},
+     {"tools": [MARKED, MARKED], **talk({"content": [MARKED]}), **none_of("cache_control")}),
+    ("marks in results, on images and on all", {"cache_control": {"type": "ephemeral", "ttl": "1h"}, **talk(
+        user({**image(PNG_URL), **MARKED}), assistant(None, X1), result("x1", [{**part("3"), **MARKED}]))},
+     {"cache_control": {"ttl": "1h"}, **talk({"content": [MARKED]}, {}, {"content": [
+         {"content": [none_of("cache_control")], **MARKED}]})}),
+    ("no more marks than Claude takes", {**talk(*(user({**part(word), **MARKED}) for word in "abcdef"))},
+     talk({"content": [none_of("cache_control")] * 2 + [MARKED] * 4})),
+    ("a conversation that goes on is cached", talk(user("a " * 2000), assistant("c"), user("d")), MARKED),
+    ("but not its first turn", talk(system("s " * 2000), user("a")), none_of("cache_control")),
+    ("nor a short one", talk(user("a"), assistant("c"), user("d")), none_of("cache_control")),
+    ("nor where the client marks itself", talk(user({**part("a " * 2000), **MARKED}), assistant("c"), user("d")),
+     none_of("cache_control")),
     ("some tool must be used", {"model": SONNET, "tools": TOOLS, "tool_choice": "required"},
      {"tool_choice": {"type": "any"}}),
     ("this tool must be used", {"model": SONNET, "tools": TOOLS, "tool_choice": ONLY_NOW},
@@ -3059,6 +3638,19 @@ TO_CLAUDE = [
     ("arguments that are no JSON", BAD_CALL, talk({}, on_claude("assistant", uses("x1", "find", is_dict)), {})),
     ("ids have no odd characters", talk(user("a?"), assistant(None, ("x.y:1", "now", "{}")), result("x.y:1", "3")),
      talk({}, on_claude("assistant", uses("x_y_1", "now", {})), on_claude("user", results("x_y_1", "3")))),
+    ("calls and results without ids", BY_NAME,
+     talk({}, on_claude("assistant", uses("call_1_0", "find", {"q": "a"}), uses("call_1_1", "now", {})),
+          on_claude("user", results("call_1_0", "3"), results("call_1_1", "noon")))),
+    ("calls of old, each with its result", talk(
+        user("a?"), {"role": "assistant", "content": None, "function_call": {"name": "now", "arguments": "{}"}},
+        {"role": "function", "name": "now", "content": "noon"}),
+     talk({}, on_claude("assistant", uses("call_1_0", "now", {})), on_claude("user", results("call_1_0", "noon")))),
+    ("Mistral's word for required", {"model": SONNET, "tools": TOOLS, "tool_choice": "any"},
+     {"tool_choice": {"type": "any"}}),
+    ("numbers that others take", {"model": SONNET, "temperature": -1, "max_tokens": -1},
+     {"temperature": 0.0, "max_tokens": lambda limit: limit >= 4096}),
+    ("what other servers call the model's own effort", {"model": SONNET, "reasoning_effort": "auto"},
+     none_of("thinking", "output_config")),
     ("limits and stops", {"max_completion_tokens": 6, "max_tokens": 5, "stop": ["X", " \n"]},
      {"max_tokens": 6, "stop_sequences": ["X"], **none_of("max_completion_tokens", "stop")}),
     ("no stop is left", {"stop": " "}, none_of("stop_sequences")),
@@ -3121,6 +3713,22 @@ TO_OPENAI = [  # whatever it is, it goes on as it came
     ("turns", talk(user("a?"), assistant(None, X1), result("x1", [part("3")]), assistant("c"), user("d"))),
     ("fields of tomorrow", {"no_such_field": {"a": [1, 2.5, "ü"]}, "moderation": {"model": "m"}, "keep_alive": "5m"}),
     ("a stream", {"stream": True, "stream_options": {"include_usage": True}}),
+    # values that are not in OpenAI's reference, and that some server takes
+    ("kinds of tools", {"tools": [*TOOLS, {"type": "browser_search"}, {"type": "openrouter:web_search", "a": {"b": 1}},
+                                  {"type": "builtin_function", "function": {"name": "$web_search"}}]}),
+    ("choices of a tool", {"tools": TOOLS, "tool_choice": "any"}),
+    ("choices of a kind", {"tools": TOOLS, "tool_choice": {"type": "tool", "name": "find"}}),
+    ("efforts", {"reasoning_effort": "default"}), ("more efforts", {"reasoning_effort": "ultra"}),
+    ("formats", {"response_format": {"type": "structural_tag", "format": {"type": "any_text"}}}),
+    ("a schema without a name", {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}),
+    ("numbers of others", {"max_tokens": -1, "temperature": 3.5, "top_p": -1, "top_logprobs": 50, "logprobs": True,
+                           "seed": -1, "presence_penalty": 5, "n": 200}),
+    ("odd types", {"logit_bias": [[15043, False]], "user": 5, "metadata": "m", "store": "yes", "modalities": "text"}),
+    ("roles", talk(user("a"), {"role": "ipython", "content": "3"}, {"role": "latest_reminder", "content": "b"})),
+    ("results by name", BY_NAME),
+    ("kinds of calls", talk(user("a"), {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "x", "type": "builtin_function", "function": {"name": "$web_search", "arguments": "{}"}},
+        {"id": "y", "type": "mcp", "server": "s"}]}, result("x", "3"), result("y", "4"))),
 ]
 
 HINTS = {"user": "u", "metadata": {"a": "b"}, "store": True, "verbosity": "low", "prompt_cache_key": "k",
@@ -3141,6 +3749,7 @@ class SentUpstream(Case):
         return self.upstreams[name].last.json
 
     def test_to_ollama(self):
+        self.upstreams["ollama"].play(answer(Text('{"name":"find","arguments":{}}')))
         for title, fields, expected in TO_OLLAMA:
             with self.subTest(title):
                 self.assertEqual(differences(expected, self.sent("ollama", fields)), [])
@@ -3149,6 +3758,13 @@ class SentUpstream(Case):
         for title, fields, expected in TO_CLAUDE:
             with self.subTest(title):
                 self.assertEqual(differences(expected, self.as_blocks(self.sent("claude", fields))), [])
+
+    def test_claudes_cache_can_be_left_alone(self):
+        long = talk(user("a " * 2000), assistant("c"), user("d"))
+        with Upstream(CLAUDE) as cloud, running(cloud, flags=["--claude-cache=off"]) as server:
+            for fields, expected in ((long, none_of("cache_control")), ({**long, **MARKED}, MARKED)):
+                self.answered(ask(server, cloud.target, **fields), "Hello")
+                self.assertEqual(differences(expected, cloud.last.json), [])
 
     def as_blocks(self, body):
         """The two ways to write a text, made one: content as a list of blocks, a system prompt as text."""
@@ -3166,6 +3782,17 @@ class SentUpstream(Case):
         for title, fields in TO_OPENAI:
             with self.subTest(title):
                 self.assertEqual(self.sent("openai", fields), {**chat(**fields), "model": "gpt-test"})
+
+    def test_developer_is_system_where_openai_does_not_answer(self):
+        fields = talk(system("Be kind.", role="developer"), user("Hi"), system("Be brief.", role="developer"))
+        self.assertEqual(self.sent("openai", fields)["messages"], [system("Be kind."), user("Hi"), system("Be brief.")])
+        request = parsed(**fields)
+        for url, role in (("https://api.openai.com/v1", "developer"), ("https://eu.api.openai.com/v1", "developer"),
+                          ("https://openrouter.ai/api/v1", "system"), ("http://127.0.0.1:1234/v1", "system")):
+            target = oblix.Target(oblix.Endpoint("openai", url), "m", oblix.Side.CLOUD)
+            sent = oblix.PROVIDERS["openai"].encode(request, target)["messages"]
+            self.assertEqual([message["role"] for message in sent], [role, "user", role], url)
+        self.assertEqual([message["role"] for message in request.messages], ["developer", "user", "developer"])
 
     def test_hints_that_a_provider_does_not_know_are_left_out(self):
         for name in ("ollama", "claude"):
@@ -3333,7 +3960,46 @@ class Catalogue(Case):
         self.assertEqual((other.cold, other.context, other.max_context), (True, 0, 131072))
         self.assertEqual(loaded.capabilities, {"completion", "tools", "vision", "thinking"})
         self.assertEqual(loaded.token_bytes, 2 * 28 * 8 * 256)
-        self.assertEqual([path for path, _ in asked], ["/api/tags", "/api/ps", "/api/show"])    # both have one digest
+        self.assertEqual([path for path, _ in asked], ["/api/tags", "/api/ps", "/api/show", "/api/show"])
+
+    def test_two_names_of_one_digest_are_one_model(self):
+        tags = {"models": [{"name": name, "digest": "e95"} for name in ("gpt-oss:20b", "gpt-4:latest")]}
+        other = {"models": [{"name": "other", "digest": "e95"}, {"name": "GPT-4:latest"}]}
+        for ps in (OLLAMA.ps({"gpt-4:latest": {"digest": "E95"}}), other):
+            models, asked = self.listed("ollama", {"/api/tags": tags, "/api/ps": ps, "/api/show": OLLAMA.show()})
+            self.assertEqual([model.cold for model in models], [False, False])
+            self.assertEqual([path for path, _ in asked].count("/api/show"), 1)
+
+    def test_the_window_that_a_person_set_or_that_was_seen_is_known(self):
+        known, tags = {}, {"models": [{"name": "m", "digest": "d"}]}
+        for seen, parameters, own in ((None, "stop  \"x\"\nnum_ctx                  8192", 8192), (4096, "", 8192),
+                                      (16384, "", 16384), (None, "", 16384)):
+            ps = {"models": [{"name": "m", "context_length": seen}] if seen else []}
+            show = {**OLLAMA.show(), "parameters": parameters}
+            model, = self.listed("ollama", {"/api/tags": tags, "/api/ps": ps, "/api/show": show}, known)[0]
+            self.assertEqual(model.own_context, own)
+
+    def test_what_embeds_is_known_by_its_family_where_abilities_are_missing(self):
+        for family, said, chats in (("bert", None, False), ("nomic-bert", [], False), ("xlm-roberta", None, False),
+                                    ("nomic-bert-moe", None, False), ("llama", None, True), (None, None, True),
+                                    ("bert", ["completion"], True), ("gemma3", ["embedding"], False)):
+            tags = {"models": [{"name": "m", "details": {"family": family}, "capabilities": said}]}
+            answers = {"/api/tags": tags, "/api/ps": {}, "/api/show": oblix.UpstreamError("no")}
+            with self.subTest(family, said=said):
+                self.assertIs(self.listed("ollama", answers)[0][0].is_chat_model, chats)
+
+    def test_the_window_to_ask_for(self):
+        """It is no smaller than the one that a person has set, or that the model was seen with."""
+        rows = [  # tokens of the prompt; loaded for, own, asked last -> what is asked for, 0: what is there
+            (9, 0, 0, 0, 0), (9, 0, 32768, 0, 0), (9, 0, 32768, 8192, 0), (9, 0, 0, 8192, 8192),
+            (9, 8192, 0, 8192, 8192), (6000, 0, 0, 0, 8192), (6000, 0, 32768, 0, 32768), (6000, 32768, 32768, 0, 0),
+            (6000, 4096, 32768, 0, 32768), (40000, 32768, 32768, 0, 65536), (6000, 0, 1 << 20, 0, 131072),
+            (6000, 0, 6144, 0, 6144), (7000, 0, 6144, 0, 8192)]
+        for tokens, now, own, asked, expected in rows:
+            with self.subTest(tokens=tokens, now=now, own=own, asked=asked):
+                model = oblix.Model("m", max_context=131072, context=now, own_context=own, cold=not now)
+                request = oblix.ChatRequest("m", {**talk(user("a" * 3 * tokens)), "max_tokens": 1})
+                self.assertEqual(oblix.PROVIDERS["ollama"].context_for(request, model, asked, None), expected)
 
     def test_details_are_asked_for_a_few_at_once_and_once_each(self):
         names = ["m%d" % number for number in range(oblix.DETAILS_AT_ONCE + 1)]
@@ -3367,12 +4033,19 @@ BOTH_REFUSE = [  # the parameter that is named, the fields
     ("functions", {"functions": [FIND_TOOL]}), ("tools", {"tools": [{"type": "custom", "custom": {"name": "run"}}]}),
     ("audio", {"audio": {"format": "wav", "voice": "alloy"}}), ("modalities", {"modalities": ["text", "audio"]}),
     ("web_search_options", {"web_search_options": {}}), ("messages", talk(user(file(file_id="file-1")))),
+    # values that only some OpenAI-compatible servers know
+    ("tools", {"tools": [{"type": "browser_search"}]}), ("reasoning_effort", {"reasoning_effort": "ultra"}),
+    ("response_format", {"response_format": {"type": "grammar", "grammar": "root ::= \"a\""}}),
+    ("tool_choice", {"tools": TOOLS, "tool_choice": {"type": "tool", "name": "find"}}),
+    ("tool_choice", {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+        "mode": "x", "tools": [1], "name": "find"}}}),
+    ("messages", talk(user("a"), {"role": "ipython", "content": "3"})),
+    ("messages", talk(user("a"), {"role": "assistant", "tool_calls": [{"id": "x", "type": "mcp", "server": "s"}]})),
 ]
 REFUSALS = {
     OLLAMA: [*BOTH_REFUSE,
              ("messages", talk(user(image(WEB_IMAGE)))), ("messages", talk(user(file(file_data=PDF_URL)))),
-             ("tool_choice", {"tools": TOOLS, "tool_choice": "required"}),
-             ("tool_choice", {"tools": TOOLS, "tool_choice": ONLY_NOW})],
+             ("tool_choice", {"tools": TOOLS, "tool_choice": choice_of("nothing")})],
     CLAUDE: [*BOTH_REFUSE,
              ("logprobs", {"logprobs": True}), ("messages", talk(user(image("http://example.com/a.png"))))],
 }
@@ -3380,6 +4053,17 @@ REFUSALS = {
 
 class Refusals(Case):
     """What a provider cannot do is a 400 where it was named, and a reason to ask another under auto."""
+
+    def test_a_body_full_of_results_without_ids_does_not_keep_the_others_waiting(self):
+        """The work grows with their number, and not with its square."""
+        def took_s(number):
+            calls = [{"function": {"name": "f%d" % (place % 9)}} for place in range(number)]
+            results = [{"role": "tool", "name": "f%d" % (place % 9)} for place in range(number)]
+            begun = time.process_time()
+            sent = oblix.without_deprecated([{"role": "assistant", "tool_calls": calls}, *results])
+            self.assertEqual(len({message["tool_call_id"] for message in sent[1:]}), number)
+            return time.process_time() - begun
+        self.assertLess(took_s(16_000) / max(took_s(1000), took_s(1000)), 80)    # 16; by the square 256
 
     def test_a_named_provider_says_which_parameter_it_cannot_honour(self):
         for dialect, rows in REFUSALS.items():
@@ -3408,7 +4092,7 @@ class Refusals(Case):
 
 NEEDS = [  # the fields, what a model must be capable of
     ({}, set()), ({"tools": TOOLS}, {"tools"}), ({"tools": TOOLS, "tool_choice": "none"}, set()),
-    ({"tools": TOOLS, "tool_choice": "required"}, {"tools"}), (talk(user(part("a"), image(PNG_URL))), {"vision"}),
+    ({"tools": TOOLS, "tool_choice": "required"}, set()), (talk(user(part("a"), image(PNG_URL))), {"vision"}),
     ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [ONLY_NOW]}}},
      {"tools"}),
 ]
@@ -3446,6 +4130,9 @@ def claude_refuses(message):
     return CLAUDE.error(message, "invalid_request_error")
 
 
+THOUGHT = talk(user("a?"), {**assistant("c"), "reasoning_content": "hm"}, user("d"))
+BY_TOOLS = talk(user("a?"), assistant(None, ("call_lyywui55", "now", "{}"), ("abc123XYZ", "now", "{}")),
+                result("call_lyywui55", "3"), result("abc123XYZ", "4"))
 PARAMETERS = [    # what is refused of a request that has ALL_FIELDS, whether for ever, status, who says so, body
     ("frequency_penalty", True, 400, "Gemini", [gave("Invalid JSON payload received. Unknown name "
      "\"frequency_penalty\": Cannot find field.\nInvalid JSON payload received. Unknown name \"seed\": Cannot find "
@@ -3577,6 +4264,14 @@ LEARNED = [  # dialect, the fields, what is refused, in which words
     (CLAUDE, {"temperature": 0.2}, "temperature", claude_refuses("`temperature` is deprecated for this model.")),
     (CLAUDE, {"temperature": 0.2}, "temperature", claude_refuses("temperature: Extra inputs are not permitted")),
     (OLLAMA, {"reasoning_effort": "high"}, "think", OLLAMA.error("\"llama3.2\" does not support thinking")),
+    (OPENAI, THOUGHT, "reasoning_content", unsupported("messages[1].reasoning_content", "unknown_parameter")),
+    (OPENAI, THOUGHT, "reasoning_content", OPENAI.error("property 'messages.1.reasoning_content' is unsupported")),
+    (OPENAI, {"tools": [{**TOOLS[0], **MARKED}]}, "cache_control", OPENAI.error('Unknown name "cache_control" at ...')),
+    (OPENAI, talk(user({**part("a"), **MARKED})), "cache_control", OPENAI.error(
+        "property 'messages.0.content.0.cache_control' is unsupported")),
+    (OPENAI, BY_TOOLS, "call_lyywui55", OPENAI.error(
+        "Tool call id was call_lyywui55 but must be a-z, A-Z, 0-9, with a length of 9.")),    # Mistral's API
+    (OPENAI, BY_TOOLS, "call_lyywui55", OPENAI.error("Tool call IDs should be alphanumeric strings with length 9!")),
 ]
 
 
@@ -3647,6 +4342,31 @@ class LearnedParameters(Case):
         with Upstream(OPENAI, script) as upstream, running(upstream) as server:
             self.answered(ask(server, upstream.target, max_tokens=5), "Hello")
             self.assertEqual(upstream.last.json["max_completion_tokens"], 5)
+
+    def test_ids_that_fit_stay_and_others_are_always_the_same_ones(self):
+        script = refusing("call_lyywui55", LEARNED[-1][-1])
+        with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+            for _ in range(2):
+                self.answered(ask(server, upstream.target, **BY_TOOLS), "Hello")
+            bodies = [request.json["messages"] for request in upstream.requests[1:]]
+        self.assertEqual(bodies[0], bodies[1])
+        ids = [call["id"] for call in bodies[0][1]["tool_calls"]]
+        self.assertRegex(" ".join(ids), "^[a-zA-Z0-9]{9} abc123XYZ$")
+        self.assertEqual([message["tool_call_id"] for message in bodies[0][2:]], ids)
+
+    def test_reasoning_comes_back_where_its_api_wants_it(self):
+        """DeepSeek's and Kimi's words; a turn that another model gave has none."""
+        error = OPENAI.error("The reasoning_content in the thinking mode must be passed back to the API.")
+        given = talk(user("a?"), {**assistant(None, X1), "reasoning_content": "hm"}, result("x1", "3"),
+                     assistant(None, X2), result("x2", "4"))
+
+        def script(dialect, request):
+            wanted = all("reasoning_content" in one for one in request.json["messages"] if "tool_calls" in one)
+            return answer(Text("Hello"))(dialect, request) if wanted else whole(400, error)
+        with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+            self.answered(ask(server, upstream.target, **given), "Hello")
+            self.assertEqual([one.get("reasoning_content") for one in upstream.last.json["messages"]],
+                             [None, "hm", None, "", None])
 
     def test_it_is_remembered_for_this_model_alone(self):
         with Upstream(OPENAI, refusing("stop", unsupported("stop"))) as upstream, running(upstream) as server:
@@ -3737,6 +4457,9 @@ FAULT_OF = [  # status, words, code -> fault, where no client sees the differenc
     (503, "failed: context length of worker", None, oblix.Fault.BUSY), (999, "No.", None, oblix.Fault.BUSY),
     (405, "No.", None, oblix.Fault.NOT_FOUND), (451, "No.", None, oblix.Fault.NOT_FOUND),
     (302, "No.", None, oblix.Fault.TRANSPORT),
+    (503, "Loading model", "503", oblix.Fault.LOADING),    # llama-server
+    (503, "Model m is currently loading", None, oblix.Fault.LOADING),
+    (503, "unable to load model: m", None, oblix.Fault.BUSY),
     (400, "x" * 1000 + " prompt is too long", None, oblix.Fault.REFUSED),    # a prompt may be quoted there
 ]
 
@@ -3943,7 +4666,7 @@ AGAINST_THE_REFERENCE = [  # OpenAI's words for what is wrong in a message, its 
 ]
 ODD_ERRORS = [  # dialect, status, body -> words that the client sees
     (OLLAMA, 403, b"", ""),
-    (OLLAMA, 401, {"error": "unauthorized", "signin_url": "https://ollama.com/connect"}, "unauthorized"),
+    (OLLAMA, 401, {"error": "unauthorized", "signin_url": "https://ollama.com/connect"}, "`ollama signin`"),
     (OPENAI, 500, {"error": "a bare string"}, "a bare string"),
     (OPENAI, 422, {"detail": "Not processable."}, "Not processable."),
     (OPENAI, 502, b"<html>Bad gateway</html>", ""),
@@ -4171,7 +4894,7 @@ WAYS_TO_WRITE_EVENTS = [  # all of them mean the same; wire.md 7.1
 ]
 
 CLAUDE_STOPS = [  # stop_reason -> finish_reason
-    ("end_turn", "stop"), ("stop_sequence", "stop"), ("max_tokens", "length"), ("tool_use", "tool_calls"),
+    ("end_turn", "stop"), ("stop_sequence", "stop"), ("max_tokens", "length"), ("tool_use", "stop"),    # without a call
     ("model_context_window_exceeded", "length"), ("refusal", "content_filter"),
 ]
 
@@ -4291,6 +5014,107 @@ class Phrases(Case):
             self.assertEqual([(one["token"], one["logprob"]) for one in content], [("Hello", -0.5)])
 
 
+# --- 6. Calls that a tool_choice forces ------------------------------------------------------------------------------
+
+FORCED = [  # the names of the tools, what Ollama's model writes, the call that the client gets
+    (["find"], '{"q":"a}b"}', ("find", {"q": "a}b"})), (["find"], '{"q":{"n":{}}}', ("find", {"q": {"n": {}}})),
+    (["now"], "{}", ("now", {})), (["find"], 'Sure:\n```json\n{"q":1}\n```\nDone.', ("find", {"q": 1})),
+    (["find", "now"], '{"name":"find","arguments":{"q":{"n":"}"}}}', ("find", {"q": {"n": "}"}})),
+    (["find", "now"], '{ "name" : "now" ,\n "arguments" : { } }', ("now", {})),
+    (["find", "now"], '{"arguments":{"q":1},"name":"find"}', ("find", {"q": 1})),    # a model that no grammar holds
+    (["a/b", 'c"d'], '{"name":"c\\"d","arguments":{"q":1}}', ('c"d', {"q": 1})),
+]
+NO_CALLS = [(["find"], text) for text in ("", "No.", "[1]", '{"q":', '{"q":1}}', "null")] + [
+    (["find", "now"], text) for text in ('{"q":1}', '{"name":"other","arguments":{}}', '{"name":"now"}', "5",
+                                         '{"name":"now","arguments":5}', '{"name":["now"],"arguments":{}}')]
+
+
+def forcing(names):
+    """The fields of a request that forces a call of one of these tools."""
+    tools = [a_tool(name, FIND_TOOL["parameters"]) for name in names]
+    return {"tools": tools, "tool_choice": choice_of(names[0]) if len(names) == 1 else "required"}
+
+
+class Forced(Case):
+    """Ollama has no tool_choice: a call that is forced is written as JSON that it is held to, and told as a call."""
+
+    def said(self, text, size, names, **fields):
+        pieces = [Text(text[at:at + size]) for at in range(0, len(text), size)]
+        return through(OLLAMA, answer(Think("hm"), *pieces), **forcing(names), **fields)
+
+    def test_what_fits_the_schema_is_a_call(self):
+        for names, text, (name, arguments) in FORCED:
+            for size, stream in ((1, True), (3, False), (1000, True)):
+                with self.subTest(text, size=size):
+                    reply = self.said(text, size, names, stream=stream)
+                    self.assertEqual((reply.status, reply.finish, reply.text or None), (200, "tool_calls", None))
+                    self.assertEqual(reply.message["reasoning_content"], "hm")
+                    [call] = reply.message["tool_calls"]
+                    self.assertRegex(call["id"], "^call_[a-zA-Z0-9]+$")
+                    self.assertEqual((call["type"], call["function"]["name"]), ("function", name))
+                    self.assertEqual(json.loads(call["function"]["arguments"]), arguments)
+
+    def test_its_arguments_are_streamed(self):
+        arguments = '{"q":"abcdef"}'
+        for names, text in ((["find"], arguments), (["find", "now"], '{"name":"find","arguments":%s}' % arguments)):
+            deltas = self.said(text, 2, names, stream=True).deltas
+            parts = [part for delta in deltas for part in delta.get("tool_calls", ())]
+            self.assertGreater(len(parts), 5)
+            self.assertEqual([sorted(part) for part in parts[1:]], [["function", "index"]] * (len(parts) - 1))
+
+    def test_what_is_no_call_is_the_upstreams_failure(self):
+        for names, text in NO_CALLS:
+            with self.subTest(text):
+                self.refused(self.said(text, 1000, names), 502, code="bad_upstream_answer")
+                with Upstream(OLLAMA, answer(Text(text))) as local, Upstream(OPENAI, answer(FIND)) as cloud, \
+                        running(local, cloud) as server:
+                    reply = ask(server, "auto", **forcing(names))
+                    self.assertEqual((reply.headers["x-oblix-model"], reply.finish), (cloud.target, "tool_calls"))
+                    self.assertEqual(fetch(server, "GET", "/health").json["targets"][0]["failures"], 0)
+
+    def test_a_cut_call_is_told_as_cut(self):
+        for names, text in ((["find"], '{"q":"ab'), (["find", "now"], '{"name":"find","arguments":{"q":"ab')):
+            for stream in (False, True):
+                script = answer(Text(text), finish="length")
+                reply = through(OLLAMA, script, stream=stream, **forcing(names))
+                [call] = reply.message["tool_calls"]
+                self.assertEqual((reply.finish, call["function"]["arguments"]), ("length", '{"q":"ab'))
+            first = OLLAMA.events(Saying((Text(text),), "stop", 9, 7))[0]
+            reply = through(OLLAMA, [OLLAMA.head, chunk(first), CLOSE], stream=True, **forcing(names))
+            self.assertEqual((reply.finish, reply.cut, reply.error["code"]), (None, True, "upstream_cut"))
+        reply = through(OLLAMA, answer(Think("hm"), finish="length"), **forcing(["find"]))
+        self.assertEqual((reply.finish, "tool_calls" in reply.message), ("length", False))
+
+    def test_a_call_in_ollamas_own_words_is_one_too(self):
+        reply = through(OLLAMA, answer(FIND), **forcing(["find"]))
+        self.assertEqual((reply.finish, reply.message["tool_calls"][0]["function"]["name"]), ("tool_calls", "find"))
+
+    def test_a_model_without_tools_can_be_forced(self):
+        """What holds it to the call is a grammar."""
+        with Upstream(OLLAMA, answer(Text("{}"))) as local, running(local) as server:
+            self.assertEqual(ask(server, local.target, **forcing(["now"])).finish, "tool_calls")
+
+    def test_one_call_at_a_time_is_one(self):
+        fields = {"tools": TOOLS, "parallel_tool_calls": False}
+        for stream in (False, True):
+            reply = through(OLLAMA, answer(Text("Hm."), FIND, NOW), stream=stream, **fields)
+            self.assertEqual([call["function"]["name"] for call in reply.message["tool_calls"]], ["find"])
+            self.assertEqual((reply.text, reply.finish), ("Hm.", "tool_calls"))
+
+    def test_claude_calls_by_the_clients_own_names(self):
+        schema = {"type": "object", "properties": {"größe": {}, "$top": {}, "q": {}}}
+        tools = [a_tool("fs.read", schema), a_tool("fs_read", {}), a_tool("n" * 70, {})]
+
+        def script(dialect, request):
+            calls = [Call(f"c{number}", one["name"], dict.fromkeys(one["input_schema"]["properties"], number))
+                     for number, one in enumerate(request.json["tools"])]
+            return answer(*calls)(dialect, request)
+        for stream in (False, True):
+            calls = through(CLAUDE, script, stream=stream, tools=tools).message["tool_calls"]
+            self.assertEqual([(one["function"]["name"], json.loads(one["function"]["arguments"])) for one in calls],
+                             [("fs.read", {"größe": 0, "$top": 0, "q": 0}), ("fs_read", {}), ("n" * 70, {})])
+
+
 # --- 6. Upstreams that break their own format -------------------------------------------------------------------------
 
 WRONG = (None, 5, [], [[]], {}, {"a": 1}, True, "", "x")
@@ -4346,6 +5170,28 @@ TOOL_PIECES = [  # tool_calls of the deltas, what the client has joined at the e
     ("id and name repeated", [piece("a", "f", '{"x"', index=0), piece("a", "f", ":1}", index=0)], [A]),
     ("a new id in each piece", [piece("a", "f", '{"x"', index=0), piece("z", None, ":1}", index=0)], [A]),    # vLLM
     ("counted from 1", [piece(*A, index=1), piece(*B, index=2)], [A, B]),
+    ("indices null", [piece(*A, index=None), piece(*B, index=None)], [A, B]),
+    ("no ids, one index", [piece(None, *A[1:], index=0), piece(None, *B[1:], index=0)], [(0, *A[1:]), (1, *B[1:])]),
+    ("no ids, ids null, one function", [piece(None, "f", "{}"), {**piece(None, "f", '{"x":1}'), "id": None}],
+     [(0, "f", "{}"), (1, "f", '{"x":1}')]),
+    ("no ids, in pieces, one function", [
+        *(piece(None, *one, index=0) for one in (("f", ""), (None, '{"x"'), (None, ":1}"), ("f", ""), (None, "{}")))],
+     [(0, "f", '{"x":1}'), (1, "f", "{}")]),
+    ("no ids, the name in each piece", [piece(None, "f", one, index=0) for one in ('{"x":{"y"', ":1}", "}", "")],
+     [(0, "f", '{"x":{"y":1}}')]),
+    ("one id for two, in turn", [piece("a", "f", "", index=0), piece("a", "g", "", index=1),
+                                 piece("a", None, '{"x":1}', index=0), piece("a", None, '{"y":2}', index=1)],
+     [A, (1, *B[1:])]),
+    ("one id for two of one index", [piece("a", "f", "{}", index=0), piece("a", "f", '{"x":1}', index=0)],
+     [("a", "f", "{}"), (1, "f", '{"x":1}')]),
+    ("a call twice", [piece(*A, index=0), piece(*A, index=0)], [A]),
+    ("a name that comes later", [piece("a", None, "", index=0), piece("", "f", '{"x":1}', index=0)], [A]),
+    ("nothing but a name", [piece("a", "f", index=0), piece("b", "f", None, index=1)],
+     [("a", "f", "{}"), ("b", "f", "{}")]),
+    ("arguments of other types", [piece("a", "f", {"x": 1}), piece("b", "g", None), piece("c", "h", {})],
+     [A, ("b", "g", "{}"), ("c", "h", "{}")]),
+    ("without `function` around it", [{"name": "f", "arguments": {"x": 1}}], [(0, *A[1:])]),    # Workers AI
+    ("the id of a call before", [piece("of-before", *A[1:])], [(1, *A[1:])]),
     ("in turn", [piece("a", "f", '{"x"', index=0), piece("b", "g", '{"y"', index=1), piece(arguments=":1}", index=0),
                  piece(arguments=":2}", index=1)], [A, B]),
 ]
@@ -4418,8 +5264,13 @@ class BrokenAnswers(Case):
             events = [data_event(OPENAI.chunk([{"index": 0, "delta": delta}])) for delta in deltas]
             events.append(data_event(OPENAI.chunk([{"index": 0, "delta": {}, "finish_reason": "tool_calls"}])))
             with self.subTest(name):
-                said = joined(through(OPENAI, streamed(OPENAI, events), stream=True).deltas)["tool_calls"]
-                self.assertEqual([(call["id"], *call["function"].values()) for call in said], calls)
+                before = [user("Hi"), assistant(None, ("of-before", "f", "{}")), result("of-before", "1"), user("More")]
+                reply = through(OPENAI, streamed(OPENAI, events), stream=True, messages=before, tools=TOOLS)
+                said = joined(reply.deltas)["tool_calls"]
+                ids = [call["id"] for call in said]
+                self.assertEqual((len({*ids, "of-before", ""}), reply.finish), (len(ids) + 2, "tool_calls"))
+                self.assertEqual([(call["id"] if isinstance(id, str) else id, *call["function"].values())
+                                  for call, (id, *_) in zip(said, calls)], calls)
 
     def test_a_stream_has_one_id_and_every_chunk_a_choice(self):
         """Azure begins with an event without choices; some servers count their chunks where the id belongs."""
@@ -4473,6 +5324,279 @@ class BrokenAnswers(Case):
                 reply = through(OPENAI, whole(429, OPENAI.error("Slow down."), header))
                 self.refused(reply, 429, "Slow down.")
                 self.assertNotIn("retry-after", {name.lower() for name in reply.headers})
+
+
+# --- 6. Answers in order ---------------------------------------------------------------------------------------------
+# What compatible servers, Claude's and Ollama's relays say in their own ways: the client reads OpenAI's reference.
+
+A_CALL = {"tool_calls": [piece(*A, index=0)]}
+FINISHES = [  # a reason, an answer's beginning, what the client reads
+    *((reason, {"content": "a"}, finish) for reason, finish in (
+        ("stop", "stop"), (None, "stop"), ("", "stop"), ("eos_token", "stop"), ("COMPLETE", "stop"),
+        ("length", "length"), ("model_length", "length"), ("MAX_TOKENS", "length"), ("SAFETY", "content_filter"),
+        ("sensitive", "content_filter"), ("content_filter", "content_filter"), ("tool_calls", "stop"),
+        ("function_call", "stop"))),
+    *((reason, A_CALL, "tool_calls") for reason in ("stop", "tool_calls", "function_call", "tool_use", None, "")),
+    ("length", A_CALL, "length"),
+    ("function_call", {"function_call": {"name": "f", "arguments": "{}"}}, "function_call"),
+]
+BROKE_OFF = ["error", "abort", "network_error", "insufficient_system_resource", "CANCELLED", "server_overloaded",
+             "function_call_filter: MALFORMED_FUNCTION_CALL"]
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
+SAYINGS = [  # deltas, or a message, what the client has joined at the end
+    ("Mistral's parts", [{"content": [THOUGHT, {"type": "text", "text": "Hel"}]}, {"content": "lo"}], ("Hello", "Hm.")),
+    ("parts of text", [{"content": [{"type": "text", "text": "Hel"}, "lo"]}], ("Hello", None)),
+    ("parts of thinking", [{"content": [THOUGHT]}, {"content": "a"}], ("a", "Hm.")),
+    ("reasoning", [{"reasoning": "Hm."}, {"content": "a"}], ("a", "Hm.")),
+    ("both names", [{"reasoning": "Hm.", "reasoning_content": "Hm."}, {"content": "a"}], ("a", "Hm.")),
+    ("one of both empty", [{"reasoning": "Hm.", "reasoning_content": ""}, {"content": "a"}], ("a", "Hm.")),
+    ("nulls", [{"content": "a", "tool_calls": None, "reasoning": None, "function_call": None, "refusal": None},
+               {"content": None}], ("a", None)),
+    ("calls that are none", [{"content": "a", "tool_calls": []},
+                             {"tool_calls": [piece("", "", index=0, type="function")]}], ("a", None)),
+]
+ODD_EVENTS = [  # after the first content of a stream; the client reads the same without them
+    {"choices": None}, {"choices": []}, {"choices": [{"index": 0, "delta": None}]}, {"type": "ping"},
+    {"choices": [{"index": 0, "finish_reason": "stop", "delta": {}}]}, {"usage": None},
+    {"base_resp": {"status_code": 0}},
+    {"choices": [{"index": 0, "content_filter_offsets": {"check_offset": 1}}]},                         # Azure
+    {"object": "chat.completion", "choices": [{"index": 0, "message": {"content": "Hello"}, "finish_reason": "stop"}]},
+    {"choices": [{"index": 0, "delta": {}}], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}},
+]
+ERRORS_INSIDE = [  # what stands in a stream or in a whole answer
+    {"type": "error"}, {"error": "overheated"}, {"errors": [{"code": 7, "message": "overheated"}]},
+    {"choices": [{"index": 0, "delta": {}, "message": {}, "error": {"code": 502, "message": "overheated"}}]},
+    {"choices": None, "base_resp": {"status_code": 1002, "status_msg": "overheated"}},                  # MiniMax
+    {"code": 500, "msg": "overheated", "success": False},                                               # Zhipu
+]
+NO_ENVELOPE = [{"id": None, "created": None, "object": None}, {"id": "", "created": 0}, {"id": 7, "created": 17.5e8},
+               {"created": "2026-11-01T10:00:00Z", "object": "text_completion", "model": None}]
+
+
+def as_events(*deltas, finish="stop", done=True, **fields):
+    """A stream of OpenAI's that says this."""
+    rows = [*((delta, None) for delta in deltas), ({}, finish)]
+    chunks = [{**OPENAI.chunk([{"index": 0, "delta": delta, "finish_reason": reason}]), **fields}
+              for delta, reason in rows]
+    return [*map(data_event, chunks), *([b"data: [DONE]\n\n"] if done else [])]
+
+
+def as_whole(message, finish="stop", **fields):
+    """A whole answer of OpenAI's with this message."""
+    choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}
+    return {**OPENAI.chunk([choice]), "object": "chat.completion", "usage": OPENAI._usage(HELLO), **fields}
+
+
+class InOrder(Case):
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = {dialect: cls.keep(Upstream(dialect)) for dialect in DIALECTS}
+        cls.server = cls.keep(running(*cls.upstreams.values()))
+
+    def said(self, dialect, script, stream, **fields):
+        """What a client gets of an upstream that plays this: events, the JSON of a whole body, or its bytes."""
+        upstream, kind = self.upstreams[dialect], b"Content-Type: application/json"
+        if isinstance(script, list):
+            script = streamed(dialect, script)
+        elif isinstance(script, dict):
+            script = whole(200, script)
+        else:
+            script = [head(200, kind.decode(), f"Content-Length: {len(script)}") + script]
+        upstream.play(script)
+        return ask(self.server, upstream.target, stream=stream, **fields)
+
+    def test_a_finish_reason_is_openais_and_fits_what_was_said(self):
+        for reason, delta, finish in FINISHES:
+            for stream, script in ((True, as_events(delta, finish=reason)), (False, as_whole(delta, reason))):
+                with self.subTest(reason, stream=stream, delta=delta):
+                    self.assertEqual(self.said(OPENAI, script, stream, tools=TOOLS).finish, finish)
+
+    def test_an_answer_that_broke_off_for_a_reason_is_no_answer(self):
+        for reason in BROKE_OFF:
+            with self.subTest(reason):
+                for script, stream in ((as_whole({"content": "Hel"}, reason), False), (as_events(finish=reason), True)):
+                    self.refused(self.said(OPENAI, script, stream), 502, code="upstream_cut")
+                self.broken_off(self.said(OPENAI, as_events({"content": "Hel"}, finish=reason), True), "Hel")
+        for dialect, old in ((OLLAMA, b'"stop"'), (CLAUDE, b'"end_turn"')):
+            events = [event.replace(old, b'"error"') for event in dialect.events(HELLO)]
+            with self.subTest(dialect.name):
+                self.broken_off(self.said(dialect, events, True), "Hello")
+                self.refused(self.said(dialect, events, False), 502, code="upstream_cut")
+
+    def test_an_error_inside_an_answer_is_one_wherever_it_stands(self):
+        for error in ERRORS_INSIDE:
+            with self.subTest(error):
+                words = "overheated" if "overheated" in str(error) else "error"
+                self.refused(self.said(OPENAI, error, False), BUSY, words)
+                self.refused(self.said(OPENAI, [data_event(error)], True), BUSY, words)
+                self.broken_off(self.said(OPENAI, [*as_events({"content": "Hel"})[:1], data_event(error),
+                                                   *as_events({"content": "lo"})], True), "Hel")
+
+    def test_a_second_beginning_of_claudes_is_no_answer(self):
+        start, *rest = CLAUDE.events(HELLO)
+        hel = next(number for number, event in enumerate(rest) if b"Hel" in event)
+        self.broken_off(self.said(CLAUDE, [start, *rest[:hel + 1], start, *rest], True), "Hel")
+        self.refused(self.said(CLAUDE, [start, *rest[:hel + 1], start, *rest], False), 502, code="upstream_cut")
+        self.answered(self.said(CLAUDE, [start, start, *rest], True), "Hello")
+
+    def test_an_answer_in_the_other_mode_is_put_into_the_one_asked_for(self):
+        message = {"type": "message", "role": "assistant", "content": [
+            {"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Hello"}], "stop_reason": "end_turn",
+            "usage": {"input_tokens": 9, "output_tokens": 7}}
+        answers = {OPENAI: as_whole({"content": "Hello", "reasoning_content": "Hm."}), CLAUDE: message, OLLAMA: {
+            "message": {"content": "Hello", "thinking": "Hm."}, "done": True, "prompt_eval_count": 9, "eval_count": 7}}
+        for (dialect, body), stream in itertools.product(answers.items(), (False, True)):
+            bodies = [body] if dialect is OLLAMA else [body, json.dumps(body, indent=1).encode(),
+                                                       b"\xef\xbb\xbf" + json.dumps(body).encode(),
+                                                       b"\n \r\n" * 9 + json.dumps(body).encode()]
+            for body in bodies:
+                with self.subTest(dialect.name, stream=stream, body=body):
+                    reply = self.said(dialect, body, stream, stream_options={"include_usage": True} if stream else None)
+                    self.answered(reply, "Hello")
+                    self.assertEqual(reply.message["reasoning_content"], "Hm.")
+                    usage = (reply.chunks[-1] if stream else reply.json)["usage"]
+                    self.assertEqual((usage["prompt_tokens"], usage["completion_tokens"]), (9, 7))
+        events = OPENAI.events(Saying((Think("Hm."), Text("Hel"), Text("lo"), FIND, NOW), "tool_calls", 9, 7),
+                               {"stream_options": {"include_usage": True}})
+        for body in (events, b"".join(events), b": ping\n\n" + b"".join(events).replace(b"\n", b"\r\n")):
+            reply = self.said(OPENAI, body, False)
+            self.assertEqual((reply.text, reply.finish), ("Hello", "tool_calls"))
+            self.assertEqual(reply.json["usage"]["total_tokens"], 16)
+            self.assertEqual([call["id"] for call in reply.message["tool_calls"]], [FIND.id, NOW.id])
+        self.refused(self.said(OPENAI, b"".join(events[:3]), False), 502, code="upstream_cut")
+
+    def test_content_is_text_and_thinking_is_reasoning_content(self):
+        for name, deltas, (text, thought) in SAYINGS:
+            scripts = [(as_events(*deltas), True), *([(as_whole(deltas[0]), False)] if len(deltas) == 1 else [])]
+            for script, stream in scripts:
+                with self.subTest(name, stream=stream):
+                    message = self.said(OPENAI, script, stream).message
+                    self.assertEqual((message["content"], message.get("reasoning_content")), (text, thought))
+                    self.assertEqual({*message} & {"tool_calls", "reasoning"}, set())
+
+    def test_a_whole_answer_has_what_the_reference_requires(self):
+        for fields in (*NO_ENVELOPE, {"usage": None}):
+            for message in ({"content": "Hello"}, {"content": "Hello", "tool_calls": [], "function_call": None}):
+                with self.subTest(fields, message=message):
+                    reply = self.said(OPENAI, as_whole(message, **fields), False)
+                    self.answered(reply, "Hello", by=self.upstreams[OPENAI].target)
+                    self.assertEqual((reply.json["object"], type(reply.json["created"])), ("chat.completion", int))
+                    self.assertTrue(reply.json["id"] and isinstance(reply.json["id"], str))
+                    self.assertGreater(reply.json["created"], 1)
+                    self.assertNotIn("tool_calls", reply.message)
+                    self.assertIsNotNone(reply.json.get("usage", {}))
+        filtered = {"choices": [{"finish_reason": "content_filter", "index": 0, "content_filter_results": {}}]}
+        reply = self.said(OPENAI, filtered, False)
+        self.assertEqual((reply.status, reply.message["content"], reply.finish), (200, "", "content_filter"))
+        self.refused(self.said(OPENAI, {"choices": []}, False), 502, code="bad_upstream_answer")
+
+    def test_a_whole_answer_that_is_in_order_passes_as_it_came(self):
+        for body in (as_whole({"content": "Hello"}), OPENAI.whole(HELLO)):
+            raw = json.dumps({**body, "own": {"field": [1.50, "\u00e9"]}}, indent=3)
+            reply = self.said(OPENAI, raw.encode(), False)
+            self.assertEqual(reply.body.decode(), raw.replace(json.dumps(body["model"]), json.dumps("openai:gpt-test")))
+
+    def test_each_chunk_of_a_stream_has_what_the_reference_requires(self):
+        said = as_events({"role": "assistant", "content": "Hel"}, {"content": "lo"})
+        streams = [as_events({"content": "Hel"}, {"content": "lo"}, **fields) for fields in NO_ENVELOPE]
+        streams += [[said[0], data_event(event), *said[1:]] for event in ODD_EVENTS]
+        streams += [[*said[:-1], data_event(event), said[-1]] for event in ODD_EVENTS]
+        streams.append([data_event(json.loads(event[6:]) | {"id": str(number), "model": str(number), "created": number})
+                        for number, event in enumerate(said[:-1], 5)])
+        for number, (events, usage) in enumerate(itertools.product(streams, (False, True))):
+            with self.subTest(number, usage=usage):
+                reply = self.said(OPENAI, events, True, stream_options={"include_usage": usage})
+                self.answered(reply, "Hello")
+                counted = [one for one in reply.chunks if one.get("usage")]
+                self.assertEqual(counted, reply.chunks[-1:] if usage and counted else [])
+                chunks = [one for one in reply.chunks if one not in counted]
+                self.assertEqual({type(choice["delta"]) for one in chunks for choice in one["choices"]}, {dict})
+                self.assertEqual([len(one["choices"]) for one in chunks], [1] * len(chunks))
+                self.assertEqual([one["choices"][0]["finish_reason"] for one in chunks],
+                                 [None] * (len(chunks) - 1) + ["stop"])
+                [(id, created, kind, _)] = {tuple(map(one.get, ("id", "created", "object", "model")))
+                                            for one in reply.chunks}
+                self.assertTrue(id and isinstance(id, str) and type(created) is int and kind.endswith(".chunk"))
+
+    def test_claudes_calls_are_apart_and_whole_however_they_are_told(self):
+        def block(index, id, name, *parts, **fields):
+            told = {"type": "tool_use", "id": id, "name": name, **fields}
+            deltas = [{"index": index, "delta": {"type": "input_json_delta", "partial_json": part}} for part in parts]
+            return [CLAUDE.event("content_block_start", index=index, content_block=told),
+                    *(CLAUDE.event("content_block_delta", **delta) for delta in deltas),
+                    CLAUDE.event("content_block_stop", index=index)]
+        one, two = block(1, "a", "f", '{"x":1}', input={}), block(2, "b", "g", '{"y"', ":2}", input={})
+        nothing = [("a", "f", "{}")]
+        for name, events, calls in (
+            ("input with the block", block(1, "a", "f", input={"x": 1}), [A]),
+            ("input with the block and after it", block(1, "a", "f", '{"x":1}', input={"x": 1}), [A]),
+            ("input as text", block(1, "a", "f", input='{"x":1}'), [A]),
+            ("in turn", [one[0], two[0], two[1], one[1], *two[2:], one[2]], [A, B]),
+            ("input empty", block(1, "a", "f", input=""), nothing),
+            ("input null", block(1, "a", "f", input=None), nothing),
+            ("no input", block(1, "a", "f"), nothing), ("no end of the block", one[:2], [A]),
+            ("one index", [*block(0, "a", "f", '{"x":1}'), *block(0, "b", "g", '{"y":2}')], [A, B]),
+            ("no ids", [*block(1, "", "f", '{"x":1}'), *block(2, None, "g", '{"y":2}')], [(0, *A[1:]), (1, *B[1:])]),
+            ("one id", [*block(1, "a", "f", '{"x":1}'), *block(2, "a", "g", '{"y":2}')], [A, (1, *B[1:])]),
+        ):
+            for reason, stream in itertools.product((b'"tool_use"', b'"end_turn"', b"null"), (False, True)):
+                start, *_, delta, stop = CLAUDE.events(HELLO)
+                with self.subTest(name, reason=reason, stream=stream):
+                    reply = self.said(CLAUDE, [start, *events, delta.replace(b'"end_turn"', reason), stop], stream)
+                    said = reply.message["tool_calls"]
+                    self.assertEqual((len({call["id"] for call in said} - {""}), reply.finish),
+                                     (len(calls), "tool_calls"))
+                    self.assertEqual([(call["id"] if isinstance(id, str) else id, *call["function"].values())
+                                      for call, (id, *_) in zip(said, calls)], calls)
+
+    def test_ollamas_calls_have_ids_that_the_conversation_has_not(self):
+        def call(arguments, **fields):
+            return {"function": {"index": 0, "name": "f", "arguments": arguments}, **fields}
+        rows = [[call({})], [call(None), call({"x": 1})], [call('{"x":1}', id="call_0")], [call({}, id="")]]
+        lines = [{"message": {"content": "", "tool_calls": calls}, "done": False} for calls in rows]
+        before = [user("Hi"), assistant(None, ("call_0", "f", "{}")), result("call_0", "1")]
+        for stream in (False, True):
+            script = [*map(OLLAMA.line, lines), OLLAMA.events(HELLO)[-1]]
+            reply = self.said(OLLAMA, script, stream, messages=before, tools=TOOLS)
+            said = reply.message["tool_calls"]
+            self.assertEqual((len({call["id"] for call in said} - {"call_0", ""}), reply.finish), (5, "tool_calls"))
+            self.assertEqual([call["function"]["arguments"] for call in said], ["{}", "{}", '{"x":1}', '{"x":1}', "{}"])
+
+    def test_log_probabilities_are_whole_and_none_is_lost(self):
+        def token(text, **fields):
+            return {"token": text, "logprob": -0.5, **fields}
+        lines = [{"message": {"content": "", "thinking": "h"}, "logprobs": [token("h", top_logprobs=[token("i")])]},
+                 {"message": {"content": "é"}, "logprobs": [token("é", bytes=[195, 169])]},
+                 {"message": {"content": ""}, "logprobs": [token("x", top_logprobs=None)]},
+                 {"message": {"content": ""}, "done": True, "logprobs": [token("!")]}]
+        chunks = [OPENAI.chunk([{"index": 0, "delta": {"content": text}, "logprobs": {"content": [one]},
+                                 "finish_reason": finish}])
+                  for text, one, finish in (("é", token("h", top_logprobs=[token("i")]), None), ("", token("é"), None),
+                                            ("", token("x"), None), ("", token("!"), "stop"))]
+        wanted = [("h", [104], [[105]]), ("é", [195, 169], []), ("x", [120], []), ("!", [33], [])]
+        for dialect, events in ((OLLAMA, [*map(OLLAMA.line, lines)]), (OPENAI, [*map(data_event, chunks)])):
+            for stream in (False, True):
+                reply = self.said(dialect, events, stream, logprobs=True, top_logprobs=1)
+                choices = [choice for part in (reply.chunks if stream else [reply.json]) for choice in part["choices"]]
+                found = [one for choice in choices for one in (choice["logprobs"] or {}).get("content", [])]
+                with self.subTest(dialect.name, stream=stream):
+                    self.answered(reply, "é")
+                    self.assertEqual([(one["token"], one["bytes"], [top["bytes"] for top in one["top_logprobs"]])
+                                      for one in found], wanted)
+
+    def test_a_nameless_call_is_the_upstreams_fault(self):
+        nameless = {"tool_calls": [piece("a", None, "{}", index=0)]}
+        self.refused(self.said(OPENAI, as_whole(nameless), False, tools=TOOLS), 502, code="bad_upstream_answer")
+        reply = self.said(OPENAI, as_events({"content": "Hel"}, nameless), True, tools=TOOLS)
+        self.broken_off(reply, "Hel")
+
+    def test_an_answer_that_came_to_its_end_needs_no_more(self):
+        """A connection that dies between the finish reason and [DONE] takes nothing from it."""
+        upstream = self.upstreams[OPENAI]
+        for steps in ([CLOSE], [RESET], [b"no chunk\r\n"]):
+            upstream.play([OPENAI.head, *map(chunk, as_events({"content": "Hello"}, done=False)), 0.1, *steps])
+            with self.subTest(steps):
+                self.answered(ask(self.server, upstream.target, stream=True), "Hello")
 
 
 # === 7. Transport ====================================================================================================
@@ -4622,6 +5746,52 @@ class Connections:
                     self.answered(ask(server, up.target), "Hello")
                     self.assertTrue(up.requests[0].hung_up.wait(1), "the connection is still in use")
 
+    def test_what_nobody_acknowledges_is_sent_again_over_a_connection_of_now(self):
+        """A router has forgotten the connections, say.  One of them is waited for, not each."""
+        for size, stream in itertools.product((10, 3000000), (False, True)):
+            with self.subTest(size=size, stream=stream), Upstream(OPENAI, tls=self.tls) as upstream, \
+                    running(upstream) as server, mock.patch.multiple(oblix, DEAD_S=0.4, STALE_S=0.1):
+                at_once(ask, [(server, upstream.target)] * 3)
+                for connection in [*upstream._connections]:
+                    drop_packets(connection)
+                dialled = self.count_calls(oblix, "_dial")
+                reply = ask(server, upstream.target, stream=stream, **talk(user("x" * size)))
+                self.answered(reply, "Hello")
+                self.answered(ask(server, upstream.target), "Hello")
+                self.assertEqual((reply.headers["x-oblix-attempts"], len(upstream.requests)), ("1", 5))
+                self.assertEqual([found[0][4][1] for found, _ in dialled].count(upstream.port), 1)
+
+    def count_calls(self, place, name):
+        """A list that gets an entry for each call of a function, until the test ends."""
+        real, calls = getattr(place, name), []
+        patched = mock.patch.object(place, name, lambda *args: calls.append(args) or real(*args))
+        patched.start()
+        self.addCleanup(patched.stop)
+        return calls
+
+    def test_a_network_that_drops_large_packets_is_noticed_and_not_waited_for_as_a_model_is(self):
+        with Upstream(OPENAI, tls=self.tls) as upstream, mock.patch.object(oblix, "DEAD_S", 0.4):
+            drop_packets(upstream._listener, over=1400)
+            with running(upstream) as server:
+                self.answered(ask(server, upstream.target), "Hello")
+                for stream in (False, True):
+                    reply = ask(server, upstream.target, stream=stream, **talk(user("word " * 2000)))
+                    self.refused(reply, 503, "does not arrive")
+                self.assertEqual(len(upstream.requests), 1)
+
+    def test_who_takes_nothing_for_a_while_is_not_dead(self):
+        """A server that answers one at a time reads the next request late."""
+        with Upstream(OPENAI, pace=0.05, tls=self.tls) as upstream, running(upstream) as server, \
+                mock.patch.object(oblix, "DEAD_S", 0.4):
+            self.answered(ask(server, upstream.target, **talk(user("x" * 1500000))), "Hello")
+
+    def test_after_a_sleep_no_connection_from_before_is_used(self):
+        """Monotonic clocks stand still meanwhile."""
+        with Upstream(OPENAI, tls=self.tls) as upstream, running(upstream) as server:
+            for hours in (0, 0, 1, -2):
+                with mock.patch.object(time, "time", lambda hours=hours, now=time.time: now() + 3600 * hours):
+                    self.answered(ask(server, upstream.target), "Hello")
+            self.assertEqual(len({request.connection for request in upstream.requests}), 3)
 
     def test_a_request_that_is_taken_slowly_but_steadily_is_not_cut(self):
         with Upstream(OPENAI, pace=0.008, tls=self.tls) as upstream, \
@@ -4643,6 +5813,16 @@ class Connections:
                     eventually(lambda: server.gateway.ledger.in_flight() == {})
                 else:
                     self.refused(reply_in(rest_of(client)), 504, "not accepted")
+
+
+def drop_packets(connection, over=0):
+    """Let the kernel drop what comes to a socket from now on, or packets of more than so many bytes: none of it is
+    acknowledged.  What a listening socket accepts inherits it.
+    """
+    need(sys.platform == "linux", IMPOSSIBLE + ": only Linux filters packets for everybody")
+    code = struct.pack("HBBI" * 4, 0x80, 0, 0, 0, 0x25, 0, 1, over, 6, 0, 0, 0, 6, 0, 0, 0xffffffff)    # linux/filter.h
+    rules = ctypes.create_string_buffer(code, len(code))
+    connection.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", len(code) // 8, ctypes.addressof(rules)))
 
 
 class Deaf:
@@ -4678,10 +5858,10 @@ class Unhindered(Case):
     """A request that waits for something costs no other request anything, however many of them there are."""
 
     def quick(self, server):
-        """That another client is answered, some hundred times slower than usual at most."""
+        """That another client is answered; what it must not wait for takes 20 s or more."""
         with Took() as took:
             self.assertEqual(fetch(server, "GET", "/v1/models").status, 200)
-        self.assertLess(took.seconds, 1)
+        self.assertLess(took.seconds, 10)
 
     def test_clients_that_were_refused_and_do_not_leave(self):
         with running(flags=["--max-requests=99"]) as server, contextlib.ExitStack() as clients:
@@ -4710,6 +5890,7 @@ class Unhindered(Case):
             gate.set()
             for client in clients:
                 client.join()
+            self.assertLess(len(asked), 9)    # one look-up is for all who want it
 
     def test_upstreams_that_are_slow_where_they_were_quick(self):
         gate = threading.Event()
@@ -4733,14 +5914,16 @@ class Unhindered(Case):
 
     def test_threads_of_requests_are_held_on_the_fastest_core_and_monitors_are_not(self):
         need(hasattr(os, "sched_setaffinity"), IMPOSSIBLE + ": only Linux holds a thread on a core")
-        rows = [({}, 5), ({2: "800000", 5: "2400000", 3: "2400000\n"}, 5), ({2: "9", 3: "8"}, 2), ({2: "x", 3: "1"}, 3)]
-        for speeds, core in rows:
-            with self.subTest(speeds=speeds), tempfile.TemporaryDirectory() as files:
+        rows = [({}, 0, 2), ({}, 1, 3), ({}, 2, 5), ({2: "800000", 5: "2400000", 3: "2400000\n"}, 62549, 5),
+                ({2: "800000", 5: "2400000", 3: "2400000\n"}, 62550, 3), ({2: "9", 3: "8"}, 1, 2),
+                ({2: "x", 3: "1"}, 1, 3)]
+        for speeds, port, core in rows:
+            with self.subTest(speeds=speeds, port=port), tempfile.TemporaryDirectory() as files:
                 for one, speed in speeds.items():
                     Path(files, str(one)).write_text(speed)
                 with mock.patch.object(os, "sched_getaffinity", lambda _: {2, 3, 5}), \
                         mock.patch.object(os, "sched_setaffinity") as held:
-                    oblix.hold_on_one_core(files + "/%d")
+                    oblix.hold_on_one_core(port, files + "/%d")
                 held.assert_called_once_with(0, {core})
         parse, held = oblix.parse_request, []
 
@@ -4823,8 +6006,20 @@ class TransportOverTls(Connections, Case):
     def test_a_certificate_that_nobody_vouches_for_is_refused(self):
         with mock.patch.dict(os.environ, SSL_CERT_FILE=os.devnull, SSL_CERT_DIR=os.devnull), \
                 Upstream(OPENAI, tls=self.tls) as upstream, running(upstream) as server:
-            self.refused(ask(server, upstream.target), 502, "certificate")
+            self.refused(ask(server, upstream.target), 502, "SSL_CERT_FILE")
             self.assertEqual(upstream.probes + upstream.requests, [])
+
+    def test_what_is_wrong_with_tls_is_told_and_what_to_do(self):
+        with Upstream(OPENAI, tls=self.tls) as upstream, running() as plain:
+            by_address = upstream.url.replace("localhost", "127.0.0.1")
+            for upstream.url, words in ((by_address, "not valid for '127.0.0.1'; is the address right"),
+                                        ("https://127.0.0.1:%d" % plain.port, "there is no TLS there")):
+                with self.subTest(words), running(upstream) as server:
+                    self.refused(ask(server, upstream.target), 502, words, code="upstream_tls")
+                    self.assertIn(words, health(server)["cloud"]["reason"])
+        for number, advice in ((9, "clock"), (10, "clock"), (20, "SSL_CERT_FILE"), (18, "SSL_CERT_FILE"), (85, "")):
+            error = mock.Mock(verify_code=number, verify_message="certificate is odd")
+            self.assertRegex(oblix._about_tls(error), "^TLS failed: certificate is odd%s" % (advice and ";.*" + advice))
 
 
 class Transport(Connections, Case):
@@ -4886,11 +6081,65 @@ class Transport(Connections, Case):
                 way = oblix.way_to(url)
                 self.assertEqual((way.host, way.tls, way.tunnel), (host, tls, tunnel))
                 line, *fields = way.head.split("\r\n")[:-1]
-                told = {**dict(field.split(": ") for field in fields), **way.secret}
+                told = dict(field.split(": ") for field in [*fields, *way.secret.splitlines()])
                 self.assertEqual(line, path + " HTTP/1.1")
                 self.assertEqual((told.pop("Host"), told.pop("Proxy-Authorization", "")), (way.upstream, known))
                 self.assertEqual(told, {})
                 self.assertEqual(bool(way.secret), bool(tunnel and known))
+
+    def test_what_no_proxy_says_is_reached_directly(self):
+        here, address = "http://llm.corp.example:8000/v1", "http://100.101.102.103:11434/v1"
+        rows = [  # URL, rule, whether it is for that
+            *((here, rule, True) for rule in (
+                "corp.example", ".corp.example", "*.corp.example", "LLM.Corp.Example", "llm.corp.example:8000", "*",
+                "x.test, corp.example ,y.test", "x.test corp.example", "*corp.example", "*.corp.example:8000",
+                "llm.*")),
+            *((here, rule, False) for rule in (
+                "other.example", "orp.example", "llm.corp.example:80", "10.0.0.0/8", "llm", "x.llm.corp.example", ",",
+                ".", "[", "corp.example:x", "*.corp.example:80")),
+            *((address, rule, True) for rule in ("100.101.102.103", "100.64.0.0/10", "100.101.102.103:11434", "100.*")),
+            *((address, rule, False) for rule in ("100.101.102.10", "100.128.0.0/9", "fd00::/8")),
+            ("http://[2001:db8::1]:80/", "[2001:db8::1]", True), ("http://[2001:db8::1]/", "2001:db8::/32", True),
+            ("https://far.example/", "far.example:443", True), ("https://far.example/", "far.example:80", False)]
+        for url, rule, directly in rows:
+            proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://proxy.example:3128")
+            with self.subTest(url, rule=rule), mock.patch.dict(os.environ, {**proxies, "no_proxy": rule}):
+                self.assertEqual(oblix.way_to(url).host != "proxy.example:3128", directly)
+
+    def test_a_proxy_that_does_not_speak_http_is_told_and_not_gone_around(self):
+        for variable, kind in (("https_proxy", "socks5h"), ("all_proxy", "socks5"), ("ALL_PROXY", "SOCKS4")):
+            with mock.patch.dict(os.environ, {variable: kind + "://127.0.0.1:9"}), Upstream(OPENAI) as upstream:
+                upstream.url = "https://api.example"
+                with self.subTest(variable), running(upstream) as server:
+                    self.refused(ask(server, upstream.target), 503, kind + " proxies are not supported")
+                    self.assertIn("https_proxy", health(server)["cloud"]["reason"])
+        with mock.patch.dict(os.environ, {"all_proxy": "http://proxy.example:8"}):
+            self.assertEqual(oblix.way_to("https://far.example/").host, "proxy.example:8")
+
+    def test_a_proxy_that_refuses_is_told_without_its_password(self):
+        with Upstream(OPENAI) as proxy, Upstream(OPENAI) as upstream:
+            for kind, status in itertools.product(("http", "https"), (407, 403)):
+                proxy.probe = whole(status, "<html>No.</html>")
+                proxy.play(proxy.probe)
+                upstream.url = kind + "://api.example"
+                env = {kind + "_proxy": proxy.url.replace("://", "://user:p%40ss@")}
+                with self.subTest(env, status=status), mock.patch.dict(os.environ, env), running(upstream) as server:
+                    reply = ask(server, upstream.target)
+                    if (kind, status) != ("http", 403):    # which could as well be the server's
+                        self.refused(reply, 503, "the proxy refuses, with status %d" % status)
+                    self.assertNotIn("p@ss", reply.body.decode() + json.dumps(health(server)))
+
+    def test_connecting_has_one_limit_whoever_asks(self):
+        limits = []
+
+        def connect(_transport, _way, limit_s, _look):
+            limits.append(limit_s)
+            raise ConnectionRefusedError
+        with mock.patch.object(oblix.Transport, "_connect", connect), Upstream(OPENAI) as upstream, \
+                running(upstream, flags=["--connect-timeout-s=7"]) as server:
+            for name in ("cloud", upstream.target):
+                self.refused(ask(server, name), 503)    # as a last resort, and by its name
+        self.assertEqual({*limits}, {7})
 
     def test_dripping_bytes_do_not_outlive_the_limits(self):
         """A limit is a length of time, not the patience for one more byte."""
@@ -4909,6 +6158,57 @@ class Transport(Connections, Case):
             with self.subTest(name):
                 self.broken_off(reply, "Hel") if "after" in name else self.refused(reply, {502, 504})
                 self.assertLess(took.seconds, 30)
+
+
+class SideBySide(Case):
+    """A name with several addresses, of which some lead nowhere."""
+
+    @contextlib.contextmanager
+    def addresses(self):
+        """What leads nowhere, what refuses, what takes connections; and the sockets that are opened meanwhile."""
+        opened, begin = [], oblix._begin_to_connect
+        with contextlib.ExitStack() as stack:
+            nowhere, refuses, takes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+            found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", one.getsockname())
+                     for one in (nowhere, refuses, takes)]
+            drop_packets(nowhere)
+            refuses.close()
+            stack.enter_context(mock.patch.object(oblix, "_begin_to_connect",
+                                                  lambda *place: opened.append(begin(*place)) or opened[-1]))
+            yield (*found, opened)
+
+    def test_the_first_that_takes_a_connection_is_used_and_the_others_are_closed(self):
+        with self.addresses() as (nowhere, refuses, takes, opened):
+            for found in ([takes], [nowhere, takes], [refuses, takes], [nowhere, refuses, nowhere, takes]):
+                opened.clear()
+                with self.subTest(len(found)), oblix._dial(found, oblix.no_look) as connection:
+                    self.assertEqual(connection.getpeername(), takes[4])
+                    self.assertEqual({one.fileno() for one in opened} - {-1}, {connection.fileno()})
+
+    def test_where_none_does_the_last_failure_is_told_and_nothing_stays_open(self):
+        def give_up():
+            if len(opened) > 1:
+                raise oblix.ClientGone
+        with self.addresses() as (nowhere, refuses, _, opened):
+            for found, error in (([refuses] * 2, ConnectionRefusedError), ([nowhere] * 3, oblix.ClientGone),
+                                 ([], OSError)):
+                opened.clear()
+                with self.subTest(error), self.assertRaises(error):
+                    oblix._dial(found, give_up if error is oblix.ClientGone else oblix.no_look)
+                self.assertEqual({one.fileno() for one in opened} - {-1}, set())
+
+    def test_both_versions_of_ip_have_their_turn_and_no_more_than_a_few_addresses(self):
+        tried = []
+
+        def refuse(family, *_):
+            tried.append({socket.AF_INET6: 6, socket.AF_INET: 4}[family])
+            raise OSError("no")
+        for found, order in (([6, 6, 6, 4, 4], [6, 4, 6, 4, 6]), ([4] * 50, [4] * oblix.MAX_ADDRESSES)):
+            tried.clear()
+            places = [(socket.AF_INET6 if one == 6 else socket.AF_INET, 1, 6, "", ()) for one in found]
+            with self.subTest(found), mock.patch.object(oblix, "_begin_to_connect", refuse), self.assertRaises(OSError):
+                oblix._dial(places, oblix.no_look)
+            self.assertEqual(tried, order)
 
 
 # === 9. Gateway ======================================================================================================
@@ -5209,8 +6509,8 @@ class Replanned(Case):
         for _ in range(3):
             self.tries("large", says="rests after: gone")
             self.assertEqual(self.plan().last_resort, (self.small,))
-            self.clock.now += oblix.REST_S / 4
-        self.clock.now += oblix.REST_S / 4
+            self.clock.now += REST_S / 4
+        self.clock.now += REST_S / 4
         self.tries("small", "large", says="local available")
         self.ledger.settle(self.small, oblix.UpstreamError("gone again"))
         self.tries("large", says="rests after: gone again")
@@ -5233,7 +6533,7 @@ class Replanned(Case):
 
     def test_a_trial_begins_and_ends(self):
         self.ledger.settle(self.small, oblix.UpstreamError("gone"))
-        self.clock.now += oblix.REST_S
+        self.clock.now += REST_S
         self.tries("small", "large")
         with self.ledger.trial(self.small) as allowed, self.ledger.trial(self.small) as another:
             self.assertEqual((allowed, another), (True, False))
@@ -5256,7 +6556,7 @@ class Replanned(Case):
     def test_a_load_starts_and_ends(self):
         end = threading.Event()
         self.addCleanup(end.set)
-        self.gateway.loader = oblix.Loader(lambda target, context: end.wait(5))
+        self.gateway.loader = oblix.Errands(lambda target, context: end.wait(5))
         self.tries("small", "large")
         load = self.gateway.loader.begin(self.small, 0)
         self.tries("large", "small", says="small is loading")
@@ -5712,13 +7012,6 @@ class Breaker(Case):
                 self.assertEqual((breaker.failures, breaker.rest_s(now + 1)), (1, rest_s - 1))
                 self.assertFalse(breaker.last_resort)
 
-    def test_a_success_forgets_everything(self):
-        for faults, *_ in RESTS:
-            with self.subTest(faults[-6:], count=len(faults)):
-                breaker = after(*faults)[0].succeeded()
-                self.assertEqual(breaker, oblix.Breaker())
-                self.assertEqual((breaker.failures, breaker.rest_s(0.0)), (0, 0.0))
-
     def test_what_is_no_fault_of_the_target_changes_nothing(self):
         for faults, fault, wait_s in itertools.product(([], ["TRANSPORT"], ["ACCOUNT"]), NO_FAULTS, (None, 7.0)):
             with self.subTest(faults, fault=fault, wait_s=wait_s):
@@ -5735,8 +7028,10 @@ class Breaker(Case):
             breaker.failures = 1
 
     def test_its_numbers(self):
-        self.assertEqual((oblix.REST_S, oblix.MAX_REST_S, oblix.MAX_RETRY_AFTER_S), (1.0, 60.0, 600.0))
-        self.assertEqual((oblix.ACCOUNT_REST_S, oblix.MISSING_REST_S), (600.0, 60.0))
+        self.assertEqual({fault.name: rests_s for fault, rests_s in oblix.RESTS_S.items()},
+                         {"TRANSPORT": (1.0, 60.0), "BUSY": (1.0, 60.0), "ACCOUNT": (600.0, 3600.0),
+                          "NOT_FOUND": (60.0, 60.0)})
+        self.assertEqual(oblix.MAX_RETRY_AFTER_S, 600.0)
 
     # What it leads to, asked over the wire.  The cloud is first, as it has no slots that could be full, and is the one
     # that fails.  The clock stands still, and moves where a test moves it.
@@ -6093,6 +7388,45 @@ class Warmth(Orchestrated):
             seen = len(local.probes)
             eventually(lambda: look(server) or len(local.probes) > seen + 1)
             self.assertEqual(local.loads, [])
+
+    def test_a_model_that_is_shown_under_another_name_is_in_memory(self):
+        """Those of one file of weights are one to Ollama.  Others show nothing.  Another load would change nothing."""
+        told = OllamaDialect.ps
+        for shown in ({"hf.co/org/tiny:Q4": {}}, {}):
+            def ps(dialect, loaded, shown=shown):
+                return told(dialect, shown if "llama3.2:latest" in loaded else {})
+            with self.subTest(shown=shown), mock.patch.object(OllamaDialect, "ps", ps), small(loaded={}) as local, \
+                    cloudy() as cloud, running(local, cloud) as server:
+                eventually(lambda: states(server)[local.target] == "ready")
+                for stream in (False, True):
+                    self.answered(ask(server, "auto", stream=stream), "local", by=local.target)
+                self.assertEqual(len(local.loads), 1)
+                if shown:    # what was in memory is gone
+                    del local.loaded["llama3.2:latest"]
+                    eventually(lambda: look(server) or states(server)[local.target] == "cold")
+
+    def test_the_first_request_waits_for_the_first_word_of_ollama(self):
+        gate = threading.Event()
+
+        def first(model, script):
+            local, cloud = small(), cloudy(script) if script else None
+            local.probe = [gate, *local.probe]
+            clouds = [cloud] if cloud else []
+            with local, cloud or contextlib.nullcontext(), \
+                    running(*clouds, env=env_for(local), probed=False) as server:
+                replies = [self.later(ask, server, model, stream=stream) for stream in (False, True)]
+                if script:
+                    eventually(lambda: len(cloud.requests) > 1)
+                self.waits(*replies)
+                gate.set()
+                for reply in replies:
+                    self.answered(reply.result(), "local", by="ollama:llama3.2")
+                    self.assertEqual(reply.result().headers["x-oblix-attempts"], "2" if script else "1")
+        refused = whole(401, OPENAI.error("No."))
+        for model, script in (("auto", None), ("local", None), ("llama3.2", None), ("auto", refused)):
+            gate.clear()
+            with self.subTest(model, script=script):
+                first(model, script)
 
     def test_while_it_loads_the_cloud_answers_and_the_load_goes_on(self):
         gate = threading.Event()
@@ -7862,6 +9196,8 @@ class Burner(Case):
     """What else the device does.  It runs by itself at the end, when the other tests leave the processor alone."""
 
     def test_a_busy_device_leaves_answers_to_the_cloud_within_three_seconds_until_it_is_idle_again(self):
+        if psutil.cpu_percent(2) > 25:
+            raise unittest.SkipTest(IMPOSSIBLE + ": something else keeps the processor busy")
         with Upstream(OLLAMA) as local, Upstream(OPENAI) as cloud, \
                 Process("--port=0", "--better-after-s=1", "--memory-constrained-percent=101", "--load-constrained=1e6",
                         "--load-critical=1e6",    # it remembers for a minute how busy the other tests were
@@ -7869,11 +9205,7 @@ class Burner(Case):
             def side():
                 time.sleep(0.05)    # to ask without a pause keeps the processor busy, too
                 return ask(server).headers["x-oblix-side"]
-            with contextlib.suppress(AssertionError):
-                eventually(lambda: side() == "local", within=20)
-            if side() == "cloud" and psutil.cpu_percent(1) > 60:
-                raise unittest.SkipTest(IMPOSSIBLE + ": something else keeps the processor busy")
-            self.assertEqual(side(), "local", health(server)["local"])
+            eventually(lambda: side() == "local", within=20)
             with processes(BURN, *["burner"] * os.cpu_count()), Took() as took:
                 eventually(lambda: side() == "cloud", within=10)
             self.assertLess(took.seconds, 3.5)    # three, and the burners' start
@@ -8182,7 +9514,7 @@ class Passing(Case):
         for odd in ("\0", "\\u0000", '"content":"\0"', '"delta":{"content":"\0"'):
             choice = {"odd": odd, "index": 0, "delta": {"role": "assistant", "content": "Hi"}, "finish_reason": None}
             told = {"id": odd, "choices": [choice], odd: 1}
-            before, after = oblix.text_frame(told, False)
+            before, after = oblix.text_frame(told)
             self.assertEqual(json.loads((before + b"x" + after)[len(b"data: "):]), {"id": odd, "choices": [
                 {"index": 0, "finish_reason": None, "delta": {"content": "x"}}]}, "odd fields are one chunk's own")
 
@@ -8532,7 +9864,6 @@ class UnreadStreams(Unread, Case):
                     self.answered(reply, "".join(TEXTS[:6]))
                     silence = reply.body[reply.body.index(b"w3 "):reply.body.index(b"w4 ")]
                     self.assertGreaterEqual(silence.count(b"\n\n: keep-alive\n\n"), 2, reply.body)
-                    self.assertEqual(reply.body.count(b": keep-alive"), silence.count(b": keep-alive"))
                     self.assertGreater(len(passed), 2)
 
     def test_what_passes_is_a_sign_of_life(self):
@@ -8763,7 +10094,10 @@ LIMITS = [  # what the README's table of limits says, and the numbers in it
 ROUTES = [  # method, path, status, a word of Allow
     ("GET", "/v1/models", 200), ("GET", "/models", 200), ("GET", "/v1/models/", 200), ("GET", "/v1/models?x=1", 200),
     ("GET", "/v1/models/auto", 200), ("GET", "/models/openai:gpt-test", 200),
-    ("GET", "/v1/models/openai%3Agpt-test", 200), ("GET", "/v1/models/ollama:hf.co%2Forg%2Ftiny:Q4", 200),
+    ("GET", "/v1/models/openai%3Agpt-test", 200), ("GET", "/v1/v1/models", 200), ("GET", "//v1//models//auto/", 200),
+    ("GET", "/v1//health", 200), ("GET", "//", 200), ("GET", "/v1/v1", 200), ("GET", "/v1v1/models", 404),
+    ("GET", "//models/v1/models", 404), ("GET", "/v1/v1/chat//completions", 405, "POST"),
+    ("GET", "/v1/models/ollama:hf.co%2Forg%2Ftiny:Q4", 200),
     ("GET", "/v1/models/ollama%3Ahf.co%2Forg%2Ftiny%3AQ4/", 200), ("GET", "/v1/models/nobody", 404),
     ("GET", "/v1/models/%FF", 404), ("GET", "/health", 200), ("GET", "/v1/health", 200), ("GET", "/health/?a=b", 200),
     ("GET", "/", 200), ("GET", "/nope", 404), ("POST", "/v1/nope", 404), ("GET", "/v1/chat/completions", 405, "POST"),
@@ -8799,7 +10133,7 @@ class Server(Case):
             connection.request(method, path, body, JSON)
             with contextlib.closing(connection.getresponse()) as response:
                 return Reply(response)
-        connection = http.client.HTTPConnection(host, self.server.port, timeout=5)
+        connection = http.client.HTTPConnection(host, self.server.port, timeout=30)
         with contextlib.closing(connection):
             yield send
 
@@ -8812,6 +10146,25 @@ class Server(Case):
                 if status != 200:
                     self.refused(reply, status)
                 self.assertEqual(reply.headers.get("Allow", ""), "".join(allowed))
+
+    def test_what_is_not_there_is_told_as_it_was_asked_for(self):
+        for path in ("/v1/v1/responses", "/v1//nope", "//v1/chat/completions/x"):
+            reply = fetch(self.server, "POST", path + "?key=secret", b"{}")
+            self.refused(reply, 404, "POST %s." % path)
+            self.assertNotIn(b"secret", reply.body)
+
+    def test_a_model_that_chat_takes_is_found(self):
+        listed = {model["id"] for model in fetch(self.server, "GET", "/v1/models").json["data"]}
+        for name in [*listed, "llama3.2", "LLAMA3.2:latest", "ollama:library/llama3.2", "library/llama3.2:latest",
+                     "registry.ollama.ai/library/llama3.2", "hf.co/org/tiny:Q4", "gpt-test", "openai:any/thing@4bit?",
+                     "anthropic:claude-x", "openai:gpt-test", "ollama:not-pulled", "nobody", "openai:", "x/y",
+                     "openai:a\n"]:
+            with self.subTest(name):
+                told = fetch(self.server, "GET", "/v1/models/" + urllib.parse.quote(name, safe=":/@"))
+                if name in listed or ask(self.server, name).status not in (400, 404) or name == "ollama:not-pulled":
+                    self.assertEqual((told.status, told.json["id"], told.json["object"]), (200, name, "model"))
+                else:
+                    self.refused(told, {400, 404})
 
     def test_a_method_that_nobody_knows(self):
         for body in (None, b"x" * 3000000):
@@ -8851,13 +10204,16 @@ class Server(Case):
 
     def test_a_server_stops_at_once_wherever_it_listens(self):
         for host in ["localhost", "127.0.0.1", "0.0.0.0"] + ["::"] * has_loopback_6():
-            with self.subTest(host), running(self.local, flags=["--no-auth", "--host=" + host], probed=False) as server:
+            with self.subTest(host), mock.patch.object(oblix._Listener, "timeout", 60.0), \
+                    running(self.local, flags=["--no-auth", "--host=" + host], probed=False) as server:
                 self.assertEqual(fetch(server, "GET", "/").status, 200)
                 begun = time.monotonic()
-            self.assertLess(time.monotonic() - begun, 1)
+            self.assertLess(time.monotonic() - begun, 30)    # nobody wakes by himself before 60
 
     def test_chat_with_and_without_v1_with_a_slash_and_a_query(self):
-        for path in ("/v1/chat/completions", "/chat/completions", "/v1/chat/completions/", "/chat/completions?a=1"):
+        for path in ("/v1/chat/completions", "/chat/completions", "/v1/chat/completions/", "/chat/completions?a=1",
+                     "/v1/v1/chat/completions", "//v1/chat/completions", "/v1//chat/completions",
+                     "/v1//v1//chat//completions//"):
             self.answered(fetch(self.server, "POST", path, json.dumps(chat()), JSON), "Hello")
 
     def test_head_is_get_without_the_body(self):
@@ -9010,9 +10366,7 @@ class Server(Case):
             client.sendall(post(chat(local.target)))
             local.next_request()
             for path in ("/health", "/v1/models", "/v1/models/auto", "/"):
-                with Took() as took:
-                    self.assertEqual(fetch(server, "GET", path).status, 200)
-                self.assertLess(took.seconds, 0.5, path)
+                self.assertEqual(fetch(server, "GET", path).status, 200)    # the upstreams answer nothing at all
 
     def test_unhealthy_is_a_503_with_reasons(self):
         with Upstream(OLLAMA) as local:
@@ -9142,7 +10496,7 @@ class Hostile(Case):
 
     def ask_all(self, bodies):
         """One client with many bodies on one connection."""
-        connection, replies = http.client.HTTPConnection("127.0.0.1", self.process.port, timeout=10), []
+        connection, replies = http.client.HTTPConnection("127.0.0.1", self.process.port, timeout=30), []
         with contextlib.closing(connection):
             for body in bodies:
                 connection.request("POST", "/v1/chat/completions", body, JSON)
@@ -9198,17 +10552,21 @@ OF_THE_CLIENT = dict.fromkeys((
 OUR_NAMES = [  # what Host may say
     "localhost", "localhost:1", "localhost:", "LOCALHOST", "LocalHost:62549", "localhost.", "app.localhost",
     "a.b.localhost:3000", "127.0.0.1", "127.0.0.1:62549", "127.8.9.1", "192.168.1.7:8080", "8.8.8.8", "[::1]",
-    "[::1]:62549", "[FE80::1]:1",
+    "[::1]:62549", "[FE80::1]:1", "host.docker.internal", "HOST.containers.Internal:62549", "docker.for.mac.localhost",
 ]
 NOT_OUR_NAMES = [
     "", "evil.example", "EVIL.example:62549", "evil.example.", "evil.localhost.example", "localhost.evil.example",
     "localhost.evil.example:62549", "127.0.0.1.evil.example", "127.0.0.1.nip.io", "1.2.3.4.5", "999.1.1.1",
-    "notlocalhost", "localhost-evil.example", "evil.example#localhost", "evil.example/localhost",
+    "notlocalhost", "localhost-evil.example", "host", "oblix", "internal", "internal.evil.example",
+    "host.docker.internal.evil.example", "host-docker-internal", "printer.local",
+]
+NO_NAMES = [    # what no Host header may say (RFC 9112, 3.2)
+    "evil.example#localhost", "evil.example/localhost",
     "evil.example?.localhost", "localhost@evil.example", "evil.example@localhost", "localhost:62549@evil.example",
     "localhost,evil.example", "evil.example,localhost", "localhost evil.example", "localhost\tevil",
     "localhost\\.evil.example", "evil.example:localhost", "localhost:1:2", "localhost%00.evil.example",
     "[::1].evil.example", "[::1", "::1]", "[evil.example]", "[localhost]", "l\xf6calhost", "a!b.evil.example", ":62549",
-    ".", "*", "host", "http://localhost", "localhost/",
+    ".", "*", "http://localhost", "localhost/", "localhost:http",
 ]
 ADDRESSES = [  # target, version, Host (None is no such header), statuses
     ("http://localhost/health", "1.1", "localhost", {200}), ("HTTP://LOCALHOST:1/health", "1.1", "x", {200}),
@@ -9227,7 +10585,8 @@ ADDRESSES = [  # target, version, Host (None is no such header), statuses
 PAGES_HERE = [  # what Origin may say
     PAGE_HERE, "http://localhost", "https://localhost:8443", "HTTP://LOCALHOST:3000", "http://app.localhost:5173",
     "http://127.0.0.1", "http://127.0.0.1:8080", "https://127.9.9.9:1", "http://[::1]:3000", "tauri://localhost",
-    "capacitor://localhost",
+    "capacitor://localhost", "app://obsidian.md", "App://-", "ionic://localhost", "electron://x", "vscode-webview://0a1b",
+    "vscode-file://vscode-app", "http://tauri.localhost",
 ]
 FOREIGN_PAGES = [
     FOREIGN, "null", "NULL", "http://evil.example:62549", "http://localhost.evil.example", "http://evil-localhost",
@@ -9235,7 +10594,8 @@ FOREIGN_PAGES = [
     "http://evil.example#.localhost", "http://localhost:3000, https://evil.example", "http://localhost evil.example",
     "http://127.0.0.1.evil.example", "http://0.0.0.0:3000", "http://192.168.1.7", "http://10.0.0.1:3000", "file://",
     "localhost", "http://", "://", "", "*", "http://localhost:3000\\.evil.example", "http://[::2]",
-    "chrome-extension://abcdef", "http://l\xf6calhost",
+    "chrome-extension://abcdef", "http://l\xf6calhost", "app://", "app:", "app", "app.evil.example://x", "xapp://x",
+    "https://app://x", "file://localhost/x", "moz-extension://x", "http://host.docker.internal:3000",
 ]
 KINDS = [  # Content-Type, whether it is JSON; None is no such header
     ("application/json", True), ("application/json; charset=utf-8", True), ("application/json;charset=UTF-8", True),
@@ -9412,6 +10772,9 @@ class Guard(Case):
         for name in NOT_OUR_NAMES:
             with self.subTest(name):
                 self.refused(fetch(self.open, "GET", "/health", None, {"Host": name}), 403, code="host_not_allowed")
+        for name, (server, key) in itertools.product(NO_NAMES, ((self.open, {}), (self.keyed, WITH_KEY))):
+            with self.subTest(name, keyed=bool(key)):
+                self.refused(fetch(server, "GET", "/health", None, {"Host": name, **key}), 400, code="bad_request")
         for (method, path, *_), page in itertools.product(ROUTES, ({}, {"Origin": "http://evil.example"})):
             headers = {**JSON, "Host": "evil.example", **page}
             reply = fetch(self.open, method, path, None if method == "GET" else b"{}", headers)
@@ -9447,9 +10810,9 @@ class Guard(Case):
         """Names that can't be read are no name: that must not be the one that an empty flag allows."""
         for flags in (["--allow-host="], ["--host=", "--no-auth"]):
             with contextlib.suppress(oblix.UsageError), running(self.local, flags=flags, probed=False) as server:
-                for name in ("", "a!b.evil.example", "evil.example", ":1"):
+                for name, status in (("", 403), ("a!b.evil.example", 400), ("evil.example", 403), (":1", 400)):
                     with self.subTest(name, flags=flags):
-                        self.assertEqual(fetch(server, "GET", "/", None, {"Host": name}).status, 403)
+                        self.assertEqual(fetch(server, "GET", "/", None, {"Host": name}).status, status)
 
     def test_with_a_key_the_name_does_not_matter(self):
         """A page that rebinds its name does not know the key, and a proxy in front may use any name."""
@@ -9528,7 +10891,7 @@ class Guard(Case):
                 self.assertIn(reply.status, {200, 400, 403, 431})
 
     def test_an_allowed_page_can_read_every_answer(self):
-        good, large, text = json.dumps(chat()), {**JSON, "Content-Length": "9" * 15}, {"Content-Type": "text/plain"}
+        good, large = json.dumps(chat()), {**JSON, "Content-Length": "9" * 15}
         with running(env=NOBODY, probed=False) as nobody:
             for server, method, path, body, headers, status in (
                     (self.open, "POST", CHAT, good, JSON, 200), (self.keyed, "POST", CHAT, good, JSON, 401),
@@ -9540,7 +10903,7 @@ class Guard(Case):
                     (self.open, "POST", CHAT, "{oops", JSON, 400), (self.open, "POST", "/nope", "{}", JSON, 404),
                     (self.open, "POST", CHAT, json.dumps(chat("x")), JSON, 404),
                     (self.open, "PUT", CHAT, "{}", JSON, 405), (self.open, "POST", CHAT, None, large, 413),
-                    (self.open, "POST", CHAT, good, text, 415), (nobody, "POST", CHAT, good, JSON, 503),
+                    (nobody, "POST", CHAT, good, JSON, 503),
                     (self.open, "POST", CHAT, good, {**JSON, "Expect": "tea"}, 417)):
                 with self.subTest(method, path=path, status=status):
                     reply = fetch(server, method, path, body, {**headers, "Origin": PAGE_HERE})
@@ -9603,10 +10966,19 @@ class Guard(Case):
 
     # --- bodies ---
 
-    def test_a_body_must_be_json_by_its_content_type(self):
-        for kind, good in KINDS:
+    def test_a_program_may_call_its_body_what_it_likes(self):
+        """`curl -d` says that it sends a form."""
+        for kind, _ in KINDS:
             with self.subTest(kind):
-                reply = post_with(self.open, {}, kind)
+                self.answered(post_with(self.open, {}, kind), "Hello")
+        self.refused(fetch(self.open, "POST", CHAT, "a=b", {"Content-Type": "application/x-www-form-urlencoded"}), 400)
+
+    def test_a_body_of_a_page_must_be_json_by_its_content_type(self):
+        """Of an allowed page, too: that is the rule by which a browser asks before it sends."""
+        pages = itertools.cycle(({"Origin": PAGE_HERE}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "none"}))
+        for (kind, good), page in zip(KINDS, pages):
+            with self.subTest(kind, page=page):
+                reply = post_with(self.open, page, kind)
                 if good:
                     self.answered(reply, "Hello")
                 else:
@@ -9630,10 +11002,13 @@ class Guard(Case):
         usual = {"Accept": "*/*", "Accept-Language": "en", "Content-Language": "en", "Range": "bytes=0-9",
                  "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Referer": FOREIGN + "/"}
         form = json.dumps(chat(user="=")) + "\r\n"    # of <form enctype="text/plain">: name=value
-        for kind, origin, body in itertools.product(SIMPLE_KINDS, (FOREIGN, "null", None), (json.dumps(chat()), form)):
+        older = {name: value for name, value in usual.items() if not name.startswith("Sec-")}    # they send Origin
+        for kind, (origin, sent), body in itertools.product(
+                SIMPLE_KINDS, ((FOREIGN, usual), (FOREIGN, older), ("null", usual), ("null", older), (None, usual)),
+                (json.dumps(chat()), form)):
             with self.subTest(kind=kind, origin=origin):
                 page = {**({"Origin": origin} if origin else {}), **({"Content-Type": kind} if kind else {})}
-                reply = fetch(self.open, "POST", CHAT, body, {**usual, **page})
+                reply = fetch(self.open, "POST", CHAT, body, {**sent, **page})
                 self.refused(reply, *((403, "Pages") if origin else (415, "JSON")))
                 self.no_cors(reply)
         self.refused(post_with(self.open, {**usual, "Origin": FOREIGN}), 403)    # as if after a preflight
@@ -9651,7 +11026,12 @@ class Guard(Case):
             for path in ("/health", "/v1/models", "/", "/v1/models/auto"):
                 self.refused(fetch(self.open, "GET", path, None, {"Host": host, **page}), 403, code="host_not_allowed")
             self.refused(post_with(self.keyed, {"Host": host, **page}), 401, code="invalid_api_key")
+        host = "evil.internal:%d" % self.open.port    # of a page of who runs the network's DNS
+        for kind in ("application/json", *SIMPLE_KINDS):
+            self.refused(post_with(self.open, {"Host": host, "Origin": "http://" + host}, kind), 403, "Pages")
         self.nothing_asked()
+        headers = {"Host": host, "Origin": "http://" + host, **WITH_KEY}    # with a key, it may be a proxy's name
+        self.assertEqual(post_with(self.keyed, headers).status, 200)
 
     # --- what a client can't choose ---
 
@@ -9708,7 +11088,7 @@ class Guard(Case):
             with self.subTest(flags=flags, env=env), \
                     running(self.local, flags=flags, env=env, probed=False) as server:
                 host = "::1" if "::1" in server.url else "127.0.0.1"
-                connection = http.client.HTTPConnection(host, server.port, timeout=5)
+                connection = http.client.HTTPConnection(host, server.port, timeout=30)
                 with contextlib.closing(connection):
                     connection.request("GET", "/v1/models")
                     with contextlib.closing(connection.getresponse()) as response:
@@ -9749,7 +11129,7 @@ class Guard(Case):
     def started(self, flags, env):
         """(status, stdout, stderr) of a start that fails before the server would run."""
         with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(io.StringIO()) as said, \
-                mock.patch.object(oblix, "run_server", lambda _: "it runs"):
+                mock.patch.object(oblix, "run_server", lambda *_: "it runs"):
             status = oblix.main(flags, {**NOBODY, **env})
         return status, said.getvalue(), told.getvalue()
 
@@ -9954,8 +11334,8 @@ CHAT_1_0 = {"line": b"POST /v1/chat/completions HTTP/1.0"}
 ELSEWHERE = {"line": b"POST http://evil.example/v1/chat/completions HTTP/1.1"}
 REFUSED = [  # fields, how a request is not as usual, status: what is refused without a look at the body
     ([], {"line": b"POST /nope HTTP/1.1"}, 404), ([], {"line": b"PUT /health HTTP/1.1"}, 405),
-    ([], {"line": b"BREW / HTTP/1.1"}, 405), ([], {"kind": b"Content-Type: text/plain"}, 415),
-    ([], {"kind": None}, 415),
+    ([], {"line": b"BREW / HTTP/1.1"}, 405), ([b"Sec-Fetch-Site: none"], {"kind": b"Content-Type: text/plain"}, 415),
+    ([b"Origin: http://localhost"], {"kind": None}, 415), ([], {"host": b"Host: a b"}, 400),
     ([b"Content-Encoding: gzip"], {}, 415), ([b"Expect: tea"], {}, 417), ([b"Origin: https://evil.example"], {}, 403),
     ([b"Origin: null"], {}, 403), ([], {"host": b"Host: evil.example"}, 403), ([], {"host": b"Host:"}, 403),
     ([], ELSEWHERE, 403), ([], {"host": None}, 400), ([b"X : y"], {}, 400),
@@ -10254,7 +11634,7 @@ def reply_in(data):
 
 
 def connected(server):
-    return socket.create_connection(("127.0.0.1", server.port), 5)
+    return socket.create_connection(("127.0.0.1", server.port), 30)
 
 
 def thirstless(server, **fields):
@@ -10300,7 +11680,7 @@ def cannot_send(client, data):
     return False
 
 
-def slowly(client, pieces, pause=0.03, within=4):
+def slowly(client, pieces, pause=0.03, within=30):
     """What comes back to a client that sends these pieces, with a pause after each, until something comes."""
     until = time.monotonic() + within
     with contextlib.suppress(ConnectionError):
@@ -10363,7 +11743,7 @@ class Large(Case):
         def sent(piece):
             with connected(self.server) as client:
                 client.sendall(post(b"", "Content-Length: 99999999999", length=False))
-                eventually(lambda: cannot_send(client, piece), within=4)
+                eventually(lambda: cannot_send(client, piece))
         with mock.patch.object(oblix, "LINGER_S", 0.2):
             at_once(sent, [(b" ",), (b" " * 65536,)])
 
@@ -10483,7 +11863,7 @@ class Busy(Case):
             with Upstream(OPENAI) as upstream, running(upstream, flags=flags) as server:
                 self.ended(server, upstream, size, script, how, fields)
                 data = post(padded(size, model=upstream.target), "Connection: close")
-                eventually(lambda: raw(server, data).startswith(b"HTTP/1.1 200 "), within=10)
+                eventually(lambda: raw(server, data).startswith(b"HTTP/1.1 200 "))
                 return server.gateway.ledger.in_flight()
         with mock.patch.object(oblix, "for_client", with_a_bug), self.assertLogs("oblix", "ERROR") as logged, \
                 mock.patch.object(oblix, "MAX_BODIES_BYTES", size):
@@ -10534,17 +11914,17 @@ class Busy(Case):
                     return reply_in(b"".join(received)).text == text and len(received) > 100
                 upstream.play(answer(Text("Hello")))
                 self.refused(ask(server, upstream.target), 503, code="overloaded")
-                eventually(lambda: ask(server, upstream.target).status == 200, within=4)
+                eventually(lambda: ask(server, upstream.target).status == 200)
                 return server.gateway.ledger.in_flight() == {} and (script is pieces or not stream
-                                                                    or request.hung_up.wait(2))
-        with mock.patch.object(oblix, "SEND_S", 0.4):
+                                                                    or request.hung_up.wait(20))
+        with mock.patch.object(oblix, "SEND_S", 1.5):
             self.assertEqual(at_once(served, rows), [True] * len(rows))
 
     def test_who_asks_on_and_on_and_reads_nothing_is_dropped(self):
         with mock.patch.object(oblix, "SEND_S", 0.3), Upstream(OLLAMA) as upstream, \
                 running(upstream, flags=["--max-requests=4"]) as server, connected(server) as client:
             client.settimeout(0.1)
-            eventually(lambda: cannot_send(client, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500), within=4)
+            eventually(lambda: cannot_send(client, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500))
 
 
 @contextlib.contextmanager
@@ -10591,7 +11971,7 @@ class Slow(Case):
 
     @classmethod
     def setUpClass(cls):
-        cls.keep(mock.patch.multiple(oblix, HEAD_S=0.4, BODY_S=0.4, BODY_BYTES_PER_S=1 << 17, IDLE_CLIENT_S=0.8))
+        cls.keep(mock.patch.multiple(oblix, HEAD_S=1.0, BODY_S=1.0, BODY_BYTES_PER_S=1 << 17, IDLE_CLIENT_S=3.0))
         cls.upstream = cls.keep(Upstream(OPENAI, cls.script))
         cls.server = cls.keep(running(cls.upstream))
         cls.pool = cls.keep(concurrent.futures.ThreadPoolExecutor(64))
@@ -10599,12 +11979,12 @@ class Slow(Case):
         cls.slow = [(row, cls.pool.submit(cls.sent, *row[1:])) for row in rows]
         cls.honest = [(told, cls.pool.submit(cls.sent_in_time, pieces)) for pieces, told in cls.honest_rows()]
         cls.idle = [cls.pool.submit(cls.left_idle, requests) for requests in (0, 2)]
-        cls.waiting = [cls.pool.submit(ask, cls.server, cls.upstream.target, 5, user="late", stream=stream)
+        cls.waiting = [cls.pool.submit(ask, cls.server, cls.upstream.target, user="late", stream=stream)
                        for stream in (False, True)]
 
     @staticmethod
     def script(dialect, request):
-        late = [1.2] * ("user" in request.json)
+        late = [3.5] * ("user" in request.json)
         return [*late, *answer(Text("Hello"))(dialect, request)]
 
     @classmethod
@@ -10632,7 +12012,7 @@ class Slow(Case):
         close = "Connection: close"
 
         def after_a_rest():
-            time.sleep(0.6)    # of which no byte of a head has come
+            time.sleep(1.2)    # of which no byte of a head has come
             yield from (START[:20], START[20:], b"Connection: close\r\n\r\n")
         return [([body_head("Content-Length: %d" % len(body), close), *pieces], b"Hello"),
                 ([body_head(*CHUNKS), *map(chunk, pieces), END], b"Hello"), (after_a_rest(), b'"status":"healthy"')]
@@ -10664,7 +12044,7 @@ class Slow(Case):
         for result in self.idle:
             last, seconds = result.result()
             self.assertEqual(last, b"")
-            self.assertGreater(seconds, 0.4)
+            self.assertGreater(seconds, 2)
 
     def test_one_that_waits_for_its_answer_is_not_idle(self):
         for reply in self.waiting:
@@ -10700,7 +12080,7 @@ class Crowded(Case):
                     asking_later(server, upstream, 2) as under_way:
                 crowd = self.flood(clients, server, data)
                 upstream.play(answer(Text("Hello")))
-                self.answered(ask(server, upstream.target, timeout=3), "Hello")
+                self.answered(ask(server, upstream.target), "Hello")
                 eventually(lambda: sum(map(is_closed, crowd)) >= len(crowd) - 14)
                 closed = [*map(is_closed, crowd)]
                 gate.set()
@@ -10731,13 +12111,26 @@ class Crowded(Case):
             crowd += self.flood(clients, server, b"", 7, "::1")
             eventually(lambda: sum(map(is_closed, crowd)) >= 14 - 8)
             self.assertEqual([*map(is_closed, crowd)][-6:], [False] * 6)
-            self.answered(ask(server, upstream.target, timeout=3), "Hello")
+            self.answered(ask(server, upstream.target), "Hello")
+
+    def test_one_that_was_sent_away_takes_no_place_while_it_goes(self):
+        """Its thread sees that in its own time; the next to come must not be sent away in its stead."""
+        admission = oblix.Admission(max_requests=1, max_body_bytes=1)
+        with contextlib.ExitStack() as stack:
+            ours, clients = zip(*(map(stack.enter_context, socket.socketpair()) for _ in range(4)))
+            admission.enter(ours[0]).busy = True
+            admission.enter(ours[1])
+            third = admission.enter(ours[2])
+            self.assertEqual([*map(is_closed, clients[:3])], [False, True, False])
+            admission.leave(third)
+            admission.enter(ours[3])
+            self.assertEqual([*map(is_closed, clients)], [False, True, False, False])
 
     def test_a_connection_that_gets_no_thread_is_closed_and_the_next_one_served(self):
         start = threading.Thread.start
 
         def failing(thread):
-            if thread.name != "connect" if refused == "the client" else thread.name == "connect":
+            if thread.name != "errand" if refused == "the client" else thread.name == "errand":
                 raise RuntimeError("can't start new thread")
             start(thread)
         with Upstream(OPENAI) as upstream, running(upstream, flags=["--max-requests=1"]) as server:
@@ -10835,8 +12228,8 @@ class Siege(Case):
             for _ in range(3):
                 for client in writers:
                     client.sendall(b"a")
-                self.answered(ask(self.server, "cloud", timeout=3), "Hello")
-                self.assertEqual(fetch(self.server, "GET", "/health", timeout=3).status, 200)
+                self.answered(ask(self.server, "cloud"), "Hello")
+                self.assertEqual(fetch(self.server, "GET", "/health").status, 200)
             self.assertEqual(len(self.upstream.requests), self.readers + 3)
         self.gate.set()
         eventually(lambda: health(self.server)["targets"][0]["in_flight"] == 0)
@@ -11113,7 +12506,7 @@ def bare_env(env=None):
 
 def command(*flags, env=None):
     """`python oblix.py FLAGS` from its beginning to its end."""
-    return subprocess.run([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env), timeout=10,
+    return subprocess.run([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env), timeout=60,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
 
 
@@ -11126,7 +12519,7 @@ class Process:
         self._said, self._reader = [], threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         address = re.compile(r"http://(?:localhost|127\.0\.0\.1):(\d+)/v1")
-        eventually(lambda: address.search(self.said()) or self._process.poll() is not None, within=10)
+        eventually(lambda: address.search(self.said()) or self._process.poll() is not None, within=60)
         if not address.search(self.said()):
             self.__exit__()
             raise AssertionError("it does not say its address: " + self.said())
@@ -11143,8 +12536,8 @@ class Process:
         """End it by these signals, and wait for the last of what it says."""
         for number in signal_numbers:
             self._process.send_signal(number)
-        self._process.wait(5)
-        self._reader.join(5)
+        self._process.wait(30)
+        self._reader.join(30)
 
     def __enter__(self):
         return self
@@ -11249,11 +12642,10 @@ class CommandLine(Case):
                 self.assertEqual([*states(process)], ["ollama:demo-local", "openai:demo-cloud"])
 
     def test_it_starts_with_nothing_there_and_says_what_to_do(self):
-        with Took() as took, Process("--port=0") as process:
+        with Process("--port=0") as process:
             self.refused(ask(process, "auto"), 503, code="no_target_available")
             for word in ("ollama", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
-                self.assertIn(word.lower(), process.said().lower())
-        self.assertLess(took.seconds, 3)
+                eventually(lambda: word.lower() in process.said().lower())    # noqa: B023 - it is over here
 
     def test_it_starts_beside_an_ollama_that_does_not_answer(self):
         with Upstream(OLLAMA, probe=[HANG]) as silent, Process("--port=0", env=env_for(silent)) as process:
@@ -11302,7 +12694,7 @@ class CommandLine(Case):
             def given_back():
                 kib = {name: int(size) for name, size in re.findall(r"(\w+):\s+(\d+) kB", status.read_text())}
                 return kib["VmHWM"] - kib["VmRSS"] > 8 << 10
-            eventually(given_back, within=10)
+            eventually(given_back)
 
 
 # --- 14. As a service ------------------------------------------------------------------------------------------------
@@ -11325,7 +12717,7 @@ class Service(Process):
         self._said, self._reader = [], threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
-            eventually(lambda: (ready or type(self)._address)(self) or self._process.poll() is not None, within=10)
+            eventually(lambda: (ready or type(self)._address)(self) or self._process.poll() is not None, within=60)
             self.port = int(self._address()[1]) if not ready else None
         except BaseException as error:
             self.__exit__()
@@ -11346,7 +12738,7 @@ class Service(Process):
     def signal(self, number):
         os.kill(self.pid, number)
 
-    def status(self, within=8):
+    def status(self, within=60):
         """Its exit status, waited for."""
         return self._process.wait(within)
 
@@ -11457,7 +12849,8 @@ def named(name):
 ENDLESS = ["--drain=60"]
 OTHER = "ollama:hf.co/org/tiny:Q4"    # a model that `small` has, beside the usual one
 IDLE_WITH = [("a load under way", signal.SIGTERM, lambda: small(loaded={}, load=[HANG])),
-             ("a probe under way", signal.SIGINT, lambda: Upstream(OLLAMA, probe=[HANG]))]
+             ("a probe under way", signal.SIGINT, lambda: Upstream(OLLAMA, probe=[HANG])),
+             ("its terminal gone", signal.SIGHUP, lambda: Upstream(OLLAMA))]
 RUNS_ON = [  # name, model, whether streamed: requests that wait for something which comes within the drain
     ("flowing", "cloud", True), ("flowing", "cloud", False), ("silent", "cloud", True), ("silent", "cloud", False),
     ("loading", "local", True), ("loading", "local", False),
@@ -11484,8 +12877,10 @@ class Stopping(Case):
     @classmethod
     def setUpClass(cls):
         rows = [(work, row) for work, rows in [
-            (cls.first_of_all, [()]), (cls.at_the_end_of_the_drain, [(0.5,), (0.0,)]), (cls.within_the_drain, [()]),
+            (cls.first_of_all, [()]), (cls.under_nohup, [()]),
+            (cls.at_the_end_of_the_drain, [(0.5,), (0.0,)]), (cls.within_the_drain, [()]),
             (cls.idle, IDLE_WITH), (cls.told_twice, [(signal.SIGINT, signal.SIGTERM)]),
+            (cls.hung_up_twice, [(signal.SIGHUP,), (signal.SIGTERM,)]),
             (cls.in_a_terminal, [(True,), (False,)]), (cls.starting, STARTING)] for row in rows]
         outcomes = at_once(cls.outcome, rows)
         cls.seen = [(work, row, outcome) for (work, row), outcome in zip(rows, outcomes)]
@@ -11507,25 +12902,40 @@ class Stopping(Case):
                         raise outcome
                     check(outcome)
 
-    def ended(self, seen, status=0, within=5.0):
+    def ended(self, seen, status=0):
         self.assertEqual(seen.status, status, seen.said)
-        self.assertLess(seen.seconds, within)
+        self.assertLess(seen.seconds, 30, "half of the drain")
         self.assertNotIn("Traceback", seen.said)
 
     @staticmethod
     def seen(service, took=None, **more):
         """What is to be seen of a service that has ended."""
         status = service.status()
-        service._reader.join(5)
+        service._reader.join(30)
         return types.SimpleNamespace(status=status, said=service.said() + service.log(),
                                      seconds=time.monotonic() - took.begun if took else 0.0, **more)
 
     # What happens.
 
     @classmethod
+    def under_nohup(cls):
+        ignored = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)"
+        with Service("--demo", "--port=0", changed=ignored) as service:
+            service.signal(signal.SIGHUP)
+            reply = ask(service, "cloud")    # this takes longer than a drain of nothing
+            service.signal(signal.SIGTERM)
+            return cls.seen(service, reply=reply)
+
+    def test_what_nohup_started_outlives_its_terminal(self):
+        def check(seen):
+            self.assertEqual((seen.reply.status, seen.reply.headers["Connection"]), (200, "keep-alive"))
+            self.ended(seen)
+        self.each(self.under_nohup, check)
+
+    @classmethod
     def idle(cls, _what, number, upstream):
         with upstream() as local, Service("--port=0", *ENDLESS, env=env_for(local)) as service, \
-                socket.create_connection(("127.0.0.1", service.port), 8) as idle:
+                socket.create_connection(("127.0.0.1", service.port), 30) as idle:
             idle.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
             first = idle.recv(1 << 16)
             eventually(lambda: local.loads or local.probes)
@@ -11581,7 +12991,7 @@ class Stopping(Case):
 
     @staticmethod
     def connected(service):
-        return socket.create_connection(("127.0.0.1", service.port), 8)
+        return socket.create_connection(("127.0.0.1", service.port), 30)
 
     @staticmethod
     def rest_of(client):
@@ -11637,7 +13047,7 @@ class Stopping(Case):
                      *CALM, *flags_for(local, cloud), "--cloud-model=openai:none@%s/v1" % silent]
             service = stack.enter_context(Service(*flags, env=env_for(cloud, local)))
             eventually(lambda: states(service)[local.target] == "ready" and states(service)[cloud.target] == "ready")
-            running = [pool.submit(ask, service, cls.asked(model), stream=stream, timeout=8, **named(name))
+            running = [pool.submit(ask, service, cls.asked(model), stream=stream, **named(name))
                        for name, model, stream in rows]
             deaf, slow, eager, half, first = (stack.enter_context(cls.connected(service)) for _ in range(5))
             deaf.sendall(post(chat("cloud", stream=True, **named("flooding"))))
@@ -11654,7 +13064,7 @@ class Stopping(Case):
             seen = cls.seen(service, took, replies=dict(zip(BEGUN + NOT_BEGUN, replies)))
             seen.replies.update(eager=reply_of(cls.rest_of(eager)), slow=reply_of(slowly.result()))
             requests = cloud.requests + local.requests + local.loads
-            seen.left = [request.body for request in requests if not request.hung_up.wait(2)]
+            seen.left = [request.body for request in requests if not request.hung_up.wait(20)]
             seen.asked = len(requests)
             return seen
 
@@ -11718,8 +13128,28 @@ class Stopping(Case):
     def test_a_second_signal_ends_it_at_once(self):
         def check(seen):
             self.assertTrue(seen.still_there)
-            self.ended(seen, seen.expected, within=2)
+            self.ended(seen, seen.expected)
         self.each(self.told_twice, check)
+
+    @classmethod
+    def hung_up_twice(cls, first):
+        gate = threading.Event()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, small(delayed(gate, 0.5)) as local, \
+                Service("--port=0", *ENDLESS, *CALM, env=env_for(local)) as service:
+            running = pool.submit(ask, service, "local")
+            local.next_request()
+            service.signal(first)
+            eventually(service.refuses)
+            service.signal(signal.SIGHUP)
+            gate.set()
+            return cls.seen(service, reply=running.result())
+
+    def test_a_terminal_that_hangs_up_twice_hurries_nobody(self):
+        """A shell passes on what it is sent, and when it has ended the kernel sends it once more."""
+        def check(seen):
+            self.answered(seen.reply, "local")
+            self.ended(seen)
+        self.each(self.hung_up_twice, check)
 
     @classmethod
     def in_a_terminal(cls, busy):
@@ -11742,7 +13172,8 @@ class Stopping(Case):
     def starting(cls, does, number, changed):
         with Upstream(OLLAMA, probe=[HANG]) as local:
             ready = (lambda service: "now" in service.said()) if changed else (lambda _: local.probes)
-            with Service("--port=0", env=env_for(local), changed=changed, ready=ready) as service, Took() as took:
+            with Service("--port=0", *ENDLESS, env=env_for(local), changed=changed, ready=ready) as service, \
+                    Took() as took:
                 service.signal(number)
                 return cls.seen(service, took)
 
@@ -11848,7 +13279,8 @@ LOGGED = [  # name, request, what its line says: status, error (None: why it was
     ("no key", asks("auto", key=""), 401, "invalid_api_key", None),
     ("a wrong key", asks("auto", "", "api-key: " + WRONG_KEY, key=WRONG_KEY), 401, "invalid_api_key", None),
     ("a page", asks("auto", "", "Origin: https://evil.example"), 403, "origin_not_allowed", None),
-    ("a form", asks("auto", "", "Content-Type: text/plain"), 415, "unsupported_media_type", None),
+    ("a form", asks("auto", "", "Origin: http://localhost", "Content-Type: text/plain"), 415, "unsupported_media_type",
+     None),
     ("too large", sent("/v1/chat/completions", "Content-Type: application/json", "Content-Length: 99999999999",
                        method="POST"), 413, "request_too_large", None),
     ("no JSON", sent("/v1/chat/completions", "Content-Type: application/json", method="POST",
@@ -11890,7 +13322,7 @@ class Logs(Case):
             replies = {name: reply_of(cls.left(service, data) if name == "left" else raw(service, data))
                        for name, data, *_ in LOGGED}
             if replies["left"].status == 200:
-                cloud.last.hung_up.wait(2)
+                cloud.last.hung_up.wait(20)
             service.end(signal.SIGTERM)
             return types.SimpleNamespace(replies=replies, log=service.log(), lines=service.log().splitlines(),
                                          local=local.target, cloud=cloud.target)
@@ -12066,7 +13498,7 @@ class Outlet(io.StringIO):
         self.gate.set()
 
     def write(self, text):
-        self.gate.wait(10)
+        self.gate.wait(60)
         self.writes += 1
         return super().write(text)
 
@@ -12078,14 +13510,8 @@ class LogWriter(Case):
         self.outlet = Outlet()
         self.writer = oblix._LogWriter(self.outlet)
         self.writer.setFormatter(logging.Formatter("%(message)s"))
-        self.addCleanup(self.stop)
-
-    def stop(self):
-        """End the thread, which would wait for ever."""
-        self.outlet.gate.set()
-        with mock.patch.object(self.writer._come, "wait", return_value=False):
-            self.tell("the last one")
-            eventually(lambda: "log" not in [thread.name for thread in threading.enumerate()])
+        self.addCleanup(self.writer.close)
+        self.addCleanup(self.outlet.gate.set)
 
     def tell(self, *texts, level=logging.INFO):
         for text in texts:
@@ -12100,12 +13526,13 @@ class LogWriter(Case):
         self.tell("one more")    # after a rest
         eventually(lambda: "one more" in self.outlet.getvalue())
 
-    def test_a_flush_waits_until_all_is_written(self):
-        with mock.patch.object(oblix, "LOG_END_S", 10):
-            for number in range(3):
-                self.tell("line %d" % number)
-                self.writer.flush()
-                self.assertEqual(len(self.outlet.getvalue().splitlines()), number + 1)
+    def test_its_end_waits_until_all_is_written(self):
+        with mock.patch.object(oblix, "LOG_END_S", 60):
+            self.tell("line 0")
+            eventually(lambda: self.outlet.writes)
+            self.tell("line 1", "line 2")
+            self.writer.close()
+            self.assertEqual(len(self.outlet.getvalue().splitlines()), 3)
 
     def test_nobody_waits_where_nothing_is_taken_and_the_oldest_lines_are_dropped(self):
         self.outlet.gate.clear()
@@ -12114,8 +13541,8 @@ class LogWriter(Case):
             eventually(lambda: not self.writer._lines)
             self.tell(*map(str, range(oblix.MAX_LOG_LINES + 5)))
             self.tell("a warning", level=logging.WARNING)
-            self.writer.flush()
-        self.assertLess(took.seconds, 5)
+            self.writer.close()
+        self.assertLess(took.seconds, 10)    # its gate opens after 60
         self.outlet.gate.set()
         eventually(lambda: "a warning" in self.outlet.getvalue())
         lines = self.outlet.getvalue().splitlines()
@@ -12126,7 +13553,7 @@ class LogWriter(Case):
         for error in (BrokenPipeError(), ValueError("it is closed")):
             with mock.patch.object(self.outlet, "write", side_effect=error) as write:
                 self.tell("lost", level=logging.WARNING)
-                eventually(lambda: write.called and not self.writer._writing)    # noqa: B023 - it is over here
+                eventually(lambda: write.called)    # noqa: B023 - it is over here
         self.tell("told", level=logging.WARNING)
         eventually(lambda: "told" in self.outlet.getvalue())
 
@@ -12144,16 +13571,17 @@ class LogWriter(Case):
                 self.assertIn("stopping", "".join(lines[-2:]))    # the last request may be told of after it
 
     @unittest.skipUnless(os.name == "posix", IMPOSSIBLE + ": signals are POSIX's")
-    def test_a_process_whose_log_nobody_takes_answers_and_ends(self):
-        """A pipe that is full, one whose other end is closed, and no stderr at all."""
-        for how in ("full", "left", "closed"):
+    def test_a_process_whose_words_nobody_takes_answers_and_ends(self):
+        """A pipe that is full, one whose other end is closed, a full disk, and no stdout and stderr at all."""
+        for how in ("full", "left", "closed", *["disk"] * os.path.exists("/dev/full")):
             read, write = os.pipe()
             with self.subTest(how), Upstream(OPENAI, [OPENAI.head, chunk(HEL[OPENAI]), CLOSE]) as upstream:
                 with socket.create_server(("127.0.0.1", 0)) as free:
                     server = argparse.Namespace(port=free.getsockname()[1])
-                command = ["sh", "-c", 'exec "$@"%s' % (" 2>&-" if how == "closed" else ""), "sh", sys.executable,
-                           "oblix.py", "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
-                if how == "full":    # but for what the start says
+                closed = {"closed": " >&- 2>&-", "disk": " >/dev/full 2>&1"}.get(how, "")
+                command = ["sh", "-c", 'exec "$@"' + closed, "sh", sys.executable, "oblix.py",
+                           "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
+                if how == "full":
                     os.set_blocking(write, False)
                     with contextlib.suppress(BlockingIOError):
                         while True:
@@ -12162,21 +13590,29 @@ class LogWriter(Case):
                 elif how == "left":
                     os.close(read)
                 process = subprocess.Popen(command, cwd=HERE, env=bare_env(env_for(upstream)), stderr=write,
-                                           stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+                                           stdout=write, stdin=subprocess.DEVNULL)
                 try:
                     os.close(write)
-                    eventually(lambda: not refuses_connections(server), within=10)    # noqa: B023 - it is over here
+                    eventually(lambda: not refuses_connections(server))    # noqa: B023 - it is over here
                     for _ in range(3):
                         reply = ask(server, upstream.target, stream=True)    # which is cut, and warned of
                         self.assertTrue(reply.cut)
                     self.assertEqual(fetch(server, "GET", "/health").status in (200, 503), True)
                     process.send_signal(signal.SIGTERM)
-                    self.assertEqual(process.wait(8), 0)
+                    self.assertEqual(process.wait(20), 0)
                 finally:
                     process.kill()
                     process.wait()
                     if how != "left":
                         os.close(read)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), IMPOSSIBLE + ": no device is a full disk")
+    def test_what_a_command_finds_is_its_status_whoever_reads_it(self):
+        for flags, status in ((["check"], 1), (["--port=x"], 2)):
+            with open("/dev/full", "wb") as full:
+                ran = subprocess.run([sys.executable, "oblix.py", *flags], cwd=HERE, env=bare_env(), stdout=full,
+                                     stderr=full, stdin=subprocess.DEVNULL, timeout=60)
+            self.assertEqual(ran.returncode, status, flags)
 
 
 def refuses_connections(server):
@@ -12277,7 +13713,7 @@ class Stale(Orchestrated):
         for kind, fact in ((oblix.ResourceMonitor, "memory_percent"), (oblix.PowerMonitor, "battery_percent")):
             stale, sample = kind.name + "_stale", lambda monitor, fact=fact: {fact: 50.0}
             with self.subTest(kind), mock.patch.object(kind, "every_s", lambda _: 0.01), \
-                    mock.patch("oblix.has_battery", return_value=True), mock.patch.object(kind, "sample", sample), \
+                    mock.patch.object(kind, "sample", sample), \
                     self.assertLogs("oblix", "WARNING") as logged, small() as local, running(local) as server:
                 with mock.patch.object(kind, "sample", side_effect=OSError("no /proc here")):
                     eventually(lambda: self.facts(server).get(stale))
@@ -12724,7 +14160,7 @@ class Deployed(Case):
     def test_an_error_comes_through_unchanged(self):
         rows = [("POST", "/v1/chat/completions", "{}", HEADERS), ("POST", "/v1/chat/completions", "{", HEADERS),
                 ("GET", "/nope", None, HEADERS), ("GET", "/v1/models", None, {}),
-                ("POST", "/v1/chat/completions", "{}", {**HEADERS, "Content-Type": "text/plain"})]
+                ("POST", "/v1/chat/completions", "{}", {**HEADERS, "Content-Encoding": "gzip"})]
         for row, balancer in itertools.product(rows, self.balancers):
             with self.subTest(balancer.name, row=row):
                 expected, reply = fetch(self.oblixes["one"], *row), fetch(balancer, *row)
@@ -12932,7 +14368,7 @@ class Cluster(Case):
             reply = ask(self.server, "auto", stream=stream)
             self.answered(reply, "Hello", by="openai:" + VLLM.model)
             self.assertEqual(reply.headers["x-oblix-side"], "local")
-            self.assertEqual(reply.message["reasoning"], "Hm.")
+            self.assertEqual(reply.message["reasoning_content"], "Hm.")
             self.assertEqual((self.upstream.last.path, self.upstream.last.json["model"]), (VLLM.path, VLLM.model))
             self.assertIsNone(self.upstream.last.headers["Authorization"])
 
@@ -13101,6 +14537,15 @@ class ClientContract:
                           calls=[["call_1", "find", ADA], ["call_2", "find", ADA]])
             self.does(job, model, wanted, tools=[TOOL])
 
+    def test_a_tool_is_called_because_it_was_named(self):
+        """As LangChain's with_structured_output, pydantic-ai and instructor do it."""
+        self.start(lambda dialect, request: answer(Text(json.dumps(ADA)) if dialect is OLLAMA else Call(
+            "call_1", "find", ADA))(dialect, request))
+        fields = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "find"}}}
+        for model, job in itertools.product(ANSWERED_BY, ("whole", "streamed", "accumulated", "parsed")):
+            got = self.does(job, model, {"finish": "tool_calls"}, **fields)
+            self.assertEqual([call[1:] for call in got["calls"]], [["find", ADA]])
+
     def test_the_message_that_an_sdk_made_goes_back_with_the_results_of_its_tools(self):
         self.start()
         for model in ANSWERED_BY:
@@ -13129,7 +14574,7 @@ class ClientContract:
         self.assertLessEqual({"auto", "local", "cloud", "ollama:hf.co/org/tiny:Q4", *EXPLICIT}, set(ids))
         for name in ids:
             self.does("model", name, {"ids": [name]})
-        self.raises("NotFoundError", "model", "openai:no/such", 404, "no/such")
+        self.raises("NotFoundError", "model", "no/such", 404, "no/such")
 
     def test_the_base_url_may_lack_v1_and_say_localhost(self):
         self.start()
@@ -13683,7 +15128,9 @@ def check_head(data):
     read = {name.lower(): ", ".join(value.strip(" \t") for value in theirs.get_all(name)) for name in theirs.keys()}
     if read != dict(head.fields):
         raise AssertionError("fields read otherwise: %r and %r" % (read, head.fields))
-    oblix.body_kind_refusal(head), head.path, head.is_preflight, head.keeps_open
+    assert head.path and head.is_preflight in (True, False) and head.keeps_open in (True, False)
+    with contextlib.suppress(oblix.BadRequest):
+        oblix.check_body_kind(head)
     with contextlib.suppress(oblix.BadRequest):
         if head.body_size < oblix.CHUNKED:
             raise AssertionError("a negative size")
@@ -13779,9 +15226,7 @@ def make_whole(chance):
 
 def check_whole(data):
     try:
-        whole = oblix.event_of(data)
-        if not isinstance(oblix.choices_of(whole)[0]["message"], dict):
-            raise TypeError
+        whole, _ = oblix.PROVIDERS["openai"].whole(data, PASSED_FOR)
     except DECODER_FAULTS as error:
         return sound_error(error) if isinstance(error, oblix.UpstreamError) else None
     oblix.is_empty([whole]), oblix.tokens_of(whole), oblix.dumps(whole)
@@ -13893,6 +15338,10 @@ class CannedWire:
         """Nothing here waits."""
 
     close = settimeout = setsockopt
+
+    def getsockopt(self, *_):
+        """It is no connection of which the kernel could tell anything."""
+        raise OSError
 
     def makefile(self, *_):
         """As http.client wants to have it."""
@@ -14072,7 +15521,7 @@ def passed_on(case, passes):
                 continue
             told = {**envelope, **piece, "model": "m"}
             if passes and not frame and oblix.has_content(piece):
-                frame = oblix.text_frame(told, False)
+                frame = oblix.text_frame(told)
                 answer.text_event = provider.text_event if frame else None
             shown = oblix.for_client(told, False)
             sent += [] if shown is None else [oblix.sse(shown)]
@@ -14337,9 +15786,7 @@ class Relays:
     def __init__(self, stack):
         self.data, self.logged = b"", []
         self.upstreams = [stack.enter_context(Upstream(dialect, self.play)) for dialect in DIALECTS]
-        rests = dict.fromkeys(oblix._RESTS, (0.0, 0.0))
-        stack.enter_context(mock.patch.dict(oblix._RESTS, rests))
-        stack.enter_context(mock.patch.multiple(oblix, REST_S=0.0, MAX_REST_S=0.0, MISSING_REST_S=0.0))
+        stack.enter_context(mock.patch.dict(oblix.RESTS_S, dict.fromkeys(oblix.RESTS_S, (0.0, 0.0))))
         flags = ["--on-cut=continue", "--stall-timeout-s=2", "--first-byte-timeout-s=2"]
         self.server = stack.enter_context(running(*self.upstreams, flags=flags))
         handler = logging.Handler()
