@@ -177,14 +177,16 @@ class OllamaDialect:
 
     def probe(self):
         details = {"format": "gguf", "family": "llama", "parameter_size": "3.2B", "quantization_level": "Q4_K_M"}
-        entry = {"modified_at": "2026-11-01T10:00:00Z", "size": 2019393189, "digest": "a80c", "details": details}
-        return {"models": [{"name": name, "model": name, **entry} for name in ("llama3.2:latest", "hf.co/org/tiny:Q4")]}
+        entry = {"modified_at": "2026-11-01T10:00:00Z", "size": 2019393189, "details": details}
+        return {"models": [{"name": name, "model": name, "digest": "of " + name, **entry}
+                           for name in ("llama3.2:latest", "hf.co/org/tiny:Q4")]}
 
     def ps(self, loaded):
         """What /api/ps says when these models are in memory: name -> what is not as usual."""
-        usual = {"size": 3000000000, "digest": "a80c", "details": {}, "expires_at": "2026-11-22T10:05:00Z",
+        usual = {"size": 3000000000, "details": {}, "expires_at": "2026-11-22T10:05:00Z",
                  "size_vram": 3000000000, "context_length": 4096}
-        return {"models": [{"name": name, "model": name, **usual, **rest} for name, rest in loaded.items()]}
+        return {"models": [{"name": name, "model": name, "digest": "of " + name, **usual, **rest}
+                           for name, rest in loaded.items()]}
 
     def show(self):
         """What /api/show says of a model."""
@@ -442,7 +444,7 @@ class Upstream:
         """From now on POSTs get these, in order, and then the last one."""
         self._scripts = list(scripts)
 
-    def next_request(self, timeout=5):
+    def next_request(self, timeout=30):
         """The next POST, waited for."""
         return self.arrivals.get(timeout=timeout)
 
@@ -636,8 +638,8 @@ def joined(deltas):
     return message
 
 
-def fetch(server, method, path, body=None, headers=None, timeout=5):
-    """One request on a connection of its own.  It waits less long than Oblix does for an upstream (PATIENT)."""
+def fetch(server, method, path, body=None, headers=None, timeout=30):
+    """One request on a connection of its own."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
     with contextlib.closing(connection):
         connection.request(method, path, body, headers or {})
@@ -650,7 +652,7 @@ def chat(model="auto", **fields):
     return {"model": model, "messages": [{"role": "user", "content": "Hi"}], **fields}
 
 
-def ask(server, model="auto", timeout=5, **fields):
+def ask(server, model="auto", timeout=30, **fields):
     """A chat request, and what the client gets."""
     return fetch(server, "POST", "/v1/chat/completions", json.dumps(chat(model, **fields)),
                  {"Content-Type": "application/json", "Authorization": "Bearer of-the-client"}, timeout)
@@ -659,7 +661,7 @@ def ask(server, model="auto", timeout=5, **fields):
 @contextlib.contextmanager
 def asking(server, model="auto", **fields):
     """A chat request in progress, as an http.client response: read its `sse` as it comes, or leave."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     with contextlib.closing(connection):
         connection.request("POST", "/v1/chat/completions", json.dumps(chat(model, **fields)),
                            {"Content-Type": "application/json"})
@@ -685,7 +687,7 @@ def post(body, *headers, version="1.1", length=True):
     return "\r\n".join([*lines, *["Content-Length: %d" % len(data)] * length, "", ""]).encode() + data
 
 
-def raw(server, data, leave=False, timeout=5):
+def raw(server, data, leave=False, timeout=30):
     """Send these bytes (and, to `leave`, no more) and return all that comes until the server closes."""
     received = []
     with socket.create_connection(("127.0.0.1", server.port), timeout) as connection:
@@ -747,7 +749,7 @@ def states(server):
     return {target["id"]: target["state"] for target in health(server)["targets"]}
 
 
-def eventually(true, within=5):
+def eventually(true, within=30):
     """Wait until this is true; fail when it does not become so."""
     deadline = time.monotonic() + within
     while not true():
@@ -941,7 +943,7 @@ class Shape(Case):
         """Nor for the network: under a lock nothing is called but what collections do at once, or makes a new value."""
         quick = {"get", "pop", "popitem", "move_to_end", "add", "discard", "dict", "len", "tuple", "iter", "next",
                  "values", "Record", "change", "too_much"}
-        pure = {"_replace", "bool", "learned", "failed", "succeeded", "Record", "Cache"}
+        pure = {"_replace", "bool", "learned", "failed", "Breaker", "Record", "Cache"}
         tree = ast.parse(self.source)
         held = [node for node in ast.walk(tree) if isinstance(node, ast.With)
                 and any("_lock" in ast.dump(item.context_expr) for item in node.items)]
@@ -1013,9 +1015,70 @@ NAMES_WITH_AT = [  # LM Studio's quantisations, Cloudflare's Workers AI, Vertex'
     "qwen3.6-27b@iq3_xxs", "gemma4-31b@?", "a@b@4bit", "@cf/meta/llama-3.1-8b-instruct", "claude-sonnet-4-5@20250929",
     "workers-ai/@cf/openai/gpt-oss-120b", "plain",
 ]
+AROUND_A_KEY = [  # what is copied along with a key
+    "%s", " %s\r\n", "\t%s\n\n", "\ufeff%s", "\xa0%s\u200b", "'%s'", '"%s"', '" %s "\n', "\u201c%s\u201d", "`%s`",
+    "'\"%s\"'", "Bearer %s", "bearer  %s", '"Bearer %s"', "Bearer '%s'", "Authorization: Bearer %s",
+    "OPENAI_API_KEY=%s", 'export OPENAI_API_KEY="%s"\n', "HF_TOKEN='%s'",
+]
+NOTHING = ["", " ", "\r\n", '""', "''", "' '", "\ufeff"]
 
 
 class Settings(Case):
+    def test_a_key_is_read_without_what_is_copied_along_with_it(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "key")
+            for key, form in itertools.product(("sk-a_1.Z", "dG9r+ZW4/==", "KEY=="), AROUND_A_KEY):
+                text = form % key
+                with self.subTest(text):
+                    settings = oblix.Settings.parse(["--cloud-api-key=" + text], {"OPENAI_API_KEY": text})
+                    keys = [settings.openai_api_key, settings.cloud_api_key]
+                    for coding in ("utf-8", "utf-16"):    # the latter by PowerShell's `>`
+                        path.write_bytes(text.encode(coding))
+                        settings = oblix.Settings.parse(["--api-key-file=%s" % path], {})
+                        keys.append(oblix.with_keys_from_files(settings).api_key)
+                    self.assertEqual(keys, [key] * 4)
+
+    def test_a_variable_that_says_nothing_is_as_if_unset(self):
+        unset = oblix.Settings.parse([], {})
+        for text in NOTHING:
+            env = {oblix.variable_of(field): text for field in dataclasses.fields(oblix.Settings)}
+            self.assertEqual(oblix.Settings.parse([], env), unset, text)
+
+    def test_every_variable_may_stand_in_quotes(self):
+        """`docker run --env-file` keeps them."""
+        for name, text, value in (("port", '"8080"', 8080), ("demo", "'1'", True), ("host", '"127.0.0.1"', "127.0.0.1"),
+                                  ("local_model", '"ollama:a", "ollama:b"', ("ollama:a", "ollama:b")),
+                                  ("keep_alive", "\ufeff'10m'\r\n", "10m"), ("drain", "' 3 '", 3.0)):
+            self.assertEqual(getattr(oblix.Settings.parse([], {"OBLIX_" + name.upper(): text}), name), value)
+
+    def test_a_base_url_may_stand_in_quotes_and_lack_its_scheme(self):
+        for text, url in (
+            ("'https://api.x.com/v1/'", "https://api.x.com/v1"), (' "http://box:1/v1"\n', "http://box:1/v1"),
+            ("api.x.com/v1", "https://api.x.com/v1"), ("api.x.com:443/v1", "https://api.x.com:443/v1"),
+            ("localhost:8080/v1", "http://localhost:8080/v1"), ("127.0.0.1/v1", "http://127.0.0.1/v1"),
+            ("box:8000/v1", "http://box:8000/v1"), ("box.lan:8000/v1", "http://box.lan:8000/v1"),
+            ("[::1]:8080/v1", "http://[::1]:8080/v1"), ("HTTPS://api.x.com/v1", "https://api.x.com/v1"),
+            ("https//api.x.com/v1", "https://api.x.com/v1"), ("http:/box:1/v1", "http://box:1/v1"),
+        ):
+            with self.subTest(text):
+                settings = oblix.Settings.parse(["--cloud-model=openai:a"], {"OPENAI_BASE_URL": text})
+                self.assertEqual(oblix.configured_targets(settings)[0].endpoint.base_url, url)
+        for text in ("ftp://box/v1", "http://a b/v1", "http://"):
+            settings = oblix.Settings.parse(["--cloud-model=openai:a"], {"OPENAI_BASE_URL": text})
+            with self.subTest(text), self.assertRaisesRegex(oblix.UsageError, "^[^\n]*is not an address[^\n]*$"):
+                oblix.configured_targets(settings)
+
+    def test_a_key_that_looks_like_none_is_told_of_without_it(self):
+        for text in ("sk-a b", "<your key>", "${OPENAI_API_KEY}", "$KEY", "%OPENAI_API_KEY%", "sk-...", "None",
+                     "undefined", "your-api-key-here", "YOUR_API_KEY", "Bearer", "sk-1 # of the team"):
+            for argv, env, name in (([], {"OPENAI_API_KEY": text}, "OPENAI_API_KEY"),
+                                    (["--cloud-model=openai:a", "--cloud-api-key=" + text], {}, "OBLIX_CLOUD_API_KEY")):
+                [line] = oblix.odd_keys(oblix.Settings.parse(argv, env))
+                self.assertTrue(line.startswith(name + " "), line)
+                self.assertNotIn("sk-", line)
+        for key in ("sk-proj-a_b-C", "gsk_1", "AIza-x", "ollama", "placeholder", "no-key", "a" * 300, "eyJ.x.y", "k=="):
+            self.assertEqual(oblix.odd_keys(oblix.Settings.parse([], {"OPENAI_API_KEY": key})), [])
+
     def test_a_flag_wins_over_its_variable_and_that_over_the_default(self):
         for argv, env, port in (([], {}, 62549), ([], {"OBLIX_PORT": "1"}, 1), (["--port=2"], {"OBLIX_PORT": "1"}, 2)):
             with self.subTest(argv=argv, env=env):
@@ -1251,7 +1314,7 @@ LOCAL, CLOUD = oblix.Side.LOCAL, oblix.Side.CLOUD
 class Monitors(Case):
     def test_resources_are_judged_at_their_thresholds(self):
         monitor = oblix.ResourceMonitor(oblix.Settings())
-        calm = {"cpu_percent": 0, "memory_percent": 0, "load_per_core": 0}
+        calm = {"cpu_percent": 50, "memory_percent": 0, "load_per_core": 0}
         for name, value, level in (
             ("cpu_percent", 79.9, GOOD), ("cpu_percent", 80, STRAINED), ("cpu_percent", 95, OUT),
             ("memory_percent", 84.9, GOOD), ("memory_percent", 85, STRAINED), ("memory_percent", 95, OUT),
@@ -1260,6 +1323,14 @@ class Monitors(Case):
             with self.subTest(name, value=value):
                 reading = monitor.judge({**calm, name: value})
                 self.assertEqual((reading.level, bool(reading.reason)), (level, level is not GOOD))
+
+    def test_a_load_counts_only_beside_work_of_the_cpus(self):
+        """In LXC it is the host's; on some boards that of threads which sleep; it outlives the work by a minute."""
+        monitor = oblix.ResourceMonitor(oblix.Settings())
+        for facts, level in (({"cpu_percent": 50}, OUT), ({"cpu_percent": 49.9}, GOOD), ({"cpu_percent": 0.0}, GOOD),
+                             ({}, GOOD), ({"cpu_percent": 85}, OUT)):
+            with self.subTest(facts):
+                self.assertEqual(monitor.judge({**facts, "load_per_core": 12.0}).level, level)
 
     def test_a_threshold_that_is_never_reached_leaves_the_other_one_as_it_is(self):
         monitor = oblix.ResourceMonitor(oblix.Settings(cpu_constrained_percent=100.0))
@@ -1459,7 +1530,7 @@ class OwnWork(Case):
             monitor = oblix.ResourceMonitor(oblix.Settings())
             with self.subTest(percent=percent, ours_s=ours_s), mock.patch("psutil.cpu_percent", return_value=percent), \
                     mock.patch("time.monotonic", side_effect=[10.0, 12.0]), \
-                    mock.patch.object(monitor._servers, "use", return_value=(ours_s, 0)):
+                    mock.patch.object(monitor.servers, "use", return_value=(ours_s, 0)):
                 self.assertNotIn("cpu_percent", monitor.sample())
                 self.assertEqual(monitor.sample()["cpu_percent"], others)
 
@@ -1468,8 +1539,9 @@ class OwnWork(Case):
         monitor = oblix.ResourceMonitor(oblix.Settings())
         denied = mock.patch("psutil.getloadavg", side_effect=OSError("denied"))
         with denied:
-            self.assertEqual(set(monitor.sample()), {"memory_percent", "memory_free_mb"})
-            self.assertEqual(set(monitor.sample()), {"cpu_percent", "memory_percent", "memory_free_mb"})
+            known = {"cores", "memory_percent", "memory_free_mb", "memory_and_swap_mb"}
+            self.assertEqual(set(monitor.sample()), known)
+            self.assertEqual(set(monitor.sample()), {*known, "cpu_percent"})
         load = monitor.sample()["load_per_core"]
         memory = mock.Mock(total=100 << 20, available=42 << 20)
         with denied, mock.patch("psutil.virtual_memory", return_value=memory), \
@@ -1503,23 +1575,83 @@ class OwnWork(Case):
             """The load's facts after one more second in which the servers used so many of the cores."""
             monitor._passed_s, monitor._cores_ours = 1.0, used * cores
             return monitor._load(mock.Mock(getloadavg=lambda: (2.0 * cores, 0, 0)))
-        self.assertEqual(second(0.0), {"load_per_core": 2.0, "cores": cores})
+        self.assertEqual(second(0.0), {"load_per_core": 2.0})
         for _ in range(60):
             facts = second(1.0)
         self.assertAlmostEqual(facts["load_per_core"], 2 - (1 - 1 / 2.718), delta=0.02)
         for _ in range(400):
             facts = second(3.0)
-        self.assertEqual(facts, {"load_per_core": 0.0, "cores": cores})
+        self.assertEqual(facts, {"load_per_core": 0.0})
 
     def test_which_processes_are_model_servers(self):
         servers = oblix.ServerProcesses()
-        ours = ("ollama", "Ollama Helper", "llama-server", "LM Studio", "lms", "vllm")
+        ours = ("ollama", "Ollama Helper", ".ollama-wrapped", "llama-server", "LM Studio", "lms", "vllm")
         with processes(SLEEP, *ours, "myollama", "lm", "burner") as found:
             servers.use()
             self.assertEqual(servers.pids & {process.pid for process in found},
                              {process.pid for process in found[:len(ours)]})
         servers.use()
         self.assertEqual(servers.pids & {process.pid for process in found}, set(), "they have ended")
+
+    def test_who_listens_at_a_targets_port_is_a_server_whatever_its_name_and_so_are_its_children(self):
+        code = "import socket, subprocess, sys, time; server = socket.create_server(('127.0.0.1', 0)); " \
+               f"child = subprocess.Popen([sys.executable, '-S', '-E', '-c', {SLEEP!r}]); " \
+               "open('new', 'w').write(f'{server.getsockname()[1]} {child.pid}'); import os; " \
+               "os.rename('new', 'port'); time.sleep(60)"
+        with processes(code, "node") as (process,), processes(SLEEP, "koboldcpp"):
+            told = Path(f"/proc/{process.pid}/cwd/port")
+            eventually(told.exists)
+            port, child = map(int, told.read_text().split())
+            self.addCleanup(os.kill, child, 9)
+            for ports, pids in (((), set()), ((port,), {process.pid, child}), ((port, 9), {process.pid, child})):
+                with self.subTest(ports):
+                    servers = oblix.ServerProcesses()
+                    servers.ports = frozenset(ports)
+                    servers.use()
+                    self.assertEqual(servers.pids, pids)
+            # macOS shows a user no list of all, Windows does, and Android nothing at all
+            no_proc = mock.patch("oblix.read_text", return_value="")
+            with no_proc:
+                self.assertEqual(oblix.listeners({port}), {process.pid})
+            with no_proc, mock.patch("psutil.net_connections", side_effect=psutil.AccessDenied()):
+                self.assertEqual(oblix.listeners({port}), {process.pid})
+            for error in (PermissionError("denied"), AttributeError("no such function"), RuntimeError("odd")):
+                with self.subTest(error), mock.patch("psutil.net_connections", side_effect=error), no_proc:
+                    servers = oblix.ServerProcesses()
+                    servers.ports = frozenset([port])
+                    self.assertEqual(servers.use(), (0.0, 0))
+
+    def test_oblix_and_its_parents_are_no_servers(self):
+        """A supervisor may hold the port, as systemd does until the first connection; its children are anybody."""
+        with socket.create_server(("127.0.0.1", 0)) as held, processes(SLEEP, "burner"):
+            servers = oblix.ServerProcesses()
+            servers.ports = frozenset([held.getsockname()[1]])
+            servers.use()
+            self.assertEqual((servers._listeners, servers.pids), ({os.getpid()}, set()))
+
+    def test_a_server_that_listens_later_is_found_when_it_does(self):
+        code = "import os, socket, time\nwhile not os.path.exists('go'): time.sleep(0.01)\n" \
+               "server = socket.create_server(('127.0.0.1', int(open('go').read()))); time.sleep(60)"
+        with socket.create_server(("127.0.0.1", 0)) as held:
+            port = held.getsockname()[1]
+        servers = oblix.ServerProcesses()
+        servers.ports = frozenset([port])
+        with processes(code, "node") as (process,):
+            servers.use()
+            self.assertEqual(servers.pids, set())
+            Path(f"/proc/{process.pid}/cwd/new").write_text(str(port))
+            Path(f"/proc/{process.pid}/cwd/new").rename(f"/proc/{process.pid}/cwd/go")
+            eventually(lambda: psutil.Process(process.pid).net_connections())
+            with mock.patch("oblix.listeners") as seldom:
+                servers.use()
+            self.assertFalse(seldom.called, "it is not looked for each time")
+            servers._listen_at = 0.0
+            servers.use()
+            self.assertEqual(servers.pids, {process.pid})
+            with mock.patch("oblix.listeners") as never:
+                servers._listen_at = 0.0
+                servers.use()
+            self.assertFalse(never.called, "it is known")
 
     def test_a_new_server_counts_from_its_start_and_an_older_one_from_when_it_is_seen(self):
         early = oblix.ServerProcesses()
@@ -1590,23 +1722,65 @@ ODD = {"acpitz": [Sensor("", 40.0, 31.3, 31.3)]}
 
 
 class Power(Case):
+    @staticmethod
+    def judged(sensors, zones="/nowhere"):
+        """The temperature that counts and its limits, or None."""
+        facts = oblix.temperature(mock.Mock(sensors_temperatures=lambda: sensors), zones)
+        return tuple(facts[name] for name in ("temperature_c", "temperature_high_c", "temperature_critical_c")
+                     ) if facts else None
+
     def test_temperature_is_that_of_the_sensor_nearest_to_its_limit(self):
         def one(chip, *sensor):
             return {chip: [Sensor(*sensor)]}
         for sensors, facts in (
-            ({}, None), (OTHERS, None), (ODD, None), (CORES, (44.0, 100.0, 100.0)),
-            ({**CORES, **DISK, **OTHERS}, (31.9, 84.85, 84.85)),
-            ({**CORES, **one("thinkpad", "CPU", 44.0, None, None)}, (44.0, 80.0, 90.0)),
+            ({}, None), (CORES, (44.0, 100.0, 100.0)), ({**CORES, **DISK, **OTHERS, **ODD}, (44.0, 100.0, 100.0)),
             (one("cpu_thermal", "", 70.0, None, None), (70.0, 80.0, 90.0)),
             (one("k10temp", "Tctl", 70.8, None, None), (70.8, 95.0, 100.0)),
             (one("soc_thermal", "", 60.0, 0.0, 0.0), (60.0, 80.0, 90.0)),
             (one("coretemp", "Core 0", 60.0, 100.0, 90.0), (60.0, 80.0, 90.0)),    # limits that can't be
-            (one("k10temp", "Tctl", 6280.0, None, None), None),                     # broken
-            ({**one("a_cpu", "", 105.0, 98.0, 110.0), **one("b_cpu", "", 91.0, 89.0, 90.0)}, (91.0, 89.0, 90.0)),
+            (one("coretemp", "Core 0", 60.0, 127.0, 127.0), (60.0, 80.0, 90.0)),
+            ({**one("coretemp", "", 105.0, 98.0, 110.0), **one("nouveau", "", 91.0, 89.0, 90.0)}, (91.0, 89.0, 90.0)),
+            ({"k10temp": [Sensor("Tctl", 97.0, None, None), Sensor("Tdie", 70.0, None, None)]},    # 27 added
+             (70.0, 95.0, 100.0)),
         ):
             with self.subTest(sensors):
-                names = ("temperature_c", "temperature_high_c", "temperature_critical_c")
-                self.assertEqual(oblix.hottest(sensors), dict(zip(names, facts)) if facts else {})
+                self.assertEqual(self.judged(sensors), facts)
+
+    def test_only_sensors_of_processors_and_gpus_are_judged_by_limits_that_mean_throttling(self):
+        for chip, high, critical, limits in (    # as psutil has them: a limit that is told alone is both
+            *((chip, 90.0, 105.0, (90.0, 105.0)) for chip in ("coretemp", "via_cputemp", "nouveau", "xe", "amdgpu")),
+            *((chip, None, None, (80.0, 90.0)) for chip in ("coretemp", "i915", "cpu_thermal", "CPU-therm")),
+            *((chip, None, None, (95.0, 100.0)) for chip in ("k10temp", "zenpower", "amdgpu")),
+            ("amdgpu", 100.0, 100.0, (100.0, 100.0)), ("k10temp", 70.0, 70.0, (95.0, 100.0)),
+            # Linux switches a board off at the one limit that it tells
+            *((chip, 110.0, 110.0, (80.0, 90.0)) for chip in (
+                "cpu_thermal", "cpu-thermal", "cpu0_thermal", "soc_thermal", "soc-thermal", "gpu_thermal", "GPU-therm",
+                "MCPU-therm", "tj-thermal", "bigcore0_thermal", "littlecore-thermal", "package_thermal",
+                "cpuss0_thermal", "cpu-1-0-gold-usr", "gpuss-0-usr", "cluster0_thermal", "bcm2835_thermal",
+                "imx_thermal_zone", "tsens_tz_sensor7", "mtktscpu", "BIG", "MID", "LITTLE", "G3D", "x86_pkg_temp")),
+            ("cpu_thermal", 85.0, 115.0, (85.0, 95.0)), ("cpu_thermal", 85.0, 90.0, (85.0, 90.0)),
+            *((chip, *told, None) for told in ((None, None), (80.0, 80.0), (55.0, 85.0)) for chip in (
+                "w83627dhg", "nct6775", "nct6795", "nct6687", "it8728", "it8665", "f71882fg", "asus_ec_sensors",
+                "nvme", "drivetemp", "spd5118", "jc42", "iwlwifi_1", "mlx5", "r8169_0_300:00", "enp5s0", "thinkpad",
+                "dell_smm", "cros_ec", "applesmc", "acpitz", "pch_cannonlake", "BAT0", "battery", "PMIC-Die",
+                "Tboard_tegra", "thermal-fan-est", "ddr_thermal", "pm8150_thermal", "skin-therm", "charger_therm",
+                "rp1_adc", "", "bigwig")),
+        ):
+            with self.subTest(chip, high=high, critical=critical):
+                self.assertEqual(oblix.temperature_limits(chip, high, critical), limits)
+                sensors = {chip: [Sensor("CPU", 127.0 if limits is None else 60.0, high, critical)]}
+                self.assertEqual(self.judged(sensors), limits and (60.0, *limits))
+        for current in (-273.2, -40.0, 0.0, 125.0, 127.5, 255.0, 6280.0):
+            with self.subTest(current):
+                self.assertIsNone(self.judged({"coretemp": [Sensor("Core 0", current, 100.0, 100.0)]}), "it is broken")
+
+    def test_thermal_zones_are_read_where_psutil_leaves_them_out(self):
+        """It does so on a Jetson with a disk, say."""
+        zones = {"thermal_zone0/type": "CPU-therm", "thermal_zone0/temp": "61500", "thermal_zone1/type": "PMIC-Die",
+                 "thermal_zone1/temp": "100000", "thermal_zone2/type": "GPU-therm", "thermal_zone3/type": "cpu"}
+        with tree(zones) as root:
+            self.assertEqual(self.judged(DISK, root), (61.5, 80.0, 90.0))
+            self.assertEqual(self.judged({**DISK, **CORES}, root), (44.0, 100.0, 100.0))
 
     def test_power_is_judged_at_its_thresholds(self):
         monitor = oblix.PowerMonitor(oblix.Settings())
@@ -1630,31 +1804,156 @@ class Power(Case):
 
     def test_facts_are_there_where_the_device_tells_them(self):
         battery = mock.Mock(percent=67.07795849691531, power_plugged=False)
+        hot = {"temperature_c": 44.0, "temperature_high_c": 100.0, "temperature_critical_c": 100.0}
         for has, tells, facts in (
-            (None, CORES, oblix.hottest(CORES)), (None, {}, {}),
+            (None, CORES, hot), (None, {}, {}),
             (battery, {}, {"battery_percent": 67.1, "battery_plugged": False}),
             (battery, OSError("denied"), {"battery_percent": 67.1, "battery_plugged": False}),
-            (AttributeError("no such function"), CORES, oblix.hottest(CORES)),
+            (AttributeError("no such function"), CORES, hot), *(
+                (mock.Mock(percent=percent, power_plugged=plugged), {}, {})
+                for percent, plugged in ((255, True), (None, None), (-1, None), (-1, False), (math.nan, False))),
         ):
-            with self.subTest(has=has, tells=tells), \
-                    mock.patch("oblix.has_battery", return_value=True), \
+            with self.subTest(has=has, tells=tells), mock.patch("glob.glob", return_value=[]), \
                     mock.patch("psutil.sensors_battery", create=True, side_effect=[has]), \
                     mock.patch("psutil.sensors_temperatures", create=True, side_effect=[tells]):
                 self.assertEqual(oblix.PowerMonitor(oblix.Settings()).sample(), facts)
         monitor = oblix.PowerMonitor(oblix.Settings())
-        with mock.patch("psutil.sensors_battery", create=True, return_value=battery), \
-                mock.patch("oblix.has_battery", return_value=False):
-            self.assertNotIn("battery_percent", monitor.sample())
         self.assertEqual(monitor.judge(oblix.PowerMonitor(oblix.Settings()).sample()).side, LOCAL)    # this very device
 
-    def test_a_mouse_is_not_the_battery_of_a_pc(self):
-        for supplies, has in (({}, True), ({"BAT0": ""}, True), ({"hidpp_battery_0": "Device"}, False),
-                              ({"BAT0": "System", "hidpp_battery_0": "Device"}, True)):
-            with self.subTest(supplies), tree({f"{name}/capacity": "55\n" for name in supplies}) as root:
-                for name, scope in supplies.items():
-                    if scope:
-                        Path(root, name, "scope").write_text(scope + "\n")
-                self.assertEqual(oblix.has_battery(root), has)
+    def test_a_device_has_one_charge_over_its_own_batteries(self):
+        def battery(percent, status="Discharging", unit="energy", full=40, **more):
+            told = {f"{unit}_now": full * percent, f"{unit}_full": full * 100} if unit else {}
+            return {"type": "Battery", "present": 1, "status": status, "capacity": percent, **told, **more}
+        mouse = battery(5, unit="", scope="Device")
+        mains, usb = ({online: {"type": kind, "online": online} for online in (0, 1)} for kind in ("Mains", "USB_PD"))
+        flat, gone = battery(0, "Unknown", full=0), {"type": "Battery", "present": 0, "status": "Unknown"}
+        silent = {"type": "Battery", "status": "Discharging"}
+        for what, supplies, percent, plugged in (
+            ("none", [mains[1]], None, None), ("a mouse", [mouse], None, None),
+            ("a mouse and a laptop", [mouse, battery(88, "Charging", scope="System"), mains[1]], 88, True),
+            ("a UPS", [battery(5, scope="Device"), {**battery(9), "type": "UPS"}], None, None),
+            ("one", [battery(7), mains[0]], 7, False), ("one, plugged in", [battery(7, "Charging"), mains[1]], 7, True),
+            ("two, the first low", [battery(4), battery(96, "Unknown"), mains[0]], 50, False),
+            ("two, the second low", [battery(96, "Unknown"), battery(4), mains[0]], 50, False),
+            ("by their sizes", [battery(100, full=20), battery(0, full=80), mains[0]], 20, False),
+            ("in Ah", [battery(10, unit="charge", full=30), battery(90, unit="charge", full=10)], 30, False),
+            ("which do not tell sizes", [battery(10, unit=""), battery(70, unit="")], 40, False),
+            ("one flat", [flat, battery(90), mains[0]], 90, False), ("one flat, alone", [flat], 0, None),
+            ("one taken out", [gone, battery(90), mains[0]], 90, False),
+            ("one silent", [silent, battery(90)], 90, False),
+            ("all silent", [silent], None, None), ("more than all", [battery(103)], 100, False),
+            ("nonsense", [battery(255, unit="")], None, None),
+            ("a phone at a charger", [battery(50, "Charging", "charge"), usb[1]], 50, True),
+            ("a phone at none", [battery(50, "Discharging", "charge"), usb[0]], 50, False),
+            ("a charger that is too weak", [battery(50, "Discharging"), usb[1]], 50, False),
+            ("USB instead of its own", [battery(50, "Charging"), usb[1], mains[0]], 50, True),
+            ("full", [battery(100, "Full")], 100, True), ("it does not tell", [battery(50, "Unknown")], 50, None),
+            ("it charges up to 80", [battery(80, "Not charging"), mains[1]], 80, True),
+        ):
+            files = {f"{number}/{name}": f"{text}\n" for number, supply in enumerate(supplies)
+                     for name, text in supply.items()}
+            with self.subTest(what), tree(files) as root:
+                self.assertEqual(oblix.charge(None, root), {} if percent is None else {
+                    "battery_percent": percent, "battery_plugged": plugged})
+
+
+class Memory(Case):
+    """What could be had counts as free, and a container's limits count as the device's."""
+
+    def test_zfs_gives_its_cache_back_down_to_its_minimum(self):
+        for text, spare in (
+            ("13 1 0x01\nname type data\nsize 4 50\nc 4 50\nc_min 4 2\nc_max 4 60", 48), ("size 4 1\nc_min 4 2", 0),
+            ("size 4 50", 0), ("c_min 4 2", 0), ("", 0), ("odd", 0), ("size 4 ?\nc_min 4 2", 0),
+            ("size 4 61\nc_min 4 2", 0),    # more than is in use: it is that of another machine
+        ):
+            with self.subTest(text), tree({"arcstats": text}) as root:
+                self.assertEqual(oblix.zfs_cache(60, root + "arcstats"), spare)
+        self.assertEqual(oblix.zfs_cache(60, "/nowhere"), 0)
+
+    def test_which_limits_a_process_has(self):
+        two = "0::/user.slice/oblix\n"
+        one = "9:name=systemd:/x\n8:memory:/a/b\n4:cpu,cpuacct:/a\n0::/\n"
+        for what, files, found in (
+            ("nothing is known", {}, []), ("odd", {"proc/7/cgroup": "odd\n:\n::\n", "sys/fs/cgroup/cpu.max": "?"}, []),
+            ("no period", {"proc/7/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "max"}, []),
+            ("none", {"proc/7/cgroup": two, "sys/fs/cgroup/user.slice/oblix/memory.max": "max",
+                      "sys/fs/cgroup/user.slice/oblix/cpu.max": "max 100000"}, []),
+            ("a container's", {"proc/7/cgroup": "0::/", "sys/fs/cgroup/memory.max": "4096",
+                               "sys/fs/cgroup/cpu.max": "150000 100000"}, [("", 4096, 1.5)]),
+            ("an outer one's", {"proc/7/cgroup": two, "sys/fs/cgroup/user.slice/cpu.max": "50000 100000",
+                                "sys/fs/cgroup/user.slice/oblix/memory.high": "99"},
+             [("/user.slice", math.inf, 0.5), ("/user.slice/oblix", 99, math.inf)]),
+            ("one that is not shown", {"proc/7/cgroup": "0::/../ollama", "sys/fs/cgroup/memory.max": "4096"}, []),
+            ("version 1", {"proc/7/cgroup": one, "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+                           "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "4096",
+                           "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "200000",
+                           "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000"},
+             [("/memory/a/b", 4096, math.inf), ("/cpu/a", math.inf, 2)]),
+            ("version 1, none", {"proc/7/cgroup": one, "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "-1",
+                                 "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000"}, []),
+            ("version 1, a container's", {"proc/7/cgroup": "8:memory:/docker/x", "sys/fs/cgroup/memory/memory."
+                                          "limit_in_bytes": "4096"}, [("/memory", 4096, math.inf)]),
+        ):
+            with self.subTest(what), tree(files) as root:
+                limits = oblix.control_groups([7], root)
+                self.assertEqual([(group.folder[len(root + "sys/fs/cgroup"):], *group[1:]) for group in limits], found)
+        with tree({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "4096"}) as root:
+            self.assertEqual(len(oblix.control_groups([], root)), 1, "no server is known: perhaps it is in here")
+
+    def test_what_is_used_of_a_limit(self):
+        for files, used, seconds in (
+            ({"memory.current": "900", "memory.stat": "anon 500\nfile 400\ninactive_file 250\nactive_file 100\n",
+              "cpu.stat": "usage_usec 2500000\nuser_usec 1"}, 550, 2.5),
+            ({"memory.usage_in_bytes": "900", "memory.stat": "inactive_file 1\ntotal_inactive_file 250\n"
+              "total_active_file 100\n", "cpuacct.usage": "2500000000", "cpu.stat": "nr_periods 9"}, 550, 2.5),
+            ({}, 0, None), ({"memory.current": "9", "memory.stat": "inactive_file 10"}, 0, None),
+        ):
+            with self.subTest(files), tree(files) as root:
+                group = oblix.ControlGroup(root, 1, 1)
+                self.assertEqual(group.memory_used(), used)
+                self.assertEqual(group.cpu_s(), seconds) if seconds else self.assertTrue(math.isnan(group.cpu_s()))
+
+    def sampled(self, group, used_s=0.0, held=0, files=(), arc=0, platform="linux"):
+        """A monitor's facts after two seconds on 4 idle cores with 1000 MiB, of which 600 are available."""
+        with tree({"cpu.stat": "usage_usec 0", "memory.current": "0", **dict(files)}) as root, \
+                mock.patch("psutil.cpu_percent", return_value=10.0), mock.patch("os.cpu_count", return_value=4), \
+                mock.patch("psutil.virtual_memory", return_value=mock.Mock(total=1000 * MB, available=600 * MB)), \
+                mock.patch("psutil.swap_memory", return_value=mock.Mock(total=24 * MB)), \
+                mock.patch("oblix.zfs_cache", return_value=arc), \
+                mock.patch("oblix.control_groups", return_value=[group._replace(folder=root[:-1])] if group else []), \
+                mock.patch("time.monotonic", side_effect=[10.0, 12.0]), mock.patch("sys.platform", platform):
+            monitor = oblix.ResourceMonitor(oblix.Settings())
+            with mock.patch.object(monitor.servers, "use", side_effect=[(0.0, 0), (used_s, held)]):
+                monitor.sample()
+                Path(root, "cpu.stat").write_text("usage_usec 2000000\n")
+                return monitor.sample()
+
+    def test_a_containers_limits_and_zfs_count(self):
+        group = oblix.ControlGroup("", math.inf, math.inf)
+        for what, how, facts in (
+            ("none", {"group": None}, {"cpu_percent": 10, "memory_percent": 40, "memory_free_mb": 600, "cores": 4,
+                                       "memory_and_swap_mb": 1024}),
+            ("ZFS", {"group": None, "arc": 300 * MB}, {"memory_percent": 10, "memory_free_mb": 900}),
+            ("cores", {"group": group._replace(cores=2)}, {"cpu_percent": 50, "cores": 2}),
+            ("half a core", {"group": group._replace(cores=0.5)}, {"cpu_percent": 100, "cores": 0.5}),
+            ("cores that the server uses", {"group": group._replace(cores=2), "used_s": 2.0}, {"cpu_percent": 0}),
+            ("memory", {"group": group._replace(memory=500 * MB), "files": {"memory.current": 450 * MB}},
+             {"memory_percent": 90, "memory_free_mb": 50}),
+            ("memory that the server holds", {"group": group._replace(memory=500 * MB), "held": 400 * MB,
+                                              "files": {"memory.current": 450 * MB}}, {"memory_percent": 50}),
+            ("memory that is page cache", {"group": group._replace(memory=500 * MB), "files": {
+                "memory.current": 450 * MB, "memory.stat": f"active_file {400 * MB}"}},
+             {"memory_percent": 40, "memory_free_mb": 450}),
+            ("more than its limit", {"group": group._replace(memory=100 * MB), "files": {"memory.current": 450 * MB}},
+             {"memory_percent": 100, "memory_free_mb": 0}),
+            ("more than there is", {"group": group._replace(memory=5000 * MB)}, {"memory_free_mb": 600}),
+        ):
+            with self.subTest(what):
+                files = {name: str(text) for name, text in how.pop("files", {}).items()}
+                found = self.sampled(**how, files=files)
+                self.assertEqual({name: found[name] for name in facts}, facts)
+        mac = self.sampled(None, platform="darwin")
+        self.assertNotIn("memory_and_swap_mb", mac, "it makes swap as it needs it")
 
 
 @contextlib.contextmanager
@@ -1710,6 +2009,9 @@ class Gpus(Case):
             ("[Not Supported], [Not Supported], [Not Supported]", {}), ("", {}),
             ("-1, 2, 4", {"gpu_memory_free_mb": 2, "gpu_memory_percent": 50}),
             ("No devices were found", {}), ("nan, inf, 1", {}), ("1, 2", {}), ("1, 2, 0", {"gpu_percent": 1}),
+            ("37 %, 2048 MiB, 24564 MiB", {"gpu_percent": 37, "gpu_memory_free_mb": 22516, "gpu_memory_percent": 8.3}),
+            ("ERR!, [GPU requires reset], [Unknown Error]", {}), ("37,5 %, 2.048 MiB, 24.564 MiB", {}),
+            ("1e999, 1 GiB, 2 GiB", {}),
             ("NVIDIA-SMI has failed because it couldn't communicate, really, with the NVIDIA driver.", {}),
         ):
             with self.subTest(text), mock.patch("oblix.run_command", return_value=text):
@@ -1808,6 +2110,22 @@ class Gpus(Case):
             with self.assertRaises(ProcessLookupError):
                 os.kill(int(path.read_text()), 0)
 
+    @unittest.skipIf(os.name == "nt", "a script is no program there")
+    def test_a_command_that_hangs_is_waited_for_no_longer_whatever_holds_it(self):
+        begun, path = time.monotonic(), os.environ["PATH"]
+        with tree({"hangs": "#!/bin/sh\nsleep 60 &\nwait\n"}) as root, mock.patch("oblix.COMMAND_S", 0.2), \
+                mock.patch.dict(os.environ, PATH=path):
+            with self.assertRaises(subprocess.TimeoutExpired):    # its child holds the pipe
+                oblix.run_command(root + "hangs")
+            begin, begun_ones = subprocess.Popen, []
+            with mock.patch("subprocess.Popen", side_effect=lambda *args, **how: begun_ones.append(
+                    begin(*args, **how)) or begun_ones[-1]), mock.patch("os.killpg") as kill, \
+                    self.assertRaises(subprocess.TimeoutExpired):
+                oblix.run_command(root + "hangs")    # a driver does not let it die
+        os.killpg(*kill.call_args.args)
+        begun_ones[0].communicate()
+        self.assertLess(time.monotonic() - begun, 30)
+
     def test_sampling_paces_itself(self):
         monitor = oblix.GpuMonitor(oblix.Settings(), [lambda servers: ([oblix.Gpu(1.0)], None)])
         monitor.sample()
@@ -1871,6 +2189,44 @@ class DeviceMonitors(Case):
             watch.settle(5)
             watch.stop()
         self.assertEqual([(reading.known, reading.level) for reading in watch.readings], [(False, GOOD)] * 3)
+
+    @unittest.skipIf(os.name == "nt", "no such paths there")
+    def test_nothing_that_can_be_read_is_no_trouble(self):
+        """Android, a bare container, macOS, Windows: functions are missing, files are denied."""
+        missing = ("net_connections", "sensors_battery", "sensors_temperatures", "getloadavg", "swap_memory")
+        for error in (PermissionError("denied"), AttributeError("no such function"), NotImplementedError()):
+            denied = [mock.patch("psutil." + name, create=True, side_effect=error) for name in (
+                *missing, "cpu_percent", "virtual_memory", "pids")]
+            with self.subTest(error), contextlib.ExitStack() as stack, mock.patch("glob.glob", return_value=[]):
+                for one in [*denied, mock.patch("oblix.open", create=True, side_effect=PermissionError("denied"))]:
+                    stack.enter_context(one)
+                for kind in self.KINDS[:2]:
+                    monitor = kind(oblix.Settings())
+                    monitor.servers.ports = frozenset([11434])
+                    for now in (0.0, 1.0):
+                        monitor.step(now)
+                    self.assertEqual(monitor.reading.level, GOOD)
+                    self.assertEqual({*monitor.reading.facts} - {"cores"}, set())
+
+    def test_servers_are_known_by_the_ports_of_the_local_targets_on_this_device(self):
+        targets = [oblix.Target(oblix.Endpoint("openai", url), "m", side) for url, side in (
+            ("http://127.0.0.1:8080/v1", LOCAL), ("http://localhost", LOCAL), ("https://localhost/v1", LOCAL),
+            ("http://127.0.0.1:9999", CLOUD), ("http://box:7777", LOCAL))]
+        for monitor in oblix.monitors_for(oblix.Settings(), targets, None)[:2]:
+            self.assertEqual(monitor.servers.ports, {8080, 80, 443})
+
+    def test_a_first_sample_that_hangs_holds_up_nobody(self):
+        hangs, told = threading.Event(), threading.Event()
+        self.addCleanup(hangs.set)
+        stuck = Told({})
+        stuck.sample = lambda: hangs.wait(60) and {}
+        well = oblix.ConnectivityMonitor(oblix.Settings(), CLOUD, FAR, lambda _: oblix.Probe(200, (), 1.0))
+        watch = oblix.Watch([stuck, well], sampled=told.set)
+        with mock.patch.object(oblix.Watch, "settle_s", 0.2):
+            watch.start()
+            eventually(lambda: well.wake.set() or told.is_set())
+        hangs.set()
+        watch.stop()
 
     def test_their_reasons_can_stand_in_a_header(self):
         facts = {"cpu_percent": 99.0, "memory_percent": 99.0, "load_per_core": 9.25, "battery_percent": 1.0,
@@ -2083,7 +2439,7 @@ def paced(first_s, tokens_per_s=0.0, load_s=0.0):
     return oblix.Record(pace=oblix.Pace((first_s,) if first_s else (), tokens_per_s, load_s))
 
 
-MB = 2**20
+MB, REST_S = 2**20, oblix.RESTS_S[oblix.Fault.TRANSPORT][0]
 
 CELLS = [  # local, cloud, what is tried with --prefer local, with --prefer cloud, and when all of that has failed
     (GOOD, GOOD, [LOCAL_1, CLOUD_1], [CLOUD_1, LOCAL_1], []),
@@ -2124,7 +2480,7 @@ class Policy(Case):
     @unittest.skipUnless(README, "README.md is not here")
     def test_the_readme_shows_every_signal_with_its_thresholds(self):
         settings = oblix.Settings()
-        hot = oblix.temperature_limits("cpu_thermal", mock.Mock(high=None, critical=None, label=""))
+        hot = oblix.temperature_limits("cpu_thermal", None, None)
         values = {**vars(settings), "temperature_high_c": hot[0], "temperature_critical_c": hot[1]}
         declared = {fact: tuple("%s %g" % ("down to" if fact == "battery_percent" else "from", values[name])
                                 for name in names) for fact, (_, *names) in oblix.LIMITS.items()}
@@ -2139,9 +2495,10 @@ class Policy(Case):
     def test_the_readme_tells_how_long_each_fault_rests(self):
         table = README.partition("| fault | rest")[2].partition("\n\n")[0]
         rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", table, re.M))
-        for words, status, shown in (("unreachable", 503, (oblix.REST_S, oblix.MAX_REST_S)),
-                                     ("401", 401, (oblix.ACCOUNT_REST_S, oblix.MAX_ACCOUNT_REST_S)),
-                                     ("404", 404, (oblix.MISSING_REST_S,)), ("client's own", 400, ())):
+        rests_s = oblix.RESTS_S
+        for words, status, shown in (("unreachable", 503, rests_s[oblix.Fault.TRANSPORT]),
+                                     ("401", 401, rests_s[oblix.Fault.ACCOUNT]),
+                                     ("404", 404, rests_s[oblix.Fault.NOT_FOUND][:1]), ("client's own", 400, ())):
             [row] = [rest for fault, rest in rows.items() if words in fault]
             self.assertEqual(row == "none", not shown)
             numbers = [float(number) for number in re.findall(r"\d+", row)]
@@ -2211,7 +2568,7 @@ class Policy(Case):
 
     def test_what_rules_a_target_out_is_told_with_advice(self):
         cold = oblix.Model("small", size=8 * 10**9, cold=True)
-        little = oblix.Reading(LOCAL, GOOD, "", {"memory_free_mb": 4000})    # of 1024 × 1024 bytes
+        little = oblix.Reading(LOCAL, GOOD, "", {"memory_free_mb": 4000, "memory_and_swap_mb": 4000})    # MiB
         both = (installed(oblix.Model("Small:latest"), oblix.Model("q:4b"), oblix.Model("far", remote=True)),)
         for what, target, known, record, state, advice in (
             ("no key", KEYLESS, (), None, "no key", "set OPENAI_API_KEY"),
@@ -2337,7 +2694,7 @@ class Policy(Case):
         self.assertEqual((cloud.state, cloud.level), ("ready", GOOD), "a cloud has no slots")
 
     def test_a_model_that_would_not_fit_in_the_memory_that_is_free(self):
-        device = oblix.Reading(LOCAL, GOOD, "", {"memory_free_mb": 4000})
+        device = oblix.Reading(LOCAL, GOOD, "", {"memory_free_mb": 4000, "memory_and_swap_mb": 4000})
         gpu = oblix.Reading(LOCAL, GOOD, "", {"gpu_memory_free_mb": 3000})
         other = oblix.Model("other", size=2000 * MB, context=4096)
         asleep = dataclasses.replace(other, cold=True)
@@ -2357,6 +2714,26 @@ class Policy(Case):
                 self.assertEqual(oblix.condition(LOCAL_1, found).state == "too large", not fits)
                 plan = oblix.rank(found, {})
                 self.assertEqual([target for target, _ in plan.excluded], [] if fits else [LOCAL_1])
+
+    def test_a_model_that_fits_into_memory_and_swap_is_a_last_resort(self):
+        """Ollama counts exactly, and refuses if not.  A Mac, which makes swap as it needs it, does not tell it."""
+        cold = oblix.Model("small", size=6000 * MB, cold=True)
+        tired = {CLOUD_1: resting(9.0)}
+        for facts, targets, records, order, hope in (
+            ({"memory_and_swap_mb": 6000}, (LOCAL_1,), {}, [], [LOCAL_1]),
+            ({"memory_and_swap_mb": 5999}, (LOCAL_1,), {}, [], []), ({}, (LOCAL_1,), {}, [], [LOCAL_1]),
+            ({"memory_and_swap_mb": 5000, "gpu_memory_free_mb": 1000}, (LOCAL_1,), {}, [], [LOCAL_1]),
+            ({}, (LOCAL_1, CLOUD_1), {}, [CLOUD_1], [LOCAL_1]), ({}, (LOCAL_1, CLOUD_1), tired, [], [CLOUD_1, LOCAL_1]),
+            ({}, (LOCAL_1,), {LOCAL_1: resting(9.0)}, [], [LOCAL_1]),
+            ({}, (LOCAL_1,), {LOCAL_1: resting(9.0, last_resort=False)}, [], []),
+        ):
+            for prefer, only in itertools.product(("local", "cloud", "fast"), (None, LOCAL)):
+                with self.subTest(facts, targets=targets, records=records, prefer=prefer, only=only):
+                    device = oblix.Reading(LOCAL, GOOD, "", {"memory_free_mb": 4000, **facts})
+                    found = oblix.Snapshot((device, installed(cold)), targets, records, now=1.0, prefer=prefer)
+                    plan = oblix.rank(found, {}, only)
+                    kept = [[target for target in some if only in (None, target.side)] for some in (order, hope)]
+                    self.assertEqual([[*plan.order], [*plan.last_resort]], kept)
 
     def test_the_load_of_this_device_says_nothing_of_another(self):
         device = oblix.Reading(LOCAL, OUT, "cpu 99%", {"memory_free_mb": 1})
@@ -2698,7 +3075,7 @@ class Situation:
         records = {target: self.record() for target in targets}
         self.resting = {target for target, record in records.items() if record.trial or record.breaker.until > 100.0}
         listed, measured = not self.one_in(5), not self.one_in(5)
-        known = [self.reading(LOCAL, facts={"memory_free_mb": 8000} if measured else {}),
+        known = [self.reading(LOCAL, facts={"memory_free_mb": 8000, "memory_and_swap_mb": 8000} if measured else {}),
                  self.reading(LOCAL, NEAR, self.models if listed else None),
                  *(self.reading(target.side, target.endpoint) for target in (LOCAL_2, BOX, CLOUD_1, CLOUD_2))]
         self.snapshot = oblix.Snapshot(
@@ -3583,7 +3960,46 @@ class Catalogue(Case):
         self.assertEqual((other.cold, other.context, other.max_context), (True, 0, 131072))
         self.assertEqual(loaded.capabilities, {"completion", "tools", "vision", "thinking"})
         self.assertEqual(loaded.token_bytes, 2 * 28 * 8 * 256)
-        self.assertEqual([path for path, _ in asked], ["/api/tags", "/api/ps", "/api/show"])    # both have one digest
+        self.assertEqual([path for path, _ in asked], ["/api/tags", "/api/ps", "/api/show", "/api/show"])
+
+    def test_two_names_of_one_digest_are_one_model(self):
+        tags = {"models": [{"name": name, "digest": "e95"} for name in ("gpt-oss:20b", "gpt-4:latest")]}
+        other = {"models": [{"name": "other", "digest": "e95"}, {"name": "GPT-4:latest"}]}
+        for ps in (OLLAMA.ps({"gpt-4:latest": {"digest": "E95"}}), other):
+            models, asked = self.listed("ollama", {"/api/tags": tags, "/api/ps": ps, "/api/show": OLLAMA.show()})
+            self.assertEqual([model.cold for model in models], [False, False])
+            self.assertEqual([path for path, _ in asked].count("/api/show"), 1)
+
+    def test_the_window_that_a_person_set_or_that_was_seen_is_known(self):
+        known, tags = {}, {"models": [{"name": "m", "digest": "d"}]}
+        for seen, parameters, own in ((None, "stop  \"x\"\nnum_ctx                  8192", 8192), (4096, "", 8192),
+                                      (16384, "", 16384), (None, "", 16384)):
+            ps = {"models": [{"name": "m", "context_length": seen}] if seen else []}
+            show = {**OLLAMA.show(), "parameters": parameters}
+            model, = self.listed("ollama", {"/api/tags": tags, "/api/ps": ps, "/api/show": show}, known)[0]
+            self.assertEqual(model.own_context, own)
+
+    def test_what_embeds_is_known_by_its_family_where_abilities_are_missing(self):
+        for family, said, chats in (("bert", None, False), ("nomic-bert", [], False), ("xlm-roberta", None, False),
+                                    ("nomic-bert-moe", None, False), ("llama", None, True), (None, None, True),
+                                    ("bert", ["completion"], True), ("gemma3", ["embedding"], False)):
+            tags = {"models": [{"name": "m", "details": {"family": family}, "capabilities": said}]}
+            answers = {"/api/tags": tags, "/api/ps": {}, "/api/show": oblix.UpstreamError("no")}
+            with self.subTest(family, said=said):
+                self.assertIs(self.listed("ollama", answers)[0][0].is_chat_model, chats)
+
+    def test_the_window_to_ask_for(self):
+        """It is no smaller than the one that a person has set, or that the model was seen with."""
+        rows = [  # tokens of the prompt; loaded for, own, asked last -> what is asked for, 0: what is there
+            (9, 0, 0, 0, 0), (9, 0, 32768, 0, 0), (9, 0, 32768, 8192, 0), (9, 0, 0, 8192, 8192),
+            (9, 8192, 0, 8192, 8192), (6000, 0, 0, 0, 8192), (6000, 0, 32768, 0, 32768), (6000, 32768, 32768, 0, 0),
+            (6000, 4096, 32768, 0, 32768), (40000, 32768, 32768, 0, 65536), (6000, 0, 1 << 20, 0, 131072),
+            (6000, 0, 6144, 0, 6144), (7000, 0, 6144, 0, 8192)]
+        for tokens, now, own, asked, expected in rows:
+            with self.subTest(tokens=tokens, now=now, own=own, asked=asked):
+                model = oblix.Model("m", max_context=131072, context=now, own_context=own, cold=not now)
+                request = oblix.ChatRequest("m", {**talk(user("a" * 3 * tokens)), "max_tokens": 1})
+                self.assertEqual(oblix.PROVIDERS["ollama"].context_for(request, model, asked, None), expected)
 
     def test_details_are_asked_for_a_few_at_once_and_once_each(self):
         names = ["m%d" % number for number in range(oblix.DETAILS_AT_ONCE + 1)]
@@ -3800,7 +4216,7 @@ PARAMETERS = [    # what is refused of a request that has ALL_FIELDS, whether fo
      "valid: integer above maximum value, expected a value <= 32768, but got 64000 instead.", param="max_tokens")),
     ("max_tokens<=8192", True, 400, "Claude", gave("max_tokens: 64000 > 8192, which is the maximum allowed number "
      "of output tokens for claude-3-5-sonnet-20241022")),
-    ("max_tokens<=8193", True, 400, "Gemini", [gave("Unable to submit request because it has a maxOutputTokens "
+    ("max_tokens<=8192", True, 400, "Gemini", [gave("Unable to submit request because it has a maxOutputTokens "
      "value of 64000 but the supported range is from 1 (inclusive) to 8193 (exclusive).", code=400)]),
     ("max_tokens<=8092", False, 400, "vLLM", gave("'max_tokens' or 'max_completion_tokens' is too large: 64000. "
      "This model's maximum context length is 8192 tokens and your request has 100 input tokens (64000 > 8192 - 100).")),
@@ -3826,6 +4242,18 @@ PARAMETERS = [    # what is refused of a request that has ALL_FIELDS, whether fo
      "requested 72100 tokens (8100 in the messages, 64000 in the completion).")),
     (None, False, 400, "too long, prompt", gave("This model's maximum context length is 8192 tokens. However, your "
      "messages resulted in 9001 tokens.")),
+    ("max_tokens", True, 400, "a model's number is no limit", gave("Unsupported parameter: 'max_tokens' is not "
+     "supported with gpt-512-mini. Use 'max_completion_tokens' instead.", code="unsupported_parameter")),
+    ("max_tokens<=8192", True, 400, "Bedrock", {"message": "The maximum tokens you requested exceeds the model limit "
+     "of 8192. Try again with a maximum tokens value that is lower than 8192."}),
+    ("max_tokens<=4000", False, 400, "Cohere", {"message": "too many tokens: max tokens must be less than or equal to "
+     "4000, received 64000"}),
+    ("store", True, 422, "jsonschema", {"detail": "Additional properties are not allowed ('store' was unexpected)"}),
+    ("top_p", False, 400, "a range", gave("top_p: value is out of range")),
+    (None, False, 400, "OpenAI, a mistake", gave("Invalid 'temperature': decimal above maximum value. Expected a value "
+     "<= 2, but got 3 instead.", param="temperature", code="decimal_above_max_value")),
+    ("max_tokens<=12003", False, 402, "OpenRouter", gave("This request requires more credits, or fewer max_tokens. You "
+     "requested up to 64000 tokens, but can only afford 12003.", code=402)),
     (None, False, 400, "SiliconFlow", {"code": 20015, "message": "number of input tokens (204703) has exceeded "
      "max_prompt_tokens (202752) limit."}),
 ]
@@ -4029,6 +4457,9 @@ FAULT_OF = [  # status, words, code -> fault, where no client sees the differenc
     (503, "failed: context length of worker", None, oblix.Fault.BUSY), (999, "No.", None, oblix.Fault.BUSY),
     (405, "No.", None, oblix.Fault.NOT_FOUND), (451, "No.", None, oblix.Fault.NOT_FOUND),
     (302, "No.", None, oblix.Fault.TRANSPORT),
+    (503, "Loading model", "503", oblix.Fault.LOADING),    # llama-server
+    (503, "Model m is currently loading", None, oblix.Fault.LOADING),
+    (503, "unable to load model: m", None, oblix.Fault.BUSY),
     (400, "x" * 1000 + " prompt is too long", None, oblix.Fault.REFUSED),    # a prompt may be quoted there
 ]
 
@@ -4120,6 +4551,11 @@ MEANT = [    # the fault, status, who says so, body; as users of these services 
      "Number of input tokens exceeds maximum length."}),
     ("TOO_LONG", 400, "plain text", "This model's maximum context length is 4096 tokens."),
     ("TOO_LONG", 422, "AI21", {"detail": "Prompt has 9001 tokens, exceeding max of 8000 tokens"}),
+    ("TOO_LONG", 400, "vLLM, no room", gave("max_tokens must be at least 1, got -91.", code=400)),
+    ("REFUSED", 500, "Ollama, image", {"error": "failed to process inputs: image: unknown format"}),
+    ("REFUSED", 400, "no key of ours", gave("logit_bias: invalid token 99999")),
+    ("REFUSED", 400, "no model that is gone", gave("Unsupported parameter: 'temperature' is not supported with this "
+     "model.", code="unsupported_parameter")),
     ("TOO_LONG", 413, "claude 413", {"type": "error", "error": {"type": "request_too_large", "message":
      "Request exceeds the maximum size"}}),
     ("ACCOUNT", 400, "Gemini key", [gave("API key not valid. Please pass a valid API key.", code=400, status=
@@ -4230,7 +4666,7 @@ AGAINST_THE_REFERENCE = [  # OpenAI's words for what is wrong in a message, its 
 ]
 ODD_ERRORS = [  # dialect, status, body -> words that the client sees
     (OLLAMA, 403, b"", ""),
-    (OLLAMA, 401, {"error": "unauthorized", "signin_url": "https://ollama.com/connect"}, "unauthorized"),
+    (OLLAMA, 401, {"error": "unauthorized", "signin_url": "https://ollama.com/connect"}, "`ollama signin`"),
     (OPENAI, 500, {"error": "a bare string"}, "a bare string"),
     (OPENAI, 422, {"detail": "Not processable."}, "Not processable."),
     (OPENAI, 502, b"<html>Bad gateway</html>", ""),
@@ -5310,6 +5746,52 @@ class Connections:
                     self.answered(ask(server, up.target), "Hello")
                     self.assertTrue(up.requests[0].hung_up.wait(1), "the connection is still in use")
 
+    def test_what_nobody_acknowledges_is_sent_again_over_a_connection_of_now(self):
+        """A router has forgotten the connections, say.  One of them is waited for, not each."""
+        for size, stream in itertools.product((10, 3000000), (False, True)):
+            with self.subTest(size=size, stream=stream), Upstream(OPENAI, tls=self.tls) as upstream, \
+                    running(upstream) as server, mock.patch.multiple(oblix, DEAD_S=0.4, STALE_S=0.1):
+                at_once(ask, [(server, upstream.target)] * 3)
+                for connection in [*upstream._connections]:
+                    drop_packets(connection)
+                dialled = self.count_calls(oblix, "_dial")
+                reply = ask(server, upstream.target, stream=stream, **talk(user("x" * size)))
+                self.answered(reply, "Hello")
+                self.answered(ask(server, upstream.target), "Hello")
+                self.assertEqual((reply.headers["x-oblix-attempts"], len(upstream.requests)), ("1", 5))
+                self.assertEqual([found[0][4][1] for found, _ in dialled].count(upstream.port), 1)
+
+    def count_calls(self, place, name):
+        """A list that gets an entry for each call of a function, until the test ends."""
+        real, calls = getattr(place, name), []
+        patched = mock.patch.object(place, name, lambda *args: calls.append(args) or real(*args))
+        patched.start()
+        self.addCleanup(patched.stop)
+        return calls
+
+    def test_a_network_that_drops_large_packets_is_noticed_and_not_waited_for_as_a_model_is(self):
+        with Upstream(OPENAI, tls=self.tls) as upstream, mock.patch.object(oblix, "DEAD_S", 0.4):
+            drop_packets(upstream._listener, over=1400)
+            with running(upstream) as server:
+                self.answered(ask(server, upstream.target), "Hello")
+                for stream in (False, True):
+                    reply = ask(server, upstream.target, stream=stream, **talk(user("word " * 2000)))
+                    self.refused(reply, 503, "does not arrive")
+                self.assertEqual(len(upstream.requests), 1)
+
+    def test_who_takes_nothing_for_a_while_is_not_dead(self):
+        """A server that answers one at a time reads the next request late."""
+        with Upstream(OPENAI, pace=0.05, tls=self.tls) as upstream, running(upstream) as server, \
+                mock.patch.object(oblix, "DEAD_S", 0.4):
+            self.answered(ask(server, upstream.target, **talk(user("x" * 1500000))), "Hello")
+
+    def test_after_a_sleep_no_connection_from_before_is_used(self):
+        """Monotonic clocks stand still meanwhile."""
+        with Upstream(OPENAI, tls=self.tls) as upstream, running(upstream) as server:
+            for hours in (0, 0, 1, -2):
+                with mock.patch.object(time, "time", lambda hours=hours, now=time.time: now() + 3600 * hours):
+                    self.answered(ask(server, upstream.target), "Hello")
+            self.assertEqual(len({request.connection for request in upstream.requests}), 3)
 
     def test_a_request_that_is_taken_slowly_but_steadily_is_not_cut(self):
         with Upstream(OPENAI, pace=0.008, tls=self.tls) as upstream, \
@@ -5331,6 +5813,16 @@ class Connections:
                     eventually(lambda: server.gateway.ledger.in_flight() == {})
                 else:
                     self.refused(reply_in(rest_of(client)), 504, "not accepted")
+
+
+def drop_packets(connection, over=0):
+    """Let the kernel drop what comes to a socket from now on, or packets of more than so many bytes: none of it is
+    acknowledged.  What a listening socket accepts inherits it.
+    """
+    need(sys.platform == "linux", IMPOSSIBLE + ": only Linux filters packets for everybody")
+    code = struct.pack("HBBI" * 4, 0x80, 0, 0, 0, 0x25, 0, 1, over, 6, 0, 0, 0, 6, 0, 0, 0xffffffff)    # linux/filter.h
+    rules = ctypes.create_string_buffer(code, len(code))
+    connection.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", len(code) // 8, ctypes.addressof(rules)))
 
 
 class Deaf:
@@ -5366,10 +5858,10 @@ class Unhindered(Case):
     """A request that waits for something costs no other request anything, however many of them there are."""
 
     def quick(self, server):
-        """That another client is answered, some hundred times slower than usual at most."""
+        """That another client is answered; what it must not wait for takes 20 s or more."""
         with Took() as took:
             self.assertEqual(fetch(server, "GET", "/v1/models").status, 200)
-        self.assertLess(took.seconds, 1)
+        self.assertLess(took.seconds, 10)
 
     def test_clients_that_were_refused_and_do_not_leave(self):
         with running(flags=["--max-requests=99"]) as server, contextlib.ExitStack() as clients:
@@ -5398,6 +5890,7 @@ class Unhindered(Case):
             gate.set()
             for client in clients:
                 client.join()
+            self.assertLess(len(asked), 9)    # one look-up is for all who want it
 
     def test_upstreams_that_are_slow_where_they_were_quick(self):
         gate = threading.Event()
@@ -5421,14 +5914,16 @@ class Unhindered(Case):
 
     def test_threads_of_requests_are_held_on_the_fastest_core_and_monitors_are_not(self):
         need(hasattr(os, "sched_setaffinity"), IMPOSSIBLE + ": only Linux holds a thread on a core")
-        rows = [({}, 5), ({2: "800000", 5: "2400000", 3: "2400000\n"}, 5), ({2: "9", 3: "8"}, 2), ({2: "x", 3: "1"}, 3)]
-        for speeds, core in rows:
-            with self.subTest(speeds=speeds), tempfile.TemporaryDirectory() as files:
+        rows = [({}, 0, 2), ({}, 1, 3), ({}, 2, 5), ({2: "800000", 5: "2400000", 3: "2400000\n"}, 62549, 5),
+                ({2: "800000", 5: "2400000", 3: "2400000\n"}, 62550, 3), ({2: "9", 3: "8"}, 1, 2),
+                ({2: "x", 3: "1"}, 1, 3)]
+        for speeds, port, core in rows:
+            with self.subTest(speeds=speeds, port=port), tempfile.TemporaryDirectory() as files:
                 for one, speed in speeds.items():
                     Path(files, str(one)).write_text(speed)
                 with mock.patch.object(os, "sched_getaffinity", lambda _: {2, 3, 5}), \
                         mock.patch.object(os, "sched_setaffinity") as held:
-                    oblix.hold_on_one_core(files + "/%d")
+                    oblix.hold_on_one_core(port, files + "/%d")
                 held.assert_called_once_with(0, {core})
         parse, held = oblix.parse_request, []
 
@@ -5511,8 +6006,20 @@ class TransportOverTls(Connections, Case):
     def test_a_certificate_that_nobody_vouches_for_is_refused(self):
         with mock.patch.dict(os.environ, SSL_CERT_FILE=os.devnull, SSL_CERT_DIR=os.devnull), \
                 Upstream(OPENAI, tls=self.tls) as upstream, running(upstream) as server:
-            self.refused(ask(server, upstream.target), 502, "certificate")
+            self.refused(ask(server, upstream.target), 502, "SSL_CERT_FILE")
             self.assertEqual(upstream.probes + upstream.requests, [])
+
+    def test_what_is_wrong_with_tls_is_told_and_what_to_do(self):
+        with Upstream(OPENAI, tls=self.tls) as upstream, running() as plain:
+            by_address = upstream.url.replace("localhost", "127.0.0.1")
+            for upstream.url, words in ((by_address, "not valid for '127.0.0.1'; is the address right"),
+                                        ("https://127.0.0.1:%d" % plain.port, "there is no TLS there")):
+                with self.subTest(words), running(upstream) as server:
+                    self.refused(ask(server, upstream.target), 502, words, code="upstream_tls")
+                    self.assertIn(words, health(server)["cloud"]["reason"])
+        for number, advice in ((9, "clock"), (10, "clock"), (20, "SSL_CERT_FILE"), (18, "SSL_CERT_FILE"), (85, "")):
+            error = mock.Mock(verify_code=number, verify_message="certificate is odd")
+            self.assertRegex(oblix._about_tls(error), "^TLS failed: certificate is odd%s" % (advice and ";.*" + advice))
 
 
 class Transport(Connections, Case):
@@ -5574,11 +6081,65 @@ class Transport(Connections, Case):
                 way = oblix.way_to(url)
                 self.assertEqual((way.host, way.tls, way.tunnel), (host, tls, tunnel))
                 line, *fields = way.head.split("\r\n")[:-1]
-                told = {**dict(field.split(": ") for field in fields), **way.secret}
+                told = dict(field.split(": ") for field in [*fields, *way.secret.splitlines()])
                 self.assertEqual(line, path + " HTTP/1.1")
                 self.assertEqual((told.pop("Host"), told.pop("Proxy-Authorization", "")), (way.upstream, known))
                 self.assertEqual(told, {})
                 self.assertEqual(bool(way.secret), bool(tunnel and known))
+
+    def test_what_no_proxy_says_is_reached_directly(self):
+        here, address = "http://llm.corp.example:8000/v1", "http://100.101.102.103:11434/v1"
+        rows = [  # URL, rule, whether it is for that
+            *((here, rule, True) for rule in (
+                "corp.example", ".corp.example", "*.corp.example", "LLM.Corp.Example", "llm.corp.example:8000", "*",
+                "x.test, corp.example ,y.test", "x.test corp.example", "*corp.example", "*.corp.example:8000",
+                "llm.*")),
+            *((here, rule, False) for rule in (
+                "other.example", "orp.example", "llm.corp.example:80", "10.0.0.0/8", "llm", "x.llm.corp.example", ",",
+                ".", "[", "corp.example:x", "*.corp.example:80")),
+            *((address, rule, True) for rule in ("100.101.102.103", "100.64.0.0/10", "100.101.102.103:11434", "100.*")),
+            *((address, rule, False) for rule in ("100.101.102.10", "100.128.0.0/9", "fd00::/8")),
+            ("http://[2001:db8::1]:80/", "[2001:db8::1]", True), ("http://[2001:db8::1]/", "2001:db8::/32", True),
+            ("https://far.example/", "far.example:443", True), ("https://far.example/", "far.example:80", False)]
+        for url, rule, directly in rows:
+            proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://proxy.example:3128")
+            with self.subTest(url, rule=rule), mock.patch.dict(os.environ, {**proxies, "no_proxy": rule}):
+                self.assertEqual(oblix.way_to(url).host != "proxy.example:3128", directly)
+
+    def test_a_proxy_that_does_not_speak_http_is_told_and_not_gone_around(self):
+        for variable, kind in (("https_proxy", "socks5h"), ("all_proxy", "socks5"), ("ALL_PROXY", "SOCKS4")):
+            with mock.patch.dict(os.environ, {variable: kind + "://127.0.0.1:9"}), Upstream(OPENAI) as upstream:
+                upstream.url = "https://api.example"
+                with self.subTest(variable), running(upstream) as server:
+                    self.refused(ask(server, upstream.target), 503, kind + " proxies are not supported")
+                    self.assertIn("https_proxy", health(server)["cloud"]["reason"])
+        with mock.patch.dict(os.environ, {"all_proxy": "http://proxy.example:8"}):
+            self.assertEqual(oblix.way_to("https://far.example/").host, "proxy.example:8")
+
+    def test_a_proxy_that_refuses_is_told_without_its_password(self):
+        with Upstream(OPENAI) as proxy, Upstream(OPENAI) as upstream:
+            for kind, status in itertools.product(("http", "https"), (407, 403)):
+                proxy.probe = whole(status, "<html>No.</html>")
+                proxy.play(proxy.probe)
+                upstream.url = kind + "://api.example"
+                env = {kind + "_proxy": proxy.url.replace("://", "://user:p%40ss@")}
+                with self.subTest(env, status=status), mock.patch.dict(os.environ, env), running(upstream) as server:
+                    reply = ask(server, upstream.target)
+                    if (kind, status) != ("http", 403):    # which could as well be the server's
+                        self.refused(reply, 503, "the proxy refuses, with status %d" % status)
+                    self.assertNotIn("p@ss", reply.body.decode() + json.dumps(health(server)))
+
+    def test_connecting_has_one_limit_whoever_asks(self):
+        limits = []
+
+        def connect(_transport, _way, limit_s, _look):
+            limits.append(limit_s)
+            raise ConnectionRefusedError
+        with mock.patch.object(oblix.Transport, "_connect", connect), Upstream(OPENAI) as upstream, \
+                running(upstream, flags=["--connect-timeout-s=7"]) as server:
+            for name in ("cloud", upstream.target):
+                self.refused(ask(server, name), 503)    # as a last resort, and by its name
+        self.assertEqual({*limits}, {7})
 
     def test_dripping_bytes_do_not_outlive_the_limits(self):
         """A limit is a length of time, not the patience for one more byte."""
@@ -5597,6 +6158,57 @@ class Transport(Connections, Case):
             with self.subTest(name):
                 self.broken_off(reply, "Hel") if "after" in name else self.refused(reply, {502, 504})
                 self.assertLess(took.seconds, 30)
+
+
+class SideBySide(Case):
+    """A name with several addresses, of which some lead nowhere."""
+
+    @contextlib.contextmanager
+    def addresses(self):
+        """What leads nowhere, what refuses, what takes connections; and the sockets that are opened meanwhile."""
+        opened, begin = [], oblix._begin_to_connect
+        with contextlib.ExitStack() as stack:
+            nowhere, refuses, takes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+            found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", one.getsockname())
+                     for one in (nowhere, refuses, takes)]
+            drop_packets(nowhere)
+            refuses.close()
+            stack.enter_context(mock.patch.object(oblix, "_begin_to_connect",
+                                                  lambda *place: opened.append(begin(*place)) or opened[-1]))
+            yield (*found, opened)
+
+    def test_the_first_that_takes_a_connection_is_used_and_the_others_are_closed(self):
+        with self.addresses() as (nowhere, refuses, takes, opened):
+            for found in ([takes], [nowhere, takes], [refuses, takes], [nowhere, refuses, nowhere, takes]):
+                opened.clear()
+                with self.subTest(len(found)), oblix._dial(found, oblix.no_look) as connection:
+                    self.assertEqual(connection.getpeername(), takes[4])
+                    self.assertEqual({one.fileno() for one in opened} - {-1}, {connection.fileno()})
+
+    def test_where_none_does_the_last_failure_is_told_and_nothing_stays_open(self):
+        def give_up():
+            if len(opened) > 1:
+                raise oblix.ClientGone
+        with self.addresses() as (nowhere, refuses, _, opened):
+            for found, error in (([refuses] * 2, ConnectionRefusedError), ([nowhere] * 3, oblix.ClientGone),
+                                 ([], OSError)):
+                opened.clear()
+                with self.subTest(error), self.assertRaises(error):
+                    oblix._dial(found, give_up if error is oblix.ClientGone else oblix.no_look)
+                self.assertEqual({one.fileno() for one in opened} - {-1}, set())
+
+    def test_both_versions_of_ip_have_their_turn_and_no_more_than_a_few_addresses(self):
+        tried = []
+
+        def refuse(family, *_):
+            tried.append({socket.AF_INET6: 6, socket.AF_INET: 4}[family])
+            raise OSError("no")
+        for found, order in (([6, 6, 6, 4, 4], [6, 4, 6, 4, 6]), ([4] * 50, [4] * oblix.MAX_ADDRESSES)):
+            tried.clear()
+            places = [(socket.AF_INET6 if one == 6 else socket.AF_INET, 1, 6, "", ()) for one in found]
+            with self.subTest(found), mock.patch.object(oblix, "_begin_to_connect", refuse), self.assertRaises(OSError):
+                oblix._dial(places, oblix.no_look)
+            self.assertEqual(tried, order)
 
 
 # === 9. Gateway ======================================================================================================
@@ -5713,6 +6325,15 @@ class Auto(Case):
     def test_a_prompt_too_long_for_one_may_fit_the_other(self):
         too_long = whole(400, OLLAMA.error("the prompt is longer than the context length"))
         self.answered(self.saved(OLLAMA, too_long, False), "saved")
+
+    def test_a_refusal_is_the_answer_where_only_a_last_resort_was_left(self):
+        """So an agent without a network knows that its prompt is too long, and compacts."""
+        too_long = OLLAMA.error("prompt too long; exceeded max context length by 9 tokens")
+        with Upstream(OLLAMA, whole(400, too_long)) as local, Upstream(OPENAI) as cloud:
+            cloud.close()
+            with running(local, cloud) as server:
+                for stream in (False, True):
+                    self.refused(ask(server, "auto", stream=stream), 400, code="context_length_exceeded")
 
     def test_a_client_never_sees_two_beginnings(self):
         for name, script, _ in FAULTS_AFTER:
@@ -5888,8 +6509,8 @@ class Replanned(Case):
         for _ in range(3):
             self.tries("large", says="rests after: gone")
             self.assertEqual(self.plan().last_resort, (self.small,))
-            self.clock.now += oblix.REST_S / 4
-        self.clock.now += oblix.REST_S / 4
+            self.clock.now += REST_S / 4
+        self.clock.now += REST_S / 4
         self.tries("small", "large", says="local available")
         self.ledger.settle(self.small, oblix.UpstreamError("gone again"))
         self.tries("large", says="rests after: gone again")
@@ -5912,7 +6533,7 @@ class Replanned(Case):
 
     def test_a_trial_begins_and_ends(self):
         self.ledger.settle(self.small, oblix.UpstreamError("gone"))
-        self.clock.now += oblix.REST_S
+        self.clock.now += REST_S
         self.tries("small", "large")
         with self.ledger.trial(self.small) as allowed, self.ledger.trial(self.small) as another:
             self.assertEqual((allowed, another), (True, False))
@@ -5935,7 +6556,7 @@ class Replanned(Case):
     def test_a_load_starts_and_ends(self):
         end = threading.Event()
         self.addCleanup(end.set)
-        self.gateway.loader = oblix.Loader(lambda target, context: end.wait(5))
+        self.gateway.loader = oblix.Errands(lambda target, context: end.wait(5))
         self.tries("small", "large")
         load = self.gateway.loader.begin(self.small, 0)
         self.tries("large", "small", says="small is loading")
@@ -6391,13 +7012,6 @@ class Breaker(Case):
                 self.assertEqual((breaker.failures, breaker.rest_s(now + 1)), (1, rest_s - 1))
                 self.assertFalse(breaker.last_resort)
 
-    def test_a_success_forgets_everything(self):
-        for faults, *_ in RESTS:
-            with self.subTest(faults[-6:], count=len(faults)):
-                breaker = after(*faults)[0].succeeded()
-                self.assertEqual(breaker, oblix.Breaker())
-                self.assertEqual((breaker.failures, breaker.rest_s(0.0)), (0, 0.0))
-
     def test_what_is_no_fault_of_the_target_changes_nothing(self):
         for faults, fault, wait_s in itertools.product(([], ["TRANSPORT"], ["ACCOUNT"]), NO_FAULTS, (None, 7.0)):
             with self.subTest(faults, fault=fault, wait_s=wait_s):
@@ -6414,8 +7028,10 @@ class Breaker(Case):
             breaker.failures = 1
 
     def test_its_numbers(self):
-        self.assertEqual((oblix.REST_S, oblix.MAX_REST_S, oblix.MAX_RETRY_AFTER_S), (1.0, 60.0, 600.0))
-        self.assertEqual((oblix.ACCOUNT_REST_S, oblix.MISSING_REST_S), (600.0, 60.0))
+        self.assertEqual({fault.name: rests_s for fault, rests_s in oblix.RESTS_S.items()},
+                         {"TRANSPORT": (1.0, 60.0), "BUSY": (1.0, 60.0), "ACCOUNT": (600.0, 3600.0),
+                          "NOT_FOUND": (60.0, 60.0)})
+        self.assertEqual(oblix.MAX_RETRY_AFTER_S, 600.0)
 
     # What it leads to, asked over the wire.  The cloud is first, as it has no slots that could be full, and is the one
     # that fails.  The clock stands still, and moves where a test moves it.
@@ -6772,6 +7388,45 @@ class Warmth(Orchestrated):
             seen = len(local.probes)
             eventually(lambda: look(server) or len(local.probes) > seen + 1)
             self.assertEqual(local.loads, [])
+
+    def test_a_model_that_is_shown_under_another_name_is_in_memory(self):
+        """Those of one file of weights are one to Ollama.  Others show nothing.  Another load would change nothing."""
+        told = OllamaDialect.ps
+        for shown in ({"hf.co/org/tiny:Q4": {}}, {}):
+            def ps(dialect, loaded, shown=shown):
+                return told(dialect, shown if "llama3.2:latest" in loaded else {})
+            with self.subTest(shown=shown), mock.patch.object(OllamaDialect, "ps", ps), small(loaded={}) as local, \
+                    cloudy() as cloud, running(local, cloud) as server:
+                eventually(lambda: states(server)[local.target] == "ready")
+                for stream in (False, True):
+                    self.answered(ask(server, "auto", stream=stream), "local", by=local.target)
+                self.assertEqual(len(local.loads), 1)
+                if shown:    # what was in memory is gone
+                    del local.loaded["llama3.2:latest"]
+                    eventually(lambda: look(server) or states(server)[local.target] == "cold")
+
+    def test_the_first_request_waits_for_the_first_word_of_ollama(self):
+        gate = threading.Event()
+
+        def first(model, script):
+            local, cloud = small(), cloudy(script) if script else None
+            local.probe = [gate, *local.probe]
+            clouds = [cloud] if cloud else []
+            with local, cloud or contextlib.nullcontext(), \
+                    running(*clouds, env=env_for(local), probed=False) as server:
+                replies = [self.later(ask, server, model, stream=stream) for stream in (False, True)]
+                if script:
+                    eventually(lambda: len(cloud.requests) > 1)
+                self.waits(*replies)
+                gate.set()
+                for reply in replies:
+                    self.answered(reply.result(), "local", by="ollama:llama3.2")
+                    self.assertEqual(reply.result().headers["x-oblix-attempts"], "2" if script else "1")
+        refused = whole(401, OPENAI.error("No."))
+        for model, script in (("auto", None), ("local", None), ("llama3.2", None), ("auto", refused)):
+            gate.clear()
+            with self.subTest(model, script=script):
+                first(model, script)
 
     def test_while_it_loads_the_cloud_answers_and_the_load_goes_on(self):
         gate = threading.Event()
@@ -8541,6 +9196,8 @@ class Burner(Case):
     """What else the device does.  It runs by itself at the end, when the other tests leave the processor alone."""
 
     def test_a_busy_device_leaves_answers_to_the_cloud_within_three_seconds_until_it_is_idle_again(self):
+        if psutil.cpu_percent(2) > 25:
+            raise unittest.SkipTest(IMPOSSIBLE + ": something else keeps the processor busy")
         with Upstream(OLLAMA) as local, Upstream(OPENAI) as cloud, \
                 Process("--port=0", "--better-after-s=1", "--memory-constrained-percent=101", "--load-constrained=1e6",
                         "--load-critical=1e6",    # it remembers for a minute how busy the other tests were
@@ -8548,11 +9205,7 @@ class Burner(Case):
             def side():
                 time.sleep(0.05)    # to ask without a pause keeps the processor busy, too
                 return ask(server).headers["x-oblix-side"]
-            with contextlib.suppress(AssertionError):
-                eventually(lambda: side() == "local", within=20)
-            if side() == "cloud" and psutil.cpu_percent(1) > 60:
-                raise unittest.SkipTest(IMPOSSIBLE + ": something else keeps the processor busy")
-            self.assertEqual(side(), "local", health(server)["local"])
+            eventually(lambda: side() == "local", within=20)
             with processes(BURN, *["burner"] * os.cpu_count()), Took() as took:
                 eventually(lambda: side() == "cloud", within=10)
             self.assertLess(took.seconds, 3.5)    # three, and the burners' start
@@ -9211,7 +9864,6 @@ class UnreadStreams(Unread, Case):
                     self.answered(reply, "".join(TEXTS[:6]))
                     silence = reply.body[reply.body.index(b"w3 "):reply.body.index(b"w4 ")]
                     self.assertGreaterEqual(silence.count(b"\n\n: keep-alive\n\n"), 2, reply.body)
-                    self.assertEqual(reply.body.count(b": keep-alive"), silence.count(b": keep-alive"))
                     self.assertGreater(len(passed), 2)
 
     def test_what_passes_is_a_sign_of_life(self):
@@ -9481,7 +10133,7 @@ class Server(Case):
             connection.request(method, path, body, JSON)
             with contextlib.closing(connection.getresponse()) as response:
                 return Reply(response)
-        connection = http.client.HTTPConnection(host, self.server.port, timeout=5)
+        connection = http.client.HTTPConnection(host, self.server.port, timeout=30)
         with contextlib.closing(connection):
             yield send
 
@@ -9552,10 +10204,11 @@ class Server(Case):
 
     def test_a_server_stops_at_once_wherever_it_listens(self):
         for host in ["localhost", "127.0.0.1", "0.0.0.0"] + ["::"] * has_loopback_6():
-            with self.subTest(host), running(self.local, flags=["--no-auth", "--host=" + host], probed=False) as server:
+            with self.subTest(host), mock.patch.object(oblix._Listener, "timeout", 60.0), \
+                    running(self.local, flags=["--no-auth", "--host=" + host], probed=False) as server:
                 self.assertEqual(fetch(server, "GET", "/").status, 200)
                 begun = time.monotonic()
-            self.assertLess(time.monotonic() - begun, 1)
+            self.assertLess(time.monotonic() - begun, 30)    # nobody wakes by himself before 60
 
     def test_chat_with_and_without_v1_with_a_slash_and_a_query(self):
         for path in ("/v1/chat/completions", "/chat/completions", "/v1/chat/completions/", "/chat/completions?a=1",
@@ -9713,9 +10366,7 @@ class Server(Case):
             client.sendall(post(chat(local.target)))
             local.next_request()
             for path in ("/health", "/v1/models", "/v1/models/auto", "/"):
-                with Took() as took:
-                    self.assertEqual(fetch(server, "GET", path).status, 200)
-                self.assertLess(took.seconds, 0.5, path)
+                self.assertEqual(fetch(server, "GET", path).status, 200)    # the upstreams answer nothing at all
 
     def test_unhealthy_is_a_503_with_reasons(self):
         with Upstream(OLLAMA) as local:
@@ -9845,7 +10496,7 @@ class Hostile(Case):
 
     def ask_all(self, bodies):
         """One client with many bodies on one connection."""
-        connection, replies = http.client.HTTPConnection("127.0.0.1", self.process.port, timeout=10), []
+        connection, replies = http.client.HTTPConnection("127.0.0.1", self.process.port, timeout=30), []
         with contextlib.closing(connection):
             for body in bodies:
                 connection.request("POST", "/v1/chat/completions", body, JSON)
@@ -10437,7 +11088,7 @@ class Guard(Case):
             with self.subTest(flags=flags, env=env), \
                     running(self.local, flags=flags, env=env, probed=False) as server:
                 host = "::1" if "::1" in server.url else "127.0.0.1"
-                connection = http.client.HTTPConnection(host, server.port, timeout=5)
+                connection = http.client.HTTPConnection(host, server.port, timeout=30)
                 with contextlib.closing(connection):
                     connection.request("GET", "/v1/models")
                     with contextlib.closing(connection.getresponse()) as response:
@@ -10478,7 +11129,7 @@ class Guard(Case):
     def started(self, flags, env):
         """(status, stdout, stderr) of a start that fails before the server would run."""
         with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(io.StringIO()) as said, \
-                mock.patch.object(oblix, "run_server", lambda _: "it runs"):
+                mock.patch.object(oblix, "run_server", lambda *_: "it runs"):
             status = oblix.main(flags, {**NOBODY, **env})
         return status, said.getvalue(), told.getvalue()
 
@@ -10983,7 +11634,7 @@ def reply_in(data):
 
 
 def connected(server):
-    return socket.create_connection(("127.0.0.1", server.port), 5)
+    return socket.create_connection(("127.0.0.1", server.port), 30)
 
 
 def thirstless(server, **fields):
@@ -11029,7 +11680,7 @@ def cannot_send(client, data):
     return False
 
 
-def slowly(client, pieces, pause=0.03, within=4):
+def slowly(client, pieces, pause=0.03, within=30):
     """What comes back to a client that sends these pieces, with a pause after each, until something comes."""
     until = time.monotonic() + within
     with contextlib.suppress(ConnectionError):
@@ -11092,7 +11743,7 @@ class Large(Case):
         def sent(piece):
             with connected(self.server) as client:
                 client.sendall(post(b"", "Content-Length: 99999999999", length=False))
-                eventually(lambda: cannot_send(client, piece), within=4)
+                eventually(lambda: cannot_send(client, piece))
         with mock.patch.object(oblix, "LINGER_S", 0.2):
             at_once(sent, [(b" ",), (b" " * 65536,)])
 
@@ -11212,7 +11863,7 @@ class Busy(Case):
             with Upstream(OPENAI) as upstream, running(upstream, flags=flags) as server:
                 self.ended(server, upstream, size, script, how, fields)
                 data = post(padded(size, model=upstream.target), "Connection: close")
-                eventually(lambda: raw(server, data).startswith(b"HTTP/1.1 200 "), within=10)
+                eventually(lambda: raw(server, data).startswith(b"HTTP/1.1 200 "))
                 return server.gateway.ledger.in_flight()
         with mock.patch.object(oblix, "for_client", with_a_bug), self.assertLogs("oblix", "ERROR") as logged, \
                 mock.patch.object(oblix, "MAX_BODIES_BYTES", size):
@@ -11263,17 +11914,17 @@ class Busy(Case):
                     return reply_in(b"".join(received)).text == text and len(received) > 100
                 upstream.play(answer(Text("Hello")))
                 self.refused(ask(server, upstream.target), 503, code="overloaded")
-                eventually(lambda: ask(server, upstream.target).status == 200, within=4)
+                eventually(lambda: ask(server, upstream.target).status == 200)
                 return server.gateway.ledger.in_flight() == {} and (script is pieces or not stream
-                                                                    or request.hung_up.wait(2))
-        with mock.patch.object(oblix, "SEND_S", 0.4):
+                                                                    or request.hung_up.wait(20))
+        with mock.patch.object(oblix, "SEND_S", 1.5):
             self.assertEqual(at_once(served, rows), [True] * len(rows))
 
     def test_who_asks_on_and_on_and_reads_nothing_is_dropped(self):
         with mock.patch.object(oblix, "SEND_S", 0.3), Upstream(OLLAMA) as upstream, \
                 running(upstream, flags=["--max-requests=4"]) as server, connected(server) as client:
             client.settimeout(0.1)
-            eventually(lambda: cannot_send(client, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500), within=4)
+            eventually(lambda: cannot_send(client, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500))
 
 
 @contextlib.contextmanager
@@ -11320,7 +11971,7 @@ class Slow(Case):
 
     @classmethod
     def setUpClass(cls):
-        cls.keep(mock.patch.multiple(oblix, HEAD_S=0.4, BODY_S=0.4, BODY_BYTES_PER_S=1 << 17, IDLE_CLIENT_S=0.8))
+        cls.keep(mock.patch.multiple(oblix, HEAD_S=1.0, BODY_S=1.0, BODY_BYTES_PER_S=1 << 17, IDLE_CLIENT_S=3.0))
         cls.upstream = cls.keep(Upstream(OPENAI, cls.script))
         cls.server = cls.keep(running(cls.upstream))
         cls.pool = cls.keep(concurrent.futures.ThreadPoolExecutor(64))
@@ -11328,12 +11979,12 @@ class Slow(Case):
         cls.slow = [(row, cls.pool.submit(cls.sent, *row[1:])) for row in rows]
         cls.honest = [(told, cls.pool.submit(cls.sent_in_time, pieces)) for pieces, told in cls.honest_rows()]
         cls.idle = [cls.pool.submit(cls.left_idle, requests) for requests in (0, 2)]
-        cls.waiting = [cls.pool.submit(ask, cls.server, cls.upstream.target, 5, user="late", stream=stream)
+        cls.waiting = [cls.pool.submit(ask, cls.server, cls.upstream.target, user="late", stream=stream)
                        for stream in (False, True)]
 
     @staticmethod
     def script(dialect, request):
-        late = [1.2] * ("user" in request.json)
+        late = [3.5] * ("user" in request.json)
         return [*late, *answer(Text("Hello"))(dialect, request)]
 
     @classmethod
@@ -11361,7 +12012,7 @@ class Slow(Case):
         close = "Connection: close"
 
         def after_a_rest():
-            time.sleep(0.6)    # of which no byte of a head has come
+            time.sleep(1.2)    # of which no byte of a head has come
             yield from (START[:20], START[20:], b"Connection: close\r\n\r\n")
         return [([body_head("Content-Length: %d" % len(body), close), *pieces], b"Hello"),
                 ([body_head(*CHUNKS), *map(chunk, pieces), END], b"Hello"), (after_a_rest(), b'"status":"healthy"')]
@@ -11393,7 +12044,7 @@ class Slow(Case):
         for result in self.idle:
             last, seconds = result.result()
             self.assertEqual(last, b"")
-            self.assertGreater(seconds, 0.4)
+            self.assertGreater(seconds, 2)
 
     def test_one_that_waits_for_its_answer_is_not_idle(self):
         for reply in self.waiting:
@@ -11429,7 +12080,7 @@ class Crowded(Case):
                     asking_later(server, upstream, 2) as under_way:
                 crowd = self.flood(clients, server, data)
                 upstream.play(answer(Text("Hello")))
-                self.answered(ask(server, upstream.target, timeout=3), "Hello")
+                self.answered(ask(server, upstream.target), "Hello")
                 eventually(lambda: sum(map(is_closed, crowd)) >= len(crowd) - 14)
                 closed = [*map(is_closed, crowd)]
                 gate.set()
@@ -11460,13 +12111,26 @@ class Crowded(Case):
             crowd += self.flood(clients, server, b"", 7, "::1")
             eventually(lambda: sum(map(is_closed, crowd)) >= 14 - 8)
             self.assertEqual([*map(is_closed, crowd)][-6:], [False] * 6)
-            self.answered(ask(server, upstream.target, timeout=3), "Hello")
+            self.answered(ask(server, upstream.target), "Hello")
+
+    def test_one_that_was_sent_away_takes_no_place_while_it_goes(self):
+        """Its thread sees that in its own time; the next to come must not be sent away in its stead."""
+        admission = oblix.Admission(max_requests=1, max_body_bytes=1)
+        with contextlib.ExitStack() as stack:
+            ours, clients = zip(*(map(stack.enter_context, socket.socketpair()) for _ in range(4)))
+            admission.enter(ours[0]).busy = True
+            admission.enter(ours[1])
+            third = admission.enter(ours[2])
+            self.assertEqual([*map(is_closed, clients[:3])], [False, True, False])
+            admission.leave(third)
+            admission.enter(ours[3])
+            self.assertEqual([*map(is_closed, clients)], [False, True, False, False])
 
     def test_a_connection_that_gets_no_thread_is_closed_and_the_next_one_served(self):
         start = threading.Thread.start
 
         def failing(thread):
-            if thread.name != "connect" if refused == "the client" else thread.name == "connect":
+            if thread.name != "errand" if refused == "the client" else thread.name == "errand":
                 raise RuntimeError("can't start new thread")
             start(thread)
         with Upstream(OPENAI) as upstream, running(upstream, flags=["--max-requests=1"]) as server:
@@ -11564,8 +12228,8 @@ class Siege(Case):
             for _ in range(3):
                 for client in writers:
                     client.sendall(b"a")
-                self.answered(ask(self.server, "cloud", timeout=3), "Hello")
-                self.assertEqual(fetch(self.server, "GET", "/health", timeout=3).status, 200)
+                self.answered(ask(self.server, "cloud"), "Hello")
+                self.assertEqual(fetch(self.server, "GET", "/health").status, 200)
             self.assertEqual(len(self.upstream.requests), self.readers + 3)
         self.gate.set()
         eventually(lambda: health(self.server)["targets"][0]["in_flight"] == 0)
@@ -11842,7 +12506,7 @@ def bare_env(env=None):
 
 def command(*flags, env=None):
     """`python oblix.py FLAGS` from its beginning to its end."""
-    return subprocess.run([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env), timeout=10,
+    return subprocess.run([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env), timeout=60,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
 
 
@@ -11855,7 +12519,7 @@ class Process:
         self._said, self._reader = [], threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         address = re.compile(r"http://(?:localhost|127\.0\.0\.1):(\d+)/v1")
-        eventually(lambda: address.search(self.said()) or self._process.poll() is not None, within=10)
+        eventually(lambda: address.search(self.said()) or self._process.poll() is not None, within=60)
         if not address.search(self.said()):
             self.__exit__()
             raise AssertionError("it does not say its address: " + self.said())
@@ -11872,8 +12536,8 @@ class Process:
         """End it by these signals, and wait for the last of what it says."""
         for number in signal_numbers:
             self._process.send_signal(number)
-        self._process.wait(5)
-        self._reader.join(5)
+        self._process.wait(30)
+        self._reader.join(30)
 
     def __enter__(self):
         return self
@@ -11978,11 +12642,10 @@ class CommandLine(Case):
                 self.assertEqual([*states(process)], ["ollama:demo-local", "openai:demo-cloud"])
 
     def test_it_starts_with_nothing_there_and_says_what_to_do(self):
-        with Took() as took, Process("--port=0") as process:
+        with Process("--port=0") as process:
             self.refused(ask(process, "auto"), 503, code="no_target_available")
             for word in ("ollama", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
-                self.assertIn(word.lower(), process.said().lower())
-        self.assertLess(took.seconds, 3)
+                eventually(lambda: word.lower() in process.said().lower())    # noqa: B023 - it is over here
 
     def test_it_starts_beside_an_ollama_that_does_not_answer(self):
         with Upstream(OLLAMA, probe=[HANG]) as silent, Process("--port=0", env=env_for(silent)) as process:
@@ -12031,7 +12694,7 @@ class CommandLine(Case):
             def given_back():
                 kib = {name: int(size) for name, size in re.findall(r"(\w+):\s+(\d+) kB", status.read_text())}
                 return kib["VmHWM"] - kib["VmRSS"] > 8 << 10
-            eventually(given_back, within=10)
+            eventually(given_back)
 
 
 # --- 14. As a service ------------------------------------------------------------------------------------------------
@@ -12054,7 +12717,7 @@ class Service(Process):
         self._said, self._reader = [], threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
-            eventually(lambda: (ready or type(self)._address)(self) or self._process.poll() is not None, within=10)
+            eventually(lambda: (ready or type(self)._address)(self) or self._process.poll() is not None, within=60)
             self.port = int(self._address()[1]) if not ready else None
         except BaseException as error:
             self.__exit__()
@@ -12075,7 +12738,7 @@ class Service(Process):
     def signal(self, number):
         os.kill(self.pid, number)
 
-    def status(self, within=8):
+    def status(self, within=60):
         """Its exit status, waited for."""
         return self._process.wait(within)
 
@@ -12186,7 +12849,8 @@ def named(name):
 ENDLESS = ["--drain=60"]
 OTHER = "ollama:hf.co/org/tiny:Q4"    # a model that `small` has, beside the usual one
 IDLE_WITH = [("a load under way", signal.SIGTERM, lambda: small(loaded={}, load=[HANG])),
-             ("a probe under way", signal.SIGINT, lambda: Upstream(OLLAMA, probe=[HANG]))]
+             ("a probe under way", signal.SIGINT, lambda: Upstream(OLLAMA, probe=[HANG])),
+             ("its terminal gone", signal.SIGHUP, lambda: Upstream(OLLAMA))]
 RUNS_ON = [  # name, model, whether streamed: requests that wait for something which comes within the drain
     ("flowing", "cloud", True), ("flowing", "cloud", False), ("silent", "cloud", True), ("silent", "cloud", False),
     ("loading", "local", True), ("loading", "local", False),
@@ -12213,8 +12877,10 @@ class Stopping(Case):
     @classmethod
     def setUpClass(cls):
         rows = [(work, row) for work, rows in [
-            (cls.first_of_all, [()]), (cls.at_the_end_of_the_drain, [(0.5,), (0.0,)]), (cls.within_the_drain, [()]),
+            (cls.first_of_all, [()]), (cls.under_nohup, [()]),
+            (cls.at_the_end_of_the_drain, [(0.5,), (0.0,)]), (cls.within_the_drain, [()]),
             (cls.idle, IDLE_WITH), (cls.told_twice, [(signal.SIGINT, signal.SIGTERM)]),
+            (cls.hung_up_twice, [(signal.SIGHUP,), (signal.SIGTERM,)]),
             (cls.in_a_terminal, [(True,), (False,)]), (cls.starting, STARTING)] for row in rows]
         outcomes = at_once(cls.outcome, rows)
         cls.seen = [(work, row, outcome) for (work, row), outcome in zip(rows, outcomes)]
@@ -12236,25 +12902,40 @@ class Stopping(Case):
                         raise outcome
                     check(outcome)
 
-    def ended(self, seen, status=0, within=5.0):
+    def ended(self, seen, status=0):
         self.assertEqual(seen.status, status, seen.said)
-        self.assertLess(seen.seconds, within)
+        self.assertLess(seen.seconds, 30, "half of the drain")
         self.assertNotIn("Traceback", seen.said)
 
     @staticmethod
     def seen(service, took=None, **more):
         """What is to be seen of a service that has ended."""
         status = service.status()
-        service._reader.join(5)
+        service._reader.join(30)
         return types.SimpleNamespace(status=status, said=service.said() + service.log(),
                                      seconds=time.monotonic() - took.begun if took else 0.0, **more)
 
     # What happens.
 
     @classmethod
+    def under_nohup(cls):
+        ignored = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)"
+        with Service("--demo", "--port=0", changed=ignored) as service:
+            service.signal(signal.SIGHUP)
+            reply = ask(service, "cloud")    # this takes longer than a drain of nothing
+            service.signal(signal.SIGTERM)
+            return cls.seen(service, reply=reply)
+
+    def test_what_nohup_started_outlives_its_terminal(self):
+        def check(seen):
+            self.assertEqual((seen.reply.status, seen.reply.headers["Connection"]), (200, "keep-alive"))
+            self.ended(seen)
+        self.each(self.under_nohup, check)
+
+    @classmethod
     def idle(cls, _what, number, upstream):
         with upstream() as local, Service("--port=0", *ENDLESS, env=env_for(local)) as service, \
-                socket.create_connection(("127.0.0.1", service.port), 8) as idle:
+                socket.create_connection(("127.0.0.1", service.port), 30) as idle:
             idle.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
             first = idle.recv(1 << 16)
             eventually(lambda: local.loads or local.probes)
@@ -12310,7 +12991,7 @@ class Stopping(Case):
 
     @staticmethod
     def connected(service):
-        return socket.create_connection(("127.0.0.1", service.port), 8)
+        return socket.create_connection(("127.0.0.1", service.port), 30)
 
     @staticmethod
     def rest_of(client):
@@ -12366,7 +13047,7 @@ class Stopping(Case):
                      *CALM, *flags_for(local, cloud), "--cloud-model=openai:none@%s/v1" % silent]
             service = stack.enter_context(Service(*flags, env=env_for(cloud, local)))
             eventually(lambda: states(service)[local.target] == "ready" and states(service)[cloud.target] == "ready")
-            running = [pool.submit(ask, service, cls.asked(model), stream=stream, timeout=8, **named(name))
+            running = [pool.submit(ask, service, cls.asked(model), stream=stream, **named(name))
                        for name, model, stream in rows]
             deaf, slow, eager, half, first = (stack.enter_context(cls.connected(service)) for _ in range(5))
             deaf.sendall(post(chat("cloud", stream=True, **named("flooding"))))
@@ -12383,7 +13064,7 @@ class Stopping(Case):
             seen = cls.seen(service, took, replies=dict(zip(BEGUN + NOT_BEGUN, replies)))
             seen.replies.update(eager=reply_of(cls.rest_of(eager)), slow=reply_of(slowly.result()))
             requests = cloud.requests + local.requests + local.loads
-            seen.left = [request.body for request in requests if not request.hung_up.wait(2)]
+            seen.left = [request.body for request in requests if not request.hung_up.wait(20)]
             seen.asked = len(requests)
             return seen
 
@@ -12447,8 +13128,28 @@ class Stopping(Case):
     def test_a_second_signal_ends_it_at_once(self):
         def check(seen):
             self.assertTrue(seen.still_there)
-            self.ended(seen, seen.expected, within=2)
+            self.ended(seen, seen.expected)
         self.each(self.told_twice, check)
+
+    @classmethod
+    def hung_up_twice(cls, first):
+        gate = threading.Event()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, small(delayed(gate, 0.5)) as local, \
+                Service("--port=0", *ENDLESS, *CALM, env=env_for(local)) as service:
+            running = pool.submit(ask, service, "local")
+            local.next_request()
+            service.signal(first)
+            eventually(service.refuses)
+            service.signal(signal.SIGHUP)
+            gate.set()
+            return cls.seen(service, reply=running.result())
+
+    def test_a_terminal_that_hangs_up_twice_hurries_nobody(self):
+        """A shell passes on what it is sent, and when it has ended the kernel sends it once more."""
+        def check(seen):
+            self.answered(seen.reply, "local")
+            self.ended(seen)
+        self.each(self.hung_up_twice, check)
 
     @classmethod
     def in_a_terminal(cls, busy):
@@ -12471,7 +13172,8 @@ class Stopping(Case):
     def starting(cls, does, number, changed):
         with Upstream(OLLAMA, probe=[HANG]) as local:
             ready = (lambda service: "now" in service.said()) if changed else (lambda _: local.probes)
-            with Service("--port=0", env=env_for(local), changed=changed, ready=ready) as service, Took() as took:
+            with Service("--port=0", *ENDLESS, env=env_for(local), changed=changed, ready=ready) as service, \
+                    Took() as took:
                 service.signal(number)
                 return cls.seen(service, took)
 
@@ -12620,7 +13322,7 @@ class Logs(Case):
             replies = {name: reply_of(cls.left(service, data) if name == "left" else raw(service, data))
                        for name, data, *_ in LOGGED}
             if replies["left"].status == 200:
-                cloud.last.hung_up.wait(2)
+                cloud.last.hung_up.wait(20)
             service.end(signal.SIGTERM)
             return types.SimpleNamespace(replies=replies, log=service.log(), lines=service.log().splitlines(),
                                          local=local.target, cloud=cloud.target)
@@ -12796,7 +13498,7 @@ class Outlet(io.StringIO):
         self.gate.set()
 
     def write(self, text):
-        self.gate.wait(10)
+        self.gate.wait(60)
         self.writes += 1
         return super().write(text)
 
@@ -12808,14 +13510,8 @@ class LogWriter(Case):
         self.outlet = Outlet()
         self.writer = oblix._LogWriter(self.outlet)
         self.writer.setFormatter(logging.Formatter("%(message)s"))
-        self.addCleanup(self.stop)
-
-    def stop(self):
-        """End the thread, which would wait for ever."""
-        self.outlet.gate.set()
-        with mock.patch.object(self.writer._come, "wait", return_value=False):
-            self.tell("the last one")
-            eventually(lambda: "log" not in [thread.name for thread in threading.enumerate()])
+        self.addCleanup(self.writer.close)
+        self.addCleanup(self.outlet.gate.set)
 
     def tell(self, *texts, level=logging.INFO):
         for text in texts:
@@ -12830,12 +13526,13 @@ class LogWriter(Case):
         self.tell("one more")    # after a rest
         eventually(lambda: "one more" in self.outlet.getvalue())
 
-    def test_a_flush_waits_until_all_is_written(self):
-        with mock.patch.object(oblix, "LOG_END_S", 10):
-            for number in range(3):
-                self.tell("line %d" % number)
-                self.writer.flush()
-                self.assertEqual(len(self.outlet.getvalue().splitlines()), number + 1)
+    def test_its_end_waits_until_all_is_written(self):
+        with mock.patch.object(oblix, "LOG_END_S", 60):
+            self.tell("line 0")
+            eventually(lambda: self.outlet.writes)
+            self.tell("line 1", "line 2")
+            self.writer.close()
+            self.assertEqual(len(self.outlet.getvalue().splitlines()), 3)
 
     def test_nobody_waits_where_nothing_is_taken_and_the_oldest_lines_are_dropped(self):
         self.outlet.gate.clear()
@@ -12844,8 +13541,8 @@ class LogWriter(Case):
             eventually(lambda: not self.writer._lines)
             self.tell(*map(str, range(oblix.MAX_LOG_LINES + 5)))
             self.tell("a warning", level=logging.WARNING)
-            self.writer.flush()
-        self.assertLess(took.seconds, 5)
+            self.writer.close()
+        self.assertLess(took.seconds, 10)    # its gate opens after 60
         self.outlet.gate.set()
         eventually(lambda: "a warning" in self.outlet.getvalue())
         lines = self.outlet.getvalue().splitlines()
@@ -12856,7 +13553,7 @@ class LogWriter(Case):
         for error in (BrokenPipeError(), ValueError("it is closed")):
             with mock.patch.object(self.outlet, "write", side_effect=error) as write:
                 self.tell("lost", level=logging.WARNING)
-                eventually(lambda: write.called and not self.writer._writing)    # noqa: B023 - it is over here
+                eventually(lambda: write.called)    # noqa: B023 - it is over here
         self.tell("told", level=logging.WARNING)
         eventually(lambda: "told" in self.outlet.getvalue())
 
@@ -12874,16 +13571,17 @@ class LogWriter(Case):
                 self.assertIn("stopping", "".join(lines[-2:]))    # the last request may be told of after it
 
     @unittest.skipUnless(os.name == "posix", IMPOSSIBLE + ": signals are POSIX's")
-    def test_a_process_whose_log_nobody_takes_answers_and_ends(self):
-        """A pipe that is full, one whose other end is closed, and no stderr at all."""
-        for how in ("full", "left", "closed"):
+    def test_a_process_whose_words_nobody_takes_answers_and_ends(self):
+        """A pipe that is full, one whose other end is closed, a full disk, and no stdout and stderr at all."""
+        for how in ("full", "left", "closed", *["disk"] * os.path.exists("/dev/full")):
             read, write = os.pipe()
             with self.subTest(how), Upstream(OPENAI, [OPENAI.head, chunk(HEL[OPENAI]), CLOSE]) as upstream:
                 with socket.create_server(("127.0.0.1", 0)) as free:
                     server = argparse.Namespace(port=free.getsockname()[1])
-                command = ["sh", "-c", 'exec "$@"%s' % (" 2>&-" if how == "closed" else ""), "sh", sys.executable,
-                           "oblix.py", "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
-                if how == "full":    # but for what the start says
+                closed = {"closed": " >&- 2>&-", "disk": " >/dev/full 2>&1"}.get(how, "")
+                command = ["sh", "-c", 'exec "$@"' + closed, "sh", sys.executable, "oblix.py",
+                           "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
+                if how == "full":
                     os.set_blocking(write, False)
                     with contextlib.suppress(BlockingIOError):
                         while True:
@@ -12892,21 +13590,29 @@ class LogWriter(Case):
                 elif how == "left":
                     os.close(read)
                 process = subprocess.Popen(command, cwd=HERE, env=bare_env(env_for(upstream)), stderr=write,
-                                           stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+                                           stdout=write, stdin=subprocess.DEVNULL)
                 try:
                     os.close(write)
-                    eventually(lambda: not refuses_connections(server), within=10)    # noqa: B023 - it is over here
+                    eventually(lambda: not refuses_connections(server))    # noqa: B023 - it is over here
                     for _ in range(3):
                         reply = ask(server, upstream.target, stream=True)    # which is cut, and warned of
                         self.assertTrue(reply.cut)
                     self.assertEqual(fetch(server, "GET", "/health").status in (200, 503), True)
                     process.send_signal(signal.SIGTERM)
-                    self.assertEqual(process.wait(8), 0)
+                    self.assertEqual(process.wait(20), 0)
                 finally:
                     process.kill()
                     process.wait()
                     if how != "left":
                         os.close(read)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), IMPOSSIBLE + ": no device is a full disk")
+    def test_what_a_command_finds_is_its_status_whoever_reads_it(self):
+        for flags, status in ((["check"], 1), (["--port=x"], 2)):
+            with open("/dev/full", "wb") as full:
+                ran = subprocess.run([sys.executable, "oblix.py", *flags], cwd=HERE, env=bare_env(), stdout=full,
+                                     stderr=full, stdin=subprocess.DEVNULL, timeout=60)
+            self.assertEqual(ran.returncode, status, flags)
 
 
 def refuses_connections(server):
@@ -13007,7 +13713,7 @@ class Stale(Orchestrated):
         for kind, fact in ((oblix.ResourceMonitor, "memory_percent"), (oblix.PowerMonitor, "battery_percent")):
             stale, sample = kind.name + "_stale", lambda monitor, fact=fact: {fact: 50.0}
             with self.subTest(kind), mock.patch.object(kind, "every_s", lambda _: 0.01), \
-                    mock.patch("oblix.has_battery", return_value=True), mock.patch.object(kind, "sample", sample), \
+                    mock.patch.object(kind, "sample", sample), \
                     self.assertLogs("oblix", "WARNING") as logged, small() as local, running(local) as server:
                 with mock.patch.object(kind, "sample", side_effect=OSError("no /proc here")):
                     eventually(lambda: self.facts(server).get(stale))
@@ -13662,7 +14368,7 @@ class Cluster(Case):
             reply = ask(self.server, "auto", stream=stream)
             self.answered(reply, "Hello", by="openai:" + VLLM.model)
             self.assertEqual(reply.headers["x-oblix-side"], "local")
-            self.assertEqual(reply.message["reasoning"], "Hm.")
+            self.assertEqual(reply.message["reasoning_content"], "Hm.")
             self.assertEqual((self.upstream.last.path, self.upstream.last.json["model"]), (VLLM.path, VLLM.model))
             self.assertIsNone(self.upstream.last.headers["Authorization"])
 
@@ -13868,7 +14574,7 @@ class ClientContract:
         self.assertLessEqual({"auto", "local", "cloud", "ollama:hf.co/org/tiny:Q4", *EXPLICIT}, set(ids))
         for name in ids:
             self.does("model", name, {"ids": [name]})
-        self.raises("NotFoundError", "model", "openai:no/such", 404, "no/such")
+        self.raises("NotFoundError", "model", "no/such", 404, "no/such")
 
     def test_the_base_url_may_lack_v1_and_say_localhost(self):
         self.start()
@@ -14633,6 +15339,10 @@ class CannedWire:
 
     close = settimeout = setsockopt
 
+    def getsockopt(self, *_):
+        """It is no connection of which the kernel could tell anything."""
+        raise OSError
+
     def makefile(self, *_):
         """As http.client wants to have it."""
         return io.BytesIO(b"".join(self._pieces))
@@ -15076,9 +15786,7 @@ class Relays:
     def __init__(self, stack):
         self.data, self.logged = b"", []
         self.upstreams = [stack.enter_context(Upstream(dialect, self.play)) for dialect in DIALECTS]
-        rests = dict.fromkeys(oblix._RESTS, (0.0, 0.0))
-        stack.enter_context(mock.patch.dict(oblix._RESTS, rests))
-        stack.enter_context(mock.patch.multiple(oblix, REST_S=0.0, MAX_REST_S=0.0, MISSING_REST_S=0.0))
+        stack.enter_context(mock.patch.dict(oblix.RESTS_S, dict.fromkeys(oblix.RESTS_S, (0.0, 0.0))))
         flags = ["--on-cut=continue", "--stall-timeout-s=2", "--first-byte-timeout-s=2"]
         self.server = stack.enter_context(running(*self.upstreams, flags=flags))
         handler = logging.Handler()
