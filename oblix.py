@@ -2593,10 +2593,11 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
             yield chunk
             continue
         usage, told = chunk.pop("usage", None), choices_of(chunk)
-        if usage:
-            counted = {**chunk, "choices": [], "usage": usage}
         for place, choice in enumerate(told):
             choice["index"] = place if choice.get("index") is None else choice["index"]
+            usage = choice.pop("usage", None) or usage    # Kimi
+        if usage and isinstance(usage, dict):
+            counted = {**chunk, "choices": [], "usage": usage}
         chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
         if chunk["choices"]:    # Azure begins with an event that has none
             yield chunk
@@ -2786,8 +2787,9 @@ def fold(chunks: Iterable[Chunk]) -> Json:
         whole.update(chunk)
         for piece in chunk["choices"]:
             choice = choices.setdefault(piece["index"], {"index": 0, "message": {}, "logprobs": {}})
-            _join(choice["message"], piece.pop("delta"))
-            _join(choice["logprobs"], piece.pop("logprobs", None) or {})
+            delta, logprobs = piece.pop("delta"), piece.pop("logprobs", None)
+            _join(choice["message"], delta)
+            _join(choice["logprobs"], logprobs if isinstance(logprobs, dict) else {})
             choice.update(piece)
     for choice in choices.values():
         calls: dict[int, Json] = {}
@@ -2808,7 +2810,7 @@ def _join(whole: Json, piece: Json) -> None:
             _join(known, value)
         elif isinstance(known, (str, list)) and isinstance(value, type(known)):
             whole[name] += value
-        else:
+        elif value is not None or name not in whole:
             whole[name] = value
 
 
@@ -4919,7 +4921,7 @@ class Dispatch:
                 whole, as_it_came = PROVIDERS[target.endpoint.provider].whole(raw, request)
         self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
         told = {**whole, **_envelope(whole, target.id), "object": "chat.completion"}
-        around = split_at_model(raw, whole) if as_it_came and told["id"] == whole.get("id") else None
+        around = split_at_model(raw, whole) if as_it_came and told == {**whole, "model": target.id} else None
         return told, dumps(target.id).join(around) if around else b""
 
     def _learn(self, request: ChatRequest, target: Target, first_s: float | None, tokens: int, seconds: float,
@@ -5147,11 +5149,10 @@ def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
 
     Return None where the chunk is of another choice than the first, which such events are of.
     """
-    choices = choices_of(chunk)
-    if [choice.get("index", 0) for choice in choices] != [0]:
+    if [choice["index"] for choice in chunk["choices"]] != [0]:
         return None
-    choice = {name: None if name in ("logprobs", "finish_reason") else value for name, value in choices[0].items()
-              if name in AROUND_TEXT}
+    choice = {name: None if name in ("logprobs", "finish_reason") else value
+              for name, value in chunk["choices"][0].items() if name in AROUND_TEXT}
     kept = {name: value for name, value in chunk.items() if name in AROUND_TEXT}
     told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
     before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
@@ -5183,14 +5184,11 @@ LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation 
 
 
 def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
-    """Return the text of a stream that broke off, or "" unless it is plain text that had not ended."""
-    deltas = [choice.get("delta") or {} for chunk in said for choice in choices_of(chunk)]
-    ended = any(choice.get("finish_reason") for chunk in said for choice in choices_of(chunk))
-    plain = all(name in ("role", "content", "refusal") and isinstance(delta[name], str)
-                for delta in deltas for name in delta if delta[name])
-    if ended or not plain or _NOT_CONTINUED & request.body.keys():
-        return ""
-    return "".join(delta.get("content") or "" for delta in deltas)
+    """Return the text of a stream that broke off, or "" unless it is plain text."""
+    deltas = [choice["delta"] for chunk in said for choice in chunk["choices"]]
+    plain = all(name in ("role", "content", "refusal") for delta in deltas for name in delta if delta[name])
+    plain = plain and not _NOT_CONTINUED & request.body.keys()
+    return "".join(delta.get("content", "") for delta in deltas) if plain else ""
 
 
 def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | None:
@@ -5213,16 +5211,15 @@ def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iter
     envelope: Json = {**{name: first[name] for name in ("id", "created", "model")}, "oblix": {"continued_by": by}}
     held: str | None = ""    # a beginning that may repeat the end of the text; None once that is decided
     for chunk in chunks:
-        for choice in choices_of(chunk):
-            delta = {name: value for name, value in (choice.get("delta") or {}).items() if name != "role"}
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            delta.pop("role", None)
             if held is not None:
-                content = delta.pop("content", None)
-                held += content if isinstance(content, str) else ""
-                if len(held) >= min(OVERLAP, len(text)) or choice.get("finish_reason"):
+                held += delta.pop("content", "")
+                if len(held) >= min(OVERLAP, len(text)) or choice["finish_reason"]:
                     rest, held = without_overlap(text, held), None
                     delta.update({"content": rest} if rest else {})
-            choice["delta"] = delta
-        if any(choice["delta"] or choice.get("finish_reason") for choice in choices_of(chunk)) or "usage" in chunk:
+        if "usage" in chunk or any(choice["delta"] or choice["finish_reason"] for choice in chunk["choices"]):
             yield {**chunk, **envelope}
             envelope.pop("oblix", None)
 
