@@ -2597,7 +2597,7 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
             choice["index"] = place if choice.get("index") is None else choice["index"]
             usage = choice.pop("usage", None) or usage    # Kimi
         if usage and isinstance(usage, dict):
-            counted = {**chunk, "choices": [], "usage": usage}
+            counted = {**chunk, "choices": [], "usage": with_counts(usage)}
         chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
         if chunk["choices"]:    # Azure begins with an event that has none
             yield chunk
@@ -2609,9 +2609,19 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
         yield counted
 
 
+def with_counts(usage: Json) -> Json:
+    """Return usage with the three counts that OpenAI's reference requires: MiniMax tells the total alone."""
+    prompt, completion, total = (usage.get(name) or 0 for name in _COUNTS)
+    return {**usage, **dict(zip(_COUNTS, (prompt, completion, total or prompt + completion)))}
+
+
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+
+
 def is_in_order(answer: Json) -> bool:
     """Return True if a whole answer is as `in_order` and `fold` would make it; False where that must be tried."""
-    return (type(answer.get("created")) is int and isinstance(answer.get("usage"), dict)
+    usage = answer.get("usage") or {}
+    return (type(answer.get("created")) is int and [type(usage.get(name)) for name in _COUNTS] == [int] * 3
             and answer.get("object") == "chat.completion" and bool(answer.get("choices")) and all(
                 type(choice.get("index")) is int and isinstance(message.get("content"), str)
                 and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
@@ -2659,15 +2669,18 @@ class _Choice:
         if isinstance(delta.get("reasoning"), str):    # vLLM, OpenRouter, Ollama's /v1
             thought = delta.pop("reasoning")
             delta["reasoning_content"] = delta.get("reasoning_content") or thought
-        if isinstance(delta.get("content"), list):     # Mistral's reasoning models
-            thought = [part for part in delta["content"] if isinstance(part, dict) and part.get("type") in _THOUGHTS]
-            delta["content"] = text_in([part for part in delta["content"] if part not in thought])
+        if isinstance(delta.get("content"), (list, dict)):     # Mistral's reasoning models
+            parts = [delta["content"]] if isinstance(delta["content"], dict) else delta["content"]
+            thought = [part for part in parts if isinstance(part, dict) and part.get("type") in _THOUGHTS]
+            delta["content"] = text_in([part for part in parts if part not in thought])
             delta.update(present({"reasoning_content": text_in(thought)}))
         for name in ("content", "reasoning_content", "refusal"):
             if not isinstance(delta.get(name, ""), str):
                 raise TypeError("text expected")
         self._is_legacy = self._is_legacy or bool(delta.get("function_call"))
-        pieces = [self._piece(call, place) for place, call in enumerate(delta.pop("tool_calls", ()))]
+        calls = delta.pop("tool_calls", ())
+        calls = [calls] if isinstance(calls, dict) else calls
+        pieces = [self._piece(call, place) for place, call in enumerate(calls)]
         return {**delta, **present({"tool_calls": [*filter(None, pieces)]})} if pieces else delta
 
     def _piece(self, piece: Json, place: int) -> Json | None:
