@@ -16,8 +16,8 @@ The life of a request
 
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
 `chat.completion.chunk` objects, so there is no third vocabulary.  Two providers translate (Ollama, Claude) and are
-always streamed; where the client wants a whole answer one function, `fold`, puts the chunks together.  OpenAI's own
-answers pass through, with the model's name replaced and their streams tidied (`OpenAI.decode`).
+always streamed.  Whichever server answers, `in_order` makes OpenAI's reference of what it says, and `fold` a whole
+answer of a stream.  A whole answer that needs no change passes as it came, with the model's name replaced.
 
 Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
@@ -2982,18 +2982,19 @@ class OpenAI(Provider):
         finished, asked = set[Any](), request.body.get("n", 1)
         try:
             for data in sse_data(lines):
-                event = data if isinstance(data, Texts) else {} if data.startswith("[DONE]") else event_of(data)
-                if not event:
+                if isinstance(data, Texts):
+                    yield data
+                    continue
+                if data.startswith("[DONE]"):
                     return
-                if isinstance(event, dict):
-                    event.pop("obfuscation", None)    # padding, of no use on this side of TLS
-                    finished.update(one.get("index") for one in choices_of(event) if one.get("finish_reason"))
+                event = event_of(data)
+                event.pop("obfuscation", None)    # padding, of no use on this side of TLS
+                finished.update(choice.get("index") for choice in choices_of(event) if choice.get("finish_reason"))
                 yield event
-        except UpstreamError as error:
+            raise cut()
+        except UpstreamError as error:    # some servers leave [DONE] out
             if error.fault is not Fault.TRANSPORT or len(finished) != asked:
                 raise
-        if len(finished) != asked:    # some servers leave [DONE] out
-            raise cut()
 
     def passes_text(self, request: ChatRequest) -> bool:
         return bool(request.body.get("n", 1) == 1)

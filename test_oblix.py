@@ -4123,7 +4123,7 @@ SAYINGS = [  # deltas, or a message, what the client has joined at the end
                              {"tool_calls": [piece("", "", index=0, type="function")]}], ("a", None)),
 ]
 ODD_EVENTS = [  # after the first content of a stream; the client reads the same without them
-    {"choices": None}, {"choices": []}, {"choices": [{"index": 0, "delta": None}]}, {"type": "ping"},
+    {}, {"choices": None}, {"choices": []}, {"choices": [{"index": 0, "delta": None}]}, {"type": "ping"},
     {"choices": [{"index": 0, "finish_reason": "stop", "delta": {}}]}, {"usage": None},
     {"base_resp": {"status_code": 0}},
     {"choices": [{"index": 0, "content_filter_offsets": {"check_offset": 1}}]},                         # Azure
