@@ -3937,7 +3937,7 @@ class Claude(Provider):
 
     @staticmethod
     def _said(event: Json, blocks: dict[int, Json]) -> Iterator[Chunk]:
-        """Yield what an event of a content block says.  `blocks` are the open ones, and None after their end."""
+        """Yield what an event of a content block says.  `blocks` are those that have begun, empty after their end."""
         index, kind, piece = event.get("index") or 0, event["type"], event.get("delta") or {}
         block = blocks.setdefault(index, {})
         if kind == "content_block_start":
