@@ -2325,9 +2325,8 @@ class Provider:
             why = self.refuse_part(part)
             if why:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
-        unknown = unknown_value(request) if self.translates else None
-        if unknown:
-            return Unsupported(f"{self.label} does not support this value of {unknown}.", param=unknown)
+        for param, known in unknown_values(request) if self.translates else ():
+            return Unsupported(f"{self.label} does not have this value of {param}: it takes {known}.", param=param)
         if not self.forces_tools and chosen_tools(request.body)[1] not in ("none", "auto"):
             return Unsupported(f"{self.label} can't be made to call a tool: only auto and none work.",
                                param="tool_choice")
@@ -2569,7 +2568,7 @@ def without_deprecated(messages: Sequence[Json]) -> list[Json]:
             message["content"] = message["refusal"]
         calls = [{"function": message["function_call"]}] if "function_call" in message else message.get("tool_calls")
         if calls:    # the message's place makes an id
-            message["tool_calls"] = [{**call, "id": call.get("id") or f"call_{number}_{place}"}
+            message["tool_calls"] = [call if call.get("id") else {**call, "id": f"call_{number}_{place}"}
                                      for place, call in enumerate(calls)]
         for call in message.get("tool_calls", ()):
             name = names[call["id"]] = name_and_arguments(call)[0]
@@ -2612,32 +2611,29 @@ def effort_of(body: Json) -> str | None:
     return None if effort in ("", "auto", "default") else effort
 
 
-EFFORTS = (None, "none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 CHOICES = ("none", "auto", "required")
+JSON_FORMS = ("text", "json_object", "json_schema")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-def unknown_value(request: ChatRequest) -> str | None:
-    """Return the parameter whose value only some OpenAI-compatible servers know, or None."""
+def unknown_values(request: ChatRequest) -> Iterator[tuple[str, str]]:
+    """Yield the parameters whose values only some OpenAI-compatible servers know, with the values that all know."""
     body = request.body
-    choice = chosen_tools(body)[1]
-    if effort_of(body) not in EFFORTS:
-        return "reasoning_effort"
+    effort, choice = effort_of(body), chosen_tools(body)[1]
+    if effort and effort not in EFFORTS:
+        yield "reasoning_effort", ", ".join(EFFORTS)
     if body.get("response_format", {"type": "text"})["type"] not in JSON_FORMS:
-        return "response_format"
+        yield "response_format", ", ".join(JSON_FORMS)
     if any(tool["type"] != "function" for tool in body.get("tools", ())):
-        return "tools"
+        yield "tools", "tools of type function"
     if choice not in CHOICES and not name_of(choice):
-        return "tool_choice"
+        yield "tool_choice", f"{', '.join(CHOICES)} or a tool's name"
     for number, message in enumerate(request.messages):
         if message["role"] not in ROLES:
-            return f"messages[{number}].role"
+            yield f"messages[{number}].role", ", ".join(ROLES)
         if not all(map(called_in, message.get("tool_calls", ()))):
-            return f"messages[{number}].tool_calls"
-    return None
-
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-JSON_FORMS = ("text", "json_object", "json_schema")
+            yield f"messages[{number}].tool_calls", "calls of functions"
 
 
 def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
