@@ -742,9 +742,9 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
 
 # === 3. Request in ====================================================================================================
 # uses: 1; pure
-# What does the client want, and is it allowed to ask?  HTTP's heads and OpenAI's types and ranges are checked here and
-# nowhere else: behind `parse_request` each known field has its type, null means absent, and unknown fields are kept.
-# Section 6 checks the limits of each provider.
+# What does the client want, and is it allowed to ask?  HTTP's heads and the types of OpenAI's fields are checked here
+# and nowhere else: behind `parse_request` each known field has its type, null means absent, and unknown fields and
+# values are kept.  Section 6 checks the limits of each provider.
 
 # --- 3. The head of a request -----------------------------------------------------------------------------------------
 
@@ -971,11 +971,7 @@ def _integer(low: int, high: int, words: str = "") -> Rule:
 
 def _has(value: Any, kinds: Mapping[str, Any]) -> bool:
     """Return True if a value is an object whose fields of these names are of these types."""
-    if isinstance(value, dict):
-        for name, kind in kinds.items():
-            if not isinstance(value.get(name), kind):
-                return False
-    return isinstance(value, dict)
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
 def _is_call(call: Any) -> bool:    # Ollama's clients leave the id out, and send the arguments as an object
@@ -2632,7 +2628,7 @@ def unknown_values(request: ChatRequest) -> Iterator[tuple[str, str]]:
     for number, message in enumerate(request.messages):
         if message["role"] not in ROLES:
             yield f"messages[{number}].role", ", ".join(ROLES)
-        if not all(map(called_in, message.get("tool_calls", ()))):
+        if "tool_calls" in message and not all(map(called_in, message["tool_calls"])):
             yield f"messages[{number}].tool_calls", "calls of functions"
 
 
