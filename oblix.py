@@ -468,20 +468,15 @@ def loads(raw: str | bytes) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     # to count in a long text takes longer than to walk through what it contains
-    if (len(text) > 4096 or text.count("[") + text.count("{") > MAX_JSON_DEPTH) and is_too_deep(value):
-        raise ValueError("nested too deeply")
-    return value
-
-
-def is_too_deep(value: Any) -> bool:
-    """Return True if JSON nests more than MAX_JSON_DEPTH levels deep."""
-    level: list[Any] = [[value]]
+    level: list[Any] = [[value]] if len(text) > 4096 or text.count("[") + text.count("{") > MAX_JSON_DEPTH else []
     for _ in range(MAX_JSON_DEPTH + 1):
+        if not level:
+            return value
         level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
                  if isinstance(inner, (dict, list))]
-        if not level:
-            return False
-    return True
+    if level:
+        raise ValueError("nested too deeply")
+    return value
 
 
 def dumps(value: Any) -> bytes:
