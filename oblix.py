@@ -2563,8 +2563,6 @@ class Provider:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
         for param, known in unknown_values(request) if self.translates else ():
             return Unsupported(f"{self.label} does not have this value of {param}: it takes {known}.", param=param)
-        if self.translates and chosen_tools(request.body)[1] not in ("none", "auto") and not forced_tools(request.body):
-            return Unsupported("tool_choice asks for a tool that is not among the tools.", param="tool_choice")
         return None
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
@@ -2916,15 +2914,6 @@ def _need_object(arguments: str) -> None:
         if isinstance(loads(arguments), dict):
             return
     raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED, code="bad_upstream_answer")
-
-
-def first_call(chunks: Iterable[Any]) -> Iterator[Any]:
-    """Yield the chunks without all tool calls but the first."""
-    for chunk in chunks:
-        for choice in choices_of(chunk) if not isinstance(chunk, Texts) else ():
-            if "tool_calls" in choice["delta"]:
-                choice["delta"]["tool_calls"] = [call for call in choice["delta"]["tool_calls"] if not call["index"]]
-        yield chunk
 
 
 def sse_data(lines: Lines) -> Iterator[Any]:
@@ -3349,6 +3338,8 @@ def unknown_values(request: ChatRequest) -> Iterator[tuple[str, str]]:
         yield "tools", "tools of type function"
     if choice not in CHOICES and not name_of(choice):
         yield "tool_choice", f"{', '.join(CHOICES)} or a tool's name"
+    if choice not in ("none", "auto") and not forced_tools(body):
+        yield "tool_choice", "one of the tools"
     for number, message in enumerate(request.messages):
         if message["role"] not in ROLES:
             yield f"messages[{number}].role", ", ".join(ROLES)
@@ -3605,16 +3596,13 @@ class Ollama(Provider):
         return converted
 
     def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        chunks, forced = self._said(lines), forced_tools(request.body)
-        if forced:
-            return as_call(only_json(chunks), forced)
-        only_one = request.body.get("parallel_tool_calls") is False    # Ollama has no such field
-        return first_call(chunks) if only_one else chunks
+        chunks, forced = self._said(lines, request.body.get("parallel_tool_calls", True)), forced_tools(request.body)
+        return as_call(only_json(chunks), forced) if forced else chunks
 
     def passes_text(self, request: ChatRequest) -> bool:
         return not forced_tools(request.body)
 
-    def _said(self, lines: Lines) -> Iterator[Any]:
+    def _said(self, lines: Lines, parallel: bool) -> Iterator[Any]:
         yield chunk_of(content="")
         numbers = itertools.count()    # of calls: each comes whole, and the server's index is always 0
         for line in filter(None, lines):
@@ -3624,6 +3612,7 @@ class Ollama(Provider):
             event = event_of(line)
             message, logprobs = event.get("message") or {}, event.get("logprobs")
             calls = [{**call, "index": next(numbers)} for call in message.get("tool_calls") or ()]
+            calls = calls if parallel else [call for call in calls if call["index"] == 0]    # it has no such field
             said = present({"reasoning_content": message.get("thinking"), "content": message.get("content"),
                             "tool_calls": calls})
             if said or logprobs:
@@ -3986,6 +3975,7 @@ def claude_tool(tool: Json) -> Json:
             "input_schema": schema, **_mark_of(tool, function)}
 
 
+@functools.lru_cache(1024)    # tools come again with each request
 def claude_name(name: str, letters: str = "A-Za-z0-9_-") -> str:
     """Return the name by which Claude knows a tool: its own, or one made of that alone where it would be refused."""
     if re.fullmatch(f"[{letters}]{{1,64}}", name):
