@@ -3505,7 +3505,8 @@ def _with_short_ids(message: Json) -> Json:
 
 
 def _with_reasoning(message: Json) -> Json:
-    return {"reasoning_content": "", **message} if message.get("role") == "assistant" else message
+    thought = {"reasoning_content": message.get("reasoning", "")} if message.get("role") == "assistant" else {}
+    return {**thought, **message}
 
 
 def _without(prefix: str) -> Callable[[Json], Json]:
@@ -3975,17 +3976,18 @@ def claude_tool(tool: Json) -> Json:
             "input_schema": schema, **_mark_of(tool, function)}
 
 
-@functools.lru_cache(1024)    # tools come again with each request
-def claude_name(name: str, letters: str = "A-Za-z0-9_-") -> str:
+def claude_name(name: str, takes: re.Pattern[str] = re.compile(r"[\w-]{1,64}", re.A)) -> str:
     """Return the name by which Claude knows a tool: its own, or one made of that alone where it would be refused."""
-    if re.fullmatch(f"[{letters}]{{1,64}}", name):
-        return name
-    return f"{re.sub(f'[^{letters}]', '_', name)[:55]}_{number_for(name):08x}"
+    return name if takes.fullmatch(name) else (
+        f"{re.sub(r'[^a-zA-Z0-9_-]', '_', name[:55])}_{number_for(name):08x}")
 
 
 def claude_key(name: str) -> str:
     """Return the name by which Claude knows an argument, as `claude_name` does."""
-    return claude_name(name, "A-Za-z0-9_.-")
+    return claude_name(name, _CLAUDE_KEY)
+
+
+_CLAUDE_KEY = re.compile(r"[\w.-]{1,64}", re.A)
 
 
 def number_for(text: str) -> int:
