@@ -2857,12 +2857,22 @@ def call_schema(tools: Sequence[Json]) -> Json:
 def _grammar_schema(tool: Json, place: str) -> Json:
     """Return the schema of a tool's arguments at a place in another, to which its references lead.
 
-    It is without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp).
+    Without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp): patterns, lengths,
+    references to nothing or to the root, and values whose type is left open.
     """
+    whole = tool_schema(tool)
+
     def change(schema: Json) -> Json:
-        kept = {name: value for name, value in schema.items() if name not in ("pattern", "minLength", "maxLength")}
-        return {**kept, "$ref": place + kept["$ref"][1:]} if kept.get("$ref", "").startswith("#") else kept
-    return in_each_schema(tool_schema(tool), change)  # type: ignore[no-any-return]
+        kept = {name: value for name, value in schema.items() if name not in _NOT_IN_GRAMMARS}
+        ref = place + kept.pop("$ref", "")[1:]
+        if ref.startswith("#/") and _referred(schema, whole) is not schema:
+            return {"$ref": ref}
+        return kept if _DECIDES_FORM & kept.keys() else {**kept, "type": [*_SCHEMA_TYPES[:-1]]}
+    return in_each_schema(whole, change)  # type: ignore[no-any-return]
+
+
+_NOT_IN_GRAMMARS = frozenset({"pattern", "minLength", "maxLength", "maxItems"})
+_DECIDES_FORM = frozenset("type anyOf oneOf allOf const enum properties items prefixItems".split())
 
 
 def call_hint(tools: Sequence[Json]) -> str:
@@ -4070,10 +4080,11 @@ def tool_schema(function: Json) -> Json:
 
 def _referred(schema: Json, root: Json) -> Json:
     """Return what a schema's reference leads to within the root, or the schema itself."""
-    place: Any = root
-    for step in schema.get("$ref", "").split("/")[1:]:
+    start, *steps = schema.get("$ref", "").split("/")
+    place: Any = root if start == "#" else None
+    for step in steps:
         place = place.get(step) if isinstance(place, dict) else None
-    return place if isinstance(place, dict) and place is not root else schema
+    return place if isinstance(place, dict) else schema
 
 
 def valid_schema(schema: Json) -> Json:
@@ -4094,7 +4105,7 @@ def valid_schema(schema: Json) -> Json:
     return new
 
 
-_SCHEMA_TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
+_SCHEMA_TYPES = ("string", "number", "boolean", "object", "array", "null", "integer")
 _FORMS: dict[str, tuple[type, ...]] = {    # keyword -> the types of its value (JSON Schema's meta-schemas)
     word: kinds for words, kinds in (
         ("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf", (int, float)),
