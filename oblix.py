@@ -2737,8 +2737,6 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     words = " ".join([message[:1000], *(fields.get(name, "-") for name in ("code", "type", "param"))]).lower()
     fault, ours = next(meaning for statuses, pattern, meaning in _RULES
                        if status in statuses and re.search(pattern, words))
-    if '"signin_url"' in text:    # Ollama, asked for a model of ollama.com
-        message += ": run `ollama signin` where Ollama runs"
     if fault is Fault.TOO_LONG and not re.search(r"context (length|window)", message, re.I):
         message += " (context length exceeded)"    # what agents look for before they compact
     status = ours.get("status") or {_IN_A_STREAM: 502, 529: 503}.get(status, status)
@@ -2782,8 +2780,8 @@ def _said(body: Any) -> Iterator[tuple[str, str]]:
                 yield field, str(body[name])
         for name in _TEXTS:
             yield from _said(body.get(name))
-        if "signin_url" in body:
-            yield "message", "sign in where Ollama runs: ollama signin"
+        if "signin_url" in body:    # Ollama, asked for a model of ollama.com
+            yield "message", "run `ollama signin` where Ollama runs"
 
 
 _NAMES = {"type": "type", "code": "code", "error_code": "code", "reason": "code", "param": "param"}
