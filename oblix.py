@@ -2725,8 +2725,6 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     words = " ".join([message[:1000], *(fields.get(name, "-") for name in ("code", "type", "param"))]).lower()
     fault, ours = next(meaning for statuses, pattern, meaning in _RULES
                        if status in statuses and re.search(pattern, words))
-    if '"signin_url"' in text:    # Ollama, asked for a model of ollama.com
-        message += ": run `ollama signin` where Ollama runs"
     if fault is Fault.TOO_LONG and not re.search(r"context (length|window)", message, re.I):
         message += " (context length exceeded)"    # what agents look for before they compact
     status = ours.get("status") or {_IN_A_STREAM: 502, 529: 503}.get(status, status)
@@ -2770,8 +2768,8 @@ def _said(body: Any) -> Iterator[tuple[str, str]]:
                 yield field, str(body[name])
         for name in _TEXTS:
             yield from _said(body.get(name))
-        if "signin_url" in body:
-            yield "message", "sign in where Ollama runs: ollama signin"
+        if "signin_url" in body:    # Ollama, asked for a model of ollama.com
+            yield "message", "run `ollama signin` where Ollama runs"
 
 
 _NAMES = {"type": "type", "code": "code", "error_code": "code", "reason": "code", "param": "param"}
@@ -5093,18 +5091,15 @@ class Ledger:
     @contextlib.contextmanager
     def flight(self, target: Target) -> Iterator[int]:
         """Count a request as in flight while the block runs, which is given the count."""
-        number = self._count(target, 1)
+        with self._lock:
+            number = self._in_flight[target] = self._in_flight.get(target, 0) + 1
         try:
             yield number
         finally:
-            self._count(target, -1)
-
-    def _count(self, target: Target, step: int) -> int:
-        with self._lock:
-            number = self._in_flight[target] = self._in_flight.get(target, 0) + step
-            if not number:
-                del self._in_flight[target]
-        return number
+            with self._lock:
+                self._in_flight[target] -= 1
+                if not self._in_flight[target]:
+                    del self._in_flight[target]
 
     def in_flight(self) -> dict[Target, int]:
         """Return the requests in flight by target."""
@@ -5384,7 +5379,7 @@ class Gateway:
         endpoint = self._default_endpoints[provider or "ollama"]
         local = endpoint.provider == "ollama" and may_be_local(endpoint, model) and not any(
             one.remote for one in spelt)
-        model = _short(spelt[0].name) if spelt else model    # one target for all spellings
+        model = spelt[0].name.removesuffix(":latest") if spelt else model    # one target for all spellings
         return Target(endpoint, model, Side.LOCAL if local else Side.CLOUD)
 
     def plan(self, request: ChatRequest) -> Plan:
@@ -5490,7 +5485,7 @@ class Gateway:
         """Return (id, created, owner) of all models that can be asked for.  Does not wait."""
         snapshot, found = self.snapshot(), dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
         found.update({target.id: (0, target.endpoint.provider) for target in snapshot.targets})
-        found.update({f"ollama:{_short(model.name)}": (model.created, "ollama")
+        found.update({"ollama:" + model.name.removesuffix(":latest"): (model.created, "ollama")
                       for model in installed(self._ollama, snapshot.readings)})
         return [(id, *rest) for id, rest in found.items()]
 
@@ -5505,7 +5500,7 @@ def installed(ollama: Endpoint, readings: tuple[Reading, ...]) -> tuple[Model, .
 def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
                      loading: frozenset[Target]) -> tuple[Target, ...]:
     """Return Ollama's newest model that fits into memory, or else its newest one, or none."""
-    found = [Target(ollama, _short(model.name), Side.LOCAL) for model in installed(ollama, readings)
+    found = [Target(ollama, model.name.removesuffix(":latest"), Side.LOCAL) for model in installed(ollama, readings)
              if model.is_chat_model and not model.remote and may_be_local(ollama, model.name)]
     fitting = (target for target in found if survey(target, readings, target in loading).use is Eligibility.YES)
     return (next(fitting, found[0]),) if found else ()
@@ -5527,10 +5522,6 @@ def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
 
 
 _NOTHING = "no model is configured: start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
-
-
-def _short(name: str) -> str:
-    return name[:-len(":latest")] if name.endswith(":latest") else name
 
 
 def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json:
@@ -6021,10 +6012,9 @@ def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
     text = f"No model could answer ({plan.reason}). " + _listing(
         [f"{tried.target.id}: {tried.error.message}" for tried in failed]
         + [f"{target.id}: {reason}" for target, reason in plan.excluded])
-    again: Json = {"retry": None if waits else False, "retry_after_s": min(waits, default=None)}
-    if last.fault is not Fault.TRANSPORT and {error.status for error in errors} == {last.status}:
-        return NoTarget(text, status=last.status, type=last.type, **again)
-    return NoTarget(text, **again)
+    alike = last.fault is not Fault.TRANSPORT and {error.status for error in errors} == {last.status}
+    return NoTarget(text, retry=None if waits else False, retry_after_s=min(waits, default=None),
+                    status=last.status if alike else None, type=last.type if alike else None)
 
 
 # === 10. Response out =================================================================================================

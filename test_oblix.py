@@ -4726,10 +4726,6 @@ class UpstreamErrors(Case):
         error = oblix.classify(422, json.dumps(fastapi))
         self.assertEqual((error.message, error.type), ("messages.0.role: Frobs!", "invalid_request_error"))
 
-    def test_who_has_to_sign_in_is_told(self):
-        body = {"error": "unauthorized", "signin_url": "https://ollama.com/connect?name=x&key=y"}
-        self.refused(through(OLLAMA, whole(401, body)), 401, "ollama signin")
-
     def test_errors_of_no_known_shape(self):
         for dialect, status, body, words in ODD_ERRORS:
             with self.subTest(dialect.name, body=body):
