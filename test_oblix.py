@@ -6109,6 +6109,13 @@ class Transport(Connections, Case):
         with mock.patch.dict(os.environ, {"all_proxy": "http://proxy.example:8"}):
             self.assertEqual(oblix.way_to("https://far.example/").host, "proxy.example:8")
 
+    def test_a_proxy_that_is_not_there_is_told(self):
+        env = {"https_proxy": "http://user:p%40ss@127.0.0.1:9"}
+        with mock.patch.dict(os.environ, env), Upstream(OPENAI) as upstream:
+            upstream.url = "https://api.example"
+            with running(upstream) as server:
+                self.refused(ask(server, upstream.target), 503, "connection refused (at the proxy 127.0.0.1:9)")
+
     def test_a_proxy_that_refuses_is_told_without_its_password(self):
         with Upstream(OPENAI) as proxy, Upstream(OPENAI) as upstream:
             for kind, status in itertools.product(("http", "https"), (407, 403)):
