@@ -469,20 +469,15 @@ def loads(raw: str | bytes) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     # to count in a long text takes longer than to walk through what it contains
-    if (len(text) > 4096 or text.count("[") + text.count("{") > MAX_JSON_DEPTH) and is_too_deep(value):
-        raise ValueError("nested too deeply")
-    return value
-
-
-def is_too_deep(value: Any) -> bool:
-    """Return True if JSON nests more than MAX_JSON_DEPTH levels deep."""
-    level: list[Any] = [[value]]
+    level: list[Any] = [[value]] if len(text) > 4096 or text.count("[") + text.count("{") > MAX_JSON_DEPTH else []
     for _ in range(MAX_JSON_DEPTH + 1):
+        if not level:
+            return value
         level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
                  if isinstance(inner, (dict, list))]
-        if not level:
-            return False
-    return True
+    if level:
+        raise ValueError("nested too deeply")
+    return value
 
 
 def dumps(value: Any) -> bytes:
@@ -768,9 +763,9 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
 
 # === 3. Request in ====================================================================================================
 # uses: 1; pure
-# What does the client want, and is it allowed to ask?  HTTP's heads and OpenAI's types and ranges are checked here and
-# nowhere else: behind `parse_request` each known field has its type, null means absent, and unknown fields are kept.
-# Section 6 checks the limits of each provider.
+# What does the client want, and is it allowed to ask?  HTTP's heads and the types of OpenAI's fields are checked here
+# and nowhere else: behind `parse_request` each known field has its type, null means absent, and unknown fields and
+# values are kept.  Section 6 checks the limits of each provider.
 
 # --- 3. The head of a request -----------------------------------------------------------------------------------------
 
@@ -997,11 +992,7 @@ def _integer(low: int, high: int, words: str = "") -> Rule:
 
 def _has(value: Any, kinds: Mapping[str, Any]) -> bool:
     """Return True if a value is an object whose fields of these names are of these types."""
-    if isinstance(value, dict):
-        for name, kind in kinds.items():
-            if not isinstance(value.get(name), kind):
-                return False
-    return isinstance(value, dict)
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
 def _is_call(call: Any) -> bool:    # Ollama's clients leave the id out, and send the arguments as an object
@@ -2570,9 +2561,8 @@ class Provider:
             why = self.refuse_part(part)
             if why:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
-        unknown = unknown_value(request) if self.translates else None
-        if unknown:
-            return Unsupported(f"{self.label} does not support this value of {unknown}.", param=unknown)
+        for param, known in unknown_values(request) if self.translates else ():
+            return Unsupported(f"{self.label} does not have this value of {param}: it takes {known}.", param=param)
         if self.translates and chosen_tools(request.body)[1] not in ("none", "auto") and not forced_tools(request.body):
             return Unsupported("tool_choice asks for a tool that is not among the tools.", param="tool_choice")
         return None
@@ -3281,7 +3271,7 @@ def without_deprecated(messages: Sequence[Json]) -> list[Json]:
             message["content"] = message["refusal"]
         calls = [{"function": message["function_call"]}] if "function_call" in message else message.get("tool_calls")
         if calls:    # the message's place makes an id
-            message["tool_calls"] = [{**call, "id": call.get("id") or f"call_{number}_{place}"}
+            message["tool_calls"] = [call if call.get("id") else {**call, "id": f"call_{number}_{place}"}
                                      for place, call in enumerate(calls)]
         for call in message.get("tool_calls", ()):
             name = names[call["id"]] = name_and_arguments(call)[0]
@@ -3324,32 +3314,29 @@ def effort_of(body: Json) -> str | None:
     return None if effort in ("", "auto", "default") else effort
 
 
-EFFORTS = (None, "none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 CHOICES = ("none", "auto", "required")
+JSON_FORMS = ("text", "json_object", "json_schema")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-def unknown_value(request: ChatRequest) -> str | None:
-    """Return the parameter whose value only some OpenAI-compatible servers know, or None."""
+def unknown_values(request: ChatRequest) -> Iterator[tuple[str, str]]:
+    """Yield the parameters whose values only some OpenAI-compatible servers know, with the values that all know."""
     body = request.body
-    choice = chosen_tools(body)[1]
-    if effort_of(body) not in EFFORTS:
-        return "reasoning_effort"
+    effort, choice = effort_of(body), chosen_tools(body)[1]
+    if effort and effort not in EFFORTS:
+        yield "reasoning_effort", ", ".join(EFFORTS)
     if body.get("response_format", {"type": "text"})["type"] not in JSON_FORMS:
-        return "response_format"
+        yield "response_format", ", ".join(JSON_FORMS)
     if any(tool["type"] != "function" for tool in body.get("tools", ())):
-        return "tools"
+        yield "tools", "tools of type function"
     if choice not in CHOICES and not name_of(choice):
-        return "tool_choice"
+        yield "tool_choice", f"{', '.join(CHOICES)} or a tool's name"
     for number, message in enumerate(request.messages):
         if message["role"] not in ROLES:
-            return f"messages[{number}].role"
-        if not all(map(called_in, message.get("tool_calls", ()))):
-            return f"messages[{number}].tool_calls"
-    return None
-
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-JSON_FORMS = ("text", "json_object", "json_schema")
+            yield f"messages[{number}].role", ", ".join(ROLES)
+        if "tool_calls" in message and not all(map(called_in, message["tool_calls"])):
+            yield f"messages[{number}].tool_calls", "calls of functions"
 
 
 def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
