@@ -4540,7 +4540,7 @@ def _prepare(upstream: socket.socket) -> None:
     """
     upstream.settimeout(TICK_S)
     upstream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    names = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2}
+    names = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 9, "TCP_KEEPALIVE": 9, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
     options = {getattr(socket, name): value for name, value in names.items() if hasattr(socket, name)}
     for option, value in {**options, **{"darwin": {0x80: DEAD_S}, "win32": {5: DEAD_S}}.get(sys.platform, {})}.items():
         with contextlib.suppress(OSError):
@@ -4905,7 +4905,7 @@ def _about_tls(error: Any) -> str:
 
 
 @contextlib.contextmanager
-def _upstream_faults() -> Iterator[None]:
+def _upstream_faults(where: str = "") -> Iterator[None]:
     """Turn all that sockets, TLS and DNS raise into an UpstreamError, here and nowhere else."""
     try:
         yield
@@ -4914,7 +4914,7 @@ def _upstream_faults() -> Iterator[None]:
         words, status, code = next(fault[1:] for fault in _FAULTS if isinstance(error, fault[0]))
         if hasattr(error, "library") and not isinstance(error, NOT_YET):    # of ssl, which need not be imported
             words, status, code, why = "{}", 502, "upstream_tls", _about_tls(error)
-        raise UpstreamError(words.format(why), status=status, code=code) from error
+        raise UpstreamError(words.format(why) + where, status=status, code=code) from error
 
 
 # --- 7. Exchanges -----------------------------------------------------------------------------------------------------
@@ -4997,7 +4997,8 @@ class Transport:
         there = urllib.parse.urlsplit(f"//{way.host}")
         port = there.port or (443 if way.tls and not way.tunnel else 80)
         place = there.hostname, port, int(time.monotonic() / LOOK_UP_S)
-        upstream = _dial(self._resolver.begin(place).result(watch), watch)
+        with _upstream_faults(f" (at the proxy {way.host})" if way.host != way.upstream else ""):
+            upstream = _dial(self._resolver.begin(place).result(watch), watch)
         try:
             _prepare(upstream)
             if way.tunnel:
@@ -5668,7 +5669,7 @@ class Dispatch:
         connect_s, patience_s = min(usual.connect_s, left_s), usual.first_byte_s
         if target.side is Side.LOCAL and self._others:
             patience_s = self._settings.patience_s
-        elif any(other.side is Side.LOCAL for other in self._others):
+        elif not self._heard or any(other.side is Side.LOCAL for other in self._others):
             pace = self.ledger.record(target).pace
             patience_s = cloud_patience_s(pace, self._request.stream, self._settings.patience_s)
         self._asked_at, self._patience_s = time.monotonic(), patience_s if patience_s < usual.first_byte_s else math.inf

@@ -5756,6 +5756,7 @@ class Connections:
                 self.answered(ask(server, upstream.target), "Hello")
                 self.assertEqual((reply.headers["x-oblix-attempts"], len(upstream.requests)), ("1", 5))
                 self.assertEqual([found[0][4][1] for found, _ in dialled].count(upstream.port), 1)
+                self.assertEqual([*map(len, server.gateway.transport._idle.values())], [1])
 
     def count_calls(self, place, name):
         """A list that gets an entry for each call of a function, until the test ends."""
@@ -5776,10 +5777,14 @@ class Connections:
                 self.assertEqual(len(upstream.requests), 1)
 
     def test_who_takes_nothing_for_a_while_is_not_dead(self):
-        """A server that answers one at a time reads the next request late."""
-        with Upstream(OPENAI, pace=0.05, tls=self.tls) as upstream, running(upstream) as server, \
+        """A server that answers one at a time reads the next request late, and a model may think for long."""
+        def thinking(*asked):
+            return [1.0, *answer(Text("Hello"))(*asked)]
+        with Upstream(OPENAI, thinking, pace=0.05, tls=self.tls) as upstream, running(upstream) as server, \
                 mock.patch.object(oblix, "DEAD_S", 0.4):
-            self.answered(ask(server, upstream.target, **talk(user("x" * 1500000))), "Hello")
+            for _ in range(2):
+                self.answered(ask(server, upstream.target, **talk(user("x" * 1500000))), "Hello")
+            self.assertEqual(len(upstream.requests), 2)
 
     def test_after_a_sleep_no_connection_from_before_is_used(self):
         """Monotonic clocks stand still meanwhile."""
@@ -6112,6 +6117,13 @@ class Transport(Connections, Case):
         with mock.patch.dict(os.environ, {"all_proxy": "http://proxy.example:8"}):
             self.assertEqual(oblix.way_to("https://far.example/").host, "proxy.example:8")
 
+    def test_a_proxy_that_is_not_there_is_told(self):
+        env = {"https_proxy": "http://user:p%40ss@127.0.0.1:9"}
+        with mock.patch.dict(os.environ, env), Upstream(OPENAI) as upstream:
+            upstream.url = "https://api.example"
+            with running(upstream) as server:
+                self.refused(ask(server, upstream.target), 503, "connection refused (at the proxy 127.0.0.1:9)")
+
     def test_a_proxy_that_refuses_is_told_without_its_password(self):
         with Upstream(OPENAI) as proxy, Upstream(OPENAI) as upstream:
             for kind, status in itertools.product(("http", "https"), (407, 403)):
@@ -6177,9 +6189,10 @@ class SideBySide(Case):
         with self.addresses() as (nowhere, refuses, takes, opened):
             for found in ([takes], [nowhere, takes], [refuses, takes], [nowhere, refuses, nowhere, takes]):
                 opened.clear()
-                with self.subTest(len(found)), oblix._dial(found, oblix.no_look) as connection:
+                with self.subTest(len(found)), Took() as took, oblix._dial(found, oblix.no_look) as connection:
                     self.assertEqual(connection.getpeername(), takes[4])
                     self.assertEqual({one.fileno() for one in opened} - {-1}, {connection.fileno()})
+                self.assertLess(took.seconds, 20)    # the kernel tries an address for two minutes
 
     def test_where_none_does_the_last_failure_is_told_and_nothing_stays_open(self):
         def give_up():
