@@ -4556,9 +4556,10 @@ def _undelivered(upstream: socket.socket) -> tuple[int, float]:
         if sys.platform == "darwin":
             return upstream.getsockopt(socket.SOL_SOCKET, 0x1024), 0.0    # SO_NWRITE
         if sys.platform == "linux":
-            told = upstream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 148)    # linux/tcp.h, struct tcp_info
-            sent, silent_ms, unsent = (struct.unpack_from("=I", told, at)[0] for at in (24, 56, 144))
-            return sent + unsent, silent_ms / 1000 if sent else 0.0    # a peer that takes nothing now is not silent
+            told = upstream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232).ljust(232, b"\0")    # linux/tcp.h
+            sent, silent_ms, unsent, window = (struct.unpack_from("=I", told, at)[0] for at in (24, 56, 144, 228))
+            # A peer that takes nothing now is not silent.  A firewall of this device drops what then counts as unsent.
+            return sent + unsent, silent_ms / 1000 if sent or unsent and window else 0.0
     return 0, 0.0
 
 
