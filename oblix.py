@@ -5078,8 +5078,6 @@ LARGE_BODY_BYTES = 64 << 10     # smaller ones are not counted: --max-requests l
 FIRST_BYTES = 8 << 10           # of a request that are read at once: so large a buffer waits for each idle client
 AGAIN_S = 1.0                   # after which a client that was sent away may ask again
 KEEP_ALIVE_S = 15.0             # of silence in a stream; proxies give up after 30 to 60 s
-MAX_HELD_BYTES = 64 << 10       # of events that are to be sent
-NO_ROOM_S = 0.1                 # until some descriptor may be free again
 MAX_KEY_FILE = 64 << 10         # bytes that are read of a file that holds a key
 LAST_WORDS_S = 1.0              # for the threads of requests that are being ended to say so: each looks after a tick
 
@@ -5589,7 +5587,7 @@ class _Events:
     def add(self, events: bytes) -> None:
         """Hold events, to be sent before the next wait.  Raise ClientGone."""
         self._held += events
-        if len(self._held) > MAX_HELD_BYTES:
+        if len(self._held) > PIECE_BYTES:
             self.flush()
 
     def flush(self, last: bool = False) -> None:
@@ -5668,10 +5666,9 @@ class _Listener(QuickServer):
     def get_request(self) -> Any:
         try:
             connection, address = super().get_request()
-        except OSError as error:
-            if error.errno in _NO_ROOM:    # the client stays in the queue, which would be looked at without end
-                self.admission.make_room()
-                time.sleep(NO_ROOM_S)
+        except OSError:    # no descriptor is free; the client stays in the queue, which would be looked at without end
+            self.admission.make_room()
+            time.sleep(TICK_S)
             raise
         return self.admission.enter(connection), address
 
@@ -5702,9 +5699,6 @@ def hold_on_one_core(port: int, cpufreq: str = "/sys/devices/system/cpu/cpu%d/cp
         speeds = {core: speed(core) for core in sorted(os.sched_getaffinity(0))}
         fastest = [core for core in speeds if speeds[core] == max(speeds.values())]
         os.sched_setaffinity(0, {fastest[port % len(fastest)]})
-
-
-_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def guard_of(settings: Settings) -> Guard:
@@ -5961,7 +5955,7 @@ SETTLE_S = 0.5    # how long the start waits for the monitors' first word; offli
 CHECK_S = 6.0     # longer than a probe may take
 CPU_S = 1.3       # until the second sample, the first that knows the CPU's use
 LOG_S = 0.1       # in which the lines of the log are collected, to be written together
-LOG_END_S = 1.0   # for the last of them
+LOG_END_S = 1.0   # for the last of them, and for what is printed
 MAX_LOG_LINES = 10_000
 DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
 HANG_UP = getattr(signal, "SIGHUP", 0)    # the terminal is gone; Windows does not tell
@@ -6056,13 +6050,21 @@ def _status_of(run: Callable[[], int]) -> int:
 
 
 def say(text: str, stream: str = "stdout") -> None:
-    """Print.  Do without where that fails: the stream may be closed, on a full disk, or a pipe without a reader."""
-    try:
-        if isinstance(getattr(sys, stream), io.TextIOWrapper):
-            getattr(sys, stream).reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
-        print(text, file=getattr(sys, stream), flush=True)
-    except (OSError, ValueError):
-        setattr(sys, stream, None)    # at its end Python would try once more, and exit with a status of its own
+    """Print, and do without where that fails or lasts: on a full disk, into a pipe that is closed or not read."""
+    said = []
+
+    def write() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(getattr(sys, stream), io.TextIOWrapper):
+                getattr(sys, stream).reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
+            print(text, file=getattr(sys, stream), flush=True)
+            said.append(text)
+
+    writer = threading.Thread(target=write, name="say", daemon=True)
+    writer.start()
+    writer.join(LOG_END_S)
+    if not said:    # at its end Python would flush the stream: wait for ever, or fail and exit with a status of its own
+        setattr(sys, stream, None)
 
 
 class _LogFormatter(logging.Formatter):
@@ -6121,8 +6123,8 @@ class _LogWriter(logging.Handler):
         closing = False
         while not closing:
             self._come.wait()
-            closing = self._closing.wait(LOG_S)
             self._come.clear()
+            closing = self._closing.wait(LOG_S)
             with contextlib.suppress(OSError, ValueError):    # nobody reads it, or it is closed
                 self.stream.write("".join([self._lines.popleft() for _ in range(len(self._lines))]))
                 self.stream.flush()
@@ -6132,6 +6134,8 @@ class _LogWriter(logging.Handler):
         self._closing.set()
         self._come.set()
         self._thread.join(LOG_END_S)
+        if self._thread.is_alive() and self.stream is sys.stderr:    # as in `say`
+            sys.stderr = None
         super().close()
 
 
@@ -6179,8 +6183,9 @@ def catch_signals() -> socket.socket:
     waiting, woken = socket.socketpair()
     woken.setblocking(False)
     signal.set_wakeup_fd(woken.detach(), warn_on_full_buffer=False)
-    for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP, getattr(signal, "SIGBREAK", 0))):    # Windows'
-        if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:    # as nohup wants it
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):    # Windows has the last one in SIGHUP's place
+        number = getattr(signal, name, None)
+        if number and (number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN):    # as nohup leaves it
             signal.signal(number, lambda *_: None)
     return waiting
 
@@ -6190,8 +6195,7 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
     raise_file_limit(4 * settings.max_requests + 256)    # for each two connections of clients, and two upstream
     with demo(settings) as settings, running(settings) as server:
         server.gateway.watch.settle(SETTLE_S)
-        # A pipe that nobody reads takes nothing, but no signal may wait for that.
-        threading.Thread(target=say, args=(start_text(settings, server),), name="say", daemon=True).start()
+        say(start_text(settings, server))
         while not signal_within(waiting, TIDY_S):
             with contextlib.suppress(ImportError, OSError, AttributeError):    # only glibc has it
                 import ctypes

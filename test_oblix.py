@@ -11805,13 +11805,16 @@ class LogWriter(Case):
     @unittest.skipUnless(os.name == "posix", IMPOSSIBLE + ": signals are POSIX's")
     def test_a_process_whose_words_nobody_takes_answers_and_ends(self):
         """A pipe that is full, one whose other end is closed, a full disk, and no stdout and stderr at all."""
-        for how in ("full", "left", "closed", *["disk"] * os.path.exists("/dev/full")):
+        module = ["-c", "import sys, oblix; sys.exit(oblix.main())"]
+        for how, program in (("full", ["oblix.py"]), ("full", module), ("left", ["oblix.py"]), ("closed", ["oblix.py"]),
+                             *[("disk", ["oblix.py"])] * os.path.exists("/dev/full")):
             read, write = os.pipe()
-            with self.subTest(how), Upstream(OPENAI, [OPENAI.head, chunk(HEL[OPENAI]), CLOSE]) as upstream:
+            with self.subTest(how, program=program), \
+                    Upstream(OPENAI, [OPENAI.head, chunk(HEL[OPENAI]), CLOSE]) as upstream:
                 with socket.create_server(("127.0.0.1", 0)) as free:
                     server = argparse.Namespace(port=free.getsockname()[1])
                 closed = {"closed": " >&- 2>&-", "disk": " >/dev/full 2>&1"}.get(how, "")
-                command = ["sh", "-c", 'exec "$@"' + closed, "sh", sys.executable, "oblix.py",
+                command = ["sh", "-c", 'exec "$@"' + closed, "sh", sys.executable, *program,
                            "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
                 if how == "full":
                     os.set_blocking(write, False)
