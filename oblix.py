@@ -6019,11 +6019,8 @@ def advices(health: Json) -> list[str]:
     return found
 
 
-def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None, script: bool = False) -> int:
-    """Run the server until a signal comes, or `check`.  Return the exit status: 2 for a mistake in what was set.
-
-    As a script it returns when the server begins, which ends the process itself: see `run_server`.
-    """
+def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> int:
+    """Run `check`, or begin to serve, which ends the process later: see `run_server`.  Return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     checks = argv[:1] == ["check"]
 
@@ -6033,7 +6030,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
         start_log(settings, os.environ.get("JOURNAL_STREAM", ""))
         for line in odd_keys(settings):
             log.warning(line)
-        return run_check(settings) if checks else run_server(settings, script)
+        return run_check(settings) if checks else run_server(settings)
 
     return _status_of(run)
 
@@ -6047,6 +6044,9 @@ def _status_of(run: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except Exception:
+        say(traceback.format_exc(), "stderr")
+        return 1
 
 
 def say(text: str, stream: str = "stdout") -> None:
@@ -6134,8 +6134,6 @@ class _LogWriter(logging.Handler):
         self._closing.set()
         self._come.set()
         self._thread.join(LOG_END_S)
-        if self._thread.is_alive() and self.stream is sys.stderr:    # as in `say`
-            sys.stderr = None
         super().close()
 
 
@@ -6153,26 +6151,21 @@ def start_log(settings: Settings, journal_stream: str) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
-def run_server(settings: Settings, script: bool) -> int:
-    """Answer requests until a signal comes, then let them end.  Return the exit status.  Raise UsageError.
+def run_server(settings: Settings) -> int:
+    """Answer requests until a signal comes, then let them end, on a thread that ends the process.  Return 0 at once.
 
-    A script returns 0 at once, and a thread goes on that ends the process with the status: Python keeps a script's
-    syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
+    Python keeps a script's syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
     """
     waiting = catch_signals()    # which only the main thread may do; when the script has ended it waits for ours
-    if not script or (3, 12) <= sys.version_info < (3, 12, 3):    # no thread could start then (python/cpython#113964)
-        return _serve(settings, waiting)
 
     def run() -> None:
-        status = 1
-        try:
-            status = _status_of(lambda: _serve(settings, waiting))
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
+        status = _status_of(lambda: _serve(settings, waiting))
         for handler in logging.root.handlers:    # os._exit leaves out what writes the last lines
             handler.close()
         os._exit(status)
 
+    if (3, 12) <= sys.version_info < (3, 12, 3):    # no thread could start after the script's end (cpython#113964)
+        run()
     threading.Thread(target=run, name="main").start()
     return 0
 
@@ -6247,4 +6240,4 @@ def run_check(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(script=True))
+    sys.exit(main())
