@@ -11811,8 +11811,7 @@ class LogWriter(Case):
             read, write = os.pipe()
             with self.subTest(how, program=program), \
                     Upstream(OPENAI, [OPENAI.head, chunk(HEL[OPENAI]), CLOSE]) as upstream:
-                with socket.create_server(("127.0.0.1", 0)) as free:
-                    server = argparse.Namespace(port=free.getsockname()[1])
+                server = argparse.Namespace(port=free_ports(1)[0])
                 closed = {"closed": " >&- 2>&-", "disk": " >/dev/full 2>&1"}.get(how, "")
                 command = ["sh", "-c", 'exec "$@"' + closed, "sh", sys.executable, *program,
                            "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
@@ -12146,8 +12145,11 @@ def binary(name):
 
 
 def free_ports(count):
-    """Ports that nobody uses."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    """Ports that nobody uses, below those that the system gives to anybody who asks for one."""
+    sockets = []
+    while len(sockets) < count:
+        with contextlib.suppress(OSError):
+            sockets.append(socket.create_server(("127.0.0.1", random.randrange(20_000, 30_000))))
     ports = [listening.getsockname()[1] for listening in sockets]
     for listening in sockets:
         listening.close()
