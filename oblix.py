@@ -5394,7 +5394,9 @@ class _Handler(socketserver.BaseRequestHandler):
         self.told["error"] = error.code or error.type
         with contextlib.suppress(ClientGone):    # the log tells of the error
             if "status" in self.told:
-                self._events.fail(error)
+                self.close_connection = True    # which breaks off: the framing, too, must not look complete
+                self._hold(sse(error_body(error)))
+                self._flush()
             else:
                 self.json(error.status, error_body(error), error_headers(error))
 
@@ -5485,8 +5487,9 @@ class _Handler(socketserver.BaseRequestHandler):
         request = parse_request(self.body())
         self.told["asked"] = request.model
         self.admission.take(1, 0)
-        self._events = _Events(self, KEEP_ALIVE_S if request.stream else math.inf)
-        self._looked, self.guest.busy = time.monotonic(), True
+        self._events, self._event_headers = b"", {**EVENT_HEADERS}
+        self._looked = self._sent = time.monotonic()
+        self._keep_alive_s, self.guest.busy = KEEP_ALIVE_S if request.stream else math.inf, True
         try:
             self._answer(request)
         finally:
@@ -5504,16 +5507,16 @@ class _Handler(socketserver.BaseRequestHandler):
             self.told["tokens"] = tokens_of(served.whole)
             return self.reply(200, served.raw or dumps(served.whole), {**JSON_HEADERS, **headers})
         self.told["first_token_s"] = time.monotonic() - self.started
-        self._events.headers.update(headers)
+        self._event_headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
-            self._stream(served, request.include_usage, self._events)
+            self._stream(served, request.include_usage)
 
     def _look(self) -> None:
         """See to the client, as its thread does before it waits for something else, and at each tick.
 
         Raise ClientGone where it has left, Busy where Oblix has to end.
         """
-        self._events.flush()
+        self._flush()
         now = time.monotonic()
         if now - self._looked < TICK_S:
             return
@@ -5522,34 +5525,65 @@ class _Handler(socketserver.BaseRequestHandler):
             raise shutting_down()
         if has_left(self.guest.connection):
             raise ClientGone
-        self._events.keep_alive(now)
+        if now - self._sent >= self._keep_alive_s:
+            self._hold(b": keep-alive\n\n")    # it commits the status 200, but no answer: another target may give that
+            self._flush()
 
-    def _stream(self, served: Result, include_usage: bool, events: _Events) -> None:
+    def _stream(self, served: Result, include_usage: bool) -> None:
         """Pass on the chunks, the first content at once.  Raise UpstreamError where they are cut off."""
         try:
             for number, chunk in enumerate(served.chunks, 1):
                 if isinstance(chunk, bytes):
-                    events.add(chunk)
+                    self._hold(chunk)
                     continue
                 self.told["tokens"] = tokens_of(chunk) or self.told.get("tokens", 0)
                 shown = for_client(chunk, include_usage)
                 if shown is not None:
-                    events.add(sse(shown))
+                    self._hold(sse(shown))
                 if number == served.held:
-                    events.flush()
+                    self._flush()
         except Exception as error:
             if isinstance(error, UpstreamError):
                 log.warning("%s cut: %s", self.id, error.brief)
-            events.flush()    # what was said before may be seen
+            self._flush()    # what was said before may be seen
             raise
-        events.add(DONE)
-        events.flush(last=True)
+        self._hold(DONE)
+        self._flush(last=True)
+
+    def _hold(self, events: bytes) -> None:
+        """Hold events, to be sent before the next wait.  Raise ClientGone.
+
+        A write takes 20 us, and what a model says comes in pieces of several events.
+        """
+        self._events += events
+        if len(self._events) > PIECE_BYTES:
+            self._flush()
+
+    def _flush(self, last: bool = False) -> None:
+        """Send the events that are held in one write, the first ones with the head.  Raise ClientGone.
+
+        With `last`, end the stream well.
+        """
+        if not self._events and not last:
+            return
+        events, self._events, self._sent, head = self._events, b"", time.monotonic(), b""
+        is_framed = self.head.version != "HTTP/1.0"    # which has no chunked bodies
+        if "status" not in self.told:
+            self.close_connection |= not is_framed    # nothing else shows the end of the stream
+            framing = {"Transfer-Encoding": "chunked"} if is_framed else {}
+            head = self.reply_head(200, {**self._event_headers, **framing})
+        self.told["bytes_out"] = self.told.get("bytes_out", 0) + len(events)
+        if is_framed:
+            events = (b"%x\r\n%b\r\n" % (len(events), events) if events else b"") + (b"0\r\n\r\n" if last else b"")
+        self.write(head + events)
 
 
 ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health": ("GET", "HEAD"),
           "/": ("GET", "HEAD")}    # path without /v1 -> methods; OPTIONS goes everywhere
 
 JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
+EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
+                 "X-Accel-Buffering": "no"}
 _NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
 _CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 # The words for each fact of a request in the log, in the order of the line; a fact that is not known is left out.
@@ -5568,56 +5602,6 @@ def http_date(second: int) -> str:
 def printable(text: str) -> str:
     """Return a text for the log, without the control characters by which what it quotes could forge a line."""
     return text if is_header_safe(text) else re.sub("[^ -~]", "?", text)
-
-
-# --- 11. A stream of events ------------------------------------------------------------------------------------------
-
-class _Events:
-    """A stream of server-sent events to a client.  Before each wait, all that have come are sent in one write with the
-    head: a write takes 20 us, and what a model says comes in pieces of several events."""
-
-    def __init__(self, handler: _Handler, keep_alive_s: float) -> None:
-        self._handler, self._keep_alive_s = handler, keep_alive_s
-        self._framed = handler.head.version != "HTTP/1.0"    # HTTP/1.0 has no chunked bodies
-        self._last = time.monotonic()    # when the client last got something
-        self._held = b""                 # events that are to be sent
-        self.headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                        "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._framed else {})}
-
-    def add(self, events: bytes) -> None:
-        """Hold events, to be sent before the next wait.  Raise ClientGone."""
-        self._held += events
-        if len(self._held) > PIECE_BYTES:
-            self.flush()
-
-    def flush(self, last: bool = False) -> None:
-        """Send what is to be sent; with `last`, end the stream well.  Raise ClientGone."""
-        if not self._held and not last:
-            return
-        held, self._held, self._last = self._held, b"", time.monotonic()
-        handler, head = self._handler, b""
-        if "status" not in handler.told:
-            handler.close_connection |= not self._framed    # nothing else shows the end of the stream
-            head = handler.reply_head(200, self.headers)
-        handler.told["bytes_out"] = handler.told.get("bytes_out", 0) + len(held)
-        if self._framed:
-            held = (b"%x\r\n%b\r\n" % (len(held), held) if held else b"") + (b"0\r\n\r\n" if last else b"")
-        handler.write(head + held)
-
-    def keep_alive(self, now: float) -> None:
-        """Send a comment after a long silence, which keeps clients and proxies waiting.  Raise ClientGone.
-
-        It commits the status 200, but no answer: another target may still give that.
-        """
-        if now - self._last >= self._keep_alive_s:
-            self.add(b": keep-alive\n\n")
-            self.flush()
-
-    def fail(self, error: OblixError) -> None:
-        """End with an error event and a connection that breaks off: the framing, too, must not look complete."""
-        self._handler.close_connection = True
-        self.add(sse(error_body(error)))
-        self.flush()
 
 
 # --- 11. Listening, and the end ---------------------------------------------------------------------------------------

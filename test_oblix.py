@@ -8640,9 +8640,7 @@ class Server(Case):
         asked = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3000
         with running(self.local, self.cloud, flags=["--max-requests=4"]) as server, contextlib.ExitStack() as stack:
             for _ in range(20):
-                client = stack.enter_context(socket.socket())
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                client.connect(("127.0.0.1", server.port))
+                client = stack.enter_context(narrow(server))
                 client.settimeout(0.1)
                 with contextlib.suppress(OSError):    # as much as it takes
                     client.sendall(asked)
@@ -9870,14 +9868,20 @@ def connected(server):
     return socket.create_connection(("127.0.0.1", server.port), 30)
 
 
-def thirstless(server, **fields):
-    """A client that has sent a chat request, and for which hardly a byte is kept by the kernels on the way."""
+def narrow(server):
+    """A client for which hardly a byte is kept by the kernels on the way."""
     client = socket.socket()
-    client.settimeout(5)
+    client.settimeout(30)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 11)
     with contextlib.suppress(AttributeError, OSError):
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
     client.connect(("127.0.0.1", server.port))
+    return client
+
+
+def thirstless(server, **fields):
+    """The same, which has sent a chat request."""
+    client = narrow(server)
     client.sendall(post(chat(**fields), "Connection: close"))
     return client
 
@@ -10155,7 +10159,7 @@ class Busy(Case):
 
     def test_who_asks_on_and_on_and_reads_nothing_is_dropped(self):
         with mock.patch.object(oblix, "SEND_S", 0.3), Upstream(OLLAMA) as upstream, \
-                running(upstream, flags=["--max-requests=4"]) as server, connected(server) as client:
+                running(upstream, flags=["--max-requests=4"]) as server, narrow(server) as client:
             client.settimeout(0.1)
             eventually(lambda: cannot_send(client, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500))
 
