@@ -7129,8 +7129,11 @@ def say(text: str, stream: str = "stdout") -> None:
             said.append(text)
 
     writer = threading.Thread(target=write, name="say", daemon=True)
-    writer.start()
-    writer.join(LOG_END_S)
+    try:
+        writer.start()
+        writer.join(LOG_END_S)
+    except RuntimeError:    # no thread is left
+        write()
     if not said:    # at its end Python would flush the stream: wait for ever, or fail and exit with a status of its own
         setattr(sys, stream, None)
 

@@ -13591,6 +13591,12 @@ class LogWriter(Case):
                     if how != "left":
                         os.close(read)
 
+    def test_where_no_thread_is_left_it_is_printed_all_the_same(self):
+        with contextlib.redirect_stdout(io.StringIO()) as said, \
+                mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            oblix.say("the words")
+        self.assertEqual(said.getvalue(), "the words\n")
+
     @unittest.skipUnless(os.path.exists("/dev/full"), IMPOSSIBLE + ": no device is a full disk")
     def test_what_a_command_finds_is_its_status_whoever_reads_it(self):
         for flags, status in ((["check"], 1), (["--port=x"], 2)):
