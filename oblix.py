@@ -6154,14 +6154,13 @@ BODY_BYTES_PER_S = 8 << 10      # the slowest that one may come after that, on a
 IDLE_CLIENT_S = 75.0            # between requests; SDKs drop idle connections after 4-5 s, proxies after 60
 SEND_S = 60.0                   # in which a client takes nothing of its answer
 LINGER_S = 2.0                  # for the rest of a body that is refused
-GRACE_S = 1.0                   # for a request that is on its way when Oblix is being stopped
+GRACE_S = 1.0                   # for a request that is on its way when Oblix is being stopped, and one that is ended
 MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes some times its size
 LARGE_BODY_BYTES = 64 << 10     # smaller ones are not counted: --max-requests limits them
 FIRST_BYTES = 8 << 10           # of a request that are read at once: so large a buffer waits for each idle client
 AGAIN_S = 1.0                   # after which a client that was sent away may ask again
 KEEP_ALIVE_S = 15.0             # of silence in a stream; proxies give up after 30 to 60 s
 MAX_KEY_FILE = 64 << 10         # bytes that are read of a file that holds a key
-LAST_WORDS_S = 1.0              # for the threads of requests that are being ended to say so: each looks after a tick
 
 
 # --- 11. Who is here --------------------------------------------------------------------------------------------------
@@ -6853,7 +6852,7 @@ class Server:
         `pause` waits for a moment.  Return 0, or the first other number that it returns, which ends the wait.
         """
         self._stop()
-        for seconds, at_its_end in ((limit_s, self.admission.end), (LAST_WORDS_S, self.admission.close)):
+        for seconds, at_its_end in ((limit_s, self.admission.end), (GRACE_S, self.admission.close)):
             deadline = time.monotonic() + seconds
             while not self.admission.empty and time.monotonic() < deadline:
                 hurried = pause()
@@ -7032,7 +7031,7 @@ TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
 
 FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_per_core": "load {} per core",
               "gpu_percent": "GPU {}%", "battery_percent": "battery {}%", "temperature_c": "{} C"}
-SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))    # level -> priority (sd-daemon(3))
+SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
 def start_text(settings: Settings, server: Server) -> str:
@@ -7158,7 +7157,7 @@ class _LogFormatter(logging.Formatter):
         lines = [f"{record.levelname} {message}", *trace]
         if not self._journal:
             return f"{local_time(int(record.created))},{int(record.msecs):03} " + "\n".join(lines)
-        priority = next(number for level, number in SYSLOG if record.levelno >= level)
+        priority = SYSLOG.get(record.levelname, 7)
         return "\n".join(f"<{priority}>{line}" for line in lines)    # each line is an entry of its own there
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name for it
