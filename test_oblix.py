@@ -2012,17 +2012,22 @@ class Gpus(Case):
 
     @unittest.skipUnless(ON_LINUX, "elsewhere a symlink gives a program no other name")
     def test_a_model_servers_own_use_is_not_held_against_local(self):
+        def sampled(*sources):    # the burner shares the cores with what else runs here
+            monitor = oblix.GpuMonitor(oblix.Settings(), *sources)
+            found = [monitor.sample()]
+            if own:
+                eventually(lambda: "gpu_own_percent" in found[-1] or found.append(monitor.sample()), within=30)
+            return monitor.judge(found[-1])
         for code, own in ((BURN, True), (SLEEP, False)):
+            name = "gpu_own_percent" if own else "gpu_percent"
             with self.subTest(code), processes(code, "ollama") as (server,):
                 with gpus(nvidia_smi("99, 9000, 10000", f"{server.pid}, 8000")) as sources, \
                         mock.patch.dict(os.environ, PATH=os.environ["PATH"] + ":/bin:/usr/bin"):
-                    monitor = oblix.GpuMonitor(oblix.Settings(), sources)
-                    facts = monitor.sample()
-                self.assertEqual(facts, {"gpu_own_percent" if own else "gpu_percent": 99, "gpu_memory_free_mb": 1000,
-                                         "gpu_memory_percent": 10})
-                self.assertEqual(monitor.judge(facts).level, GOOD if own else OUT)
-                at_once = oblix.GpuMonitor(oblix.Settings(), [lambda servers: ([oblix.Gpu(99.0)], 0.0)])
-                self.assertEqual(at_once.sample(), {"gpu_own_percent" if own else "gpu_percent": 99})
+                    reading = sampled(sources)
+                self.assertEqual(reading.facts, {name: 99, "gpu_memory_free_mb": 1000, "gpu_memory_percent": 10})
+                self.assertEqual(reading.level, GOOD if own else OUT)
+                at_once = sampled([lambda servers: ([oblix.Gpu(99.0)], 0.0)])
+                self.assertEqual(at_once.facts, {name: 99})
 
 
 class DeviceMonitors(Case):
