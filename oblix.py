@@ -1292,7 +1292,8 @@ class ServerProcesses:
         Mapped weights do not count: they are page cache on Linux, so available anyway.
         """
         import psutil
-        self._look()
+        with contextlib.suppress(Exception):    # a bare container may lack /proc
+            self._look()
         used_s, held = 0.0, 0
         for process, before_s in self._found.items():
             with contextlib.suppress(psutil.Error):
@@ -1347,11 +1348,10 @@ class ServerProcesses:
 def listeners(ports: Collection[int]) -> Collection[int]:
     """Return the pids of the processes that listen at these ports, as far as the system shows them."""
     rows = [line.split() for name in ("tcp", "tcp6") for line in read_text(f"/proc/net/{name}").splitlines()
-            if " 0A " in line]    # they listen
+            if " 0A " in line]    # it listens
     if rows:
         return holders(frozenset(f"socket:[{row[9]}]" for row in rows if int(row[1].rpartition(":")[2], 16) in ports))
-    # psutil takes 15 us for each connection of a server, so not on Linux
-    import psutil
+    import psutil    # not on Linux, where it takes 15 us for each connection
     found: list[tuple[Any, int | None]] = []
     try:
         found += [(one, one.pid) for one in psutil.net_connections("tcp")]
@@ -1389,13 +1389,10 @@ class ResourceMonitor(DeviceMonitor):
 
     def _ours(self, _: Any) -> Json:
         """Measure what the servers use, which the other readers subtract."""
-        used_s, before = 0.0, self._at
-        try:
-            used_s, self._bytes_ours = self.servers.use()
-        finally:
-            self._at = time.monotonic()
-            self._passed_s = max(self._at - before, 0.01)
-            self._cores_ours = used_s / self._passed_s
+        used_s, self._bytes_ours = self.servers.use()
+        now = time.monotonic()
+        self._passed_s, self._at = max(now - self._at, 0.01), now
+        self._cores_ours = used_s / self._passed_s
         return {}
 
     def _limits(self, psutil: Any) -> Json:
