@@ -1351,7 +1351,7 @@ def listeners(ports: Collection[int]) -> Collection[int]:
             if " 0A " in line]    # it listens
     if rows:
         return holders(frozenset(f"socket:[{row[9]}]" for row in rows if int(row[1].rpartition(":")[2], 16) in ports))
-    import psutil    # not on Linux, where it takes 15 us for each connection
+    import psutil  # not on Linux, where it takes 15 us for each connection
     found: list[tuple[Any, int | None]] = []
     try:
         found += [(one, one.pid) for one in psutil.net_connections("tcp")]
