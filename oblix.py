@@ -33,10 +33,9 @@ Promises, each held by a test of its name
 Who owns which state
   monitors' readings     each monitor's own thread writes its one attribute; everybody reads it without a lock (4)
   idle connections       deques of the transport, whose append and pop are atomic (7)
-  ways to upstreams      a dict of the transport; two threads that miss an entry at once make the same one (7)
-  TLS context            made by the first thread that needs it; a second one made at once is just dropped (7)
+  ways to upstreams, TLS context    caches of the transport; two threads that miss at once make the same (7)
   evidence of requests   a monitor's deque of losses and its wake-up, whose operations are atomic (4)
-  loads under way        a dict of the loader, whose setdefault and del are atomic (9)
+  loads and look-ups under way    a dict of each kind of errands, whose setdefault and del are atomic (7)
   what readings mean     caches of pure functions (lru_cache); two threads that miss at once put in the same (5, 9)
   contexts of loads      a dict of the gateway, whose entries the threads of loads replace (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
@@ -57,6 +56,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import binascii
 import collections
 import contextlib
 import copy
@@ -65,9 +65,9 @@ import datetime
 import email.utils
 import enum
 import errno
+import fnmatch
 import functools
 import glob
-import http
 import io
 import ipaddress
 import itertools
@@ -78,6 +78,7 @@ import os
 import random
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -90,26 +91,15 @@ import time
 import traceback
 import urllib.parse
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    ClassVar,
-    NamedTuple,
-    NoReturn,
-    Optional,
-    TextIO,
-    Union,
-)
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, TextIO, Union
 
 if TYPE_CHECKING:
     import ssl
 
-# http.client imports ssl where it is there, used or not: 5 of 15 MiB.  Here an https: upstream alone needs it.  Whoever
-# imports this file has it at once.
+# http.server imports http.client, and that ssl where it is there, used or not: 5 of 15 MiB.  Here an https: upstream
+# alone needs it.  Whoever imports this file has it at once.
 if __name__ == "__main__":
     sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails, which http.client allows for
-import http.client
 import http.server
 
 if __name__ == "__main__":
@@ -159,10 +149,10 @@ class Fault(enum.Enum):
     BUSY = "busy"               # 408 409 425 429 5xx: later it may work
     ACCOUNT = "account"         # 401 402 403, no money: a person must act
     NOT_FOUND = "not found"     # 404 of the model; 405, 410 and the like of the path
-    UNSUPPORTED = "capability"  # this model can't do what the request needs
+    REFUSED = "refused"         # this target does not take this request; it may take others, and others may take it
     TOO_LONG = "too long"       # only a larger window helps
     LOADING = "loading"         # the model is on its way into memory
-    CLIENT = "client"           # the request itself is wrong: no other target would do better
+    CLIENT = "client"           # the request itself is wrong, by OpenAI's own rules: no other target would do better
     LATE = "late"               # the time for the whole request is over
 
     @property
@@ -216,6 +206,7 @@ class Model:
     size: int = 0                       # bytes on disk: about what its weights take in memory
     capabilities: frozenset[str] | None = None    # "tools", "vision", …
     max_context: int = 0                # tokens that it was trained for
+    own_context: int = 0                # tokens that a person has set, or that it was seen loaded for
     token_bytes: int = 0                # memory that one token of context takes
     cold: bool = False                  # not in memory: the next request would wait for its load
     context: int = 0                    # tokens that it is loaded for
@@ -225,7 +216,7 @@ class Model:
     @property
     def is_chat_model(self) -> bool:
         """False for embedding models."""
-        return "completion" in self.capabilities if self.capabilities else "embed" not in self.name
+        return "completion" in self.capabilities if self.capabilities else "embed" not in self.name.lower()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)    # each is one of a kind: what follows from it is remembered by it
@@ -261,8 +252,9 @@ class ChatRequest:
         return dumps(payload["model"]).join(self.around)
 
     def max_output_tokens(self, usual: int) -> int:
-        """Return the most tokens that the answer may have."""
-        return int(self.body.get("max_completion_tokens") or self.body.get("max_tokens") or usual)
+        """Return the most tokens that the answer may have; -1 is no limit, as LM Studio and Ollama have it."""
+        asked: int = self.body.get("max_completion_tokens") or self.body.get("max_tokens") or usual
+        return asked if asked > 0 else usual
 
     @functools.cached_property
     def blocks(self) -> tuple[int, ...]:
@@ -433,6 +425,11 @@ def text_of(message: Json) -> str:
     return "\n".join(part[part["type"]] for part in parts_of(message) if part["type"] in ("text", "refusal"))
 
 
+def as_list(value: str | list[str]) -> list[str]:
+    """Return one or several as several."""
+    return [value] if isinstance(value, str) else value
+
+
 def is_header_safe(text: str) -> bool:
     """Return True if a text is printable ASCII, which a header or a log takes as it is."""
     return text.isascii() and text.isprintable()
@@ -538,21 +535,20 @@ def host_in(url: str) -> str:
 
 @functools.lru_cache(64)
 def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return the address that a host is, or None if it is a name."""
+    """Return the address that a host is, whoever runs the DNS, or None (RFC 6761, 6.3: localhost is loopback)."""
+    if re.fullmatch(r"(?:.+\.)?localhost|127(?:\.[0-9]+){1,2}", host):    # every system makes 127.0.0.1 of 127.1
+        host = "127.0.0.1"
     try:
-        return ipaddress.ip_address(host)
+        address = ipaddress.ip_address(host)
     except ValueError:
         return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
-@functools.lru_cache(64)
 def is_loopback(host: str) -> bool:
-    """Return True if a host is this device by its name alone, without DNS (RFC 6761, 6.3)."""
+    """Return True if a host is this device."""
     address = address_of(host)
-    address = getattr(address, "ipv4_mapped", None) or address
-    if address is None:    # of short spellings like 127.1 every system makes 127.0.0.1
-        return bool(re.fullmatch(r"(?:.+\.)?localhost|127(?:\.[0-9]+){1,2}", host))
-    return bool(address.is_loopback)
+    return address is not None and address.is_loopback
 
 
 # === 2. Settings ======================================================================================================
@@ -580,50 +576,42 @@ class Settings:
         "in order of preference; default: the newest model of Ollama")
     cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name; repeat in order of preference; default: a "
         "cheap model of each provider with a key")
-    cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags, so prefer the variable or "
-        "the file", secret=True)
+    cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags: prefer the file", secret=True)
     cloud_api_key_file: str = setting("", "file that holds it")
-    host: str = setting("localhost", "address to listen on; localhost is 127.0.0.1 and ::1; any other that the network "
-        "reaches needs --api-key")
+    host: str = setting("localhost", "address to listen on; one that the network reaches needs --api-key")
     port: int = setting(62549, "port to listen on; 0 picks a free one", 0, 65535)
-    api_key: str = setting("", "key that clients must send; `ps` shows flags, so prefer the variable or the file",
-        secret=True)
+    api_key: str = setting("", "key that clients must send; `ps` shows flags: prefer the file", secret=True)
     api_key_file: str = setting("", "file that holds it")
     no_auth: bool = setting(False, "let everybody in who reaches --host, without a key")
     allow_origin: tuple[str, ...] = setting((), "origin of web pages that may ask, as https://chat.example, or * for "
-        "all; repeat; those on localhost may")
-    allow_host: tuple[str, ...] = setting((), "further name by which clients reach it; localhost, addresses and the "
-        "device's own name always work; repeat")
-    demo: bool = setting(False, "serve two built-in scripted models, one local and one cloud, to try Oblix with "
-        "nothing installed")
+        "all; repeat; those on localhost and of desktop apps may")
+    allow_host: tuple[str, ...] = setting((), "further name by which clients reach it, beside localhost, addresses and "
+        "the device's own; repeat")
+    demo: bool = setting(False, "serve two built-in scripted models, to try Oblix with nothing installed")
     connect_timeout_s: float = setting(5.0, "seconds to reach an upstream: DNS, TCP and TLS together", 0.1)
     prefer: str = setting("local", "what auto prefers while local is available and the cloud optimal: local, "
         "cloud, or whichever is measured to answer sooner", choices=("local", "cloud", "fast"))
     local_first_s: float = setting(5.0, "expected seconds to local's first word from which the cloud goes first, if it "
         "is expected in less than half of that; inf stays local", 0, math.inf)
     local_whole_s: float = setting(30.0, "the same for the end of an answer that is not streamed", 0, math.inf)
-    local_slots: int = setting(1, "requests that the local model answers at once (Ollama's OLLAMA_NUM_PARALLEL); more "
-        "overflow to the cloud", 1)
+    local_slots: int = setting(1, "requests that the local model answers at once (Ollama's OLLAMA_NUM_PARALLEL)", 1)
     warm_up: str = setting("auto", "whether to load the local model at start, while the cloud is not optimal, and "
         "when the cloud answers in its place", choices=("auto", "never"))
-    keep_alive: str = setting("auto", "how long Ollama keeps a model in memory after its last use: seconds, or 10m, "
-        "1h30m, -1 for ever; auto is 30m, and 5m on battery; default leaves it to Ollama",
-        form=rf"auto|default|{DURATION}")
+    keep_alive: str = setting("auto", "how long Ollama keeps a model after its last use: seconds, or 10m, -1 for ever; "
+        "auto is 30m, and 5m on battery; default leaves it to Ollama", form=rf"auto|default|{DURATION}")
+    claude_cache: str = setting("auto", "whether to ask Claude to cache the prompt of a conversation that goes on, if "
+        "the client does not", choices=("auto", "off"))
     on_cut: str = setting("error", "what follows when a plain text stream breaks off: an error, or another model that "
         "continues it", choices=("error", "continue"))
-    first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; Ollama may load a model for "
-        "minutes", 0.1)
-    patience_s: float = setting(60.0, "seconds until an answer's first content while another model could answer; a "
-        "silent cloud is left sooner", 0.1)
+    first_byte_timeout_s: float = setting(300.0, "seconds until an answer's first content; a load takes minutes", 0.1)
+    patience_s: float = setting(60.0, "seconds until first content while another model could answer", 0.1)
     stall_timeout_s: float = setting(60.0, "seconds of silence that end an answer under way; comments don't count", 0.1)
     request_timeout_s: float = setting(900.0, "seconds that a whole request may take, all attempts together", 0.1)
-    max_requests: int = setting(512, "chat requests answered at once, each on a thread; more get a 503 and are told to "
-        "come again", 1, 65_536)
+    max_requests: int = setting(512, "chat requests answered at once; more get a 503 and come again", 1, 65_536)
     max_body_mib: int = setting(32, "largest request, in MiB; images make 10 to 30 of them normal", 1, 128)
     drain: float = setting(8.0, "seconds that requests may go on after SIGTERM or Ctrl-C; docker stop waits for 10")
     probe_every_s: float = setting(30.0, "seconds between probes of a cloud that answers; sooner after trouble", 1)
-    better_after_s: float = setting(10.0, "seconds that better readings must last before they count; a flapping link "
-        "counts as down")
+    better_after_s: float = setting(10.0, "seconds that better readings must last before they count")
     cpu_constrained_percent: float = setting(80.0, "CPU use from which local is constrained")
     cpu_critical_percent: float = setting(95.0, "CPU use from which local is critical")
     memory_constrained_percent: float = setting(85.0, "memory use from which local is constrained")
@@ -642,8 +630,8 @@ class Settings:
     ollama_host: str = setting("", "where Ollama listens, by Ollama's own rules", env="OLLAMA_HOST")
     openai_api_key: str = setting("", "key for OpenAI", env="OPENAI_API_KEY", secret=True)
     openai_base_url: str = setting("", "another OpenAI-compatible server, ending in /v1", env="OPENAI_BASE_URL")
-    openai_org_id: str = setting("", "OpenAI organization", env="OPENAI_ORG_ID")
-    openai_project_id: str = setting("", "OpenAI project", env="OPENAI_PROJECT_ID")
+    openai_org_id: str = setting("", "OpenAI organization", env="OPENAI_ORG_ID", secret=True)
+    openai_project_id: str = setting("", "OpenAI project", env="OPENAI_PROJECT_ID", secret=True)
     anthropic_api_key: str = setting("", "key for Claude", env="ANTHROPIC_API_KEY", secret=True)
     anthropic_base_url: str = setting("", "another server that speaks Anthropic's API", env="ANTHROPIC_BASE_URL")
 
@@ -653,7 +641,7 @@ class Settings:
         parser = _parser(cls)
         found = vars(parser.parse_args(argv))
         for field in dataclasses.fields(cls):
-            text = env.get(variable_of(field), "").strip()
+            text = env.get(variable_of(field), "").strip(_AROUND)
             if text and field.name not in found:
                 found.update(_from_variable(parser, field, text))
             value = found.get(field.name, field.default)
@@ -661,9 +649,43 @@ class Settings:
                 if not value or [] in value:    # argparse's reading of --flag=--
                     raise UsageError(f"{flag_of(field)} needs a value; see --help")
                 found[field.name] = tuple(value)
-            elif not field.repr and not is_header_safe(value):    # repr=False: a secret
-                raise UsageError(f"{variable_of(field)} holds characters that no key has: copy it again")
+            elif not field.repr:    # a secret
+                found[field.name] = key_in(value, variable_of(field))
+            elif field.name.endswith("_base_url"):
+                found[field.name] = base_url_in(value)
         return cls(**found)
+
+
+# What copying leaves around a value: blanks, a byte order mark, quotes (`docker run --env-file` keeps them).
+_AROUND = " \t\r\n\xa0\ufeff\u200b\"'`\u201c\u201d\u2018\u2019"
+_BEFORE_KEY = re.compile(r"(?:export\s+)?[A-Z][A-Z0-9_]*(?:KEY|TOKEN)=(?=[^=])|(?i:authorization:\s*)?(?i:bearer)\s+")
+_ODD_KEY = re.compile(r"(?i)[$<{%]|.*(?:\s|\.\.\.)|(?:bearer|none|null|undefined|your.*key.*)$")    # of a template
+
+
+def key_in(text: str, place: str) -> str:
+    """Return the key in a text that was copied: without what stands around it, its variable or `Bearer`.
+
+    Return "" if there is none.  Raise UsageError, which names the place, for characters that no key has.
+    """
+    key = _BEFORE_KEY.sub("", text.strip(_AROUND), 1).strip(_AROUND)
+    if not is_header_safe(key):
+        raise UsageError(f"{place} holds characters that no key has: copy it again")
+    return key
+
+
+def base_url_in(text: str) -> str:
+    """Return an address with a scheme: without one https is meant for a name of the internet, and http otherwise."""
+    found = re.match("(?i)(https?)[:/]+(.*)", text)
+    if found or not text or "://" in text:
+        return f"{found[1].lower()}://{found[2]}" if found else text
+    return ("https://" if re.match(r"[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}(?::443)?(?:/|$)", text) else "http://") + text
+
+
+def odd_keys(settings: Settings) -> list[str]:
+    """Return a line for each key that looks like no key, without the key."""
+    return [f"{variable_of(field)} does not look like a key: it has blanks inside, or is a placeholder"
+            for field in dataclasses.fields(settings)
+            if not field.repr and _ODD_KEY.match(getattr(settings, field.name))]
 
 
 def variable_of(field: dataclasses.Field[Any]) -> str:
@@ -687,7 +709,7 @@ def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any
         if text.lower() not in _BOOLEANS:
             raise UsageError(f"{variable_of(field)}: {text!r} is neither true nor false")
         return {field.name: _BOOLEANS[text.lower()]}
-    values = [part.strip() for part in text.split(",")] if isinstance(field.default, tuple) else [text]
+    values = [part.strip(_AROUND) for part in text.split(",")] if isinstance(field.default, tuple) else [text]
     try:
         return vars(parser.parse_args([f"{flag_of(field)}={value}" for value in values if value]))
     except UsageError as error:
@@ -762,7 +784,8 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
 FIELD_LINE = re.compile(_TOKEN + rb":[\t -~\x80-\xff]*\r\n")
 _FIELD_LINES = re.compile(rb"(?:" + FIELD_LINE.pattern + rb")*")
-_TARGET = re.compile(r"(?:(?i:https?)://([^/?#]*))?(?:/v1(?=[/?#]|$))?([^?#]*)")    # authority, path
+# Authority, path.  Clients join base URL and path with a /v1 or a slash too many: only one thing can be meant.
+_TARGET = re.compile(r"(?:(?i:https?)://([^/?#]*))?(?:/+v1(?=[/?#]|$))*([^?#]*)")
 # Two servers in a row may read two of these differently.
 _ONCE = frozenset(["authorization", "content-length", "content-type", "host", "origin", "transfer-encoding"])
 
@@ -782,9 +805,10 @@ class Head:
 
     @functools.cached_property
     def path(self) -> str:
-        """The path without query, /v1 and trailing slash; still percent-encoded."""
+        """The path without query, /v1, and slashes that are doubled or trail; still percent-encoded."""
         found = _TARGET.match(self.target)
-        return (found[2] if found else "").rstrip("/") or "/"
+        path = found[2] if found else ""
+        return (re.sub("//+", "/", path) if "//" in path else path).rstrip("/") or "/"
 
     @property
     def authority(self) -> str | None:
@@ -844,23 +868,30 @@ def parse_head(first: bytes, more: Iterable[bytes]) -> Head:
     return Head(method, target, version, fields)
 
 
-def body_kind_refusal(head: Head) -> BadRequest | None:
-    """Return the error for an unsupported Content-Type or Content-Encoding, or None.
+def check_body_kind(head: Head) -> None:
+    """Raise BadRequest for an unsupported Content-Type or Content-Encoding.
 
-    A page may send a text or a form to any address unasked, but JSON only after a preflight.
+    A page may send a text or a form to any address unasked, but JSON only after a preflight.  A program may send what
+    it likes (`curl -d` says that it sends a form): it has neither header that browsers add to each POST of a page, even
+    if that hides where it comes from (`Origin: null`; Fetch standard, "append a request Origin header").
     """
     kind = head.fields.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not re.fullmatch(r"application/[!-.0-~]+\+json", kind):
-        return BadRequest("Send the body as JSON, with the header `Content-Type: application/json`.", status=415,
-                          code="unsupported_media_type")
+    by_page = "origin" in head.fields or "sec-fetch-site" in head.fields
+    if by_page and not re.fullmatch(r"application/([!-.0-~]+\+)?json", kind):
+        raise BadRequest("Send the body as JSON, with the header `Content-Type: application/json`.", status=415,
+                         code="unsupported_media_type")
     if head.fields.get("content-encoding", "identity").lower() not in ("identity", ""):
-        return BadRequest("Send the body without a Content-Encoding.", status=415, code="unsupported_media_type")
-    return None
+        raise BadRequest("Send the body without a Content-Encoding.", status=415, code="unsupported_media_type")
 
 
 # --- 3. Access --------------------------------------------------------------------------------------------------------
 
 EXPOSED = "x-oblix-model, x-oblix-side, x-oblix-reason, x-oblix-attempts, x-request-id, x-should-retry, retry-after"
+
+# Schemes of pages that are part of an installed program; a page from elsewhere has http:, https: or null.  `file:` and
+# browsers' extensions are left out: a download is from elsewhere, and an extension runs beside every page.
+APPS = frozenset(("app", "capacitor", "capacitor-electron", "electron", "ionic", "tauri", "vscode-file",
+                  "vscode-webview"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -873,8 +904,11 @@ class Guard:
     def check(self, head: Head) -> None:
         """Raise OblixError unless the client may ask."""
         host = host_of(head.authority or "")
-        if not self.key and head.authority is not None and not (
-                host in self.names or is_loopback(host) or address_of(host) is not None):
+        if head.authority and not host:
+            raise BadRequest("The Host header is not `host` or `host:port` (RFC 9112, 3.2).", code="bad_request")
+        # Containers call the host host.docker.internal and the like.  Nobody on the internet can have a name below
+        # .internal, but who runs the network's DNS can: `welcomes` refuses the requests of such a page.
+        if not self.key and head.authority is not None and not (self._is_own(host) or host.endswith(".internal")):
             # For the browser, a page whose own name leads here (DNS rebinding) is of the same origin.
             raise BadRequest("The Host header is none of this server's names. Use localhost or an IP address, or start "
                              "Oblix with --allow-host NAME, or with an --api-key.", status=403, code="host_not_allowed")
@@ -886,11 +920,17 @@ class Guard:
                              "as `Authorization: Bearer …`.", status=401, type="authentication_error",
                              code="invalid_api_key", retry=False)
 
+    def _is_own(self, host: str) -> bool:
+        """Return True if a host means this server, whoever runs the DNS."""
+        return host in self.names or address_of(host) is not None
+
     def welcomes(self, head: Head) -> bool:
         """Return True if the page that asks is of this device, of this server itself, or of an allowed origin."""
         origin = head.fields.get("origin", "").lower()
-        place = origin.partition("://")[2]
-        return bool(self.origins & {origin, "*"} or place and (place == head.authority or is_loopback(host_of(place))))
+        scheme, _, place = origin.partition("://")
+        host = host_of(place)
+        return bool(self.origins & {origin, "*"} or place and (scheme in APPS or is_loopback(host) or (
+            place == head.authority and (self.key or self._is_own(host)))))
 
     def is_public(self, head: Head) -> bool:
         """Return True for GET /health without the key that is set: its answer has only status and version."""
@@ -940,21 +980,8 @@ def check_fields(fields: Json, rules: Mapping[str, Rule], needed: Iterable[str],
             need(False, f"{where}.{name}".lstrip("."), rule[1])
 
 
-def _a(kind: type, words: str) -> Rule:
-    return lambda value: isinstance(value, kind), f"must be {words}"
-
-
-def _number(low: float, high: float, kinds: tuple[type, ...] = (int, float), words: str = "a number") -> Rule:
-    # subtle: type(), not isinstance(): True is an int, and `"temperature": true` must not pass for 1
-    return lambda value: type(value) in kinds and low <= value <= high, f"must be {words} from {low} to {high}"
-
-
-def _integer(low: int, high: int) -> Rule:
-    return _number(low, high, (int,), "an integer")
-
-
-def _one_of(*words: str) -> Rule:
-    return lambda value: value in words, f"must be one of {', '.join(words)}"
+def _a(*kinds: type, words: str) -> Rule:
+    return lambda value: isinstance(value, kinds), f"must be {words}"
 
 
 def _list_of(kind: type, words: str) -> Rule:
@@ -962,64 +989,57 @@ def _list_of(kind: type, words: str) -> Rule:
         f"must be a list of {words}")
 
 
-_string, _boolean, _object = _a(str, "a string"), _a(bool, "true or false"), _a(dict, "an object")
-_strings = _list_of(str, "strings")
+def _integer(low: int, high: int, words: str = "") -> Rule:
+    # subtle: type(), not isinstance(): True is an int, and `"n": true` must not pass for 1
+    return lambda value: type(value) in (int, float) and low <= value <= high and int(value) == value, (
+        f"must be an integer{words}")
 
 
-def _inner(value: Any, usual: str = "") -> Json | None:
-    """Return the object that {"type": kind, kind: {...}} contains, or None for any other value."""
-    kind = value.get("type") or usual if isinstance(value, dict) else None
-    return value.get(kind) or None if isinstance(kind, str) and isinstance(value.get(kind), dict) else None
+def _has(value: Any, kinds: Mapping[str, Any]) -> bool:
+    """Return True if a value is an object whose fields of these names are of these types."""
+    if isinstance(value, dict):
+        for name, kind in kinds.items():
+            if not isinstance(value.get(name), kind):
+                return False
+    return isinstance(value, dict)
 
 
-def _is_response_format(value: Any) -> bool:
-    schema = value.get("json_schema") if isinstance(value, dict) else None
-    return isinstance(value, dict) and (value.get("type") in ("text", "json_object") or (
-        value.get("type") == "json_schema" and isinstance(schema, dict) and isinstance(schema.get("name"), str)
-        and isinstance(schema.get("schema") or {}, dict)))
-
-
-def _is_tool(tool: Json) -> bool:
-    inner = _inner(tool) or {}
-    return bool(inner.get("name")) and isinstance(inner["name"], str) and (
-        isinstance(inner.get("parameters") or {}, dict) and isinstance(inner.get("description") or "", str))
+def _is_call(call: Any) -> bool:    # Ollama's clients leave the id out, and send the arguments as an object
+    return _has(call, {"id": (str, _ABSENT)}) and ((call.get("type") or "function") != "function" or _has(
+        call.get("function"), _CALLED))
 
 
 def _is_tool_choice(value: Any) -> bool:
-    inner = _inner(value)
-    if inner and value["type"] == "allowed_tools":
-        tools = inner.get("tools")
-        return inner.get("mode") in ("auto", "required") and isinstance(tools, list) and all(map(_is_tool, tools))
-    return value in ("none", "auto", "required") or inner is not None and isinstance(inner.get("name"), str)
+    allowed = isinstance(value, dict) and value.get("type") == "allowed_tools"
+    return _has(value.get("allowed_tools"), _ALLOWED) if allowed else isinstance(value, (str, dict))
 
 
-def _is_call(call: Any) -> bool:
-    inner = _inner(call, "function") or {}
-    return isinstance(inner.get("name"), str) and isinstance(inner.get("arguments", inner.get("input")), str) and (
-        isinstance(call.get("id"), str))
+_ABSENT = type(None)
+_ALLOWED = {"tools": list, "mode": str}
+_CALLED = {"name": str, "arguments": (str, dict, _ABSENT)}
+_FUNCTION = {"name": str, "parameters": (dict, _ABSENT), "description": (str, _ABSENT)}
+_string, _boolean, _object = _a(str, words="a string"), _a(bool, words="true or false"), _a(dict, words="an object")
+_number: Rule = lambda value: type(value) in (int, float), "must be a number"
+_strings = _list_of(str, "strings")
+WHOLE = ("max_tokens", "max_completion_tokens", "seed", "top_logprobs", "n")    # 1.0 is 1: some languages have no int
 
-
+# A rule refuses what no server takes, or what this file could not read.  For anything else the upstream knows best:
+# servers have efforts, kinds of tools and formats, and ranges of numbers that OpenAI's reference does not have.
 FIELDS: dict[str, Rule] = {
     # the model's name goes into headers and logs
     "model": (lambda name: isinstance(name, str) and 0 < len(name) <= 256 and name.isprintable(),
               'must be "auto" or another printable name of at most 256 characters, see GET /v1/models'),
     "messages": (lambda value: isinstance(value, list) and value, "must be a list of at least one message"),
-    "temperature": _number(0, 2), "top_p": _number(0, 1),
-    "presence_penalty": _number(-2, 2), "frequency_penalty": _number(-2, 2),
-    "max_tokens": _integer(1, 2**31 - 1), "max_completion_tokens": _integer(1, 2**31 - 1),
-    "n": _integer(1, 128), "seed": _integer(-2**63, 2**63 - 1), "top_logprobs": _integer(0, 20),
-    "stream": _boolean, "logprobs": _boolean, "parallel_tool_calls": _boolean, "store": _boolean,
+    **dict.fromkeys(("temperature", "top_p", "presence_penalty", "frequency_penalty"), _number),
+    **dict.fromkeys(WHOLE, _integer(-2**63, 2**64 - 1)),    # no server's types take more
+    "n": _integer(1, 16384, " from 1 to 16384"),            # vLLM's limit
+    "stream": _boolean, "logprobs": _boolean,
     "stop": (lambda value: isinstance(value, str) or _strings[0](value), "must be a string or a list of strings"),
-    "response_format": (_is_response_format, 'must be {"type": "text"}, {"type": "json_object"}, or {"type": '
-                                             '"json_schema", "json_schema": {"name": …, "schema": {…}}}'),
-    "tools": _list_of(dict, "tools"),
-    "tool_choice": (_is_tool_choice, 'must be "none", "auto", "required" or name a tool'),
-    "reasoning_effort": _one_of("none", "minimal", "low", "medium", "high", "xhigh", "max"),
-    "user": _string, "safety_identifier": _string, "service_tier": _string, "verbosity": _string,
-    "stream_options": (lambda value: isinstance(value, dict) and isinstance(value.get("include_usage") or False, bool),
-                       "must be an object with a boolean include_usage"),
-    "logit_bias": _object, "metadata": _object, "audio": _object, "prediction": _object, "web_search_options": _object,
-    "modalities": _strings, "functions": _list_of(dict, "objects"),
+    "tools": _list_of(dict, "tools"), "functions": _list_of(dict, "functions"),
+    "tool_choice": (_is_tool_choice, 'must be "none", "auto", "required" or an object that names a tool'),
+    "response_format": (lambda value: _has(value, {"type": str}), 'must be like {"type": "json_object"} or '
+                        '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}'),
+    "reasoning_effort": _string, "service_tier": _string, "stream_options": _object,
     "options": _object,    # not OpenAI's: Ollama's own options, sent by SDK users as extra_body
 }
 
@@ -1027,33 +1047,28 @@ FIELDS: dict[str, Rule] = {
 NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop": [], "tools": [], "functions": [],
           "logit_bias": {}, "modalities": ["text"], "response_format": {"type": "text"}}
 
-ROLES: dict[str, tuple[str, ...]] = {    # role of a message -> the fields that it must have
-    "system": ("content",), "developer": ("content",), "user": ("content",), "assistant": (), "function": (),
-    "tool": ("tool_call_id",)}
-
 _TOOL = '{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
 _CALL = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
 MESSAGE_FIELDS: dict[str, Rule] = {
-    "role": _one_of(*ROLES), "tool_call_id": _string, "refusal": _string,
-    "content": (lambda value: isinstance(value, (str, list)), "must be a string or a list of content parts"),
-    "function_call": (lambda value: _is_call({"id": "", "function": value}), 'must be {"name": …, "arguments": "{}"}'),
+    "role": (lambda value: isinstance(value, str) and value, "must be system, developer, user, assistant or tool"),
+    "tool_call_id": _string, "refusal": _string, "name": _string,
+    "content": _a(str, list, words="a string or a list of content parts"),
+    "function_call": (lambda value: _has(value, _CALLED), 'must be {"name": …, "arguments": "{}"}'),
     "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), f"must be a list of {_CALL}"),
 }
 
 PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test of the rest
     "text": lambda part: isinstance(part.get("text"), str),
     "refusal": lambda part: isinstance(part.get("refusal"), str),
-    "image_url": lambda part: isinstance(part.get("image_url"), dict) and isinstance(part["image_url"].get("url"), str),
-    "input_audio": lambda part: isinstance(part.get("input_audio"), dict),
-    "file": lambda part: isinstance(part.get("file"), dict) and all(
-        isinstance(part["file"].get(name) or "", str) for name in ("file_id", "file_data", "filename")),
+    "image_url": lambda part: _has(part.get("image_url"), {"url": str}),
+    "file": lambda part: _has(part.get("file"), {"file_data": (str, _ABSENT)}),
 }
 
 
 def parse_request(raw: bytes) -> ChatRequest:
     """Return the request that a client's bytes contain.
 
-    Raises BadRequest, which names the parameter, for a type or range that OpenAI's reference does not allow.
+    Raises BadRequest, which names the parameter, for a type or range that no upstream takes.
     """
     try:
         body = loads(raw)
@@ -1065,24 +1080,37 @@ def parse_request(raw: bytes) -> ChatRequest:
     model = body.pop("model")
     kept = {name: value for name, value in body.items()
             if value is not None and not (name in NO_OPS and value == NO_OPS[name])}
+    mended: Json = {name: int(value) for name, value in kept.items() if type(value) is float and name in WHOLE}
+    if "" in as_list(kept.get("stop", [])):    # it says nothing, and vLLM refuses it
+        mended["stop"] = [stop for stop in as_list(kept["stop"]) if stop]
+    kept.update(mended)
+    if kept.get("stop") == []:
+        del kept["stop"]
     kept["messages"] = [_message(f"messages[{number}]", message) for number, message in enumerate(kept["messages"])]
     if "tools" in kept:
-        for number, tool in enumerate(kept["tools"]):
-            need(_is_tool(tool), f"tools[{number}]", f"must be like {_TOOL}")
-        kept["tools"] = [without_nulls(tool, tool["type"]) for tool in kept["tools"]]
+        kept["tools"] = [_tool(f"tools[{number}]", tool) for number, tool in enumerate(kept["tools"])]
     for name, needed in (("tool_choice", "tools"), ("parallel_tool_calls", "tools"), ("function_call", "functions")):
         if needed not in kept:    # OpenAI refuses the one without the other
             kept.pop(name, None)
     stream = kept.get("stream", False)
     options = kept.get("stream_options", {}) if stream else kept.pop("stream_options", {})
-    around = split_at_model(raw, {**body, "model": model}) if kept == body else None
+    around = split_at_model(raw, {**body, "model": model}) if kept == body and not mended else None
     return ChatRequest(model, kept, stream, bool(options.get("include_usage")), around)
+
+
+def _tool(where: str, tool: Json) -> Json:
+    """Return a tool, checked, with its type and without its nulls.  Raises BadRequest."""
+    tool = {"type": "function", **without_nulls(tool, tool.get("type") or "function")}
+    fits = tool["type"] != "function" or _has(tool.get("function"), _FUNCTION) and tool["function"]["name"]
+    need(fits, where, f"must be like {_TOOL}")
+    return tool
 
 
 def _message(where: str, message: Any) -> Json:
     """Return a message, checked and without its nulls.  Raises BadRequest."""
     need(isinstance(message, dict), where, "must be an object")
-    check_fields(message, MESSAGE_FIELDS, ROLES.get(str(message.get("role")), ("role",)), where)
+    says = message.get("role") in ("system", "developer", "user")
+    check_fields(message, MESSAGE_FIELDS, ("role", "content") if says else ("role",), where)
     # servers' chat templates want a content, if only null
     checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
     content, calls = message.get("content"), checked.pop("tool_calls", None)
@@ -1100,13 +1128,22 @@ def _part(where: str, part: Any) -> Json:
     if kind == "image_url" and isinstance(part.get("image_url"), str):
         part = {**part, "image_url": {"url": part["image_url"]}}
     need(kind not in PARTS or PARTS[kind](part), where, f"is not a well-formed {kind} part")
+    image = _IMAGE.match(part["image_url"]["url"]) if kind == "image_url" else None
+    if image and image[1].lower() != f"image/{image.lastgroup}":    # Claude and Gemini refuse it
+        url = f"data:image/{image.lastgroup}{image.string[image.end(1):]}"
+        part = {**part, "image_url": {**part["image_url"], "url": url}}
     return without_nulls(part, kind)
 
 
-def without_nulls(fields: Json, inner: str = "") -> Json:
+# A data: URL of an image, by the first bytes of its formats: what a client says of the type is often a guess.
+_IMAGE = re.compile(r"(?i:data):([^;,]*)[^,]*;(?i:base64),"
+                    r"(?:(?P<png>iVBORw0KGg)|(?P<jpeg>/9j/)|(?P<gif>R0lGOD)|(?P<webp>UklGR.{6}XRUJQ))")
+
+
+def without_nulls(fields: Json, inner: Any = None) -> Json:
     """Return an object without its nulls, and without those of the object in its field `inner`."""
     kept = {name: value for name, value in fields.items() if value is not None} if None in fields.values() else fields
-    nested = kept.get(inner)
+    nested = kept.get(inner) if isinstance(inner, str) else None
     if isinstance(nested, dict) and None in nested.values():
         kept = {**kept, inner: without_nulls(nested)}
     return kept
@@ -2157,8 +2194,9 @@ def same_ollama_model(asked: str, installed: str) -> bool:
 
 
 def full_name(name: str) -> str:
-    """Return the one spelling of an Ollama name."""
-    return name.lower() if ":" in name.rsplit("/", 1)[-1] else name.lower() + ":latest"
+    """Return the one spelling of an Ollama name, without the host and the namespace that are implied."""
+    name = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
+    return name if ":" in name.rsplit("/", 1)[-1] else name + ":latest"
 
 
 def _exclusion(target: Target, reading: Reading | None, model: Model | None) -> Condition | None:
@@ -2455,7 +2493,6 @@ class Provider:
     refuses: ClassVar[dict[str, str]] = {}  # parameter -> the reason why it can't be honoured
     renames: ClassVar[dict[str, str]] = {}  # parameter -> its name for a model that refuses this one
     spelt: ClassVar[dict[str, str]] = {}    # word of an error -> the parameter that it means
-    forces_tools: ClassVar[bool] = True     # takes a tool_choice that forces a call
     text_event: ClassVar[TextEvent]
 
     def endpoint(self, settings: Settings) -> Endpoint:
@@ -2464,23 +2501,40 @@ class Provider:
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         """Return the headers of each request to the endpoint, except for its content type."""
-        raise NotImplementedError
+        return {**present({"Authorization": endpoint.key and f"Bearer {endpoint.key}"}), **dict(endpoint.headers)}
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         """Return the body of the upstream request, for a request without a `refusal`.
 
         `context` is the window to load the model for, in tokens, where the provider can; 0 leaves it as it is.
-        `keep_alive` is how long to keep it in memory, where the provider can; None leaves that to its server.
+        `keep_alive` is how long to keep it in memory, or the prompt (Claude); None leaves that to its server.
+        """
+        raise NotImplementedError
+
+    def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+        """Yield what an answer's lines say, in rough chunks for `in_order`, and the Texts among them.
+
+        Raises as `decode`.
         """
         raise NotImplementedError
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        """Yield the chunks of the streamed answer to a request, and the Texts among the lines.
+        """Yield the chunks of an answer as OpenAI's reference has them, and the Texts among its lines.
 
         Raises UpstreamError for an error among the lines and for an early end.  Raises one of NOT_IN_ITS_FORMAT for a
         line that is not in the provider's own format.
         """
-        raise NotImplementedError
+        return in_order(self.chunks(lines, request), request)
+
+    def whole(self, raw: bytes, request: ChatRequest) -> tuple[Json, bool]:
+        """Return the answer in a whole body, and True if it stands there as OpenAI's reference has it.
+
+        Raises as `decode`.
+        """
+        if self.translates or _EVENTS.match(raw):    # some servers stream unasked
+            return fold(self.decode(raw.splitlines(), request)), False
+        answer = event_of(raw)
+        return (answer, True) if is_in_order(answer) else (fold(in_order([answer], request)), False)
 
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         """Return the endpoint's models.  Raises what `ask` raises, and NOT_IN_ITS_FORMAT.
@@ -2513,59 +2567,155 @@ class Provider:
             why = self.refuse_part(part)
             if why:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
-        if self.translates and any(tool["type"] != "function" for tool in request.body.get("tools", [])):
-            return Unsupported(f"{self.label} supports tools of type function only.", param="tools")
-        if not self.forces_tools and chosen_tools(request.body)[1] not in ("none", "auto"):
-            return Unsupported(f"{self.label} can't be made to call a tool: only auto and none work.",
-                               param="tool_choice")
+        unknown = unknown_value(request) if self.translates else None
+        if unknown:
+            return Unsupported(f"{self.label} does not support this value of {unknown}.", param=unknown)
+        if self.translates and chosen_tools(request.body)[1] not in ("none", "auto") and not forced_tools(request.body):
+            return Unsupported("tool_choice asks for a tool that is not among the tools.", param="tool_choice")
         return None
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
-        """Return the payload without the parameters that the model is known to refuse."""
-        return {name: value for name, value in payload.items() if name not in refused} if refused else payload
+        """Return the payload without the parameters that the model is known to refuse, and within its known limits."""
+        kept = {name: value for name, value in payload.items() if name not in refused} if refused else payload
+        for old, new in self.renames.items() if refused else ():
+            if old in payload and old not in kept and new not in refused:
+                kept.setdefault(new, payload[old])
+        for name, is_limit, most in [entry.partition("<=") for entry in refused]:
+            if is_limit and isinstance(kept.get(name), (int, float)):
+                kept[name] = min(kept[name], int(most))
+        return kept
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
-        """Return the parameter of our payload that an error names, or None if it may not be left out."""
-        if error.fault is not Fault.UNSUPPORTED:
+        """Return the parameter of our payload that an error names, or None if it may not be left out.
+
+        Return `name<=most` where the error says how much the model takes.
+        """
+        if error.fault not in (Fault.REFUSED, Fault.TOO_LONG):
             return None
-        quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", error.message)
-        rest: list[str] = re.findall(r"\w+", error.message.rpartition("supplied:")[2])    # "Unrecognized … supplied: x"
-        for name in [error.param] if error.param else [*quoted, error.message.split(":")[0], *rest]:
-            name = self.spelt.get(name, name.split(".")[0])
+        for name in ("max_tokens", "max_completion_tokens"):
+            most = limit_in(error.message, payload.get(name))
+            if most:
+                return f"{name}<={most}"
+        said = re.split(r" one of |did you mean|supported values", error.message, flags=re.I)[0]
+        quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", said)
+        paths: list[str] = re.findall(r"[A-Za-z_][\w.\[\]]*", said)
+        known = error.fault is Fault.REFUSED and re.search(_UNSUPPORTED, f"{error.message} {error.code}".lower())
+        for path in [error.param or "", *quoted, *paths] if known else ():
+            name = re.split(r"[.\[]", re.sub(r"^(body|request|parameters?)\.", "", path))[0]
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()    # xAI says presencePenalty
+            name = self.spelt.get(name, name)
             if name in payload and (name not in ESSENTIAL or name in self.renames):
                 return name
         return None
 
 
+def limit_in(message: str, asked: Any) -> int:
+    """Return the most tokens of an answer that an error allows, or 0 unless it names fewer than were asked for."""
+    if not isinstance(asked, int):
+        return 0
+    found = next(filter(None, (re.search(pattern, message, re.I | re.S) for pattern in _ROOM)), None)
+    if found:    # in either order
+        window, prompt = map(int, filter(None, found.groups()))
+        numbers = [abs(window - prompt)]
+    elif re.search(_MOST, message, re.I) and re.search(_LIMIT, message, re.I):
+        digits = re.findall(r"(?<![\[\d,])\d{1,3}(?:,\d{3})+\b|(?<![\w.-])\d{1,9}\b(?![-.]\w)", message)
+        numbers = [int(number.replace(",", "")) for number in digits]
+    else:
+        return 0
+    most = max((number for number in numbers if LEAST_ROOM < number < asked), default=0)
+    return most - 1 if most and "(exclusive)" in message else most    # Gemini
+
+
 def is_permanent(param: str, error: UpstreamError) -> bool:
-    """Return True if the model never accepts the parameter.
+    """Return True if the model never accepts the parameter, or more of it.
 
-    An effort is excluded: each model knows some of them, and fewer with tools.
+    An effort is excluded: each model knows some of them, and fewer with tools.  So is a limit that is no round number,
+    as it may be what this prompt leaves of a window.
     """
-    return param != "reasoning_effort" and bool(re.search(_PERMANENT, f"{error.code} {error.message}".lower()))
+    if "<=" in param:
+        most = int(param.partition("<=")[2])
+        return error.fault is Fault.REFUSED and (most % 256 == 0 or most % 1000 == 0)
+    return param in CHANGES or param != "reasoning_effort" and not re.search(_SOMETIMES, error.message.lower())
 
 
-_PERMANENT = ("unsupported_parameter|unsupported_value|unknown_parameter|deprecated|not permitted|unrecognized|"
-              "not support thinking")
-_UNSUPPORTED = "unsupported|not support|unrecognized|unknown.parameter|not permitted|deprecated|may (only|not) be"
-_MONEY = "insufficient_quota|credit.balance|api usage limits|spend_limit|billing_error"
-_TOO_LONG = "prompt is too long|context.(length|size)|input tokens exceed"
+# What errors say of a parameter, in lower case, and what of one of its values, or of it beside another one.
+_UNSUPPORTED = "|".join((
+    r"unsupported|not support|unrecognized|deprecated|not permitted|not (allowed|accepted|available)|supported values",
+    r"(unknown|unexpected|invalid)[ _.](name|param|field|argument|keyword|key|propert|option)|extra (input|field)",
+    r"(must|should|has to) be|may (only|not) be|only .{0,40}(is|are) allowed|not one of|cannot both",
+))
+_SOMETIMES = r'value "|(must|should|has to|may only|may not) be|supported values|\b(when|if|both)\b'
+_MOST = "max_?(completion_|new_|output_)?tokens|(completion|output) ?tokens"    # how they call the answer's limit
+_ROOM = (    # a window, and what a prompt takes of it
+    r"(\d+) - (\d+)\)",                                                 # vLLM: "(64000 > 8192 - 100)"
+    r"context length (?:is|of) (\d+) tokens.{0,80}?[(:] ?(\d+) (?:tokens )?(?:in|of|from) ",    # OpenAI, SGLang
+    r"context length is (\d+) tokens.{0,80}contains at least (\d+)|passed (\d+) input.*context length is only (\d+)",
+    r"limit: (\d+) \+ \d+ > (\d+)|<= (\d+)\. given: (\d+)",             # Claude: "190001 + 16384 > 200000"; TGI
+)
+_LIMIT = r"at most|less than|<|>|maximum|range|between|too large|exceed|up to|above|greater|afford|limit"
+LEAST_ROOM = 256    # tokens for an answer; with fewer the prompt is too long
+
 _IN_A_STREAM = 0    # the status of an error after a 200, if its code is not a status
+_ANY, _BAD, _ILL = range(1000), (_IN_A_STREAM, 400, 412, 422), (_IN_A_STREAM, 400, 404, 422, 500, 502)
 
-# Statuses, and words in the message, type or code -> fault, and what we tell the client instead of the upstream's own
-# fields; the first rule that fits counts.
-_LONG: Json = {"status": 400, "type": "invalid_request_error", "code": "context_length_exceeded", "param": "messages"}
-_RULES: tuple[tuple[Collection[int], str, Fault, Json], ...] = (
-    ((413,), "", Fault.TOO_LONG, {**_LONG, "status": 413}),             # Claude: over 32 MB
-    ((_IN_A_STREAM, 400, 422), _TOO_LONG, Fault.TOO_LONG, _LONG),       # "prompt is too long: 9 tokens > 8 maximum"
-    ((500,), "exceeds the available context", Fault.TOO_LONG, _LONG),   # llama.cpp before it sent 400
-    ((400, 401, 402, 403, 429), _MONEY, Fault.ACCOUNT, {"code": "insufficient_quota"}),    # Claude sends 400
-    ((401, 402, 403), "", Fault.ACCOUNT, {}),
-    ((500,), 'option ".*" must be of type', Fault.CLIENT, {"status": 400}),    # Ollama's status for a wrong type
-    ((400, 422), _UNSUPPORTED, Fault.UNSUPPORTED, {}),                   # '"m" does not support thinking' (Ollama)
-    ((400, 422), "", Fault.CLIENT, {}),
-    ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", Fault.BUSY, {}),
-    (range(400, 500), "", Fault.NOT_FOUND, {}),                           # 404 of a model; 405, 410 of a path
+# Faults, with what we tell the client instead of the upstream's own fields.
+_Meaning = tuple[Fault, Json]
+_LONG: _Meaning = (Fault.TOO_LONG, {"status": 400, "type": "invalid_request_error", "code": "context_length_exceeded",
+                                    "param": "messages"})
+_MONEY: _Meaning = (Fault.ACCOUNT, {"code": "insufficient_quota"})
+_KEY: _Meaning = (Fault.ACCOUNT, {"code": "invalid_api_key"})
+_GONE: _Meaning = (Fault.NOT_FOUND, {"code": "model_not_found"})
+_REFUSED: _Meaning = (Fault.REFUSED, {})
+
+# Statuses, and words in the message, type, code or param, in lower case -> what they mean; the first rule that fits
+# counts.  The words are from errors that users of those services reported.
+_RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
+    (_ANY, r"insufficient[_ ](\w+[_ ])?(quota|balance|credit|fund)|arrear|good standing|余额不足|欠费", _MONEY),
+    (_ANY, r"(balance|credits?) (is |are )?(too low|insufficient|exhausted)|credit.balance", _MONEY),    # Claude
+    (_ANY, r"api usage limits|spend(ing)?[_ ]limit|billing_error|account.?overdue", _MONEY),    # Claude, xAI, Volcano
+    (_ANY, r"billing[_ ](hard[_ ]limit|not[_ ]active)|exceeded_current_quota", _MONEY),    # OpenAI, Kimi
+    (_BAD, r"quota (is |has been )?(exhausted|exceeded)|payment required|(trial|subscription)\b.{0,20}expired", _MONEY),
+    (_ANY, r"api[ _-]?(key|token)\b.{0,20} (not valid|invalid|expired|disabled|revoked)|api_key_invalid", _KEY),
+    (_ANY, r"(invalid|incorrect|expired|missing|no) (x-)?(api[ _-]?key|(api |access )?token\b)|invalid_api_key", _KEY),
+    (_BAD, r"unauthori[sz]ed|authentication.(failed|error|required)|令牌", _KEY),    # One API
+    ((403,), r"moderation|flagged|content policy|usage guidelines", _REFUSED),    # OpenRouter, xAI
+    ((402,), r"can only afford", _REFUSED),    # OpenRouter: of max_tokens
+    ((401, 402, 403), "", (Fault.ACCOUNT, {})),
+    (_BAD, r"location is not supported|unsupported_country", (Fault.ACCOUNT, {})),    # Gemini, OpenAI
+    (_BAD, r"(organi[sz]ation|account|team)\b.{0,60}(disabled|restricted|suspended|deactivated)", (Fault.ACCOUNT, {})),
+    ((413,), "", (Fault.TOO_LONG, {**_LONG[1], "status": 413})),    # Claude: over 32 MB
+    ((429,), r"request too large", _LONG),    # OpenAI: for the tokens of a minute
+    (_ILL, r"(prompt|input|request|conversation) (is )?too (long|large)", _LONG),    # Claude, Ollama, Bedrock
+    (_ILL, r"maximum (context|prompt|model|sequence|input|allowed input) length", _LONG),    # OpenAI, vLLM, xAI
+    (_ILL, r"context length (is|of) only|context_size|contextwindowexceeded", _LONG),    # vLLM, llama.cpp, LiteLLM
+    (_ILL, r"(context|prompt)_\w+_exceeded|token limit exceeded|too many (input |prompt )?tokens", _LONG),    # Cohere
+    (_ILL, r"(longer|greater|more) than .{0,20}(context|max tokens)", _LONG),    # Together, GLM
+    (_ILL, r"exceed\w* (the |this |max\w* |model\S* |available |allowed |number of )*"
+           r"(context|prompt|input|token|length|message)", _LONG),    # Kimi, Claude, Gemini, Volcano
+    (_ILL, r"(input|prompt|context|message)s?[ _](tokens?|length|window|size)\b.{0,40}exceed", _LONG),    # Copilot
+    (_ILL, r"prompt exceed|tokens, exceeding max|total tokens\b.{0,20}exceed|range of input length|超长", _LONG),
+    (_ILL, r"reduce (the length of |your )(the )?(message|prompt|input)", _LONG),    # Groq, Cerebras
+    (_ILL, r"tokens? to keep from the initial|keep the first \d+ tokens|`inputs` (tokens|must have)", _LONG),    # TGI
+    (_BAD, r"not a valid model|unknown_model|invalid_model|on-demand throughput", _GONE),    # OpenRouter, Bedrock
+    (_BAD, r"(invalid|unknown|no such|unsupported|access) model\b(?! (param|option|setting|input|output))", _GONE),
+    (_BAD, r"model_(not_(found|available|supported)|decommissioned|terms_required)", _GONE),    # Together, Groq
+    (_BAD, r"model\b.{0,60}(not (exist|found|available|loaded|ready)|no longer|been (deprecated|decom))", _GONE),
+    (_BAD, r"(requested model\b.{0,60}|(^|; )(the )?model \S+ is )not supported|not find (the )?model", _GONE),
+    (_BAD, r"no models? (is |are )?loaded|(failed to|error|could not) load(ing)? model", _GONE),    # LM Studio
+    (_BAD, r"model .{0,20}(crashed|unloaded)|model identifier is invalid|模型不存在", _GONE),    # Bedrock, GLM
+    ((404,), r"no endpoints found that", _REFUSED),    # OpenRouter: … support image input
+    ((400,), r" (invalid_value|invalid_type|missing_required_parameter) \S+ messages\[", (Fault.CLIENT, {})),
+    ((500,), r'option ".*" must be of type', (Fault.REFUSED, {"status": 400})),    # Ollama: a wrong type
+    (_ILL, r"jinja|\btemplate|must be at the beginning|\broles\b", _REFUSED),    # llama.cpp, Ollama, vLLM
+    (_ILL, r"(image|audio|video|vision|multimodal).{0,20}not support|missing data required|mmproj", _REFUSED),
+    (_ILL, r"not support\w* (for )?(image|audio|video|vision|multimodal|tool|function)", _REFUSED),    # LM Studio
+    (_ILL, r"(load|decode|process|open|unsupported|invalid|most \d+) (the )?(image|audio|content)", _REFUSED),
+    (_ILL, r"pars(e|ing) (grammar|tool call)|unexpected keyword|unrecognized .{0,10}argument|extra inputs", _REFUSED),
+    (_ILL, r"unknown (field|name|parameter)", _REFUSED),
+    ((400, 415, 422, 501), "", _REFUSED),
+    ((503,), r"^loading model|model.* is (currently |still )?loading", (Fault.LOADING, {"code": "model_loading"})),
+    ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", (Fault.BUSY, {})),
+    (range(400, 500), "", (Fault.NOT_FOUND, {})),    # 404 of a model; 405, 410 of a path
 )
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
@@ -2577,36 +2727,64 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     if 300 <= status < 400:
         return UpstreamError(f"redirected elsewhere ({status}), which is refused: configure the final address")
     key = endpoint.key if endpoint else ""
-    fields = _error_fields(redact(text, key))
-    message = fields.pop("message", "") or f"the upstream answered {status} without a message"
-    words = f"{message[:1000]} {fields.get('code')} {fields.get('type')}".lower()
-    fault, ours = next((fault, ours) for statuses, pattern, fault, ours in _RULES
+    message, fields = _told(redact(text, key))
+    message = message or f"the upstream answered {status} without a message"
+    words = " ".join([message[:1000], *(fields.get(name, "-") for name in ("code", "type", "param"))]).lower()
+    fault, ours = next(meaning for statuses, pattern, meaning in _RULES
                        if status in statuses and re.search(pattern, words))
-    if status == 401 and key:
-        message = f"The upstream refused the key that Oblix has for it: {message}"
+    if '"signin_url"' in text:    # Ollama, asked for a model of ollama.com
+        message += ": run `ollama signin` where Ollama runs"
+    if fault is Fault.TOO_LONG and not re.search(r"context (length|window)", message, re.I):
+        message += " (context length exceeded)"    # what agents look for before they compact
     status = ours.get("status") or {_IN_A_STREAM: 502, 529: 503}.get(status, status)
     usual = {"type": _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
              "code": _CODES.get(status)}
-    return UpstreamError(message, fault, retry=None if fault is Fault.BUSY else False, retry_after_s=retry_after_s,
-                         **{"status": status, **usual, **fields, **ours})
+    error = UpstreamError(message, fault, retry=None if fault in (Fault.BUSY, Fault.LOADING) else False,
+                          retry_after_s=retry_after_s, **{"status": status, **usual, **fields, **ours})
+    if key and error.code == "invalid_api_key":
+        error.message = f"The upstream refused the key that Oblix has for it: {message}"
+    return error
 
 
-def _error_fields(text: str) -> dict[str, str]:
-    """Return the message, type, code and param that an error body has, in any shape seen so far."""
+def _told(text: str) -> tuple[str, dict[str, str]]:
+    """Return the message of an error's body or "", and its type, code and param if it has them."""
     try:
-        body = loads(text)
+        told = [*itertools.islice(_said(loads(text)), MAX_WORDS)]
     except ValueError:
-        return {} if "<" in text else {"message": text.strip()[:300]}    # a page of HTML helps nobody
-    body = body[0] if isinstance(body, list) and len(body) == 1 else body
-    error = body.get("error", body) if isinstance(body, dict) else body
-    if not isinstance(error, dict):
-        return {"message": error if isinstance(error, str) else text[:300]}
-    details = error.get("details")
-    code = error.get("code") or (details.get("error_code") if isinstance(details, dict) else None)
-    named = {name: str(value) for name, value in {**error, "code": code}.items() if name in ("type", "code", "param")
-             and re.fullmatch(r"[\w.\[\]-]{1,100}", str(value or ""))}    # a name, and not a sentence of a prompt
-    message = error.get("message", error.get("detail"))
-    return {**named, "message": message if isinstance(message, str) else text[:300]}
+        told, text = [], "" if re.match(r"\s*<[!?a-zA-Z]", text) else text.strip()    # a page of HTML helps nobody
+    message = "; ".join(dict.fromkeys(value for name, value in told if name == "message"))[:MAX_MESSAGE]
+    return message or text[:300], {name: value for name, value in told if name != "message" and value != "None"}
+
+
+def _said(body: Any) -> Iterator[tuple[str, str]]:
+    """Yield what an error's body says, in any shape seen so far, as pairs with "message", "type", "code" or "param".
+
+    What is within comes after what it is in: it is what the server that failed itself said.
+    """
+    if isinstance(body, str) and body.startswith(("{", "[")):    # OpenRouter has another's JSON as a text
+        with contextlib.suppress(ValueError):
+            body = loads(body)
+    if isinstance(body, str) and body.strip():
+        yield "message", body.strip()
+    elif isinstance(body, list):
+        for item in body:
+            yield from _said(item)
+    elif isinstance(body, dict) and isinstance(body.get("loc"), list):    # FastAPI's validation
+        yield "message", f"{'.'.join(str(part) for part in body['loc'] if part != 'body')}: {body.get('msg')}"
+    elif isinstance(body, dict):
+        for name, field in _NAMES.items():
+            if re.fullmatch(r"[\w.\[\]-]{1,100}", str(body.get(name) or "")):    # and not a sentence of a prompt
+                yield field, str(body[name])
+        for name in _TEXTS:
+            yield from _said(body.get(name))
+        if "signin_url" in body:
+            yield "message", "sign in where Ollama runs: ollama signin"
+
+
+_NAMES = {"type": "type", "code": "code", "error_code": "code", "reason": "code", "param": "param"}
+_TEXTS = ("error errors message Message msg detail details metadata raw base_resp status_msg error_msg error_message "
+          "error_description").split()
+MAX_WORDS, MAX_MESSAGE = 64, 4000    # texts and names that are read of an error, characters of its message
 
 
 def redact(text: str, key: str) -> str:
@@ -2615,9 +2793,7 @@ def redact(text: str, key: str) -> str:
 
 
 def chunk_of(finish_reason: str | None = None, logprobs: Json | None = None, **delta: Any) -> Chunk:
-    """Return a chunk of choice 0.  Raises TypeError where a broken upstream sent another type for text."""
-    if not all(isinstance(text, str) for name, text in delta.items() if name != "tool_calls"):
-        raise TypeError("text expected")
+    """Return a chunk of choice 0."""
     return {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]}
 
 
@@ -2643,13 +2819,9 @@ def told_of_reading(timings: Any, unread: float) -> tuple[float, float]:
     return (read, took_ms / 1000) if took_ms and read > 0 else (0.0, 0.0)
 
 
-def tool_chunk(index: int, arguments: str, id: str = "", name: str = "") -> Chunk:
-    """Return a tool call's first chunk, with id and name, or a later one.  Raises TypeError as `chunk_of` does."""
-    if not all(isinstance(text, str) for text in (arguments, id, name)) or bool(id) != bool(name):
-        raise TypeError("a tool call needs id and name")
-    head: Json = {"id": id, "type": "function"} if name else {}
-    return chunk_of(tool_calls=[{"index": index, **head, "function": {**present({"name": name}),
-                                                                      "arguments": arguments}}])
+def tool_chunk(index: int, arguments: Any, id: str | None = None, name: str | None = None) -> Chunk:
+    """Return a piece of a tool call."""
+    return chunk_of(tool_calls=[{"index": index, "id": id, "function": {"name": name, "arguments": arguments}}])
 
 
 def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
@@ -2678,26 +2850,117 @@ def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
             yield chunk
 
 
+def call_schema(tools: Sequence[Json]) -> Json:
+    """Return the JSON schema of a call: of the one tool's arguments, or of the name of a tool and its arguments."""
+    if len(tools) == 1:
+        return _grammar_schema(tools[0], "#")
+    schemas = [_grammar_schema(tool, f"#/$defs/{number}") for number, tool in enumerate(tools)]
+    referred = {str(number): schema for number, schema in enumerate(schemas) if b'"$ref"' in dumps(schema)}
+    calls = [{"type": "object", "properties": {"name": {"const": tool["name"]}, "arguments": schema},
+              "required": ["name", "arguments"], "additionalProperties": False} for tool, schema in zip(tools, schemas)]
+    return {"anyOf": calls, **present({"$defs": referred})}
+
+
+def _grammar_schema(tool: Json, place: str) -> Json:
+    """Return the schema of a tool's arguments at a place in another, to which its references lead.
+
+    It is without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp).
+    """
+    def change(schema: Json) -> Json:
+        kept = {name: value for name, value in schema.items() if name not in ("pattern", "minLength", "maxLength")}
+        return {**kept, "$ref": place + kept["$ref"][1:]} if kept.get("$ref", "").startswith("#") else kept
+    return in_each_schema(tool_schema(tool), change)  # type: ignore[no-any-return]
+
+
+def call_hint(tools: Sequence[Json]) -> str:
+    """Return what a model must know for the call that `call_schema` holds it to: it sees neither tools nor schema."""
+    one, form = ("the tool", "its arguments") if len(tools) == 1 else ("one tool", '{"name": …, "arguments": {…}}')
+    return "\n".join([f"Answer with a call of {one} below: write {form} as one JSON object, and nothing else.",
+                      *(json.dumps(tool, ensure_ascii=False) for tool in tools)])
+
+
+def as_call(chunks: Iterable[Chunk], tools: Sequence[Json]) -> Iterator[Chunk]:
+    """Yield the chunks of an answer that `call_schema` held to a call, as that call.
+
+    Raises UpstreamError if it is none, unless its length cut it off.
+    """
+    names = [tool["name"] for tool in tools]
+    name, around = (names[0], 0) if len(names) == 1 else ("", 1)    # braces after the arguments
+    held, said, is_call = "", list[str](), False
+    yield chunk_of(content="")
+    for chunk in chunks:
+        for choice in choices_of(chunk):
+            held, end = held + (choice["delta"].pop("content", "") or ""), choice["finish_reason"]
+            is_call = is_call or "tool_calls" in choice["delta"]    # in Ollama's own words
+            if not name:
+                name, held = _begun_call(held, bool(end))
+            if said or name in names and held.startswith("{"):
+                size = len(held) - around * (end == "stop") if end else len(held.rstrip("} \t\r\n"))
+                yield from [tool_chunk(0, held[:size], None, None if said else name)] if size > 0 else []
+                said.append(held[:size])
+                held = held[size:]
+            if end == "stop" and not is_call:
+                _need_object("".join(said))
+        yield chunk
+
+
+def _begun_call(text: str, whole: bool) -> tuple[str, str]:
+    """Return the name in a call's JSON, and the rest from its arguments on; ("", text) if they are not there yet."""
+    begin = re.match(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*(?=\{)', text)
+    if begin:
+        return begin[1], text[begin.end():]
+    with contextlib.suppress(*NOT_IN_ITS_FORMAT):
+        call = loads(text) if whole else {}
+        return str(call["name"]), dumps(call["arguments"]).decode() + "}"    # in another order
+    return "", text
+
+
+def _need_object(arguments: str) -> None:
+    """Raise UpstreamError unless a call's arguments are a JSON object."""
+    with contextlib.suppress(ValueError):
+        if isinstance(loads(arguments), dict):
+            return
+    raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED, code="bad_upstream_answer")
+
+
+def first_call(chunks: Iterable[Any]) -> Iterator[Any]:
+    """Yield the chunks without all tool calls but the first."""
+    for chunk in chunks:
+        for choice in choices_of(chunk) if not isinstance(chunk, Texts) else ():
+            if "tool_calls" in choice["delta"]:
+                choice["delta"]["tool_calls"] = [call for call in choice["delta"]["tool_calls"] if not call["index"]]
+        yield chunk
+
+
 def sse_data(lines: Lines) -> Iterator[Any]:
     """Yield the data of each server-sent event, and Texts as they are.
 
-    An event that the stream's end cuts is dropped (WHATWG HTML, 9.2.6).
+    An event that the stream's end cuts is dropped (WHATWG HTML, 9.2.6).  The body of a server that does not stream is
+    one event, and [DONE].
     """
-    data: list[str] = []
+    data: list[bytes] = []
     size = 0    # of the event
-    for number, line in enumerate(lines):
+    streams: bool | None = None    # until its first line
+    for line in lines:
         if isinstance(line, Texts):
             yield line
-        elif not line:
-            if data:
-                yield "\n".join(data)
-            data, size = [], 0
-        elif line.startswith((b"data:", b"\xef\xbb\xbfdata:") if number == 0 else b"data:"):
-            text = line.partition(b":")[2].decode("utf-8", "replace")
-            data.append(text[1:] if text.startswith(" ") else text)
-            size += len(text) + 1
+            continue
+        if streams is None and line.strip():
+            streams = bool(_EVENTS.match(line))
+            line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
+        if streams is False or line.startswith(b"data:"):
+            data.append(line if not streams else line[6:] if line.startswith(b"data: ") else line[5:])
+            size += len(data[-1]) + 1
             if size > MAX_LINE_BYTES:
                 raise UpstreamError(f"a piece of the answer is larger than {MAX_LINE_BYTES >> 20} MiB")
+        elif data and not line:
+            yield b"\n".join(data).decode("utf-8", "replace")
+            data, size = [], 0
+    if streams is False:
+        yield from (b"\n".join(data).decode("utf-8", "replace"), "[DONE]")
+
+
+_EVENTS = re.compile(rb"\s*(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")    # how a body of events begins
 
 
 def event_of(text: str | bytes) -> Json:
@@ -2708,17 +2971,24 @@ def event_of(text: str | bytes) -> Json:
         event = None
     if not isinstance(event, dict):
         raise UpstreamError("a piece of the answer is not a JSON object", code="bad_upstream_answer")
-    words = event.get("message", event.get("detail"))
-    error = event.get("error")
+    words = event.get("message", event.get("detail", event.get("msg")))    # the last: Zhipu
+    base, error = event.get("base_resp"), event.get("error") or event.get("errors")    # MiniMax; Workers AI
+    if isinstance(base, dict) and base.get("status_code"):
+        error = error or {"message": base.get("status_msg")}
     if "error" in (event.get("object"), event.get("type")) or isinstance(words, str) and "choices" not in event:
-        error = error or event    # flat: vLLM's older versions, what follows `event: error`
+        error = error or {**event, "message": words}    # flat: vLLM's older versions, what follows `event: error`
     if error:
-        named = error if isinstance(error, dict) else {}
-        code = str(named.get("code"))
-        status = _STATUS_OF.get(code) or _STATUS_OF.get(str(named.get("type"))) or (
-            int(code) if re.fullmatch("[45][0-9]{2}", code) else _IN_A_STREAM)
-        raise classify(status, dumps({"error": error}).decode())
+        raise error_inside(error)
     return event
+
+
+def error_inside(error: Any) -> UpstreamError:
+    """Return what an error means that an answer of status 200 has inside."""
+    named = error if isinstance(error, dict) else {}
+    code = str(named.get("code"))
+    status = _STATUS_OF.get(code) or _STATUS_OF.get(str(named.get("type"))) or (
+        int(code) if re.fullmatch("[45][0-9]{2}", code) else _IN_A_STREAM)
+    return classify(status, dumps({"error": error}).decode())
 
 
 # The status of an error in an answer, by its code or type.
@@ -2733,6 +3003,258 @@ def cut() -> UpstreamError:
     return UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
 
 
+def finish_of(reason: str) -> str:
+    """Return a vendor's finish reason in OpenAI's words.  Raises UpstreamError if the answer broke off for it."""
+    finish = next(finish for pattern, finish in _FINISH if re.search(pattern, reason.lower()))
+    if not finish:
+        raise UpstreamError(f"the upstream broke off its answer, for the reason {reason[:60]!r}", Fault.BUSY,
+                            code="upstream_cut")
+    return finish
+
+
+_FINISH = (    # words in a reason -> OpenAI's reason, "" for an answer that broke off; the first that fits counts
+    # error (OpenRouter), abort (vLLM, MiniMax), network_error (GLM), insufficient_system_resource (DeepSeek),
+    # "function_call_filter: MALFORMED_FUNCTION_CALL" (Gemini)
+    ("error|abort|cancel|fail|interrupt|insufficient|malformed|unexpected|overload|unavailable|time.?out|rate.lim", ""),
+    ("length|max|limit|window|context|pause|incomplete|repetition", "length"),    # model_length (Mistral), pause_turn
+    ("filter|safety|sensitive|refus|recitation|prohibit|block|guardrail|moderation|spii|language", "content_filter"),
+    ("function_call", "function_call"), ("tool", "tool_calls"), ("", "stop"),     # eos, end_turn, COMPLETE
+)
+
+
+def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
+    """Yield an answer's chunks as OpenAI's reference has them, and Texts as they are.  Raises as `decode`.
+
+    A choice's finish reason and the usage come at the end: some servers say more after either, or either twice.
+    """
+    taken = {str(call.get("id")) for message in request.body.get("messages", ()) if "tools" in request.body
+             for call in message.get("tool_calls") or ()}
+    choices: dict[int, _Choice] = collections.defaultdict(lambda: _Choice(taken))
+    counted: Chunk = {}
+    for chunk in chunks:
+        if isinstance(chunk, Texts):
+            yield chunk
+            continue
+        usage, told = chunk.pop("usage", None), choices_of(chunk)
+        if usage:
+            counted = {**chunk, "choices": [], "usage": usage}
+        for place, choice in enumerate(told):
+            choice["index"] = place if choice.get("index") is None else choice["index"]
+        chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
+        if chunk["choices"]:    # Azure begins with an event that has none
+            yield chunk
+    if not choices:
+        raise UpstreamError("the answer has no choices", code="bad_upstream_answer")
+    for one in choices.values():
+        yield from one.end()
+    if counted:
+        yield counted
+
+
+def is_in_order(answer: Json) -> bool:
+    """Return True if a whole answer is as `in_order` and `fold` would make it; False where that must be tried."""
+    return (type(answer.get("created")) is int and isinstance(answer.get("usage"), dict)
+            and answer.get("object") == "chat.completion" and bool(answer.get("choices")) and all(
+                type(choice.get("index")) is int and isinstance(message.get("content"), str)
+                and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
+                and not choice.get("logprobs") and "error" not in choice and _REMADE.isdisjoint(message)
+                for choice in answer["choices"] for message in [choice.get("message") or {}]))
+
+
+_PLAIN_ENDS = ("stop", "length", "content_filter")
+_REMADE = frozenset({"tool_calls", "function_call", "reasoning"})    # fields of a message that may have to change
+
+
+class _Choice:
+    """One choice of an answer, as far as it has come."""
+
+    def __init__(self, taken: set[str]) -> None:
+        """`taken` are the ids of tool calls in the conversation."""
+        self._taken, self._finish, self._said, self._is_legacy = taken, "stop", False, False
+        self._calls: list[_Call] = []       # in their order, as soon as they have a name
+        self._known: dict[Any, _Call] = {}    # by the server's id, and by its index, or by the place in a chunk
+        self._last: tuple[Chunk, Json] = ({}, {})    # the chunk with the finish reason, and the choice in it
+
+    def take(self, choice: Json, chunk: Chunk) -> bool:
+        """Put a chunk's choice in order.  Return False if it says nothing before the end.
+
+        Raises UpstreamError for an error in it, TypeError.
+        """
+        if choice.get("error"):    # OpenRouter
+            raise error_inside(choice["error"])
+        message = choice.pop("message", None)    # of a whole answer; MiniMax repeats that at the end of a stream
+        delta = self._delta(choice.get("delta") or (not self._said and message) or {})
+        self._said, reason = self._said or any(delta.values()), choice.get("finish_reason")
+        delta = delta if self._last[0] else {"role": "assistant", **delta}
+        if choice.get("logprobs"):
+            complete_logprobs(choice["logprobs"])
+        choice.update(delta=delta, finish_reason=None)
+        if reason:
+            self._finish = finish_of(str(reason))
+        if reason or not self._last[0]:
+            self._last = chunk, {**choice, "logprobs": None if delta else choice.get("logprobs")}
+        return bool(delta) or not reason
+
+    def _delta(self, said: Json) -> Json:
+        """Return what a delta, or a message, says besides its role."""
+        delta = {name: value for name, value in said.items() if value is not None and name != "role"}
+        if isinstance(delta.get("reasoning"), str):    # vLLM, OpenRouter, Ollama's /v1
+            thought = delta.pop("reasoning")
+            delta["reasoning_content"] = delta.get("reasoning_content") or thought
+        if isinstance(delta.get("content"), list):     # Mistral's reasoning models
+            thought = [part for part in delta["content"] if isinstance(part, dict) and part.get("type") in _THOUGHTS]
+            delta["content"] = text_in([part for part in delta["content"] if part not in thought])
+            delta.update(present({"reasoning_content": text_in(thought)}))
+        for name in ("content", "reasoning_content", "refusal"):
+            if not isinstance(delta.get(name, ""), str):
+                raise TypeError("text expected")
+        self._is_legacy = self._is_legacy or bool(delta.get("function_call"))
+        pieces = [self._piece(call, place) for place, call in enumerate(delta.pop("tool_calls", ()))]
+        return {**delta, **present({"tool_calls": [*filter(None, pieces)]})} if pieces else delta
+
+    def _piece(self, piece: Json, place: int) -> Json | None:
+        """Return a piece of a tool call in order, or None if it says nothing, or not yet the name."""
+        kind, field = ("custom", "input") if piece.get("custom") else ("function", "arguments")
+        inner = piece.get(kind) or piece    # Workers AI has no `function` around it
+        id, name = (str(value or "") for value in (piece.get("id"), inner.get("name")))
+        text = inner.get(field)
+        text = text if isinstance(text, str) else "" if text is None else dumps(text).decode()
+        call, text = self._call(id, name, text, piece.get("index"), place)
+        call.texts.extend([text] if text else ())
+        rest = {name: value for name, value in piece.items() if name not in _OF_CALL}    # Gemini's extra_content
+        if call.number >= 0:
+            return {"index": call.number, **rest, kind: {field: text}} if text or rest else None
+        call.name = call.name or name
+        if not call.name:
+            return None
+        call.number, call.is_json = len(self._calls), kind == "function"
+        self._calls.append(call)
+        return {"index": call.number, "id": self._new_id(id or call.id), "type": kind, **rest,
+                kind: {"name": call.name, field: "".join(call.texts)}}
+
+    def _call(self, id: str, name: str, text: str, index: Any, place: int) -> tuple[_Call, str]:
+        """Return the call that a piece belongs to, perhaps a new one, and what it adds to the arguments.
+
+        Servers leave indices out or give parallel calls the same one (Gemini, ollama#15457, ollama#7881), and repeat
+        ids and names.  Older vLLM has a new id in each piece of a call, but the name in the first piece only.
+        """
+        key = place if index is None else index
+        call, other = self._known.get(key), self._known.get(id) if id else None
+        if other and not (call and call.id == id) and not (name and index not in (None, other.index)):
+            call = other    # else the server gave two calls one id
+        added = call.added(id, name, text) if call else None
+        if not call or added is None:
+            call, added = _Call(index, id, name or (call.name if call else "")), text
+        self._known[key] = self._known[id or key] = call
+        return call, added
+
+    def _new_id(self, id: str) -> str:
+        """Return an id that the conversation has not had yet: the server's, if that is one."""
+        numbers = itertools.count(len(self._taken))
+        while not id or id in self._taken:
+            id = f"call_{next(numbers)}"
+        self._taken.add(id)
+        return id
+
+    def end(self) -> Iterator[Chunk]:
+        """Yield the last chunks: the arguments of calls that have come without, and the finish reason."""
+        if any(call.texts and call.number < 0 for call in self._known.values()):
+            raise UpstreamError("a tool call came without its name", code="bad_upstream_answer")
+        chunk, choice = self._last
+        bare = [{"index": call.number, "function": {"arguments": "{}"}} for call in self._calls
+                if call.is_json and not "".join(call.texts).strip()]
+        finish = self._finish
+        if finish in ("stop", "tool_calls", "function_call"):    # some say stop, or the same word always
+            finish = "tool_calls" if self._calls else "function_call" if self._is_legacy else "stop"
+        last: list[tuple[Json, str | None]] = [({"tool_calls": bare}, None)] if bare else []
+        for delta, reason in [*last, ({}, finish)]:
+            yield {**chunk, "choices": [{**choice, "delta": delta, "finish_reason": reason}]}
+
+
+_THOUGHTS = ("thinking", "reasoning")    # types of a content's parts
+_OF_CALL = frozenset({"index", "id", "type", "function", "custom", "name", "arguments"})
+
+
+class _Call:
+    """A tool call of an answer, as far as it has come."""
+
+    def __init__(self, index: Any, id: str, name: str) -> None:
+        self.index, self.id, self.name = index, id, name    # as the server has them
+        self.number, self.is_json = -1, False               # its place among the calls, once its name has come
+        self.texts: list[str] = []                          # of its arguments
+        self._named_again = False
+
+    def added(self, id: str, name: str, text: str) -> str | None:
+        """Return what a piece in this call's place adds to the arguments, or None if it belongs to another call."""
+        if name and (self.id and id and id != self.id or self.name and name != self.name):
+            return None
+        if not (name or self._named_again) or not self._is_whole():
+            return text
+        self._named_again = not text.strip()    # this call once more, or the beginning of another of its name
+        return "" if self._named_again or id and (id, text) == (self.id, "".join(self.texts)) else None
+
+    def _is_whole(self) -> bool:
+        """Return True if the arguments are a JSON object.  Of very many pieces it is not asked."""
+        if not self.texts or len(self.texts) > 1000 or not self.texts[-1].rstrip().endswith("}"):
+            return False
+        with contextlib.suppress(ValueError):
+            return isinstance(loads("".join(self.texts)), dict)
+        return False
+
+
+def text_in(value: Any) -> str:
+    """Return the text in a content's part, or in a list of them, at any depth.  Raises TypeError."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return text_in([value.get(name) or "" for name in ("text", *_THOUGHTS)])
+    return "".join(map(text_in, value))
+
+
+def complete_logprobs(logprobs: Any) -> None:
+    """Add to log probabilities what OpenAI's reference has and some servers, like Ollama, leave out."""
+    with contextlib.suppress(*NOT_IN_ITS_FORMAT):
+        logprobs.setdefault("refusal", None)
+        for token in logprobs.get("content") or ():
+            token["top_logprobs"] = token.get("top_logprobs") or []
+            for one in (token, *token["top_logprobs"]):
+                one.setdefault("bytes", [*one["token"].encode("utf-8", "replace")])
+
+
+def fold(chunks: Iterable[Chunk]) -> Json:
+    """Return the chat.completion of a stream's chunks, which are in order, and at least one."""
+    whole: Json = {}
+    choices: dict[int, Json] = {}
+    for chunk in chunks:
+        whole.update(chunk)
+        for piece in chunk["choices"]:
+            choice = choices.setdefault(piece["index"], {"index": 0, "message": {}, "logprobs": {}})
+            _join(choice["message"], piece.pop("delta"))
+            _join(choice["logprobs"], piece.pop("logprobs", None) or {})
+            choice.update(piece)
+    for choice in choices.values():
+        calls: dict[int, Json] = {}
+        for call in choice["message"].pop("tool_calls", ()):
+            _join(calls.setdefault(call.pop("index"), {}), call)
+        said = {"role": "assistant", "content": "", "refusal": None, **choice["message"]}
+        if calls:
+            said.update(content=said["content"] or None, tool_calls=[*calls.values()])
+        choice.update(message=said, logprobs=choice["logprobs"] or None)
+    return {**whole, "object": "chat.completion", "choices": [*choices.values()]}
+
+
+def _join(whole: Json, piece: Json) -> None:
+    """Add a piece of an object to the whole, as the SDKs do: texts and lists grow; of anything else the last counts."""
+    for name, value in piece.items():
+        known = whole.get(name)
+        if isinstance(known, dict) and isinstance(value, dict):
+            _join(known, value)
+        elif isinstance(known, (str, list)) and isinstance(value, type(known)):
+            whole[name] += value
+        else:
+            whole[name] = value
+
+
 def arguments_of(text: str) -> Json:
     """Return a tool call's arguments as the object that Ollama and Claude want, whatever the model once wrote."""
     with contextlib.suppress(ValueError):
@@ -2743,16 +3265,29 @@ def arguments_of(text: str) -> Json:
 
 
 def without_deprecated(messages: Sequence[Json]) -> list[Json]:
-    """Return the messages without deprecated fields: tool calls for function_call, a refusal as content."""
-    converted = []
+    """Return the messages as OpenAI's reference has them: tool calls for function_call, a refusal as content.
+
+    Each call gets an id, and each result the id and the name of its call: results without ids answer the calls of their
+    names, or all calls if they have no names, in turn.
+    """
+    converted, names = list[Json](), dict[str, str]()    # of calls, by id
+    waiting: dict[str, collections.deque[str]] = collections.defaultdict(collections.deque)    # ids by name; "": all
     for number, message in enumerate(messages):
         message = dict(message)
         if message.get("refusal") and not message.get("content"):
             message["content"] = message["refusal"]
-        if "function_call" in message:    # it has no id; the message's place makes one
-            message["tool_calls"] = [{"id": f"call_{number}", "type": "function", "function": message["function_call"]}]
-        if message["role"] == "function":
-            message.update(role="tool", tool_call_id=f"call_{number - 1}")
+        calls = [{"function": message["function_call"]}] if "function_call" in message else message.get("tool_calls")
+        if calls:    # the message's place makes an id
+            message["tool_calls"] = [{**call, "id": call.get("id") or f"call_{number}_{place}"}
+                                     for place, call in enumerate(calls)]
+        for call in message.get("tool_calls", ()):
+            name = names[call["id"]] = name_and_arguments(call)[0]
+            waiting[name].append(call["id"])
+            waiting[""].append(call["id"])
+        if message["role"] in ("tool", "function"):
+            name = message.get("name") or ""
+            id = message.get("tool_call_id") or (waiting[name].popleft() if waiting[name] else f"call_{number}")
+            message.update(role="tool", tool_call_id=id, name=name or names.get(id, ""))
         converted.append(message)
     return converted
 
@@ -2768,51 +3303,98 @@ def present(fields: Json) -> Json:
     return {name: value for name, value in fields.items() if value}
 
 
-def as_list(value: str | list[str]) -> list[str]:
-    """Return one or several as several."""
-    return [value] if isinstance(value, str) else value
-
-
 def needs_of(request: ChatRequest) -> frozenset[str]:
     """Return what a model must be capable of for a request, in Ollama's words (/api/show, capabilities)."""
     return frozenset(present({"vision": any(part["type"] == "image_url" for _, part in request.parts()),
-                              "tools": chosen_tools(request.body)[0]}))
+                              "tools": chosen_tools(request.body)[0] and not forced_tools(request.body)}))
 
 
-def name_of(tool: Json) -> str:
-    """Return the name in a tool, or in the choice of one: {"type": kind, kind: {"name": ...}}."""
-    return str(tool[tool["type"]]["name"])
+def name_of(tool: Any) -> str:
+    """Return the name in a tool, or in the choice of one: {"type": kind, kind: {"name": ...}}; "" without one."""
+    inner = tool.get(str(tool.get("type"))) if isinstance(tool, dict) else None
+    return str(inner.get("name") or "") if isinstance(inner, dict) else ""
+
+
+def effort_of(body: Json) -> str | None:
+    """Return the effort that a request asks for, or None for the model's own."""
+    effort = body.get("reasoning_effort")
+    return None if effort in ("", "auto", "default") else effort
+
+
+EFFORTS = (None, "none", "minimal", "low", "medium", "high", "xhigh", "max")
+CHOICES = ("none", "auto", "required")
+
+
+def unknown_value(request: ChatRequest) -> str | None:
+    """Return the parameter whose value only some OpenAI-compatible servers know, or None."""
+    body = request.body
+    choice = chosen_tools(body)[1]
+    if effort_of(body) not in EFFORTS:
+        return "reasoning_effort"
+    if body.get("response_format", {"type": "text"})["type"] not in JSON_FORMS:
+        return "response_format"
+    if any(tool["type"] != "function" for tool in body.get("tools", ())):
+        return "tools"
+    if choice not in CHOICES and not name_of(choice):
+        return "tool_choice"
+    for number, message in enumerate(request.messages):
+        if message["role"] not in ROLES:
+            return f"messages[{number}].role"
+        if not all(map(called_in, message.get("tool_calls", ()))):
+            return f"messages[{number}].tool_calls"
+    return None
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+JSON_FORMS = ("text", "json_object", "json_schema")
 
 
 def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
     """Return the tools that tool_choice leaves, and the choice among them: a word, or the named tool."""
     tools, choice = body.get("tools", []), body.get("tool_choice", "auto")
-    if isinstance(choice, dict) and choice["type"] == "allowed_tools":
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         allowed = {name_of(tool) for tool in choice["allowed_tools"]["tools"]}
-        return [tool for tool in tools if name_of(tool) in allowed], choice["allowed_tools"]["mode"]
-    return ([] if choice == "none" else tools), choice
+        tools, choice = [tool for tool in tools if name_of(tool) in allowed], choice["allowed_tools"]["mode"]
+    return ([] if choice == "none" else tools), "required" if choice == "any" else choice    # Mistral's word
+
+
+def forced_tools(body: Json) -> list[Json]:
+    """Return the functions of which the answer must be a call; none where it may be a text."""
+    tools, choice = chosen_tools(body)
+    if isinstance(choice, dict):
+        tools = [tool for tool in tools if name_of(tool) == name_of(choice)]
+    return [] if choice in ("none", "auto") else [*{name_of(tool): tool["function"] for tool in tools}.values()]
 
 
 def json_wanted(body: Json) -> Json | None:
     """Return the JSON schema that the answer must fit, {} for any JSON, or None for a text."""
     form = body.get("response_format", {"type": "text"})
-    if form["type"] == "json_schema":
-        return form["json_schema"].get("schema") or {}
-    return None if form["type"] == "text" else {}
+    if form["type"] == "text":
+        return None
+    schema = (form["json_schema"] if isinstance(form.get("json_schema"), dict) else form).get("schema")
+    return schema if isinstance(schema, dict) else {}    # beside the type, as llama.cpp and Together have it
 
 
 def data_url(url: str) -> tuple[str, str] | None:
     """Return (media type, base64) of a data: URL, or None for any other."""
     head, comma, data = url.partition(",")
+    head = head.lower()
     if not comma or not head.startswith("data:") or not head.endswith(";base64"):
         return None
-    return head[5:].split(";")[0].lower().replace("image/jpg", "image/jpeg"), data
+    return head[5:].split(";")[0], data
 
 
 def name_and_arguments(call: Json) -> tuple[str, str]:
     """Return (name, arguments) of a message's tool call, function or custom."""
-    inner = call[call.get("type") or "function"]
-    return inner["name"], inner.get("arguments", inner.get("input", ""))
+    inner = called_in(call) or {}
+    arguments = inner.get("arguments", inner.get("input")) or ""
+    return inner["name"], arguments if isinstance(arguments, str) else dumps(arguments).decode()
+
+
+def called_in(call: Json) -> Json | None:
+    """Return what a tool call names, or None for a kind that is no function or custom tool."""
+    inner = call.get("function") or call.get("custom")
+    return inner if isinstance(inner, dict) and isinstance(inner.get("name"), str) else None
 
 
 def created_at(value: Any) -> int:
@@ -2864,90 +3446,92 @@ class OpenAI(Provider):
         return Endpoint(self.name, url, settings.openai_api_key, tuple(present(extra).items()),
                         self.key_variable if is_at(url, self.vendor) else "")
 
-    def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        return {**present({"Authorization": endpoint.key and f"Bearer {endpoint.key}"}), **dict(endpoint.headers)}
-
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         payload = {"model": target.model, **request.body}
         if is_at(target.endpoint.base_url, self.vendor):    # its models know the new name, and none of Ollama's fields
             payload = self.adapt(payload, frozenset({"max_tokens", "options", "keep_alive", "think"}))
+        elif any(message["role"] == "developer" for message in request.messages):    # others drop or refuse the role
+            payload["messages"] = [{**message, "role": "system"} if message["role"] == "developer" else message
+                                   for message in request.messages]
         if "tools" in payload and _NO_TOOLS_WHILE_REASONING.match(target.model):
             payload.setdefault("reasoning_effort", "none")
         return payload
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
         kept = super().adapt(payload, refused)
-        for old, new in self.renames.items():
-            if old in payload and old not in kept and new not in refused:
-                kept.setdefault(new, payload[old])
         if "reasoning_effort" in payload.keys() - kept.keys() and "tools" in payload:
             kept["reasoning_effort"] = "none"    # these models take tools only without reasoning, and would reason
+        for name, (_, change) in CHANGES.items():
+            if name in refused:
+                kept.update({place: [*map(change, kept[place])] for place in ("messages", "tools") if place in kept})
         return kept
 
-    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        choices: dict[int, _StreamedChoice] = collections.defaultdict(_StreamedChoice)
-        for data in sse_data(lines):
-            if isinstance(data, Texts):
-                yield data
-                continue
-            if data.startswith("[DONE]") and choices:
-                return
-            chunk = event_of(data)
-            chunk.pop("obfuscation", None)    # padding, of no use on this side of TLS
-            chunk["choices"] = choices_of(chunk)
-            for choice in chunk["choices"]:
-                choices[choice.get("index", 0)].tidy(choice)
-            if chunk["choices"] or chunk.get("usage"):    # Azure begins with an event that has neither
-                yield chunk
-        finished = [choice.finished for choice in choices.values()]
-        if finished != [True] * request.body.get("n", 1):    # some servers leave [DONE] out
+    def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
+        if error.status in (400, 422, 500):
+            said = [one for place in ("messages", "tools") for one in payload.get(place) or ()]
+            for name, (words, change) in CHANGES.items():
+                if re.search(words, error.message.lower()) and any(change(one) != one for one in said):
+                    return name
+        return super().refused_parameter(error, payload)
+
+    def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+        finished, asked = set[Any](), request.body.get("n", 1)
+        try:
+            for data in sse_data(lines):
+                event = data if isinstance(data, Texts) else {} if data.startswith("[DONE]") else event_of(data)
+                if not event:
+                    return
+                if isinstance(event, dict):
+                    event.pop("obfuscation", None)    # padding, of no use on this side of TLS
+                    finished.update(one.get("index") for one in choices_of(event) if one.get("finish_reason"))
+                yield event
+        except UpstreamError as error:
+            if error.fault is not Fault.TRANSPORT or len(finished) != asked:
+                raise
+        if len(finished) != asked:    # some servers leave [DONE] out
             raise cut()
 
     def passes_text(self, request: ChatRequest) -> bool:
         return bool(request.body.get("n", 1) == 1)
 
 
-class _StreamedChoice:
-    """One choice of a stream.  It drops what servers repeat, as the SDKs' helpers join repeated strings.
+def _with_short_ids(message: Json) -> Json:
+    """Return a message with ids of tool calls of nine letters and digits, each id always as the same one."""
+    def short(place: Json, name: str) -> Json:
+        id = str(place[name])
+        return {**place, name: id if re.fullmatch("[A-Za-z0-9]{9}", id) else f"{number_for(id):09x}"}
+    if "tool_calls" in message:
+        return {**message, "tool_calls": [short(call, "id") for call in message["tool_calls"]]}
+    return short(message, "tool_call_id") if "tool_call_id" in message else message
 
-    Servers repeat ids and names, leave indices out, or give parallel calls the same one (ollama#15457, ollama#7881).
-    Older vLLM has a new id in each piece of a call, but the name in the first piece only.
-    """
 
-    def __init__(self) -> None:
-        self.begun = self.finished = False
-        self._numbers: dict[str | int, int] = {}    # of calls, by id, and by the server's index or the place
-        self._count = 0
+def _with_reasoning(message: Json) -> Json:
+    return {"reasoning_content": "", **message} if message.get("role") == "assistant" else message
 
-    def tidy(self, choice: Json) -> None:
-        """Drop a role, and a tool call's id, type and name, after the first; number the tool calls from 0."""
-        delta = choice.get("delta") or {}
-        choice["delta"] = {name: value for name, value in delta.items() if name != "role"}
-        if not self.begun:
-            self.begun, choice["delta"] = True, {"role": "assistant", **choice["delta"]}
-        self.finished = self.finished or bool(choice.get("finish_reason"))
-        for place, call in enumerate(delta.get("tool_calls") or ()):
-            self._number(call, place)
 
-    def _number(self, call: Json, place: int) -> None:
-        id, inner = call.get("id"), call.get("function") or call.get("custom") or {}
-        key = place if call.get("index") is None else call["index"]
-        number = self._numbers.get(id) if id else None
-        if number is None and not (id and inner.get("name")):
-            number = self._numbers.get(key)
-        if number is None:
-            number, self._count = self._count, self._count + 1
-        else:
-            for fields, name in ((call, "id"), (call, "type"), (inner, "name")):
-                fields.pop(name, None)
-        call["index"] = self._numbers[key] = self._numbers[id or key] = number
+def _without(prefix: str) -> Callable[[Json], Json]:
+    def change(fields: Json) -> Json:
+        kept = {name: value for name, value in fields.items() if not name.startswith(prefix)}
+        parts = kept.get("content")
+        return {**kept, "content": [*map(change, parts)]} if isinstance(parts, list) else kept
+    return change
+
+
+# What servers want otherwise in messages and tools: the words of their errors, the change.  It is remembered.
+CHANGES: dict[str, tuple[str, Callable[[Json], Json]]] = {
+    "tool_call_id": (r"tool call ids?\b.*\b9\b", _with_short_ids),    # Mistral's API, tokenizer and chat templates
+    "no reasoning_content": (r"missing.*reasoning_content|reasoning_content.*(missing|passed back|required)",
+                             _with_reasoning),    # DeepSeek, Kimi
+    "reasoning_content": (r"\breasoning(_content|_details)?\b(?! effort)", _without("reasoning")),    # Groq, Mistral
+    "cache_control": ("cache_control", _without("cache_control")),    # Gemini, Groq
+}
 
 
 class Ollama(Provider):
     """Ollama's native API.  Its own /v1 can't set num_ctx, truncate or think, and takes images out of their message."""
     name, label = "ollama", "Ollama"
     vendor, chat_path, models_path = "ollama.com", "/api/chat", "/api/tags"
-    refuses, forces_tools = _NEITHER_HAS, False
+    refuses = _NEITHER_HAS
     spelt = {"thinking": "think"}
     text_event = TextEvent(_OLLAMA_TEXT, b"\n")
     _options = {"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
@@ -2960,9 +3544,6 @@ class Ollama(Provider):
     def endpoint(self, settings: Settings) -> Endpoint:
         return Endpoint(self.name, ollama_url(settings.ollama_host))
 
-    def headers(self, endpoint: Endpoint) -> dict[str, str]:
-        return present({"Authorization": endpoint.key and f"Bearer {endpoint.key}"})    # ollama.com wants one
-
     def refuse_part(self, part: Json) -> str | None:
         if part["type"] == "image_url":
             return None if data_url(part["image_url"]["url"]) else "images must be base64 data: URLs"
@@ -2972,17 +3553,23 @@ class Ollama(Provider):
         body = request.body
         options = {theirs: body[ours] for ours, theirs in self._options.items() if ours in body}
         if "stop" in options:
-            options["stop"] = [stop for stop in as_list(options["stop"]) if stop]
+            options["stop"] = as_list(options["stop"])
         options.update({**present({"num_ctx": context}), **body.get("options", {})})
-        schema = json_wanted(body)
+        messages, forced = self._messages(without_deprecated(request.messages)), forced_tools(body)
+        if forced:    # it has no tool_choice, and holds an answer to a schema only without tools
+            first = [messages.pop(0)["content"]] if messages[0]["role"] == "system" else []
+            messages.insert(0, {"role": "system", "content": "\n\n".join([*first, call_hint(forced)])})
+        schema = call_schema(forced) if forced else json_wanted(body)
+        tools = [{**tool, "function": {**tool["function"], "parameters": tool_schema(tool["function"])}}
+                 for tool in chosen_tools(body)[0]]    # it refuses what it can't read, and skips anyOf at the top
         payload = {
-            "model": target.model, "messages": self._messages(without_deprecated(request.messages)), "stream": True,
+            "model": target.model, "messages": messages, "stream": True,
             "truncate": False,    # without it the oldest messages are forgotten silently
-            **present({"options": options, "tools": chosen_tools(body)[0],
+            **present({"options": options, "tools": [] if forced else tools,
                        "format": "json" if schema == {} else schema})}
         if keep_alive is not None:
             payload["keep_alive"] = keep_alive
-        if "reasoning_effort" in body:
+        if effort_of(body):
             payload["think"] = self._think[body["reasoning_effort"]]
         payload.update({name: body[name] for name in self._as_they_are if name in body})
         return payload
@@ -2990,7 +3577,6 @@ class Ollama(Provider):
     @staticmethod
     def _messages(messages: Sequence[Json]) -> list[Json]:
         """Return the messages in Ollama's shape, where a tool's result has the tool's name."""
-        names: dict[str, str] = {}    # by id of the call
         converted: list[Json] = []
         for message in messages:
             role = "system" if message["role"] == "developer" else message["role"]
@@ -2998,39 +3584,45 @@ class Ollama(Provider):
             images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
             if images:
                 turn["images"] = [image[1] for image in images if image]
+            thought = message.get("reasoning_content") or message.get("reasoning")
+            if thought and isinstance(thought, str):    # the templates of thinking models want it back
+                turn["thinking"] = thought
             if message.get("tool_calls"):
                 calls = [(call["id"], *name_and_arguments(call)) for call in message["tool_calls"]]
-                names.update({id: name for id, name, _ in calls})
                 turn["tool_calls"] = [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
                                       for id, name, arguments in calls]
             if role == "tool":
-                turn.update(tool_call_id=message["tool_call_id"], tool_name=names.get(message["tool_call_id"], ""))
+                turn.update(tool_call_id=message["tool_call_id"], tool_name=message["name"])
             converted.append(turn)
         return converted
 
-    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        yield chunk_of(role="assistant", content="")
-        calls = 0
+    def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+        chunks, forced = self._said(lines), forced_tools(request.body)
+        if forced:
+            return as_call(only_json(chunks), forced)
+        only_one = request.body.get("parallel_tool_calls") is False    # Ollama has no such field
+        return first_call(chunks) if only_one else chunks
+
+    def passes_text(self, request: ChatRequest) -> bool:
+        return not forced_tools(request.body)
+
+    def _said(self, lines: Lines) -> Iterator[Any]:
+        yield chunk_of(content="")
+        numbers = itertools.count()    # of calls: each comes whole, and the server's index is always 0
         for line in filter(None, lines):
             if isinstance(line, Texts):
                 yield line
                 continue
             event = event_of(line)
-            message = event.get("message", {})
-            logprobs = {"content": list(event["logprobs"]), "refusal": None} if event.get("logprobs") else None
-            if message.get("thinking"):
-                yield chunk_of(reasoning_content=message["thinking"])
-            if message.get("content"):
-                yield chunk_of(content=message["content"], logprobs=logprobs)
-            for call in message.get("tool_calls") or []:
-                function = call["function"]
-                yield tool_chunk(calls, "", call.get("id") or f"call_{calls}", function["name"])
-                yield tool_chunk(calls, dumps(function.get("arguments") or {}).decode())
-                calls += 1
+            message, logprobs = event.get("message") or {}, event.get("logprobs")
+            calls = [{**call, "index": next(numbers)} for call in message.get("tool_calls") or ()]
+            said = present({"reasoning_content": message.get("thinking"), "content": message.get("content"),
+                            "tool_calls": calls})
+            if said or logprobs:
+                yield chunk_of(None, {"content": logprobs} if logprobs else None, **said)
             if event.get("done"):
-                reason = "length" if event.get("done_reason") == "length" else "tool_calls" if calls else "stop"
-                yield chunk_of(reason)
-                yield {**usage_chunk(event.get("prompt_eval_count", 0), event.get("eval_count", 0)),
+                yield chunk_of(finish_of(event.get("done_reason") or "stop"))
+                yield {**usage_chunk(event.get("prompt_eval_count") or 0, event.get("eval_count") or 0),
                        "timings": self._timings(event)}
                 return
         raise cut()    # a runaway repetition ends without done: true as well
@@ -3049,18 +3641,22 @@ class Ollama(Provider):
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
                         is_remote(str(item["name"])) or bool(item.get("remote_host")), str(item.get("digest") or ""),
-                        int(item.get("size") or 0), frozenset(map(str, item.get("capabilities") or ())) or None)
+                        int(item.get("size") or 0), _capabilities(item))
                   for item in ask(self.models_path, None).get("models") or []]
         models = sorted(listed, key=lambda model: -model.created)[:MAX_MODELS]
         with contextlib.suppress(UpstreamError, *NOT_IN_ITS_FORMAT):
-            loaded = {str(item["name"]).lower(): item for item in ask("/api/ps", None)["models"]}
-            models = [_with_state(model, loaded.get(model.name.lower())) for model in models]
+            loaded = {str(name).lower(): item for item in ask("/api/ps", None)["models"]
+                      for name in (item.get("digest"), item["name"]) if name}    # of two names it says the loaded one
+            models = [_with_state(model, loaded.get(model.name.lower(), loaded.get(model.digest.lower())))
+                      for model in models]
         by_key = {model.digest or model.name: model for model in models if not model.remote}
         for key in known.keys() - by_key.keys():
             del known[key]
         for key in [key for key in by_key if key not in known][:DETAILS_AT_ONCE]:
             with contextlib.suppress(UpstreamError):
                 known[key] = _details(ask("/api/show", {"model": by_key[key].name}))
+        for key in by_key.keys() & known.keys():
+            known[key]["own_context"] = max(known[key].get("own_context", 0), by_key[key].context)
         return tuple(dataclasses.replace(model, **known.get(model.digest or model.name, {})) for model in models)
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
@@ -3069,27 +3665,36 @@ class Ollama(Provider):
             return 0
         size = request.size
         if size // MOST_BYTES > model.max_context:
-            raise Unsupported(f"the prompt has over {size // MOST_BYTES} tokens, and its context {model.max_context}",
-                              param="messages", code="context_length_exceeded")
+            raise Unsupported(f"its maximum context length is {model.max_context} tokens, and the prompt has over "
+                              f"{size // MOST_BYTES}", param="messages", code="context_length_exceeded")
         answer = min(request.max_output_tokens(512), 4096)
-        now = model.context or asked or DEFAULT_CONTEXT
+        own = max(asked, min(model.own_context, model.max_context))    # never to be made smaller
+        now = model.context or own or DEFAULT_CONTEXT
         needed = size // LEAST_BYTES + answer
         if needed <= now:
-            return now if now == asked else 0
-        wanted = max(now, min(next((step for step in CONTEXTS if step >= needed), CONTEXTS[-1]), model.max_context))
+            return now if now == asked or not model.context and needed > DEFAULT_CONTEXT else 0
+        step = next((step for step in CONTEXTS if step >= needed), CONTEXTS[-1])
+        wanted = max(now, own, min(step, model.max_context))
         # the size of a loaded model is with its context, and `free` counts it as free
         if free is None or model.size + (wanted - model.context) * model.token_bytes <= free:
             return wanted if wanted > now or wanted == asked else 0
         if size // LARGE_BYTES + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
             return 0
-        raise Unsupported(f"a context of {wanted} tokens does not fit in memory", param="messages",
-                          code="context_length_exceeded")
+        raise Unsupported(f"a context of {wanted} tokens does not fit in memory: its maximum context length is {now} "
+                          "tokens now", param="messages", code="context_length_exceeded")
 
 
 DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 # Bytes a token: code and languages other than English have about 3; English has 4, and seldom 5; none has 8.
 LEAST_BYTES, LARGE_BYTES, MOST_BYTES = 3, 5, 8
+
+
+def _capabilities(item: Json) -> frozenset[str] | None:
+    """Return what a model can do as /api/tags says, or its family, in older versions; None if neither says it."""
+    said = frozenset(map(str, item.get("capabilities") or ()))
+    embeds = "bert" in str((item.get("details") or {}).get("family")).lower()    # nomic-bert, xlm-roberta, …
+    return said or (frozenset({"embedding"}) if embeds else None)
 
 
 def _with_state(model: Model, loaded: Json | None) -> Model:
@@ -3105,6 +3710,7 @@ def _details(shown: Json) -> Json:
     """Return the fields of a Model that /api/show tells; none if it is not in its format."""
     with contextlib.suppress(*NOT_IN_ITS_FORMAT):
         info = shown.get("model_info") or {}
+        said = re.search(r"(?m)^num_ctx\s+([0-9]{1,9})$", str(shown.get("parameters")))
         kind = info.get("general.architecture")
         number = {name[len(f"{kind}."):]: value for name, value in info.items()
                   if name.startswith(f"{kind}.") and isinstance(value, int)}    # some are lists, one number a layer
@@ -3114,7 +3720,8 @@ def _details(shown: Json) -> Json:
         # llama.cpp keeps a key and a value of 16 bits each for every layer and head
         token_bytes = 2 * number.get("block_count", 0) * number.get("attention.head_count_kv", 0) * row
         return {**present({"capabilities": frozenset(map(str, shown.get("capabilities") or ()))}),
-                "max_context": number.get("context_length", 0), "token_bytes": token_bytes}
+                "max_context": number.get("context_length", 0), "token_bytes": token_bytes,
+                "own_context": int(said[1]) if said else 0}
     return {}
 
 
@@ -3163,6 +3770,8 @@ _CLAUDE_MODELS = (    # the first that fits (Anthropic's documentation, 2026-11)
 _CLAUDE_MAX_TOKENS = 16384    # where the client sets no limit: thinking counts too, so a small one gives empty answers
 _THINKING_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 4096, "high": 8192, "xhigh": 16384, "max": 16384}
 _CLAUDE_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+_MOST_MARKS = 4                       # of its prompt cache; it refuses more
+_CACHED_FROM = 512 * TOKEN_BYTES      # of a prompt; no model caches a shorter one
 _ONLY_JSON = "Answer with one JSON object and nothing else: no prose, no Markdown fence."
 
 
@@ -3180,8 +3789,6 @@ class Claude(Provider):
     vendor, chat_path, models_path = "api.anthropic.com", "/v1/messages", "/v1/models?limit=1000"
     text_event = TextEvent(_CLAUDE_TEXT, b"\n\n")
     refuses = {**_NEITHER_HAS, "logprobs": "it does not tell them", "top_logprobs": "it does not tell them"}
-    _finish = {"max_tokens": "length", "model_context_window_exceeded": "length", "pause_turn": "length",
-               "tool_use": "tool_calls", "refusal": "content_filter"}
 
     def endpoint(self, settings: Settings) -> Endpoint:
         url = (settings.anthropic_base_url or f"https://{self.vendor}").rstrip("/").removesuffix("/v1")
@@ -3210,24 +3817,25 @@ class Claude(Provider):
         system, turns = claude_conversation(without_deprecated(request.messages), model.prefill)
         choice, schema = chosen_tools(body)[1], json_wanted(body)
         if schema == {}:    # Claude has no field for JSON without a schema
-            system.append(_ONLY_JSON)
+            system.extend(_text_blocks(_ONLY_JSON))
         if choice not in ("auto", "none") and not model.forced:
-            which = name_of(choice) if isinstance(choice, dict) else "that fits best"
-            system.append(f"Answer with a call of the tool {which}.")
+            which = claude_name(name_of(choice)) if isinstance(choice, dict) else "that fits best"
+            system.extend(_text_blocks(f"Answer with a call of the tool {which}."))
             choice = "auto"
         payload = present({
             "model": target.model, "messages": turns, "stream": True,
             "max_tokens": min(request.max_output_tokens(_CLAUDE_MAX_TOKENS), model.most),
-            "system": "\n\n".join(system),
+            "system": system,
             "stop_sequences": [stop for stop in as_list(body.get("stop", [])) if stop.strip()],
             "service_tier": {"auto": "auto", "default": "standard_only"}.get(body.get("service_tier", "")),
             **self._tools(body, choice, turns)})
         if schema:
             payload["output_config"] = {"format": {"type": "json_schema", "schema": closed_schema(schema)}}
-        self._think(payload, body.get("reasoning_effort"), model)
+        self._think(payload, effort_of(body), model)
+        self._cache(payload, request, keep_alive is not None)
         if "thinking" not in payload:    # with it, any temperature but 1 is a 400
             asked = [name for name in ("temperature", "top_p") if name in body][:model.sampling]
-            payload.update({name: min(1.0, body[name]) for name in asked})
+            payload.update({name: min(1.0, max(0.0, body[name])) for name in asked})
         return payload
 
     @staticmethod
@@ -3235,15 +3843,30 @@ class Claude(Provider):
         """Return the fields for tools and for the choice among them."""
         chosen = chosen_tools(body)[0]
         # Claude must know the tools that the history calls, even if it may call none now.
-        tools = [tool["function"] for tool in chosen or body.get("tools", [])] or [
-            {"name": name} for name in _tools_used(turns)]
-        theirs: Json = ({"type": "tool", "name": name_of(choice)} if isinstance(choice, dict)
+        tools = [claude_tool(tool) for tool in chosen or body.get("tools", [])] or [
+            claude_tool({"function": {"name": name}}) for name in _tools_used(turns)]
+        theirs: Json = ({"type": "tool", "name": claude_name(name_of(choice))} if isinstance(choice, dict)
                         else {"type": "any" if choice == "required" else "auto"})
         if not chosen:
             theirs = {"type": "none"}
         elif body.get("parallel_tool_calls") is False:
             theirs["disable_parallel_tool_use"] = True
-        return {"tools": [*map(claude_tool, tools)], "tool_choice": theirs} if tools else {}
+        by_name = {tool["name"]: tool for tool in tools}    # it refuses a second tool of a name
+        return {"tools": [*by_name.values()], "tool_choice": theirs} if tools else {}
+
+    @staticmethod
+    def _cache(payload: Json, request: ChatRequest, ask: bool) -> None:
+        """Keep the last of the client's marks that Claude takes.  Without any, ask for caching if that will pay."""
+        own = request.body.get("cache_control")
+        payload.update({"cache_control": own} if isinstance(own, dict) else {})
+        blocks = [*payload.get("tools", []), *payload.get("system", []),
+                  *(block for turn in payload["messages"] for block in turn["content"])]
+        marked = [block for block in blocks if "cache_control" in block]
+        for block in marked[:max(0, len(marked) + ("cache_control" in payload) - _MOST_MARKS)]:
+            del block["cache_control"]
+        goes_on = any(turn["role"] == "assistant" for turn in payload["messages"])
+        if ask and goes_on and not marked and request.size >= _CACHED_FROM:
+            payload.setdefault("cache_control", {"type": "ephemeral"})
 
     @staticmethod
     def _think(payload: Json, effort: str | None, model: _ClaudeModel) -> None:
@@ -3260,62 +3883,84 @@ class Claude(Provider):
             payload["thinking"] = {"type": "enabled", "budget_tokens": budget}
             payload["max_tokens"] = max(payload["max_tokens"], budget + 1024)
 
-    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+    def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
         chunks = self._chunks(lines)
         return only_json(chunks) if json_wanted(request.body) == {} else chunks
+
+    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+        chunks = super().decode(lines, request)
+        return under_own_names(chunks, request.body["tools"]) if "tools" in request.body else chunks
 
     def passes_text(self, request: ChatRequest) -> bool:
         return json_wanted(request.body) != {}
 
     def _chunks(self, lines: Lines) -> Iterator[Any]:
         usage, stop = Json(), Json()
-        block = Json()              # the open one
-        calls, fresh = -1, False    # fresh: a tool call whose arguments have not begun
-        for data in sse_data(lines):
-            if isinstance(data, Texts):
-                yield data
-                continue
-            event = event_of(data)
-            kind, delta = event.get("type"), event.get("delta") or {}
-            if kind == "message_start":
+        blocks: dict[int, Json] = {}
+        for event in claude_events(lines):
+            kind = "texts" if isinstance(event, Texts) else str(event.get("type"))
+            if kind == "texts":
+                yield event
+            elif kind.startswith("content_block_"):
+                yield from self._said(event, blocks)
+            elif kind == "message_start":
+                if blocks:    # a relay that began anew after it had failed
+                    raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
                 usage.update(event["message"].get("usage") or {})
-                yield chunk_of(role="assistant", content="")
-            elif kind == "content_block_start":
-                delta = block = event["content_block"]    # its text is mostly empty
-                if block["type"] == "tool_use":
-                    calls, fresh = calls + 1, True
-                    yield tool_chunk(calls, "", block["id"], block["name"])
-            elif kind == "content_block_stop" and fresh:
-                fresh = False
-                yield tool_chunk(calls, "{}")
+                yield chunk_of(content="")
             elif kind == "message_delta":
-                stop.update(delta)
+                stop.update(event.get("delta") or {})
                 usage.update({name: count for name, count in (event.get("usage") or {}).items() if count is not None})
             elif kind == "message_stop":
                 yield from self._end(stop, usage)
                 return
-            if kind not in ("content_block_start", "content_block_delta"):
-                continue
-            if delta.get("text"):
-                yield chunk_of(content=delta["text"])
-            elif delta.get("thinking"):
-                yield chunk_of(reasoning_content=delta["thinking"])
-            elif delta.get("partial_json") and block.get("type") == "tool_use":
-                fresh = False
-                yield tool_chunk(calls, delta["partial_json"])
         raise cut()
+
+    @staticmethod
+    def _said(event: Json, blocks: dict[int, Json]) -> Iterator[Chunk]:
+        """Yield what an event of a content block says.  `blocks` are the open ones, and None after their end."""
+        index, kind, piece = event.get("index") or 0, event["type"], event.get("delta") or {}
+        block = blocks.setdefault(index, {})
+        if kind == "content_block_start":
+            block = blocks[index] = piece = event["content_block"]    # its text is mostly empty
+            if block["type"] == "tool_use":
+                yield tool_chunk(index, "", block.get("id"), block.get("name"))
+        elif block.get("type") == "tool_use" and piece.get("partial_json"):
+            block["input"] = ""
+            yield tool_chunk(index, piece["partial_json"])
+        elif kind == "content_block_stop" and block.get("type") == "tool_use":
+            blocks[index] = {}
+            yield tool_chunk(index, {} if block.get("input") is None else block["input"])
+        said = present({"content": piece.get("text"), "reasoning_content": piece.get("thinking")})
+        if said:
+            yield chunk_of(**said)
 
     def _end(self, stop: Json, usage: Json) -> Iterator[Chunk]:
         """Yield the last chunks: an explained refusal, the finish reason, the usage."""
         explanation = (stop.get("stop_details") or {}).get("explanation")
         if stop.get("stop_reason") == "refusal" and explanation:
             yield chunk_of(refusal=explanation)
-        yield chunk_of(self._finish.get(stop.get("stop_reason") or "", "stop"))
+        yield chunk_of(finish_of(stop.get("stop_reason") or "stop"))
         read, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
         thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens")
         yield usage_chunk((usage.get("input_tokens") or 0) + read + written, usage.get("output_tokens") or 0,
                           prompt_tokens_details={"cached_tokens": read, "cache_write_tokens": written},
                           **present({"completion_tokens_details": present({"reasoning_tokens": thinking})}))
+
+
+def claude_events(lines: Lines) -> Iterator[Any]:
+    """Yield the events of an answer, those that it would have if it came whole, and Texts as they are."""
+    for data in sse_data(lines):
+        event = data if isinstance(data, Texts) else event_of(data)
+        if isinstance(event, Texts) or event.get("type") != "message":
+            yield event
+            continue
+        yield {"type": "message_start", "message": event}
+        for number, block in enumerate(event.get("content") or ()):
+            yield {"type": "content_block_start", "index": number, "content_block": block}
+            yield {"type": "content_block_stop", "index": number}
+        yield {"type": "message_delta", "delta": event}
+        yield {"type": "message_stop"}
 
 
 def _tools_used(turns: Sequence[Json]) -> list[str]:
@@ -3324,31 +3969,143 @@ def _tools_used(turns: Sequence[Json]) -> list[str]:
                               if block["type"] == "tool_use"))
 
 
-def claude_tool(function: Json) -> Json:
+def claude_tool(tool: Json) -> Json:
     """Return a tool in Claude's shape, without `strict`: few schemas qualify for it there."""
-    return {"name": function["name"], **present({"description": function.get("description")}),
-            "input_schema": {"properties": {}, **(function.get("parameters") or {}), "type": "object"}}
+    function, schema = tool["function"], tool_schema(tool["function"])
+    schema["properties"] = {claude_key(name): inner for name, inner in schema["properties"].items()}
+    schema.update({"required": [*map(claude_key, schema["required"])]} if "required" in schema else {})
+    return {"name": claude_name(function["name"]), **present({"description": function.get("description")}),
+            "input_schema": schema, **_mark_of(tool, function)}
+
+
+def claude_name(name: str, letters: str = "A-Za-z0-9_-") -> str:
+    """Return the name by which Claude knows a tool: its own, or one made of that alone where it would be refused."""
+    if re.fullmatch(f"[{letters}]{{1,64}}", name):
+        return name
+    return f"{re.sub(f'[^{letters}]', '_', name)[:55]}_{number_for(name):08x}"
+
+
+def claude_key(name: str) -> str:
+    """Return the name by which Claude knows an argument, as `claude_name` does."""
+    return claude_name(name, "A-Za-z0-9_.-")
+
+
+def number_for(text: str) -> int:
+    """Return a number of 32 bits for a text, always the same."""
+    return binascii.crc32(text.encode("utf-8", "replace"))
+
+
+def under_own_names(chunks: Iterable[Any], tools: Sequence[Json]) -> Iterator[Any]:
+    """Yield the chunks with the client's own names of the tools that they call, and of the arguments."""
+    own = {claude_name(name_of(tool)): tool["function"] for tool in tools}
+    keys, held = dict[str, str](), ""    # arguments that Claude knows by another name; what there is of all so far
+    for chunk in chunks:
+        for choice in choices_of(chunk) if not isinstance(chunk, Texts) else ():
+            for inner in (call["function"] for call in choice["delta"].get("tool_calls", ())):
+                if "name" in inner:
+                    function = own.get(inner["name"], {"name": inner["name"]})
+                    inner["name"], names = function["name"], tool_schema(function)["properties"]
+                    keys, held = {claude_key(name): name for name in names if claude_key(name) != name}, ""
+                if keys:
+                    held, inner["arguments"] = held + inner["arguments"], ""
+                    with contextlib.suppress(ValueError):    # not whole yet
+                        said = loads(held if held.endswith("}") else "").items()
+                        inner["arguments"] = dumps({keys.get(name, name): value for name, value in said}).decode()
+        yield chunk
+
+
+def _mark_of(*places: Json) -> Json:
+    """Return the client's mark for Claude's prompt cache in the first of the places that has one."""
+    marks = [place["cache_control"] for place in places if isinstance(place.get("cache_control"), dict)]
+    return {"cache_control": marks[0]} if marks else {}
 
 
 def closed_schema(schema: Any) -> Any:
     """Return a JSON schema as Claude's structured output takes it: closed objects, no bounds, anyOf for oneOf."""
+    def closed(schema: Json) -> Json:
+        kept = {"anyOf" if name == "oneOf" else name: value for name, value in schema.items()
+                if name not in _NOT_IN_SCHEMAS}
+        kind = kept.get("type")
+        is_object = kind == "object" or isinstance(kind, list) and "object" in kind or "properties" in kept
+        return {**kept, "additionalProperties": False} if is_object else kept
+    return in_each_schema(schema, closed)
+
+
+def in_each_schema(schema: Any, change: Callable[[Json], Json]) -> Any:
+    """Return a JSON schema with `change` made to it and to each schema in it, but not to data in it."""
     if isinstance(schema, list):
-        return [closed_schema(item) for item in schema]
+        return [in_each_schema(item, change) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    kept: Json = {}
-    for name, value in schema.items():
-        if name in _DATA_IN_SCHEMAS:
-            kept[name] = value
-        elif name in _NAMED_SCHEMAS and isinstance(value, dict):
-            kept[name] = {inner: closed_schema(one) for inner, one in value.items()}
-        elif name not in _NOT_IN_SCHEMAS:
-            kept["anyOf" if name == "oneOf" else name] = closed_schema(value)
-    kind = kept.get("type")
-    is_object = kind == "object" or isinstance(kind, list) and "object" in kind or "properties" in kept
-    return {**kept, "additionalProperties": False} if is_object else kept
+    return change({name: value if name in _DATA_IN_SCHEMAS else
+                   {inner: in_each_schema(one, change) for inner, one in value.items()}
+                   if name in _NAMED_SCHEMAS and isinstance(value, dict) else in_each_schema(value, change)
+                   for name, value in schema.items()})
 
 
+def tool_schema(function: Json) -> Json:
+    """Return the schema of a function's arguments as Claude and grammars take it: of an object, in today's words.
+
+    Claude takes no alternatives at the top: their properties become the object's, and its description tells of them.
+    """
+    whole = {"properties": {}, **in_each_schema(function.get("parameters") or {}, valid_schema), "type": "object"}
+    lost = {word: whole.pop(word) for word in ("allOf", "anyOf", "oneOf") if word in whole}
+    if not lost:
+        return whole
+    variants, required = dict[str, dict[bytes, Any]](), dict.fromkeys(whole.get("required", []))
+    for word, schemas in lost.items():
+        found = [_referred(schema, whole) for schema in schemas if isinstance(schema, dict)]
+        branches = [*{id(branch): valid_schema(branch) for branch in found}.values()]
+        for name, schema in itertools.chain.from_iterable(branch.get("properties", {}).items() for branch in branches):
+            variants.setdefault(name, {})[dumps(schema)] = schema
+        needed = [{*branch.get("required", [])} for branch in branches] or [set[str]()]
+        every = set.union(*needed) if word == "allOf" else set.intersection(*needed)
+        required.update(dict.fromkeys(sorted(every)))
+    merged = {name: {"anyOf": [*some.values()]} if len(some) > 1 else [*some.values()][0]
+              for name, some in variants.items()}
+    told = [whole.get("description", ""), f"It must also fit {json.dumps(lost, ensure_ascii=False)}."]
+    return {**whole, "properties": {**merged, **whole["properties"]}, "required": [*required],
+            "description": "\n".join(filter(None, told))}
+
+
+def _referred(schema: Json, root: Json) -> Json:
+    """Return what a schema's reference leads to within the root, or the schema itself."""
+    place: Any = root
+    for step in schema.get("$ref", "").split("/")[1:]:
+        place = place.get(step) if isinstance(place, dict) else None
+    return place if isinstance(place, dict) and place is not root else schema
+
+
+def valid_schema(schema: Json) -> Json:
+    """Return a schema of any draft in the words of draft 2020-12, without those that Claude would refuse a tool for."""
+    new = dict(schema)
+    for bound, strict in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if new.get(strict) is True and bound in new:    # draft 4
+            new[strict] = new.pop(bound)
+    if isinstance(new.get("items"), list):    # all before 2020-12
+        new["prefixItems"] = new.pop("items")
+    if isinstance(new.get("properties"), dict):
+        new["properties"] = {name: one if isinstance(one, dict) else {} for name, one in new["properties"].items()}
+    new = {name: value for name, value in new.items() if type(value) in _FORMS.get(name, (type(value),))}
+    if "required" in new:
+        new["required"] = [name for name in new["required"] if isinstance(name, str)]
+    if "type" in new and not all(kind in _SCHEMA_TYPES for kind in as_list(new["type"])):
+        del new["type"]
+    return new
+
+
+_SCHEMA_TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
+_FORMS: dict[str, tuple[type, ...]] = {    # keyword -> the types of its value (JSON Schema's meta-schemas)
+    word: kinds for words, kinds in (
+        ("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf", (int, float)),
+        ("minLength maxLength minItems maxItems minProperties maxProperties minContains maxContains", (int,)),
+        ("title description format pattern $ref $comment", (str,)),
+        ("uniqueItems deprecated readOnly writeOnly", (bool,)),
+        ("items additionalProperties not if then else contains propertyNames", (dict, bool)),
+        ("properties patternProperties $defs definitions dependentSchemas", (dict,)),
+        ("anyOf oneOf allOf prefixItems required enum examples", (list,)), ("type", (str, list)),
+        ("$schema $id", ()),    # of another draft; another root for references
+    ) for word in words.split()}
 _DATA_IN_SCHEMAS = frozenset({"const", "enum", "default", "examples", "required", "dependentRequired"})
 _NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
 _NOT_IN_SCHEMAS = frozenset({
@@ -3356,31 +4113,34 @@ _NOT_IN_SCHEMAS = frozenset({
     "minItems", "maxItems", "minProperties", "maxProperties", "not", "if", "then", "else"})
 
 
-def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[str], list[Json]]:
-    """Return the system texts and the turns that Claude takes.
+def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[Json], list[Json]]:
+    """Return the system's blocks and the turns that Claude takes.
 
     Turns alternate and begin with the user.  The next user turn begins with the results of all tool calls, placeholders
     among them; results of unknown calls become text.  Without `prefills` the last turn is the user's too.
     """
-    system: list[str] = []
+    system: list[Json] = []
     said: list[tuple[str, list[Json]]] = [("user", [])]
     used: set[str] = set()
     waiting: dict[str, list[Json]] = {}    # the client's id of a call -> results without content yet
     for message in messages:
+        blocks = claude_content(message)
+        texts = [block for block in blocks if block["type"] == "text"]
         if message["role"] in ("system", "developer"):
-            system.extend([text_of(message)] if text_of(message).strip() else [])
+            system.extend(texts)
         elif message["role"] == "assistant":
-            blocks, results, waiting = _text_blocks(text_of(message)), list[Json](), {}
-            for call in message.get("tool_calls") or ():
-                blocks.append(_claude_call(call, used))
-                results.append({"type": "tool_result", "tool_use_id": blocks[-1]["id"], "content": "(no result)"})
-                waiting.setdefault(call["id"], []).append(results[-1])
-            said.extend([("assistant", blocks)] if blocks else [])
-            said.extend([("user", results)] if results else [])
+            calls, waiting = message.get("tool_calls") or [], {}
+            uses = [_claude_call(call, used) for call in calls]
+            results = [{"type": "tool_result", "tool_use_id": use["id"], "content": "(no result)"} for use in uses]
+            for call, result in zip(calls, results):
+                waiting.setdefault(call["id"], []).append(result)
+            said += [("assistant", texts + uses)] if texts or uses else []
+            said += [("user", results)] if results else []
         elif message["role"] == "tool" and waiting.get(message["tool_call_id"]):
-            waiting[message["tool_call_id"]].pop(0)["content"] = claude_content(message) or ""
+            marks = [{"cache_control": block.pop("cache_control")} for block in blocks if "cache_control" in block]
+            waiting[message["tool_call_id"]].pop(0).update({"content": blocks or "", **_mark_of(*marks[-1:])})
         else:
-            said.append(("user", claude_content(message)))
+            said.append(("user", blocks))
     turns = [{"role": role, "content": [block for _, some in group for block in some] or _text_blocks(".")}
              for role, group in itertools.groupby(said, lambda pair: pair[0])]
     last = turns[-1]
@@ -3398,7 +4158,8 @@ def _claude_call(call: Json, used: set[str]) -> Json:
     while id in used:
         id += "_"
     used.add(id)
-    return {"type": "tool_use", "id": id, "name": name, "input": arguments_of(arguments)}
+    given = {claude_key(key): value for key, value in arguments_of(arguments).items()}
+    return {"type": "tool_use", "id": id, "name": claude_name(name), "input": given}
 
 
 def _text_blocks(text: str) -> list[Json]:
@@ -3411,7 +4172,7 @@ def claude_content(message: Json) -> list[Json]:
     blocks: list[Json] = []
     for part in parts_of(message):
         if part["type"] in ("text", "refusal"):
-            blocks.extend(_text_blocks(part[part["type"]]))
+            blocks.extend({**block, **_mark_of(part)} for block in _text_blocks(part[part["type"]]))
             continue
         kind = "image" if part["type"] == "image_url" else "document"
         url = part["image_url"]["url"] if kind == "image" else part["file"]["file_data"]
@@ -3420,7 +4181,9 @@ def claude_content(message: Json) -> list[Json]:
         if media_type.startswith("text/"):
             text = base64.b64decode(data).decode("utf-8", "replace")
             source = {"type": "text", "media_type": "text/plain", "data": text}
-        blocks.append({"type": kind, "source": source})
+        blocks.append({"type": kind, "source": source, **_mark_of(part)})
+    if blocks:
+        blocks[-1].update(_mark_of(message))
     return blocks
 
 
@@ -3458,7 +4221,13 @@ def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
     provider, rest = split_id(spec)
     if not provider:
         raise UsageError(f"{flag}: start with one of {', '.join(name + ':' for name in PROVIDERS)}")
-    model, at, url = rest.partition("@") if not rest.startswith("@") else (rest, "", "")
+    model, at, url = rest.rpartition("@")
+    if "://" not in url:    # a name may have an @ itself: LM Studio's name@4bit, Cloudflare's @cf/meta/name
+        if re.search(r":\d{2,5}(/|$)", url if at else ""):
+            raise UsageError(f"{flag}: write the address as http://{url}")
+        model, at, url = rest, "", ""
+    if "://" in model:    # the flag is not repeated: what stands before an @ may be a password
+        raise UsageError(f"--{side.value}-model: an address can't contain an @; a key goes into --cloud-api-key")
     if not model or not model.isprintable():
         raise UsageError(f"{flag}: name a model, like {provider}:NAME or {provider}:NAME@http://host:port/v1")
     usual = PROVIDERS[provider].endpoint(settings)
@@ -3480,9 +4249,9 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 
 # === 7. Transport =====================================================================================================
 # uses: 1 3
-# How do bytes get to an upstream and back?  http.client connects, by the way that urllib knows (proxies), and HTTP/1.1
-# is written and read here, over connections that stay open between requests.  It knows addresses and deadlines, and
-# nothing of what the bytes mean.  Four rules hold here and in 11:
+# How do bytes get to an upstream and back?  By the proxies that urllib knows, over connections that stay open between
+# requests, in HTTP/1.1, which is written and read here.  It knows addresses and deadlines, and nothing of what
+# the bytes mean.  Four rules hold here and in 11:
 #   A wait is a blocking call that ends by itself after a tick; then one callback looks at the clock and the client.
 #   A stream belongs to its own thread from head to end: what one read brought goes out in one write.
 #   Events that say a text and nothing else are known by one static pattern, and pass as values of their own type.
@@ -3552,6 +4321,67 @@ def wait_for(event: threading.Event, limit_s: float, look: Look) -> bool:
     return True
 
 
+class Errand:
+    """Work on a thread of its own; it has a value or an error when `done` is set."""
+    value: Any = None
+    error: Exception | None = None
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
+    def result(self, look: Look = no_look) -> Any:
+        """Return what the work returns, when it does.  Raise what it raises, and what the look raises."""
+        while not self.done.wait(TICK_S):
+            look()
+        if self.error:
+            raise copy.copy(self.error)    # others wait for the same
+        return self.value
+
+
+class Errands:
+    """Work of one kind, each piece of it done once for all who want it at the same time, whoever of them leaves."""
+
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self._work = work
+        self._errands: dict[Any, Errand] = {}    # setdefault and del are atomic
+
+    @property
+    def keys(self) -> frozenset[Any]:
+        """Return what is being worked on."""
+        return frozenset(tuple(self._errands))
+
+    def under_way(self, key: Any) -> Errand | None:
+        """Return the errand of that key that has not ended, or None."""
+        return self._errands.get(key)
+
+    def begin(self, key: Any, *more: Any) -> Errand:
+        """Begin to work on a key, or join the errand that is under way.  Do not wait."""
+        fresh = Errand()
+        errand = self._errands.setdefault(key, fresh)
+        if errand is fresh:
+            thread = threading.Thread(target=self._run, args=(errand, key, *more), name="errand", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:    # no more threads
+                self._end(errand, key, UpstreamError("no thread is left for it", status=503, code="out_of_threads"))
+        return errand
+
+    def _run(self, errand: Errand, key: Any, *more: Any) -> None:
+        error: Exception | None = UpstreamError("it failed")    # by a bug, which stderr tells
+        try:
+            errand.value = self._work(key, *more)
+            error = None
+        except (OblixError, OSError, ValueError) as failure:
+            error = failure
+        finally:
+            self._end(errand, key, error)
+
+    def _end(self, errand: Errand, key: Any, error: Exception | None) -> None:
+        errand.error = error
+        del self._errands[key]
+        errand.done.set()
+
+
 def send_all(connection: socket.socket, data: bytes, limit_s: float, look: Look = no_look) -> None:
     """Send data.  Raise OSError, one of NOT_YET where the other side takes nothing of it for `limit_s`."""
     left, deadline = memoryview(data), time.monotonic() + limit_s
@@ -3589,116 +4419,180 @@ _READABLE, _HUNG_UP = getattr(select, "POLLIN", 1), getattr(select, "POLLRDHUP",
 
 # --- 7. Connecting ----------------------------------------------------------------------------------------------------
 
+MAX_ADDRESSES = 8    # of a name that are tried
+LOOK_UP_S = 10       # after which one that hangs is waited for by nobody new
+DEAD_S = 6           # after which a silent network has failed, and not a slow model: the peer's kernel answers at once
+
+
 class _Route(NamedTuple):
     """How an upstream is reached."""
-    upstream: str             # its host[:port]
+    upstream: str    # its host[:port]
     tls: bool
-    host: str                 # host[:port] to connect to: the upstream, or a proxy
-    tunnel: str               # the upstream's host[:port] where a proxy passes bytes through to it, else ""
-    head: str                 # the request line's target and version, and fields
-    secret: dict[str, str]    # what the proxy wants to see of a tunnel
+    host: str        # host[:port] to connect to: the upstream, or a proxy
+    tunnel: str      # the upstream's host[:port] where a proxy passes bytes through to it, else ""
+    head: str        # the request line's target and version, and fields
+    secret: str      # the field that the proxy wants to see of a tunnel, else ""
 
 
-def is_near(host: str) -> bool:
-    """Return True if a host[:port] is the device itself or a private address: nothing has to be looked up."""
-    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+def is_near(name: str) -> bool:
+    """Return True if a host is the device itself or a private address: nothing has to be looked up."""
     address = address_of(name)
     return is_loopback(name) or address is not None and address.is_private    # link-local included
 
 
-def _proxy_for(scheme: str, host: str) -> str:
-    """Return the URL of the system's proxy to a host[:port], or "" where there is none or the host is near."""
-    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
-    if is_near(host) or "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa")):
+def _proxy_for(there: urllib.parse.SplitResult) -> str:
+    """Return the URL of the system's proxy to a URL, or "" where there is none or the host is near.
+
+    Raise UpstreamError for one that does not speak HTTP: its owner may not want to be seen without it.
+    """
+    name = (there.hostname or "").rstrip(".")
+    if is_near(name) or "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa")):
         return ""
     from urllib.request import getproxies, proxy_bypass  # takes 1 MiB, which a local model alone does not need
-    proxy = getproxies().get(scheme, "")
-    return "" if not proxy or proxy_bypass(host) else proxy if "://" in proxy else f"http://{proxy}"
+    known = getproxies()
+    proxy = known.get(there.scheme) or known.get("all", "")
+    port = there.port or (443 if there.scheme == "https" else 80)
+    if not proxy or any(_excepts(rule, name, port) for rule in re.split(r"[,\s]+", known.get("no", "").lower())):
+        return ""
+    kind, found, _ = proxy.partition("://")
+    if found and kind.lower() not in ("http", "https"):
+        raise UpstreamError(f"{kind} proxies are not supported: set {there.scheme}_proxy to one that speaks HTTP, or "
+                            f"no_proxy={name} to do without", status=503, code="unsupported_proxy")
+    return "" if proxy_bypass(there.netloc) else proxy if found else f"http://{proxy}"
+
+
+def _excepts(rule: str, name: str, port: int) -> bool:
+    """Return True if a rule of NO_PROXY holds for a host: x.test (and all below it), .x.test, *.x.test, 100.64.0.0/10.
+
+    A rule may name a port, too, and have stars anywhere.
+    """
+    address = address_of(name)
+    with contextlib.suppress(ValueError):
+        network = ipaddress.ip_network(rule.strip("[]"), strict=False)
+        return address is not None and address in network
+    found = re.fullmatch(r"\[?([^\[\]]+?)\]?(?::([0-9]+))?", rule)
+    if not found or found[2] and int(found[2]) != port:
+        return False
+    wanted = found[1].lstrip("*").strip(".")
+    return fnmatch.fnmatchcase(name, found[1]) or wanted != "" and f".{name}".endswith("." + wanted)
 
 
 def way_to(url: str) -> _Route:
     """Return how a URL is reached: as it is, or by the system's proxy."""
     there = urllib.parse.urlsplit(url)
-    tls, host, proxy = there.scheme == "https", there.netloc, _proxy_for(there.scheme, there.netloc)
+    by, host, tls = urllib.parse.urlsplit(_proxy_for(there)), there.netloc, there.scheme == "https"
     path = urllib.parse.urlunsplit(("", "", there.path or "/", there.query, ""))
-    if not proxy:
-        return _Route(host, tls, host, "", f"{path} HTTP/1.1\r\nHost: {host}\r\n", {})
-    by = urllib.parse.urlsplit(proxy)
-    user, password = (urllib.parse.unquote(part or "") for part in (by.username, by.password))
-    known = base64.b64encode(f"{user}:{password}".encode()).decode()
-    secret = {"Proxy-Authorization": f"Basic {known}"} if user else {}
+    user = ":".join(urllib.parse.unquote(part or "") for part in (by.username, by.password))
+    secret = f"Proxy-Authorization: Basic {base64.b64encode(user.encode()).decode()}\r\n" if by.username else ""
     middle = by.netloc.rpartition("@")[2]
-    if tls:
-        return _Route(host, True, middle, host, f"{path} HTTP/1.1\r\nHost: {host}\r\n", secret)
-    fields = "".join(f"{name}: {value}\r\n" for name, value in {"Host": host, **secret}.items())
-    return _Route(host, by.scheme == "https", middle, "", f"{url} HTTP/1.1\r\n{fields}", {})
+    if middle and not tls:    # it passes on requests
+        return _Route(host, by.scheme == "https", middle, "", f"{url} HTTP/1.1\r\nHost: {host}\r\n{secret}", "")
+    return _Route(host, tls, middle or host, middle and host, f"{path} HTTP/1.1\r\nHost: {host}\r\n", secret)
 
 
-class _TlsConnection(http.client.HTTPConnection):
-    """A connection whose other side speaks TLS; http.client's own is not there where ssl was not imported with it."""
-    default_port = 443
+def look_up(place: tuple[str, int, int]) -> list[Any]:
+    """Return the addresses of a (host, port, …), as socket.getaddrinfo has them.  Raise OSError."""
+    return socket.getaddrinfo(*place[:2], type=socket.SOCK_STREAM)
 
 
-def _connect(way: _Route, limit_s: float, tls_context: Callable[[], ssl.SSLContext]) -> socket.socket:
-    """Return a new connection, on which TLS has been set up."""
-    connection = (_TlsConnection if way.tls else http.client.HTTPConnection)(way.host, timeout=limit_s)
-    if way.tunnel:
-        connection.set_tunnel(way.tunnel, headers=way.secret)
-    connection.connect()
-    upstream: socket.socket = connection.sock
-    _notice_death(upstream)
-    if way.tls:
-        name = urllib.parse.urlsplit(f"//{way.tunnel or way.host}").hostname
-        upstream = tls_context().wrap_socket(upstream, server_hostname=name)
-    limit_waits(upstream, TICK_S)
-    return upstream
+def _dial(found: Sequence[Any], watch: Look) -> socket.socket:
+    """Return a TCP connection to the first address that takes one.  Raise OSError, and what `watch` raises.
 
-
-DEAD_S = 15    # after which a silent network has failed, and not a slow model: the peer's kernel answers at once
-
-
-def _notice_death(upstream: socket.socket) -> None:
-    """Make the kernel fail a connection whose other end has vanished, as it does when a device changes networks.
-
-    Else a request on a kept connection would wait there for as long as a model may think.
+    One of them may lead nowhere, so they are tried side by side: each a tick after the one before, or at once where
+    that has failed (RFC 8305, section 5).
     """
-    upstream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPALIVE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2),
-                        ("TCP_USER_TIMEOUT", 1000 * DEAD_S)):    # each where the system has it
-        with contextlib.suppress(AttributeError, OSError):
-            upstream.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def _connect_within(limit_s: float, connect: Callable[[], socket.socket], look: Look) -> socket.socket:
-    """Return the connection that `connect` makes on a thread of its own, or raise what it raises.
-
-    The thread is the only bound on the resolver, which has no timeout.  Raise UpstreamError after `limit_s` seconds.
-    """
-    made: list[Any] = []    # the connection or an error, behind None if the caller has given up before
-    done = threading.Event()
-
-    def run() -> None:
-        try:
-            made.append(connect())
-        except Exception as error:
-            made.append(error)
-        done.set()
-        if made[0] is None and isinstance(made[1], socket.socket):
-            made[1].close()
-
+    both = [[one for one in found if (one[0] == found[0][0]) is same] for same in (True, False)]    # versions of IP
+    left = [one for pair in itertools.zip_longest(*both) for one in pair if one][:MAX_ADDRESSES]
+    failure, trying = OSError("its name has no address"), selectors.DefaultSelector()
     try:
-        threading.Thread(target=run, name="connect", daemon=True).start()
-    except RuntimeError:
-        raise UpstreamError("no thread is left to connect", status=503, code="out_of_threads") from None
-    try:
-        wait_for(done, limit_s, look)
+        while left or trying.get_map():
+            watch()
+            try:
+                if left:
+                    one = _begin_to_connect(*left.pop(0))
+                    trying.register(one, selectors.EVENT_WRITE, one)
+            except OSError as error:
+                failure = error
+                continue
+            for key, _ in trying.select(TICK_S):
+                trying.unregister(key.data)
+                code = key.data.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not code:
+                    return key.data  # type: ignore[no-any-return]
+                key.data.close()
+                failure = OSError(code, os.strerror(code))
+        raise failure
     finally:
-        made.append(None)
-    if made[0] is None:
-        raise UpstreamError("no connection within the time limit", status=504, code="upstream_timeout")
-    if isinstance(made[0], Exception):
-        raise made[0]
-    return made[0]  # type: ignore[no-any-return]
+        for key in tuple(trying.get_map().values()):
+            key.data.close()
+        trying.close()
+
+
+def _begin_to_connect(family: int, kind: int, protocol: int, _: str, address: Any) -> socket.socket:
+    """Return a socket that is on its way to an address.  Raise OSError."""
+    one = socket.socket(family, kind, protocol)
+    one.setblocking(False)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            one.connect(address)
+    except OSError:
+        one.close()
+        raise
+    return one
+
+
+def _prepare(upstream: socket.socket) -> None:
+    """Let a connection send at once, wait for a tick at most, and fail where its other end has vanished.
+
+    The last happens as a device changes networks.  Else a request on a kept connection would wait there for as long as
+    a model may think.  What was sent and is not acknowledged counts here on macOS (TCP_RXT_CONNDROPTIME) and Windows
+    (TCP_MAXRT), whose options Python has no names for, and in `_undelivered` on Linux.
+    """
+    upstream.settimeout(TICK_S)
+    upstream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    names = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2}
+    options = {getattr(socket, name): value for name, value in names.items() if hasattr(socket, name)}
+    for option, value in {**options, **{"darwin": {0x80: DEAD_S}, "win32": {5: DEAD_S}}.get(sys.platform, {})}.items():
+        with contextlib.suppress(OSError):
+            upstream.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _undelivered(upstream: socket.socket) -> tuple[int, float]:
+    """Return (how much that was sent the other side's kernel has not acknowledged, for how many seconds it is silent).
+
+    Both are 0 where nothing is on its way, or where the system does not tell.
+    """
+    with contextlib.suppress(OSError, struct.error):
+        if sys.platform == "darwin":
+            return upstream.getsockopt(socket.SOL_SOCKET, 0x1024), 0.0    # SO_NWRITE
+        if sys.platform == "linux":
+            told = upstream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 148)    # linux/tcp.h, struct tcp_info
+            sent, silent_ms, unsent = (struct.unpack_from("=I", told, at)[0] for at in (24, 56, 144))
+            return sent + unsent, silent_ms / 1000 if sent else 0.0    # a peer that takes nothing now is not silent
+    return 0, 0.0
+
+
+def _abort(upstream: socket.socket) -> None:
+    """Close a connection, and let the kernel send nothing more of what was written to it."""
+    with contextlib.suppress(OSError):
+        upstream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
+    upstream.close()
+
+
+def _open_tunnel(upstream: socket.socket, way: _Route, watch: Look) -> None:
+    """Ask a proxy to pass bytes through.  Raise UpstreamError where it does not, OSError, and what `watch` raises."""
+    there = way.tunnel if urllib.parse.urlsplit(f"//{way.tunnel}").port else f"{way.tunnel}:443"
+    asked = f"CONNECT {there} HTTP/1.1\r\nHost: {there}\r\n{way.secret}\r\n".encode("latin-1")
+    send_all(upstream, asked, math.inf, watch)
+    answer = Answer(upstream, Limits(math.inf, math.inf, math.inf), watch, no_look)
+    answer.read_head()
+    if answer.status >= 300:
+        raise _refused_by_proxy(answer.status)
+
+
+def _refused_by_proxy(status: int) -> UpstreamError:
+    advice = ": are user and password right in https_proxy or http_proxy?" if status == 407 else ""
+    return UpstreamError(f"the proxy refuses, with status {status}{advice}", status=503, code="upstream_unreachable")
 
 
 # --- 7. Reading an answer ---------------------------------------------------------------------------------------------
@@ -3726,15 +4620,27 @@ class Answer:
         self.text_event: TextEvent | None = None    # of events that need not be read
         self._held = b""    # what has come and is not used yet
         self._left = self._size = 0    # bytes of the chunk, or of the body, that are still to come; of all that came
+        self._most = MAX_STREAM_BYTES
         self.silent = True             # nothing has come
+        self.undelivered = False       # nor can the request have been worked on: its end was not acknowledged
+        self._asked = time.monotonic()
         self._begun = self._trailing = self._ended = self.complete = False    # the last one: the body has come
 
     def watch(self) -> None:
-        """See to the client and to the clock.  Raise UpstreamError where the time is over, and what the look raises."""
+        """See to the client, to the clock, and whether the other side is there.
+
+        Raise UpstreamError where the time is over, ConnectionAbortedError where nothing that is sent arrives, and what
+        the look raises.
+        """
         before = time.monotonic()
         self._look()
         now = time.monotonic()
         self._deadline += now - before    # a client that takes what it is sent slowly is no silence of the upstream
+        if self.silent and now - self._asked >= TICK_S:
+            amount, silent_s = _undelivered(self._upstream)
+            self.undelivered = amount > 0
+            if min(silent_s, now - self._asked) >= DEAD_S:
+                raise ConnectionAbortedError
         if now >= self._until:
             raise time_is_up()
         if now >= self._deadline:
@@ -3809,8 +4715,15 @@ class Answer:
 
     @property
     def retry_after_s(self) -> float | None:
-        """The seconds that the server asks to wait."""
-        return _retry_after(self._fields)
+        """The seconds that the server asks to wait: `retry-after-ms` or `retry-after`, by RFC 9110, 10.2.3."""
+        text = self._fields.get("retry-after", "")
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            if self._fields.get("retry-after-ms"):
+                return max(0.0, finite(self._fields["retry-after-ms"]) / 1000)
+            if re.fullmatch(r"\s*[\d.]+\s*", text):
+                return finite(text)
+            return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time()) if text else None
+        return None
 
     def begin(self) -> None:
         """From now on limit silence: the first content has come."""
@@ -3852,8 +4765,8 @@ class Answer:
         else:
             piece, self._held, self.complete = self._held, b"", come is None
         self._size += len(piece)
-        if self._size > MAX_STREAM_BYTES:
-            raise UpstreamError(f"the answer is larger than {MAX_STREAM_BYTES >> 20} MiB")
+        if self._size > self._most:
+            raise UpstreamError(f"the answer is larger than {self._most >> 20} MiB")
         return piece
 
     def _unframed(self) -> bytes:
@@ -3889,14 +4802,11 @@ class Answer:
 
         Raise UpstreamError where it breaks off or is too large.
         """
-        pieces, size = [], 0
+        self._most, pieces = MAX_BODY_BYTES, []
         for piece in self._pieces():
             if not within_first_byte:
                 self.begin()
             pieces.append(piece)
-            size += len(piece)
-            if size > MAX_BODY_BYTES:
-                raise UpstreamError(f"the answer is larger than {MAX_BODY_BYTES >> 20} MiB")
         return b"".join(pieces)
 
     def lines(self) -> Iterator[bytes | Texts]:
@@ -3975,42 +4885,56 @@ def time_is_up() -> UpstreamError:
                          code="request_timeout", retry=False)
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds to wait by `retry-after-ms` or `retry-after`, a number or an HTTP date (RFC 9110, 10.2.3)."""
-    text = headers.get("retry-after", "")
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if headers.get("retry-after-ms"):
-            return max(0.0, finite(headers["retry-after-ms"]) / 1000)
-        if re.fullmatch(r"\s*[\d.]+\s*", text):
-            return finite(text)
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time()) if text else None
-    return None
-
-
 _FAULTS: tuple[tuple[Any, str, int, str], ...] = (    # the first that fits; socket.timeout is TimeoutError since 3.10
     (NOT_YET, "no connection, or the request was not accepted, within the time limit", 504, "upstream_timeout"),
-    (socket.gaierror, "its host name can't be resolved", 503, "upstream_unreachable"),
+    ((socket.gaierror, UnicodeError), "its host name can't be resolved", 503, "upstream_unreachable"),
     (ConnectionRefusedError, "connection refused", 503, "upstream_unreachable"),
+    (ConnectionAbortedError, "what is sent does not arrive: the network is gone, or it drops large packets (MTU)", 503,
+     "upstream_unreachable"),
     (ConnectionError, "the connection broke off", 502, "upstream_cut"),
     (OSError, "unreachable: {}", 503, "upstream_unreachable"),
-    ((http.client.HTTPException, ValueError), "it does not answer in HTTP", 502, "bad_upstream_answer"),
+    (ValueError, "it does not answer in HTTP", 502, "bad_upstream_answer"),
 )
+
+
+# by OpenSSL's number of what is wrong with a certificate (x509_vfy.h), or its word for another fault
+_TLS_ADVICE: dict[Any, str] = {
+    **dict.fromkeys((9, 10), "is the clock of this device right?"),    # not yet valid, has expired
+    **dict.fromkeys((18, 19, 20, 21), "if its issuer is your own, or a proxy's, name that one's certificate in "
+                                      "SSL_CERT_FILE; else, is the package ca-certificates installed?"),
+    **dict.fromkeys((62, 64), "is the address right, and no login page in between?"),
+    "WRONG_VERSION_NUMBER": "there is no TLS there: is its address http://…?",
+}
+
+
+def _about_tls(error: Any) -> str:
+    """Return which fault of TLS it is, and what a person can do."""
+    number, why = getattr(error, "verify_code", 0), getattr(error, "reason", None) or "it broke off"
+    advice = _TLS_ADVICE.get(number or why, "")
+    return f"TLS failed: {error.verify_message.rstrip('.') if number else why}" + (f"; {advice}" if advice else "")
 
 
 @contextlib.contextmanager
 def _upstream_faults() -> Iterator[None]:
-    """Turn all that sockets, TLS, DNS and http.client raise into an UpstreamError, here and nowhere else."""
+    """Turn all that sockets, TLS and DNS raise into an UpstreamError, here and nowhere else."""
     try:
         yield
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, ValueError) as error:
         why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         words, status, code = next(fault[1:] for fault in _FAULTS if isinstance(error, fault[0]))
         if hasattr(error, "library") and not isinstance(error, NOT_YET):    # of ssl, which need not be imported
-            words, status, code = "TLS failed: {}", 502, "upstream_tls"
+            words, status, code, why = "{}", 502, "upstream_tls", _about_tls(error)
         raise UpstreamError(words.format(why), status=status, code=code) from error
 
 
 # --- 7. Exchanges -----------------------------------------------------------------------------------------------------
+
+def _new_tls_context() -> ssl.SSLContext:
+    import ssl
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
 
 class Transport:
     """Opens exchanges with upstreams, over connections that stay open between requests.
@@ -4021,9 +4945,11 @@ class Transport:
 
     def __init__(self) -> None:
         self._idle: dict[Any, collections.deque[tuple[socket.socket, float]]] = {}    # by way[:4]
-        self._ways: dict[str, _Route] = {}    # by URL, of which there are a few for each endpoint: proxies take 0.05 ms
-        self._tls: ssl.SSLContext | None = None    # made when first needed: it reads every certificate there is
+        self._way = functools.lru_cache(256)(way_to)    # there are a few URLs for each endpoint; proxies take 0.05 ms
+        self._tls_context = functools.lru_cache(1)(_new_tls_context)    # when first needed: it reads all certificates
+        self._resolver = Errands(look_up)    # on a thread of its own, as the resolver has no time limit
         self._closed = False
+        self.connect_s = math.inf    # the most that connecting may take, whatever an exchange's limits say
 
     def open(self, url: str, headers: Mapping[str, str], payload: bytes | None, limits: Limits,
              look: Look = no_look) -> Answer:
@@ -4038,43 +4964,67 @@ class Transport:
             if payload is not None:
                 lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
             head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-            return self._exchange(way, head + (payload or b""), limits, look)
-
-    def _way(self, url: str) -> _Route:
-        """Return how a URL is reached, which is found out once."""
-        way = self._ways.get(url)
-        if way is None:
-            way = self._ways[url] = way_to(url)
-        return way
+            answer = self._exchange(way, head + (payload or b""), limits, look)
+            if answer.status == 407:
+                answer.close()
+                raise _refused_by_proxy(407)
+            return answer
 
     def _exchange(self, way: _Route, raw: bytes, limits: Limits, look: Look) -> Answer:
         """Send a request, and return its answer when the head has come.
 
-        A kept connection may have died while it was idle.  That shows at once, so only then is the request sent again:
-        a model that has worked on it may be paid for it.
+        A kept connection may have died while it was idle.  That shows at once, or nothing of the request is
+        acknowledged: only then is it sent again.  A model that has worked on it may be paid for it.
         """
         begun, kept = time.monotonic(), self._kept(way)
         while True:
-            upstream = kept or _connect_within(
-                limits.connect_s, lambda: _connect(way, limits.connect_s, self._tls_context), look)
+            upstream = kept or self._connect(way, min(limits.connect_s, self.connect_s), look)
             answer = Answer(upstream, limits, look, functools.partial(self._keep, way, upstream))
             try:
                 send_all(upstream, raw, limits.stall_s, answer.watch)
                 answer.read_head()
                 return answer
             except BaseException as error:
-                upstream.close()
+                _abort(upstream)
                 dead = isinstance(error, OSError) and not isinstance(error, NOT_YET) and answer.silent
-                if not kept or not dead or time.monotonic() - begun > STALE_S:
+                if not kept or not dead or not answer.undelivered and time.monotonic() - begun > STALE_S:
                     raise
+            self.forget(f"//{way.upstream}")    # the others have gone the same way
             kept = None
 
-    def _tls_context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            import ssl
-            self._tls = ssl.create_default_context()
-            self._tls.set_alpn_protocols(["http/1.1"])
-        return self._tls
+    def _connect(self, way: _Route, limit_s: float, look: Look) -> socket.socket:
+        """Return a new connection, on which TLS has been set up.
+
+        Raise UpstreamError after `limit_s` seconds, OSError, and what the look raises.
+        """
+        deadline = time.monotonic() + limit_s
+
+        def watch() -> None:
+            look()
+            if time.monotonic() >= deadline:
+                raise UpstreamError("no connection within the time limit", status=504, code="upstream_timeout")
+
+        there = urllib.parse.urlsplit(f"//{way.host}")
+        port = there.port or (443 if way.tls and not way.tunnel else 80)
+        place = there.hostname, port, int(time.monotonic() / LOOK_UP_S)
+        upstream = _dial(self._resolver.begin(place).result(watch), watch)
+        try:
+            _prepare(upstream)
+            if way.tunnel:
+                _open_tunnel(upstream, way, watch)
+            if way.tls:
+                name = urllib.parse.urlsplit(f"//{way.tunnel or way.host}").hostname
+                secured = upstream = self._tls_context().wrap_socket(upstream, server_hostname=name,
+                                                                     do_handshake_on_connect=False)
+                while not secured.version():
+                    watch()
+                    with contextlib.suppress(*NOT_YET):
+                        secured.do_handshake()
+            limit_waits(upstream, TICK_S)
+        except BaseException:
+            upstream.close()
+            raise
+        return upstream
 
     def _kept(self, way: _Route) -> socket.socket | None:
         """Return an idle connection on which nothing has come: neither its end, nor bytes that nobody asked for."""
@@ -4084,18 +5034,18 @@ class Transport:
                 upstream, since = idle.pop()
             except IndexError:    # another thread was quicker
                 break
-            if time.monotonic() - since < IDLE_S and not _has_come(upstream, _READABLE):
+            if 0 <= time.time() - since < IDLE_S and not _has_come(upstream, _READABLE):
                 return upstream
             upstream.close()
         return None
 
     def _keep(self, way: _Route, upstream: socket.socket) -> None:
         """Keep a connection for the next request, and close those that nobody has used for long."""
-        now = time.monotonic()
+        now = time.time()    # which goes on while the device sleeps, unlike monotonic
         self._idle.setdefault(way[:4], collections.deque()).append((upstream, now))
         for idle in tuple(self._idle.values()):
             with contextlib.suppress(IndexError):    # none is left
-                while self._closed or len(idle) > MAX_IDLE or now - idle[0][1] > IDLE_S:
+                while self._closed or len(idle) > MAX_IDLE or not 0 <= now - idle[0][1] <= IDLE_S:
                     idle.popleft()[0].close()
 
     def forget(self, url: str = "") -> None:
@@ -4160,37 +5110,35 @@ class Ledger:
         with self._lock:
             return self._records.get(target, UNTRIED)
 
-    def _update(self, target: Target, change: Callable[[Record], Record]) -> tuple[Record, Record]:
-        """Replace a target's record; returns (before, after).  `change` does nothing but make a value."""
+    def _update(self, target: Target, change: Callable[[Record], Record]) -> Record:
+        """Replace a target's record and return the one of before.  `change` does nothing but make a value."""
         with self._lock:
-            before = self._records.get(target, UNTRIED)
-            after = change(before)
-            self._records.pop(target, None)
-            self._records[target] = after
+            before = self._records.pop(target, UNTRIED)
+            self._records[target] = change(before)
             if len(self._records) > MAX_REMEMBERED:
                 del self._records[next(iter(self._records))]
-        return before, after
+        return before
 
-    def admit(self, target: Target) -> tuple[bool, bool]:
-        """Return (True if this request may try the target, True if it is the trial after a rest, to be released)."""
+    @contextlib.contextmanager
+    def trial(self, target: Target) -> Iterator[bool]:
+        """Give the block True if it may try the target: until one has answered after a fault, one request at a time."""
         if not self.record(target).breaker.failures:    # nearly always
-            return True, False
-        before, after = self._update(target, lambda record: record._replace(
-            trial=record.trial or bool(record.breaker.failures)))
-        return not before.trial, after.trial and not before.trial
-
-    def release(self, target: Target) -> None:
-        """End a trial, whatever it has shown."""
-        self._update(target, lambda record: record._replace(trial=False))
+            yield True
+            return
+        taken = self._update(target, lambda record: record._replace(trial=True)).trial
+        try:
+            yield not taken
+        finally:
+            if not taken:
+                self._update(target, lambda record: record._replace(trial=False))
 
     def settle(self, target: Target, error: UpstreamError | None) -> Breaker:
         """Note that an attempt has failed, or with None succeeded.  Return the target's breaker of before."""
         now, known = self.clock(), self.record(target).breaker
         if not error and not known.failures:    # nearly always
             return known
-        before, _ = self._update(target, lambda record: record._replace(
-            breaker=record.breaker.failed(error, now) if error else Breaker()))
-        return before.breaker
+        return self._update(target, lambda record: record._replace(
+            breaker=record.breaker.failed(error, now) if error else Breaker())).breaker
 
     def learn_refusal(self, target: Target, param: str) -> None:
         """Remember that this model refuses a parameter of the upstream's dialect."""
@@ -4215,14 +5163,14 @@ class Ledger:
 # How does one request become one answer?  Composes the sections above: resolve the model, rank the targets, try them
 # until one has content, and tell why.  It knows nothing of the client's HTTP but the socket to watch.
 
-PROBE_LIMITS = Limits(connect_s=5.0, first_byte_s=5.0, stall_s=5.0)
+PROBE_LIMITS = Limits(connect_s=math.inf, first_byte_s=5.0, stall_s=5.0)
 SECOND_TRY_S = 0.5           # sooner nothing will have changed
 PAUSE_S, MAX_PAUSE_S = 0.5, 2.0    # before a cloud that has failed is asked again: at least, and less than,
 SLOW_S = 15.0                # where the local model would take longer than this
 OVERHEAD_S = 0.2             # of a first word besides its reading: HTTP, the template, the first token's writing
-LAST_HOPE_CONNECT_S = 1.5    # where nobody else is left to answer, but hardly this one either
 WARM_AGAIN_S = 300.0         # as long as Ollama keeps a model by itself
 KEPT_S, KEPT_ON_BATTERY_S = 1800, 300    # a model in memory; Ollama's own default is the latter
+CACHED_S = 300    # a prompt, by Claude: its usual time
 LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
 
 def new_id(prefix: str) -> str:
@@ -4232,9 +5180,9 @@ def new_id(prefix: str) -> str:
 
 def _envelope(first: Chunk, model: str) -> Json:
     """Return what all chunks of a stream have in common: the upstream's id and time where its first chunk has them."""
-    id, created = first.get("id"), first.get("created")
+    id = first.get("id")
     return {"id": id if id and isinstance(id, str) else new_id("chatcmpl-"), "object": "chat.completion.chunk",
-            "created": created if type(created) is int and created > 0 else int(time.time()), "model": model}
+            "created": created_at(first.get("created")) or int(time.time()), "model": model}
 
 
 class Prober:
@@ -4276,58 +5224,6 @@ def _probed(answer: Answer, endpoint: Endpoint) -> Json:
     return told  # type: ignore[no-any-return]
 
 
-class Load:
-    """A model on its way into memory: `done` is set at its end, and `error` tells why it failed."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.error: UpstreamError | None = None
-
-
-class Loader:
-    """Loads models by requests of its own, so that no client that hangs up can abort a load."""
-
-    def __init__(self, load: Callable[[Target, int], None]) -> None:
-        self._load = load
-        self._loads: dict[Target, Load] = {}    # setdefault and del are atomic
-
-    @property
-    def loading(self) -> frozenset[Target]:
-        """Return the targets that are being loaded."""
-        return frozenset(tuple(self._loads))
-
-    def under_way(self, target: Target) -> Load | None:
-        """Return the load of a target that has not ended, or None."""
-        return self._loads.get(target)
-
-    def begin(self, target: Target, context: int) -> Load:
-        """Load a target's model for a context (0: its own), or join the load that is under way.  Does not wait."""
-        fresh = Load()
-        load = self._loads.setdefault(target, fresh)
-        if load is fresh:
-            thread = threading.Thread(target=self._run, args=(target, context, load), name="load", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:    # no more threads
-                self._end(target, load, UpstreamError("no thread is left to load the model"))
-        return load
-
-    def _run(self, target: Target, context: int, load: Load) -> None:
-        error: UpstreamError | None = UpstreamError("loading the model failed")    # of a bug, which stderr tells
-        try:
-            self._load(target, context)
-            error = None
-        except UpstreamError as failure:
-            error = failure
-        finally:
-            self._end(target, load, error)
-
-    def _end(self, target: Target, load: Load, error: UpstreamError | None) -> None:
-        load.error = error
-        del self._loads[target]
-        load.done.set()
-
-
 @dataclasses.dataclass
 class Result:
     """An answer on its way to the client: either `whole`, or `chunks` whose first ones have content."""
@@ -4345,17 +5241,22 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.ledger, self.transport, self.loader = Ledger(), Transport(), Loader(self._load)
+        self.ledger, self.transport, self.loader = Ledger(), Transport(), Errands(self._load)
+        self.transport.connect_s = settings.connect_timeout_s    # of probes and of loads, too
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
         self._said: dict[Target, tuple[int, int]] = {}    # of a target's last load: context asked, context said
+        # Models that their server shows under another name after a load, and the names that it shows then: those of one
+        # file of weights are one to it.
+        self._hidden: dict[tuple[Endpoint, str], frozenset[str]] = {}
         self._configured = configured_targets(settings)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         self._ollama = self._default_endpoints["ollama"]
         # Ollama is watched in any case: whatever it has installed can be asked for by name
         watched = (Target(self._ollama, "", Side.LOCAL), *self._configured)
-        prober = Prober(self.transport)
-        self.watch = Watch(monitors_for(settings, watched, prober), sampled=self._stand_by)
+        self._prober = Prober(self.transport)
+        self.watch = Watch(monitors_for(settings, watched, self._probe), sampled=self._stand_by)
+        self.heard = self.watch.first(self._ollama)    # set when it has told what it has, or has not answered
 
     def close(self) -> None:
         self.watch.stop()
@@ -4363,7 +5264,7 @@ class Gateway:
 
     def snapshot(self) -> Snapshot:
         """Return all that a decision is made from, as it is now.  Does not wait."""
-        settings, readings, loading = self.settings, self.watch.readings, self.loader.loading
+        settings, readings, loading = self.settings, self.watch.readings, self.loader.keys
         local = () if settings.local_model else newest_that_fits(self._ollama, readings, loading)
         return Snapshot(readings, (*local, *self._configured), self.ledger.records(), self.ledger.in_flight(), loading,
                         self.ledger.clock(), settings.prefer, settings.local_slots, settings.local_first_s,
@@ -4414,6 +5315,20 @@ class Gateway:
         self.watch.look(endpoint, lambda reading: _shows_loaded(target, context, reading))
         model = model_of(target, reading_of(target, self.watch.readings))
         self._said[target] = context, model.context if model else 0
+        if model and model.cold:
+            self._hidden[endpoint, model.name] = _in_memory(reading_of(target, self.watch.readings))
+            self.watch.look(endpoint, lambda reading: _shows_loaded(target, 0, reading))
+
+    def _probe(self, endpoint: Endpoint) -> Probe:
+        """Return the state of an endpoint, whose hidden models count as in memory.  Raise UpstreamError."""
+        probe = self._prober(endpoint)
+        shown = _in_memory(probe)
+        for where, name in [key for key, names in tuple(self._hidden.items()) if key[0] == endpoint and (
+                key[1] in shown or names != shown and not names & shown)]:
+            self._hidden.pop((where, name), None)    # it is shown, or what was in memory with it is gone
+        return dataclasses.replace(probe, models=probe.models and tuple([
+            dataclasses.replace(model, cold=model.cold and (endpoint, model.name) not in self._hidden)
+            for model in probe.models]))
 
     def context_of(self, target: Target, model: Model) -> int:
         """Return the context that a model is loaded for.
@@ -4425,7 +5340,9 @@ class Gateway:
         return asked if asked and said == model.context else model.context
 
     def keep_alive(self, target: Target) -> KeepAlive:
-        """Return how long a target's server is asked to keep the model, or None to leave that to it."""
+        """Return how long a target's server is asked to keep the model, or the prompt; None leaves that to it."""
+        if target.endpoint.provider == "claude":
+            return CACHED_S if self.settings.claude_cache == "auto" else None
         said = self.settings.keep_alive
         if said == "default" or target.side is Side.CLOUD:
             return None
@@ -4465,7 +5382,8 @@ class Gateway:
         if request.model not in ("auto", "local", "cloud"):
             return self._plan_of_one(request, snapshot)
         only = None if request.model == "auto" else Side(request.model)
-        refusals = self._refusals(request, snapshot)
+        refusals = {target: refused for target in snapshot.targets
+                    for refused in [self._refusal(request, target, snapshot)] if refused}
         plan = rank(snapshot, {target: refused.message for target, refused in refusals.items()}, only,
                     work_of(request) if len(snapshot.targets) > 1 else USUAL_WORK)
         if not plan.order and not plan.last_resort:
@@ -4483,11 +5401,6 @@ class Gateway:
             raise OblixError(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
                              status=401, type="authentication_error", code="no_api_key", retry=False)
         return Plan((target,), "the request named the model")
-
-    def _refusals(self, request: ChatRequest, snapshot: Snapshot) -> dict[Target, Unsupported]:
-        """Return what of the request the targets can't do, by target."""
-        found = {target: self._refusal(request, target, snapshot) for target in snapshot.targets}
-        return {target: refused for target, refused in found.items() if refused}
 
     def _refusal(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> Unsupported | None:
         """Return what of the request a target can't do, from what its provider and its server say, or None."""
@@ -4589,6 +5502,13 @@ def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
 
 # Codes of faults that tell of the way to an endpoint, so that it is worth a probe at once.
 _LOST = ("upstream_unreachable", "upstream_tls", "upstream_timeout", "upstream_cut")
+
+
+def _in_memory(told: Probe | Reading | None) -> frozenset[str]:
+    """Return the names of the models that a server shows in its memory."""
+    return frozenset(model.name for model in told and told.models or () if not model.cold and not model.remote)
+
+
 def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
     """Return True if a reading knows of a load that has ended."""
     model = model_of(target, reading)
@@ -4612,11 +5532,9 @@ def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json
 
 
 def _side_report(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition]) -> Json:
-    found, facts = side_condition(side, snapshot, conditions, {}), {}
+    found = side_condition(side, snapshot, conditions, {})
     mine = [reading for reading in snapshot.readings if reading.side is side]
-    for reading in mine:
-        if reading.endpoint is None:
-            facts.update(reading.facts)
+    facts = {name: fact for reading in mine if not reading.endpoint for name, fact in reading.facts.items()}
     return {"level": found.word(side), "reason": found.reason,
             "facts": {**facts, "endpoints": [reading.facts for reading in mine if reading.endpoint and reading.facts]}}
 
@@ -4635,6 +5553,9 @@ class _Failure(NamedTuple):
         return slow or gone and time.monotonic() - self.at >= SECOND_TRY_S
 
 
+Stream = Generator[Any, None, None]    # of chunks, and of bytes that are ready for the client
+
+
 class _Overtaken(Exception):
     """Another request has taken the target's last slot since the plan was made."""
 
@@ -4646,14 +5567,15 @@ class Dispatch:
         self._gateway, self._request, self._look = gateway, request, look
         self._settings, self.ledger = gateway.settings, gateway.ledger
         self._until = time.monotonic() + self._settings.request_timeout_s
-        self._plan = gateway.plan(request)
+        self._heard = request.model == "cloud" or gateway.heard.is_set()
+        self._plan = self._first_plan()
         self._named = request.model not in ("auto", "local", "cloud")
         self._failed: list[_Failure] = []
         self._overtaken: list[Target] = []
         # Of the attempt under way: the targets that may be tried after it, whether it is the first or a last resort,
         # its beginning, the limit to its first content where that is less than it would have alone.
         self._others: tuple[Target, ...] = ()
-        self._hoping = self._alone = False
+        self._alone = False
         self._asked_at, self._patience_s = 0.0, math.inf
 
     def run(self) -> Result:
@@ -4667,11 +5589,25 @@ class Dispatch:
                     self._overtaken.append(target)
                 except UpstreamError as error:
                     self._fail(target, error)
-                    if not error.fault.moves_on:    # no other target would do better
+                    if not error.fault.moves_on:
                         break
                 else:
                     return self._completed(served)
         raise _all_failed(self._plan, self._failed)
+
+    def _first_plan(self) -> Plan:
+        """Return the plan.  Raise OblixError where there is none although it is known what Ollama has."""
+        try:
+            return self._gateway.plan(self._request)
+        except OblixError:
+            if not self._hears_more():
+                raise
+            return self._gateway.plan(self._request)
+
+    def _hears_more(self) -> bool:
+        """Return True if Ollama has told what it has since the request came: it may be the first one after a start."""
+        before, self._heard = self._heard, True
+        return not before and self._wait(self._gateway.heard, PROBE_LIMITS.first_byte_s)
 
     def _completed(self, served: Result) -> Result:
         """Note an answer that has come, or begun, and tell how it came about."""
@@ -4691,21 +5627,23 @@ class Dispatch:
         """
         hope = [*self._plan.last_resort]
         for place, target in enumerate(self._plan.order):
-            allowed, trial = (True, False) if self._named else self.ledger.admit(target)
-            if not allowed:
-                hope.append(target)
-                continue
-            try:
+            with contextlib.nullcontext(True) if self._named else self.ledger.trial(target) as allowed:
+                if not allowed:
+                    hope.append(target)
+                    continue
                 yield target, self._plan.order[place + 1:]
                 if self._again(target):
                     yield target, self._plan.order[place + 1:]
-            finally:
-                if trial:
-                    self.ledger.release(target)
         yield from ((target, ()) for target in self._overtaken)
-        self._hoping = True
         yield from ((target, ()) for target in hope)
-        yield from ((tried.target, ()) for tried in [*self._failed] if not self._named and tried.may_be_back())
+        if self._named:
+            return
+        if self._hears_more():
+            with contextlib.suppress(OblixError):
+                self._plan = self._gateway.plan(self._request)
+            tried_before = {tried.target for tried in self._failed}
+            yield from ((target, ()) for target in self._plan.order if target not in tried_before)
+        yield from ((tried.target, ()) for tried in [*self._failed] if tried.may_be_back())
 
     def _warm_up(self) -> None:
         """Load a cold local model for the next request, while the cloud answers in its place."""
@@ -4745,8 +5683,6 @@ class Dispatch:
         if left_s <= 0:
             raise time_is_up()
         connect_s, patience_s = min(usual.connect_s, left_s), usual.first_byte_s
-        if self._hoping:
-            connect_s = min(connect_s, LAST_HOPE_CONNECT_S)
         if target.side is Side.LOCAL and self._others:
             patience_s = self._settings.patience_s
         elif any(other.side is Side.LOCAL for other in self._others):
@@ -4760,21 +5696,34 @@ class Dispatch:
 
         An empty answer is a fault as long as there is another target to ask.
         """
-        request, limits = self._request, self._limits(target)
-        context = self._loaded(request, target, limits)
+        request = self._request
         if request.stream:
-            stream = self._stream(request, target, context, limits)
-            held = _until_content(stream)
-            served = Result(target, chunks=self._relayed(target, held, stream), held=len(held))
-        elif PROVIDERS[target.endpoint.provider].translates:
-            served = Result(target, whole=fold(self._stream(request, target, context, limits)))
-            held = [served.whole or {}]
-        else:
-            whole, raw = self._whole(request, target, limits)
-            served, held = Result(target, whole=whole, raw=raw), [whole]
+            held, stream = self._begun(request, target)
+            relay = self._continuing if self._settings.on_cut == "continue" else self._noted
+            return Result(target, chunks=relay(target, held, stream), held=len(held))
+        if PROVIDERS[target.endpoint.provider].translates:
+            return Result(target, whole=fold(itertools.chain(*self._begun(request, target))))
+        whole, raw = self._whole(request, target)
+        if self._others and is_empty([whole]):
+            raise _empty()
+        return Result(target, whole=whole, raw=raw)
+
+    def _begun(self, request: ChatRequest, target: Target) -> tuple[list[Chunk], Stream]:
+        """Return the chunks of a target's answer up to the first with content, the commit point, and its stream.
+
+        Raises UpstreamError for what fails before that.
+        """
+        stream, held = self._stream(request, target), list[Chunk]()
+        for chunk in stream:
+            held.append(chunk)
+            if has_content(chunk):
+                break
+            if len(held) > MAX_HELD:
+                stream.close()
+                raise UpstreamError(f"no content in {MAX_HELD} pieces", code="bad_upstream_answer")
         if self._others and is_empty(held):
-            raise UpstreamError("the answer was empty", code="empty_answer")
-        return served
+            raise _empty()
+        return held, stream
 
     def _loaded(self, request: ChatRequest, target: Target, limits: Limits) -> int:
         """Load a local model if need be.  Return the context to ask for, which is large enough, or 0 for its own.
@@ -4789,7 +5738,11 @@ class Dispatch:
             load, snapshot = loader.under_way(target), self._gateway.snapshot()
             model = model_of(target, reading_of(target, snapshot.readings))
             if not load and model and not model.remote:
-                context = self._context(request, target, snapshot)
+                try:
+                    context = self._gateway.context(request, target, snapshot)
+                except Unsupported as error:    # the memory has shrunk since the plan was made
+                    raise UpstreamError(error.message, Fault.TOO_LONG, status=error.status, type=error.type,
+                                        code=error.code, param=error.param, retry=False) from None
                 if model.cold or context not in (0, self._gateway.context_of(target, model)):
                     load = loader.begin(target, context)
             if not load:
@@ -4797,18 +5750,10 @@ class Dispatch:
             self._await(load, limits.first_byte_s)
         return context
 
-    def _context(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> int:
-        """Return Gateway.context.  Raises UpstreamError where the prompt has grown too long since the plan was made."""
-        try:
-            return self._gateway.context(request, target, snapshot)
-        except Unsupported as error:
-            raise UpstreamError(error.message, Fault.TOO_LONG, status=error.status, type=error.type, code=error.code,
-                                param=error.param, retry=False) from None
-
     def _know(self, target: Target) -> None:
         """Make sure that what counts as local is not a name that Ollama passes on to a cloud.  Raises UpstreamError."""
         if self._request.model == "local":    # for `auto` a cloud is as good
-            self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.connect_s)
+            self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.first_byte_s)
         model = model_of(target, reading_of(target, self._gateway.watch.readings))
         if model and model.remote and target.side is Side.LOCAL and not self._named:
             raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.NOT_FOUND, status=404)
@@ -4818,7 +5763,7 @@ class Dispatch:
         limit_s = min(limit_s, self._until - time.monotonic())
         return wait_for(event, limit_s, self._look)
 
-    def _await(self, load: Load, limit_s: float) -> None:
+    def _await(self, load: Errand, limit_s: float) -> None:
         """Wait for a load.  Raises UpstreamError where it fails or takes too long, ClientGone on a hang-up."""
         done = self._wait(load.done, limit_s)
         if not done and time.monotonic() >= self._until:
@@ -4826,24 +5771,20 @@ class Dispatch:
         if not done:
             raise UpstreamError("the model is still loading", Fault.LOADING, status=503, code="model_loading",
                                 retry_after_s=LOAD_RETRY_S)
-        if load.error:
-            raise copy.copy(load.error)    # others wait for the same load
+        load.result()
 
-    def _stream(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Generator[Any, None, None]:
+    def _stream(self, request: ChatRequest, target: Target) -> Stream:
         """Yield the chunks of a target's streamed answer, all with one id, time and model.
 
         After the first content, events that say a text and nothing else come as bytes that are ready for the client.
         """
         envelope: Json = {}
-        provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], time.monotonic(), 0.0, 0
+        provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
         frame: tuple[bytes, bytes] | None = None
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
-            with self._exchange(request, target, context, limits) as answer:
-                if answer.content_type == "application/json" and not provider.translates:
-                    event_of(answer.body())
-                    raise UpstreamError("it answered whole where a stream was asked for", code="bad_upstream_answer")
+            with self._exchange(request, target) as (answer, started):
                 for chunk in _decoded(answer, provider, request):
                     if isinstance(chunk, Texts) and frame:
                         before, after = frame
@@ -4855,7 +5796,7 @@ class Dispatch:
                     if not begun and has_content(chunk):
                         begun = time.monotonic()
                         answer.begin()
-                        frame = text_frame(told, request.include_usage) if may_pass else None
+                        frame = text_frame(told) if may_pass else None
                         answer.text_event = provider.text_event if frame else None
                     tokens = tokens_of(chunk) or tokens
                     yield told
@@ -4864,18 +5805,16 @@ class Dispatch:
             if begun:
                 self._learn(request, target, begun - started, tokens, time.monotonic() - begun, timings)
 
-    def _whole(self, request: ChatRequest, target: Target, limits: Limits) -> tuple[Json, bytes]:
+    def _whole(self, request: ChatRequest, target: Target) -> tuple[Json, bytes]:
         """Return the whole answer of a target that was asked for one, and its JSON if that can be taken as it came."""
-        started = time.monotonic()
-        with self._exchange(request, target, 0, limits) as answer:
+        with self._exchange(request, target) as (answer, started):
             raw = answer.body()
             with _in_its_format():
-                whole = event_of(raw)
-                if not isinstance(choices_of(whole)[0]["message"], dict):
-                    raise TypeError("message")
+                whole, as_it_came = PROVIDERS[target.endpoint.provider].whole(raw, request)
         self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
-        around = split_at_model(raw, whole)
-        return {**whole, "model": target.id}, dumps(target.id).join(around) if around else b""
+        told = {**whole, **_envelope(whole, target.id), "object": "chat.completion"}
+        around = split_at_model(raw, whole) if as_it_came and told["id"] == whole.get("id") else None
+        return told, dumps(target.id).join(around) if around else b""
 
     def _learn(self, request: ChatRequest, target: Target, first_s: float | None, tokens: int, seconds: float,
                timings: Any) -> None:
@@ -4912,20 +5851,23 @@ class Dispatch:
         self.ledger.learn_pace(target, waited_s, 0, 0.0, read, Cache())
 
     @contextlib.contextmanager
-    def _exchange(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Iterator[Answer]:
-        """Give the block the upstream's answer, in flight while the block reads it.
+    def _exchange(self, request: ChatRequest, target: Target) -> Iterator[tuple[Answer, float]]:
+        """Give the block the upstream's answer, and when it was asked.  It is in flight while the block reads it.
 
         Raises UpstreamError, without the key in its texts, ClientGone, and _Overtaken where another request has taken
         the target's last slot since the plan was made and a cloud could answer.
         """
+        limits = self._limits(target)
+        context = self._loaded(request, target, limits)
         with self.ledger.flight(target) as number:
             self._alone = number == 1
             counted_on = target.side is Side.LOCAL and self._others and self._others[0].side is Side.CLOUD
             if counted_on and number > self._settings.local_slots and self._plan.conditions[target].state != "busy":
                 raise _Overtaken
+            started = time.monotonic()
             try:
                 with contextlib.closing(self._open(request, target, context, limits)) as answer:
-                    yield answer
+                    yield answer, started
             except UpstreamError as error:
                 for name in ("message", "code", "type", "param"):
                     if getattr(error, name):
@@ -4935,18 +5877,21 @@ class Dispatch:
     def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
         """Return the upstream's answer of status 2xx.  Raises UpstreamError, ClientGone.
 
-        Leave out the parameters that the model refuses, one by one; remember those that it never accepts.
+        Leave out the parameters that the model refuses, one by one, and keep to the limits that it names; remember what
+        it never accepts.
         """
         provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
         encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
-        dropped: frozenset[str] = frozenset()
+        changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
         while True:
-            refused = self.ledger.record(target).refused | dropped
-            payload = provider.adapt(encoded, refused)
+            payload = provider.adapt(encoded, self.ledger.record(target).refused.union(changed))
             body = request.with_model_replaced(payload) or dumps(payload)
             answer = self._gateway.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
                                                   body, limits, self._look)
             if answer.status < 300 and answer.content_type != "text/html":
+                for refused, error in changed.items():
+                    if is_permanent(refused, error):
+                        self.ledger.learn_refusal(target, refused)
                 return answer
             with contextlib.closing(answer):
                 if answer.status < 300:
@@ -4955,32 +5900,12 @@ class Dispatch:
                 text = answer.body().decode("utf-8", "replace")
             error = classify(answer.status, text, answer.retry_after_s, endpoint)
             param = provider.refused_parameter(error, payload)
-            if not param or param in refused:
+            if not param or param.partition("<=")[0] in [known.partition("<=")[0] for known in changed]:
                 raise error
-            log.info("%s refuses %s: left out", target.id, param)
-            dropped |= {param}
-            if is_permanent(param, error):
-                self.ledger.learn_refusal(target, param)
+            log.info("%s refuses %s: asked without", target.id, param.replace("<=", " above "))
+            changed[param] = error
 
-    def _relayed(self, target: Target, held: Sequence[Chunk],
-                 stream: Generator[Any, None, None]) -> Generator[Any, None, None]:
-        """Yield the chunks of an answer; where it breaks off, with --on-cut continue, those of one more target."""
-        said: list[Chunk] = []
-        keep = self._settings.on_cut == "continue"
-        try:
-            with contextlib.closing(self._noted(target, held, stream)) as noted:
-                for chunk in noted:
-                    keep = keep and len(said) < MAX_SAID
-                    said.extend([chunk] if keep else ())
-                    yield chunk
-        except UpstreamError as error:
-            follower = self._follower(said, error) if keep else None
-            if follower is None:
-                raise
-            yield from follower
-
-    def _noted(self, target: Target, held: Sequence[Chunk],
-               stream: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    def _noted(self, target: Target, held: Sequence[Chunk], stream: Stream) -> Stream:
         """Yield the held chunks and the rest of a stream.  Tell the ledger how it ends; close the upstream."""
         with contextlib.closing(stream):
             yield from held
@@ -4991,26 +5916,37 @@ class Dispatch:
                 raise
         self._gateway.note(target, None)
 
-    def _follower(self, said: Sequence[Chunk], error: UpstreamError) -> Iterator[Chunk] | None:
-        """Return the rest of an answer that broke off, from the next target that gives one, or None without one."""
-        text = continuable_text(self._request, said)
-        request = continuation(self._request, text, len(said)) if text and error.fault.moves_on else None
-        while request and self._others:
-            target, *others = self._others
-            self._others = tuple(others)
+    def _continuing(self, target: Target, held: Sequence[Chunk], stream: Stream) -> Stream:
+        """Yield the chunks of an answer and, where it breaks off, the rest from the next target that gives one."""
+        said: list[Chunk] = []
+        try:
+            with contextlib.closing(self._noted(target, held, stream)) as noted:
+                for chunk in noted:
+                    said.extend([chunk] if len(said) <= MAX_SAID else ())
+                    yield chunk
+        except UpstreamError as error:
+            text = continuable_text(self._request, said) if len(said) <= MAX_SAID and error.fault.moves_on else ""
+            request = continuation(self._request, text, len(said)) if text else None
+            follower = self._follower(request) if request else None
+            if not follower:
+                raise
+            log.warning("%s continues an answer that broke off: %s", follower[0].id, error.brief)
+            yield from continued(self._noted(*follower), said[0], text, follower[0].id)
+
+    def _follower(self, request: ChatRequest) -> tuple[Target, list[Chunk], Stream] | None:
+        """Return the next target that begins to answer, with its answer's beginning and stream, or None."""
+        while self._others:
+            target, self._others = self._others[0], self._others[1:]
             try:
-                limits = self._limits(target)
-                stream = self._stream(request, target, self._loaded(request, target, limits), limits)
-                held = _until_content(stream)
+                held, stream = self._begun(request, target)
                 if is_empty(held):
-                    raise UpstreamError("the answer was empty", code="empty_answer")
-            except (UpstreamError, _Overtaken) as failure:
-                log.info("%s could not continue: %s", target.id, getattr(failure, "brief", "it can't now"))
-                if isinstance(failure, UpstreamError):
-                    self._gateway.note(target, failure)
-                continue
-            log.warning("%s continues an answer that broke off: %s", target.id, error.brief)
-            return continued(self._noted(target, held, stream), said[0], text, target.id)
+                    raise _empty()
+                return target, held, stream
+            except _Overtaken:
+                log.info("%s could not continue: it has no free slot", target.id)
+            except UpstreamError as error:
+                log.info("%s could not continue: %s", target.id, error.brief)
+                self._gateway.note(target, error)
         return None
 
 
@@ -5025,7 +5961,7 @@ def _in_its_format() -> Iterator[None]:
 
 def _decoded(answer: Answer, provider: Provider, request: ChatRequest) -> Iterator[Any]:
     """Yield the chunks of a streamed answer, and the Texts in it."""
-    with _in_its_format():
+    with _in_its_format():    # not around what we do with them: a bug of ours is no fault of an upstream
         yield from provider.decode(answer.lines(), request)
 
 
@@ -5052,33 +5988,27 @@ def _listing(lines: Iterable[str]) -> str:
     return "; ".join(line.rstrip(".") for line in lines)
 
 
-def _until_content(stream: Generator[Chunk, None, None]) -> list[Chunk]:
-    """Return the chunks up to the first with content, the commit point.  Raise the stream's faults before it."""
-    held: list[Chunk] = []
-    for chunk in stream:
-        held.append(chunk)
-        if has_content(chunk):
-            break
-        if len(held) > MAX_HELD:
-            stream.close()
-            raise UpstreamError(f"no content in {MAX_HELD} pieces", code="bad_upstream_answer")
-    return held
+def _empty() -> UpstreamError:
+    return UpstreamError("the answer was empty", code="empty_answer")
 
 
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
-    """Return the most useful error when no target answered: the only one, or one that lists all of them."""
+    """Return the most useful error when no target answered: the only one, or one that lists all of them.
+
+    Where all targets refused the request, the first refusal is the answer.
+    """
     target, last = failed[-1].target, failed[-1].error
-    if not last.fault.moves_on or (len(failed) == 1 and not plan.excluded):
+    errors = [tried.error for tried in failed]
+    if all(error.fault in (Fault.REFUSED, Fault.TOO_LONG) for error in errors):
+        return errors[0]
+    if not last.fault.moves_on or len(failed) == 1 and not plan.excluded:
         if last.fault is Fault.TRANSPORT:    # our own words do not name the target
             last.message = f"{target.id}: {last.message}"
         return last
-    errors = [tried.error for tried in failed]
     waits = [error.retry_after_s for error in errors if error.retry_after_s is not None]
     text = f"No model could answer ({plan.reason}). " + _listing(
         [f"{tried.target.id}: {tried.error.message}" for tried in failed]
         + [f"{target.id}: {reason}" for target, reason in plan.excluded])
-    if all(error.fault is Fault.TOO_LONG for error in errors):
-        return BadRequest(text, code="context_length_exceeded", param="messages")
     again: Json = {"retry": None if waits else False, "retry_after_s": min(waits, default=None)}
     if last.fault is not Fault.TRANSPORT and {error.status for error in errors} == {last.status}:
         return NoTarget(text, status=last.status, type=last.type, **again)
@@ -5097,7 +6027,7 @@ def sse(event: Json) -> bytes:
     return b"data: " + dumps(event) + b"\n\n"
 
 
-def text_frame(chunk: Chunk, include_usage: bool) -> tuple[bytes, bytes] | None:
+def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
     """Return what a client sees around the text of each event that says nothing else, in a stream with this chunk.
 
     Return None where the chunk is of another choice than the first, which such events are of.
@@ -5108,53 +6038,19 @@ def text_frame(chunk: Chunk, include_usage: bool) -> tuple[bytes, bytes] | None:
     choice = {name: None if name in ("logprobs", "finish_reason") else value for name, value in choices[0].items()
               if name in AROUND_TEXT}
     kept = {name: value for name, value in chunk.items() if name in AROUND_TEXT}
-    told = for_client({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]}, include_usage) or {}
-    before, mark, after = sse(told).partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
+    told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
+    before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
     return before + mark[:-len(rb'\u0000"')], b'"' + after
 
 
 # Fields of an event that says a text and nothing else.  Any other is the first chunk's own, and not the stream's.
-AROUND_TEXT = frozenset(("id object created model system_fingerprint service_tier usage prompt_token_ids "
+AROUND_TEXT = frozenset(("id object created model system_fingerprint service_tier prompt_token_ids "
                          "index logprobs finish_reason stop_reason token_ids matched_stop").split())
 
 
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
-    """Return the chunk as a client may see it, or None: many clients fail at an unasked usage without choices."""
-    if include_usage or "usage" not in chunk:
-        return chunk
-    return {name: value for name, value in chunk.items() if name != "usage"} if choices_of(chunk) else None
-
-
-def fold(chunks: Iterable[Chunk]) -> Json:
-    """Return the chat.completion of a translated stream, which has at least one chunk and only choice 0."""
-    message: Json = {"role": "assistant", "content": "", "refusal": None}
-    choice: Json = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
-    whole: Json = {}
-    for chunk in chunks:
-        whole.update({**chunk, "object": "chat.completion", "choices": [choice]})
-        for piece in chunk["choices"]:
-            _fold_piece(choice, piece)
-    if "tool_calls" in message:
-        message["content"] = message["content"] or None
-    return whole
-
-
-def _fold_piece(choice: Json, piece: Json) -> None:
-    """Add a chunk's choice to the whole choice."""
-    message, delta = choice["message"], piece["delta"]
-    for name in ("content", "reasoning_content", "refusal"):
-        if delta.get(name):
-            message[name] = (message.get(name) or "") + delta[name]
-    for call in delta.get("tool_calls", ()):
-        calls = message.setdefault("tool_calls", [])
-        if call["index"] == len(calls):
-            calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
-        else:
-            calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-    if piece["logprobs"]:
-        choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
-        choice["logprobs"]["content"].extend(piece["logprobs"]["content"])
-    choice["finish_reason"] = piece["finish_reason"] or choice["finish_reason"]
+    """Return the chunk if a client may see it, or None: many clients fail at an unasked usage without choices."""
+    return chunk if include_usage or "usage" not in chunk else None
 
 
 def tokens_of(answer: Json) -> int:
@@ -5187,7 +6083,7 @@ def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | 
     body = {**request.body, "messages": [*request.messages, {"role": "assistant", "content": text},
                                          {"role": "user", "content": CONTINUE}]}
     for name in ("max_tokens", "max_completion_tokens"):
-        if name in body:
+        if body.get(name, 0) > 0:
             body[name] -= tokens
             if body[name] < 1:
                 return None
@@ -5388,7 +6284,7 @@ class Admission:
         waiting = [guest for guest in self._guests() if not guest.busy]
         slowest = min(waiting, key=lambda guest: guest.since, default=None)
         if slowest:
-            slowest.since = math.inf    # another one is next
+            self.leave(slowest)    # it is not counted while it goes
             slowest.hang_up()
 
     def _guests(self) -> tuple[Guest, ...]:
@@ -5463,7 +6359,7 @@ class _Handler(socketserver.BaseRequestHandler):
         """Read a request and answer it.  Return True if another one may follow."""
         self.close_connection, self._unread = True, True
         self.head, self._common, self.told = _NO_HEAD, dict[str, str](), dict[str, Any]()
-        self.id, self._come, self._held = new_id("req_"), 0, 0
+        self.id, self._counted = new_id("req_"), 0
         self.started = time.monotonic()
         self.guest.await_request()
         try:
@@ -5481,8 +6377,8 @@ class _Handler(socketserver.BaseRequestHandler):
             if "status" not in self.told:
                 self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self.id}."))
         finally:
-            if self._held:
-                self.admission.take(0, -self._held)
+            if self._counted:
+                self.admission.take(0, -self._counted)
         self._tell()
         if self._unread:
             self.guest.linger()
@@ -5519,14 +6415,10 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def body(self) -> bytes:
         """Return the request's body.  Raise OblixError, ClientGone."""
-        refused = body_kind_refusal(self.head)
-        if refused:
-            raise refused
+        check_body_kind(self.head)
         size, expected = self.head.body_size, self.head.fields.get("expect", "").lower()
         if expected not in ("", "100-continue"):
             raise BadRequest("The only Expect that is honoured is 100-continue.", status=417, code="expectation_failed")
-        if not size and "content-length" not in self.head.fields:
-            raise BadRequest("Send the body's size as one decimal Content-Length.", status=411, code="bad_framing")
         if self.admission.full:
             raise too_much("--max-requests")    # before the body is waited for
         self._check_size(size)
@@ -5545,15 +6437,14 @@ class _Handler(socketserver.BaseRequestHandler):
                              status=413, code="request_too_large")
 
     def _exactly(self, size: int) -> bytes:
-        """Return so many bytes, counted as they come.  Raise Busy, ClientGone."""
-        body = bytearray()
+        """Return so many bytes, those of large ones counted as they come.  Raise Busy, ClientGone."""
+        body, is_large = bytearray(), not 0 <= self.head.body_size <= LARGE_BODY_BYTES    # or of a size unknown so far
         while len(body) < size:
             piece = self.guest.some(size - len(body))
             body += piece
-            self._come += len(piece)
-            if self._come > LARGE_BODY_BYTES:
-                self.admission.take(0, self._come - self._held)
-                self._held = self._come
+            if is_large:
+                self.admission.take(0, len(piece))
+                self._counted += len(piece)
         return bytes(body)
 
     def _chunked_body(self) -> bytes:
@@ -5604,7 +6495,8 @@ class _Handler(socketserver.BaseRequestHandler):
         lines = [f"{name}: {value}" for name, value in fields.items()]
         if not is_header_safe("".join(lines)):
             lines = [re.sub("[^ -~]+", " ", line) for line in lines]
-        return "\r\n".join([f"HTTP/1.1 {status} {_PHRASES.get(status, 'Status')}", *lines, "", ""]).encode("ascii")
+        start = f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}"
+        return "\r\n".join([start, *lines, "", ""]).encode("ascii")
 
     def write(self, data: bytes) -> None:
         """Send data.  Raise ClientGone, also where the client takes nothing of it for SEND_S."""
@@ -5637,7 +6529,8 @@ class _Handler(socketserver.BaseRequestHandler):
         if head.method == "OPTIONS":
             return self.reply(204, b"", {"Allow": ", ".join([*(methods or ("GET", "HEAD", "POST")), "OPTIONS"])})
         if methods is None:
-            raise BadRequest(f"There is nothing at {head.method[:20]} {path[:100]}. Oblix serves POST "
+            asked = head.target.partition("?")[0][:100]
+            raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST "
                              "/v1/chat/completions, GET /v1/models and GET /health; use the chat completions API.",
                              status=404, code="unknown_url")
         if head.method not in methods:
@@ -5660,11 +6553,13 @@ class _Handler(socketserver.BaseRequestHandler):
         self.json(status, health)
 
     def _models(self, wanted: str) -> None:
-        models = [model for model in self.server.gateway.models() if wanted in ("", model[0])]
-        if wanted and not models:
-            raise BadRequest(f"There is no model {wanted[:100]!r}; GET /v1/models lists them.", param="model",
-                             status=404, code="model_not_found")
-        body = models_body(models)
+        gateway = self.server.gateway
+        known = {model[0]: model for model in gateway.models()}
+        if wanted and wanted not in known:    # chat takes other spellings, and names that are not listed
+            target = gateway.resolve(wanted, gateway.snapshot())
+            check_fields({"model": wanted}, FIELDS, ())
+            known[wanted] = (wanted, *known.get(target.id, ("", 0, target.endpoint.provider))[1:])
+        body = models_body([known[wanted]] if wanted else known.values())
         self.json(200, body["data"][0] if wanted else body)
 
     def _chat(self) -> None:
@@ -5739,7 +6634,6 @@ ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health":
 JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
 _NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
 _CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
-_PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 # The words for each fact of a request in the log, in the order of the line; a fact that is not known is left out.
 LOG_WORDS = {"id": "%s", "method": " %s", "path": " %s", "status": " %s", "asked": " %s", "served": " -> %s",
              "side": " (%s)", "first_token_s": ", first %.2f s", "tokens_per_s": ", %.1f tokens/s",
@@ -5810,25 +6704,46 @@ class _Events:
 
 # --- 11. Listening, and the end ---------------------------------------------------------------------------------------
 
-class QuickServer(http.server.ThreadingHTTPServer):
-    """The stdlib's server without its traps."""
+class QuickServer(socketserver.ThreadingTCPServer):
+    """The stdlib's server for many clients; its HTTPServer asks DNS for its own name, which takes seconds offline."""
     daemon_threads = True
     request_queue_size = 1024                   # the default of 5 drops bursts: clients then wait 1, 3, 7 s for TCP
     allow_reuse_address = os.name == "posix"    # on Windows it would let two programs share the port
 
-    def server_bind(self) -> None:
-        # Not as the base class does it: that asks DNS for its own name, which takes seconds on an offline device.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-
 
 class _Listener(QuickServer):
     """One listening socket."""
+    timeout = 5.0    # until `handle_request` returns by itself
 
     def __init__(self, address: tuple[str, int], gateway: Gateway, admission: Admission, guard: Guard) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.gateway, self.admission, self.guard = gateway, admission, guard
+        self.gateway, self.admission, self.guard, self._is_done = gateway, admission, guard, False
         super().__init__(address, _Handler)
+        self.host, self.port = str(self.server_address[0]), int(self.server_address[1])
+        self._thread = threading.Thread(target=self._run, name="listen", daemon=True)
+
+    def start(self) -> None:
+        """Begin to let clients in."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Wait until the clients that the kernel has taken so far are in and the socket is closed; see `_run`."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        with contextlib.suppress(OSError):    # a client wakes its thread
+            socket.create_connection((host, self.port), 0.2).close()
+        self._thread.join()
+
+    def _run(self) -> None:
+        hold_on_one_core(self.port)
+        while not self._is_done:
+            if self.admission.stopping:
+                self.timeout = 0.0
+            self.handle_request()
+        self.server_close()
+
+    def handle_timeout(self) -> None:
+        """Note that nobody is waiting who came before the stop."""
+        self._is_done = not self.timeout
 
     def get_request(self) -> Any:
         try:
@@ -5840,57 +6755,33 @@ class _Listener(QuickServer):
             raise
         return self.admission.enter(connection), address
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError as error:    # no thread is left
-            log.warning("a client was sent away: %s", error)
-            self.shutdown_request(request)
-
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request.connection)
         self.admission.leave(request)
 
-    def run(self) -> None:
-        """Serve until `shutdown`, which wakes the loop: it need not wake up by itself while nothing happens."""
-        hold_on_one_core()
-        self.serve_forever(poll_interval=5)
-
-    def shutdown(self) -> None:
-        stopping = threading.Thread(target=super().shutdown, name="stop", daemon=True)
-        stopping.start()
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
-        while stopping.is_alive():
-            with contextlib.suppress(OSError):
-                socket.create_connection((host, self.server_port), 0.2).close()
-            stopping.join(0.02)
-
-    def stop_listening(self) -> None:
-        """Let in the clients that have already connected, and then close the socket."""
-        self.shutdown()
-        self.socket.settimeout(0)
-        with contextlib.suppress(OSError):
-            while True:
-                self.process_request(*self.get_request())
-        self.server_close()
-
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):    # a client that left while its connection was set up
+        error = sys.exc_info()[1]
+        if isinstance(error, RuntimeError):
+            log.warning("a client was sent away: %s", error)    # no thread is left
+        elif not isinstance(error, OSError):    # a client that left while its connection was set up
             log.exception("a connection failed")
 
 
-def hold_on_one_core(cpufreq: str = "/sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq") -> None:
-    """Hold this thread, and those that it starts, on the fastest core it may use, the last of equals.
+def hold_on_one_core(port: int, cpufreq: str = "/sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq") -> None:
+    """Hold this thread, and those that it starts, on the fastest core it may use.
 
     The interpreter runs one thread at a time, and two cores hand it to and fro: a bare relay answers 8,400 requests a
-    second on two cores, and 19,600 held on one.  Monitors and commands start from other threads and stay free.
+    second on two cores, and 19,600 held on one.  Monitors and commands start from other threads and stay free.  Of
+    equally fast cores the port decides, so that two Oblixes on a device can have one each.
     """
     def speed(core: int) -> int:
         with contextlib.suppress(OSError, ValueError), open(cpufreq % core, encoding="ascii") as told:
             return int(told.read())
         return 0
     with contextlib.suppress(AttributeError, OSError):    # only Linux has affinities, and a sandbox may forbid them
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0), key=lambda core: (speed(core), core))})
+        speeds = {core: speed(core) for core in sorted(os.sched_getaffinity(0))}
+        fastest = [core for core in speeds if speeds[core] == max(speeds.values())]
+        os.sched_setaffinity(0, {fastest[port % len(fastest)]})
 
 
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -5916,7 +6807,7 @@ def listen(settings: Settings, gateway: Gateway) -> list[_Listener]:
     for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
         try:
             listeners.append(_Listener((address, port), *parts))
-            port = listeners[0].server_port
+            port = listeners[0].port
         except (OSError, OverflowError, UnicodeError) as error:
             taken = getattr(error, "errno", None) == errno.EADDRINUSE
             if listeners:
@@ -5940,12 +6831,14 @@ def with_keys_from_files(settings: Settings) -> Settings:
         if getattr(settings, name):
             raise UsageError(f"{flag} and the key itself are both set: choose one")
         try:
-            with open(path, encoding="ascii") as file:
-                key = file.read(MAX_KEY_FILE).strip()
+            with open(os.path.expanduser(path), "rb") as file:
+                data = file.read(MAX_KEY_FILE)
+            text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")    # PowerShell's
         except (OSError, ValueError) as error:
             raise UsageError(f"{flag}: {path} can't be read: "
                              f"{getattr(error, 'strerror', None) or 'it is not plain text'}") from error
-        if not key.isprintable() or not key:
+        key = key_in(text, f"{flag}: {path}")
+        if not key:
             raise UsageError(f"{flag}: {path} holds no key")
         settings = dataclasses.replace(settings, **{name: key, f"{name}_file": ""})  # type: ignore[arg-type]
     return settings
@@ -5957,24 +6850,28 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self.gateway = Gateway(settings)
         self._listeners = listen(settings, self.gateway)
-        self.admission, host = self._listeners[0].admission, self._listeners[0].server_name
-        self.port = self._listeners[0].server_port
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        first = self._listeners[0]
+        self.admission, self.port = first.admission, first.port
+        self.url = f"http://{f'[{first.host}]' if ':' in first.host else first.host}:{self.port}"
 
     def start(self) -> None:
         """Begin to watch, and to answer."""
         self.gateway.watch.start()
         for listener in self._listeners:
-            threading.Thread(target=listener.run, name="listen", daemon=True).start()
+            listener.start()
+
+    def _stop(self) -> None:
+        """Let no new client in, and close connections behind their answers."""
+        self.admission.stop()
+        for listener in self._listeners:
+            listener.stop()
 
     def drain(self, limit_s: float, pause: Callable[[], int]) -> int:
         """Let no new client in, wait for requests to end within the limit, and end the rest in-band.
 
         `pause` waits for a moment.  Return 0, or the first other number that it returns, which ends the wait.
         """
-        self.admission.stop()
-        for listener in self._listeners:
-            listener.stop_listening()
+        self._stop()
         for seconds, at_its_end in ((limit_s, self.admission.end), (LAST_WORDS_S, self.admission.close)):
             deadline = time.monotonic() + seconds
             while not self.admission.empty and time.monotonic() < deadline:
@@ -5986,9 +6883,7 @@ class Server:
 
     def close(self) -> None:
         """End at once."""
-        for listener in self._listeners:
-            listener.shutdown()
-            listener.server_close()
+        self._stop()
         self.admission.close()
         self.gateway.close()
 
@@ -6044,11 +6939,11 @@ show(); setInterval(show, 3000);
 
 
 # === 13. Demo =========================================================================================================
-# uses: 1 2 10 11
+# uses: 1 2 6 10 11
 # What can a newcomer run who has neither Ollama nor a key?  A server on a loopback port that speaks Ollama's and
 # OpenAI's formats, and answers from a script.
 
-DEMO_TEXT = "A scripted answer by the demo's {side} model, in {dialect}'s wire format, to {count} message(s)."
+DEMO_TEXT = "A scripted answer by the demo's {} model, in {}'s wire format, to {} message(s)."
 DEMO_PAUSE_S = 0.02    # between words, so that a stream looks like one
 
 _DEMO_LOCAL: Json = {"name": "demo-local:latest", "size": 1, "digest": "demo", "details": {},
@@ -6061,21 +6956,19 @@ _DEMO_FACTS: dict[str, Json] = {    # path -> the answer there
 }
 
 
-def _demo_words(side: str, dialect: str, asked: Json) -> Iterator[str]:
-    """Yield the script, a word at a time."""
-    for word in re.findall(r"\S+\s*", DEMO_TEXT.format(side=side, dialect=dialect, count=len(asked["messages"]))):
-        time.sleep(DEMO_PAUSE_S)
-        yield word
+def _demo_words(side: str, dialect: str, asked: Json) -> list[str]:
+    """Return the script."""
+    return re.findall(r"\S+\s*", DEMO_TEXT.format(side, dialect, len(asked["messages"])))
 
 
 def _demo_ollama(asked: Json) -> Iterator[bytes]:
     """Yield the lines of the answer to /api/chat."""
-    head, count = {"model": asked["model"], "created_at": "2026-11-01T00:00:00Z"}, 0
-    for word in _demo_words("local", "Ollama", asked):
-        count += 1
+    head, words = {"model": asked["model"], "created_at": "2026-11-01T00:00:00Z"}, _demo_words("local", "Ollama", asked)
+    for word in words:
+        time.sleep(DEMO_PAUSE_S)
         yield dumps({**head, "message": {"role": "assistant", "content": word}, "done": False}) + b"\n"
     yield dumps({**head, "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop",
-                 "prompt_eval_count": 10 * len(asked["messages"]), "eval_count": count}) + b"\n"
+                 "prompt_eval_count": 10 * len(asked["messages"]), "eval_count": len(words)}) + b"\n"
 
 
 def _demo_openai(asked: Json) -> Iterator[Chunk]:
@@ -6083,13 +6976,13 @@ def _demo_openai(asked: Json) -> Iterator[Chunk]:
     head = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": int(time.time()),
             "model": asked["model"]}
     choice: Json = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}
-    prompt, count = 10 * len(asked["messages"]), 0
+    prompt, words = 10 * len(asked["messages"]), _demo_words("cloud", "OpenAI", asked)
     yield {**head, "choices": [{**choice, "delta": {"role": "assistant", "content": ""}}]}
-    for word in _demo_words("cloud", "OpenAI", asked):
-        count += 1
+    for word in words:
+        time.sleep(DEMO_PAUSE_S)
         yield {**head, "choices": [{**choice, "delta": {"content": word}}]}
     yield {**head, "choices": [{**choice, "finish_reason": "stop"}],
-           "usage": {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}}
+           "usage": {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}}
 
 
 class _DemoHandler(http.server.BaseHTTPRequestHandler):
@@ -6126,20 +7019,19 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def demo(settings: Settings) -> Iterator[Settings]:
-    """Yield settings that point to the scripted server while the block runs; unchanged ones without --demo."""
+    """Yield settings that point to the scripted server alone while the block runs; unchanged ones without --demo."""
     if not settings.demo:
         yield settings
         return
-    server = QuickServer(("127.0.0.1", 0), _DemoHandler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), name="demo", daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield dataclasses.replace(settings, ollama_host=url, local_model=(), cloud_api_key="",
-                                  cloud_model=(f"openai:demo-cloud@{url}/v1",), openai_api_key="", openai_base_url="",
-                                  anthropic_api_key="", anthropic_base_url="")    # nothing can leave the device
-    finally:
-        server.shutdown()
-        server.server_close()
+    with QuickServer(("127.0.0.1", 0), _DemoHandler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), name="demo", daemon=True).start()
+        url = "http://127.0.0.1:%d" % server.server_address[1]
+        try:
+            yield dataclasses.replace(settings, ollama_host=url, local_model=(), cloud_api_key="",
+                                      cloud_model=(f"openai:demo-cloud@{url}/v1",), openai_api_key="",
+                                      openai_base_url="", anthropic_api_key="", anthropic_base_url="")
+        finally:
+            server.shutdown()
 
 
 # === 14. Command line =================================================================================================
@@ -6153,6 +7045,7 @@ LOG_S = 0.1       # in which the lines of the log are collected, to be written t
 LOG_END_S = 1.0   # for the last of them
 MAX_LOG_LINES = 10_000
 DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
+HANG_UP = getattr(signal, "SIGHUP", 0)    # the terminal is gone; Windows does not tell
 # After the start it gives back 13 of 32 MiB, after 500 streams 6 of 42; a look takes 0.1 ms.
 TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
 
@@ -6163,9 +7056,9 @@ SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))  
 
 def start_text(settings: Settings, server: Server) -> str:
     """Return the lines that a start prints."""
-    host = server.url.split("//")[1].rsplit(":", 1)[0]
-    host = {"0.0.0.0": socket.gethostname(), "[::]": socket.gethostname()}.get(host, host)
-    base = f"http://{'localhost' if settings.host == 'localhost' else host}:{server.port}/v1"
+    host = settings.host.strip("[]")
+    host = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    base = f"http://{host}:{server.port}/v1"
     key = "the key of --api-key" if settings.api_key else "placeholder"
     lines = [f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""), "",
              *findings(server.gateway.health())]
@@ -6214,9 +7107,9 @@ def advices(health: Json) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None, script: bool = False) -> int:
-    """Run the server until SIGTERM or Ctrl-C, or `check`.  Return the exit status: 2 for a mistake in what was set.
+    """Run the server until a signal comes, or `check`.  Return the exit status: 2 for a mistake in what was set.
 
-    As a script it returns when the server begins, which ends the process itself: see `leave_server`.
+    As a script it returns when the server begins, which ends the process itself: see `run_server`.
     """
     argv = sys.argv[1:] if argv is None else argv
     checks = argv[:1] == ["check"]
@@ -6225,9 +7118,9 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
         settings = Settings.parse(argv[1:] if checks else argv, os.environ if env is None else env)
         settings = with_keys_from_files(settings)
         start_log(settings, os.environ.get("JOURNAL_STREAM", ""))
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
-        return (run_check if checks else leave_server if script else run_server)(settings)
+        for line in odd_keys(settings):
+            log.warning(line)
+        return run_check(settings) if checks else run_server(settings, script)
 
     return _status_of(run)
 
@@ -6237,8 +7130,20 @@ def _status_of(run: Callable[[], int]) -> int:
     try:
         return run()
     except UsageError as error:
-        print(f"oblix: {error}", file=sys.stderr)
+        say(f"oblix: {error}", "stderr")
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def say(text: str, stream: str = "stdout") -> None:
+    """Print.  Do without where that fails: the stream may be closed, on a full disk, or a pipe without a reader."""
+    try:
+        if isinstance(getattr(sys, stream), io.TextIOWrapper):
+            getattr(sys, stream).reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
+        print(text, file=getattr(sys, stream), flush=True)
+    except (OSError, ValueError):
+        setattr(sys, stream, None)    # at its end Python would try once more, and exit with a status of its own
 
 
 class _LogFormatter(logging.Formatter):
@@ -6276,7 +7181,7 @@ def local_time(second: int) -> str:
 
 
 class _LogWriter(logging.Handler):
-    """Writes the lines of LOG_S together, on a thread of its own: no request waits for the disk or the terminal.
+    """Writes lines on a thread of its own, those of LOG_S together: no request waits for the disk or the terminal.
 
     Where nobody takes the log any more its oldest lines are dropped.  (A buffered stream would be simpler.  But while
     its buffer is full each request would wait, and a write to it holds the handler's lock.)
@@ -6284,29 +7189,31 @@ class _LogWriter(logging.Handler):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
-        self.stream, self._come, self._writing = stream, threading.Event(), False
+        self.stream, self._come, self._closing = stream, threading.Event(), threading.Event()
         self._lines: collections.deque[str] = collections.deque(maxlen=MAX_LOG_LINES)
-        threading.Thread(target=self._run, name="log", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines.append(self.format(record) + "\n")
         self._come.set()
 
     def _run(self) -> None:
-        while self._come.wait():
-            time.sleep(LOG_S)
+        closing = False
+        while not closing:
+            self._come.wait()
+            closing = self._closing.wait(LOG_S)
             self._come.clear()
-            self._writing = True
             with contextlib.suppress(OSError, ValueError):    # nobody reads it, or it is closed
                 self.stream.write("".join([self._lines.popleft() for _ in range(len(self._lines))]))
                 self.stream.flush()
-            self._writing = False
 
-    def flush(self) -> None:
+    def close(self) -> None:
         """Wait until all that has come is written, but no longer than LOG_END_S."""
-        deadline = time.monotonic() + LOG_END_S
-        while (self._lines or self._writing) and time.monotonic() < deadline:
-            time.sleep(LOG_S / 10)
+        self._closing.set()
+        self._come.set()
+        self._thread.join(LOG_END_S)
+        super().close()
 
 
 def start_log(settings: Settings, journal_stream: str) -> None:
@@ -6323,65 +7230,60 @@ def start_log(settings: Settings, journal_stream: str) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
-def run_server(settings: Settings) -> int:
-    """Answer requests until a signal comes, then let them end.  Raise UsageError.
+def run_server(settings: Settings, script: bool) -> int:
+    """Answer requests until a signal comes, then let them end.  Return the exit status.  Raise UsageError.
 
-    Return 0, or 128 more than a second signal that ended them.
+    A script returns 0 at once, and a thread goes on that ends the process with the status: Python keeps a script's
+    syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
     """
-    waiting, woken = catch_signals()
-    with waiting, woken:
-        try:
-            return _serve(settings, waiting)
-        finally:
-            signal.set_wakeup_fd(-1)
-
-
-def leave_server(settings: Settings) -> int:
-    """Do as `run_server` on a thread, which ends the process with that status.  Return 0 at once: the script ends.
-
-    Python keeps a script's syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
-    """
-    if (3, 12) <= sys.version_info < (3, 12, 3):    # no thread could start after that (python/cpython#113964)
-        return run_server(settings)
-    waiting, woken = catch_signals()    # which only the main thread may do; when the script has ended it waits for ours
+    waiting = catch_signals()    # which only the main thread may do; when the script has ended it waits for ours
+    if not script or (3, 12) <= sys.version_info < (3, 12, 3):    # no thread could start then (python/cpython#113964)
+        return _serve(settings, waiting)
 
     def run() -> None:
         status = 1
-        with waiting, woken:
-            try:
-                status = _status_of(lambda: _serve(settings, waiting))
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            logging.shutdown()    # os._exit leaves it out: the last lines are to be written
-            os._exit(status)
+        try:
+            status = _status_of(lambda: _serve(settings, waiting))
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        for handler in logging.root.handlers:    # os._exit leaves out what writes the last lines
+            handler.close()
+        os._exit(status)
 
     threading.Thread(target=run, name="main").start()
     return 0
 
 
-def catch_signals() -> tuple[socket.socket, socket.socket]:
-    """Return two sockets: from now on the first one gets the number of each signal that asks for the end."""
+def catch_signals() -> socket.socket:
+    """Return a socket that from now on gets the number of each signal that asks for the end."""
     # Python itself writes to the other when a signal comes: no handler of ours that another signal could interrupt.
     waiting, woken = socket.socketpair()
     woken.setblocking(False)
-    signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):    # the last one is Windows' word for both
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: None)
-    return waiting, woken
+    signal.set_wakeup_fd(woken.detach(), warn_on_full_buffer=False)
+    for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP, getattr(signal, "SIGBREAK", 0))):    # Windows'
+        if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:    # as nohup wants it
+            signal.signal(number, lambda *_: None)
+    return waiting
 
 
 def _serve(settings: Settings, waiting: socket.socket) -> int:
+    """Serve until `waiting` gets a signal.  Return 0, or 128 more than a second signal that ended what ran."""
     raise_file_limit(4 * settings.max_requests + 256)    # for each two connections of clients, and two upstream
     with demo(settings) as settings, running(settings) as server:
         server.gateway.watch.settle(SETTLE_S)
-        print(start_text(settings, server), flush=True)
+        # A pipe that nobody reads takes nothing, but no signal may wait for that.
+        threading.Thread(target=say, args=(start_text(settings, server),), name="say", daemon=True).start()
         while not signal_within(waiting, TIDY_S):
             with contextlib.suppress(ImportError, OSError, AttributeError):    # only glibc has it
                 import ctypes
                 ctypes.CDLL(None).malloc_trim(0)    # gives freed memory back to the system
         log.info("stopping; what runs has %g s (--drain), and a second signal ends it at once", settings.drain)
-        again = server.drain(settings.drain, lambda: signal_within(waiting, DRAIN_LOOK_S))
+
+        def hurried() -> int:
+            number = signal_within(waiting, DRAIN_LOOK_S)
+            return number if number != HANG_UP else 0    # a terminal that closes sends two, or systemd one as well
+
+        again = server.drain(settings.drain, hurried)
     return 128 + again if again else 0
 
 
@@ -6417,7 +7319,7 @@ def run_check(settings: Settings) -> int:
         gateway.watch.settle(CHECK_S)
         time.sleep(CPU_S)
         health = gateway.health()
-    print("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
+    say("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
     return 0 if health["status"] == "healthy" and health["plan"]["order"] else 1
 
 

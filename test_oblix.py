@@ -20,6 +20,7 @@ With psutil alone everything runs but part 15 (real clients); OBLIX_TEST_ALL=1 m
 import argparse
 import ast
 import asyncio
+import base64
 import collections
 import concurrent.futures
 import contextlib
@@ -64,6 +65,7 @@ import types
 import unittest
 import urllib.parse
 import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -175,14 +177,16 @@ class OllamaDialect:
 
     def probe(self):
         details = {"format": "gguf", "family": "llama", "parameter_size": "3.2B", "quantization_level": "Q4_K_M"}
-        entry = {"modified_at": "2026-11-01T10:00:00Z", "size": 2019393189, "digest": "a80c", "details": details}
-        return {"models": [{"name": name, "model": name, **entry} for name in ("llama3.2:latest", "hf.co/org/tiny:Q4")]}
+        entry = {"modified_at": "2026-11-01T10:00:00Z", "size": 2019393189, "details": details}
+        return {"models": [{"name": name, "model": name, "digest": "of " + name, **entry}
+                           for name in ("llama3.2:latest", "hf.co/org/tiny:Q4")]}
 
     def ps(self, loaded):
         """What /api/ps says when these models are in memory: name -> what is not as usual."""
-        usual = {"size": 3000000000, "digest": "a80c", "details": {}, "expires_at": "2026-11-22T10:05:00Z",
+        usual = {"size": 3000000000, "details": {}, "expires_at": "2026-11-22T10:05:00Z",
                  "size_vram": 3000000000, "context_length": 4096}
-        return {"models": [{"name": name, "model": name, **usual, **rest} for name, rest in loaded.items()]}
+        return {"models": [{"name": name, "model": name, "digest": "of " + name, **usual, **rest}
+                           for name, rest in loaded.items()]}
 
     def show(self):
         """What /api/show says of a model."""
@@ -634,8 +638,8 @@ def joined(deltas):
     return message
 
 
-def fetch(server, method, path, body=None, headers=None, timeout=5):
-    """One request on a connection of its own.  It waits less long than Oblix does for an upstream (PATIENT)."""
+def fetch(server, method, path, body=None, headers=None, timeout=30):
+    """One request on a connection of its own."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
     with contextlib.closing(connection):
         connection.request(method, path, body, headers or {})
@@ -648,7 +652,7 @@ def chat(model="auto", **fields):
     return {"model": model, "messages": [{"role": "user", "content": "Hi"}], **fields}
 
 
-def ask(server, model="auto", timeout=5, **fields):
+def ask(server, model="auto", timeout=30, **fields):
     """A chat request, and what the client gets."""
     return fetch(server, "POST", "/v1/chat/completions", json.dumps(chat(model, **fields)),
                  {"Content-Type": "application/json", "Authorization": "Bearer of-the-client"}, timeout)
@@ -657,7 +661,7 @@ def ask(server, model="auto", timeout=5, **fields):
 @contextlib.contextmanager
 def asking(server, model="auto", **fields):
     """A chat request in progress, as an http.client response: read its `sse` as it comes, or leave."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     with contextlib.closing(connection):
         connection.request("POST", "/v1/chat/completions", json.dumps(chat(model, **fields)),
                            {"Content-Type": "application/json"})
@@ -683,7 +687,7 @@ def post(body, *headers, version="1.1", length=True):
     return "\r\n".join([*lines, *["Content-Length: %d" % len(data)] * length, "", ""]).encode() + data
 
 
-def raw(server, data, leave=False, timeout=5):
+def raw(server, data, leave=False, timeout=30):
     """Send these bytes (and, to `leave`, no more) and return all that comes until the server closes."""
     received = []
     with socket.create_connection(("127.0.0.1", server.port), timeout) as connection:
@@ -745,7 +749,7 @@ def states(server):
     return {target["id"]: target["state"] for target in health(server)["targets"]}
 
 
-def eventually(true, within=5):
+def eventually(true, within=30):
     """Wait until this is true; fail when it does not become so."""
     deadline = time.monotonic() + within
     while not true():
@@ -1007,7 +1011,74 @@ VENDORS = [  # models that a vendor's own server answers, however its address is
 ]
 
 
+NAMES_WITH_AT = [  # LM Studio's quantisations, Cloudflare's Workers AI, Vertex' dates
+    "qwen3.6-27b@iq3_xxs", "gemma4-31b@?", "a@b@4bit", "@cf/meta/llama-3.1-8b-instruct", "claude-sonnet-4-5@20250929",
+    "workers-ai/@cf/openai/gpt-oss-120b", "plain",
+]
+AROUND_A_KEY = [  # what is copied along with a key
+    "%s", " %s\r\n", "\t%s\n\n", "\ufeff%s", "\xa0%s\u200b", "'%s'", '"%s"', '" %s "\n', "\u201c%s\u201d", "`%s`",
+    "'\"%s\"'", "Bearer %s", "bearer  %s", '"Bearer %s"', "Bearer '%s'", "Authorization: Bearer %s",
+    "OPENAI_API_KEY=%s", 'export OPENAI_API_KEY="%s"\n', "HF_TOKEN='%s'",
+]
+NOTHING = ["", " ", "\r\n", '""', "''", "' '", "\ufeff"]
+
+
 class Settings(Case):
+    def test_a_key_is_read_without_what_is_copied_along_with_it(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "key")
+            for key, form in itertools.product(("sk-a_1.Z", "dG9r+ZW4/==", "KEY=="), AROUND_A_KEY):
+                text = form % key
+                with self.subTest(text):
+                    settings = oblix.Settings.parse(["--cloud-api-key=" + text], {"OPENAI_API_KEY": text})
+                    keys = [settings.openai_api_key, settings.cloud_api_key]
+                    for coding in ("utf-8", "utf-16"):    # the latter by PowerShell's `>`
+                        path.write_bytes(text.encode(coding))
+                        settings = oblix.Settings.parse(["--api-key-file=%s" % path], {})
+                        keys.append(oblix.with_keys_from_files(settings).api_key)
+                    self.assertEqual(keys, [key] * 4)
+
+    def test_a_variable_that_says_nothing_is_as_if_unset(self):
+        unset = oblix.Settings.parse([], {})
+        for text in NOTHING:
+            env = {oblix.variable_of(field): text for field in dataclasses.fields(oblix.Settings)}
+            self.assertEqual(oblix.Settings.parse([], env), unset, text)
+
+    def test_every_variable_may_stand_in_quotes(self):
+        """`docker run --env-file` keeps them."""
+        for name, text, value in (("port", '"8080"', 8080), ("demo", "'1'", True), ("host", '"127.0.0.1"', "127.0.0.1"),
+                                  ("local_model", '"ollama:a", "ollama:b"', ("ollama:a", "ollama:b")),
+                                  ("keep_alive", "\ufeff'10m'\r\n", "10m"), ("drain", "' 3 '", 3.0)):
+            self.assertEqual(getattr(oblix.Settings.parse([], {"OBLIX_" + name.upper(): text}), name), value)
+
+    def test_a_base_url_may_stand_in_quotes_and_lack_its_scheme(self):
+        for text, url in (
+            ("'https://api.x.com/v1/'", "https://api.x.com/v1"), (' "http://box:1/v1"\n', "http://box:1/v1"),
+            ("api.x.com/v1", "https://api.x.com/v1"), ("api.x.com:443/v1", "https://api.x.com:443/v1"),
+            ("localhost:8080/v1", "http://localhost:8080/v1"), ("127.0.0.1/v1", "http://127.0.0.1/v1"),
+            ("box:8000/v1", "http://box:8000/v1"), ("box.lan:8000/v1", "http://box.lan:8000/v1"),
+            ("[::1]:8080/v1", "http://[::1]:8080/v1"), ("HTTPS://api.x.com/v1", "https://api.x.com/v1"),
+            ("https//api.x.com/v1", "https://api.x.com/v1"), ("http:/box:1/v1", "http://box:1/v1"),
+        ):
+            with self.subTest(text):
+                settings = oblix.Settings.parse(["--cloud-model=openai:a"], {"OPENAI_BASE_URL": text})
+                self.assertEqual(oblix.configured_targets(settings)[0].endpoint.base_url, url)
+        for text in ("ftp://box/v1", "http://a b/v1", "http://"):
+            settings = oblix.Settings.parse(["--cloud-model=openai:a"], {"OPENAI_BASE_URL": text})
+            with self.subTest(text), self.assertRaisesRegex(oblix.UsageError, "^[^\n]*is not an address[^\n]*$"):
+                oblix.configured_targets(settings)
+
+    def test_a_key_that_looks_like_none_is_told_of_without_it(self):
+        for text in ("sk-a b", "<your key>", "${OPENAI_API_KEY}", "$KEY", "%OPENAI_API_KEY%", "sk-...", "None",
+                     "undefined", "your-api-key-here", "YOUR_API_KEY", "Bearer", "sk-1 # of the team"):
+            for argv, env, name in (([], {"OPENAI_API_KEY": text}, "OPENAI_API_KEY"),
+                                    (["--cloud-model=openai:a", "--cloud-api-key=" + text], {}, "OBLIX_CLOUD_API_KEY")):
+                [line] = oblix.odd_keys(oblix.Settings.parse(argv, env))
+                self.assertTrue(line.startswith(name + " "), line)
+                self.assertNotIn("sk-", line)
+        for key in ("sk-proj-a_b-C", "gsk_1", "AIza-x", "ollama", "placeholder", "no-key", "a" * 300, "eyJ.x.y", "k=="):
+            self.assertEqual(oblix.odd_keys(oblix.Settings.parse([], {"OPENAI_API_KEY": key})), [])
+
     def test_a_flag_wins_over_its_variable_and_that_over_the_default(self):
         for argv, env, port in (([], {}, 62549), ([], {"OBLIX_PORT": "1"}, 1), (["--port=2"], {"OBLIX_PORT": "1"}, 2)):
             with self.subTest(argv=argv, env=env):
@@ -1039,10 +1110,33 @@ class Settings(Case):
             (["--local-model=ollama:gpt-oss:120b-CLOUD"], "--cloud-model"),
             (["--local-model=openai:gpt-6-luna"], "say where it runs"), (["--cloud-api-key=k"], "--cloud-model"),
             *((["--local-model=" + model], "say where it runs") for model in VENDORS),
+            (["--cloud-model=openai:x@10.0.0.5:8080/v1"], "http://10.0.0.5:8080/v1"),
+            (["--local-model=ollama:x:3b@box:11434"], "http://box:11434"),
+            (["--cloud-model=openai:@http://x/v1"], "NAME"),
+            (["--cloud-model=openai:x@http://user:pass@x/v1"], "--cloud-api-key"),
         ):
             with self.subTest(argv=argv), self.assertRaises(oblix.UsageError) as raised:
                 oblix.configured_targets(oblix.Settings.parse(argv, {}))
             self.assertIn(says, str(raised.exception))
+
+    def test_a_name_may_have_an_at_sign_and_the_address_follows_the_last_one(self):
+        for name in NAMES_WITH_AT:
+            for side, (address, url) in itertools.product(("local", "cloud"), (("", "http://usual/v1"), (
+                    "@http://127.0.0.1:1/v1", "http://127.0.0.1:1/v1"), ("@https://x.y/z/", "https://x.y/z"))):
+                with self.subTest(name, side=side, address=address):
+                    argv = ["--%s-model=openai:%s%s" % (side, name, address)]
+                    env = {"OPENAI_BASE_URL": "http://usual/v1"}
+                    [target, *_] = oblix.configured_targets(oblix.Settings.parse(argv, env))
+                    self.assertEqual((target.model, target.endpoint.base_url, target.side.value), (name, url, side))
+
+    def test_a_key_has_nothing_around_it(self):
+        for text in ("sk-one", " sk-one\n", '"sk-one"', "'sk-one'\r\n", "\ufeffsk-one"):
+            flags = ["--cloud-model=openai:a", "--cloud-api-key=" + text]
+            for argv, env in ([], {"OPENAI_API_KEY": text}), (flags, {}):
+                with self.subTest(text, argv=argv):
+                    [target] = oblix.configured_targets(oblix.Settings.parse(argv, env))
+                    self.assertEqual(target.endpoint.key, "sk-one")
+        self.assertEqual(oblix.Settings.parse([], {"OPENAI_API_KEY": '""'}).openai_api_key, "")
 
     def test_keys_go_only_where_they_belong(self):
         env = {"OPENAI_API_KEY": "sk-usual"}
@@ -1103,15 +1197,13 @@ class RequestIn(Case):
     def test_every_wrong_type_or_value_is_a_400_that_names_its_parameter(self):
         wrong = {
             "model": ("", 1, [], "a\nb", "x" * 300),
-            "messages": ([], {}, "Hi", [1], [{"role": "boss", "content": "x"}]),
-            "temperature": (True, "1", -1, 3), "top_p": (2, []), "n": (0, 1.0, True, 10**30), "seed": (1.5, 2**70),
-            "max_tokens": (True, 0, "9"), "max_completion_tokens": (0,), "top_logprobs": (21,), "stream": ("yes", 1),
-            "logprobs": (1,), "stop": (1, [1]), "tools": ({}, [1], [{"type": "function"}],
-                                                          [{"type": "function", "function": {"name": ""}}]),
-            "tool_choice": ("any", {"type": "function"}, 1), "reasoning_effort": ("huge", 1),
-            "response_format": ("json", {"type": "xml"}, {"type": "json_schema"}),
-            "stream_options": (1, {"include_usage": 1}),
-            "logit_bias": ([],), "parallel_tool_calls": ("no",), "user": (1,), "modalities": ("text", [1]),
+            "messages": ([], {}, "Hi", [1], [{"role": "", "content": "x"}]),
+            "temperature": (True, "1", []), "top_p": ("0.5",), "n": (0, 1.5, True, 10**30), "seed": (1.5, 2**70, "7"),
+            "max_tokens": (True, "9", 1e300), "max_completion_tokens": ([],), "top_logprobs": (0.5,),
+            "stream": ("yes", 1), "logprobs": (1,), "stop": (1, [1]),
+            "tools": ({}, [1], [{"type": "function"}], [{"function": {}}], [{"function": {"name": ""}}]),
+            "tool_choice": (1, [], {"type": "allowed_tools"}), "reasoning_effort": (1,), "service_tier": ([],),
+            "response_format": ("json", {}, {"type": 1}), "stream_options": (1,), "options": ([],), "functions": ({},),
         }
         for param, values in wrong.items():
             for value in values:
@@ -1125,8 +1217,9 @@ class RequestIn(Case):
             ({"role": "user", "content": [1]}, "messages[1].content[0]"),
             ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content[0]"),
             ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[1].content[0]"),
-            ({"role": "tool", "content": "x"}, "messages[1].tool_call_id"),
+            ({"role": "tool", "content": "x", "tool_call_id": 1}, "messages[1].tool_call_id"),
             ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "messages[1].tool_calls"),
+            ({"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}, "messages[1].tool_calls"),
         ):
             with self.subTest(message), self.assertRaises(oblix.BadRequest) as raised:
                 parsed(messages=[HI, message])
@@ -1145,6 +1238,36 @@ class RequestIn(Case):
                          stream=False, stream_options=None, logprobs=False, logit_bias={}, modalities=["text"],
                          response_format={"type": "text"})
         self.assertEqual(request.body, {"messages": [HI]})
+
+    def test_numbers_without_a_fraction_are_integers_on_the_wire_too(self):
+        self.assertEqual(parsed(seed=0.0, top_logprobs=0.0, n=1.0).body, {"messages": [HI], "seed": 0})
+        request = parsed(max_tokens=512.0, seed=7.0, n=2.0, temperature=1.0)
+        self.assertEqual(json.dumps({name: request.body[name] for name in ("max_tokens", "seed", "n", "temperature")}),
+                         '{"max_tokens": 512, "seed": 7, "n": 2, "temperature": 1.0}')
+        self.assertIsNone(request.around, "the client's own bytes have 512.0")
+
+    def test_an_empty_stop_says_nothing(self):
+        rows = ("", None), ([""], None), (["", "\n", "END"], ["\n", "END"]), ("END", "END"), (["a"], ["a"])
+        for stop, kept in rows:
+            body = json.dumps({"model": "auto", "messages": [HI], "stop": stop}).encode()
+            request = oblix.parse_request(body)
+            self.assertEqual((request.body.get("stop"), request.around is None), (kept, kept != stop))
+
+    def test_an_image_has_the_type_that_its_bytes_tell(self):
+        images = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff\xe0", "gif": b"GIF89a",
+                  "webp": b"RIFF1234WEBPVP8 "}
+        for (kind, start), said in itertools.product(images.items(), ("image/png", "image/jpg", "", "IMAGE/GIF;x=y")):
+            data = base64.b64encode(start + b"...").decode()
+            shown = {"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (said, data), "detail": "low"}}
+            with self.subTest(kind, said=said):
+                [sent] = parsed(messages=[{"role": "user", "content": [shown]}]).messages[0]["content"]
+                url = sent["image_url"]["url"]
+                self.assertEqual(sent, {**shown, "image_url": {"url": url, "detail": "low"}})
+                self.assertRegex(url.lower(), "^data:image/%s[;,]" % kind)
+                self.assertTrue(url.endswith(";base64," + data))
+        for url in ("data:image/png;base64,AAAA", "https://x/a.png", "data:image/png,\x89PNG", WAV_URL):
+            [sent] = parsed(messages=[user(image(url))]).messages[0]["content"]
+            self.assertEqual(sent["image_url"]["url"], url)
 
     def test_unknown_fields_are_kept(self):
         self.assertEqual(parsed(keep_alive="5m").body["keep_alive"], "5m")
@@ -3188,7 +3311,7 @@ WEB_IMAGE = "https://example.com/a.png"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
 JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": SCHEMA}}
 FIND_TOOL = TOOLS[0]["function"]
-ONLY_NOW = {"type": "function", "function": {"name": "now"}}
+ONLY_NOW = {"type": "function", "function": {"name": "now"}}    # the tool, and the choice of it
 OPUS, SONNET, HAIKU = "claude:claude-opus-5-5", "claude:claude-sonnet-4-6", "claude:claude-haiku-4-5"
 
 
@@ -3246,6 +3369,7 @@ def file(**fields):
     return {"type": "file", "file": fields}
 
 
+WAV_URL = "data:audio/wav;base64," + base64.b64encode(b"RIFF1234WAVEfmt ").decode()
 AUDIO = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
 X1, X2, BAD = ("x1", "find", "{\"q\":\"a\"}"), ("x2", "now", ""), ("x1", "find", "{oops")  # calls
 TWO_CALLS = talk(user("a?"), assistant("I look.", X1, X2), result("x1", "3"), result("x2", [part("4"), part("5")]))
@@ -3254,6 +3378,41 @@ BAD_CALL = talk(user("a?"), assistant(None, BAD), result("x1", "3"))
 
 def is_dict(value):
     return isinstance(value, dict)
+
+
+def a_tool(name, parameters, **fields):
+    """A tool in OpenAI's shape."""
+    return {"type": "function", "function": {"name": name, "parameters": parameters}, **fields}
+
+
+def exactly(schema):
+    """This schema and nothing else, but for a description."""
+    return lambda given: {name: value for name, value in given.items() if name != "description"} == schema
+
+
+def choice_of(name):
+    """The choice of a tool."""
+    return {"type": "function", "function": {"name": name}}
+
+
+def one_call(name, arguments):
+    """The schema of a call of one of several tools."""
+    return {"type": "object", "properties": {"name": {"const": name}, "arguments": arguments},
+            "required": ["name", "arguments"], "additionalProperties": False}
+
+
+def growing(root):
+    """A schema that refers to itself and to a definition, as it is written at another place."""
+    kid = {"type": "object", "properties": {"kid": {"$ref": root + "/$defs/kid"}, "top": {"$ref": root}}}
+    return {"type": "object", "properties": {"kid": {"$ref": root + "/$defs/kid"}}, "$defs": {"kid": kid}}
+
+
+A_OR_B = [{"properties": {"kind": {"const": "a"}, "a": {}}, "required": ["kind", "a"]},
+          {"$ref": "#/$defs/b"}]
+TREE, TREE_IN_IT = growing("#"), growing("#/$defs/0")
+BEYOND_GRAMMARS = {"type": "object", "properties": {"a": {"type": "string", "pattern": "x", "maxLength": 9999},
+                                                    "b": {"minimum": 0, "exclusiveMinimum": True},
+                                                    "c": {"items": [{}]}, "d": {"type": "any"}}}
 
 
 def options(**expected):
@@ -3265,6 +3424,9 @@ def ollama_calls(*named):
     return [{"function": {"name": name, "arguments": arguments}} for name, arguments in named]
 
 
+BY_NAME = talk(
+    user("a?"), {"role": "assistant", "content": None, "tool_calls": ollama_calls(("find", {"q": "a"}), ("now", {}))},
+    {"role": "tool", "name": "now", "content": "noon"}, {"role": "tool", "name": "find", "content": "3"})
 TO_OLLAMA = [
     ("the least", {}, {**talk(user("Hi")), "stream": True, "truncate": False, "model": lambda name: "llama3.2" in name,
                        **none_of("options", "think", "format", "tools", "logprobs", "n")}),
@@ -3283,6 +3445,24 @@ TO_OLLAMA = [
     ("arguments that are no JSON", BAD_CALL, talk({}, {"tool_calls": ollama_calls(("find", is_dict))}, {})),
     ("options", {"temperature": 0.5, "top_p": 0.25, "stop": "X", "presence_penalty": 1, "frequency_penalty": -1},
      options(temperature=0.5, top_p=0.25, stop=["X"], presence_penalty=1, frequency_penalty=-1)),
+    ("a result has its own tool's name", talk(user("a?"), assistant(None, X1), {**result("x1", "3"), "name": "own"},
+                                              {**result("gone", "4"), "name": "older"}),
+     talk({}, {}, {"content": "3", "tool_name": "own"}, {"content": "4", "tool_name": "older"})),
+    ("calls and results without ids", BY_NAME,
+     talk({}, {"tool_calls": lambda calls: len({call["id"] for call in calls}) == 2},
+          {"tool_name": "now", "content": "noon"}, {"tool_name": "find", "content": "3"})),
+    ("calls and results without ids or names", talk(*BY_NAME["messages"][:2], {"role": "tool", "content": "3"},
+                                                    {"role": "tool", "content": "noon"}),
+     talk({}, {}, {"tool_name": "find", "content": "3"}, {"tool_name": "now", "content": "noon"})),
+    ("a function's result keeps its own id", talk(user("a?"), assistant(None, X1, X2), {
+        "role": "function", "name": "now", "tool_call_id": "x2", "content": "noon"}),
+     talk({}, {}, {"role": "tool", "tool_call_id": "x2", "tool_name": "now"})),
+    ("what other servers call the model's own effort", {"reasoning_effort": "default"}, none_of("think")),
+    ("no limit", {"max_tokens": -1, "temperature": 3}, options(num_predict=-1, temperature=3)),
+    ("a schema beside the type", {"response_format": {"type": "json_object", "schema": SCHEMA}}, {"format": SCHEMA}),
+    ("a schema without a name", {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+     {"format": SCHEMA}),
+    ("a tool without a type", {"tools": [{"function": FIND_TOOL}]}, {"tools": TOOLS[:1]}),
     ("several stops", {"stop": ["X", "Y"]}, options(stop=["X", "Y"])),
     ("zero is a value", {"temperature": 0, "seed": 0}, options(temperature=0, seed=0)),
     ("the old limit", {"max_tokens": 5}, {**options(num_predict=5), **none_of("max_tokens")}),
@@ -3296,6 +3476,33 @@ TO_OLLAMA = [
     ("tools", {"tools": TOOLS, "tool_choice": "auto"}, {"tools": TOOLS, **none_of("tool_choice")}),
     ("tools not to be used", {"tools": TOOLS, "tool_choice": "none"}, none_of("tools")),
     ("log probabilities", {"logprobs": True, "top_logprobs": 2}, {"logprobs": True, "top_logprobs": 2}),
+    ("this tool must be used", {"tools": TOOLS, "tool_choice": choice_of("find"), **talk(user("a?"))},
+     {"format": FIND_TOOL["parameters"], **none_of("tools", "tool_choice"),
+      **talk({"role": "system", "content": lambda text: json.dumps(FIND_TOOL) in text}, user("a?"))}),
+    ("a tool without parameters must be used", {"tools": [ONLY_NOW], "tool_choice": "required"},
+     {"format": {"type": "object", "properties": {}}, **none_of("tools")}),
+    ("some tool must be used", {"tools": TOOLS, "tool_choice": "required", **talk(system("Be kind."), user("a?"))},
+     {"format": {"anyOf": [one_call("find", FIND_TOOL["parameters"]), one_call("now", FIND_TOOL["parameters"])]},
+      **none_of("tools"), **talk({"content": lambda text: text.startswith("Be kind.\n\n") and '"now"' in text}, {})}),
+    ("some of these tools must be used", {"tools": TOOLS, "tool_choice": {
+        "type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [choice_of("now")]}}},
+     {"format": FIND_TOOL["parameters"], **none_of("tools")}),
+    ("a call goes before an answer in JSON", {"tools": TOOLS, "tool_choice": choice_of("find"),
+                                              "response_format": {"type": "json_object"}},
+     {"format": FIND_TOOL["parameters"]}),
+    ("what makes no grammar", {"tools": [a_tool("run", BEYOND_GRAMMARS)], "tool_choice": "required"},
+     {"format": exactly({"type": "object", "properties": {"a": {"type": "string"}, "b": {"exclusiveMinimum": 0},
+                                                          "c": {"prefixItems": [{}]}, "d": {}}})}),
+    ("references lead to the same from another root",
+     {"tools": [a_tool("plant", TREE), TOOLS[0]], "tool_choice": "required"},
+     {"format": {"anyOf": [one_call("plant", TREE_IN_IT), one_call("find", FIND_TOOL["parameters"])],
+                 "$defs": {"0": TREE_IN_IT}}}),
+    ("a schema that Ollama can't read", {"tools": [a_tool("run", {"type": ["object", "null"], "anyOf": A_OR_B[:1]})]},
+     {"tools": [a_tool("run", exactly({"type": "object", "properties": A_OR_B[0]["properties"],
+                                       "required": ["a", "kind"]}))]}),
+    ("thoughts come back", talk(user("a?"), {**assistant(None, X1), "reasoning_content": "hm"}, result("x1", "3"),
+                                {**assistant("c"), "reasoning": "oh"}, {**assistant("d"), "reasoning": {"a": 1}}),
+     talk({}, {"thinking": "hm"}, {}, {"thinking": "oh"}, none_of("thinking"))),
 ]
 
 
@@ -3324,6 +3531,38 @@ def by_closed_schema(schema):
     return {"output_config": {"format": {"type": "json_schema", "schema": lambda given: given == schema}}}
 
 
+def tools_fit(body):
+    """True if Claude takes all names in the tools."""
+    return all(re.fullmatch("[a-zA-Z0-9_-]{1,64}", one["name"]) and all(
+        re.fullmatch("[a-zA-Z0-9_.-]{1,64}", name) for name in one["input_schema"]["properties"])
+        for one in body["tools"])
+
+
+MARKED = {"cache_control": {"type": "ephemeral"}}
+B = {"type": "object", "properties": {"kind": {"const": "b"}}, "required": ["kind"]}
+KINDS = {"kind": {"anyOf": [{"const": "a"}, {"const": "b"}]}, "a": {}}
+SCHEMAS = [  # what is in it that only Claude refuses, the schema, what is sent beside the type
+    ("no type", {"properties": {"a": {}}}, {"properties": {"a": {}}}),
+    ("a type of its own", {"type": ["object", "null"]}, {"properties": {}}),
+    ("a draft", {"$schema": "http://json-schema.org/draft-07/schema#", "$id": "x"}, {"properties": {}}),
+    ("alternatives", {"properties": {"c": {}}, "required": ["c"], "anyOf": A_OR_B, "$defs": {"b": B}},
+     {"properties": {**KINDS, "c": {}}, "required": ["c", "kind"], "$defs": {"b": B}}),
+    ("parts", {"allOf": A_OR_B, "$defs": {"b": B}},
+     {"properties": KINDS, "required": ["a", "kind"], "$defs": {"b": B}}),
+    ("alternatives that say what is needed", {"properties": {"a": {}}, "oneOf": [{"required": ["a"]}, True, {}]},
+     {"properties": {"a": {}}, "required": []}),
+    ("references that lead nowhere", {"anyOf": [{"$ref": "#/x"}, {"$ref": "#"}, {"$ref": "http://x"}]},
+     {"properties": {}, "required": []}),
+    ("words of older drafts", {"properties": {"a": {"maximum": 9, "exclusiveMaximum": True, "items": [{}]}}},
+     {"properties": {"a": {"exclusiveMaximum": 9, "prefixItems": [{}]}}}),
+    ("values of no valid form", {"required": ["a", 5], "properties": {"a": {
+        "required": True, "type": "int", "minimum": "0", "minLength": 1.5, "description": 5, "default": {"type": "int"},
+        "exclusiveMinimum": False, "additionalProperties": "no", "enum": "a", "properties": 5},
+        "b": True, "c": "string"}},
+     {"required": ["a"], "properties": {"a": {"default": {"type": "int"}}, "b": {}, "c": {}}}),
+    ("names that are keywords elsewhere", {"properties": {"$schema": {}, "type": {"type": "string"}}},
+     {"properties": {"_schema_%08x" % zlib.crc32(b"$schema"): {}, "type": {"type": "string"}}}),
+]
 TO_CLAUDE = [
     ("the least", {}, {**talk(on_claude("user", "Hi")), "model": "claude-test", "stream": True,
                        "max_tokens": lambda limit: type(limit) is int and limit >= 4096,
@@ -3339,8 +3578,8 @@ TO_CLAUDE = [
     ("no text is empty", talk(user("")), talk(on_claude("user", {"type": "text", "text": str.strip}))),
     ("an image", talk(user(part("a"), image(PNG_URL))),
      talk(on_claude("user", "a", base64_block("image", "image/png", PNG)))),
-    ("an image called jpg", talk(user(image("data:image/jpg;base64," + PNG))),
-     talk(on_claude("user", base64_block("image", "image/jpeg", PNG)))),
+    ("an image under a wrong name", talk(user(image("data:image/jpg;base64," + PNG))),
+     talk(on_claude("user", base64_block("image", "image/png", PNG)))),
     ("an image elsewhere", talk(user(image(WEB_IMAGE))),
      talk(on_claude("user", {"type": "image", "source": {"type": "url", "url": WEB_IMAGE}}))),
     ("a document", talk(user(file(filename="a.pdf", file_data=PDF_URL), part("Sum it up."))),
@@ -3350,6 +3589,32 @@ TO_CLAUDE = [
                 for name in ("find", "now")]}),
     ("a tool without parameters", {"tools": [ONLY_NOW]},
      {"tools": [{"name": "now", "input_schema": {"type": "object", "properties": {}}}]}),
+    ("a tool's names that only Claude refuses", {
+        "model": SONNET, "tools": [a_tool("fs.read", {"properties": {"größe": {}, "a.b": {}}, "required": ["größe"]}),
+                                   a_tool("n" * 70, {}), TOOLS[0], TOOLS[0]], "tool_choice": choice_of("fs.read"),
+        **talk(user("a?"), assistant(None, ("x1", "fs.read", '{"größe": 1}')), result("x1", "3"))},
+     lambda body: tools_fit(body) and len(body["tools"]) == 3 and {
+         *body["messages"][1]["content"][0]["input"]} < {*body["tools"][0]["input_schema"]["properties"]}
+     and body["tools"][0]["name"] == body["tool_choice"]["name"] == body["messages"][1]["content"][0]["name"]),
+    *((f"a schema with {title}", {"tools": [a_tool("run", given)]},
+       {"tools": [{"input_schema": exactly({"type": "object", **sent})}]}) for title, given, sent in SCHEMAS),
+    ("what is lost of a schema is told", {"tools": [a_tool("run", {"anyOf": [{"required": ["a"]}]})]},
+     {"tools": [{"input_schema": {"description": lambda text: '{"anyOf": [{"required": ["a"]}]}' in text}}]}),
+    ("the client's marks for the cache", {
+        "tools": [{**TOOLS[0], **MARKED}, {"type": "function", "function": {**TOOLS[1]["function"], **MARKED}}],
+        **talk({"role": "system", "content": [{**part("S"), **MARKED}]}, {**user("a?"), **MARKED})},
+     {"tools": [MARKED, MARKED], **talk({"content": [MARKED]}), **none_of("cache_control")}),
+    ("marks in results, on images and on all", {"cache_control": {"type": "ephemeral", "ttl": "1h"}, **talk(
+        user({**image(PNG_URL), **MARKED}), assistant(None, X1), result("x1", [{**part("3"), **MARKED}]))},
+     {"cache_control": {"ttl": "1h"}, **talk({"content": [MARKED]}, {}, {"content": [
+         {"content": [none_of("cache_control")], **MARKED}]})}),
+    ("no more marks than Claude takes", {**talk(*(user({**part(word), **MARKED}) for word in "abcdef"))},
+     talk({"content": [none_of("cache_control")] * 2 + [MARKED] * 4})),
+    ("a conversation that goes on is cached", talk(user("a " * 2000), assistant("c"), user("d")), MARKED),
+    ("but not its first turn", talk(system("s " * 2000), user("a")), none_of("cache_control")),
+    ("nor a short one", talk(user("a"), assistant("c"), user("d")), none_of("cache_control")),
+    ("nor where the client marks itself", talk(user({**part("a " * 2000), **MARKED}), assistant("c"), user("d")),
+     none_of("cache_control")),
     ("some tool must be used", {"model": SONNET, "tools": TOOLS, "tool_choice": "required"},
      {"tool_choice": {"type": "any"}}),
     ("this tool must be used", {"model": SONNET, "tools": TOOLS, "tool_choice": ONLY_NOW},
@@ -3378,6 +3643,19 @@ TO_CLAUDE = [
     ("arguments that are no JSON", BAD_CALL, talk({}, on_claude("assistant", uses("x1", "find", is_dict)), {})),
     ("ids have no odd characters", talk(user("a?"), assistant(None, ("x.y:1", "now", "{}")), result("x.y:1", "3")),
      talk({}, on_claude("assistant", uses("x_y_1", "now", {})), on_claude("user", results("x_y_1", "3")))),
+    ("calls and results without ids", BY_NAME,
+     talk({}, on_claude("assistant", uses("call_1_0", "find", {"q": "a"}), uses("call_1_1", "now", {})),
+          on_claude("user", results("call_1_0", "3"), results("call_1_1", "noon")))),
+    ("calls of old, each with its result", talk(
+        user("a?"), {"role": "assistant", "content": None, "function_call": {"name": "now", "arguments": "{}"}},
+        {"role": "function", "name": "now", "content": "noon"}),
+     talk({}, on_claude("assistant", uses("call_1_0", "now", {})), on_claude("user", results("call_1_0", "noon")))),
+    ("Mistral's word for required", {"model": SONNET, "tools": TOOLS, "tool_choice": "any"},
+     {"tool_choice": {"type": "any"}}),
+    ("numbers that others take", {"model": SONNET, "temperature": -1, "max_tokens": -1},
+     {"temperature": 0.0, "max_tokens": lambda limit: limit >= 4096}),
+    ("what other servers call the model's own effort", {"model": SONNET, "reasoning_effort": "auto"},
+     none_of("thinking", "output_config")),
     ("limits and stops", {"max_completion_tokens": 6, "max_tokens": 5, "stop": ["X", " \n"]},
      {"max_tokens": 6, "stop_sequences": ["X"], **none_of("max_completion_tokens", "stop")}),
     ("no stop is left", {"stop": " "}, none_of("stop_sequences")),
@@ -3440,6 +3718,22 @@ TO_OPENAI = [  # whatever it is, it goes on as it came
     ("turns", talk(user("a?"), assistant(None, X1), result("x1", [part("3")]), assistant("c"), user("d"))),
     ("fields of tomorrow", {"no_such_field": {"a": [1, 2.5, "ü"]}, "moderation": {"model": "m"}, "keep_alive": "5m"}),
     ("a stream", {"stream": True, "stream_options": {"include_usage": True}}),
+    # values that are not in OpenAI's reference, and that some server takes
+    ("kinds of tools", {"tools": [*TOOLS, {"type": "browser_search"}, {"type": "openrouter:web_search", "a": {"b": 1}},
+                                  {"type": "builtin_function", "function": {"name": "$web_search"}}]}),
+    ("choices of a tool", {"tools": TOOLS, "tool_choice": "any"}),
+    ("choices of a kind", {"tools": TOOLS, "tool_choice": {"type": "tool", "name": "find"}}),
+    ("efforts", {"reasoning_effort": "default"}), ("more efforts", {"reasoning_effort": "ultra"}),
+    ("formats", {"response_format": {"type": "structural_tag", "format": {"type": "any_text"}}}),
+    ("a schema without a name", {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}),
+    ("numbers of others", {"max_tokens": -1, "temperature": 3.5, "top_p": -1, "top_logprobs": 50, "logprobs": True,
+                           "seed": -1, "presence_penalty": 5, "n": 200}),
+    ("odd types", {"logit_bias": [[15043, False]], "user": 5, "metadata": "m", "store": "yes", "modalities": "text"}),
+    ("roles", talk(user("a"), {"role": "ipython", "content": "3"}, {"role": "latest_reminder", "content": "b"})),
+    ("results by name", BY_NAME),
+    ("kinds of calls", talk(user("a"), {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "x", "type": "builtin_function", "function": {"name": "$web_search", "arguments": "{}"}},
+        {"id": "y", "type": "mcp", "server": "s"}]}, result("x", "3"), result("y", "4"))),
 ]
 
 HINTS = {"user": "u", "metadata": {"a": "b"}, "store": True, "verbosity": "low", "prompt_cache_key": "k",
@@ -3460,6 +3754,7 @@ class SentUpstream(Case):
         return self.upstreams[name].last.json
 
     def test_to_ollama(self):
+        self.upstreams["ollama"].play(answer(Text('{"name":"find","arguments":{}}')))
         for title, fields, expected in TO_OLLAMA:
             with self.subTest(title):
                 self.assertEqual(differences(expected, self.sent("ollama", fields)), [])
@@ -3468,6 +3763,13 @@ class SentUpstream(Case):
         for title, fields, expected in TO_CLAUDE:
             with self.subTest(title):
                 self.assertEqual(differences(expected, self.as_blocks(self.sent("claude", fields))), [])
+
+    def test_claudes_cache_can_be_left_alone(self):
+        long = talk(user("a " * 2000), assistant("c"), user("d"))
+        with Upstream(CLAUDE) as cloud, running(cloud, flags=["--claude-cache=off"]) as server:
+            for fields, expected in ((long, none_of("cache_control")), ({**long, **MARKED}, MARKED)):
+                self.answered(ask(server, cloud.target, **fields), "Hello")
+                self.assertEqual(differences(expected, cloud.last.json), [])
 
     def as_blocks(self, body):
         """The two ways to write a text, made one: content as a list of blocks, a system prompt as text."""
@@ -3485,6 +3787,17 @@ class SentUpstream(Case):
         for title, fields in TO_OPENAI:
             with self.subTest(title):
                 self.assertEqual(self.sent("openai", fields), {**chat(**fields), "model": "gpt-test"})
+
+    def test_developer_is_system_where_openai_does_not_answer(self):
+        fields = talk(system("Be kind.", role="developer"), user("Hi"), system("Be brief.", role="developer"))
+        self.assertEqual(self.sent("openai", fields)["messages"], [system("Be kind."), user("Hi"), system("Be brief.")])
+        request = parsed(**fields)
+        for url, role in (("https://api.openai.com/v1", "developer"), ("https://eu.api.openai.com/v1", "developer"),
+                          ("https://openrouter.ai/api/v1", "system"), ("http://127.0.0.1:1234/v1", "system")):
+            target = oblix.Target(oblix.Endpoint("openai", url), "m", oblix.Side.CLOUD)
+            sent = oblix.PROVIDERS["openai"].encode(request, target)["messages"]
+            self.assertEqual([message["role"] for message in sent], [role, "user", role], url)
+        self.assertEqual([message["role"] for message in request.messages], ["developer", "user", "developer"])
 
     def test_hints_that_a_provider_does_not_know_are_left_out(self):
         for name in ("ollama", "claude"):
@@ -3652,7 +3965,46 @@ class Catalogue(Case):
         self.assertEqual((other.cold, other.context, other.max_context), (True, 0, 131072))
         self.assertEqual(loaded.capabilities, {"completion", "tools", "vision", "thinking"})
         self.assertEqual(loaded.token_bytes, 2 * 28 * 8 * 256)
-        self.assertEqual([path for path, _ in asked], ["/api/tags", "/api/ps", "/api/show"])    # both have one digest
+        self.assertEqual([path for path, _ in asked], ["/api/tags", "/api/ps", "/api/show", "/api/show"])
+
+    def test_two_names_of_one_digest_are_one_model(self):
+        tags = {"models": [{"name": name, "digest": "e95"} for name in ("gpt-oss:20b", "gpt-4:latest")]}
+        other = {"models": [{"name": "other", "digest": "e95"}, {"name": "GPT-4:latest"}]}
+        for ps in (OLLAMA.ps({"gpt-4:latest": {"digest": "E95"}}), other):
+            models, asked = self.listed("ollama", {"/api/tags": tags, "/api/ps": ps, "/api/show": OLLAMA.show()})
+            self.assertEqual([model.cold for model in models], [False, False])
+            self.assertEqual([path for path, _ in asked].count("/api/show"), 1)
+
+    def test_the_window_that_a_person_set_or_that_was_seen_is_known(self):
+        known, tags = {}, {"models": [{"name": "m", "digest": "d"}]}
+        for seen, parameters, own in ((None, "stop  \"x\"\nnum_ctx                  8192", 8192), (4096, "", 8192),
+                                      (16384, "", 16384), (None, "", 16384)):
+            ps = {"models": [{"name": "m", "context_length": seen}] if seen else []}
+            show = {**OLLAMA.show(), "parameters": parameters}
+            model, = self.listed("ollama", {"/api/tags": tags, "/api/ps": ps, "/api/show": show}, known)[0]
+            self.assertEqual(model.own_context, own)
+
+    def test_what_embeds_is_known_by_its_family_where_abilities_are_missing(self):
+        for family, said, chats in (("bert", None, False), ("nomic-bert", [], False), ("xlm-roberta", None, False),
+                                    ("nomic-bert-moe", None, False), ("llama", None, True), (None, None, True),
+                                    ("bert", ["completion"], True), ("gemma3", ["embedding"], False)):
+            tags = {"models": [{"name": "m", "details": {"family": family}, "capabilities": said}]}
+            answers = {"/api/tags": tags, "/api/ps": {}, "/api/show": oblix.UpstreamError("no")}
+            with self.subTest(family, said=said):
+                self.assertIs(self.listed("ollama", answers)[0][0].is_chat_model, chats)
+
+    def test_the_window_to_ask_for(self):
+        """It is no smaller than the one that a person has set, or that the model was seen with."""
+        rows = [  # tokens of the prompt; loaded for, own, asked last -> what is asked for, 0: what is there
+            (9, 0, 0, 0, 0), (9, 0, 32768, 0, 0), (9, 0, 32768, 8192, 0), (9, 0, 0, 8192, 8192),
+            (9, 8192, 0, 8192, 8192), (6000, 0, 0, 0, 8192), (6000, 0, 32768, 0, 32768), (6000, 32768, 32768, 0, 0),
+            (6000, 4096, 32768, 0, 32768), (40000, 32768, 32768, 0, 65536), (6000, 0, 1 << 20, 0, 131072),
+            (6000, 0, 6144, 0, 6144), (7000, 0, 6144, 0, 8192)]
+        for tokens, now, own, asked, expected in rows:
+            with self.subTest(tokens=tokens, now=now, own=own, asked=asked):
+                model = oblix.Model("m", max_context=131072, context=now, own_context=own, cold=not now)
+                request = oblix.ChatRequest("m", {**talk(user("a" * 3 * tokens)), "max_tokens": 1})
+                self.assertEqual(oblix.PROVIDERS["ollama"].context_for(request, model, asked, None), expected)
 
     def test_details_are_asked_for_a_few_at_once_and_once_each(self):
         names = ["m%d" % number for number in range(oblix.DETAILS_AT_ONCE + 1)]
@@ -3674,7 +4026,7 @@ class Catalogue(Case):
         with self.assertRaises(oblix.UpstreamError):
             self.listed("ollama", {"/api/tags": fault})
 
-    def test_no_more_models_are_kept_than_the_readme_says(self):
+    def test_no_more_models_are_kept_than_the_readme_complaint(self):
         many = [{"id": str(number)} for number in range(oblix.MAX_MODELS + 1)]
         self.assertEqual(len(self.listed("openai", {"/models": {"data": many}})[0]), oblix.MAX_MODELS)
 
@@ -3686,12 +4038,19 @@ BOTH_REFUSE = [  # the parameter that is named, the fields
     ("functions", {"functions": [FIND_TOOL]}), ("tools", {"tools": [{"type": "custom", "custom": {"name": "run"}}]}),
     ("audio", {"audio": {"format": "wav", "voice": "alloy"}}), ("modalities", {"modalities": ["text", "audio"]}),
     ("web_search_options", {"web_search_options": {}}), ("messages", talk(user(file(file_id="file-1")))),
+    # values that only some OpenAI-compatible servers know
+    ("tools", {"tools": [{"type": "browser_search"}]}), ("reasoning_effort", {"reasoning_effort": "ultra"}),
+    ("response_format", {"response_format": {"type": "grammar", "grammar": "root ::= \"a\""}}),
+    ("tool_choice", {"tools": TOOLS, "tool_choice": {"type": "tool", "name": "find"}}),
+    ("tool_choice", {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+        "mode": "x", "tools": [1], "name": "find"}}}),
+    ("messages", talk(user("a"), {"role": "ipython", "content": "3"})),
+    ("messages", talk(user("a"), {"role": "assistant", "tool_calls": [{"id": "x", "type": "mcp", "server": "s"}]})),
 ]
 REFUSALS = {
     OLLAMA: [*BOTH_REFUSE,
              ("messages", talk(user(image(WEB_IMAGE)))), ("messages", talk(user(file(file_data=PDF_URL)))),
-             ("tool_choice", {"tools": TOOLS, "tool_choice": "required"}),
-             ("tool_choice", {"tools": TOOLS, "tool_choice": ONLY_NOW})],
+             ("tool_choice", {"tools": TOOLS, "tool_choice": choice_of("nothing")})],
     CLAUDE: [*BOTH_REFUSE,
              ("logprobs", {"logprobs": True}), ("messages", talk(user(image("http://example.com/a.png"))))],
 }
@@ -3699,6 +4058,17 @@ REFUSALS = {
 
 class Refusals(Case):
     """What a provider cannot do is a 400 where it was named, and a reason to ask another under auto."""
+
+    def test_a_body_full_of_results_without_ids_does_not_keep_the_others_waiting(self):
+        """The work grows with their number, and not with its square."""
+        def took_s(number):
+            calls = [{"function": {"name": "f%d" % (place % 9)}} for place in range(number)]
+            results = [{"role": "tool", "name": "f%d" % (place % 9)} for place in range(number)]
+            begun = time.process_time()
+            sent = oblix.without_deprecated([{"role": "assistant", "tool_calls": calls}, *results])
+            self.assertEqual(len({message["tool_call_id"] for message in sent[1:]}), number)
+            return time.process_time() - begun
+        self.assertLess(took_s(16_000) / max(took_s(1000), took_s(1000)), 80)    # 16; by the square 256
 
     def test_a_named_provider_says_which_parameter_it_cannot_honour(self):
         for dialect, rows in REFUSALS.items():
@@ -3727,7 +4097,7 @@ class Refusals(Case):
 
 NEEDS = [  # the fields, what a model must be capable of
     ({}, set()), ({"tools": TOOLS}, {"tools"}), ({"tools": TOOLS, "tool_choice": "none"}, set()),
-    ({"tools": TOOLS, "tool_choice": "required"}, {"tools"}), (talk(user(part("a"), image(PNG_URL))), {"vision"}),
+    ({"tools": TOOLS, "tool_choice": "required"}, set()), (talk(user(part("a"), image(PNG_URL))), {"vision"}),
     ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [ONLY_NOW]}}},
      {"tools"}),
 ]
@@ -3757,10 +4127,134 @@ def unsupported(param, code="unsupported_parameter"):
     return OPENAI.error(message, "invalid_request_error", code, param)
 
 
+def gave(message, **more):
+    return {"error": {"message": message, **more}}
+
+
 def claude_refuses(message):
     return CLAUDE.error(message, "invalid_request_error")
 
 
+THOUGHT = talk(user("a?"), {**assistant("c"), "reasoning_content": "hm"}, user("d"))
+BY_TOOLS = talk(user("a?"), assistant(None, ("call_lyywui55", "now", "{}"), ("abc123XYZ", "now", "{}")),
+                result("call_lyywui55", "3"), result("abc123XYZ", "4"))
+PARAMETERS = [    # what is refused of a request that has ALL_FIELDS, whether for ever, status, who says so, body
+    ("frequency_penalty", True, 400, "Gemini", [gave("Invalid JSON payload received. Unknown name "
+     "\"frequency_penalty\": Cannot find field.\nInvalid JSON payload received. Unknown name \"seed\": Cannot find "
+     "field.", code=400)]),
+    ("top_k", True, 400, "Gemini at", [gave("Invalid JSON payload received. Unknown name \"top_k\" at "
+     "'generation_config': Cannot find field.", code=400)]),
+    ("presence_penalty", True, 400, "xAI", {"code": "Client specified an invalid argument", "error":
+     "Model grok-4.6 does not support parameter presencePenalty."}),
+    ("frequency_penalty", True, 400, "xAI 2", {"code": "Client specified an invalid argument", "error":
+     "Argument not supported on this model: frequencyPenalty"}),
+    ("reasoning_effort", False, 400, "xAI 3", {"code": "x y", "error": "Argument not supported on this model: "
+     "reasoningEffort"}),
+    ("stream_options", True, 400, "Databricks", {"error_code": "BAD_REQUEST", "message": "Bad request: json: "
+     "unknown field \"stream_options\"\n"}),
+    ("reasoning_effort", False, 400, "Groq", gave("`reasoning_effort` must be one of `none` or `default`")),
+    ("store", True, 400, "Groq prop", gave("property 'store' is unsupported, did you mean 'stop'?")),
+    ("store", True, 422, "Cerebras", {"message": "body.store: property 'body.store' is unsupported", "type":
+     "invalid_request_error", "param": "validation_error", "code": "wrong_api_format"}),
+    (None, False, 400, "Cerebras msgs", {"message": "messages.1.assistant.reasoning_content: property "
+     "'messages.1.assistant.reasoning_content' is unsupported", "param": "validation_error"}),
+    ("reasoning_effort", False, 400, "Cerebras enum", {"message": "1 validation error for "
+     "ChatCompletionServerRequest\nreasoning_effort\n  Input should be 'low', 'medium' or 'high' [type=enum, "
+     "input_value='none', input_type=str]", "param": "validation_error"}),
+    ("store", True, 422, "Mistral", {"detail": [{"type": "extra_forbidden", "loc": ["body", "store"], "msg":
+     "Extra inputs are not permitted", "input": True}]}),
+    ("metadata", True, 422, "Mistral nested", {"object": "error", "message": {"detail": [{"type": "extra_forbidden",
+     "loc": ["body", "metadata"], "msg": "Extra inputs are not permitted"}]}, "type": "invalid_request_error"}),
+    ("presence_penalty", True, 400, "DeepSeek", gave("deepseek-reasoner does not support the parameter "
+     "`presence_penalty`")),
+    ("keep_alive", True, 400, "OpenAI", gave("Unrecognized request argument supplied: keep_alive")),
+    ("keep_alive", True, 400, "OpenAI two", gave("Unrecognized request arguments supplied: keep_alive, top_k")),
+    ("top_k", True, 400, "OpenAI unknown", gave("Unknown parameter: 'top_k'.", code="unknown_parameter", param=
+     "top_k")),
+    ("temperature", True, 400, "OpenAI value", gave("Unsupported value: 'temperature' does not support 0.3 with "
+     "this model. Only the default (1) value is supported.", param="temperature", code="unsupported_value")),
+    ("reasoning_effort", False, 400, "OpenAI effort", gave("Invalid value: 'minimal'. Supported values are: 'low', "
+     "'medium', and 'high'.", param="reasoning_effort", code="invalid_value")),
+    ("store", True, 422, "Rust", "Failed to deserialize the JSON body into the target type: unknown field `store`, "
+     "expected one of `model`, `messages`, `user`"),
+    (None, False, 422, "Rust variant", "Failed to deserialize the JSON body into the target type: "
+     "messages[0].role: unknown variant `developer`, expected one of `system`, `user`"),
+    (None, False, 400, "DashScope role", gave("developer is not one of ['system', 'assistant', 'user', 'tool', "
+     "'function'] - 'messages.['0].role'")),
+    ("prompt_cache_key", True, 400, "Fireworks", gave("Extra inputs are not permitted, field: 'prompt_cache_key', "
+     "value: 'x'")),
+    ("temperature", True, 400, "Kimi", gave("invalid temperature: only 0.6 is allowed for this model")),
+    ("store", True, 400, "vLLM pydantic", {"object": "error", "message": "[{'type': 'extra_forbidden', 'loc': "
+     "('body', 'store'), 'msg': 'Extra inputs are not permitted', 'input': True}]"}),
+    ("service_tier", True, 400, "LiteLLM", gave("litellm.UnsupportedParamsError: groq does not support "
+     "parameters: ['service_tier'], for model=x. To drop these, set `litellm.drop_params=True`", code="400")),
+    ("store", True, 500, "llama-cpp-python", gave("Llama.create_chat_completion() got an unexpected keyword "
+     "argument 'store'", code="internal_server_error")),
+    ("store", True, 400, "LM Studio zod", {"error": "Unrecognized key(s) in object: 'store'"}),
+    ("top_p", True, 400, "OpenRouter", gave("Provider returned error", code=400, metadata={"raw":
+     "{\"error\": {\"message\": \"Unsupported parameter: 'top_p' is not supported with this model.\", \"param\": "
+     "\"top_p\", \"code\": \"unsupported_parameter\"}}"})),
+    ("temperature", True, 400, "Claude", {"type": "error", "error": {"type": "invalid_request_error", "message":
+     "temperature: Extra inputs are not permitted"}}),
+    ("temperature", False, 400, "Claude both", {"type": "error", "error": {"message": "`temperature` and `top_p` "
+     "cannot both be specified for this model. Please use only one."}}),
+    (None, False, 400, "Claude tools", {"type": "error", "error": {"message": "tools.0.custom.input_schema: "
+     "input_schema does not support oneOf, allOf, or anyOf at the top level"}}),
+    ("logit_bias", True, 400, "Together", gave("logit_bias is not supported for this model", type=
+     "invalid_request_error")),
+    ("parallel_tool_calls", True, 400, "Cohere", {"message": "invalid request: unknown field: parallel_tool_calls"}),
+    ("store", True, 422, "Cohere 2", {"message": "unknown field: parameter 'store' is not a valid field"}),
+    (None, False, 400, "GLM", gave("seed 参数非法", code="1214")),
+    ("max_tokens", True, 400, "max_tokens unsupported", gave("Unsupported parameter: 'max_tokens' is not supported "
+     "with this model. Use 'max_completion_tokens' instead.", param="max_tokens", code="unsupported_parameter")),
+    (None, False, 400, "weird", gave("Frobnication of user failed")),
+    ("max_tokens<=16384", True, 400, "OpenAI", gave("max_tokens is too large: 64000. This model supports at most "
+     "16384 completion tokens, whereas you provided 64000.", param="max_tokens")),
+    ("max_tokens<=8192", True, 400, "Groq", gave("`max_tokens` must be less than or equal to `8192`, the maximum "
+     "value for `max_tokens` is less than the `context_window` for this model", param="max_tokens")),
+    ("max_tokens<=8192", True, 400, "DeepSeek", gave("Invalid max_tokens value, the valid range of max_tokens is "
+     "[1, 8192]")),
+    ("max_tokens<=8192", True, 400, "DeepSeek tight", gave("Invalid max_tokens value, the valid range of "
+     "max_tokens is [1,8192]")),
+    ("max_tokens<=16384", True, 400, "commas", gave("max_tokens must be at most 16,384")),
+    ("max_tokens<=32768", True, 400, "Volcano", gave("The parameter `max_tokens` specified in the request is not "
+     "valid: integer above maximum value, expected a value <= 32768, but got 64000 instead.", param="max_tokens")),
+    ("max_tokens<=8192", True, 400, "Claude", gave("max_tokens: 64000 > 8192, which is the maximum allowed number "
+     "of output tokens for claude-3-5-sonnet-20241022")),
+    ("max_tokens<=8192", True, 400, "Gemini", [gave("Unable to submit request because it has a maxOutputTokens "
+     "value of 64000 but the supported range is from 1 (inclusive) to 8193 (exclusive).", code=400)]),
+    ("max_tokens<=8092", False, 400, "vLLM", gave("'max_tokens' or 'max_completion_tokens' is too large: 64000. "
+     "This model's maximum context length is 8192 tokens and your request has 100 input tokens (64000 > 8192 - 100).")),
+    ("max_tokens<=8092", False, 400, "vLLM old", gave("This model's maximum context length is 8192 tokens. "
+     "However, you requested 64100 tokens (100 in the messages, 64000 in the completion). Please reduce the length "
+     "of the messages or completion.")),
+    ("max_tokens<=8091", False, 400, "vLLM 10", gave("This model's maximum context length is 8192 tokens. However, "
+     "you requested 64000 output tokens and your prompt contains at least 101 input tokens, for a total of at "
+     "least 64101 tokens.")),
+    ("max_tokens<=8092", False, 400, "vLLM 12", gave("You passed 100 input tokens and requested 64000 output "
+     "tokens. However, the model's context length is only 8192 tokens, resulting in a maximum input length of "
+     "-55808 tokens.")),
+    ("max_tokens<=8092", False, 400, "SGLang", gave("Requested token count exceeds the model's maximum context "
+     "length of 8192 tokens. You requested a total of 64100 tokens: 100 tokens from the input messages and 64000 "
+     "tokens for the completion.")),
+    ("max_tokens<=9999", False, 400, "Claude sum", gave("input length and `max_tokens` exceed context limit: "
+     "190001 + 64000 > 200000, decrease input length or `max_tokens` and try again")),
+    ("max_tokens<=4046", False, 422, "TGI", {"error": "Input validation error: `inputs` tokens + `max_new_tokens` "
+     "must be <= 4096. Given: 50 `inputs` tokens and 64000 `max_new_tokens`"}),
+    ("max_tokens<=31072", False, 400, "OpenRouter", gave("This endpoint's maximum context length is 131072 tokens. "
+     "However, you requested about 164000 tokens (100000 of text input, 64000 in the output).")),
+    (None, False, 400, "too long really", gave("This model's maximum context length is 8192 tokens. However, you "
+     "requested 72100 tokens (8100 in the messages, 64000 in the completion).")),
+    (None, False, 400, "too long, prompt", gave("This model's maximum context length is 8192 tokens. However, your "
+     "messages resulted in 9001 tokens.")),
+    ("max_tokens", True, 400, "a model's number is no limit", gave("Unsupported parameter: 'max_tokens' is not "
+     "supported with gpt-512-mini. Use 'max_completion_tokens' instead.", param="max_tokens", code=
+     "unsupported_parameter")),
+    ("max_tokens<=12003", False, 402, "OpenRouter", gave("This request requires more credits, or fewer max_tokens. You "
+     "requested up to 64000 tokens, but can only afford 12003.", code=402)),
+    (None, False, 400, "SiliconFlow", {"code": 20015, "message": "number of input tokens (204703) has exceeded "
+     "max_prompt_tokens (202752) limit."}),
+]
 LEARNED = [  # dialect, the fields, what is refused, in which words
     (OPENAI, {"temperature": 0.2}, "temperature", unsupported("temperature", "unsupported_value")),
     (OPENAI, {"stop": ["X"]}, "stop", unsupported("stop")),
@@ -3768,7 +4262,21 @@ LEARNED = [  # dialect, the fields, what is refused, in which words
     (CLAUDE, {"temperature": 0.2}, "temperature", claude_refuses("`temperature` is deprecated for this model.")),
     (CLAUDE, {"temperature": 0.2}, "temperature", claude_refuses("temperature: Extra inputs are not permitted")),
     (OLLAMA, {"reasoning_effort": "high"}, "think", OLLAMA.error("\"llama3.2\" does not support thinking")),
+    (OPENAI, THOUGHT, "reasoning_content", unsupported("messages[1].reasoning_content", "unknown_parameter")),
+    (OPENAI, THOUGHT, "reasoning_content", OPENAI.error("property 'messages.1.reasoning_content' is unsupported")),
+    (OPENAI, {"tools": [{**TOOLS[0], **MARKED}]}, "cache_control", OPENAI.error('Unknown name "cache_control" at ...')),
+    (OPENAI, talk(user({**part("a"), **MARKED})), "cache_control", OPENAI.error(
+        "property 'messages.0.content.0.cache_control' is unsupported")),
+    (OPENAI, BY_TOOLS, "call_lyywui55", OPENAI.error(
+        "Tool call id was call_lyywui55 but must be a-z, A-Z, 0-9, with a length of 9.")),    # Mistral's API
+    (OPENAI, BY_TOOLS, "call_lyywui55", OPENAI.error("Tool call IDs should be alphanumeric strings with length 9!")),
 ]
+
+
+ALL_FIELDS = dict.fromkeys(("model messages tools response_format n temperature top_p stop store user seed metadata "
+                            "frequency_penalty presence_penalty reasoning_effort stream_options top_k logprobs "
+                            "parallel_tool_calls keep_alive thinking service_tier logit_bias prompt_cache_key").split())
+ALL_FIELDS["max_tokens"] = 64000
 
 
 class LearnedParameters(Case):
@@ -3784,11 +4292,79 @@ class LearnedParameters(Case):
                 self.answered(ask(server, upstream.target, stream=stream, **fields), "Hello")
                 self.assertEqual(len(upstream.requests), 3, "it was not remembered")
 
+    def test_what_is_refused_is_found_in_each_vendors_words(self):
+        for refused, forever, status, who, body in PARAMETERS:
+            with self.subTest(who, refused=refused):
+                error = oblix.classify(status, body if isinstance(body, str) else json.dumps(body))
+                found = oblix.PROVIDERS["openai"].refused_parameter(error, ALL_FIELDS)
+                self.assertEqual(found, refused)
+                if found:
+                    self.assertIs(oblix.is_permanent(found, error), forever)
+
+    def test_a_limit_that_is_named_is_kept_to_and_remembered(self):
+        def script(dialect, request):
+            asked = max(request.json.get(name, 0) for name in ("max_tokens", "max_completion_tokens"))
+            refused = gave("max_tokens is too large: %d. This model supports at most 16384 tokens." % asked)
+            return whole(400, refused) if asked > 16384 else answer(Text("Hello"))(dialect, request)
+        with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+            for asked, sent in ((64000, [64000, 16384]), (64000, [16384]), (9, [9]), (None, [None])):
+                fields = {"max_tokens": asked} if asked else {}
+                self.answered(ask(server, "auto", **fields), "Hello")
+                self.assertEqual([one.json.get("max_tokens") for one in upstream.requests[-len(sent):]], sent)
+            self.assertEqual(len(upstream.requests), 5)
+
+    def test_what_a_prompt_leaves_of_a_window_is_kept_to_once(self):
+        refused = gave("'max_tokens' is too large: 9000. This model's maximum context length is 8192 tokens and your "
+                       "request has 100 input tokens (9000 > 8192 - 100).")
+        for limit, asked in ((8092, [9000, 8092]), (1, [9000, 8092])):    # the second refuses whatever it is sent
+            def script(dialect, request, limit=limit):
+                fits = request.json["max_tokens"] <= limit
+                return answer(Text("Hello"))(dialect, request) if fits else whole(400, refused)
+            with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+                reply = ask(server, "auto", max_tokens=9000)
+                self.assertEqual([one.json["max_tokens"] for one in upstream.requests], asked)
+                if limit == 1:
+                    self.refused(reply, 400, code="context_length_exceeded")
+                else:
+                    self.answered(reply, "Hello")
+
+    def test_a_parameter_is_remembered_only_if_it_was_what_the_model_refused(self):
+        with Upstream(OPENAI, whole(400, unsupported("stop"))) as upstream, running(upstream) as server:
+            self.refused(ask(server, upstream.target, stop="X"), 400)
+            upstream.play(answer(Text("Hello")))
+            self.answered(ask(server, upstream.target, stop="X"), "Hello")
+            self.assertEqual(upstream.last.json["stop"], "X")
+
     def test_the_limit_of_tokens_is_renamed_not_dropped(self):
         script = refusing("max_tokens", unsupported("max_tokens"))
         with Upstream(OPENAI, script) as upstream, running(upstream) as server:
             self.answered(ask(server, upstream.target, max_tokens=5), "Hello")
             self.assertEqual(upstream.last.json["max_completion_tokens"], 5)
+
+    def test_ids_that_fit_stay_and_others_are_always_the_same_ones(self):
+        script = refusing("call_lyywui55", LEARNED[-1][-1])
+        with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+            for _ in range(2):
+                self.answered(ask(server, upstream.target, **BY_TOOLS), "Hello")
+            bodies = [request.json["messages"] for request in upstream.requests[1:]]
+        self.assertEqual(bodies[0], bodies[1])
+        ids = [call["id"] for call in bodies[0][1]["tool_calls"]]
+        self.assertRegex(" ".join(ids), "^[a-zA-Z0-9]{9} abc123XYZ$")
+        self.assertEqual([message["tool_call_id"] for message in bodies[0][2:]], ids)
+
+    def test_reasoning_comes_back_where_its_api_wants_it(self):
+        """DeepSeek's and Kimi's words; a turn that another model gave has none."""
+        error = OPENAI.error("The reasoning_content in the thinking mode must be passed back to the API.")
+        given = talk(user("a?"), {**assistant(None, X1), "reasoning_content": "hm"}, result("x1", "3"),
+                     assistant(None, X2), result("x2", "4"))
+
+        def script(dialect, request):
+            wanted = all("reasoning_content" in one for one in request.json["messages"] if "tool_calls" in one)
+            return answer(Text("Hello"))(dialect, request) if wanted else whole(400, error)
+        with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+            self.answered(ask(server, upstream.target, **given), "Hello")
+            self.assertEqual([one.get("reasoning_content") for one in upstream.last.json["messages"]],
+                             [None, "hm", None, "", None])
 
     def test_it_is_remembered_for_this_model_alone(self):
         with Upstream(OPENAI, refusing("stop", unsupported("stop"))) as upstream, running(upstream) as server:
@@ -3871,19 +4447,219 @@ ERRORS = [  # dialect, its status, its words, the rest of its error -> the statu
     (OLLAMA, 500, 'option "num_ctx" must be of type integer', {}, 400, None),
 ]
 FAULT_OF = [  # status, words, code -> fault, where no client sees the difference
-    (400, "Thinking may not be enabled when tool_choice forces tool use.", None, oblix.Fault.UNSUPPORTED),    # Claude
-    (400, "`temperature` may only be set to 1 when thinking is enabled", None, oblix.Fault.UNSUPPORTED),
-    (400, "Invalid 'messages[0]'.", "invalid_type", oblix.Fault.CLIENT), (422, "No.", None, oblix.Fault.CLIENT),
+    (400, "Thinking may not be enabled when tool_choice forces tool use.", None, oblix.Fault.REFUSED),    # Claude
+    (400, "`temperature` may only be set to 1 when thinking is enabled", None, oblix.Fault.REFUSED),
+    (400, "Invalid 'messages[0]'.", "invalid_type", oblix.Fault.REFUSED), (422, "No.", None, oblix.Fault.REFUSED),
     (400, "You have reached your specified API usage limits.", None, oblix.Fault.ACCOUNT),
     (429, "No.", "credit_balance_exhausted", oblix.Fault.ACCOUNT), (429, "No.", "slow_down", oblix.Fault.BUSY),
     (503, "failed: context length of worker", None, oblix.Fault.BUSY), (999, "No.", None, oblix.Fault.BUSY),
     (405, "No.", None, oblix.Fault.NOT_FOUND), (451, "No.", None, oblix.Fault.NOT_FOUND),
     (302, "No.", None, oblix.Fault.TRANSPORT),
-    (400, "x" * 1000 + " context length", None, oblix.Fault.CLIENT),    # a prompt may be quoted there
+    (503, "Loading model", "503", oblix.Fault.LOADING),    # llama-server
+    (503, "Model m is currently loading", None, oblix.Fault.LOADING),
+    (503, "unable to load model: m", None, oblix.Fault.BUSY),
+    (400, "x" * 1000 + " prompt is too long", None, oblix.Fault.REFUSED),    # a prompt may be quoted there
+]
+
+
+MEANT = [    # the fault, status, who says so, body; as users of these services reported them
+    ("TOO_LONG", 400, "OpenAI input", gave("Your input exceeds the context window of this model. Please adjust "
+     "your input and try again.")),
+    ("TOO_LONG", 400, "OpenAI responses", gave("Input tokens exceed the configured limit of 272000 tokens. Your "
+     "messages resulted in 300000 tokens. Please reduce the length of the messages.", code="context_length_exceeded")),
+    ("TOO_LONG", 429, "OpenAI TPM", gave("Request too large for gpt-4o in organization org-x on tokens per min "
+     "(TPM): Limit 30000, Requested 90000. The input or output tokens must be reduced in order to run successfully.",
+     type="tokens", code="rate_limit_exceeded")),
+    ("TOO_LONG", 400, "old OpenAI", gave("This model's maximum context length is 8191 tokens, however you "
+     "requested 10346 tokens (10346 in your prompt; 5 for the completion). Please reduce your prompt; or "
+     "completion length.")),
+    ("TOO_LONG", 400, "Gemini", [gave("The input token count (1196265) exceeds the maximum number of tokens "
+     "allowed (1048575).", code=400, status="INVALID_ARGUMENT")]),
+    ("TOO_LONG", 400, "Gemini no count", [gave("The input token count exceeds the maximum number of tokens allowed "
+     "1048576.", code=400)]),
+    ("TOO_LONG", 400, "xAI", {"code": "Client specified an invalid argument", "error": "This model's maximum "
+     "prompt length is 131072 but the request contains 537812 tokens."}),
+    ("TOO_LONG", 413, "Groq 413", gave("Request too large for model `x` in organization `o` on tokens per minute "
+     "(TPM): Limit 6000, Requested 9000, please reduce your message size and try again.", type="tokens", code=
+     "rate_limit_exceeded")),
+    ("TOO_LONG", 400, "Cerebras", {"message": "Please reduce the length of the messages or completion. Current "
+     "length is 9001 while limit is 8192", "type": "invalid_request_error", "param": "messages", "code":
+     "context_length_exceeded"}),
+    ("TOO_LONG", 400, "Cohere", {"message": "too many tokens: total number of tokens in the prompt cannot exceed "
+     "4081, received 5000. Try using a shorter prompt"}),
+    ("TOO_LONG", 400, "Cohere 2", {"message": "invalid request: prompt is too long: size limit exceeded by 3231 "
+     "tokens"}),
+    ("TOO_LONG", 400, "Fireworks", gave("The prompt is too long: 140000, model maximum context length: 131071", type=
+     "invalid_request_error")),
+    ("TOO_LONG", 400, "DeepSeek", gave("This model's maximum context length is 65536 tokens. However, you "
+     "requested 70000 tokens (66000 in the messages, 4000 in the completion). Please reduce the length of the "
+     "messages or completion.", type="invalid_request_error")),
+    ("TOO_LONG", 400, "OpenRouter", gave("This endpoint's maximum context length is 131072 tokens. However, you "
+     "requested about 211234 tokens (211234 of text input). Please reduce the length of either one, or use the "
+     "\"middle-out\" transform to compress your prompt automatically.", code=400)),
+    ("TOO_LONG", 400, "OpenRouter raw", gave("Provider returned error", code=400, metadata={"raw":
+     "{\"error\": {\"message\": \"prompt is too long: 213462 tokens > 200000 maximum\", \"type\": "
+     "\"invalid_request_error\"}}", "provider_name": "Anthropic"})),
+    ("TOO_LONG", 400, "vLLM new", gave("You passed 9001 input tokens and requested 64 output tokens. However, the "
+     "model's context length is only 8192 tokens, resulting in a maximum input length of 8128 tokens. Please "
+     "reduce the length of the input prompt. (parameter=input_tokens, value=9001)", type="BadRequestError", param=
+     "input_tokens", code=400)),
+    ("TOO_LONG", 400, "vLLM 0.6", {"object": "error", "message": "Input length (9001) exceeds model's maximum "
+     "context length (8192).", "type": "BadRequestError", "param": None, "code": 400}),
+    ("TOO_LONG", 400, "SGLang", {"object": "error", "message": "The input (9001 tokens) is longer than the model's "
+     "context length (8192 tokens).", "type": "BadRequestError", "param": None, "code": "400"}),
+    ("TOO_LONG", 400, "SGLang 2", {"object": "error", "message": "Requested token count exceeds the model's "
+     "maximum context length of 8192 tokens. You requested a total of 9100 tokens: 9000 tokens from the input "
+     "messages and 100 tokens for the completion. Please reduce the number of tokens in the input messages or the "
+     "completion to fit within the limit."}),
+    ("TOO_LONG", 422, "TGI", {"error": "Input validation error: `inputs` must have less than 1024 tokens. Given: "
+     "2000", "error_type": "validation"}),
+    ("TOO_LONG", 400, "TensorRT", gave("Prompt length (9001) exceeds maximum input length (8192).")),
+    ("TOO_LONG", 500, "llama.cpp size", gave("Context size has been exceeded.", code=500, type="server_error")),
+    ("TOO_LONG", 400, "LM Studio", {"error": "Trying to keep the first 9001 tokens when context the overflows. "
+     "However, the model is loaded with context length of only 4096 tokens, which is not enough. Try to load the "
+     "model with a larger context length, or provide a shorter input"}),
+    ("TOO_LONG", 400, "LM Studio 2", {"error": "The number of tokens to keep from the initial prompt is greater "
+     "than the context length (n_keep: 9001>= n_ctx: 4096). Try to load the model with a larger context length, or "
+     "provide a shorter input."}),
+    ("TOO_LONG", 400, "Ollama", {"error": "prompt too long; exceeded max context length by 1042 tokens"}),
+    ("TOO_LONG", 400, "Ollama 2", {"error": "the input length exceeds the context length"}),
+    ("TOO_LONG", 500, "Ollama runner", {"error": "{\"error\":{\"code\":400,\"message\":\"the request exceeds the "
+     "available context size, try increasing it\",\"type\":\"exceed_context_size_error\"}}"}),
+    ("TOO_LONG", 400, "Volcano", gave("Total tokens of image and text exceed max message tokens. Request id: 021", code=
+     "InvalidParameter")),
+    ("TOO_LONG", 400, "DashScope 2", gave("<400> InternalError.Algo.InvalidParameter: Total message token length "
+     "exceed model limit")),
+    ("TOO_LONG", 400, "GLM zh", gave("Prompt 超长", code="1261")),
+    ("TOO_LONG", 400, "LiteLLM", gave("litellm.ContextWindowExceededError: litellm.BadRequestError: "
+     "OpenAIException - too long", code="400", type=None, param=None)),
+    ("TOO_LONG", 400, "Copilot", gave("prompt token count of 130001 exceeds the limit of 128000", code=
+     "model_max_prompt_tokens_exceeded")),
+    ("TOO_LONG", 400, "MiniMax", {"type": "error", "error": {"type": "bad_request_error", "message":
+     "invalid params, context window exceeds limit (2013)", "http_code": "400"}, "request_id": "x"}),
+    ("TOO_LONG", 413, "GitHub Models", gave("Request body too large for gpt-4o model. Max size: 8000 tokens.", code=
+     "tokens_limit_reached")),
+    ("TOO_LONG", 422, "FastAPI", {"detail": [{"loc": ["body", "messages"], "msg": "prompt is too long", "type":
+     "value_error"}]}),
+    ("TOO_LONG", 400, "detail dict", {"detail": {"error": "Prompt exceeds maximum context length"}}),
+    ("TOO_LONG", 400, "errors", {"success": False, "errors": [{"code": 5021, "message": "AiError: The estimated "
+     "number of input and maximum output tokens (9001) exceeded this model context window limit (7968)."}]}),
+    ("TOO_LONG", 400, "Bedrock", {"message": "Input is too long for requested model."}),
+    ("TOO_LONG", 400, "Bedrock 2", {"Message": "The model returned the following errors: Input Tokens Exceeded: "
+     "Number of input tokens exceeds maximum length."}),
+    ("TOO_LONG", 400, "plain text", "This model's maximum context length is 4096 tokens."),
+    ("TOO_LONG", 422, "AI21", {"detail": "Prompt has 9001 tokens, exceeding max of 8000 tokens"}),
+    ("TOO_LONG", 413, "claude 413", {"type": "error", "error": {"type": "request_too_large", "message":
+     "Request exceeds the maximum size"}}),
+    ("ACCOUNT", 400, "Gemini key", [gave("API key not valid. Please pass a valid API key.", code=400, status=
+     "INVALID_ARGUMENT", details=[{"@type": "x", "reason": "API_KEY_INVALID", "domain": "googleapis.com", "metadata": {
+     "service": "x"}}])]),
+    ("ACCOUNT", 400, "Gemini expired", [gave("API key expired. Please renew the API key.", code=400, details=[{
+     "reason": "API_KEY_INVALID"}])]),
+    ("ACCOUNT", 429, "OpenAI quota", gave("You exceeded your current quota, please check your plan and billing "
+     "details.", type="insufficient_quota", code="insufficient_quota")),
+    ("ACCOUNT", 400, "xAI key", {"code": "Client specified an invalid argument", "error": "Incorrect API key "
+     "provided: xa***Yz."}),
+    ("ACCOUNT", 429, "xAI credits", {"code": "Some resource has been exhausted", "error": "Your team x has either "
+     "used all available credits or reached its monthly spending limit."}),
+    ("ACCOUNT", 400, "Claude org", {"type": "error", "error": {"type": "invalid_request_error", "message":
+     "This organization has been disabled."}}),
+    ("ACCOUNT", 400, "Claude usage", {"type": "error", "error": {"type": "invalid_request_error", "message":
+     "You have reached your specified API usage limits. You will regain access on 2026-12-01 at 00:00 UTC."}}),
+    ("ACCOUNT", 400, "Groq restricted", gave("Organization has been restricted. Please reach out to support if you "
+     "believe this was in error.", type="invalid_request_error", code="organization_restricted")),
+    ("ACCOUNT", 412, "Fireworks", gave("Account x is suspended, possibly due to reaching the monthly spending "
+     "limit or failure to pay past invoices.")),
+    ("ACCOUNT", 429, "Kimi", gave("Your account org-x is suspended, please check your plan and billing details", type=
+     "exceeded_current_quota_error")),
+    ("ACCOUNT", 429, "GLM 1113", gave("余额不足或无可用资源包,请充值。", code="1113")),
+    ("ACCOUNT", 402, "DeepSeek", gave("Insufficient Balance", type="unknown_error", code="invalid_request_error")),
+    ("ACCOUNT", 400, "SiliconFlow", {"code": 30001, "message": "Sorry, your account balance is insufficient", "data":
+     None}),
+    ("ACCOUNT", 400, "MiniMax", {"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}),
+    ("ACCOUNT", 402, "OpenRouter", gave("Insufficient credits. Add more using https://openrouter.ai/credits", code=402)
+     ),
+    ("ACCOUNT", 400, "Cohere", {"message": "invalid api token"}),
+    ("ACCOUNT", 400, "region", [gave("User location is not supported for the API use.", code=400, status=
+     "FAILED_PRECONDITION")]),
+    ("ACCOUNT", 400, "DashScope", gave("Access denied, please make sure your account is in good standing.", code=
+     "Arrearage", type="Arrearage")),
+    ("ACCOUNT", 400, "OpenAI hard limit", gave("Billing hard limit has been reached", code=
+     "billing_hard_limit_reached")),
+    ("NOT_FOUND", 400, "OpenRouter", gave("acme/llama-9-pro is not a valid model ID", code=400)),
+    ("NOT_FOUND", 400, "DeepSeek", gave("Model Not Exist", code="invalid_request_error")),
+    ("NOT_FOUND", 400, "Mistral", {"object": "error", "message": "Invalid model: x", "type": "invalid_model", "code":
+     "1500"}),
+    ("NOT_FOUND", 400, "LM crashed", {"error": "The model has crashed without additional information. (Exit code: "
+     "18446744072635812000)"}),
+    ("NOT_FOUND", 400, "LM none", gave("No models loaded. Please load a model in the developer page or use the "
+     "'lms load' command.", param="model")),
+    ("NOT_FOUND", 400, "LM failed", {"error": "Failed to load model \"gpt-oss-20b\". Error: Error loading model."}),
+    ("NOT_FOUND", 400, "Groq", gave("The model `llama-3.1-8b-instant` has been decommissioned and is no longer "
+     "supported.", code="model_decommissioned")),
+    ("NOT_FOUND", 400, "Groq terms", gave("The model `x` requires terms acceptance. Please have the org admin "
+     "accept the terms at https://x", code="model_terms_required")),
+    ("NOT_FOUND", 400, "Copilot", gave("The requested model is not supported.", code="model_not_supported")),
+    ("NOT_FOUND", 400, "HF", gave("The requested model 'x' is not supported by any provider you have enabled.", code=
+     "model_not_supported")),
+    ("NOT_FOUND", 400, "GitHub", gave("Unknown model: gone", code="unknown_model")),
+    ("NOT_FOUND", 400, "Bedrock", {"message": "The provided model identifier is invalid."}),
+    ("NOT_FOUND", 400, "Bedrock 2", {"message": "Invocation of model ID anthropic.claude with on-demand throughput "
+     "isn’t supported. Retry your request with the ID or ARN of an inference profile"}),
+    ("NOT_FOUND", 400, "SiliconFlow", {"code": 20012, "message": "Model does not exist. Please check it carefully.",
+     "data": None}),
+    ("NOT_FOUND", 400, "Cloudflare", {"errors": [{"code": 5007, "message": "AiError: No such model @cf/x or task"}]}),
+    ("NOT_FOUND", 400, "Perplexity", gave("Invalid model 'sonar-x'. Permitted models can be found in the "
+     "documentation", type="invalid_model", code=400)),
+    ("NOT_FOUND", 422, "Kobold/other detail", {"detail": "Model x not found"}),
+    ("NOT_FOUND", 404, "OpenRouter gone", gave("No endpoints found for acme/x.", code=404)),
+    ("REFUSED", 403, "OpenRouter moderation", gave("Your chosen model requires moderation and your input was "
+     "flagged for \"violence\"", code=403, metadata={"reasons": ["violence"], "flagged_input": "x"})),
+    ("REFUSED", 404, "OpenRouter tools", gave("No endpoints found that support tool use.", code=404)),
+    ("REFUSED", 500, "Jinja", gave("While executing CallExpression\nError: Jinja Exception: System message must be "
+     "at the beginning.", code=500, type="server_error")),
+    ("REFUSED", 500, "image llama.cpp", gave("image input is not supported - hint: if this is unexpected, you may "
+     "need to provide the mmproj", code=500, type="server_error")),
+    ("REFUSED", 500, "image Ollama", {"error": "Failed to create new sequence: failed to process inputs: this "
+     "model is missing data required for image input"}),
+    ("REFUSED", 400, "image LM", {"error": "Model does not support images. Please use a model that does."}),
+    ("REFUSED", 500, "tools llama.cpp", gave("tools param requires --jinja flag", code=500, type="server_error")),
+    ("REFUSED", 500, "grammar", gave("failed to parse grammar", code=500, type="server_error")),
+    ("REFUSED", 500, "tool call", {"error": "error parsing tool call: raw='{', err=unexpected end of JSON input"}),
+    ("REFUSED", 500, "template Ollama", {"error": "template: :28:7: executing \"\" at <.ToolCalls>: can't evaluate "
+     "field"}),
+    ("REFUSED", 501, "not supported llama.cpp", gave("This server does not support completions. Start it with "
+     "another flag", code=501, type="not_supported_error")),
+    ("REFUSED", 400, "weird", gave("Frobnication failed")),
+    ("REFUSED", 422, "weird 422", {"detail": "nope"}),
+    ("REFUSED", 400, "empty", ""),
+    ("REFUSED", 400, "html", "<html>no</html>"),
+    ("REFUSED", 400, "null", {"error": None}),
+    ("REFUSED", 400, "list", []),
+    ("REFUSED", 400, "num", 5),
+    ("BUSY", 429, "Gemini quota", [gave("You exceeded your current quota, please check your plan and billing "
+     "details.", code=429, status="RESOURCE_EXHAUSTED")]),
+    ("BUSY", 500, "plain 500", gave("Internal server error")),
+    ("BUSY", 500, "cuda", {"error": "CUDA error: out of memory"}),
+    ("BUSY", 500, "runner", {"error": "llama runner process has terminated: exit status 2"}),
+    ("BUSY", 500, "memory", {"error": "model requires more system memory (8.4 GiB) than is available (5.0 GiB)"}),
+    ("BUSY", 500, "load", {"error": "unable to load model: /root/.ollama/models/blobs/sha256-abc"}),
+    ("BUSY", 503, "new-api", gave("当前分组 default 下对于模型 x 无可用渠道", code="model_not_found",
+     type="new_api_error")),
+    ("BUSY", 429, "throttle", {"message": "Too many tokens, please wait before trying again."}),
+    ("BUSY", 503, "throttle503", {"message": "Too many tokens, please wait before trying again."}),
+    ("BUSY", 429, "ratelimit", gave("Rate limit reached for model `x` ... on tokens per minute (TPM): Limit 6000, "
+     "Used 5000, Requested 2000. Please try again in 9s", code="rate_limit_exceeded")),
+    ("BUSY", 429, "moonshot rate", gave("Your account reached max request", type="rate_limit_reached_error")),
+]
+AGAINST_THE_REFERENCE = [  # OpenAI's words for what is wrong in a message, its code and param
+    ("Invalid 'messages[0].name': string does not match pattern.", "invalid_value", "messages[0].name"),
+    ("Invalid type for 'messages[0].content': expected a string.", "invalid_type", "messages[0].content"),
+    ("Missing required parameter: 'messages[1].content'.", "missing_required_parameter", "messages[1].content"),
 ]
 ODD_ERRORS = [  # dialect, status, body -> words that the client sees
     (OLLAMA, 403, b"", ""),
-    (OLLAMA, 401, {"error": "unauthorized", "signin_url": "https://ollama.com/connect"}, "unauthorized"),
+    (OLLAMA, 401, {"error": "unauthorized", "signin_url": "https://ollama.com/connect"}, "`ollama signin`"),
     (OPENAI, 500, {"error": "a bare string"}, "a bare string"),
     (OPENAI, 422, {"detail": "Not processable."}, "Not processable."),
     (OPENAI, 502, b"<html>Bad gateway</html>", ""),
@@ -3911,6 +4687,37 @@ class UpstreamErrors(Case):
             with self.subTest(status=status, words=words, code=code):
                 text = json.dumps(OPENAI.error(words, "invalid_request_error", code))
                 self.assertEqual(oblix.classify(status, text).fault, fault)
+
+    def test_what_each_vendor_means(self):
+        for fault, status, who, body in MEANT:
+            with self.subTest(who, status=status, body=body):
+                error = oblix.classify(status, body if isinstance(body, str) else json.dumps(body))
+                self.assertIs(error.fault, oblix.Fault[fault])
+                if fault == "TOO_LONG":    # Roo Code's and Cline's words; the SDKs show the message alone
+                    self.assertRegex(error.message, r"(?i)context (length|window)")
+                    self.assertEqual(error.code, "context_length_exceeded")
+
+    def test_a_mistake_in_the_messages_by_openais_own_rules_is_the_clients(self):
+        for words, code, param in AGAINST_THE_REFERENCE:
+            text = json.dumps(OPENAI.error(words, "invalid_request_error", code, param))
+            self.assertIs(oblix.classify(400, text).fault, oblix.Fault.CLIENT)
+
+    def test_what_an_upstream_says_is_read_wherever_it_stands(self):
+        for body in ("Frobs!", {"error": "Frobs!"}, gave("Frobs!"), [gave("Frobs!")], {"message": "Frobs!"},
+                     {"detail": "Frobs!"}, {"detail": gave("Frobs!")}, {"errors": [{"message": "Frobs!"}]},
+                     {"errors": ["Frobs!"]}, {"message": {"detail": "Frobs!"}}, {"error": json.dumps(gave("Frobs!"))},
+                     {"error": {"metadata": {"raw": json.dumps(gave("Frobs!"))}}}, {"Message": "Frobs!"},
+                     {"base_resp": {"status_code": 9, "status_msg": "Frobs!"}}, {"error": None, "message": "Frobs!"}):
+            with self.subTest(body=body):
+                text = body if isinstance(body, str) else json.dumps(body)
+                self.assertEqual(oblix.classify(400, text).message, "Frobs!")
+        fastapi = {"detail": [{"loc": ["body", "messages", 0, "role"], "msg": "Frobs!", "type": "enum"}]}
+        error = oblix.classify(422, json.dumps(fastapi))
+        self.assertEqual((error.message, error.type), ("messages.0.role: Frobs!", "invalid_request_error"))
+
+    def test_who_has_to_sign_in_is_told(self):
+        body = {"error": "unauthorized", "signin_url": "https://ollama.com/connect?name=x&key=y"}
+        self.refused(through(OLLAMA, whole(401, body)), 401, "ollama signin")
 
     def test_errors_of_no_known_shape(self):
         for dialect, status, body, words in ODD_ERRORS:
@@ -4080,7 +4887,7 @@ WAYS_TO_WRITE_EVENTS = [  # all of them mean the same; wire.md 7.1
 ]
 
 CLAUDE_STOPS = [  # stop_reason -> finish_reason
-    ("end_turn", "stop"), ("stop_sequence", "stop"), ("max_tokens", "length"), ("tool_use", "tool_calls"),
+    ("end_turn", "stop"), ("stop_sequence", "stop"), ("max_tokens", "length"), ("tool_use", "stop"),    # without a call
     ("model_context_window_exceeded", "length"), ("refusal", "content_filter"),
 ]
 
@@ -4200,6 +5007,107 @@ class Phrases(Case):
             self.assertEqual([(one["token"], one["logprob"]) for one in content], [("Hello", -0.5)])
 
 
+# --- 6. Calls that a tool_choice forces ------------------------------------------------------------------------------
+
+FORCED = [  # the names of the tools, what Ollama's model writes, the call that the client gets
+    (["find"], '{"q":"a}b"}', ("find", {"q": "a}b"})), (["find"], '{"q":{"n":{}}}', ("find", {"q": {"n": {}}})),
+    (["now"], "{}", ("now", {})), (["find"], 'Sure:\n```json\n{"q":1}\n```\nDone.', ("find", {"q": 1})),
+    (["find", "now"], '{"name":"find","arguments":{"q":{"n":"}"}}}', ("find", {"q": {"n": "}"}})),
+    (["find", "now"], '{ "name" : "now" ,\n "arguments" : { } }', ("now", {})),
+    (["find", "now"], '{"arguments":{"q":1},"name":"find"}', ("find", {"q": 1})),    # a model that no grammar holds
+    (["a/b", 'c"d'], '{"name":"c\\"d","arguments":{"q":1}}', ('c"d', {"q": 1})),
+]
+NO_CALLS = [(["find"], text) for text in ("", "No.", "[1]", '{"q":', '{"q":1}}', "null")] + [
+    (["find", "now"], text) for text in ('{"q":1}', '{"name":"other","arguments":{}}', '{"name":"now"}', "5",
+                                         '{"name":"now","arguments":5}', '{"name":["now"],"arguments":{}}')]
+
+
+def forcing(names):
+    """The fields of a request that forces a call of one of these tools."""
+    tools = [a_tool(name, FIND_TOOL["parameters"]) for name in names]
+    return {"tools": tools, "tool_choice": choice_of(names[0]) if len(names) == 1 else "required"}
+
+
+class Forced(Case):
+    """Ollama has no tool_choice: a call that is forced is written as JSON that it is held to, and told as a call."""
+
+    def said(self, text, size, names, **fields):
+        pieces = [Text(text[at:at + size]) for at in range(0, len(text), size)]
+        return through(OLLAMA, answer(Think("hm"), *pieces), **forcing(names), **fields)
+
+    def test_what_fits_the_schema_is_a_call(self):
+        for names, text, (name, arguments) in FORCED:
+            for size, stream in ((1, True), (3, False), (1000, True)):
+                with self.subTest(text, size=size):
+                    reply = self.said(text, size, names, stream=stream)
+                    self.assertEqual((reply.status, reply.finish, reply.text or None), (200, "tool_calls", None))
+                    self.assertEqual(reply.message["reasoning_content"], "hm")
+                    [call] = reply.message["tool_calls"]
+                    self.assertRegex(call["id"], "^call_[a-zA-Z0-9]+$")
+                    self.assertEqual((call["type"], call["function"]["name"]), ("function", name))
+                    self.assertEqual(json.loads(call["function"]["arguments"]), arguments)
+
+    def test_its_arguments_are_streamed(self):
+        arguments = '{"q":"abcdef"}'
+        for names, text in ((["find"], arguments), (["find", "now"], '{"name":"find","arguments":%s}' % arguments)):
+            deltas = self.said(text, 2, names, stream=True).deltas
+            parts = [part for delta in deltas for part in delta.get("tool_calls", ())]
+            self.assertGreater(len(parts), 5)
+            self.assertEqual([sorted(part) for part in parts[1:]], [["function", "index"]] * (len(parts) - 1))
+
+    def test_what_is_no_call_is_the_upstreams_failure(self):
+        for names, text in NO_CALLS:
+            with self.subTest(text):
+                self.refused(self.said(text, 1000, names), 502, code="bad_upstream_answer")
+                with Upstream(OLLAMA, answer(Text(text))) as local, Upstream(OPENAI, answer(FIND)) as cloud, \
+                        running(local, cloud) as server:
+                    reply = ask(server, "auto", **forcing(names))
+                    self.assertEqual((reply.headers["x-oblix-model"], reply.finish), (cloud.target, "tool_calls"))
+                    self.assertEqual(fetch(server, "GET", "/health").json["targets"][0]["failures"], 0)
+
+    def test_a_cut_call_is_told_as_cut(self):
+        for names, text in ((["find"], '{"q":"ab'), (["find", "now"], '{"name":"find","arguments":{"q":"ab')):
+            for stream in (False, True):
+                script = answer(Text(text), finish="length")
+                reply = through(OLLAMA, script, stream=stream, **forcing(names))
+                [call] = reply.message["tool_calls"]
+                self.assertEqual((reply.finish, call["function"]["arguments"]), ("length", '{"q":"ab'))
+            first = OLLAMA.events(Saying((Text(text),), "stop", 9, 7))[0]
+            reply = through(OLLAMA, [OLLAMA.head, chunk(first), CLOSE], stream=True, **forcing(names))
+            self.assertEqual((reply.finish, reply.cut, reply.error["code"]), (None, True, "upstream_cut"))
+        reply = through(OLLAMA, answer(Think("hm"), finish="length"), **forcing(["find"]))
+        self.assertEqual((reply.finish, "tool_calls" in reply.message), ("length", False))
+
+    def test_a_call_in_ollamas_own_words_is_one_too(self):
+        reply = through(OLLAMA, answer(FIND), **forcing(["find"]))
+        self.assertEqual((reply.finish, reply.message["tool_calls"][0]["function"]["name"]), ("tool_calls", "find"))
+
+    def test_a_model_without_tools_can_be_forced(self):
+        """What holds it to the call is a grammar."""
+        with Upstream(OLLAMA, answer(Text("{}"))) as local, running(local) as server:
+            self.assertEqual(ask(server, local.target, **forcing(["now"])).finish, "tool_calls")
+
+    def test_one_call_at_a_time_is_one(self):
+        fields = {"tools": TOOLS, "parallel_tool_calls": False}
+        for stream in (False, True):
+            reply = through(OLLAMA, answer(Text("Hm."), FIND, NOW), stream=stream, **fields)
+            self.assertEqual([call["function"]["name"] for call in reply.message["tool_calls"]], ["find"])
+            self.assertEqual((reply.text, reply.finish), ("Hm.", "tool_calls"))
+
+    def test_claude_calls_by_the_clients_own_names(self):
+        schema = {"type": "object", "properties": {"größe": {}, "$top": {}, "q": {}}}
+        tools = [a_tool("fs.read", schema), a_tool("fs_read", {}), a_tool("n" * 70, {})]
+
+        def script(dialect, request):
+            calls = [Call(f"c{number}", one["name"], dict.fromkeys(one["input_schema"]["properties"], number))
+                     for number, one in enumerate(request.json["tools"])]
+            return answer(*calls)(dialect, request)
+        for stream in (False, True):
+            calls = through(CLAUDE, script, stream=stream, tools=tools).message["tool_calls"]
+            self.assertEqual([(one["function"]["name"], json.loads(one["function"]["arguments"])) for one in calls],
+                             [("fs.read", {"größe": 0, "$top": 0, "q": 0}), ("fs_read", {}), ("n" * 70, {})])
+
+
 # --- 6. Upstreams that break their own format -------------------------------------------------------------------------
 
 WRONG = (None, 5, [], [[]], {}, {"a": 1}, True, "", "x")
@@ -4255,6 +5163,28 @@ TOOL_PIECES = [  # tool_calls of the deltas, what the client has joined at the e
     ("id and name repeated", [piece("a", "f", '{"x"', index=0), piece("a", "f", ":1}", index=0)], [A]),
     ("a new id in each piece", [piece("a", "f", '{"x"', index=0), piece("z", None, ":1}", index=0)], [A]),    # vLLM
     ("counted from 1", [piece(*A, index=1), piece(*B, index=2)], [A, B]),
+    ("indices null", [piece(*A, index=None), piece(*B, index=None)], [A, B]),
+    ("no ids, one index", [piece(None, *A[1:], index=0), piece(None, *B[1:], index=0)], [(0, *A[1:]), (1, *B[1:])]),
+    ("no ids, ids null, one function", [piece(None, "f", "{}"), {**piece(None, "f", '{"x":1}'), "id": None}],
+     [(0, "f", "{}"), (1, "f", '{"x":1}')]),
+    ("no ids, in pieces, one function", [
+        *(piece(None, *one, index=0) for one in (("f", ""), (None, '{"x"'), (None, ":1}"), ("f", ""), (None, "{}")))],
+     [(0, "f", '{"x":1}'), (1, "f", "{}")]),
+    ("no ids, the name in each piece", [piece(None, "f", one, index=0) for one in ('{"x":{"y"', ":1}", "}", "")],
+     [(0, "f", '{"x":{"y":1}}')]),
+    ("one id for two, in turn", [piece("a", "f", "", index=0), piece("a", "g", "", index=1),
+                                 piece("a", None, '{"x":1}', index=0), piece("a", None, '{"y":2}', index=1)],
+     [A, (1, *B[1:])]),
+    ("one id for two of one index", [piece("a", "f", "{}", index=0), piece("a", "f", '{"x":1}', index=0)],
+     [("a", "f", "{}"), (1, "f", '{"x":1}')]),
+    ("a call twice", [piece(*A, index=0), piece(*A, index=0)], [A]),
+    ("a name that comes later", [piece("a", None, "", index=0), piece("", "f", '{"x":1}', index=0)], [A]),
+    ("nothing but a name", [piece("a", "f", index=0), piece("b", "f", None, index=1)],
+     [("a", "f", "{}"), ("b", "f", "{}")]),
+    ("arguments of other types", [piece("a", "f", {"x": 1}), piece("b", "g", None), piece("c", "h", {})],
+     [A, ("b", "g", "{}"), ("c", "h", "{}")]),
+    ("without `function` around it", [{"name": "f", "arguments": {"x": 1}}], [(0, *A[1:])]),    # Workers AI
+    ("the id of a call before", [piece("of-before", *A[1:])], [(1, *A[1:])]),
     ("in turn", [piece("a", "f", '{"x"', index=0), piece("b", "g", '{"y"', index=1), piece(arguments=":1}", index=0),
                  piece(arguments=":2}", index=1)], [A, B]),
 ]
@@ -4327,8 +5257,13 @@ class BrokenAnswers(Case):
             events = [data_event(OPENAI.chunk([{"index": 0, "delta": delta}])) for delta in deltas]
             events.append(data_event(OPENAI.chunk([{"index": 0, "delta": {}, "finish_reason": "tool_calls"}])))
             with self.subTest(name):
-                said = joined(through(OPENAI, streamed(OPENAI, events), stream=True).deltas)["tool_calls"]
-                self.assertEqual([(call["id"], *call["function"].values()) for call in said], calls)
+                before = [user("Hi"), assistant(None, ("of-before", "f", "{}")), result("of-before", "1"), user("More")]
+                reply = through(OPENAI, streamed(OPENAI, events), stream=True, messages=before, tools=TOOLS)
+                said = joined(reply.deltas)["tool_calls"]
+                ids = [call["id"] for call in said]
+                self.assertEqual((len({*ids, "of-before", ""}), reply.finish), (len(ids) + 2, "tool_calls"))
+                self.assertEqual([(call["id"] if isinstance(id, str) else id, *call["function"].values())
+                                  for call, (id, *_) in zip(said, calls)], calls)
 
     def test_a_stream_has_one_id_and_every_chunk_a_choice(self):
         """Azure begins with an event without choices; some servers count their chunks where the id belongs."""
@@ -4382,6 +5317,279 @@ class BrokenAnswers(Case):
                 reply = through(OPENAI, whole(429, OPENAI.error("Slow down."), header))
                 self.refused(reply, 429, "Slow down.")
                 self.assertNotIn("retry-after", {name.lower() for name in reply.headers})
+
+
+# --- 6. Answers in order ---------------------------------------------------------------------------------------------
+# What compatible servers, Claude's and Ollama's relays say in their own ways: the client reads OpenAI's reference.
+
+A_CALL = {"tool_calls": [piece(*A, index=0)]}
+FINISHES = [  # a reason, an answer's beginning, what the client reads
+    *((reason, {"content": "a"}, finish) for reason, finish in (
+        ("stop", "stop"), (None, "stop"), ("", "stop"), ("eos_token", "stop"), ("COMPLETE", "stop"),
+        ("length", "length"), ("model_length", "length"), ("MAX_TOKENS", "length"), ("SAFETY", "content_filter"),
+        ("sensitive", "content_filter"), ("content_filter", "content_filter"), ("tool_calls", "stop"),
+        ("function_call", "stop"))),
+    *((reason, A_CALL, "tool_calls") for reason in ("stop", "tool_calls", "function_call", "tool_use", None, "")),
+    ("length", A_CALL, "length"),
+    ("function_call", {"function_call": {"name": "f", "arguments": "{}"}}, "function_call"),
+]
+BROKE_OFF = ["error", "abort", "network_error", "insufficient_system_resource", "CANCELLED", "server_overloaded",
+             "function_call_filter: MALFORMED_FUNCTION_CALL"]
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
+SAYINGS = [  # deltas, or a message, what the client has joined at the end
+    ("Mistral's parts", [{"content": [THOUGHT, {"type": "text", "text": "Hel"}]}, {"content": "lo"}], ("Hello", "Hm.")),
+    ("parts of text", [{"content": [{"type": "text", "text": "Hel"}, "lo"]}], ("Hello", None)),
+    ("parts of thinking", [{"content": [THOUGHT]}, {"content": "a"}], ("a", "Hm.")),
+    ("reasoning", [{"reasoning": "Hm."}, {"content": "a"}], ("a", "Hm.")),
+    ("both names", [{"reasoning": "Hm.", "reasoning_content": "Hm."}, {"content": "a"}], ("a", "Hm.")),
+    ("one of both empty", [{"reasoning": "Hm.", "reasoning_content": ""}, {"content": "a"}], ("a", "Hm.")),
+    ("nulls", [{"content": "a", "tool_calls": None, "reasoning": None, "function_call": None, "refusal": None},
+               {"content": None}], ("a", None)),
+    ("calls that are none", [{"content": "a", "tool_calls": []},
+                             {"tool_calls": [piece("", "", index=0, type="function")]}], ("a", None)),
+]
+ODD_EVENTS = [  # after the first content of a stream; the client reads the same without them
+    {"choices": None}, {"choices": []}, {"choices": [{"index": 0, "delta": None}]}, {"type": "ping"},
+    {"choices": [{"index": 0, "finish_reason": "stop", "delta": {}}]}, {"usage": None},
+    {"base_resp": {"status_code": 0}},
+    {"choices": [{"index": 0, "content_filter_offsets": {"check_offset": 1}}]},                         # Azure
+    {"object": "chat.completion", "choices": [{"index": 0, "message": {"content": "Hello"}, "finish_reason": "stop"}]},
+    {"choices": [{"index": 0, "delta": {}}], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}},
+]
+ERRORS_INSIDE = [  # what stands in a stream or in a whole answer
+    {"type": "error"}, {"error": "overheated"}, {"errors": [{"code": 7, "message": "overheated"}]},
+    {"choices": [{"index": 0, "delta": {}, "message": {}, "error": {"code": 502, "message": "overheated"}}]},
+    {"choices": None, "base_resp": {"status_code": 1002, "status_msg": "overheated"}},                  # MiniMax
+    {"code": 500, "msg": "overheated", "success": False},                                               # Zhipu
+]
+NO_ENVELOPE = [{"id": None, "created": None, "object": None}, {"id": "", "created": 0}, {"id": 7, "created": 17.5e8},
+               {"created": "2026-11-01T10:00:00Z", "object": "text_completion", "model": None}]
+
+
+def as_events(*deltas, finish="stop", done=True, **fields):
+    """A stream of OpenAI's that says this."""
+    rows = [*((delta, None) for delta in deltas), ({}, finish)]
+    chunks = [{**OPENAI.chunk([{"index": 0, "delta": delta, "finish_reason": reason}]), **fields}
+              for delta, reason in rows]
+    return [*map(data_event, chunks), *([b"data: [DONE]\n\n"] if done else [])]
+
+
+def as_whole(message, finish="stop", **fields):
+    """A whole answer of OpenAI's with this message."""
+    choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}
+    return {**OPENAI.chunk([choice]), "object": "chat.completion", "usage": OPENAI._usage(HELLO), **fields}
+
+
+class InOrder(Case):
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = {dialect: cls.keep(Upstream(dialect)) for dialect in DIALECTS}
+        cls.server = cls.keep(running(*cls.upstreams.values()))
+
+    def said(self, dialect, script, stream, **fields):
+        """What a client gets of an upstream that plays this: events, the JSON of a whole body, or its bytes."""
+        upstream, kind = self.upstreams[dialect], b"Content-Type: application/json"
+        if isinstance(script, list):
+            script = streamed(dialect, script)
+        elif isinstance(script, dict):
+            script = whole(200, script)
+        else:
+            script = [head(200, kind.decode(), f"Content-Length: {len(script)}") + script]
+        upstream.play(script)
+        return ask(self.server, upstream.target, stream=stream, **fields)
+
+    def test_a_finish_reason_is_openais_and_fits_what_was_said(self):
+        for reason, delta, finish in FINISHES:
+            for stream, script in ((True, as_events(delta, finish=reason)), (False, as_whole(delta, reason))):
+                with self.subTest(reason, stream=stream, delta=delta):
+                    self.assertEqual(self.said(OPENAI, script, stream, tools=TOOLS).finish, finish)
+
+    def test_an_answer_that_broke_off_for_a_reason_is_no_answer(self):
+        for reason in BROKE_OFF:
+            with self.subTest(reason):
+                for script, stream in ((as_whole({"content": "Hel"}, reason), False), (as_events(finish=reason), True)):
+                    self.refused(self.said(OPENAI, script, stream), 502, code="upstream_cut")
+                self.broken_off(self.said(OPENAI, as_events({"content": "Hel"}, finish=reason), True), "Hel")
+        for dialect, old in ((OLLAMA, b'"stop"'), (CLAUDE, b'"end_turn"')):
+            events = [event.replace(old, b'"error"') for event in dialect.events(HELLO)]
+            with self.subTest(dialect.name):
+                self.broken_off(self.said(dialect, events, True), "Hello")
+                self.refused(self.said(dialect, events, False), 502, code="upstream_cut")
+
+    def test_an_error_inside_an_answer_is_one_wherever_it_stands(self):
+        for error in ERRORS_INSIDE:
+            with self.subTest(error):
+                words = "overheated" if "overheated" in str(error) else "error"
+                self.refused(self.said(OPENAI, error, False), BUSY, words)
+                self.refused(self.said(OPENAI, [data_event(error)], True), BUSY, words)
+                self.broken_off(self.said(OPENAI, [*as_events({"content": "Hel"})[:1], data_event(error),
+                                                   *as_events({"content": "lo"})], True), "Hel")
+
+    def test_a_second_beginning_of_claudes_is_no_answer(self):
+        start, *rest = CLAUDE.events(HELLO)
+        hel = next(number for number, event in enumerate(rest) if b"Hel" in event)
+        self.broken_off(self.said(CLAUDE, [start, *rest[:hel + 1], start, *rest], True), "Hel")
+        self.refused(self.said(CLAUDE, [start, *rest[:hel + 1], start, *rest], False), 502, code="upstream_cut")
+        self.answered(self.said(CLAUDE, [start, start, *rest], True), "Hello")
+
+    def test_an_answer_in_the_other_mode_is_put_into_the_one_asked_for(self):
+        message = {"type": "message", "role": "assistant", "content": [
+            {"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Hello"}], "stop_reason": "end_turn",
+            "usage": {"input_tokens": 9, "output_tokens": 7}}
+        answers = {OPENAI: as_whole({"content": "Hello", "reasoning_content": "Hm."}), CLAUDE: message, OLLAMA: {
+            "message": {"content": "Hello", "thinking": "Hm."}, "done": True, "prompt_eval_count": 9, "eval_count": 7}}
+        for (dialect, body), stream in itertools.product(answers.items(), (False, True)):
+            bodies = [body] if dialect is OLLAMA else [body, json.dumps(body, indent=1).encode(),
+                                                       b"\xef\xbb\xbf" + json.dumps(body).encode(),
+                                                       b"\n \r\n" * 9 + json.dumps(body).encode()]
+            for body in bodies:
+                with self.subTest(dialect.name, stream=stream, body=body):
+                    reply = self.said(dialect, body, stream, stream_options={"include_usage": True} if stream else None)
+                    self.answered(reply, "Hello")
+                    self.assertEqual(reply.message["reasoning_content"], "Hm.")
+                    usage = (reply.chunks[-1] if stream else reply.json)["usage"]
+                    self.assertEqual((usage["prompt_tokens"], usage["completion_tokens"]), (9, 7))
+        events = OPENAI.events(Saying((Think("Hm."), Text("Hel"), Text("lo"), FIND, NOW), "tool_calls", 9, 7),
+                               {"stream_options": {"include_usage": True}})
+        for body in (events, b"".join(events), b": ping\n\n" + b"".join(events).replace(b"\n", b"\r\n")):
+            reply = self.said(OPENAI, body, False)
+            self.assertEqual((reply.text, reply.finish), ("Hello", "tool_calls"))
+            self.assertEqual(reply.json["usage"]["total_tokens"], 16)
+            self.assertEqual([call["id"] for call in reply.message["tool_calls"]], [FIND.id, NOW.id])
+        self.refused(self.said(OPENAI, b"".join(events[:3]), False), 502, code="upstream_cut")
+
+    def test_content_is_text_and_thinking_is_reasoning_content(self):
+        for name, deltas, (text, thought) in SAYINGS:
+            scripts = [(as_events(*deltas), True), *([(as_whole(deltas[0]), False)] if len(deltas) == 1 else [])]
+            for script, stream in scripts:
+                with self.subTest(name, stream=stream):
+                    message = self.said(OPENAI, script, stream).message
+                    self.assertEqual((message["content"], message.get("reasoning_content")), (text, thought))
+                    self.assertEqual({*message} & {"tool_calls", "reasoning"}, set())
+
+    def test_a_whole_answer_has_what_the_reference_requires(self):
+        for fields in (*NO_ENVELOPE, {"usage": None}):
+            for message in ({"content": "Hello"}, {"content": "Hello", "tool_calls": [], "function_call": None}):
+                with self.subTest(fields, message=message):
+                    reply = self.said(OPENAI, as_whole(message, **fields), False)
+                    self.answered(reply, "Hello", by=self.upstreams[OPENAI].target)
+                    self.assertEqual((reply.json["object"], type(reply.json["created"])), ("chat.completion", int))
+                    self.assertTrue(reply.json["id"] and isinstance(reply.json["id"], str))
+                    self.assertGreater(reply.json["created"], 1)
+                    self.assertNotIn("tool_calls", reply.message)
+                    self.assertIsNotNone(reply.json.get("usage", {}))
+        filtered = {"choices": [{"finish_reason": "content_filter", "index": 0, "content_filter_results": {}}]}
+        reply = self.said(OPENAI, filtered, False)
+        self.assertEqual((reply.status, reply.message["content"], reply.finish), (200, "", "content_filter"))
+        self.refused(self.said(OPENAI, {"choices": []}, False), 502, code="bad_upstream_answer")
+
+    def test_a_whole_answer_that_is_in_order_passes_as_it_came(self):
+        for body in (as_whole({"content": "Hello"}), OPENAI.whole(HELLO)):
+            raw = json.dumps({**body, "own": {"field": [1.50, "\u00e9"]}}, indent=3)
+            reply = self.said(OPENAI, raw.encode(), False)
+            self.assertEqual(reply.body.decode(), raw.replace(json.dumps(body["model"]), json.dumps("openai:gpt-test")))
+
+    def test_each_chunk_of_a_stream_has_what_the_reference_requires(self):
+        said = as_events({"role": "assistant", "content": "Hel"}, {"content": "lo"})
+        streams = [as_events({"content": "Hel"}, {"content": "lo"}, **fields) for fields in NO_ENVELOPE]
+        streams += [[said[0], data_event(event), *said[1:]] for event in ODD_EVENTS]
+        streams += [[*said[:-1], data_event(event), said[-1]] for event in ODD_EVENTS]
+        streams.append([data_event(json.loads(event[6:]) | {"id": str(number), "model": str(number), "created": number})
+                        for number, event in enumerate(said[:-1], 5)])
+        for number, (events, usage) in enumerate(itertools.product(streams, (False, True))):
+            with self.subTest(number, usage=usage):
+                reply = self.said(OPENAI, events, True, stream_options={"include_usage": usage})
+                self.answered(reply, "Hello")
+                counted = [one for one in reply.chunks if one.get("usage")]
+                self.assertEqual(counted, reply.chunks[-1:] if usage and counted else [])
+                chunks = [one for one in reply.chunks if one not in counted]
+                self.assertEqual({type(choice["delta"]) for one in chunks for choice in one["choices"]}, {dict})
+                self.assertEqual([len(one["choices"]) for one in chunks], [1] * len(chunks))
+                self.assertEqual([one["choices"][0]["finish_reason"] for one in chunks],
+                                 [None] * (len(chunks) - 1) + ["stop"])
+                [(id, created, kind, _)] = {tuple(map(one.get, ("id", "created", "object", "model")))
+                                            for one in reply.chunks}
+                self.assertTrue(id and isinstance(id, str) and type(created) is int and kind.endswith(".chunk"))
+
+    def test_claudes_calls_are_apart_and_whole_however_they_are_told(self):
+        def block(index, id, name, *parts, **fields):
+            told = {"type": "tool_use", "id": id, "name": name, **fields}
+            deltas = [{"index": index, "delta": {"type": "input_json_delta", "partial_json": part}} for part in parts]
+            return [CLAUDE.event("content_block_start", index=index, content_block=told),
+                    *(CLAUDE.event("content_block_delta", **delta) for delta in deltas),
+                    CLAUDE.event("content_block_stop", index=index)]
+        one, two = block(1, "a", "f", '{"x":1}', input={}), block(2, "b", "g", '{"y"', ":2}", input={})
+        nothing = [("a", "f", "{}")]
+        for name, events, calls in (
+            ("input with the block", block(1, "a", "f", input={"x": 1}), [A]),
+            ("input with the block and after it", block(1, "a", "f", '{"x":1}', input={"x": 1}), [A]),
+            ("input as text", block(1, "a", "f", input='{"x":1}'), [A]),
+            ("in turn", [one[0], two[0], two[1], one[1], *two[2:], one[2]], [A, B]),
+            ("input empty", block(1, "a", "f", input=""), nothing),
+            ("input null", block(1, "a", "f", input=None), nothing),
+            ("no input", block(1, "a", "f"), nothing), ("no end of the block", one[:2], [A]),
+            ("one index", [*block(0, "a", "f", '{"x":1}'), *block(0, "b", "g", '{"y":2}')], [A, B]),
+            ("no ids", [*block(1, "", "f", '{"x":1}'), *block(2, None, "g", '{"y":2}')], [(0, *A[1:]), (1, *B[1:])]),
+            ("one id", [*block(1, "a", "f", '{"x":1}'), *block(2, "a", "g", '{"y":2}')], [A, (1, *B[1:])]),
+        ):
+            for reason, stream in itertools.product((b'"tool_use"', b'"end_turn"', b"null"), (False, True)):
+                start, *_, delta, stop = CLAUDE.events(HELLO)
+                with self.subTest(name, reason=reason, stream=stream):
+                    reply = self.said(CLAUDE, [start, *events, delta.replace(b'"end_turn"', reason), stop], stream)
+                    said = reply.message["tool_calls"]
+                    self.assertEqual((len({call["id"] for call in said} - {""}), reply.finish),
+                                     (len(calls), "tool_calls"))
+                    self.assertEqual([(call["id"] if isinstance(id, str) else id, *call["function"].values())
+                                      for call, (id, *_) in zip(said, calls)], calls)
+
+    def test_ollamas_calls_have_ids_that_the_conversation_has_not(self):
+        def call(arguments, **fields):
+            return {"function": {"index": 0, "name": "f", "arguments": arguments}, **fields}
+        rows = [[call({})], [call(None), call({"x": 1})], [call('{"x":1}', id="call_0")], [call({}, id="")]]
+        lines = [{"message": {"content": "", "tool_calls": calls}, "done": False} for calls in rows]
+        before = [user("Hi"), assistant(None, ("call_0", "f", "{}")), result("call_0", "1")]
+        for stream in (False, True):
+            script = [*map(OLLAMA.line, lines), OLLAMA.events(HELLO)[-1]]
+            reply = self.said(OLLAMA, script, stream, messages=before, tools=TOOLS)
+            said = reply.message["tool_calls"]
+            self.assertEqual((len({call["id"] for call in said} - {"call_0", ""}), reply.finish), (5, "tool_calls"))
+            self.assertEqual([call["function"]["arguments"] for call in said], ["{}", "{}", '{"x":1}', '{"x":1}', "{}"])
+
+    def test_log_probabilities_are_whole_and_none_is_lost(self):
+        def token(text, **fields):
+            return {"token": text, "logprob": -0.5, **fields}
+        lines = [{"message": {"content": "", "thinking": "h"}, "logprobs": [token("h", top_logprobs=[token("i")])]},
+                 {"message": {"content": "é"}, "logprobs": [token("é", bytes=[195, 169])]},
+                 {"message": {"content": ""}, "logprobs": [token("x", top_logprobs=None)]},
+                 {"message": {"content": ""}, "done": True, "logprobs": [token("!")]}]
+        chunks = [OPENAI.chunk([{"index": 0, "delta": {"content": text}, "logprobs": {"content": [one]},
+                                 "finish_reason": finish}])
+                  for text, one, finish in (("é", token("h", top_logprobs=[token("i")]), None), ("", token("é"), None),
+                                            ("", token("x"), None), ("", token("!"), "stop"))]
+        wanted = [("h", [104], [[105]]), ("é", [195, 169], []), ("x", [120], []), ("!", [33], [])]
+        for dialect, events in ((OLLAMA, [*map(OLLAMA.line, lines)]), (OPENAI, [*map(data_event, chunks)])):
+            for stream in (False, True):
+                reply = self.said(dialect, events, stream, logprobs=True, top_logprobs=1)
+                choices = [choice for part in (reply.chunks if stream else [reply.json]) for choice in part["choices"]]
+                found = [one for choice in choices for one in (choice["logprobs"] or {}).get("content", [])]
+                with self.subTest(dialect.name, stream=stream):
+                    self.answered(reply, "é")
+                    self.assertEqual([(one["token"], one["bytes"], [top["bytes"] for top in one["top_logprobs"]])
+                                      for one in found], wanted)
+
+    def test_a_nameless_call_is_the_upstreams_fault(self):
+        nameless = {"tool_calls": [piece("a", None, "{}", index=0)]}
+        self.refused(self.said(OPENAI, as_whole(nameless), False, tools=TOOLS), 502, code="bad_upstream_answer")
+        reply = self.said(OPENAI, as_events({"content": "Hel"}, nameless), True, tools=TOOLS)
+        self.broken_off(reply, "Hel")
+
+    def test_an_answer_that_came_to_its_end_needs_no_more(self):
+        """A connection that dies between the finish reason and [DONE] takes nothing from it."""
+        upstream = self.upstreams[OPENAI]
+        for steps in ([CLOSE], [RESET], [b"no chunk\r\n"]):
+            upstream.play([OPENAI.head, *map(chunk, as_events({"content": "Hello"}, done=False)), 0.1, *steps])
+            with self.subTest(steps):
+                self.answered(ask(self.server, upstream.target, stream=True), "Hello")
 
 
 # === 7. Transport ====================================================================================================
@@ -4531,6 +5739,52 @@ class Connections:
                     self.answered(ask(server, up.target), "Hello")
                     self.assertTrue(up.requests[0].hung_up.wait(1), "the connection is still in use")
 
+    def test_what_nobody_acknowledges_is_sent_again_over_a_connection_of_now(self):
+        """A router has forgotten the connections, say.  One of them is waited for, not each."""
+        for size, stream in itertools.product((10, 3000000), (False, True)):
+            with self.subTest(size=size, stream=stream), Upstream(OPENAI, tls=self.tls) as upstream, \
+                    running(upstream) as server, mock.patch.multiple(oblix, DEAD_S=0.4, STALE_S=0.1):
+                at_once(ask, [(server, upstream.target)] * 3)
+                for connection in [*upstream._connections]:
+                    drop_packets(connection)
+                dialled = self.count_calls(oblix, "_dial")
+                reply = ask(server, upstream.target, stream=stream, **talk(user("x" * size)))
+                self.answered(reply, "Hello")
+                self.answered(ask(server, upstream.target), "Hello")
+                self.assertEqual((reply.headers["x-oblix-attempts"], len(upstream.requests)), ("1", 5))
+                self.assertEqual([found[0][4][1] for found, _ in dialled].count(upstream.port), 1)
+
+    def count_calls(self, place, name):
+        """A list that gets an entry for each call of a function, until the test ends."""
+        real, calls = getattr(place, name), []
+        patched = mock.patch.object(place, name, lambda *args: calls.append(args) or real(*args))
+        patched.start()
+        self.addCleanup(patched.stop)
+        return calls
+
+    def test_a_network_that_drops_large_packets_is_noticed_and_not_waited_for_as_a_model_is(self):
+        with Upstream(OPENAI, tls=self.tls) as upstream, mock.patch.object(oblix, "DEAD_S", 0.4):
+            drop_packets(upstream._listener, over=1400)
+            with running(upstream) as server:
+                self.answered(ask(server, upstream.target), "Hello")
+                for stream in (False, True):
+                    reply = ask(server, upstream.target, stream=stream, **talk(user("word " * 2000)))
+                    self.refused(reply, 503, "does not arrive")
+                self.assertEqual(len(upstream.requests), 1)
+
+    def test_who_takes_nothing_for_a_while_is_not_dead(self):
+        """A server that answers one at a time reads the next request late."""
+        with Upstream(OPENAI, pace=0.05, tls=self.tls) as upstream, running(upstream) as server, \
+                mock.patch.object(oblix, "DEAD_S", 0.4):
+            self.answered(ask(server, upstream.target, **talk(user("x" * 1500000))), "Hello")
+
+    def test_after_a_sleep_no_connection_from_before_is_used(self):
+        """Monotonic clocks stand still meanwhile."""
+        with Upstream(OPENAI, tls=self.tls) as upstream, running(upstream) as server:
+            for hours in (0, 0, 1, -2):
+                with mock.patch.object(time, "time", lambda hours=hours, now=time.time: now() + 3600 * hours):
+                    self.answered(ask(server, upstream.target), "Hello")
+            self.assertEqual(len({request.connection for request in upstream.requests}), 3)
 
     def test_a_request_that_is_taken_slowly_but_steadily_is_not_cut(self):
         with Upstream(OPENAI, pace=0.008, tls=self.tls) as upstream, \
@@ -4552,6 +5806,16 @@ class Connections:
                     eventually(lambda: server.gateway.ledger.in_flight() == {})
                 else:
                     self.refused(reply_in(rest_of(client)), 504, "not accepted")
+
+
+def drop_packets(connection, over=0):
+    """Let the kernel drop what comes to a socket from now on, or packets of more than so many bytes: none of it is
+    acknowledged.  What a listening socket accepts inherits it.
+    """
+    need(sys.platform == "linux", IMPOSSIBLE + ": only Linux filters packets for everybody")
+    code = struct.pack("HBBI" * 4, 0x80, 0, 0, 0, 0x25, 0, 1, over, 6, 0, 0, 0, 6, 0, 0, 0xffffffff)    # linux/filter.h
+    rules = ctypes.create_string_buffer(code, len(code))
+    connection.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", len(code) // 8, ctypes.addressof(rules)))
 
 
 class Deaf:
@@ -4587,10 +5851,10 @@ class Unhindered(Case):
     """A request that waits for something costs no other request anything, however many of them there are."""
 
     def quick(self, server):
-        """That another client is answered, some hundred times slower than usual at most."""
+        """That another client is answered; what it must not wait for takes 20 s or more."""
         with Took() as took:
             self.assertEqual(fetch(server, "GET", "/v1/models").status, 200)
-        self.assertLess(took.seconds, 1)
+        self.assertLess(took.seconds, 10)
 
     def test_clients_that_were_refused_and_do_not_leave(self):
         with running(flags=["--max-requests=99"]) as server, contextlib.ExitStack() as clients:
@@ -4619,6 +5883,7 @@ class Unhindered(Case):
             gate.set()
             for client in clients:
                 client.join()
+            self.assertLess(len(asked), 9)    # one look-up is for all who want it
 
     def test_upstreams_that_are_slow_where_they_were_quick(self):
         gate = threading.Event()
@@ -4642,14 +5907,16 @@ class Unhindered(Case):
 
     def test_threads_of_requests_are_held_on_the_fastest_core_and_monitors_are_not(self):
         need(hasattr(os, "sched_setaffinity"), IMPOSSIBLE + ": only Linux holds a thread on a core")
-        rows = [({}, 5), ({2: "800000", 5: "2400000", 3: "2400000\n"}, 5), ({2: "9", 3: "8"}, 2), ({2: "x", 3: "1"}, 3)]
-        for speeds, core in rows:
-            with self.subTest(speeds=speeds), tempfile.TemporaryDirectory() as files:
+        rows = [({}, 0, 2), ({}, 1, 3), ({}, 2, 5), ({2: "800000", 5: "2400000", 3: "2400000\n"}, 62549, 5),
+                ({2: "800000", 5: "2400000", 3: "2400000\n"}, 62550, 3), ({2: "9", 3: "8"}, 1, 2),
+                ({2: "x", 3: "1"}, 1, 3)]
+        for speeds, port, core in rows:
+            with self.subTest(speeds=speeds, port=port), tempfile.TemporaryDirectory() as files:
                 for one, speed in speeds.items():
                     Path(files, str(one)).write_text(speed)
                 with mock.patch.object(os, "sched_getaffinity", lambda _: {2, 3, 5}), \
                         mock.patch.object(os, "sched_setaffinity") as held:
-                    oblix.hold_on_one_core(files + "/%d")
+                    oblix.hold_on_one_core(port, files + "/%d")
                 held.assert_called_once_with(0, {core})
         parse, held = oblix.parse_request, []
 
@@ -4732,8 +5999,20 @@ class TransportOverTls(Connections, Case):
     def test_a_certificate_that_nobody_vouches_for_is_refused(self):
         with mock.patch.dict(os.environ, SSL_CERT_FILE=os.devnull, SSL_CERT_DIR=os.devnull), \
                 Upstream(OPENAI, tls=self.tls) as upstream, running(upstream) as server:
-            self.refused(ask(server, upstream.target), 502, "certificate")
+            self.refused(ask(server, upstream.target), 502, "SSL_CERT_FILE")
             self.assertEqual(upstream.probes + upstream.requests, [])
+
+    def test_what_is_wrong_with_tls_is_told_and_what_to_do(self):
+        with Upstream(OPENAI, tls=self.tls) as upstream, running() as plain:
+            by_address = upstream.url.replace("localhost", "127.0.0.1")
+            for upstream.url, words in ((by_address, "not valid for '127.0.0.1'; is the address right"),
+                                        ("https://127.0.0.1:%d" % plain.port, "there is no TLS there")):
+                with self.subTest(words), running(upstream) as server:
+                    self.refused(ask(server, upstream.target), 502, words, code="upstream_tls")
+                    self.assertIn(words, health(server)["cloud"]["reason"])
+        for number, advice in ((9, "clock"), (10, "clock"), (20, "SSL_CERT_FILE"), (18, "SSL_CERT_FILE"), (85, "")):
+            error = mock.Mock(verify_code=number, verify_message="certificate is odd")
+            self.assertRegex(oblix._about_tls(error), "^TLS failed: certificate is odd%s" % (advice and ";.*" + advice))
 
 
 class Transport(Connections, Case):
@@ -4795,11 +6074,65 @@ class Transport(Connections, Case):
                 way = oblix.way_to(url)
                 self.assertEqual((way.host, way.tls, way.tunnel), (host, tls, tunnel))
                 line, *fields = way.head.split("\r\n")[:-1]
-                told = {**dict(field.split(": ") for field in fields), **way.secret}
+                told = dict(field.split(": ") for field in [*fields, *way.secret.splitlines()])
                 self.assertEqual(line, path + " HTTP/1.1")
                 self.assertEqual((told.pop("Host"), told.pop("Proxy-Authorization", "")), (way.upstream, known))
                 self.assertEqual(told, {})
                 self.assertEqual(bool(way.secret), bool(tunnel and known))
+
+    def test_what_no_proxy_says_is_reached_directly(self):
+        here, address = "http://llm.corp.example:8000/v1", "http://100.101.102.103:11434/v1"
+        rows = [  # URL, rule, whether it is for that
+            *((here, rule, True) for rule in (
+                "corp.example", ".corp.example", "*.corp.example", "LLM.Corp.Example", "llm.corp.example:8000", "*",
+                "x.test, corp.example ,y.test", "x.test corp.example", "*corp.example", "*.corp.example:8000",
+                "llm.*")),
+            *((here, rule, False) for rule in (
+                "other.example", "orp.example", "llm.corp.example:80", "10.0.0.0/8", "llm", "x.llm.corp.example", ",",
+                ".", "[", "corp.example:x", "*.corp.example:80")),
+            *((address, rule, True) for rule in ("100.101.102.103", "100.64.0.0/10", "100.101.102.103:11434", "100.*")),
+            *((address, rule, False) for rule in ("100.101.102.10", "100.128.0.0/9", "fd00::/8")),
+            ("http://[2001:db8::1]:80/", "[2001:db8::1]", True), ("http://[2001:db8::1]/", "2001:db8::/32", True),
+            ("https://far.example/", "far.example:443", True), ("https://far.example/", "far.example:80", False)]
+        for url, rule, directly in rows:
+            proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://proxy.example:3128")
+            with self.subTest(url, rule=rule), mock.patch.dict(os.environ, {**proxies, "no_proxy": rule}):
+                self.assertEqual(oblix.way_to(url).host != "proxy.example:3128", directly)
+
+    def test_a_proxy_that_does_not_speak_http_is_told_and_not_gone_around(self):
+        for variable, kind in (("https_proxy", "socks5h"), ("all_proxy", "socks5"), ("ALL_PROXY", "SOCKS4")):
+            with mock.patch.dict(os.environ, {variable: kind + "://127.0.0.1:9"}), Upstream(OPENAI) as upstream:
+                upstream.url = "https://api.example"
+                with self.subTest(variable), running(upstream) as server:
+                    self.refused(ask(server, upstream.target), 503, kind + " proxies are not supported")
+                    self.assertIn("https_proxy", health(server)["cloud"]["reason"])
+        with mock.patch.dict(os.environ, {"all_proxy": "http://proxy.example:8"}):
+            self.assertEqual(oblix.way_to("https://far.example/").host, "proxy.example:8")
+
+    def test_a_proxy_that_refuses_is_told_without_its_password(self):
+        with Upstream(OPENAI) as proxy, Upstream(OPENAI) as upstream:
+            for kind, status in itertools.product(("http", "https"), (407, 403)):
+                proxy.probe = whole(status, "<html>No.</html>")
+                proxy.play(proxy.probe)
+                upstream.url = kind + "://api.example"
+                env = {kind + "_proxy": proxy.url.replace("://", "://user:p%40ss@")}
+                with self.subTest(env, status=status), mock.patch.dict(os.environ, env), running(upstream) as server:
+                    reply = ask(server, upstream.target)
+                    if (kind, status) != ("http", 403):    # which could as well be the server's
+                        self.refused(reply, 503, "the proxy refuses, with status %d" % status)
+                    self.assertNotIn("p@ss", reply.body.decode() + json.dumps(health(server)))
+
+    def test_connecting_has_one_limit_whoever_asks(self):
+        limits = []
+
+        def connect(_transport, _way, limit_s, _look):
+            limits.append(limit_s)
+            raise ConnectionRefusedError
+        with mock.patch.object(oblix.Transport, "_connect", connect), Upstream(OPENAI) as upstream, \
+                running(upstream, flags=["--connect-timeout-s=7"]) as server:
+            for name in ("cloud", upstream.target):
+                self.refused(ask(server, name), 503)    # as a last resort, and by its name
+        self.assertEqual({*limits}, {7})
 
     def test_dripping_bytes_do_not_outlive_the_limits(self):
         """A limit is a length of time, not the patience for one more byte."""
@@ -4818,6 +6151,57 @@ class Transport(Connections, Case):
             with self.subTest(name):
                 self.broken_off(reply, "Hel") if "after" in name else self.refused(reply, {502, 504})
                 self.assertLess(took.seconds, 30)
+
+
+class SideBySide(Case):
+    """A name with several addresses, of which some lead nowhere."""
+
+    @contextlib.contextmanager
+    def addresses(self):
+        """What leads nowhere, what refuses, what takes connections; and the sockets that are opened meanwhile."""
+        opened, begin = [], oblix._begin_to_connect
+        with contextlib.ExitStack() as stack:
+            nowhere, refuses, takes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+            found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", one.getsockname())
+                     for one in (nowhere, refuses, takes)]
+            drop_packets(nowhere)
+            refuses.close()
+            stack.enter_context(mock.patch.object(oblix, "_begin_to_connect",
+                                                  lambda *place: opened.append(begin(*place)) or opened[-1]))
+            yield (*found, opened)
+
+    def test_the_first_that_takes_a_connection_is_used_and_the_others_are_closed(self):
+        with self.addresses() as (nowhere, refuses, takes, opened):
+            for found in ([takes], [nowhere, takes], [refuses, takes], [nowhere, refuses, nowhere, takes]):
+                opened.clear()
+                with self.subTest(len(found)), oblix._dial(found, oblix.no_look) as connection:
+                    self.assertEqual(connection.getpeername(), takes[4])
+                    self.assertEqual({one.fileno() for one in opened} - {-1}, {connection.fileno()})
+
+    def test_where_none_does_the_last_failure_is_told_and_nothing_stays_open(self):
+        def give_up():
+            if len(opened) > 1:
+                raise oblix.ClientGone
+        with self.addresses() as (nowhere, refuses, _, opened):
+            for found, error in (([refuses] * 2, ConnectionRefusedError), ([nowhere] * 3, oblix.ClientGone),
+                                 ([], OSError)):
+                opened.clear()
+                with self.subTest(error), self.assertRaises(error):
+                    oblix._dial(found, give_up if error is oblix.ClientGone else oblix.no_look)
+                self.assertEqual({one.fileno() for one in opened} - {-1}, set())
+
+    def test_both_versions_of_ip_have_their_turn_and_no_more_than_a_few_addresses(self):
+        tried = []
+
+        def refuse(family, *_):
+            tried.append({socket.AF_INET6: 6, socket.AF_INET: 4}[family])
+            raise OSError("no")
+        for found, order in (([6, 6, 6, 4, 4], [6, 4, 6, 4, 6]), ([4] * 50, [4] * oblix.MAX_ADDRESSES)):
+            tried.clear()
+            places = [(socket.AF_INET6 if one == 6 else socket.AF_INET, 1, 6, "", ()) for one in found]
+            with self.subTest(found), mock.patch.object(oblix, "_begin_to_connect", refuse), self.assertRaises(OSError):
+                oblix._dial(places, oblix.no_look)
+            self.assertEqual(tried, order)
 
 
 # === 9. Gateway ======================================================================================================
@@ -4906,11 +6290,30 @@ class Auto(Case):
                 self.answered(self.saved(CLAUDE, whole(status, CLAUDE.error("No.")), True), "saved")
 
     def test_an_error_of_the_client_is_final(self):
-        with self.two_sides() as (server, local, cloud):
-            local.play(whole(400, OLLAMA.error("invalid message")))
+        words, code, param = AGAINST_THE_REFERENCE[0]
+        with Upstream(OPENAI, whole(400, OPENAI.error(words, "invalid_request_error", code, param))) as first, \
+                Upstream(CLAUDE) as second, running(first, second) as server:
             for stream in (False, True):
-                self.refused(ask(server, "auto", stream=stream), 400, "invalid message")
-            self.assertEqual(cloud.requests, [])
+                self.refused(ask(server, "auto", stream=stream), 400, words, code=code, param=param)
+            self.assertEqual(second.requests, [])
+
+    def test_a_refusal_that_nobody_understands_is_for_the_next_target(self):
+        for status in (400, 422):
+            self.answered(self.saved(OLLAMA, whole(status, OLLAMA.error("Frobs!")), False), "saved")
+
+    def test_where_all_refuse_the_first_refusal_is_the_answer(self):
+        frobs = OPENAI.error("Frobs!", "frob_error", "frobbed")
+        too_long = CLAUDE.error("prompt is too long: 9 tokens > 8 maximum", "invalid_request_error")
+        for stream in (False, True):
+            with Upstream(OPENAI, whole(422, frobs)) as first, Upstream(CLAUDE, whole(400, too_long)) as second, \
+                    running(first, second) as server:
+                reply = ask(server, "auto", stream=stream)
+                self.refused(reply, 422, code="frobbed", type="frob_error")
+                self.assertEqual((reply.error["message"], len(second.requests)), ("Frobs!", 1))
+                self.assertEqual(reply.headers["x-should-retry"], "false")
+                second.play(whole(503, CLAUDE.error("Overloaded.")))    # it might have answered
+                self.refused(ask(server, "auto", stream=stream), 503, "Frobs!", code="no_target_available")
+                self.refused(ask(server, first.target, stream=stream), 422, code="frobbed")    # named
 
     def test_a_prompt_too_long_for_one_may_fit_the_other(self):
         too_long = whole(400, OLLAMA.error("the prompt is longer than the context length"))
@@ -5116,9 +6519,9 @@ class Replanned(Case):
         self.ledger.settle(self.small, oblix.UpstreamError("gone"))
         self.clock.now += REST_S
         self.tries("small", "large")
-        self.assertEqual(self.ledger.admit(self.small), (True, True))
-        self.tries("large")
-        self.ledger.release(self.small)
+        with self.ledger.trial(self.small) as allowed, self.ledger.trial(self.small) as another:
+            self.assertEqual((allowed, another), (True, False))
+            self.tries("large")
         self.tries("small", "large")
 
     def test_slots_fill_and_are_free_again(self):
@@ -5137,7 +6540,7 @@ class Replanned(Case):
     def test_a_load_starts_and_ends(self):
         end = threading.Event()
         self.addCleanup(end.set)
-        self.gateway.loader = oblix.Loader(lambda target, context: end.wait(5))
+        self.gateway.loader = oblix.Errands(lambda target, context: end.wait(5))
         self.tries("small", "large")
         load = self.gateway.loader.begin(self.small, 0)
         self.tries("large", "small", says="small is loading")
@@ -5327,7 +6730,8 @@ def error_as_first_event(dialect, _):
 
 BARE_WORD = head(200, "Content-Type: application/json", "Content-Length: 6") + b"Hello!"
 SAVED = object()    # no error although nobody else is there: an empty answer is better than none
-TRANSPORT, BUSY_REST, ACCOUNT, MISSING = 1.0, 1.0, 600.0, 60.0    # seconds of rest after one fault of this class
+# Seconds of rest after one fault of this class.
+TRANSPORT, BUSY_REST, ACCOUNT, MISSING, NONE = 1.0, 1.0, 600.0, 60.0, 0.0
 FAULTS = [  # a fault, how it is made, where nobody else is there the client's status and what is told, the rest
     ("refused", stopped, 503, "refused", TRANSPORT),
     ("name not found", name_lost, 503, "resolved", TRANSPORT),
@@ -5359,6 +6763,11 @@ FAULTS = [  # a fault, how it is made, where nobody else is there the client's s
     *((str(status), playing(error(status)), status, "overheated", ACCOUNT) for status in (401, 402, 403)),
     ("no money", playing(error(429, "insufficient_quota: pay first", code="insufficient_quota")), 429, "pay", ACCOUNT),
     ("no such model", playing(error(404, "model not found", code="model_not_found")), 404, "not found", MISSING),
+    ("no money, as 400", playing(error(400, "Your credit balance is too low.")), 400, "credit", ACCOUNT),
+    ("no such model, as 400", playing(error(400, "x is not a valid model ID")), 400, "valid model", MISSING),
+    ("odd words", playing(error(400, "Frobs!")), 400, "Frobs!", NONE),
+    ("its template", playing(error(500, "Jinja Exception: No.")), 500, "Jinja", NONE),
+    ("a prompt too long", playing(error(400, "prompt is too long")), 400, "too long", NONE),
 ]
 PATIENCE_S = 1.2    # so much that the side which is well answers within it, however busy the tests keep the machine
 PROMPT = "Grüße, \"Ada\"!\n\\u2028 🎈\u2028 Wie geht's?"
@@ -5472,7 +6881,7 @@ class FaultMatrix(Case):
                 seen = cell.reply.status, cell.reply.text or "", cell.reply.finish
                 return self.assertEqual(seen, (200, "", "stop"))
             self.refused(cell.reply, cell.status, cell.words)
-            if cell.rest_s in (ACCOUNT, MISSING):    # no patience mends it
+            if cell.rest_s in (ACCOUNT, MISSING, NONE):    # no patience mends it
                 self.assertEqual(cell.reply.headers["x-should-retry"], "false")
             elif cell.words == "overheated":
                 self.assertIn(cell.reply.headers["x-should-retry"], (None, "true"))
@@ -5488,7 +6897,7 @@ class FaultMatrix(Case):
 
     def test_the_ledger_knows_who_failed_and_for_how_long_it_rests(self):
         def check(cell):
-            delivered = cell.status is SAVED and not cell.other
+            delivered = cell.status is SAVED and not cell.other or cell.rest_s == NONE
             first = ("ready", 0, 0.0) if delivered else ("resting", 1, cell.rest_s)
             others = {cell.other.target: ("ready", 0, 0.0)} if cell.other else {}
             self.assertEqual(cell.told, {cell.first.target: first, **others})
@@ -5527,7 +6936,7 @@ RESTS = [  # failures in a row, (at least, at most) so many seconds of rest afte
     ([("BUSY", 7.0), "TRANSPORT"], 2, 2, True), (["ACCOUNT", "TRANSPORT"], 1, 60, True),
     ([("ACCOUNT", 7.0)], 600, 600, False),
 ]
-NO_FAULTS = ("CLIENT", "UNSUPPORTED", "TOO_LONG")    # of the target: the request asks too much of it
+NO_FAULTS = ("CLIENT", "REFUSED", "TOO_LONG")    # of the target: the request asks too much of it
 
 
 class Breaker(Case):
@@ -5791,11 +7200,14 @@ class Breaker(Case):
                 self.answered(ask(server), "cloud")
 
     def test_a_fault_of_the_client_never_counts(self):
+        words, code, param = AGAINST_THE_REFERENCE[0]
         for name, script, status, text in (
-            ("wrong", error(400, "invalid message"), 400, None),
+            ("wrong", error(400, words, code=code, param=param), 400, None),
+            ("odd", error(400, "Frobs!"), 200, "local"),
+            ("its template", error(500, "Jinja Exception: System message must be at the beginning."), 200, "local"),
             ("too much", error(400, "This model does not support tools."), 200, "local"),
             ("too long", error(400, "Too long.", code="context_length_exceeded"), 200, "local"),
-            ("unprocessable", error(422, "No."), 422, None),
+            ("unprocessable", error(422, "No."), 200, "local"),
         ):
             with self.subTest(name), self.cloud_first(script) as (server, cloud, *_):
                 for stream in (False, True) * 3:
@@ -5960,6 +7372,45 @@ class Warmth(Orchestrated):
             seen = len(local.probes)
             eventually(lambda: look(server) or len(local.probes) > seen + 1)
             self.assertEqual(local.loads, [])
+
+    def test_a_model_that_is_shown_under_another_name_is_in_memory(self):
+        """Those of one file of weights are one to Ollama.  Others show nothing.  Another load would change nothing."""
+        told = OllamaDialect.ps
+        for shown in ({"hf.co/org/tiny:Q4": {}}, {}):
+            def ps(dialect, loaded, shown=shown):
+                return told(dialect, shown if "llama3.2:latest" in loaded else {})
+            with self.subTest(shown=shown), mock.patch.object(OllamaDialect, "ps", ps), small(loaded={}) as local, \
+                    cloudy() as cloud, running(local, cloud) as server:
+                eventually(lambda: states(server)[local.target] == "ready")
+                for stream in (False, True):
+                    self.answered(ask(server, "auto", stream=stream), "local", by=local.target)
+                self.assertEqual(len(local.loads), 1)
+                if shown:    # what was in memory is gone
+                    del local.loaded["llama3.2:latest"]
+                    eventually(lambda: look(server) or states(server)[local.target] == "cold")
+
+    def test_the_first_request_waits_for_the_first_word_of_ollama(self):
+        gate = threading.Event()
+
+        def first(model, script):
+            local, cloud = small(), cloudy(script) if script else None
+            local.probe = [gate, *local.probe]
+            clouds = [cloud] if cloud else []
+            with local, cloud or contextlib.nullcontext(), \
+                    running(*clouds, env=env_for(local), probed=False) as server:
+                replies = [self.later(ask, server, model, stream=stream) for stream in (False, True)]
+                if script:
+                    eventually(lambda: len(cloud.requests) > 1)
+                self.waits(*replies)
+                gate.set()
+                for reply in replies:
+                    self.answered(reply.result(), "local", by="ollama:llama3.2")
+                    self.assertEqual(reply.result().headers["x-oblix-attempts"], "2" if script else "1")
+        refused = whole(401, OPENAI.error("No."))
+        for model, script in (("auto", None), ("local", None), ("llama3.2", None), ("auto", refused)):
+            gate.clear()
+            with self.subTest(model, script=script):
+                first(model, script)
 
     def test_while_it_loads_the_cloud_answers_and_the_load_goes_on(self):
         gate = threading.Event()
@@ -6252,9 +7703,7 @@ class Contexts(Orchestrated):
                                                "messages")))
             for stream in (False, True):
                 reply = ask(server, "auto", stream=stream)
-                self.refused(reply, 400, param="messages", code="context_length_exceeded")
-                for upstream in (local, cloud):
-                    self.assertIn(upstream.target, reply.error["message"])
+                self.refused(reply, 400, "currently available", param="messages", code="context_length_exceeded")
             for upstream in (local, cloud):
                 told = report(server, upstream)
                 self.assertEqual((told["state"], told["failures"]), ("ready", 0))
@@ -7756,9 +9205,10 @@ class Forgotten(Orchestrated):
     """Faults that a review once found."""
 
     def test_the_clients_own_fault_is_final_though_another_one_failed_before(self):
-        fault = [0.7, *whole(400, OPENAI.error("No such voice."))]
+        words, code, param = AGAINST_THE_REFERENCE[0]
+        fault = [0.7, *whole(400, OPENAI.error(words, "invalid_request_error", code, param))]
         with small([OLLAMA.head, 0.3, CLOSE]) as local, cloudy(fault) as cloud, running(local, cloud) as server:
-            self.refused(ask(server, "auto"), 400, "No such voice.")
+            self.refused(ask(server, "auto"), 400, words)
             self.assertEqual((len(local.requests), len(cloud.requests)), (1, 1))
 
     def test_a_client_that_leaves_while_its_prompt_is_sent_is_noticed(self):
@@ -7853,6 +9303,8 @@ HELD = {    # a row of "what happens", by its beginning: the tests that hold it
     "the request takes longer": [Patience.test_the_time_for_a_whole_request_ends_it_before_content,
                                  Patience.test_it_ends_a_stream_in_band],
     "the request itself is wrong": [Auto.test_an_error_of_the_client_is_final],
+    "an upstream refuses the request": [Auto.test_a_refusal_that_nobody_understands_is_for_the_next_target,
+                                        Auto.test_where_all_refuse_the_first_refusal_is_the_answer],
     "a model refuses a parameter": [LearnedParameters],
     "the prompt is too long": [Auto.test_a_prompt_too_long_for_one_may_fit_the_other,
                                Contexts.test_a_hopeless_prompt_is_for_somebody_else],
@@ -8046,7 +9498,7 @@ class Passing(Case):
         for odd in ("\0", "\\u0000", '"content":"\0"', '"delta":{"content":"\0"'):
             choice = {"odd": odd, "index": 0, "delta": {"role": "assistant", "content": "Hi"}, "finish_reason": None}
             told = {"id": odd, "choices": [choice], odd: 1}
-            before, after = oblix.text_frame(told, False)
+            before, after = oblix.text_frame(told)
             self.assertEqual(json.loads((before + b"x" + after)[len(b"data: "):]), {"id": odd, "choices": [
                 {"index": 0, "finish_reason": None, "delta": {"content": "x"}}]}, "odd fields are one chunk's own")
 
@@ -8626,7 +10078,10 @@ LIMITS = [  # what the README's table of limits says, and the numbers in it
 ROUTES = [  # method, path, status, a word of Allow
     ("GET", "/v1/models", 200), ("GET", "/models", 200), ("GET", "/v1/models/", 200), ("GET", "/v1/models?x=1", 200),
     ("GET", "/v1/models/auto", 200), ("GET", "/models/openai:gpt-test", 200),
-    ("GET", "/v1/models/openai%3Agpt-test", 200), ("GET", "/v1/models/ollama:hf.co%2Forg%2Ftiny:Q4", 200),
+    ("GET", "/v1/models/openai%3Agpt-test", 200), ("GET", "/v1/v1/models", 200), ("GET", "//v1//models//auto/", 200),
+    ("GET", "/v1//health", 200), ("GET", "//", 200), ("GET", "/v1/v1", 200), ("GET", "/v1v1/models", 404),
+    ("GET", "//models/v1/models", 404), ("GET", "/v1/v1/chat//completions", 405, "POST"),
+    ("GET", "/v1/models/ollama:hf.co%2Forg%2Ftiny:Q4", 200),
     ("GET", "/v1/models/ollama%3Ahf.co%2Forg%2Ftiny%3AQ4/", 200), ("GET", "/v1/models/nobody", 404),
     ("GET", "/v1/models/%FF", 404), ("GET", "/health", 200), ("GET", "/v1/health", 200), ("GET", "/health/?a=b", 200),
     ("GET", "/", 200), ("GET", "/nope", 404), ("POST", "/v1/nope", 404), ("GET", "/v1/chat/completions", 405, "POST"),
@@ -8662,7 +10117,7 @@ class Server(Case):
             connection.request(method, path, body, JSON)
             with contextlib.closing(connection.getresponse()) as response:
                 return Reply(response)
-        connection = http.client.HTTPConnection(host, self.server.port, timeout=5)
+        connection = http.client.HTTPConnection(host, self.server.port, timeout=30)
         with contextlib.closing(connection):
             yield send
 
@@ -8675,6 +10130,25 @@ class Server(Case):
                 if status != 200:
                     self.refused(reply, status)
                 self.assertEqual(reply.headers.get("Allow", ""), "".join(allowed))
+
+    def test_what_is_not_there_is_told_as_it_was_asked_for(self):
+        for path in ("/v1/v1/responses", "/v1//nope", "//v1/chat/completions/x"):
+            reply = fetch(self.server, "POST", path + "?key=secret", b"{}")
+            self.refused(reply, 404, "POST %s." % path)
+            self.assertNotIn(b"secret", reply.body)
+
+    def test_a_model_that_chat_takes_is_found(self):
+        listed = {model["id"] for model in fetch(self.server, "GET", "/v1/models").json["data"]}
+        for name in [*listed, "llama3.2", "LLAMA3.2:latest", "ollama:library/llama3.2", "library/llama3.2:latest",
+                     "registry.ollama.ai/library/llama3.2", "hf.co/org/tiny:Q4", "gpt-test", "openai:any/thing@4bit?",
+                     "anthropic:claude-x", "openai:gpt-test", "ollama:not-pulled", "nobody", "openai:", "x/y",
+                     "openai:a\n"]:
+            with self.subTest(name):
+                told = fetch(self.server, "GET", "/v1/models/" + urllib.parse.quote(name, safe=":/@"))
+                if name in listed or ask(self.server, name).status not in (400, 404) or name == "ollama:not-pulled":
+                    self.assertEqual((told.status, told.json["id"], told.json["object"]), (200, name, "model"))
+                else:
+                    self.refused(told, {400, 404})
 
     def test_a_method_that_nobody_knows(self):
         for body in (None, b"x" * 3000000):
@@ -8714,13 +10188,16 @@ class Server(Case):
 
     def test_a_server_stops_at_once_wherever_it_listens(self):
         for host in ["localhost", "127.0.0.1", "0.0.0.0"] + ["::"] * has_loopback_6():
-            with self.subTest(host), running(self.local, flags=["--no-auth", "--host=" + host], probed=False) as server:
+            with self.subTest(host), mock.patch.object(oblix._Listener, "timeout", 60.0), \
+                    running(self.local, flags=["--no-auth", "--host=" + host], probed=False) as server:
                 self.assertEqual(fetch(server, "GET", "/").status, 200)
                 begun = time.monotonic()
-            self.assertLess(time.monotonic() - begun, 1)
+            self.assertLess(time.monotonic() - begun, 30)    # nobody wakes by himself before 60
 
     def test_chat_with_and_without_v1_with_a_slash_and_a_query(self):
-        for path in ("/v1/chat/completions", "/chat/completions", "/v1/chat/completions/", "/chat/completions?a=1"):
+        for path in ("/v1/chat/completions", "/chat/completions", "/v1/chat/completions/", "/chat/completions?a=1",
+                     "/v1/v1/chat/completions", "//v1/chat/completions", "/v1//chat/completions",
+                     "/v1//v1//chat//completions//"):
             self.answered(fetch(self.server, "POST", path, json.dumps(chat()), JSON), "Hello")
 
     def test_head_is_get_without_the_body(self):
@@ -8873,9 +10350,7 @@ class Server(Case):
             client.sendall(post(chat(local.target)))
             local.next_request()
             for path in ("/health", "/v1/models", "/v1/models/auto", "/"):
-                with Took() as took:
-                    self.assertEqual(fetch(server, "GET", path).status, 200)
-                self.assertLess(took.seconds, 0.5, path)
+                self.assertEqual(fetch(server, "GET", path).status, 200)    # the upstreams answer nothing at all
 
     def test_unhealthy_is_a_503_with_reasons(self):
         with Upstream(OLLAMA) as local:
@@ -9005,7 +10480,7 @@ class Hostile(Case):
 
     def ask_all(self, bodies):
         """One client with many bodies on one connection."""
-        connection, replies = http.client.HTTPConnection("127.0.0.1", self.process.port, timeout=10), []
+        connection, replies = http.client.HTTPConnection("127.0.0.1", self.process.port, timeout=30), []
         with contextlib.closing(connection):
             for body in bodies:
                 connection.request("POST", "/v1/chat/completions", body, JSON)
@@ -9061,17 +10536,21 @@ OF_THE_CLIENT = dict.fromkeys((
 OUR_NAMES = [  # what Host may say
     "localhost", "localhost:1", "localhost:", "LOCALHOST", "LocalHost:62549", "localhost.", "app.localhost",
     "a.b.localhost:3000", "127.0.0.1", "127.0.0.1:62549", "127.8.9.1", "192.168.1.7:8080", "8.8.8.8", "[::1]",
-    "[::1]:62549", "[FE80::1]:1",
+    "[::1]:62549", "[FE80::1]:1", "host.docker.internal", "HOST.containers.Internal:62549", "docker.for.mac.localhost",
 ]
 NOT_OUR_NAMES = [
     "", "evil.example", "EVIL.example:62549", "evil.example.", "evil.localhost.example", "localhost.evil.example",
     "localhost.evil.example:62549", "127.0.0.1.evil.example", "127.0.0.1.nip.io", "1.2.3.4.5", "999.1.1.1",
-    "notlocalhost", "localhost-evil.example", "evil.example#localhost", "evil.example/localhost",
+    "notlocalhost", "localhost-evil.example", "host", "oblix", "internal", "internal.evil.example",
+    "host.docker.internal.evil.example", "host-docker-internal", "printer.local",
+]
+NO_NAMES = [    # what no Host header may say (RFC 9112, 3.2)
+    "evil.example#localhost", "evil.example/localhost",
     "evil.example?.localhost", "localhost@evil.example", "evil.example@localhost", "localhost:62549@evil.example",
     "localhost,evil.example", "evil.example,localhost", "localhost evil.example", "localhost\tevil",
     "localhost\\.evil.example", "evil.example:localhost", "localhost:1:2", "localhost%00.evil.example",
     "[::1].evil.example", "[::1", "::1]", "[evil.example]", "[localhost]", "l\xf6calhost", "a!b.evil.example", ":62549",
-    ".", "*", "host", "http://localhost", "localhost/",
+    ".", "*", "http://localhost", "localhost/", "localhost:http",
 ]
 ADDRESSES = [  # target, version, Host (None is no such header), statuses
     ("http://localhost/health", "1.1", "localhost", {200}), ("HTTP://LOCALHOST:1/health", "1.1", "x", {200}),
@@ -9090,7 +10569,8 @@ ADDRESSES = [  # target, version, Host (None is no such header), statuses
 PAGES_HERE = [  # what Origin may say
     PAGE_HERE, "http://localhost", "https://localhost:8443", "HTTP://LOCALHOST:3000", "http://app.localhost:5173",
     "http://127.0.0.1", "http://127.0.0.1:8080", "https://127.9.9.9:1", "http://[::1]:3000", "tauri://localhost",
-    "capacitor://localhost",
+    "capacitor://localhost", "app://obsidian.md", "App://-", "ionic://localhost", "electron://x", "vscode-webview://0a1b",
+    "vscode-file://vscode-app", "http://tauri.localhost",
 ]
 FOREIGN_PAGES = [
     FOREIGN, "null", "NULL", "http://evil.example:62549", "http://localhost.evil.example", "http://evil-localhost",
@@ -9098,7 +10578,8 @@ FOREIGN_PAGES = [
     "http://evil.example#.localhost", "http://localhost:3000, https://evil.example", "http://localhost evil.example",
     "http://127.0.0.1.evil.example", "http://0.0.0.0:3000", "http://192.168.1.7", "http://10.0.0.1:3000", "file://",
     "localhost", "http://", "://", "", "*", "http://localhost:3000\\.evil.example", "http://[::2]",
-    "chrome-extension://abcdef", "http://l\xf6calhost",
+    "chrome-extension://abcdef", "http://l\xf6calhost", "app://", "app:", "app", "app.evil.example://x", "xapp://x",
+    "https://app://x", "file://localhost/x", "moz-extension://x", "http://host.docker.internal:3000",
 ]
 KINDS = [  # Content-Type, whether it is JSON; None is no such header
     ("application/json", True), ("application/json; charset=utf-8", True), ("application/json;charset=UTF-8", True),
@@ -9275,6 +10756,9 @@ class Guard(Case):
         for name in NOT_OUR_NAMES:
             with self.subTest(name):
                 self.refused(fetch(self.open, "GET", "/health", None, {"Host": name}), 403, code="host_not_allowed")
+        for name, (server, key) in itertools.product(NO_NAMES, ((self.open, {}), (self.keyed, WITH_KEY))):
+            with self.subTest(name, keyed=bool(key)):
+                self.refused(fetch(server, "GET", "/health", None, {"Host": name, **key}), 400, code="bad_request")
         for (method, path, *_), page in itertools.product(ROUTES, ({}, {"Origin": "http://evil.example"})):
             headers = {**JSON, "Host": "evil.example", **page}
             reply = fetch(self.open, method, path, None if method == "GET" else b"{}", headers)
@@ -9310,9 +10794,9 @@ class Guard(Case):
         """Names that can't be read are no name: that must not be the one that an empty flag allows."""
         for flags in (["--allow-host="], ["--host=", "--no-auth"]):
             with contextlib.suppress(oblix.UsageError), running(self.local, flags=flags, probed=False) as server:
-                for name in ("", "a!b.evil.example", "evil.example", ":1"):
+                for name, status in (("", 403), ("a!b.evil.example", 400), ("evil.example", 403), (":1", 400)):
                     with self.subTest(name, flags=flags):
-                        self.assertEqual(fetch(server, "GET", "/", None, {"Host": name}).status, 403)
+                        self.assertEqual(fetch(server, "GET", "/", None, {"Host": name}).status, status)
 
     def test_with_a_key_the_name_does_not_matter(self):
         """A page that rebinds its name does not know the key, and a proxy in front may use any name."""
@@ -9391,7 +10875,7 @@ class Guard(Case):
                 self.assertIn(reply.status, {200, 400, 403, 431})
 
     def test_an_allowed_page_can_read_every_answer(self):
-        good, large, text = json.dumps(chat()), {**JSON, "Content-Length": "9" * 15}, {"Content-Type": "text/plain"}
+        good, large = json.dumps(chat()), {**JSON, "Content-Length": "9" * 15}
         with running(env=NOBODY, probed=False) as nobody:
             for server, method, path, body, headers, status in (
                     (self.open, "POST", CHAT, good, JSON, 200), (self.keyed, "POST", CHAT, good, JSON, 401),
@@ -9403,7 +10887,7 @@ class Guard(Case):
                     (self.open, "POST", CHAT, "{oops", JSON, 400), (self.open, "POST", "/nope", "{}", JSON, 404),
                     (self.open, "POST", CHAT, json.dumps(chat("x")), JSON, 404),
                     (self.open, "PUT", CHAT, "{}", JSON, 405), (self.open, "POST", CHAT, None, large, 413),
-                    (self.open, "POST", CHAT, good, text, 415), (nobody, "POST", CHAT, good, JSON, 503),
+                    (nobody, "POST", CHAT, good, JSON, 503),
                     (self.open, "POST", CHAT, good, {**JSON, "Expect": "tea"}, 417)):
                 with self.subTest(method, path=path, status=status):
                     reply = fetch(server, method, path, body, {**headers, "Origin": PAGE_HERE})
@@ -9466,10 +10950,19 @@ class Guard(Case):
 
     # --- bodies ---
 
-    def test_a_body_must_be_json_by_its_content_type(self):
-        for kind, good in KINDS:
+    def test_a_program_may_call_its_body_what_it_likes(self):
+        """`curl -d` says that it sends a form."""
+        for kind, _ in KINDS:
             with self.subTest(kind):
-                reply = post_with(self.open, {}, kind)
+                self.answered(post_with(self.open, {}, kind), "Hello")
+        self.refused(fetch(self.open, "POST", CHAT, "a=b", {"Content-Type": "application/x-www-form-urlencoded"}), 400)
+
+    def test_a_body_of_a_page_must_be_json_by_its_content_type(self):
+        """Of an allowed page, too: that is the rule by which a browser asks before it sends."""
+        pages = itertools.cycle(({"Origin": PAGE_HERE}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "none"}))
+        for (kind, good), page in zip(KINDS, pages):
+            with self.subTest(kind, page=page):
+                reply = post_with(self.open, page, kind)
                 if good:
                     self.answered(reply, "Hello")
                 else:
@@ -9493,10 +10986,13 @@ class Guard(Case):
         usual = {"Accept": "*/*", "Accept-Language": "en", "Content-Language": "en", "Range": "bytes=0-9",
                  "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Referer": FOREIGN + "/"}
         form = json.dumps(chat(user="=")) + "\r\n"    # of <form enctype="text/plain">: name=value
-        for kind, origin, body in itertools.product(SIMPLE_KINDS, (FOREIGN, "null", None), (json.dumps(chat()), form)):
+        older = {name: value for name, value in usual.items() if not name.startswith("Sec-")}    # they send Origin
+        for kind, (origin, sent), body in itertools.product(
+                SIMPLE_KINDS, ((FOREIGN, usual), (FOREIGN, older), ("null", usual), ("null", older), (None, usual)),
+                (json.dumps(chat()), form)):
             with self.subTest(kind=kind, origin=origin):
                 page = {**({"Origin": origin} if origin else {}), **({"Content-Type": kind} if kind else {})}
-                reply = fetch(self.open, "POST", CHAT, body, {**usual, **page})
+                reply = fetch(self.open, "POST", CHAT, body, {**sent, **page})
                 self.refused(reply, *((403, "Pages") if origin else (415, "JSON")))
                 self.no_cors(reply)
         self.refused(post_with(self.open, {**usual, "Origin": FOREIGN}), 403)    # as if after a preflight
@@ -9514,7 +11010,12 @@ class Guard(Case):
             for path in ("/health", "/v1/models", "/", "/v1/models/auto"):
                 self.refused(fetch(self.open, "GET", path, None, {"Host": host, **page}), 403, code="host_not_allowed")
             self.refused(post_with(self.keyed, {"Host": host, **page}), 401, code="invalid_api_key")
+        host = "evil.internal:%d" % self.open.port    # of a page of who runs the network's DNS
+        for kind in ("application/json", *SIMPLE_KINDS):
+            self.refused(post_with(self.open, {"Host": host, "Origin": "http://" + host}, kind), 403, "Pages")
         self.nothing_asked()
+        headers = {"Host": host, "Origin": "http://" + host, **WITH_KEY}    # with a key, it may be a proxy's name
+        self.assertEqual(post_with(self.keyed, headers).status, 200)
 
     # --- what a client can't choose ---
 
@@ -9571,7 +11072,7 @@ class Guard(Case):
             with self.subTest(flags=flags, env=env), \
                     running(self.local, flags=flags, env=env, probed=False) as server:
                 host = "::1" if "::1" in server.url else "127.0.0.1"
-                connection = http.client.HTTPConnection(host, server.port, timeout=5)
+                connection = http.client.HTTPConnection(host, server.port, timeout=30)
                 with contextlib.closing(connection):
                     connection.request("GET", "/v1/models")
                     with contextlib.closing(connection.getresponse()) as response:
@@ -9612,7 +11113,7 @@ class Guard(Case):
     def started(self, flags, env):
         """(status, stdout, stderr) of a start that fails before the server would run."""
         with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(io.StringIO()) as said, \
-                mock.patch.object(oblix, "run_server", lambda _: "it runs"):
+                mock.patch.object(oblix, "run_server", lambda *_: "it runs"):
             status = oblix.main(flags, {**NOBODY, **env})
         return status, said.getvalue(), told.getvalue()
 
@@ -9817,8 +11318,8 @@ CHAT_1_0 = {"line": b"POST /v1/chat/completions HTTP/1.0"}
 ELSEWHERE = {"line": b"POST http://evil.example/v1/chat/completions HTTP/1.1"}
 REFUSED = [  # fields, how a request is not as usual, status: what is refused without a look at the body
     ([], {"line": b"POST /nope HTTP/1.1"}, 404), ([], {"line": b"PUT /health HTTP/1.1"}, 405),
-    ([], {"line": b"BREW / HTTP/1.1"}, 405), ([], {"kind": b"Content-Type: text/plain"}, 415),
-    ([], {"kind": None}, 415),
+    ([], {"line": b"BREW / HTTP/1.1"}, 405), ([b"Sec-Fetch-Site: none"], {"kind": b"Content-Type: text/plain"}, 415),
+    ([b"Origin: http://localhost"], {"kind": None}, 415), ([], {"host": b"Host: a b"}, 400),
     ([b"Content-Encoding: gzip"], {}, 415), ([b"Expect: tea"], {}, 417), ([b"Origin: https://evil.example"], {}, 403),
     ([b"Origin: null"], {}, 403), ([], {"host": b"Host: evil.example"}, 403), ([], {"host": b"Host:"}, 403),
     ([], ELSEWHERE, 403), ([], {"host": None}, 400), ([b"X : y"], {}, 400),
@@ -10117,7 +11618,7 @@ def reply_in(data):
 
 
 def connected(server):
-    return socket.create_connection(("127.0.0.1", server.port), 5)
+    return socket.create_connection(("127.0.0.1", server.port), 30)
 
 
 def thirstless(server, **fields):
@@ -10163,7 +11664,7 @@ def cannot_send(client, data):
     return False
 
 
-def slowly(client, pieces, pause=0.03, within=4):
+def slowly(client, pieces, pause=0.03, within=30):
     """What comes back to a client that sends these pieces, with a pause after each, until something comes."""
     until = time.monotonic() + within
     with contextlib.suppress(ConnectionError):
@@ -10226,7 +11727,7 @@ class Large(Case):
         def sent(piece):
             with connected(self.server) as client:
                 client.sendall(post(b"", "Content-Length: 99999999999", length=False))
-                eventually(lambda: cannot_send(client, piece), within=4)
+                eventually(lambda: cannot_send(client, piece))
         with mock.patch.object(oblix, "LINGER_S", 0.2):
             at_once(sent, [(b" ",), (b" " * 65536,)])
 
@@ -10346,7 +11847,7 @@ class Busy(Case):
             with Upstream(OPENAI) as upstream, running(upstream, flags=flags) as server:
                 self.ended(server, upstream, size, script, how, fields)
                 data = post(padded(size, model=upstream.target), "Connection: close")
-                eventually(lambda: raw(server, data).startswith(b"HTTP/1.1 200 "), within=10)
+                eventually(lambda: raw(server, data).startswith(b"HTTP/1.1 200 "))
                 return server.gateway.ledger.in_flight()
         with mock.patch.object(oblix, "for_client", with_a_bug), self.assertLogs("oblix", "ERROR") as logged, \
                 mock.patch.object(oblix, "MAX_BODIES_BYTES", size):
@@ -10397,17 +11898,17 @@ class Busy(Case):
                     return reply_in(b"".join(received)).text == text and len(received) > 100
                 upstream.play(answer(Text("Hello")))
                 self.refused(ask(server, upstream.target), 503, code="overloaded")
-                eventually(lambda: ask(server, upstream.target).status == 200, within=4)
+                eventually(lambda: ask(server, upstream.target).status == 200)
                 return server.gateway.ledger.in_flight() == {} and (script is pieces or not stream
-                                                                    or request.hung_up.wait(2))
-        with mock.patch.object(oblix, "SEND_S", 0.4):
+                                                                    or request.hung_up.wait(20))
+        with mock.patch.object(oblix, "SEND_S", 1.5):
             self.assertEqual(at_once(served, rows), [True] * len(rows))
 
     def test_who_asks_on_and_on_and_reads_nothing_is_dropped(self):
         with mock.patch.object(oblix, "SEND_S", 0.3), Upstream(OLLAMA) as upstream, \
                 running(upstream, flags=["--max-requests=4"]) as server, connected(server) as client:
             client.settimeout(0.1)
-            eventually(lambda: cannot_send(client, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500), within=4)
+            eventually(lambda: cannot_send(client, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500))
 
 
 @contextlib.contextmanager
@@ -10454,7 +11955,7 @@ class Slow(Case):
 
     @classmethod
     def setUpClass(cls):
-        cls.keep(mock.patch.multiple(oblix, HEAD_S=0.4, BODY_S=0.4, BODY_BYTES_PER_S=1 << 17, IDLE_CLIENT_S=0.8))
+        cls.keep(mock.patch.multiple(oblix, HEAD_S=1.0, BODY_S=1.0, BODY_BYTES_PER_S=1 << 17, IDLE_CLIENT_S=3.0))
         cls.upstream = cls.keep(Upstream(OPENAI, cls.script))
         cls.server = cls.keep(running(cls.upstream))
         cls.pool = cls.keep(concurrent.futures.ThreadPoolExecutor(64))
@@ -10462,12 +11963,12 @@ class Slow(Case):
         cls.slow = [(row, cls.pool.submit(cls.sent, *row[1:])) for row in rows]
         cls.honest = [(told, cls.pool.submit(cls.sent_in_time, pieces)) for pieces, told in cls.honest_rows()]
         cls.idle = [cls.pool.submit(cls.left_idle, requests) for requests in (0, 2)]
-        cls.waiting = [cls.pool.submit(ask, cls.server, cls.upstream.target, 5, user="late", stream=stream)
+        cls.waiting = [cls.pool.submit(ask, cls.server, cls.upstream.target, user="late", stream=stream)
                        for stream in (False, True)]
 
     @staticmethod
     def script(dialect, request):
-        late = [1.2] * ("user" in request.json)
+        late = [3.5] * ("user" in request.json)
         return [*late, *answer(Text("Hello"))(dialect, request)]
 
     @classmethod
@@ -10495,7 +11996,7 @@ class Slow(Case):
         close = "Connection: close"
 
         def after_a_rest():
-            time.sleep(0.6)    # of which no byte of a head has come
+            time.sleep(1.2)    # of which no byte of a head has come
             yield from (START[:20], START[20:], b"Connection: close\r\n\r\n")
         return [([body_head("Content-Length: %d" % len(body), close), *pieces], b"Hello"),
                 ([body_head(*CHUNKS), *map(chunk, pieces), END], b"Hello"), (after_a_rest(), b'"status":"healthy"')]
@@ -10527,7 +12028,7 @@ class Slow(Case):
         for result in self.idle:
             last, seconds = result.result()
             self.assertEqual(last, b"")
-            self.assertGreater(seconds, 0.4)
+            self.assertGreater(seconds, 2)
 
     def test_one_that_waits_for_its_answer_is_not_idle(self):
         for reply in self.waiting:
@@ -10563,7 +12064,7 @@ class Crowded(Case):
                     asking_later(server, upstream, 2) as under_way:
                 crowd = self.flood(clients, server, data)
                 upstream.play(answer(Text("Hello")))
-                self.answered(ask(server, upstream.target, timeout=3), "Hello")
+                self.answered(ask(server, upstream.target), "Hello")
                 eventually(lambda: sum(map(is_closed, crowd)) >= len(crowd) - 14)
                 closed = [*map(is_closed, crowd)]
                 gate.set()
@@ -10594,13 +12095,26 @@ class Crowded(Case):
             crowd += self.flood(clients, server, b"", 7, "::1")
             eventually(lambda: sum(map(is_closed, crowd)) >= 14 - 8)
             self.assertEqual([*map(is_closed, crowd)][-6:], [False] * 6)
-            self.answered(ask(server, upstream.target, timeout=3), "Hello")
+            self.answered(ask(server, upstream.target), "Hello")
+
+    def test_one_that_was_sent_away_takes_no_place_while_it_goes(self):
+        """Its thread sees that in its own time; the next to come must not be sent away in its stead."""
+        admission = oblix.Admission(max_requests=1, max_body_bytes=1)
+        with contextlib.ExitStack() as stack:
+            ours, clients = zip(*(map(stack.enter_context, socket.socketpair()) for _ in range(4)))
+            admission.enter(ours[0]).busy = True
+            admission.enter(ours[1])
+            third = admission.enter(ours[2])
+            self.assertEqual([*map(is_closed, clients[:3])], [False, True, False])
+            admission.leave(third)
+            admission.enter(ours[3])
+            self.assertEqual([*map(is_closed, clients)], [False, True, False, False])
 
     def test_a_connection_that_gets_no_thread_is_closed_and_the_next_one_served(self):
         start = threading.Thread.start
 
         def failing(thread):
-            if thread.name != "connect" if refused == "the client" else thread.name == "connect":
+            if thread.name != "errand" if refused == "the client" else thread.name == "errand":
                 raise RuntimeError("can't start new thread")
             start(thread)
         with Upstream(OPENAI) as upstream, running(upstream, flags=["--max-requests=1"]) as server:
@@ -10698,8 +12212,8 @@ class Siege(Case):
             for _ in range(3):
                 for client in writers:
                     client.sendall(b"a")
-                self.answered(ask(self.server, "cloud", timeout=3), "Hello")
-                self.assertEqual(fetch(self.server, "GET", "/health", timeout=3).status, 200)
+                self.answered(ask(self.server, "cloud"), "Hello")
+                self.assertEqual(fetch(self.server, "GET", "/health").status, 200)
             self.assertEqual(len(self.upstream.requests), self.readers + 3)
         self.gate.set()
         eventually(lambda: health(self.server)["targets"][0]["in_flight"] == 0)
@@ -10976,7 +12490,7 @@ def bare_env(env=None):
 
 def command(*flags, env=None):
     """`python oblix.py FLAGS` from its beginning to its end."""
-    return subprocess.run([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env), timeout=10,
+    return subprocess.run([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env), timeout=60,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
 
 
@@ -10989,7 +12503,7 @@ class Process:
         self._said, self._reader = [], threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         address = re.compile(r"http://(?:localhost|127\.0\.0\.1):(\d+)/v1")
-        eventually(lambda: address.search(self.said()) or self._process.poll() is not None, within=10)
+        eventually(lambda: address.search(self.said()) or self._process.poll() is not None, within=60)
         if not address.search(self.said()):
             self.__exit__()
             raise AssertionError("it does not say its address: " + self.said())
@@ -11006,8 +12520,8 @@ class Process:
         """End it by these signals, and wait for the last of what it says."""
         for number in signal_numbers:
             self._process.send_signal(number)
-        self._process.wait(5)
-        self._reader.join(5)
+        self._process.wait(30)
+        self._reader.join(30)
 
     def __enter__(self):
         return self
@@ -11112,11 +12626,10 @@ class CommandLine(Case):
                 self.assertEqual([*states(process)], ["ollama:demo-local", "openai:demo-cloud"])
 
     def test_it_starts_with_nothing_there_and_says_what_to_do(self):
-        with Took() as took, Process("--port=0") as process:
+        with Process("--port=0") as process:
             self.refused(ask(process, "auto"), 503, code="no_target_available")
             for word in ("ollama", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
-                self.assertIn(word.lower(), process.said().lower())
-        self.assertLess(took.seconds, 3)
+                eventually(lambda: word.lower() in process.said().lower())    # noqa: B023 - it is over here
 
     def test_it_starts_beside_an_ollama_that_does_not_answer(self):
         with Upstream(OLLAMA, probe=[HANG]) as silent, Process("--port=0", env=env_for(silent)) as process:
@@ -11165,7 +12678,7 @@ class CommandLine(Case):
             def given_back():
                 kib = {name: int(size) for name, size in re.findall(r"(\w+):\s+(\d+) kB", status.read_text())}
                 return kib["VmHWM"] - kib["VmRSS"] > 8 << 10
-            eventually(given_back, within=10)
+            eventually(given_back)
 
 
 # --- 14. As a service ------------------------------------------------------------------------------------------------
@@ -11188,7 +12701,7 @@ class Service(Process):
         self._said, self._reader = [], threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
-            eventually(lambda: (ready or type(self)._address)(self) or self._process.poll() is not None, within=10)
+            eventually(lambda: (ready or type(self)._address)(self) or self._process.poll() is not None, within=60)
             self.port = int(self._address()[1]) if not ready else None
         except BaseException as error:
             self.__exit__()
@@ -11209,7 +12722,7 @@ class Service(Process):
     def signal(self, number):
         os.kill(self.pid, number)
 
-    def status(self, within=8):
+    def status(self, within=60):
         """Its exit status, waited for."""
         return self._process.wait(within)
 
@@ -11320,7 +12833,8 @@ def named(name):
 ENDLESS = ["--drain=60"]
 OTHER = "ollama:hf.co/org/tiny:Q4"    # a model that `small` has, beside the usual one
 IDLE_WITH = [("a load under way", signal.SIGTERM, lambda: small(loaded={}, load=[HANG])),
-             ("a probe under way", signal.SIGINT, lambda: Upstream(OLLAMA, probe=[HANG]))]
+             ("a probe under way", signal.SIGINT, lambda: Upstream(OLLAMA, probe=[HANG])),
+             ("its terminal gone", signal.SIGHUP, lambda: Upstream(OLLAMA))]
 RUNS_ON = [  # name, model, whether streamed: requests that wait for something which comes within the drain
     ("flowing", "cloud", True), ("flowing", "cloud", False), ("silent", "cloud", True), ("silent", "cloud", False),
     ("loading", "local", True), ("loading", "local", False),
@@ -11347,8 +12861,10 @@ class Stopping(Case):
     @classmethod
     def setUpClass(cls):
         rows = [(work, row) for work, rows in [
-            (cls.first_of_all, [()]), (cls.at_the_end_of_the_drain, [(0.5,), (0.0,)]), (cls.within_the_drain, [()]),
+            (cls.first_of_all, [()]), (cls.under_nohup, [()]),
+            (cls.at_the_end_of_the_drain, [(0.5,), (0.0,)]), (cls.within_the_drain, [()]),
             (cls.idle, IDLE_WITH), (cls.told_twice, [(signal.SIGINT, signal.SIGTERM)]),
+            (cls.hung_up_twice, [(signal.SIGHUP,), (signal.SIGTERM,)]),
             (cls.in_a_terminal, [(True,), (False,)]), (cls.starting, STARTING)] for row in rows]
         outcomes = at_once(cls.outcome, rows)
         cls.seen = [(work, row, outcome) for (work, row), outcome in zip(rows, outcomes)]
@@ -11370,25 +12886,40 @@ class Stopping(Case):
                         raise outcome
                     check(outcome)
 
-    def ended(self, seen, status=0, within=5.0):
+    def ended(self, seen, status=0):
         self.assertEqual(seen.status, status, seen.said)
-        self.assertLess(seen.seconds, within)
+        self.assertLess(seen.seconds, 30, "half of the drain")
         self.assertNotIn("Traceback", seen.said)
 
     @staticmethod
     def seen(service, took=None, **more):
         """What is to be seen of a service that has ended."""
         status = service.status()
-        service._reader.join(5)
+        service._reader.join(30)
         return types.SimpleNamespace(status=status, said=service.said() + service.log(),
                                      seconds=time.monotonic() - took.begun if took else 0.0, **more)
 
     # What happens.
 
     @classmethod
+    def under_nohup(cls):
+        ignored = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)"
+        with Service("--demo", "--port=0", changed=ignored) as service:
+            service.signal(signal.SIGHUP)
+            reply = ask(service, "cloud")    # this takes longer than a drain of nothing
+            service.signal(signal.SIGTERM)
+            return cls.seen(service, reply=reply)
+
+    def test_what_nohup_started_outlives_its_terminal(self):
+        def check(seen):
+            self.assertEqual((seen.reply.status, seen.reply.headers["Connection"]), (200, "keep-alive"))
+            self.ended(seen)
+        self.each(self.under_nohup, check)
+
+    @classmethod
     def idle(cls, _what, number, upstream):
         with upstream() as local, Service("--port=0", *ENDLESS, env=env_for(local)) as service, \
-                socket.create_connection(("127.0.0.1", service.port), 8) as idle:
+                socket.create_connection(("127.0.0.1", service.port), 30) as idle:
             idle.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
             first = idle.recv(1 << 16)
             eventually(lambda: local.loads or local.probes)
@@ -11444,7 +12975,7 @@ class Stopping(Case):
 
     @staticmethod
     def connected(service):
-        return socket.create_connection(("127.0.0.1", service.port), 8)
+        return socket.create_connection(("127.0.0.1", service.port), 30)
 
     @staticmethod
     def rest_of(client):
@@ -11500,7 +13031,7 @@ class Stopping(Case):
                      *CALM, *flags_for(local, cloud), "--cloud-model=openai:none@%s/v1" % silent]
             service = stack.enter_context(Service(*flags, env=env_for(cloud, local)))
             eventually(lambda: states(service)[local.target] == "ready" and states(service)[cloud.target] == "ready")
-            running = [pool.submit(ask, service, cls.asked(model), stream=stream, timeout=8, **named(name))
+            running = [pool.submit(ask, service, cls.asked(model), stream=stream, **named(name))
                        for name, model, stream in rows]
             deaf, slow, eager, half, first = (stack.enter_context(cls.connected(service)) for _ in range(5))
             deaf.sendall(post(chat("cloud", stream=True, **named("flooding"))))
@@ -11517,7 +13048,7 @@ class Stopping(Case):
             seen = cls.seen(service, took, replies=dict(zip(BEGUN + NOT_BEGUN, replies)))
             seen.replies.update(eager=reply_of(cls.rest_of(eager)), slow=reply_of(slowly.result()))
             requests = cloud.requests + local.requests + local.loads
-            seen.left = [request.body for request in requests if not request.hung_up.wait(2)]
+            seen.left = [request.body for request in requests if not request.hung_up.wait(20)]
             seen.asked = len(requests)
             return seen
 
@@ -11581,8 +13112,28 @@ class Stopping(Case):
     def test_a_second_signal_ends_it_at_once(self):
         def check(seen):
             self.assertTrue(seen.still_there)
-            self.ended(seen, seen.expected, within=2)
+            self.ended(seen, seen.expected)
         self.each(self.told_twice, check)
+
+    @classmethod
+    def hung_up_twice(cls, first):
+        gate = threading.Event()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, small(delayed(gate, 0.5)) as local, \
+                Service("--port=0", *ENDLESS, *CALM, env=env_for(local)) as service:
+            running = pool.submit(ask, service, "local")
+            local.next_request()
+            service.signal(first)
+            eventually(service.refuses)
+            service.signal(signal.SIGHUP)
+            gate.set()
+            return cls.seen(service, reply=running.result())
+
+    def test_a_terminal_that_hangs_up_twice_hurries_nobody(self):
+        """A shell passes on what it is sent, and when it has ended the kernel sends it once more."""
+        def check(seen):
+            self.answered(seen.reply, "local")
+            self.ended(seen)
+        self.each(self.hung_up_twice, check)
 
     @classmethod
     def in_a_terminal(cls, busy):
@@ -11605,7 +13156,8 @@ class Stopping(Case):
     def starting(cls, does, number, changed):
         with Upstream(OLLAMA, probe=[HANG]) as local:
             ready = (lambda service: "now" in service.said()) if changed else (lambda _: local.probes)
-            with Service("--port=0", env=env_for(local), changed=changed, ready=ready) as service, Took() as took:
+            with Service("--port=0", *ENDLESS, env=env_for(local), changed=changed, ready=ready) as service, \
+                    Took() as took:
                 service.signal(number)
                 return cls.seen(service, took)
 
@@ -11711,7 +13263,8 @@ LOGGED = [  # name, request, what its line says: status, error (None: why it was
     ("no key", asks("auto", key=""), 401, "invalid_api_key", None),
     ("a wrong key", asks("auto", "", "api-key: " + WRONG_KEY, key=WRONG_KEY), 401, "invalid_api_key", None),
     ("a page", asks("auto", "", "Origin: https://evil.example"), 403, "origin_not_allowed", None),
-    ("a form", asks("auto", "", "Content-Type: text/plain"), 415, "unsupported_media_type", None),
+    ("a form", asks("auto", "", "Origin: http://localhost", "Content-Type: text/plain"), 415, "unsupported_media_type",
+     None),
     ("too large", sent("/v1/chat/completions", "Content-Type: application/json", "Content-Length: 99999999999",
                        method="POST"), 413, "request_too_large", None),
     ("no JSON", sent("/v1/chat/completions", "Content-Type: application/json", method="POST",
@@ -11753,7 +13306,7 @@ class Logs(Case):
             replies = {name: reply_of(cls.left(service, data) if name == "left" else raw(service, data))
                        for name, data, *_ in LOGGED}
             if replies["left"].status == 200:
-                cloud.last.hung_up.wait(2)
+                cloud.last.hung_up.wait(20)
             service.end(signal.SIGTERM)
             return types.SimpleNamespace(replies=replies, log=service.log(), lines=service.log().splitlines(),
                                          local=local.target, cloud=cloud.target)
@@ -11929,7 +13482,7 @@ class Outlet(io.StringIO):
         self.gate.set()
 
     def write(self, text):
-        self.gate.wait(10)
+        self.gate.wait(60)
         self.writes += 1
         return super().write(text)
 
@@ -11941,14 +13494,8 @@ class LogWriter(Case):
         self.outlet = Outlet()
         self.writer = oblix._LogWriter(self.outlet)
         self.writer.setFormatter(logging.Formatter("%(message)s"))
-        self.addCleanup(self.stop)
-
-    def stop(self):
-        """End the thread, which would wait for ever."""
-        self.outlet.gate.set()
-        with mock.patch.object(self.writer._come, "wait", return_value=False):
-            self.tell("the last one")
-            eventually(lambda: "log" not in [thread.name for thread in threading.enumerate()])
+        self.addCleanup(self.writer.close)
+        self.addCleanup(self.outlet.gate.set)
 
     def tell(self, *texts, level=logging.INFO):
         for text in texts:
@@ -11963,12 +13510,13 @@ class LogWriter(Case):
         self.tell("one more")    # after a rest
         eventually(lambda: "one more" in self.outlet.getvalue())
 
-    def test_a_flush_waits_until_all_is_written(self):
-        with mock.patch.object(oblix, "LOG_END_S", 10):
-            for number in range(3):
-                self.tell("line %d" % number)
-                self.writer.flush()
-                self.assertEqual(len(self.outlet.getvalue().splitlines()), number + 1)
+    def test_its_end_waits_until_all_is_written(self):
+        with mock.patch.object(oblix, "LOG_END_S", 60):
+            self.tell("line 0")
+            eventually(lambda: self.outlet.writes)
+            self.tell("line 1", "line 2")
+            self.writer.close()
+            self.assertEqual(len(self.outlet.getvalue().splitlines()), 3)
 
     def test_nobody_waits_where_nothing_is_taken_and_the_oldest_lines_are_dropped(self):
         self.outlet.gate.clear()
@@ -11977,8 +13525,8 @@ class LogWriter(Case):
             eventually(lambda: not self.writer._lines)
             self.tell(*map(str, range(oblix.MAX_LOG_LINES + 5)))
             self.tell("a warning", level=logging.WARNING)
-            self.writer.flush()
-        self.assertLess(took.seconds, 5)
+            self.writer.close()
+        self.assertLess(took.seconds, 10)    # its gate opens after 60
         self.outlet.gate.set()
         eventually(lambda: "a warning" in self.outlet.getvalue())
         lines = self.outlet.getvalue().splitlines()
@@ -11989,7 +13537,7 @@ class LogWriter(Case):
         for error in (BrokenPipeError(), ValueError("it is closed")):
             with mock.patch.object(self.outlet, "write", side_effect=error) as write:
                 self.tell("lost", level=logging.WARNING)
-                eventually(lambda: write.called and not self.writer._writing)    # noqa: B023 - it is over here
+                eventually(lambda: write.called)    # noqa: B023 - it is over here
         self.tell("told", level=logging.WARNING)
         eventually(lambda: "told" in self.outlet.getvalue())
 
@@ -12007,16 +13555,17 @@ class LogWriter(Case):
                 self.assertIn("stopping", "".join(lines[-2:]))    # the last request may be told of after it
 
     @unittest.skipUnless(os.name == "posix", IMPOSSIBLE + ": signals are POSIX's")
-    def test_a_process_whose_log_nobody_takes_answers_and_ends(self):
-        """A pipe that is full, one whose other end is closed, and no stderr at all."""
-        for how in ("full", "left", "closed"):
+    def test_a_process_whose_words_nobody_takes_answers_and_ends(self):
+        """A pipe that is full, one whose other end is closed, a full disk, and no stdout and stderr at all."""
+        for how in ("full", "left", "closed", *["disk"] * os.path.exists("/dev/full")):
             read, write = os.pipe()
             with self.subTest(how), Upstream(OPENAI, [OPENAI.head, chunk(HEL[OPENAI]), CLOSE]) as upstream:
                 with socket.create_server(("127.0.0.1", 0)) as free:
                     server = argparse.Namespace(port=free.getsockname()[1])
-                command = ["sh", "-c", 'exec "$@"%s' % (" 2>&-" if how == "closed" else ""), "sh", sys.executable,
-                           "oblix.py", "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
-                if how == "full":    # but for what the start says
+                closed = {"closed": " >&- 2>&-", "disk": " >/dev/full 2>&1"}.get(how, "")
+                command = ["sh", "-c", 'exec "$@"' + closed, "sh", sys.executable, "oblix.py",
+                           "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
+                if how == "full":
                     os.set_blocking(write, False)
                     with contextlib.suppress(BlockingIOError):
                         while True:
@@ -12025,21 +13574,29 @@ class LogWriter(Case):
                 elif how == "left":
                     os.close(read)
                 process = subprocess.Popen(command, cwd=HERE, env=bare_env(env_for(upstream)), stderr=write,
-                                           stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+                                           stdout=write, stdin=subprocess.DEVNULL)
                 try:
                     os.close(write)
-                    eventually(lambda: not refuses_connections(server), within=10)    # noqa: B023 - it is over here
+                    eventually(lambda: not refuses_connections(server))    # noqa: B023 - it is over here
                     for _ in range(3):
                         reply = ask(server, upstream.target, stream=True)    # which is cut, and warned of
                         self.assertTrue(reply.cut)
                     self.assertEqual(fetch(server, "GET", "/health").status in (200, 503), True)
                     process.send_signal(signal.SIGTERM)
-                    self.assertEqual(process.wait(8), 0)
+                    self.assertEqual(process.wait(20), 0)
                 finally:
                     process.kill()
                     process.wait()
                     if how != "left":
                         os.close(read)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), IMPOSSIBLE + ": no device is a full disk")
+    def test_what_a_command_finds_is_its_status_whoever_reads_it(self):
+        for flags, status in ((["check"], 1), (["--port=x"], 2)):
+            with open("/dev/full", "wb") as full:
+                ran = subprocess.run([sys.executable, "oblix.py", *flags], cwd=HERE, env=bare_env(), stdout=full,
+                                     stderr=full, stdin=subprocess.DEVNULL, timeout=60)
+            self.assertEqual(ran.returncode, status, flags)
 
 
 def refuses_connections(server):
@@ -12587,7 +14144,7 @@ class Deployed(Case):
     def test_an_error_comes_through_unchanged(self):
         rows = [("POST", "/v1/chat/completions", "{}", HEADERS), ("POST", "/v1/chat/completions", "{", HEADERS),
                 ("GET", "/nope", None, HEADERS), ("GET", "/v1/models", None, {}),
-                ("POST", "/v1/chat/completions", "{}", {**HEADERS, "Content-Type": "text/plain"})]
+                ("POST", "/v1/chat/completions", "{}", {**HEADERS, "Content-Encoding": "gzip"})]
         for row, balancer in itertools.product(rows, self.balancers):
             with self.subTest(balancer.name, row=row):
                 expected, reply = fetch(self.oblixes["one"], *row), fetch(balancer, *row)
@@ -12795,7 +14352,7 @@ class Cluster(Case):
             reply = ask(self.server, "auto", stream=stream)
             self.answered(reply, "Hello", by="openai:" + VLLM.model)
             self.assertEqual(reply.headers["x-oblix-side"], "local")
-            self.assertEqual(reply.message["reasoning"], "Hm.")
+            self.assertEqual(reply.message["reasoning_content"], "Hm.")
             self.assertEqual((self.upstream.last.path, self.upstream.last.json["model"]), (VLLM.path, VLLM.model))
             self.assertIsNone(self.upstream.last.headers["Authorization"])
 
@@ -12964,6 +14521,15 @@ class ClientContract:
                           calls=[["call_1", "find", ADA], ["call_2", "find", ADA]])
             self.does(job, model, wanted, tools=[TOOL])
 
+    def test_a_tool_is_called_because_it_was_named(self):
+        """As LangChain's with_structured_output, pydantic-ai and instructor do it."""
+        self.start(lambda dialect, request: answer(Text(json.dumps(ADA)) if dialect is OLLAMA else Call(
+            "call_1", "find", ADA))(dialect, request))
+        fields = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "find"}}}
+        for model, job in itertools.product(ANSWERED_BY, ("whole", "streamed", "accumulated", "parsed")):
+            got = self.does(job, model, {"finish": "tool_calls"}, **fields)
+            self.assertEqual([call[1:] for call in got["calls"]], [["find", ADA]])
+
     def test_the_message_that_an_sdk_made_goes_back_with_the_results_of_its_tools(self):
         self.start()
         for model in ANSWERED_BY:
@@ -12992,7 +14558,7 @@ class ClientContract:
         self.assertLessEqual({"auto", "local", "cloud", "ollama:hf.co/org/tiny:Q4", *EXPLICIT}, set(ids))
         for name in ids:
             self.does("model", name, {"ids": [name]})
-        self.raises("NotFoundError", "model", "openai:no/such", 404, "no/such")
+        self.raises("NotFoundError", "model", "no/such", 404, "no/such")
 
     def test_the_base_url_may_lack_v1_and_say_localhost(self):
         self.start()
@@ -13546,7 +15112,9 @@ def check_head(data):
     read = {name.lower(): ", ".join(value.strip(" \t") for value in theirs.get_all(name)) for name in theirs.keys()}
     if read != dict(head.fields):
         raise AssertionError("fields read otherwise: %r and %r" % (read, head.fields))
-    oblix.body_kind_refusal(head), head.path, head.is_preflight, head.keeps_open
+    assert head.path and head.is_preflight in (True, False) and head.keeps_open in (True, False)
+    with contextlib.suppress(oblix.BadRequest):
+        oblix.check_body_kind(head)
     with contextlib.suppress(oblix.BadRequest):
         if head.body_size < oblix.CHUNKED:
             raise AssertionError("a negative size")
@@ -13642,9 +15210,7 @@ def make_whole(chance):
 
 def check_whole(data):
     try:
-        whole = oblix.event_of(data)
-        if not isinstance(oblix.choices_of(whole)[0]["message"], dict):
-            raise TypeError
+        whole, _ = oblix.PROVIDERS["openai"].whole(data, PASSED_FOR)
     except DECODER_FAULTS as error:
         return sound_error(error) if isinstance(error, oblix.UpstreamError) else None
     oblix.is_empty([whole]), oblix.tokens_of(whole), oblix.dumps(whole)
@@ -13756,6 +15322,10 @@ class CannedWire:
         """Nothing here waits."""
 
     close = settimeout = setsockopt
+
+    def getsockopt(self, *_):
+        """It is no connection of which the kernel could tell anything."""
+        raise OSError
 
     def makefile(self, *_):
         """As http.client wants to have it."""
@@ -13935,7 +15505,7 @@ def passed_on(case, passes):
                 continue
             told = {**envelope, **piece, "model": "m"}
             if passes and not frame and oblix.has_content(piece):
-                frame = oblix.text_frame(told, False)
+                frame = oblix.text_frame(told)
                 answer.text_event = provider.text_event if frame else None
             shown = oblix.for_client(told, False)
             sent += [] if shown is None else [oblix.sse(shown)]
