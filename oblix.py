@@ -1421,7 +1421,6 @@ class ResourceMonitor(DeviceMonitor):
         self._cores_ours, self._bytes_ours = 0.0, 0       # that the servers used in these seconds, and hold
         self._load_ours = 0.0
         self._groups: dict[ControlGroup, float] = {}      # with limits -> the CPU seconds that they have used
-        self._most: Json = {}
         self._limits_at = -math.inf
 
     def _ours(self, _: Any) -> Json:
@@ -1432,19 +1431,12 @@ class ResourceMonitor(DeviceMonitor):
         self._cores_ours = used_s / self._passed_s
         return {}
 
-    def _limits(self, psutil: Any) -> Json:
-        """Find out what limits the servers: the device, and the control groups of their container.
-
-        A Mac makes swap as it needs it, so what there is in all is not known.
-        """
+    def _limits(self, _: Any) -> Json:
+        """Find out what limits the servers: the device, and the control groups of their container."""
         if self._at >= self._limits_at:
             self._limits_at = self._at + self.limits_s
             self._groups = {group: self._groups.get(group, math.nan) for group in control_groups(self.servers.pids)}
-            self._most = {"cores": min([self._cores, *(group.cores for group in self._groups)])}
-            with contextlib.suppress(Exception):    # a container may lack it
-                most = psutil.virtual_memory().total + psutil.swap_memory().total
-                self._most.update({"memory_and_swap_mb": most >> 20} if sys.platform != "darwin" else {})
-        return self._most
+        return {"cores": min([self._cores, *(group.cores for group in self._groups)])}
 
     def _cpu(self, psutil: Any) -> Json:
         percent = psutil.cpu_percent()    # since the last call of this thread; 0 at the first
@@ -2217,15 +2209,13 @@ def _exclusion(target: Target, reading: Reading | None, model: Model | None) -> 
 def _too_large(target: Target, model: Model, readings: Sequence[Reading]) -> Condition | None:
     """Return the condition of a model that does not fit into the memory that is free, else None.
 
-    It is a last resort where it fits into memory and swap, or these are unknown: Ollama counts exactly.
+    It is a last resort: Ollama counts exactly, and the swap, and a Mac frees more than it tells.
     """
-    free = free_bytes(target, readings) if model.cold else None
-    if free is None or model.size <= free or target.endpoint.provider != "ollama":
+    free = free_bytes(target, readings) if model.cold and target.endpoint.provider == "ollama" else None
+    if free is None or model.size <= free:
         return None
-    facts = device_facts(readings)
-    most = facts.get("memory_and_swap_mb", math.inf) + facts.get("gpu_memory_free_mb", 0)
     return Condition("too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-                     Level.OUT, Eligibility.LAST_RESORT if model.size <= most * 2**20 else Eligibility.NO)
+                     Level.OUT, Eligibility.LAST_RESORT)
 
 
 def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
