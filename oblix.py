@@ -3665,8 +3665,9 @@ class Ollama(Provider):
             return now if now == asked or not model.context and needed > DEFAULT_CONTEXT else 0
         step = next((step for step in CONTEXTS if step >= needed), CONTEXTS[-1])
         wanted = max(now, own, min(step, model.max_context))
-        # the size of a loaded model is with its context, and `free` counts it as free
-        if free is None or model.size + (wanted - model.context) * model.token_bytes <= free:
+        # The size of a loaded model is with its context, and `free` counts it as free.  Where not even the model fits,
+        # it is asked as a last resort, so `free` is no limit.
+        if free is None or model.size > free or model.size + (wanted - model.context) * model.token_bytes <= free:
             return wanted if wanted > now or wanted == asked else 0
         if size // LARGE_BYTES + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
             return 0

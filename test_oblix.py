@@ -3996,6 +3996,15 @@ class Catalogue(Case):
                 request = oblix.ChatRequest("m", {**talk(user("a" * 3 * tokens)), "max_tokens": 1})
                 self.assertEqual(oblix.PROVIDERS["ollama"].context_for(request, model, asked, None), expected)
 
+    def test_a_window_that_does_not_fit_is_refused_unless_the_model_is_a_last_resort_anyway(self):
+        model = oblix.Model("m", size=5 * GB, max_context=131072, token_bytes=10**5, cold=True)
+        request = oblix.ChatRequest("m", {**talk(user("a" * 30_000)), "max_tokens": 1})
+        context_for = oblix.PROVIDERS["ollama"].context_for
+        for free in (None, 5 * GB - 1, 7 * GB):
+            self.assertEqual(context_for(request, model, 0, free), 16384)
+        with self.assertRaises(oblix.Unsupported):
+            context_for(request, model, 0, 6 * GB)
+
     def test_details_are_asked_for_a_few_at_once_and_once_each(self):
         names = ["m%d" % number for number in range(oblix.DETAILS_AT_ONCE + 1)]
         answers = {"/api/tags": {"models": [{"name": name, "digest": name} for name in [*names, "x:cloud"]]},
