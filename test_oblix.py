@@ -1826,7 +1826,7 @@ class Power(Case):
             return {"type": "Battery", "present": 1, "status": status, "capacity": percent, **told, **more}
         mouse = battery(5, unit="", scope="Device")
         mains, usb = ({online: {"type": kind, "online": online} for online in (0, 1)} for kind in ("Mains", "USB_PD"))
-        flat, gone = battery(0, "Unknown", full=0), {"type": "Battery", "present": 0, "status": "Unknown"}
+        flat, gone = battery(0, "Unknown", full=0), battery(0, "Unknown", unit="", present=0)
         silent = {"type": "Battery", "status": "Discharging"}
         for what, supplies, percent, plugged in (
             ("none", [mains[1]], None, None), ("a mouse", [mouse], None, None),
@@ -1839,7 +1839,7 @@ class Power(Case):
             ("in Ah", [battery(10, unit="charge", full=30), battery(90, unit="charge", full=10)], 30, False),
             ("which do not tell sizes", [battery(10, unit=""), battery(70, unit="")], 40, False),
             ("one flat", [flat, battery(90), mains[0]], 90, False), ("one flat, alone", [flat], 0, None),
-            ("one taken out", [gone, battery(90), mains[0]], 90, False),
+            ("one taken out", [gone, battery(90, unit=""), mains[0]], 90, False),
             ("one silent", [silent, battery(90)], 90, False),
             ("all silent", [silent], None, None), ("more than all", [battery(103)], 100, False),
             ("nonsense", [battery(255, unit="")], None, None),
