@@ -2209,6 +2209,12 @@ class DeviceMonitors(Case):
                     self.assertEqual(monitor.reading.level, GOOD)
                     self.assertEqual({*monitor.reading.facts} - {"cores"}, set())
 
+    def test_without_a_list_of_processes_the_rest_is_known(self):
+        monitor = oblix.ResourceMonitor(oblix.Settings())
+        with mock.patch("psutil.pids", side_effect=FileNotFoundError("/proc")):
+            monitor.sample()
+            self.assertLessEqual({"cpu_percent", "memory_percent", "load_per_core"}, {*monitor.sample()})
+
     def test_servers_are_known_by_the_ports_of_the_local_targets_on_this_device(self):
         targets = [oblix.Target(oblix.Endpoint("openai", url), "m", side) for url, side in (
             ("http://127.0.0.1:8080/v1", LOCAL), ("http://localhost", LOCAL), ("https://localhost/v1", LOCAL),
