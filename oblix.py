@@ -1320,7 +1320,8 @@ class ServerProcesses:
         Mapped weights do not count: they are page cache on Linux, so available anyway.
         """
         import psutil
-        self._look()
+        with contextlib.suppress(Exception):    # a bare container may lack /proc
+            self._look()
         used_s, held = 0.0, 0
         for process, before_s in self._found.items():
             with contextlib.suppress(psutil.Error):
@@ -1375,11 +1376,10 @@ class ServerProcesses:
 def listeners(ports: Collection[int]) -> Collection[int]:
     """Return the pids of the processes that listen at these ports, as far as the system shows them."""
     rows = [line.split() for name in ("tcp", "tcp6") for line in read_text(f"/proc/net/{name}").splitlines()
-            if " 0A " in line]    # they listen
+            if " 0A " in line]    # it listens
     if rows:
         return holders(frozenset(f"socket:[{row[9]}]" for row in rows if int(row[1].rpartition(":")[2], 16) in ports))
-    # psutil takes 15 us for each connection of a server, so not on Linux
-    import psutil
+    import psutil  # not on Linux, where it takes 15 us for each connection
     found: list[tuple[Any, int | None]] = []
     try:
         found += [(one, one.pid) for one in psutil.net_connections("tcp")]
@@ -1412,33 +1412,22 @@ class ResourceMonitor(DeviceMonitor):
         self._cores_ours, self._bytes_ours = 0.0, 0       # that the servers used in these seconds, and hold
         self._load_ours = 0.0
         self._groups: dict[ControlGroup, float] = {}      # with limits -> the CPU seconds that they have used
-        self._most: Json = {}
         self._limits_at = -math.inf
 
     def _ours(self, _: Any) -> Json:
         """Measure what the servers use, which the other readers subtract."""
-        used_s, before = 0.0, self._at
-        try:
-            used_s, self._bytes_ours = self.servers.use()
-        finally:
-            self._at = time.monotonic()
-            self._passed_s = max(self._at - before, 0.01)
-            self._cores_ours = used_s / self._passed_s
+        used_s, self._bytes_ours = self.servers.use()
+        now = time.monotonic()
+        self._passed_s, self._at = max(now - self._at, 0.01), now
+        self._cores_ours = used_s / self._passed_s
         return {}
 
-    def _limits(self, psutil: Any) -> Json:
-        """Find out what limits the servers: the device, and the control groups of their container.
-
-        A Mac makes swap as it needs it, so what there is in all is not known.
-        """
+    def _limits(self, _: Any) -> Json:
+        """Find out what limits the servers: the device, and the control groups of their container."""
         if self._at >= self._limits_at:
             self._limits_at = self._at + self.limits_s
             self._groups = {group: self._groups.get(group, math.nan) for group in control_groups(self.servers.pids)}
-            self._most = {"cores": min([self._cores, *(group.cores for group in self._groups)])}
-            with contextlib.suppress(Exception):    # a container may lack it
-                most = psutil.virtual_memory().total + psutil.swap_memory().total
-                self._most.update({"memory_and_swap_mb": most >> 20} if sys.platform != "darwin" else {})
-        return self._most
+        return {"cores": min([self._cores, *(group.cores for group in self._groups)])}
 
     def _cpu(self, psutil: Any) -> Json:
         percent = psutil.cpu_percent()    # since the last call of this thread; 0 at the first
@@ -2211,15 +2200,13 @@ def _exclusion(target: Target, reading: Reading | None, model: Model | None) -> 
 def _too_large(target: Target, model: Model, readings: Sequence[Reading]) -> Condition | None:
     """Return the condition of a model that does not fit into the memory that is free, else None.
 
-    It is a last resort where it fits into memory and swap, or these are unknown: Ollama counts exactly.
+    It is a last resort: Ollama counts exactly, and the swap, and a Mac frees more than it tells.
     """
-    free = free_bytes(target, readings) if model.cold else None
-    if free is None or model.size <= free or target.endpoint.provider != "ollama":
+    free = free_bytes(target, readings) if model.cold and target.endpoint.provider == "ollama" else None
+    if free is None or model.size <= free:
         return None
-    facts = device_facts(readings)
-    most = facts.get("memory_and_swap_mb", math.inf) + facts.get("gpu_memory_free_mb", 0)
     return Condition("too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-                     Level.OUT, Eligibility.LAST_RESORT if model.size <= most * 2**20 else Eligibility.NO)
+                     Level.OUT, Eligibility.LAST_RESORT)
 
 
 def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
@@ -3665,8 +3652,9 @@ class Ollama(Provider):
             return now if now == asked or not model.context and needed > DEFAULT_CONTEXT else 0
         step = next((step for step in CONTEXTS if step >= needed), CONTEXTS[-1])
         wanted = max(now, own, min(step, model.max_context))
-        # the size of a loaded model is with its context, and `free` counts it as free
-        if free is None or model.size + (wanted - model.context) * model.token_bytes <= free:
+        # The size of a loaded model is with its context, and `free` counts it as free.  Where not even the model fits,
+        # it is asked as a last resort, so `free` is no limit.
+        if free is None or model.size > free or model.size + (wanted - model.context) * model.token_bytes <= free:
             return wanted if wanted > now or wanted == asked else 0
         if size // LARGE_BYTES + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
             return 0
