@@ -7433,9 +7433,10 @@ class Warmth(Orchestrated):
             clouds = [cloud] if cloud else []
             with local, cloud or contextlib.nullcontext(), \
                     running(*clouds, env=env_for(local), probed=False) as server:
-                replies = [self.later(ask, server, model, stream=stream) for stream in (False, True)]
+                streams = (True,) if script else (False, True)    # after the first refusal the cloud rests
+                replies = [self.later(ask, server, model, stream=stream) for stream in streams]
                 if script:
-                    eventually(lambda: len(cloud.requests) > 1)
+                    eventually(lambda: cloud.requests)
                 self.waits(*replies)
                 gate.set()
                 for reply in replies:
