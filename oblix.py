@@ -3972,18 +3972,13 @@ def claude_tool(tool: Json) -> Json:
             "input_schema": schema, **_mark_of(tool, function)}
 
 
-def claude_name(name: str, takes: re.Pattern[str] = re.compile(r"[\w-]{1,64}", re.A)) -> str:
+def claude_name(name: str, more: str = "") -> str:
     """Return the name by which Claude knows a tool: its own, or one made of that alone where it would be refused."""
-    return name if takes.fullmatch(name) else (
-        f"{re.sub(r'[^a-zA-Z0-9_-]', '_', name[:55])}_{number_for(name):08x}")
+    fits = re.fullmatch(rf"[\w{more}-]{{1,64}}", name, re.A)
+    return name if fits else f"{re.sub('[^a-zA-Z0-9_-]', '_', name[:55])}_{number_for(name):08x}"
 
 
-def claude_key(name: str) -> str:
-    """Return the name by which Claude knows an argument, as `claude_name` does."""
-    return claude_name(name, _CLAUDE_KEY)
-
-
-_CLAUDE_KEY = re.compile(r"[\w.-]{1,64}", re.A)
+claude_key = functools.partial(claude_name, more=".")    # of an argument
 
 
 def number_for(text: str) -> int:
