@@ -2902,8 +2902,9 @@ def as_call(chunks: Iterable[Chunk], tools: Sequence[Json]) -> Iterator[Chunk]:
                 yield from [tool_chunk(0, held[:size], None, None if said else name)] if size > 0 else []
                 said.append(held[:size])
                 held = held[size:]
-            if end == "stop" and not is_call:
-                _need_object("".join(said))
+            if end == "stop" and not is_call and not is_object("".join(said)):
+                raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED,
+                                    code="bad_upstream_answer")
         yield chunk
 
 
@@ -2918,12 +2919,11 @@ def _begun_call(text: str, whole: bool) -> tuple[str, str]:
     return "", text
 
 
-def _need_object(arguments: str) -> None:
-    """Raise UpstreamError unless a call's arguments are a JSON object."""
+def is_object(text: str) -> bool:
+    """Return True if a text is a JSON object."""
     with contextlib.suppress(ValueError):
-        if isinstance(loads(arguments), dict):
-            return
-    raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED, code="bad_upstream_answer")
+        return isinstance(loads(text), dict)
+    return False
 
 
 def first_call(chunks: Iterable[Any]) -> Iterator[Any]:
@@ -3212,11 +3212,8 @@ class _Call:
 
     def _is_whole(self) -> bool:
         """Return True if the arguments are a JSON object.  Of very many pieces it is not asked."""
-        if not self.texts or len(self.texts) > 1000 or not self.texts[-1].rstrip().endswith("}"):
-            return False
-        with contextlib.suppress(ValueError):
-            return isinstance(loads("".join(self.texts)), dict)
-        return False
+        may_be = 0 < len(self.texts) <= 1000 and self.texts[-1].rstrip().endswith("}")
+        return may_be and is_object("".join(self.texts))
 
 
 def text_in(value: Any) -> str:
@@ -3925,7 +3922,7 @@ class Claude(Provider):
             elif kind == "message_start":
                 if blocks:    # a relay that began anew after it had failed
                     raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
-                usage.update(event["message"].get("usage") or {})
+                usage.update((event.get("message") or {}).get("usage") or {})
                 yield chunk_of(content="")
             elif kind == "message_delta":
                 stop.update(event.get("delta") or {})
