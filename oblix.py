@@ -469,20 +469,15 @@ def loads(raw: str | bytes) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     # to count in a long text takes longer than to walk through what it contains
-    if (len(text) > 4096 or text.count("[") + text.count("{") > MAX_JSON_DEPTH) and is_too_deep(value):
-        raise ValueError("nested too deeply")
-    return value
-
-
-def is_too_deep(value: Any) -> bool:
-    """Return True if JSON nests more than MAX_JSON_DEPTH levels deep."""
-    level: list[Any] = [[value]]
+    level: list[Any] = [[value]] if len(text) > 4096 or text.count("[") + text.count("{") > MAX_JSON_DEPTH else []
     for _ in range(MAX_JSON_DEPTH + 1):
+        if not level:
+            return value
         level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
                  if isinstance(inner, (dict, list))]
-        if not level:
-            return False
-    return True
+    if level:
+        raise ValueError("nested too deeply")
+    return value
 
 
 def dumps(value: Any) -> bytes:
@@ -768,9 +763,9 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
 
 # === 3. Request in ====================================================================================================
 # uses: 1; pure
-# What does the client want, and is it allowed to ask?  HTTP's heads and OpenAI's types and ranges are checked here and
-# nowhere else: behind `parse_request` each known field has its type, null means absent, and unknown fields are kept.
-# Section 6 checks the limits of each provider.
+# What does the client want, and is it allowed to ask?  HTTP's heads and the types of OpenAI's fields are checked here
+# and nowhere else: behind `parse_request` each known field has its type, null means absent, and unknown fields and
+# values are kept.  Section 6 checks the limits of each provider.
 
 # --- 3. The head of a request -----------------------------------------------------------------------------------------
 
@@ -997,11 +992,7 @@ def _integer(low: int, high: int, words: str = "") -> Rule:
 
 def _has(value: Any, kinds: Mapping[str, Any]) -> bool:
     """Return True if a value is an object whose fields of these names are of these types."""
-    if isinstance(value, dict):
-        for name, kind in kinds.items():
-            if not isinstance(value.get(name), kind):
-                return False
-    return isinstance(value, dict)
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
 def _is_call(call: Any) -> bool:    # Ollama's clients leave the id out, and send the arguments as an object
@@ -2570,9 +2561,8 @@ class Provider:
             why = self.refuse_part(part)
             if why:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
-        unknown = unknown_value(request) if self.translates else None
-        if unknown:
-            return Unsupported(f"{self.label} does not support this value of {unknown}.", param=unknown)
+        for param, known in unknown_values(request) if self.translates else ():
+            return Unsupported(f"{self.label} does not have this value of {param}: it takes {known}.", param=param)
         if self.translates and chosen_tools(request.body)[1] not in ("none", "auto") and not forced_tools(request.body):
             return Unsupported("tool_choice asks for a tool that is not among the tools.", param="tool_choice")
         return None
@@ -2643,19 +2633,20 @@ def is_permanent(param: str, error: UpstreamError) -> bool:
 
 # What errors say of a parameter, in lower case, and what of one of its values, or of it beside another one.
 _UNSUPPORTED = "|".join((
-    r"unsupported|not support|unrecognized|deprecated|not permitted|not (allowed|accepted|available)|supported values",
-    r"(unknown|unexpected|invalid)[ _.](name|param|field|argument|keyword|key|propert|option)|extra (input|field)",
-    r"(must|should|has to) be|may (only|not) be|only .{0,40}(is|are) allowed|not one of|cannot both",
+    r"unsupported|not support|unrecogni[sz]ed|deprecated|no longer|extra (input|field)|supported values|out of range",
+    r"not (a |an )?(permitted|allowed|accepted|available|valid|known|recogni[sz]ed)|not one of|cannot both",
+    r"(unknown|unexpected|invalid)[ _.](name|param|field|argument|keyword|key|propert|option|(enum )?value)",
+    r"(must|should|has to) be|may (only|not) be|only .{0,40}(is|are) allowed",
 ))
-_SOMETIMES = r'value "|(must|should|has to|may only|may not) be|supported values|\b(when|if|both)\b'
-_MOST = "max_?(completion_|new_|output_)?tokens|(completion|output) ?tokens"    # how they call the answer's limit
+_SOMETIMES = r'invalid (enum )?value|value "|(must|should|has to|may only|may not) be|out of range|\b(when|if|both)\b'
+_MOST = r"max(imum)?[_ ]?(completion|new|output)?[_ ]?tokens|(completion|output) ?tokens"    # of an answer
 _ROOM = (    # a window, and what a prompt takes of it
     r"(\d+) - (\d+)\)",                                                 # vLLM: "(64000 > 8192 - 100)"
     r"context length (?:is|of) (\d+) tokens.{0,80}?[(:] ?(\d+) (?:tokens )?(?:in|of|from) ",    # OpenAI, SGLang
     r"context length is (\d+) tokens.{0,80}contains at least (\d+)|passed (\d+) input.*context length is only (\d+)",
     r"limit: (\d+) \+ \d+ > (\d+)|<= (\d+)\. given: (\d+)",             # Claude: "190001 + 16384 > 200000"; TGI
 )
-_LIMIT = r"at most|less than|<|>|maximum|range|between|too large|exceed|up to|above|greater|afford|limit"
+_LIMIT = r"at most|less than|lower|[<>≤]|maximum|range|between|too large|exceed|up to|above|greater|afford|limit"
 LEAST_ROOM = 256    # tokens for an answer; with fewer the prompt is too long
 
 _IN_A_STREAM = 0    # the status of an error after a 200, if its code is not a status
@@ -2679,7 +2670,7 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     (_ANY, r"billing[_ ](hard[_ ]limit|not[_ ]active)|exceeded_current_quota", _MONEY),    # OpenAI, Kimi
     (_BAD, r"quota (is |has been )?(exhausted|exceeded)|payment required|(trial|subscription)\b.{0,20}expired", _MONEY),
     (_ANY, r"api[ _-]?(key|token)\b.{0,20} (not valid|invalid|expired|disabled|revoked)|api_key_invalid", _KEY),
-    (_ANY, r"(invalid|incorrect|expired|missing|no) (x-)?(api[ _-]?key|(api |access )?token\b)|invalid_api_key", _KEY),
+    (_ANY, r"(invalid|incorrect|expired|missing|no) (x-)?(api|access|auth)[ _-]?(key|token)|invalid_api_key", _KEY),
     (_BAD, r"unauthori[sz]ed|authentication.(failed|error|required)|令牌", _KEY),    # One API
     ((403,), r"moderation|flagged|content policy|usage guidelines", _REFUSED),    # OpenRouter, xAI
     ((402,), r"can only afford", _REFUSED),    # OpenRouter: of max_tokens
@@ -2699,6 +2690,7 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     (_ILL, r"prompt exceed|tokens, exceeding max|total tokens\b.{0,20}exceed|range of input length|超长", _LONG),
     (_ILL, r"reduce (the length of |your )(the )?(message|prompt|input)", _LONG),    # Groq, Cerebras
     (_ILL, r"tokens? to keep from the initial|keep the first \d+ tokens|`inputs` (tokens|must have)", _LONG),    # TGI
+    (_ILL, r"max_tokens must be at least 1, got -", _LONG),    # vLLM, of what the prompt leaves of its window
     (_BAD, r"not a valid model|unknown_model|invalid_model|on-demand throughput", _GONE),    # OpenRouter, Bedrock
     (_BAD, r"(invalid|unknown|no such|unsupported|access) model\b(?! (param|option|setting|input|output))", _GONE),
     (_BAD, r"model_(not_(found|available|supported)|decommissioned|terms_required)", _GONE),    # Together, Groq
@@ -2714,7 +2706,7 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     (_ILL, r"not support\w* (for )?(image|audio|video|vision|multimodal|tool|function)", _REFUSED),    # LM Studio
     (_ILL, r"(load|decode|process|open|unsupported|invalid|most \d+) (the )?(image|audio|content)", _REFUSED),
     (_ILL, r"pars(e|ing) (grammar|tool call)|unexpected keyword|unrecognized .{0,10}argument|extra inputs", _REFUSED),
-    (_ILL, r"unknown (field|name|parameter)", _REFUSED),
+    (_ILL, r"unknown (field|name|parameter|format)", _REFUSED),
     ((400, 415, 422, 501), "", _REFUSED),
     ((503,), r"^loading model|model.* is (currently |still )?loading", (Fault.LOADING, {"code": "model_loading"})),
     ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", (Fault.BUSY, {})),
@@ -2735,8 +2727,6 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     words = " ".join([message[:1000], *(fields.get(name, "-") for name in ("code", "type", "param"))]).lower()
     fault, ours = next(meaning for statuses, pattern, meaning in _RULES
                        if status in statuses and re.search(pattern, words))
-    if '"signin_url"' in text:    # Ollama, asked for a model of ollama.com
-        message += ": run `ollama signin` where Ollama runs"
     if fault is Fault.TOO_LONG and not re.search(r"context (length|window)", message, re.I):
         message += " (context length exceeded)"    # what agents look for before they compact
     status = ours.get("status") or {_IN_A_STREAM: 502, 529: 503}.get(status, status)
@@ -2780,8 +2770,8 @@ def _said(body: Any) -> Iterator[tuple[str, str]]:
                 yield field, str(body[name])
         for name in _TEXTS:
             yield from _said(body.get(name))
-        if "signin_url" in body:
-            yield "message", "sign in where Ollama runs: ollama signin"
+        if "signin_url" in body:    # Ollama, asked for a model of ollama.com
+            yield "message", "run `ollama signin` where Ollama runs"
 
 
 _NAMES = {"type": "type", "code": "code", "error_code": "code", "reason": "code", "param": "param"}
@@ -3293,7 +3283,7 @@ def without_deprecated(messages: Sequence[Json]) -> list[Json]:
             message["content"] = message["refusal"]
         calls = [{"function": message["function_call"]}] if "function_call" in message else message.get("tool_calls")
         if calls:    # the message's place makes an id
-            message["tool_calls"] = [{**call, "id": call.get("id") or f"call_{number}_{place}"}
+            message["tool_calls"] = [call if call.get("id") else {**call, "id": f"call_{number}_{place}"}
                                      for place, call in enumerate(calls)]
         for call in message.get("tool_calls", ()):
             name = names[call["id"]] = name_and_arguments(call)[0]
@@ -3336,32 +3326,29 @@ def effort_of(body: Json) -> str | None:
     return None if effort in ("", "auto", "default") else effort
 
 
-EFFORTS = (None, "none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 CHOICES = ("none", "auto", "required")
+JSON_FORMS = ("text", "json_object", "json_schema")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-def unknown_value(request: ChatRequest) -> str | None:
-    """Return the parameter whose value only some OpenAI-compatible servers know, or None."""
+def unknown_values(request: ChatRequest) -> Iterator[tuple[str, str]]:
+    """Yield the parameters whose values only some OpenAI-compatible servers know, with the values that all know."""
     body = request.body
-    choice = chosen_tools(body)[1]
-    if effort_of(body) not in EFFORTS:
-        return "reasoning_effort"
+    effort, choice = effort_of(body), chosen_tools(body)[1]
+    if effort and effort not in EFFORTS:
+        yield "reasoning_effort", ", ".join(EFFORTS)
     if body.get("response_format", {"type": "text"})["type"] not in JSON_FORMS:
-        return "response_format"
+        yield "response_format", ", ".join(JSON_FORMS)
     if any(tool["type"] != "function" for tool in body.get("tools", ())):
-        return "tools"
+        yield "tools", "tools of type function"
     if choice not in CHOICES and not name_of(choice):
-        return "tool_choice"
+        yield "tool_choice", f"{', '.join(CHOICES)} or a tool's name"
     for number, message in enumerate(request.messages):
         if message["role"] not in ROLES:
-            return f"messages[{number}].role"
-        if not all(map(called_in, message.get("tool_calls", ()))):
-            return f"messages[{number}].tool_calls"
-    return None
-
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-JSON_FORMS = ("text", "json_object", "json_schema")
+            yield f"messages[{number}].role", ", ".join(ROLES)
+        if "tool_calls" in message and not all(map(called_in, message["tool_calls"])):
+            yield f"messages[{number}].tool_calls", "calls of functions"
 
 
 def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
@@ -5098,18 +5085,15 @@ class Ledger:
     @contextlib.contextmanager
     def flight(self, target: Target) -> Iterator[int]:
         """Count a request as in flight while the block runs, which is given the count."""
-        number = self._count(target, 1)
+        with self._lock:
+            number = self._in_flight[target] = self._in_flight.get(target, 0) + 1
         try:
             yield number
         finally:
-            self._count(target, -1)
-
-    def _count(self, target: Target, step: int) -> int:
-        with self._lock:
-            number = self._in_flight[target] = self._in_flight.get(target, 0) + step
-            if not number:
-                del self._in_flight[target]
-        return number
+            with self._lock:
+                self._in_flight[target] -= 1
+                if not self._in_flight[target]:
+                    del self._in_flight[target]
 
     def in_flight(self) -> dict[Target, int]:
         """Return the requests in flight by target."""
@@ -5389,7 +5373,7 @@ class Gateway:
         endpoint = self._default_endpoints[provider or "ollama"]
         local = endpoint.provider == "ollama" and may_be_local(endpoint, model) and not any(
             one.remote for one in spelt)
-        model = _short(spelt[0].name) if spelt else model    # one target for all spellings
+        model = spelt[0].name.removesuffix(":latest") if spelt else model    # one target for all spellings
         return Target(endpoint, model, Side.LOCAL if local else Side.CLOUD)
 
     def plan(self, request: ChatRequest) -> Plan:
@@ -5495,7 +5479,7 @@ class Gateway:
         """Return (id, created, owner) of all models that can be asked for.  Does not wait."""
         snapshot, found = self.snapshot(), dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
         found.update({target.id: (0, target.endpoint.provider) for target in snapshot.targets})
-        found.update({f"ollama:{_short(model.name)}": (model.created, "ollama")
+        found.update({"ollama:" + model.name.removesuffix(":latest"): (model.created, "ollama")
                       for model in installed(self._ollama, snapshot.readings)})
         return [(id, *rest) for id, rest in found.items()]
 
@@ -5510,7 +5494,7 @@ def installed(ollama: Endpoint, readings: tuple[Reading, ...]) -> tuple[Model, .
 def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
                      loading: frozenset[Target]) -> tuple[Target, ...]:
     """Return Ollama's newest model that fits into memory, or else its newest one, or none."""
-    found = [Target(ollama, _short(model.name), Side.LOCAL) for model in installed(ollama, readings)
+    found = [Target(ollama, model.name.removesuffix(":latest"), Side.LOCAL) for model in installed(ollama, readings)
              if model.is_chat_model and not model.remote and may_be_local(ollama, model.name)]
     fitting = (target for target in found if survey(target, readings, target in loading).use is Eligibility.YES)
     return (next(fitting, found[0]),) if found else ()
@@ -5532,10 +5516,6 @@ def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
 
 
 _NOTHING = "no model is configured: start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
-
-
-def _short(name: str) -> str:
-    return name[:-len(":latest")] if name.endswith(":latest") else name
 
 
 def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json:
@@ -6011,12 +5991,13 @@ def _empty() -> UpstreamError:
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
     """Return the most useful error when no target answered: the only one, or one that lists all of them.
 
-    Where all targets refused the request, the first refusal is the answer.
+    Where all targets refused the request, but for last resorts, the first refusal is the answer.
     """
     target, last = failed[-1].target, failed[-1].error
     errors = [tried.error for tried in failed]
-    if all(error.fault in (Fault.REFUSED, Fault.TOO_LONG) for error in errors):
-        return errors[0]
+    told = [tried.error for tried in failed if tried.target not in plan.last_resort] or errors
+    if all(error.fault in (Fault.REFUSED, Fault.TOO_LONG) for error in told):
+        return told[0]
     if not last.fault.moves_on or len(failed) == 1 and not plan.excluded:
         if last.fault is Fault.TRANSPORT:    # our own words do not name the target
             last.message = f"{target.id}: {last.message}"
@@ -6025,10 +6006,9 @@ def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
     text = f"No model could answer ({plan.reason}). " + _listing(
         [f"{tried.target.id}: {tried.error.message}" for tried in failed]
         + [f"{target.id}: {reason}" for target, reason in plan.excluded])
-    again: Json = {"retry": None if waits else False, "retry_after_s": min(waits, default=None)}
-    if last.fault is not Fault.TRANSPORT and {error.status for error in errors} == {last.status}:
-        return NoTarget(text, status=last.status, type=last.type, **again)
-    return NoTarget(text, **again)
+    alike = last.fault is not Fault.TRANSPORT and {error.status for error in errors} == {last.status}
+    return NoTarget(text, retry=None if waits else False, retry_after_s=min(waits, default=None),
+                    status=last.status if alike else None, type=last.type if alike else None)
 
 
 # === 10. Response out =================================================================================================
