@@ -5615,6 +5615,8 @@ class InOrder(Case):
             upstream.play([OPENAI.head, *map(chunk, as_events({"content": "Hello"}, done=False)), 0.1, *steps])
             with self.subTest(steps):
                 self.answered(ask(self.server, upstream.target, stream=True), "Hello")
+        silent = [OPENAI.head, *map(chunk, as_events({"content": "Hello"}, done=False)), HANG]
+        self.answered(through(OPENAI, silent, HASTY, stream=True), "Hello")
 
 
 # === 7. Transport ====================================================================================================
