@@ -3056,17 +3056,15 @@ _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 def is_in_order(answer: Json) -> bool:
     """Return True if a whole answer is as `in_order` and `fold` would make it; False where that must be tried."""
-    usage = answer.get("usage") or {}
-    return (type(answer.get("created")) is int and [type(usage.get(name)) for name in _COUNTS] == [int] * 3
-            and answer.get("object") == "chat.completion" and bool(answer.get("choices")) and all(
+    usage = answer.get("usage")
+    return (type(answer.get("created")) is int and answer.get("object") == "chat.completion"
+            and isinstance(usage, dict) and [type(usage.get(name)) for name in _COUNTS] == [int] * 3
+            and bool(answer.get("choices")) and all(
                 type(choice.get("index")) is int and isinstance(message.get("content"), str)
-                and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
-                and not choice.get("logprobs") and "error" not in choice and _REMADE.isdisjoint(message)
+                and isinstance(message.get("reasoning_content", ""), str) and message.get("role") == "assistant"
+                and not {"tool_calls", "function_call", "reasoning"} & {*message} and not choice.get("logprobs")
+                and choice.get("finish_reason") in ("stop", "length", "content_filter") and "error" not in choice
                 for choice in answer["choices"] for message in [choice.get("message") or {}]))
-
-
-_PLAIN_ENDS = ("stop", "length", "content_filter")
-_REMADE = frozenset({"tool_calls", "function_call", "reasoning"})    # fields of a message that may have to change
 
 
 class _Choice:
@@ -3108,11 +3106,11 @@ class _Choice:
         if isinstance(delta.get("content"), (list, dict)):     # Mistral's reasoning models
             parts = [delta["content"]] if isinstance(delta["content"], dict) else delta["content"]
             thought = [part for part in parts if isinstance(part, dict) and part.get("type") in _THOUGHTS]
-            delta["content"] = text_in([part for part in parts if part not in thought])
+            delta["content"] = [part for part in parts if part not in thought]
             delta.update(present({"reasoning_content": text_in(thought)}))
         for name in ("content", "reasoning_content", "refusal"):
             if not isinstance(delta.get(name, ""), str):
-                raise TypeError("text expected")
+                delta[name] = text_in(delta[name])
         self._is_legacy = self._is_legacy or bool(delta.get("function_call"))
         calls = delta.pop("tool_calls", ())
         calls = [calls] if isinstance(calls, dict) else calls

@@ -5344,6 +5344,7 @@ SAYINGS = [  # deltas, or a message, what the client has joined at the end
     ("parts of text", [{"content": [{"type": "text", "text": "Hel"}, "lo"]}], ("Hello", None)),
     ("one part", [{"content": {"type": "text", "text": "a"}}], ("a", None)),
     ("parts of thinking", [{"content": [THOUGHT]}, {"content": "a"}], ("a", "Hm.")),
+    ("lists of both", [{"reasoning_content": ["H", {"text": "m."}], "content": ["a"]}], ("a", "Hm.")),
     ("reasoning", [{"reasoning": "Hm."}, {"content": "a"}], ("a", "Hm.")),
     ("both names", [{"reasoning": "Hm.", "reasoning_content": "Hm."}, {"content": "a"}], ("a", "Hm.")),
     ("one of both empty", [{"reasoning": "Hm.", "reasoning_content": ""}, {"content": "a"}], ("a", "Hm.")),
@@ -5475,7 +5476,7 @@ class InOrder(Case):
                     self.assertEqual({*message} & {"tool_calls", "reasoning"}, set())
 
     def test_a_whole_answer_has_what_the_reference_requires(self):
-        for fields in (*NO_ENVELOPE, {"usage": None}):
+        for fields in (*NO_ENVELOPE, {"usage": None}, {"usage": [1]}):
             for message in ({"content": "Hello"}, {"content": "Hello", "tool_calls": [], "function_call": None}):
                 with self.subTest(fields, message=message):
                     reply = self.said(OPENAI, as_whole(message, **fields), False)
