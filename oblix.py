@@ -4551,7 +4551,7 @@ def _prepare(upstream: socket.socket) -> None:
     """
     upstream.settimeout(TICK_S)
     upstream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    names = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2}
+    names = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 9, "TCP_KEEPALIVE": 9, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
     options = {getattr(socket, name): value for name, value in names.items() if hasattr(socket, name)}
     for option, value in {**options, **{"darwin": {0x80: DEAD_S}, "win32": {5: DEAD_S}}.get(sys.platform, {})}.items():
         with contextlib.suppress(OSError):
@@ -4567,9 +4567,10 @@ def _undelivered(upstream: socket.socket) -> tuple[int, float]:
         if sys.platform == "darwin":
             return upstream.getsockopt(socket.SOL_SOCKET, 0x1024), 0.0    # SO_NWRITE
         if sys.platform == "linux":
-            told = upstream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 148)    # linux/tcp.h, struct tcp_info
-            sent, silent_ms, unsent = (struct.unpack_from("=I", told, at)[0] for at in (24, 56, 144))
-            return sent + unsent, silent_ms / 1000 if sent else 0.0    # a peer that takes nothing now is not silent
+            told = upstream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232).ljust(232, b"\0")    # linux/tcp.h
+            sent, silent_ms, unsent, window = (struct.unpack_from("=I", told, at)[0] for at in (24, 56, 144, 228))
+            # A peer that takes nothing now is not silent.  A firewall of this device drops what then counts as unsent.
+            return sent + unsent, silent_ms / 1000 if sent or unsent and window else 0.0
     return 0, 0.0
 
 
@@ -4916,7 +4917,7 @@ def _about_tls(error: Any) -> str:
 
 
 @contextlib.contextmanager
-def _upstream_faults() -> Iterator[None]:
+def _upstream_faults(where: str = "") -> Iterator[None]:
     """Turn all that sockets, TLS and DNS raise into an UpstreamError, here and nowhere else."""
     try:
         yield
@@ -4925,7 +4926,7 @@ def _upstream_faults() -> Iterator[None]:
         words, status, code = next(fault[1:] for fault in _FAULTS if isinstance(error, fault[0]))
         if hasattr(error, "library") and not isinstance(error, NOT_YET):    # of ssl, which need not be imported
             words, status, code, why = "{}", 502, "upstream_tls", _about_tls(error)
-        raise UpstreamError(words.format(why), status=status, code=code) from error
+        raise UpstreamError(words.format(why) + where, status=status, code=code) from error
 
 
 # --- 7. Exchanges -----------------------------------------------------------------------------------------------------
@@ -5008,7 +5009,8 @@ class Transport:
         there = urllib.parse.urlsplit(f"//{way.host}")
         port = there.port or (443 if way.tls and not way.tunnel else 80)
         place = there.hostname, port, int(time.monotonic() / LOOK_UP_S)
-        upstream = _dial(self._resolver.begin(place).result(watch), watch)
+        with _upstream_faults(f" (at the proxy {way.host})" if way.host != way.upstream else ""):
+            upstream = _dial(self._resolver.begin(place).result(watch), watch)
         try:
             _prepare(upstream)
             if way.tunnel:
@@ -5679,7 +5681,7 @@ class Dispatch:
         connect_s, patience_s = min(usual.connect_s, left_s), usual.first_byte_s
         if target.side is Side.LOCAL and self._others:
             patience_s = self._settings.patience_s
-        elif any(other.side is Side.LOCAL for other in self._others):
+        elif not self._heard or any(other.side is Side.LOCAL for other in self._others):
             pace = self.ledger.record(target).pace
             patience_s = cloud_patience_s(pace, self._request.stream, self._settings.patience_s)
         self._asked_at, self._patience_s = time.monotonic(), patience_s if patience_s < usual.first_byte_s else math.inf
@@ -6140,16 +6142,13 @@ BODY_BYTES_PER_S = 8 << 10      # the slowest that one may come after that, on a
 IDLE_CLIENT_S = 75.0            # between requests; SDKs drop idle connections after 4-5 s, proxies after 60
 SEND_S = 60.0                   # in which a client takes nothing of its answer
 LINGER_S = 2.0                  # for the rest of a body that is refused
-GRACE_S = 1.0                   # for a request that is on its way when Oblix is being stopped
+GRACE_S = 1.0                   # for a request that is on its way when Oblix is being stopped, and one that is ended
 MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes some times its size
 LARGE_BODY_BYTES = 64 << 10     # smaller ones are not counted: --max-requests limits them
 FIRST_BYTES = 8 << 10           # of a request that are read at once: so large a buffer waits for each idle client
 AGAIN_S = 1.0                   # after which a client that was sent away may ask again
 KEEP_ALIVE_S = 15.0             # of silence in a stream; proxies give up after 30 to 60 s
-MAX_HELD_BYTES = 64 << 10       # of events that are to be sent
-NO_ROOM_S = 0.1                 # until some descriptor may be free again
 MAX_KEY_FILE = 64 << 10         # bytes that are read of a file that holds a key
-LAST_WORDS_S = 1.0              # for the threads of requests that are being ended to say so: each looks after a tick
 
 
 # --- 11. Who is here --------------------------------------------------------------------------------------------------
@@ -6462,7 +6461,9 @@ class _Handler(socketserver.BaseRequestHandler):
         self.told["error"] = error.code or error.type
         with contextlib.suppress(ClientGone):    # the log tells of the error
             if "status" in self.told:
-                self._events.fail(error)
+                self.close_connection = True    # which breaks off: the framing, too, must not look complete
+                self._hold(sse(error_body(error)))
+                self._flush()
             else:
                 self.json(error.status, error_body(error), error_headers(error))
 
@@ -6556,8 +6557,9 @@ class _Handler(socketserver.BaseRequestHandler):
         request = parse_request(self.body())
         self.told["asked"] = request.model
         self.admission.take(1, 0)
-        self._events = _Events(self, KEEP_ALIVE_S if request.stream else math.inf)
-        self._looked, self.guest.busy = time.monotonic(), True
+        self._events, self._event_headers = b"", {**EVENT_HEADERS}
+        self._looked = self._sent = time.monotonic()
+        self._keep_alive_s, self.guest.busy = KEEP_ALIVE_S if request.stream else math.inf, True
         try:
             self._answer(request)
         finally:
@@ -6575,16 +6577,16 @@ class _Handler(socketserver.BaseRequestHandler):
             self.told["tokens"] = tokens_of(served.whole)
             return self.reply(200, served.raw or dumps(served.whole), {**JSON_HEADERS, **headers})
         self.told["first_token_s"] = time.monotonic() - self.started
-        self._events.headers.update(headers)
+        self._event_headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
-            self._stream(served, request.include_usage, self._events)
+            self._stream(served, request.include_usage)
 
     def _look(self) -> None:
         """See to the client, as its thread does before it waits for something else, and at each tick.
 
         Raise ClientGone where it has left, Busy where Oblix has to end.
         """
-        self._events.flush()
+        self._flush()
         now = time.monotonic()
         if now - self._looked < TICK_S:
             return
@@ -6593,34 +6595,65 @@ class _Handler(socketserver.BaseRequestHandler):
             raise shutting_down()
         if has_left(self.guest.connection):
             raise ClientGone
-        self._events.keep_alive(now)
+        if now - self._sent >= self._keep_alive_s:
+            self._hold(b": keep-alive\n\n")    # it commits the status 200, but no answer: another target may give that
+            self._flush()
 
-    def _stream(self, served: Result, include_usage: bool, events: _Events) -> None:
+    def _stream(self, served: Result, include_usage: bool) -> None:
         """Pass on the chunks, the first content at once.  Raise UpstreamError where they are cut off."""
         try:
             for number, chunk in enumerate(served.chunks, 1):
                 if isinstance(chunk, bytes):
-                    events.add(chunk)
+                    self._hold(chunk)
                     continue
                 self.told["tokens"] = tokens_of(chunk) or self.told.get("tokens", 0)
                 shown = for_client(chunk, include_usage)
                 if shown is not None:
-                    events.add(sse(shown))
+                    self._hold(sse(shown))
                 if number == served.held:
-                    events.flush()
+                    self._flush()
         except Exception as error:
             if isinstance(error, UpstreamError):
                 log.warning("%s cut: %s", self.id, error.brief)
-            events.flush()    # what was said before may be seen
+            self._flush()    # what was said before may be seen
             raise
-        events.add(DONE)
-        events.flush(last=True)
+        self._hold(DONE)
+        self._flush(last=True)
+
+    def _hold(self, events: bytes) -> None:
+        """Hold events, to be sent before the next wait.  Raise ClientGone.
+
+        A write takes 20 us, and what a model says comes in pieces of several events.
+        """
+        self._events += events
+        if len(self._events) > PIECE_BYTES:
+            self._flush()
+
+    def _flush(self, last: bool = False) -> None:
+        """Send the events that are held in one write, the first ones with the head.  Raise ClientGone.
+
+        With `last`, end the stream well.
+        """
+        if not self._events and not last:
+            return
+        events, self._events, self._sent, head = self._events, b"", time.monotonic(), b""
+        is_framed = self.head.version != "HTTP/1.0"    # which has no chunked bodies
+        if "status" not in self.told:
+            self.close_connection |= not is_framed    # nothing else shows the end of the stream
+            framing = {"Transfer-Encoding": "chunked"} if is_framed else {}
+            head = self.reply_head(200, {**self._event_headers, **framing})
+        self.told["bytes_out"] = self.told.get("bytes_out", 0) + len(events)
+        if is_framed:
+            events = (b"%x\r\n%b\r\n" % (len(events), events) if events else b"") + (b"0\r\n\r\n" if last else b"")
+        self.write(head + events)
 
 
 ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health": ("GET", "HEAD"),
           "/": ("GET", "HEAD")}    # path without /v1 -> methods; OPTIONS goes everywhere
 
 JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
+EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
+                 "X-Accel-Buffering": "no"}
 _NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
 _CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 # The words for each fact of a request in the log, in the order of the line; a fact that is not known is left out.
@@ -6639,56 +6672,6 @@ def http_date(second: int) -> str:
 def printable(text: str) -> str:
     """Return a text for the log, without the control characters by which what it quotes could forge a line."""
     return text if is_header_safe(text) else re.sub("[^ -~]", "?", text)
-
-
-# --- 11. A stream of events ------------------------------------------------------------------------------------------
-
-class _Events:
-    """A stream of server-sent events to a client.  Before each wait, all that have come are sent in one write with the
-    head: a write takes 20 us, and what a model says comes in pieces of several events."""
-
-    def __init__(self, handler: _Handler, keep_alive_s: float) -> None:
-        self._handler, self._keep_alive_s = handler, keep_alive_s
-        self._framed = handler.head.version != "HTTP/1.0"    # HTTP/1.0 has no chunked bodies
-        self._last = time.monotonic()    # when the client last got something
-        self._held = b""                 # events that are to be sent
-        self.headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                        "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._framed else {})}
-
-    def add(self, events: bytes) -> None:
-        """Hold events, to be sent before the next wait.  Raise ClientGone."""
-        self._held += events
-        if len(self._held) > MAX_HELD_BYTES:
-            self.flush()
-
-    def flush(self, last: bool = False) -> None:
-        """Send what is to be sent; with `last`, end the stream well.  Raise ClientGone."""
-        if not self._held and not last:
-            return
-        held, self._held, self._last = self._held, b"", time.monotonic()
-        handler, head = self._handler, b""
-        if "status" not in handler.told:
-            handler.close_connection |= not self._framed    # nothing else shows the end of the stream
-            head = handler.reply_head(200, self.headers)
-        handler.told["bytes_out"] = handler.told.get("bytes_out", 0) + len(held)
-        if self._framed:
-            held = (b"%x\r\n%b\r\n" % (len(held), held) if held else b"") + (b"0\r\n\r\n" if last else b"")
-        handler.write(head + held)
-
-    def keep_alive(self, now: float) -> None:
-        """Send a comment after a long silence, which keeps clients and proxies waiting.  Raise ClientGone.
-
-        It commits the status 200, but no answer: another target may still give that.
-        """
-        if now - self._last >= self._keep_alive_s:
-            self.add(b": keep-alive\n\n")
-            self.flush()
-
-    def fail(self, error: OblixError) -> None:
-        """End with an error event and a connection that breaks off: the framing, too, must not look complete."""
-        self._handler.close_connection = True
-        self.add(sse(error_body(error)))
-        self.flush()
 
 
 # --- 11. Listening, and the end ---------------------------------------------------------------------------------------
@@ -6737,10 +6720,9 @@ class _Listener(QuickServer):
     def get_request(self) -> Any:
         try:
             connection, address = super().get_request()
-        except OSError as error:
-            if error.errno in _NO_ROOM:    # the client stays in the queue, which would be looked at without end
-                self.admission.make_room()
-                time.sleep(NO_ROOM_S)
+        except OSError:    # no descriptor is free; the client stays in the queue, which would be looked at without end
+            self.admission.make_room()
+            time.sleep(TICK_S)
             raise
         return self.admission.enter(connection), address
 
@@ -6771,9 +6753,6 @@ def hold_on_one_core(port: int, cpufreq: str = "/sys/devices/system/cpu/cpu%d/cp
         speeds = {core: speed(core) for core in sorted(os.sched_getaffinity(0))}
         fastest = [core for core in speeds if speeds[core] == max(speeds.values())]
         os.sched_setaffinity(0, {fastest[port % len(fastest)]})
-
-
-_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def guard_of(settings: Settings) -> Guard:
@@ -6861,7 +6840,7 @@ class Server:
         `pause` waits for a moment.  Return 0, or the first other number that it returns, which ends the wait.
         """
         self._stop()
-        for seconds, at_its_end in ((limit_s, self.admission.end), (LAST_WORDS_S, self.admission.close)):
+        for seconds, at_its_end in ((limit_s, self.admission.end), (GRACE_S, self.admission.close)):
             deadline = time.monotonic() + seconds
             while not self.admission.empty and time.monotonic() < deadline:
                 hurried = pause()
@@ -7031,7 +7010,7 @@ SETTLE_S = 0.5    # how long the start waits for the monitors' first word; offli
 CHECK_S = 6.0     # longer than a probe may take
 CPU_S = 1.3       # until the second sample, the first that knows the CPU's use
 LOG_S = 0.1       # in which the lines of the log are collected, to be written together
-LOG_END_S = 1.0   # for the last of them
+LOG_END_S = 1.0   # for the last of them, and for what is printed
 MAX_LOG_LINES = 10_000
 DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
 HANG_UP = getattr(signal, "SIGHUP", 0)    # the terminal is gone; Windows does not tell
@@ -7040,7 +7019,7 @@ TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
 
 FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_per_core": "load {} per core",
               "gpu_percent": "GPU {}%", "battery_percent": "battery {}%", "temperature_c": "{} C"}
-SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))    # level -> priority (sd-daemon(3))
+SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
 def start_text(settings: Settings, server: Server) -> str:
@@ -7095,11 +7074,8 @@ def advices(health: Json) -> list[str]:
     return found
 
 
-def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None, script: bool = False) -> int:
-    """Run the server until a signal comes, or `check`.  Return the exit status: 2 for a mistake in what was set.
-
-    As a script it returns when the server begins, which ends the process itself: see `run_server`.
-    """
+def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> int:
+    """Run `check`, or begin to serve, which ends the process later: see `run_server`.  Return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     checks = argv[:1] == ["check"]
 
@@ -7109,7 +7085,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
         start_log(settings, os.environ.get("JOURNAL_STREAM", ""))
         for line in odd_keys(settings):
             log.warning(line)
-        return run_check(settings) if checks else run_server(settings, script)
+        return run_check(settings) if checks else run_server(settings)
 
     return _status_of(run)
 
@@ -7123,16 +7099,30 @@ def _status_of(run: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except Exception:
+        say(traceback.format_exc(), "stderr")
+        return 1
 
 
 def say(text: str, stream: str = "stdout") -> None:
-    """Print.  Do without where that fails: the stream may be closed, on a full disk, or a pipe without a reader."""
+    """Print, and do without where that fails or lasts: on a full disk, into a pipe that is closed or not read."""
+    said = []
+
+    def write() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(getattr(sys, stream), io.TextIOWrapper):
+                getattr(sys, stream).reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
+            print(text, file=getattr(sys, stream), flush=True)
+            said.append(text)
+
+    writer = threading.Thread(target=write, name="say", daemon=True)
     try:
-        if isinstance(getattr(sys, stream), io.TextIOWrapper):
-            getattr(sys, stream).reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
-        print(text, file=getattr(sys, stream), flush=True)
-    except (OSError, ValueError):
-        setattr(sys, stream, None)    # at its end Python would try once more, and exit with a status of its own
+        writer.start()
+        writer.join(LOG_END_S)
+    except RuntimeError:    # no thread is left
+        write()
+    if not said:    # at its end Python would flush the stream: wait for ever, or fail and exit with a status of its own
+        setattr(sys, stream, None)
 
 
 class _LogFormatter(logging.Formatter):
@@ -7155,7 +7145,7 @@ class _LogFormatter(logging.Formatter):
         lines = [f"{record.levelname} {message}", *trace]
         if not self._journal:
             return f"{local_time(int(record.created))},{int(record.msecs):03} " + "\n".join(lines)
-        priority = next(number for level, number in SYSLOG if record.levelno >= level)
+        priority = SYSLOG.get(record.levelname, 7)
         return "\n".join(f"<{priority}>{line}" for line in lines)    # each line is an entry of its own there
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name for it
@@ -7191,8 +7181,8 @@ class _LogWriter(logging.Handler):
         closing = False
         while not closing:
             self._come.wait()
-            closing = self._closing.wait(LOG_S)
             self._come.clear()
+            closing = self._closing.wait(LOG_S)
             with contextlib.suppress(OSError, ValueError):    # nobody reads it, or it is closed
                 self.stream.write("".join([self._lines.popleft() for _ in range(len(self._lines))]))
                 self.stream.flush()
@@ -7219,26 +7209,21 @@ def start_log(settings: Settings, journal_stream: str) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
-def run_server(settings: Settings, script: bool) -> int:
-    """Answer requests until a signal comes, then let them end.  Return the exit status.  Raise UsageError.
+def run_server(settings: Settings) -> int:
+    """Answer requests until a signal comes, then let them end, on a thread that ends the process.  Return 0 at once.
 
-    A script returns 0 at once, and a thread goes on that ends the process with the status: Python keeps a script's
-    syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
+    Python keeps a script's syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
     """
     waiting = catch_signals()    # which only the main thread may do; when the script has ended it waits for ours
-    if not script or (3, 12) <= sys.version_info < (3, 12, 3):    # no thread could start then (python/cpython#113964)
-        return _serve(settings, waiting)
 
     def run() -> None:
-        status = 1
-        try:
-            status = _status_of(lambda: _serve(settings, waiting))
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
+        status = _status_of(lambda: _serve(settings, waiting))
         for handler in logging.root.handlers:    # os._exit leaves out what writes the last lines
             handler.close()
         os._exit(status)
 
+    if (3, 12) <= sys.version_info < (3, 12, 3):    # no thread could start after the script's end (cpython#113964)
+        run()
     threading.Thread(target=run, name="main").start()
     return 0
 
@@ -7249,8 +7234,9 @@ def catch_signals() -> socket.socket:
     waiting, woken = socket.socketpair()
     woken.setblocking(False)
     signal.set_wakeup_fd(woken.detach(), warn_on_full_buffer=False)
-    for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP, getattr(signal, "SIGBREAK", 0))):    # Windows'
-        if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:    # as nohup wants it
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):    # Windows has the last one in SIGHUP's place
+        number = getattr(signal, name, None)
+        if number and (number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN):    # as nohup leaves it
             signal.signal(number, lambda *_: None)
     return waiting
 
@@ -7260,8 +7246,7 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
     raise_file_limit(4 * settings.max_requests + 256)    # for each two connections of clients, and two upstream
     with demo(settings) as settings, running(settings) as server:
         server.gateway.watch.settle(SETTLE_S)
-        # A pipe that nobody reads takes nothing, but no signal may wait for that.
-        threading.Thread(target=say, args=(start_text(settings, server),), name="say", daemon=True).start()
+        say(start_text(settings, server))
         while not signal_within(waiting, TIDY_S):
             with contextlib.suppress(ImportError, OSError, AttributeError):    # only glibc has it
                 import ctypes
@@ -7313,4 +7298,4 @@ def run_check(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(script=True))
+    sys.exit(main())

@@ -5781,6 +5781,7 @@ class Connections:
                 self.answered(ask(server, upstream.target), "Hello")
                 self.assertEqual((reply.headers["x-oblix-attempts"], len(upstream.requests)), ("1", 5))
                 self.assertEqual([found[0][4][1] for found, _ in dialled].count(upstream.port), 1)
+                self.assertEqual([*map(len, server.gateway.transport._idle.values())], [1])
 
     def count_calls(self, place, name):
         """A list that gets an entry for each call of a function, until the test ends."""
@@ -5801,10 +5802,14 @@ class Connections:
                 self.assertEqual(len(upstream.requests), 1)
 
     def test_who_takes_nothing_for_a_while_is_not_dead(self):
-        """A server that answers one at a time reads the next request late."""
-        with Upstream(OPENAI, pace=0.05, tls=self.tls) as upstream, running(upstream) as server, \
+        """A server that answers one at a time reads the next request late, and a model may think for long."""
+        def thinking(*asked):
+            return [1.0, *answer(Text("Hello"))(*asked)]
+        with Upstream(OPENAI, thinking, pace=0.05, tls=self.tls) as upstream, running(upstream) as server, \
                 mock.patch.object(oblix, "DEAD_S", 0.4):
-            self.answered(ask(server, upstream.target, **talk(user("x" * 1500000))), "Hello")
+            for _ in range(2):
+                self.answered(ask(server, upstream.target, **talk(user("x" * 1500000))), "Hello")
+            self.assertEqual(len(upstream.requests), 2)
 
     def test_after_a_sleep_no_connection_from_before_is_used(self):
         """Monotonic clocks stand still meanwhile."""
@@ -6137,6 +6142,13 @@ class Transport(Connections, Case):
         with mock.patch.dict(os.environ, {"all_proxy": "http://proxy.example:8"}):
             self.assertEqual(oblix.way_to("https://far.example/").host, "proxy.example:8")
 
+    def test_a_proxy_that_is_not_there_is_told(self):
+        env = {"https_proxy": "http://user:p%40ss@127.0.0.1:9"}
+        with mock.patch.dict(os.environ, env), Upstream(OPENAI) as upstream:
+            upstream.url = "https://api.example"
+            with running(upstream) as server:
+                self.refused(ask(server, upstream.target), 503, "connection refused (at the proxy 127.0.0.1:9)")
+
     def test_a_proxy_that_refuses_is_told_without_its_password(self):
         with Upstream(OPENAI) as proxy, Upstream(OPENAI) as upstream:
             for kind, status in itertools.product(("http", "https"), (407, 403)):
@@ -6202,9 +6214,10 @@ class SideBySide(Case):
         with self.addresses() as (nowhere, refuses, takes, opened):
             for found in ([takes], [nowhere, takes], [refuses, takes], [nowhere, refuses, nowhere, takes]):
                 opened.clear()
-                with self.subTest(len(found)), oblix._dial(found, oblix.no_look) as connection:
+                with self.subTest(len(found)), Took() as took, oblix._dial(found, oblix.no_look) as connection:
                     self.assertEqual(connection.getpeername(), takes[4])
                     self.assertEqual({one.fileno() for one in opened} - {-1}, {connection.fileno()})
+                self.assertLess(took.seconds, 20)    # the kernel tries an address for two minutes
 
     def test_where_none_does_the_last_failure_is_told_and_nothing_stays_open(self):
         def give_up():
@@ -10402,9 +10415,7 @@ class Server(Case):
         asked = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3000
         with running(self.local, self.cloud, flags=["--max-requests=4"]) as server, contextlib.ExitStack() as stack:
             for _ in range(20):
-                client = stack.enter_context(socket.socket())
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                client.connect(("127.0.0.1", server.port))
+                client = stack.enter_context(narrow(server))
                 client.settimeout(0.1)
                 with contextlib.suppress(OSError):    # as much as it takes
                     client.sendall(asked)
@@ -11658,14 +11669,20 @@ def connected(server):
     return socket.create_connection(("127.0.0.1", server.port), 30)
 
 
-def thirstless(server, **fields):
-    """A client that has sent a chat request, and for which hardly a byte is kept by the kernels on the way."""
+def narrow(server):
+    """A client for which hardly a byte is kept by the kernels on the way."""
     client = socket.socket()
-    client.settimeout(5)
+    client.settimeout(30)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 11)
     with contextlib.suppress(AttributeError, OSError):
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
     client.connect(("127.0.0.1", server.port))
+    return client
+
+
+def thirstless(server, **fields):
+    """The same, which has sent a chat request."""
+    client = narrow(server)
     client.sendall(post(chat(**fields), "Connection: close"))
     return client
 
@@ -11943,7 +11960,7 @@ class Busy(Case):
 
     def test_who_asks_on_and_on_and_reads_nothing_is_dropped(self):
         with mock.patch.object(oblix, "SEND_S", 0.3), Upstream(OLLAMA) as upstream, \
-                running(upstream, flags=["--max-requests=4"]) as server, connected(server) as client:
+                running(upstream, flags=["--max-requests=4"]) as server, narrow(server) as client:
             client.settimeout(0.1)
             eventually(lambda: cannot_send(client, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500))
 
@@ -13594,13 +13611,15 @@ class LogWriter(Case):
     @unittest.skipUnless(os.name == "posix", IMPOSSIBLE + ": signals are POSIX's")
     def test_a_process_whose_words_nobody_takes_answers_and_ends(self):
         """A pipe that is full, one whose other end is closed, a full disk, and no stdout and stderr at all."""
-        for how in ("full", "left", "closed", *["disk"] * os.path.exists("/dev/full")):
+        module = ["-c", "import sys, oblix; sys.exit(oblix.main())"]
+        for how, program in (("full", ["oblix.py"]), ("full", module), ("left", ["oblix.py"]), ("closed", ["oblix.py"]),
+                             *[("disk", ["oblix.py"])] * os.path.exists("/dev/full")):
             read, write = os.pipe()
-            with self.subTest(how), Upstream(OPENAI, [OPENAI.head, chunk(HEL[OPENAI]), CLOSE]) as upstream:
-                with socket.create_server(("127.0.0.1", 0)) as free:
-                    server = argparse.Namespace(port=free.getsockname()[1])
+            with self.subTest(how, program=program), \
+                    Upstream(OPENAI, [OPENAI.head, chunk(HEL[OPENAI]), CLOSE]) as upstream:
+                server = argparse.Namespace(port=free_ports(1)[0])
                 closed = {"closed": " >&- 2>&-", "disk": " >/dev/full 2>&1"}.get(how, "")
-                command = ["sh", "-c", 'exec "$@"' + closed, "sh", sys.executable, "oblix.py",
+                command = ["sh", "-c", 'exec "$@"' + closed, "sh", sys.executable, *program,
                            "--port=%d" % server.port, "--log-level=debug", *CALM, *flags_for(upstream)]
                 if how == "full":
                     os.set_blocking(write, False)
@@ -13626,6 +13645,12 @@ class LogWriter(Case):
                     process.wait()
                     if how != "left":
                         os.close(read)
+
+    def test_where_no_thread_is_left_it_is_printed_all_the_same(self):
+        with contextlib.redirect_stdout(io.StringIO()) as said, \
+                mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            oblix.say("the words")
+        self.assertEqual(said.getvalue(), "the words\n")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), IMPOSSIBLE + ": no device is a full disk")
     def test_what_a_command_finds_is_its_status_whoever_reads_it(self):
@@ -13932,8 +13957,11 @@ def binary(name):
 
 
 def free_ports(count):
-    """Ports that nobody uses."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    """Ports that nobody uses, below those that the system gives to anybody who asks for one."""
+    sockets = []
+    while len(sockets) < count:
+        with contextlib.suppress(OSError):
+            sockets.append(socket.create_server(("127.0.0.1", random.randrange(20_000, 30_000))))
     ports = [listening.getsockname()[1] for listening in sockets]
     for listening in sockets:
         listening.close()
