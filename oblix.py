@@ -16,8 +16,8 @@ The life of a request
 
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
 `chat.completion.chunk` objects, so there is no third vocabulary.  Two providers translate (Ollama, Claude) and are
-always streamed; where the client wants a whole answer one function, `fold`, puts the chunks together.  OpenAI's own
-answers pass through, with the model's name replaced and their streams tidied (`OpenAI.decode`).
+always streamed.  Whichever server answers, `in_order` makes OpenAI's reference of what it says, and `fold` a whole
+answer of a stream.  A whole answer that needs no change passes as it came, with the model's name replaced.
 
 Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
@@ -2879,8 +2879,9 @@ def as_call(chunks: Iterable[Chunk], tools: Sequence[Json]) -> Iterator[Chunk]:
                 yield from [tool_chunk(0, held[:size], None, None if said else name)] if size > 0 else []
                 said.append(held[:size])
                 held = held[size:]
-            if end == "stop" and not is_call:
-                _need_object("".join(said))
+            if end == "stop" and not is_call and not is_object("".join(said)):
+                raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED,
+                                    code="bad_upstream_answer")
         yield chunk
 
 
@@ -2895,12 +2896,11 @@ def _begun_call(text: str, whole: bool) -> tuple[str, str]:
     return "", text
 
 
-def _need_object(arguments: str) -> None:
-    """Raise UpstreamError unless a call's arguments are a JSON object."""
+def is_object(text: str) -> bool:
+    """Return True if a text is a JSON object."""
     with contextlib.suppress(ValueError):
-        if isinstance(loads(arguments), dict):
-            return
-    raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED, code="bad_upstream_answer")
+        return isinstance(loads(text), dict)
+    return False
 
 
 def first_call(chunks: Iterable[Any]) -> Iterator[Any]:
@@ -3016,10 +3016,11 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
             yield chunk
             continue
         usage, told = chunk.pop("usage", None), choices_of(chunk)
-        if usage:
-            counted = {**chunk, "choices": [], "usage": usage}
         for place, choice in enumerate(told):
             choice["index"] = place if choice.get("index") is None else choice["index"]
+            usage = choice.pop("usage", None) or usage    # Kimi
+        if usage and isinstance(usage, dict):
+            counted = {**chunk, "choices": [], "usage": with_counts(usage)}
         chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
         if chunk["choices"]:    # Azure begins with an event that has none
             yield chunk
@@ -3031,18 +3032,26 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
         yield counted
 
 
+def with_counts(usage: Json) -> Json:
+    """Return usage with the three counts that OpenAI's reference requires: MiniMax tells the total alone."""
+    prompt, completion, total = (usage.get(name) or 0 for name in _COUNTS)
+    return {**usage, **dict(zip(_COUNTS, (prompt, completion, total or prompt + completion)))}
+
+
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+
+
 def is_in_order(answer: Json) -> bool:
     """Return True if a whole answer is as `in_order` and `fold` would make it; False where that must be tried."""
-    return (type(answer.get("created")) is int and isinstance(answer.get("usage"), dict)
-            and answer.get("object") == "chat.completion" and bool(answer.get("choices")) and all(
+    usage = answer.get("usage")
+    return (type(answer.get("created")) is int and answer.get("object") == "chat.completion"
+            and isinstance(usage, dict) and [type(usage.get(name)) for name in _COUNTS] == [int] * 3
+            and bool(answer.get("choices")) and all(
                 type(choice.get("index")) is int and isinstance(message.get("content"), str)
-                and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
-                and not choice.get("logprobs") and "error" not in choice and _REMADE.isdisjoint(message)
+                and isinstance(message.get("reasoning_content", ""), str) and message.get("role") == "assistant"
+                and not {"tool_calls", "function_call", "reasoning"} & {*message} and not choice.get("logprobs")
+                and choice.get("finish_reason") in ("stop", "length", "content_filter") and "error" not in choice
                 for choice in answer["choices"] for message in [choice.get("message") or {}]))
-
-
-_PLAIN_ENDS = ("stop", "length", "content_filter")
-_REMADE = frozenset({"tool_calls", "function_call", "reasoning"})    # fields of a message that may have to change
 
 
 class _Choice:
@@ -3081,15 +3090,18 @@ class _Choice:
         if isinstance(delta.get("reasoning"), str):    # vLLM, OpenRouter, Ollama's /v1
             thought = delta.pop("reasoning")
             delta["reasoning_content"] = delta.get("reasoning_content") or thought
-        if isinstance(delta.get("content"), list):     # Mistral's reasoning models
-            thought = [part for part in delta["content"] if isinstance(part, dict) and part.get("type") in _THOUGHTS]
-            delta["content"] = text_in([part for part in delta["content"] if part not in thought])
+        if isinstance(delta.get("content"), (list, dict)):     # Mistral's reasoning models
+            parts = [delta["content"]] if isinstance(delta["content"], dict) else delta["content"]
+            thought = [part for part in parts if isinstance(part, dict) and part.get("type") in _THOUGHTS]
+            delta["content"] = [part for part in parts if part not in thought]
             delta.update(present({"reasoning_content": text_in(thought)}))
         for name in ("content", "reasoning_content", "refusal"):
             if not isinstance(delta.get(name, ""), str):
-                raise TypeError("text expected")
+                delta[name] = text_in(delta[name])
         self._is_legacy = self._is_legacy or bool(delta.get("function_call"))
-        pieces = [self._piece(call, place) for place, call in enumerate(delta.pop("tool_calls", ()))]
+        calls = delta.pop("tool_calls", ())
+        calls = [calls] if isinstance(calls, dict) else calls
+        pieces = [self._piece(call, place) for place, call in enumerate(calls)]
         return {**delta, **present({"tool_calls": [*filter(None, pieces)]})} if pieces else delta
 
     def _piece(self, piece: Json, place: int) -> Json | None:
@@ -3175,11 +3187,8 @@ class _Call:
 
     def _is_whole(self) -> bool:
         """Return True if the arguments are a JSON object.  Of very many pieces it is not asked."""
-        if not self.texts or len(self.texts) > 1000 or not self.texts[-1].rstrip().endswith("}"):
-            return False
-        with contextlib.suppress(ValueError):
-            return isinstance(loads("".join(self.texts)), dict)
-        return False
+        may_be = 0 < len(self.texts) <= 1000 and self.texts[-1].rstrip().endswith("}")
+        return may_be and is_object("".join(self.texts))
 
 
 def text_in(value: Any) -> str:
@@ -3209,8 +3218,9 @@ def fold(chunks: Iterable[Chunk]) -> Json:
         whole.update(chunk)
         for piece in chunk["choices"]:
             choice = choices.setdefault(piece["index"], {"index": 0, "message": {}, "logprobs": {}})
-            _join(choice["message"], piece.pop("delta"))
-            _join(choice["logprobs"], piece.pop("logprobs", None) or {})
+            delta, logprobs = piece.pop("delta"), piece.pop("logprobs", None)
+            _join(choice["message"], delta)
+            _join(choice["logprobs"], logprobs if isinstance(logprobs, dict) else {})
             choice.update(piece)
     for choice in choices.values():
         calls: dict[int, Json] = {}
@@ -3231,7 +3241,7 @@ def _join(whole: Json, piece: Json) -> None:
             _join(known, value)
         elif isinstance(known, (str, list)) and isinstance(value, type(known)):
             whole[name] += value
-        else:
+        elif value is not None or name not in whole:
             whole[name] = value
 
 
@@ -3455,18 +3465,19 @@ class OpenAI(Provider):
         finished, asked = set[Any](), request.body.get("n", 1)
         try:
             for data in sse_data(lines):
-                event = data if isinstance(data, Texts) else {} if data.startswith("[DONE]") else event_of(data)
-                if not event:
+                if isinstance(data, Texts):
+                    yield data
+                    continue
+                if data.startswith("[DONE]"):
                     return
-                if isinstance(event, dict):
-                    event.pop("obfuscation", None)    # padding, of no use on this side of TLS
-                    finished.update(one.get("index") for one in choices_of(event) if one.get("finish_reason"))
+                event = event_of(data)
+                event.pop("obfuscation", None)    # padding, of no use on this side of TLS
+                finished.update(choice.get("index") for choice in choices_of(event) if choice.get("finish_reason"))
                 yield event
-        except UpstreamError as error:
+            raise cut()
+        except UpstreamError as error:    # some servers leave [DONE] out
             if error.fault is not Fault.TRANSPORT or len(finished) != asked:
                 raise
-        if len(finished) != asked:    # some servers leave [DONE] out
-            raise cut()
 
     def passes_text(self, request: ChatRequest) -> bool:
         return bool(request.body.get("n", 1) == 1)
@@ -3884,7 +3895,7 @@ class Claude(Provider):
             elif kind == "message_start":
                 if blocks:    # a relay that began anew after it had failed
                     raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
-                usage.update(event["message"].get("usage") or {})
+                usage.update((event.get("message") or {}).get("usage") or {})
                 yield chunk_of(content="")
             elif kind == "message_delta":
                 stop.update(event.get("delta") or {})
@@ -3896,7 +3907,7 @@ class Claude(Provider):
 
     @staticmethod
     def _said(event: Json, blocks: dict[int, Json]) -> Iterator[Chunk]:
-        """Yield what an event of a content block says.  `blocks` are the open ones, and None after their end."""
+        """Yield what an event of a content block says.  `blocks` are those that have begun, empty after their end."""
         index, kind, piece = event.get("index") or 0, event["type"], event.get("delta") or {}
         block = blocks.setdefault(index, {})
         if kind == "content_block_start":
@@ -5786,7 +5797,7 @@ class Dispatch:
                 whole, as_it_came = PROVIDERS[target.endpoint.provider].whole(raw, request)
         self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
         told = {**whole, **_envelope(whole, target.id), "object": "chat.completion"}
-        around = split_at_model(raw, whole) if as_it_came and told["id"] == whole.get("id") else None
+        around = split_at_model(raw, whole) if as_it_came and told == {**whole, "model": target.id} else None
         return told, dumps(target.id).join(around) if around else b""
 
     def _learn(self, request: ChatRequest, target: Target, first_s: float | None, tokens: int, seconds: float,
@@ -6005,11 +6016,10 @@ def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
 
     Return None where the chunk is of another choice than the first, which such events are of.
     """
-    choices = choices_of(chunk)
-    if [choice.get("index", 0) for choice in choices] != [0]:
+    if [choice["index"] for choice in chunk["choices"]] != [0]:
         return None
-    choice = {name: None if name in ("logprobs", "finish_reason") else value for name, value in choices[0].items()
-              if name in AROUND_TEXT}
+    choice = {name: None if name in ("logprobs", "finish_reason") else value
+              for name, value in chunk["choices"][0].items() if name in AROUND_TEXT}
     kept = {name: value for name, value in chunk.items() if name in AROUND_TEXT}
     told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
     before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
@@ -6041,14 +6051,11 @@ LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation 
 
 
 def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
-    """Return the text of a stream that broke off, or "" unless it is plain text that had not ended."""
-    deltas = [choice.get("delta") or {} for chunk in said for choice in choices_of(chunk)]
-    ended = any(choice.get("finish_reason") for chunk in said for choice in choices_of(chunk))
-    plain = all(name in ("role", "content", "refusal") and isinstance(delta[name], str)
-                for delta in deltas for name in delta if delta[name])
-    if ended or not plain or _NOT_CONTINUED & request.body.keys():
-        return ""
-    return "".join(delta.get("content") or "" for delta in deltas)
+    """Return the text of a stream that broke off, or "" unless it is plain text."""
+    deltas = [choice["delta"] for chunk in said for choice in chunk["choices"]]
+    plain = all(name in ("role", "content", "refusal") for delta in deltas for name in delta if delta[name])
+    plain = plain and not _NOT_CONTINUED & request.body.keys()
+    return "".join(delta.get("content", "") for delta in deltas) if plain else ""
 
 
 def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | None:
@@ -6071,16 +6078,15 @@ def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iter
     envelope: Json = {**{name: first[name] for name in ("id", "created", "model")}, "oblix": {"continued_by": by}}
     held: str | None = ""    # a beginning that may repeat the end of the text; None once that is decided
     for chunk in chunks:
-        for choice in choices_of(chunk):
-            delta = {name: value for name, value in (choice.get("delta") or {}).items() if name != "role"}
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            delta.pop("role", None)
             if held is not None:
-                content = delta.pop("content", None)
-                held += content if isinstance(content, str) else ""
-                if len(held) >= min(OVERLAP, len(text)) or choice.get("finish_reason"):
+                held += delta.pop("content", "")
+                if len(held) >= min(OVERLAP, len(text)) or choice["finish_reason"]:
                     rest, held = without_overlap(text, held), None
                     delta.update({"content": rest} if rest else {})
-            choice["delta"] = delta
-        if any(choice["delta"] or choice.get("finish_reason") for choice in choices_of(chunk)) or "usage" in chunk:
+        if "usage" in chunk or any(choice["delta"] or choice["finish_reason"] for choice in chunk["choices"]):
             yield {**chunk, **envelope}
             envelope.pop("oblix", None)
 

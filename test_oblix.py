@@ -5352,7 +5352,9 @@ THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
 SAYINGS = [  # deltas, or a message, what the client has joined at the end
     ("Mistral's parts", [{"content": [THOUGHT, {"type": "text", "text": "Hel"}]}, {"content": "lo"}], ("Hello", "Hm.")),
     ("parts of text", [{"content": [{"type": "text", "text": "Hel"}, "lo"]}], ("Hello", None)),
+    ("one part", [{"content": {"type": "text", "text": "a"}}], ("a", None)),
     ("parts of thinking", [{"content": [THOUGHT]}, {"content": "a"}], ("a", "Hm.")),
+    ("lists of both", [{"reasoning_content": ["H", {"text": "m."}], "content": ["a"]}], ("a", "Hm.")),
     ("reasoning", [{"reasoning": "Hm."}, {"content": "a"}], ("a", "Hm.")),
     ("both names", [{"reasoning": "Hm.", "reasoning_content": "Hm."}, {"content": "a"}], ("a", "Hm.")),
     ("one of both empty", [{"reasoning": "Hm.", "reasoning_content": ""}, {"content": "a"}], ("a", "Hm.")),
@@ -5362,7 +5364,7 @@ SAYINGS = [  # deltas, or a message, what the client has joined at the end
                              {"tool_calls": [piece("", "", index=0, type="function")]}], ("a", None)),
 ]
 ODD_EVENTS = [  # after the first content of a stream; the client reads the same without them
-    {"choices": None}, {"choices": []}, {"choices": [{"index": 0, "delta": None}]}, {"type": "ping"},
+    {}, {"choices": None}, {"choices": []}, {"choices": [{"index": 0, "delta": None}]}, {"type": "ping"},
     {"choices": [{"index": 0, "finish_reason": "stop", "delta": {}}]}, {"usage": None},
     {"base_resp": {"status_code": 0}},
     {"choices": [{"index": 0, "content_filter_offsets": {"check_offset": 1}}]},                         # Azure
@@ -5391,6 +5393,9 @@ def as_whole(message, finish="stop", **fields):
     """A whole answer of OpenAI's with this message."""
     choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}
     return {**OPENAI.chunk([choice]), "object": "chat.completion", "usage": OPENAI._usage(HELLO), **fields}
+
+
+COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 class InOrder(Case):
@@ -5481,7 +5486,7 @@ class InOrder(Case):
                     self.assertEqual({*message} & {"tool_calls", "reasoning"}, set())
 
     def test_a_whole_answer_has_what_the_reference_requires(self):
-        for fields in (*NO_ENVELOPE, {"usage": None}):
+        for fields in (*NO_ENVELOPE, {"usage": None}, {"usage": [1]}):
             for message in ({"content": "Hello"}, {"content": "Hello", "tool_calls": [], "function_call": None}):
                 with self.subTest(fields, message=message):
                     reply = self.said(OPENAI, as_whole(message, **fields), False)
@@ -5495,6 +5500,24 @@ class InOrder(Case):
         reply = self.said(OPENAI, filtered, False)
         self.assertEqual((reply.status, reply.message["content"], reply.finish), (200, "", "content_filter"))
         self.refused(self.said(OPENAI, {"choices": []}, False), 502, code="bad_upstream_answer")
+        one = {"tool_calls": piece(*A)}    # and no list of one
+        self.assertEqual(self.said(OPENAI, as_whole(one), False, tools=TOOLS).message["tool_calls"][0]["id"], "a")
+
+    def test_usage_has_its_three_counts_and_comes_once(self):
+        for usage, counts in (({"total_tokens": 5}, (0, 0, 5)),
+                              ({"prompt_tokens": 3, "completion_tokens": None}, (3, 0, 3)),
+                              ({"prompt_tokens": 3, "completion_tokens": 2, "own": 1}, (3, 2, 5))):
+            last = OPENAI.chunk([{"index": 0, "delta": {}, "finish_reason": "stop", "usage": usage}])    # Kimi's place
+            for events in (as_events({"content": "a"}, usage=usage),
+                           [*as_events({"content": "a"})[:1], data_event(last)]):
+                reply = self.said(OPENAI, events, True, stream_options={"include_usage": True})
+                told = [one.get("usage") for one in reply.chunks]
+                with self.subTest(usage):
+                    self.answered(reply, "a")
+                    self.assertEqual((told[:-1], reply.chunks[-1]["choices"]), ([None] * (len(told) - 1), []))
+                    self.assertEqual(told[-1], {**usage, **dict(zip(COUNTS, counts))})
+            told = self.said(OPENAI, as_whole({"content": "a"}, usage=usage), False).json["usage"]
+            self.assertEqual(told, {**usage, **dict(zip(COUNTS, counts))})
 
     def test_a_whole_answer_that_is_in_order_passes_as_it_came(self):
         for body in (as_whole({"content": "Hello"}), OPENAI.whole(HELLO)):
@@ -5603,6 +5626,8 @@ class InOrder(Case):
             upstream.play([OPENAI.head, *map(chunk, as_events({"content": "Hello"}, done=False)), 0.1, *steps])
             with self.subTest(steps):
                 self.answered(ask(self.server, upstream.target, stream=True), "Hello")
+        silent = [OPENAI.head, *map(chunk, as_events({"content": "Hello"}, done=False)), HANG]
+        self.answered(through(OPENAI, silent, HASTY, stream=True), "Hello")
 
 
 # === 7. Transport ====================================================================================================
