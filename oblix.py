@@ -2887,8 +2887,9 @@ def as_call(chunks: Iterable[Chunk], tools: Sequence[Json]) -> Iterator[Chunk]:
                 yield from [tool_chunk(0, held[:size], None, None if said else name)] if size > 0 else []
                 said.append(held[:size])
                 held = held[size:]
-            if end == "stop" and not is_call:
-                _need_object("".join(said))
+            if end == "stop" and not is_call and not is_object("".join(said)):
+                raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED,
+                                    code="bad_upstream_answer")
         yield chunk
 
 
@@ -2903,12 +2904,11 @@ def _begun_call(text: str, whole: bool) -> tuple[str, str]:
     return "", text
 
 
-def _need_object(arguments: str) -> None:
-    """Raise UpstreamError unless a call's arguments are a JSON object."""
+def is_object(text: str) -> bool:
+    """Return True if a text is a JSON object."""
     with contextlib.suppress(ValueError):
-        if isinstance(loads(arguments), dict):
-            return
-    raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED, code="bad_upstream_answer")
+        return isinstance(loads(text), dict)
+    return False
 
 
 def sse_data(lines: Lines) -> Iterator[Any]:
@@ -3042,17 +3042,15 @@ _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 def is_in_order(answer: Json) -> bool:
     """Return True if a whole answer is as `in_order` and `fold` would make it; False where that must be tried."""
-    usage = answer.get("usage") or {}
-    return (type(answer.get("created")) is int and [type(usage.get(name)) for name in _COUNTS] == [int] * 3
-            and answer.get("object") == "chat.completion" and bool(answer.get("choices")) and all(
+    usage = answer.get("usage")
+    return (type(answer.get("created")) is int and answer.get("object") == "chat.completion"
+            and isinstance(usage, dict) and [type(usage.get(name)) for name in _COUNTS] == [int] * 3
+            and bool(answer.get("choices")) and all(
                 type(choice.get("index")) is int and isinstance(message.get("content"), str)
-                and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
-                and not choice.get("logprobs") and "error" not in choice and _REMADE.isdisjoint(message)
+                and isinstance(message.get("reasoning_content", ""), str) and message.get("role") == "assistant"
+                and not {"tool_calls", "function_call", "reasoning"} & {*message} and not choice.get("logprobs")
+                and choice.get("finish_reason") in ("stop", "length", "content_filter") and "error" not in choice
                 for choice in answer["choices"] for message in [choice.get("message") or {}]))
-
-
-_PLAIN_ENDS = ("stop", "length", "content_filter")
-_REMADE = frozenset({"tool_calls", "function_call", "reasoning"})    # fields of a message that may have to change
 
 
 class _Choice:
@@ -3094,11 +3092,11 @@ class _Choice:
         if isinstance(delta.get("content"), (list, dict)):     # Mistral's reasoning models
             parts = [delta["content"]] if isinstance(delta["content"], dict) else delta["content"]
             thought = [part for part in parts if isinstance(part, dict) and part.get("type") in _THOUGHTS]
-            delta["content"] = text_in([part for part in parts if part not in thought])
+            delta["content"] = [part for part in parts if part not in thought]
             delta.update(present({"reasoning_content": text_in(thought)}))
         for name in ("content", "reasoning_content", "refusal"):
             if not isinstance(delta.get(name, ""), str):
-                raise TypeError("text expected")
+                delta[name] = text_in(delta[name])
         self._is_legacy = self._is_legacy or bool(delta.get("function_call"))
         calls = delta.pop("tool_calls", ())
         calls = [calls] if isinstance(calls, dict) else calls
@@ -3188,11 +3186,8 @@ class _Call:
 
     def _is_whole(self) -> bool:
         """Return True if the arguments are a JSON object.  Of very many pieces it is not asked."""
-        if not self.texts or len(self.texts) > 1000 or not self.texts[-1].rstrip().endswith("}"):
-            return False
-        with contextlib.suppress(ValueError):
-            return isinstance(loads("".join(self.texts)), dict)
-        return False
+        may_be = 0 < len(self.texts) <= 1000 and self.texts[-1].rstrip().endswith("}")
+        return may_be and is_object("".join(self.texts))
 
 
 def text_in(value: Any) -> str:
@@ -3900,7 +3895,7 @@ class Claude(Provider):
             elif kind == "message_start":
                 if blocks:    # a relay that began anew after it had failed
                     raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
-                usage.update(event["message"].get("usage") or {})
+                usage.update((event.get("message") or {}).get("usage") or {})
                 yield chunk_of(content="")
             elif kind == "message_delta":
                 stop.update(event.get("delta") or {})

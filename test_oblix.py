@@ -5358,6 +5358,7 @@ SAYINGS = [  # deltas, or a message, what the client has joined at the end
     ("parts of text", [{"content": [{"type": "text", "text": "Hel"}, "lo"]}], ("Hello", None)),
     ("one part", [{"content": {"type": "text", "text": "a"}}], ("a", None)),
     ("parts of thinking", [{"content": [THOUGHT]}, {"content": "a"}], ("a", "Hm.")),
+    ("lists of both", [{"reasoning_content": ["H", {"text": "m."}], "content": ["a"]}], ("a", "Hm.")),
     ("reasoning", [{"reasoning": "Hm."}, {"content": "a"}], ("a", "Hm.")),
     ("both names", [{"reasoning": "Hm.", "reasoning_content": "Hm."}, {"content": "a"}], ("a", "Hm.")),
     ("one of both empty", [{"reasoning": "Hm.", "reasoning_content": ""}, {"content": "a"}], ("a", "Hm.")),
@@ -5489,7 +5490,7 @@ class InOrder(Case):
                     self.assertEqual({*message} & {"tool_calls", "reasoning"}, set())
 
     def test_a_whole_answer_has_what_the_reference_requires(self):
-        for fields in (*NO_ENVELOPE, {"usage": None}):
+        for fields in (*NO_ENVELOPE, {"usage": None}, {"usage": [1]}):
             for message in ({"content": "Hello"}, {"content": "Hello", "tool_calls": [], "function_call": None}):
                 with self.subTest(fields, message=message):
                     reply = self.said(OPENAI, as_whole(message, **fields), False)
@@ -5629,6 +5630,8 @@ class InOrder(Case):
             upstream.play([OPENAI.head, *map(chunk, as_events({"content": "Hello"}, done=False)), 0.1, *steps])
             with self.subTest(steps):
                 self.answered(ask(self.server, upstream.target, stream=True), "Hello")
+        silent = [OPENAI.head, *map(chunk, as_events({"content": "Hello"}, done=False)), HANG]
+        self.answered(through(OPENAI, silent, HASTY, stream=True), "Hello")
 
 
 # === 7. Transport ====================================================================================================
@@ -8003,6 +8006,7 @@ class Time(Orchestrated):
             with self.subTest(model, stream=stream, first=first.id):
                 request = oblix.ChatRequest(model, chat(), stream)
                 course = oblix.Dispatch(gateway, request, None)
+                course._heard = True    # Ollama has said what it has
                 order = [one for one in ((local, cloud) if first is local else (cloud, local))
                          if model == "auto" or one is first]
                 found = []
@@ -9360,6 +9364,13 @@ HELD = {    # a row of "what happens", by its beginning: the tests that hold it
         Time.test_a_cloud_that_refuses_at_once_is_asked_once_more_before_a_slow_local_model],
     "the local model has to be loaded": [Warmth.test_while_it_loads_the_cloud_answers_and_the_load_goes_on,
                                          Warmth.test_without_a_cloud_all_requests_wait_for_the_one_load],
+    "the first request comes before Ollama": [Warmth.test_the_first_request_waits_for_the_first_word_of_ollama],
+    "a connection that was kept open has died": [
+        Transport.test_a_connection_that_died_unseen_is_replaced_whatever_shows_it],
+    "the network swallows what Oblix sends": [
+        Transport.test_a_network_that_drops_large_packets_is_noticed_and_not_waited_for_as_a_model_is],
+    "some addresses of an upstream's name": [
+        SideBySide.test_the_first_that_takes_a_connection_is_used_and_the_others_are_closed],
     "nothing comes for 15 s": [KeepAlive.test_a_silence_before_content, KeepAlive.test_a_total_failure_is_told_in_band],
     "the request takes longer": [Patience.test_the_time_for_a_whole_request_ends_it_before_content,
                                  Patience.test_it_ends_a_stream_in_band],
