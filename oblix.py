@@ -2454,11 +2454,6 @@ ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_fo
 # OpenAI's models that answer 400 to tools unless their effort is "none" (OpenAI's documentation, 2026-11).
 _NO_TOOLS_WHILE_REASONING = re.compile(r"gpt-(?:5\.6|6(?:\.1-terra|-sol|-luna))")
 
-_NEITHER_HAS = {    # what neither Ollama nor Claude has
-    "n": "it gives one answer per request", "logit_bias": "it has no such option", "audio": "it answers in text",
-    "modalities": "it answers in text", "web_search_options": "it does not search",
-    "functions": "it is deprecated, send tools", "function_call": "it is deprecated, send tool_choice",
-}
 
 
 class Provider:
@@ -2697,6 +2692,11 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", (Fault.BUSY, {})),
     (range(400, 500), "", (Fault.NOT_FOUND, {})),    # 404 of a model; 405, 410 of a path
 )
+# The status of an error in an answer, by its code or type.
+_STATUS_OF = {"invalid_request_error": 400, "context_length_exceeded": 400, "authentication_error": 401,
+              "billing_error": 402, "permission_error": 403, "not_found_error": 404, "model_not_found": 404,
+              "rate_limit_error": 429, "rate_limit_exceeded": 429, "insufficient_quota": 429,
+              "server_is_overloaded": 503, "overloaded_error": 529}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
 
@@ -2709,6 +2709,9 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     key = endpoint.key if endpoint else ""
     message, fields = _told(redact(text, key))
     message = message or f"the upstream answered {status} without a message"
+    if status == _IN_A_STREAM:
+        code, kind = fields.get("code", ""), fields.get("type", "")
+        status = _STATUS_OF.get(code) or _STATUS_OF.get(kind) or int(code if re.fullmatch("[45][0-9]{2}", code) else 0)
     words = " ".join([message[:1000], *(fields.get(name, "-") for name in ("code", "type", "param"))]).lower()
     fault, ours = next(meaning for statuses, pattern, meaning in _RULES
                        if status in statuses and re.search(pattern, words))
@@ -2773,14 +2776,6 @@ def redact(text: str, key: str) -> str:
 def chunk_of(finish_reason: str | None = None, logprobs: Json | None = None, **delta: Any) -> Chunk:
     """Return a chunk of choice 0."""
     return {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]}
-
-
-def usage_chunk(prompt: int, completion: int, **details: Any) -> Chunk:
-    """Return the chunk that ends a stream.  Raises ValueError for impossible counts."""
-    if max(prompt, completion) >= MOST_TOKENS:
-        raise ValueError("a count of tokens out of range")
-    return {"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": completion,
-                                     "total_tokens": prompt + completion, **details}}
 
 
 def told_of_reading(timings: Any, unread: float) -> tuple[float, float]:
@@ -2887,7 +2882,7 @@ def as_call(chunks: Iterable[Chunk], tools: Sequence[Json]) -> Iterator[Chunk]:
                 yield from [tool_chunk(0, held[:size], None, None if said else name)] if size > 0 else []
                 said.append(held[:size])
                 held = held[size:]
-            if end == "stop" and not is_call and not is_object("".join(said)):
+            if end == "stop" and not is_call and object_in("".join(said)) is None:
                 raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED,
                                     code="bad_upstream_answer")
         yield chunk
@@ -2904,11 +2899,13 @@ def _begun_call(text: str, whole: bool) -> tuple[str, str]:
     return "", text
 
 
-def is_object(text: str) -> bool:
-    """Return True if a text is a JSON object."""
-    with contextlib.suppress(ValueError):
-        return isinstance(loads(text), dict)
-    return False
+def object_in(text: str | bytes) -> Json | None:
+    """Return the JSON object that a text is, or None."""
+    try:
+        value = loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def sse_data(lines: Lines) -> Iterator[Any]:
@@ -2944,37 +2941,15 @@ _EVENTS = re.compile(rb"\s*(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")    # how
 
 def event_of(text: str | bytes) -> Json:
     """Return the JSON object of one event.  Raises UpstreamError for other JSON, and for an error in the answer."""
-    try:
-        event = loads(text)
-    except ValueError:
-        event = None
-    if not isinstance(event, dict):
+    event = object_in(text)
+    if event is None:
         raise UpstreamError("a piece of the answer is not a JSON object", code="bad_upstream_answer")
     words = event.get("message", event.get("detail", event.get("msg")))    # the last: Zhipu
-    base, error = event.get("base_resp"), event.get("error") or event.get("errors")    # MiniMax; Workers AI
-    if isinstance(base, dict) and base.get("status_code"):
-        error = error or {"message": base.get("status_msg")}
-    if "error" in (event.get("object"), event.get("type")) or isinstance(words, str) and "choices" not in event:
-        error = error or {**event, "message": words}    # flat: vLLM's older versions, what follows `event: error`
-    if error:
-        raise error_inside(error)
+    base = event.get("base_resp")    # MiniMax; `errors`: Workers AI; flat: vLLM's older versions
+    is_flat = "error" in (event.get("object"), event.get("type")) or isinstance(words, str) and "choices" not in event
+    if is_flat or event.get("error") or event.get("errors") or isinstance(base, dict) and base.get("status_code"):
+        raise classify(_IN_A_STREAM, dumps(event).decode())
     return event
-
-
-def error_inside(error: Any) -> UpstreamError:
-    """Return what an error means that an answer of status 200 has inside."""
-    named = error if isinstance(error, dict) else {}
-    code = str(named.get("code"))
-    status = _STATUS_OF.get(code) or _STATUS_OF.get(str(named.get("type"))) or (
-        int(code) if re.fullmatch("[45][0-9]{2}", code) else _IN_A_STREAM)
-    return classify(status, dumps({"error": error}).decode())
-
-
-# The status of an error in an answer, by its code or type.
-_STATUS_OF = {"invalid_request_error": 400, "context_length_exceeded": 400, "authentication_error": 401,
-              "billing_error": 402, "permission_error": 403, "not_found_error": 404, "model_not_found": 404,
-              "rate_limit_error": 429, "rate_limit_exceeded": 429, "insufficient_quota": 429,
-              "server_is_overloaded": 503, "overloaded_error": 529}
 
 
 def cut() -> UpstreamError:
@@ -3032,8 +3007,13 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
 
 
 def with_counts(usage: Json) -> Json:
-    """Return usage with the three counts that OpenAI's reference requires: MiniMax tells the total alone."""
+    """Return usage with the three counts of OpenAI's reference: MiniMax tells the total alone.
+
+    Raises ValueError for impossible counts, TypeError.
+    """
     prompt, completion, total = (usage.get(name) or 0 for name in _COUNTS)
+    if max(prompt, completion) >= MOST_TOKENS:
+        raise ValueError("a count of tokens out of range")
     return {**usage, **dict(zip(_COUNTS, (prompt, completion, total or prompt + completion)))}
 
 
@@ -3069,7 +3049,7 @@ class _Choice:
         Raises UpstreamError for an error in it, TypeError.
         """
         if choice.get("error"):    # OpenRouter
-            raise error_inside(choice["error"])
+            raise classify(_IN_A_STREAM, dumps({"error": choice["error"]}).decode())
         message = choice.pop("message", None)    # of a whole answer; MiniMax repeats that at the end of a stream
         delta = self._delta(choice.get("delta") or (not self._said and message) or {})
         self._said, reason = self._said or any(delta.values()), choice.get("finish_reason")
@@ -3187,7 +3167,7 @@ class _Call:
     def _is_whole(self) -> bool:
         """Return True if the arguments are a JSON object.  Of very many pieces it is not asked."""
         may_be = 0 < len(self.texts) <= 1000 and self.texts[-1].rstrip().endswith("}")
-        return may_be and is_object("".join(self.texts))
+        return may_be and object_in("".join(self.texts)) is not None
 
 
 def text_in(value: Any) -> str:
@@ -3244,15 +3224,6 @@ def _join(whole: Json, piece: Json) -> None:
             whole[name] = value
 
 
-def arguments_of(text: str) -> Json:
-    """Return a tool call's arguments as the object that Ollama and Claude want, whatever the model once wrote."""
-    with contextlib.suppress(ValueError):
-        value = loads(text or "{}")
-        if isinstance(value, dict):
-            return value
-    return {"_raw": text}
-
-
 def without_deprecated(messages: Sequence[Json]) -> list[Json]:
     """Return the messages as OpenAI's reference has them: tool calls for function_call, a refusal as content.
 
@@ -3270,7 +3241,7 @@ def without_deprecated(messages: Sequence[Json]) -> list[Json]:
             message["tool_calls"] = [call if call.get("id") else {**call, "id": f"call_{number}_{place}"}
                                      for place, call in enumerate(calls)]
         for call in message.get("tool_calls", ()):
-            name = names[call["id"]] = name_and_arguments(call)[0]
+            name = names[call["id"]] = called_in(call)["name"]
             waiting[name].append(call["id"])
             waiting[""].append(call["id"])
         if message["role"] in ("tool", "function"):
@@ -3372,17 +3343,18 @@ def data_url(url: str) -> tuple[str, str] | None:
     return head[5:].split(";")[0], data
 
 
-def name_and_arguments(call: Json) -> tuple[str, str]:
-    """Return (name, arguments) of a message's tool call, function or custom."""
-    inner = called_in(call) or {}
-    arguments = inner.get("arguments", inner.get("input")) or ""
-    return inner["name"], arguments if isinstance(arguments, str) else dumps(arguments).decode()
+def name_and_arguments(call: Json) -> tuple[str, Json]:
+    """Return (name, arguments) of a message's tool call; the arguments as an object, whatever the model once wrote."""
+    inner = called_in(call)
+    said = inner.get("arguments", inner.get("input")) or {}
+    whole = object_in(said) if isinstance(said, str) else said
+    return inner["name"], whole if isinstance(whole, dict) else {"_raw": said}
 
 
-def called_in(call: Json) -> Json | None:
-    """Return what a tool call names, or None for a kind that is no function or custom tool."""
+def called_in(call: Json) -> Json:
+    """Return what a tool call names, or {} for a kind that is no function or custom tool."""
     inner = call.get("function") or call.get("custom")
-    return inner if isinstance(inner, dict) and isinstance(inner.get("name"), str) else None
+    return inner if isinstance(inner, dict) and isinstance(inner.get("name"), str) else {}
 
 
 def created_at(value: Any) -> int:
@@ -3521,7 +3493,10 @@ class Ollama(Provider):
     """Ollama's native API.  Its own /v1 can't set num_ctx, truncate or think, and takes images out of their message."""
     name, label = "ollama", "Ollama"
     vendor, chat_path, models_path = "ollama.com", "/api/chat", "/api/tags"
-    refuses = _NEITHER_HAS
+    refuses = {"n": "it gives one answer per request", "logit_bias": "it has no such option",
+               "audio": "it answers in text", "modalities": "it answers in text",
+               "web_search_options": "it does not search", "functions": "it is deprecated, send tools",
+               "function_call": "it is deprecated, send tool_choice"}
     spelt = {"thinking": "think"}
     text_event = TextEvent(_OLLAMA_TEXT, b"\n")
     _options = {"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
@@ -3579,7 +3554,7 @@ class Ollama(Provider):
                 turn["thinking"] = thought
             if message.get("tool_calls"):
                 calls = [(call["id"], *name_and_arguments(call)) for call in message["tool_calls"]]
-                turn["tool_calls"] = [{"id": id, "function": {"name": name, "arguments": arguments_of(arguments)}}
+                turn["tool_calls"] = [{"id": id, "function": {"name": name, "arguments": arguments}}
                                       for id, name, arguments in calls]
             if role == "tool":
                 turn.update(tool_call_id=message["tool_call_id"], tool_name=message["name"])
@@ -3610,8 +3585,8 @@ class Ollama(Provider):
                 yield chunk_of(None, {"content": logprobs} if logprobs else None, **said)
             if event.get("done"):
                 yield chunk_of(finish_of(event.get("done_reason") or "stop"))
-                yield {**usage_chunk(event.get("prompt_eval_count") or 0, event.get("eval_count") or 0),
-                       "timings": self._timings(event)}
+                yield {"usage": {"prompt_tokens": event.get("prompt_eval_count"),
+                                 "completion_tokens": event.get("eval_count")}, "timings": self._timings(event)}
                 return
         raise cut()    # a runaway repetition ends without done: true as well
 
@@ -3777,7 +3752,7 @@ class Claude(Provider):
     key_variable, default_model = "ANTHROPIC_API_KEY", "claude-haiku-5-5"
     vendor, chat_path, models_path = "api.anthropic.com", "/v1/messages", "/v1/models?limit=1000"
     text_event = TextEvent(_CLAUDE_TEXT, b"\n\n")
-    refuses = {**_NEITHER_HAS, "logprobs": "it does not tell them", "top_logprobs": "it does not tell them"}
+    refuses = {**Ollama.refuses, "logprobs": "it does not tell them", "top_logprobs": "it does not tell them"}
 
     def endpoint(self, settings: Settings) -> Endpoint:
         url = (settings.anthropic_base_url or f"https://{self.vendor}").rstrip("/").removesuffix("/v1")
@@ -3932,9 +3907,10 @@ class Claude(Provider):
         yield chunk_of(finish_of(stop.get("stop_reason") or "stop"))
         read, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
         thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens")
-        yield usage_chunk((usage.get("input_tokens") or 0) + read + written, usage.get("output_tokens") or 0,
-                          prompt_tokens_details={"cached_tokens": read, "cache_write_tokens": written},
-                          **present({"completion_tokens_details": present({"reasoning_tokens": thinking})}))
+        yield {"usage": {"prompt_tokens": (usage.get("input_tokens") or 0) + read + written,
+                         "completion_tokens": usage.get("output_tokens"),
+                         "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
+                         **present({"completion_tokens_details": present({"reasoning_tokens": thinking})})}}
 
 
 def claude_events(lines: Lines) -> Iterator[Any]:
@@ -4145,7 +4121,7 @@ def _claude_call(call: Json, used: set[str]) -> Json:
     while id in used:
         id += "_"
     used.add(id)
-    given = {claude_key(key): value for key, value in arguments_of(arguments).items()}
+    given = {claude_key(key): value for key, value in arguments.items()}
     return {"type": "tool_use", "id": id, "name": claude_name(name), "input": given}
 
 
