@@ -2482,41 +2482,30 @@ class Provider:
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         """Return the body of the upstream request, for a request without a `refusal`.
 
-        `context` is the window to load the model for, in tokens, where the provider can; 0 leaves it as it is.
-        `keep_alive` is how long to keep it in memory, or the prompt (Claude); None leaves that to its server.
+        `context`: the window to load the model for; `keep_alive`: how long to keep it, or the prompt (Claude).
         """
         raise NotImplementedError
 
     def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        """Yield what an answer's lines say, in rough chunks for `in_order`, and the Texts among them.
-
-        Raises as `decode`.
-        """
+        """Yield what an answer's lines say, in chunks for `in_order`, and the Texts among them.  Raises as `decode`."""
         raise NotImplementedError
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
         """Yield the chunks of an answer as OpenAI's reference has them, and the Texts among its lines.
 
-        Raises UpstreamError for an error among the lines and for an early end.  Raises one of NOT_IN_ITS_FORMAT for a
-        line that is not in the provider's own format.
+        Raises UpstreamError for errors and an early end, and NOT_IN_ITS_FORMAT for lines that are not.
         """
         return in_order(self.chunks(lines, request), request)
 
     def whole(self, raw: bytes, request: ChatRequest) -> tuple[Json, bool]:
-        """Return the answer in a whole body, and True if it stands there as OpenAI's reference has it.
-
-        Raises as `decode`.
-        """
+        """Return the answer in a body, and True if that is as OpenAI's reference has it.  Raises as `decode`."""
         if self.translates or _EVENTS.match(raw):    # some servers stream unasked
             return fold(self.decode(raw.splitlines(), request)), False
         answer = event_of(raw)
         return (answer, True) if is_in_order(answer) else (fold(in_order([answer], request)), False)
 
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
-        """Return the endpoint's models.  Raises what `ask` raises, and NOT_IN_ITS_FORMAT.
-
-        `known` keeps details of models from one call to the next.
-        """
+        """Return the endpoint's models; `known` keeps their details.  Raises what `ask` raises, NOT_IN_ITS_FORMAT."""
         return tuple(Model(str(item["id"]), created_at(item.get("created") or item.get("created_at")))
                      for item in (ask(self.models_path, None).get("data") or [])[:MAX_MODELS])
 
@@ -2532,18 +2521,20 @@ class Provider:
         return 0
 
     def refuse_part(self, part: Json) -> str | None:
-        """Return the reason why a content part can't be sent, or None."""
-        return None
+        """Return the reason why a content part that is no text can't be sent, or None."""
+        return f"parts of type {part['type']} are not supported"
 
     def refusal(self, request: ChatRequest) -> Unsupported | None:
         """Return the error for what of the request this provider can't honour, or None."""
+        if not self.translates:
+            return None
         for param in sorted(self.refuses.keys() & request.body.keys()):
             return Unsupported(f"{self.label} does not support {param}: {self.refuses[param]}.", param=param)
         for where, part in request.parts():
-            why = self.refuse_part(part)
+            why = None if part["type"] in ("text", "refusal") else self.refuse_part(part)
             if why:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
-        for param, known in unknown_values(request) if self.translates else ():
+        for param, known in unknown_values(request):
             return Unsupported(f"{self.label} does not have this value of {param}: it takes {known}.", param=param)
         return None
 
@@ -2559,10 +2550,7 @@ class Provider:
         return kept
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
-        """Return the parameter of our payload that an error names, or None if it may not be left out.
-
-        Return `name<=most` where the error says how much the model takes.
-        """
+        """Return the parameter that an error names and that may be left out, `name<=most` with its limit, or None."""
         if error.fault not in (Fault.REFUSED, Fault.TOO_LONG):
             return None
         for name in ("max_tokens", "max_completion_tokens"):
@@ -2600,12 +2588,8 @@ def limit_in(message: str, asked: Any) -> int:
 
 
 def is_permanent(param: str, error: UpstreamError) -> bool:
-    """Return True if the model never accepts the parameter, or more of it.
-
-    An effort is excluded: each model knows some of them, and fewer with tools.  So is a limit that is no round number,
-    as it may be what this prompt leaves of a window.
-    """
-    if "<=" in param:
+    """Return True if the model never accepts the parameter, or more of it; of efforts each knows some."""
+    if "<=" in param:    # a number that is not round may be what this prompt leaves of a window
         most = int(param.partition("<=")[2])
         return error.fault is Fault.REFUSED and (most % 256 == 0 or most % 1000 == 0)
     return param in CHANGES or param != "reasoning_effort" and not re.search(_SOMETIMES, error.message.lower())
@@ -2738,10 +2722,7 @@ def _told(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _said(body: Any) -> Iterator[tuple[str, str]]:
-    """Yield what an error's body says, in any shape seen so far, as pairs with "message", "type", "code" or "param".
-
-    What is within comes after what it is in: it is what the server that failed itself said.
-    """
+    """Yield what an error's body says as pairs with "message", "type", "code" or "param"; what is within is last."""
     if isinstance(body, str) and body.startswith(("{", "[")):    # OpenRouter has another's JSON as a text
         with contextlib.suppress(ValueError):
             body = loads(body)
@@ -2781,15 +2762,16 @@ def chunk_of(finish_reason: str | None = None, logprobs: Json | None = None, **d
 def told_of_reading(timings: Any, unread: float) -> tuple[float, float]:
     """Return the tokens of a prompt that were read and the seconds that it took; (0, 0) where a server tells nothing.
 
-    llama.cpp's `timings` tell both: `prompt_n` leaves out what was cached, `prompt_ms` is its time.  Of Ollama's count
-    (`prompt_total`) the cached part is known as `cache_n`, or believed to be all but the share `unread`.
+    llama.cpp counts without what was cached.  Ollama counts all; since 2026-08 it tells how much was cached (its pull
+    requests 16428 and 17943), before that it is believed to be all but the share `unread`.
     """
     told = timings if isinstance(timings, dict) else {}
-    took_ms, read, total, cached = [
-        number if isinstance(number, (int, float)) and 0 < number < MOST_TOKENS else 0
-        for number in map(told.get, ("prompt_ms", "prompt_n", "prompt_total", "cache_n"))]
-    read = read or (total - cached if told.get("cache_n") is not None else total * unread)
-    return (read, took_ms / 1000) if took_ms and read > 0 else (0.0, 0.0)
+    took_ms, took_ns, read, total, cached = [
+        number if isinstance(number, (int, float)) and 0 < number < 1 << 53 else 0 for number in map(told.get, (
+            "prompt_ms", "prompt_eval_duration", "prompt_n", "prompt_eval_count", "prompt_eval_cached_count"))]
+    read = read or (total - cached if told.get("prompt_eval_cached_count") is not None else total * unread)
+    took_s = took_ms / 1e3 or took_ns / 1e9
+    return (read, took_s) if took_s and read > 0 else (0.0, 0.0)
 
 
 def tool_chunk(index: int, arguments: Any, id: str | None = None, name: str | None = None) -> Chunk:
@@ -2798,11 +2780,8 @@ def tool_chunk(index: int, arguments: Any, id: str | None = None, name: str | No
 
 
 def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """Yield the chunks of a translated answer without the fence or the sentences around its JSON object.
-
-    What follows a closing brace is held until the next one: only after the last brace is it outside of the object.
-    """
-    begun, closed, held = False, False, list[str]()
+    """Yield the chunks of a translated answer without the fence or the sentences around its JSON object."""
+    begun, closed, held = False, False, list[str]()    # held: what follows a brace, as that may be the last one
     for chunk in chunks:
         for choice in choices_of(chunk):
             text = choice["delta"].pop("content", "")
@@ -2837,8 +2816,7 @@ def call_schema(tools: Sequence[Json]) -> Json:
 def _grammar_schema(tool: Json, place: str) -> Json:
     """Return the schema of a tool's arguments at a place in another, to which its references lead.
 
-    Without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp): patterns, lengths,
-    references to nothing or to the root, and values whose type is left open.
+    Without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp).
     """
     whole = tool_schema(tool)
 
@@ -2863,10 +2841,7 @@ def call_hint(tools: Sequence[Json]) -> str:
 
 
 def as_call(chunks: Iterable[Chunk], tools: Sequence[Json]) -> Iterator[Chunk]:
-    """Yield the chunks of an answer that `call_schema` held to a call, as that call.
-
-    Raises UpstreamError if it is none, unless its length cut it off.
-    """
+    """Yield the chunks of an answer that `call_schema` held to a call, as that call.  Raises UpstreamError."""
     names = [tool["name"] for tool in tools]
     name, around = (names[0], 0) if len(names) == 1 else ("", 1)    # braces after the arguments
     held, said, is_call = "", list[str](), False
@@ -2911,8 +2886,7 @@ def object_in(text: str | bytes) -> Json | None:
 def sse_data(lines: Lines) -> Iterator[Any]:
     """Yield the data of each server-sent event, and Texts as they are.
 
-    An event that the stream's end cuts is dropped (WHATWG HTML, 9.2.6).  The body of a server that does not stream is
-    one event, and [DONE].
+    One that the stream's end cuts is dropped (WHATWG HTML, 9.2.6).  A body without events is one, and [DONE].
     """
     data: list[bytes] = []
     size = 0    # of the event
@@ -2977,10 +2951,8 @@ _FINISH = (    # words in a reason -> OpenAI's reason, "" for an answer that bro
 
 
 def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
-    """Yield an answer's chunks as OpenAI's reference has them, and Texts as they are.  Raises as `decode`.
-
-    A choice's finish reason and the usage come at the end: some servers say more after either, or either twice.
-    """
+    """Yield an answer's chunks as OpenAI's reference has them, and Texts as they are.  Raises as `decode`."""
+    # Finish reasons and the usage come at the end: some servers say more after either, or either twice.
     taken = {str(call.get("id")) for message in request.body.get("messages", ()) if "tools" in request.body
              for call in message.get("tool_calls") or ()}
     choices: dict[int, _Choice] = collections.defaultdict(lambda: _Choice(taken))
@@ -3007,10 +2979,7 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
 
 
 def with_counts(usage: Json) -> Json:
-    """Return usage with the three counts of OpenAI's reference: MiniMax tells the total alone.
-
-    Raises ValueError for impossible counts, TypeError.
-    """
+    """Return usage with the counts of OpenAI's reference: MiniMax tells the total alone.  Raises NOT_IN_ITS_FORMAT."""
     prompt, completion, total = (usage.get(name) or 0 for name in _COUNTS)
     if max(prompt, completion) >= MOST_TOKENS:
         raise ValueError("a count of tokens out of range")
@@ -3044,10 +3013,7 @@ class _Choice:
         self._last: tuple[Chunk, Json] = ({}, {})    # the chunk with the finish reason, and the choice in it
 
     def take(self, choice: Json, chunk: Chunk) -> bool:
-        """Put a chunk's choice in order.  Return False if it says nothing before the end.
-
-        Raises UpstreamError for an error in it, TypeError.
-        """
+        """Put a chunk's choice in order.  Return False if it says nothing before the end.  Raises as `decode`."""
         if choice.get("error"):    # OpenRouter
             raise classify(_IN_A_STREAM, dumps({"error": choice["error"]}).decode())
         message = choice.pop("message", None)    # of a whole answer; MiniMax repeats that at the end of a stream
@@ -3225,10 +3191,9 @@ def _join(whole: Json, piece: Json) -> None:
 
 
 def without_deprecated(messages: Sequence[Json]) -> list[Json]:
-    """Return the messages as OpenAI's reference has them: tool calls for function_call, a refusal as content.
+    """Return the messages with tool calls for function_call, a refusal as content, and an id and a name in each result.
 
-    Each call gets an id, and each result the id and the name of its call: results without ids answer the calls of their
-    names, or all calls if they have no names, in turn.
+    Results without ids answer the calls of their names, or all calls if they have no names, in turn.
     """
     converted, names = list[Json](), dict[str, str]()    # of calls, by id
     waiting: dict[str, collections.deque[str]] = collections.defaultdict(collections.deque)    # ids by name; "": all
@@ -3343,12 +3308,12 @@ def data_url(url: str) -> tuple[str, str] | None:
     return head[5:].split(";")[0], data
 
 
-def name_and_arguments(call: Json) -> tuple[str, Json]:
-    """Return (name, arguments) of a message's tool call; the arguments as an object, whatever the model once wrote."""
+def function_in(call: Json) -> Json:
+    """Return the name and the arguments of a message's tool call, as an object whatever the model once wrote."""
     inner = called_in(call)
     said = inner.get("arguments", inner.get("input")) or {}
     whole = object_in(said) if isinstance(said, str) else said
-    return inner["name"], whole if isinstance(whole, dict) else {"_raw": said}
+    return {"name": inner["name"], "arguments": whole if isinstance(whole, dict) else {"_raw": said}}
 
 
 def called_in(call: Json) -> Json:
@@ -3512,7 +3477,7 @@ class Ollama(Provider):
     def refuse_part(self, part: Json) -> str | None:
         if part["type"] == "image_url":
             return None if data_url(part["image_url"]["url"]) else "images must be base64 data: URLs"
-        return None if part["type"] in ("text", "refusal") else f"parts of type {part['type']} are not supported"
+        return super().refuse_part(part)
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         body = request.body
@@ -3553,9 +3518,8 @@ class Ollama(Provider):
             if thought and isinstance(thought, str):    # the templates of thinking models want it back
                 turn["thinking"] = thought
             if message.get("tool_calls"):
-                calls = [(call["id"], *name_and_arguments(call)) for call in message["tool_calls"]]
-                turn["tool_calls"] = [{"id": id, "function": {"name": name, "arguments": arguments}}
-                                      for id, name, arguments in calls]
+                turn["tool_calls"] = [{"id": call["id"], "function": function_in(call)}
+                                      for call in message["tool_calls"]]
             if role == "tool":
                 turn.update(tool_call_id=message["tool_call_id"], tool_name=message["name"])
             converted.append(turn)
@@ -3586,20 +3550,9 @@ class Ollama(Provider):
             if event.get("done"):
                 yield chunk_of(finish_of(event.get("done_reason") or "stop"))
                 yield {"usage": {"prompt_tokens": event.get("prompt_eval_count"),
-                                 "completion_tokens": event.get("eval_count")}, "timings": self._timings(event)}
+                                 "completion_tokens": event.get("eval_count")}, "timings": event}
                 return
         raise cut()    # a runaway repetition ends without done: true as well
-
-    @staticmethod
-    def _timings(event: Json) -> Json:
-        """Return how the prompt was read, in the words of llama.cpp.
-
-        Ollama's count includes what was cached and its duration does not.  Since 2026-08 it tells how much that was
-        (its pull requests 16428 and 17943).
-        """
-        took_ns = event.get("prompt_eval_duration")
-        return {"prompt_ms": took_ns / 1e6 if isinstance(took_ns, (int, float)) else 0,
-                "prompt_total": event.get("prompt_eval_count"), "cache_n": event.get("prompt_eval_cached_count")}
 
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
@@ -3696,10 +3649,7 @@ def is_remote(name: str) -> bool:
 
 
 def ollama_url(host: str) -> str:
-    """Return the address that OLLAMA_HOST means to a client, by Ollama's own rules (envconfig.Host).
-
-    The variable is the server's bind address too, so an unspecified address becomes loopback.
-    """
+    """Return the address that OLLAMA_HOST means to a client, by Ollama's own rules (envconfig.Host)."""
     text = host.strip().strip("\"'")
     scheme, found, rest = text.rpartition("://")
     scheme = scheme or ("https" if text == "ollama.com" else "http")
@@ -3707,6 +3657,7 @@ def ollama_url(host: str) -> str:
     place, slash, path = rest.partition("/")
     name, _, port = place.rpartition(":") if re.search(r"^[^:]*:[^:]*$|\]:", place) else (place, "", "")
     name = name.strip("[]")
+    # The variable is the server's bind address, too.
     name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
     number = int(port) if re.fullmatch("[0-9]{1,5}", port) and int(port) < 65536 else default
     return f"{scheme}://{f'[{name}]' if ':' in name else name}:{number}{slash}{path}".rstrip("/")
@@ -3774,7 +3725,7 @@ class Claude(Provider):
                 if kind == "application/pdf" or kind.startswith("text/") and base64.b64decode(data):
                     return None
             return "files must be sent as base64 data: URLs of a PDF or of text"
-        return None if part["type"] in ("text", "refusal") else f"parts of type {part['type']} are not supported"
+        return super().refuse_part(part)
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         body, model = request.body, _claude_model(target.model)
@@ -3848,17 +3799,14 @@ class Claude(Provider):
             payload["max_tokens"] = max(payload["max_tokens"], budget + 1024)
 
     def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        chunks = self._chunks(lines)
+        own = {claude_name(name_of(tool)): tool["function"] for tool in request.body.get("tools", ())}
+        chunks = self._chunks(lines, own)
         return only_json(chunks) if json_wanted(request.body) == {} else chunks
-
-    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        chunks = super().decode(lines, request)
-        return under_own_names(chunks, request.body["tools"]) if "tools" in request.body else chunks
 
     def passes_text(self, request: ChatRequest) -> bool:
         return json_wanted(request.body) != {}
 
-    def _chunks(self, lines: Lines) -> Iterator[Any]:
+    def _chunks(self, lines: Lines, own: dict[str, Json]) -> Iterator[Any]:
         usage, stop = Json(), Json()
         blocks: dict[int, Json] = {}
         for event in claude_events(lines):
@@ -3866,7 +3814,7 @@ class Claude(Provider):
             if kind == "texts":
                 yield event
             elif kind.startswith("content_block_"):
-                yield from self._said(event, blocks)
+                yield from self._said(event, blocks, own)
             elif kind == "message_start":
                 if blocks:    # a relay that began anew after it had failed
                     raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
@@ -3881,20 +3829,29 @@ class Claude(Provider):
         raise cut()
 
     @staticmethod
-    def _said(event: Json, blocks: dict[int, Json]) -> Iterator[Chunk]:
-        """Yield what an event of a content block says.  `blocks` are those that have begun, empty after their end."""
+    def _said(event: Json, blocks: dict[int, Json], own: dict[str, Json]) -> Iterator[Chunk]:
+        """Yield what an event of a content block says.
+
+        `blocks` are those that have begun, empty after their end; `own` the client's functions by Claude's names.
+        """
         index, kind, piece = event.get("index") or 0, event["type"], event.get("delta") or {}
         block = blocks.setdefault(index, {})
         if kind == "content_block_start":
             block = blocks[index] = piece = event["content_block"]    # its text is mostly empty
             if block["type"] == "tool_use":
-                yield tool_chunk(index, "", block.get("id"), block.get("name"))
+                function = own.get(str(block.get("name")), block)
+                block.update(json=[], keys={claude_key(name): name for name in tool_schema(function)["properties"]
+                                            if claude_key(name) != name})
+                yield tool_chunk(index, "", block.get("id"), function.get("name"))
         elif block.get("type") == "tool_use" and piece.get("partial_json"):
-            block["input"] = ""
-            yield tool_chunk(index, piece["partial_json"])
+            block["json"].append(piece["partial_json"])
+            yield from [] if block["keys"] else [tool_chunk(index, piece["partial_json"])]
         elif kind == "content_block_stop" and block.get("type") == "tool_use":
-            blocks[index] = {}
-            yield tool_chunk(index, {} if block.get("input") is None else block["input"])
+            blocks[index], text = {}, "".join(block["json"])
+            whole = object_in(text) if text else block.get("input")
+            if block["keys"] and isinstance(whole, dict):
+                whole = {block["keys"].get(name, name): value for name, value in whole.items()}
+            yield from [] if text and not block["keys"] else [tool_chunk(index, whole or text or {})]
         said = present({"content": piece.get("text"), "reasoning_content": piece.get("thinking")})
         if said:
             yield chunk_of(**said)
@@ -3957,25 +3914,6 @@ def number_for(text: str) -> int:
     return binascii.crc32(text.encode("utf-8", "replace"))
 
 
-def under_own_names(chunks: Iterable[Any], tools: Sequence[Json]) -> Iterator[Any]:
-    """Yield the chunks with the client's own names of the tools that they call, and of the arguments."""
-    own = {claude_name(name_of(tool)): tool["function"] for tool in tools}
-    keys, held = dict[str, str](), ""    # arguments that Claude knows by another name; what there is of all so far
-    for chunk in chunks:
-        for choice in choices_of(chunk) if not isinstance(chunk, Texts) else ():
-            for inner in (call["function"] for call in choice["delta"].get("tool_calls", ())):
-                if "name" in inner:
-                    function = own.get(inner["name"], {"name": inner["name"]})
-                    inner["name"], names = function["name"], tool_schema(function)["properties"]
-                    keys, held = {claude_key(name): name for name in names if claude_key(name) != name}, ""
-                if keys:
-                    held, inner["arguments"] = held + inner["arguments"], ""
-                    with contextlib.suppress(ValueError):    # not whole yet
-                        said = loads(held if held.endswith("}") else "").items()
-                        inner["arguments"] = dumps({keys.get(name, name): value for name, value in said}).decode()
-        yield chunk
-
-
 def _mark_of(*places: Json) -> Json:
     """Return the client's mark for Claude's prompt cache in the first of the places that has one."""
     marks = [place["cache_control"] for place in places if isinstance(place.get("cache_control"), dict)]
@@ -4006,11 +3944,9 @@ def in_each_schema(schema: Any, change: Callable[[Json], Json]) -> Any:
 
 
 def tool_schema(function: Json) -> Json:
-    """Return the schema of a function's arguments as Claude and grammars take it: of an object, in today's words.
-
-    Claude takes no alternatives at the top: their properties become the object's, and its description tells of them.
-    """
+    """Return the schema of a function's arguments, in today's words and without alternatives at the top, for Claude."""
     whole = {"properties": {}, **in_each_schema(function.get("parameters") or {}, valid_schema), "type": "object"}
+    # What the alternatives have becomes the object's, and its description tells of them.
     lost = {word: whole.pop(word) for word in ("allOf", "anyOf", "oneOf") if word in whole}
     if not lost:
         return whole
@@ -4079,8 +4015,7 @@ _NOT_IN_SCHEMAS = frozenset({
 def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[Json], list[Json]]:
     """Return the system's blocks and the turns that Claude takes.
 
-    Turns alternate and begin with the user.  The next user turn begins with the results of all tool calls, placeholders
-    among them; results of unknown calls become text.  Without `prefills` the last turn is the user's too.
+    Turns alternate and begin with the user; without `prefills` they end so.  After calls come the results of all.
     """
     system: list[Json] = []
     said: list[tuple[str, list[Json]]] = [("user", [])]
@@ -4116,13 +4051,13 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
 
 def _claude_call(call: Json, used: set[str]) -> Json:
     """Return a tool call as a block, under an id of Claude's letters that the conversation has not used yet."""
-    name, arguments = name_and_arguments(call)
+    function = function_in(call)
     id = re.sub(r"[^A-Za-z0-9_-]", "_", call["id"]) or "call"
     while id in used:
         id += "_"
     used.add(id)
-    given = {claude_key(key): value for key, value in arguments.items()}
-    return {"type": "tool_use", "id": id, "name": claude_name(name), "input": given}
+    given = {claude_key(key): value for key, value in function["arguments"].items()}
+    return {"type": "tool_use", "id": id, "name": claude_name(function["name"]), "input": given}
 
 
 def _text_blocks(text: str) -> list[Json]:
@@ -4162,10 +4097,7 @@ def split_id(text: str) -> tuple[str, str]:
 
 
 def configured_targets(settings: Settings) -> tuple[Target, ...]:
-    """Return the targets that flags and variables name, local ones first.  Raises UsageError.
-
-    Without --local-model none of them is local: the local one depends on the models that Ollama has.
-    """
+    """Return the targets that flags and variables name, local ones (of --local-model) first.  Raises UsageError."""
     if settings.cloud_api_key and not settings.cloud_model:
         raise UsageError("--cloud-api-key needs the --cloud-model that it is for")
     local = [_target(settings, spec, Side.LOCAL, "") for spec in settings.local_model]

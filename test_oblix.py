@@ -3044,18 +3044,19 @@ class Timely(Case):
         for what, timings, read in (
             ("llama.cpp", {"prompt_n": 100, "cache_n": 300, "prompt_ms": 2000.0, "predicted_n": 9}, (100, 2.0)),
             ("an older one", {"prompt_n": 100, "prompt_ms": 2000.0}, (100, 2.0)),
-            ("Ollama", oblix.Ollama._timings({"prompt_eval_count": 400, "prompt_eval_duration": 2 * GB}), (60, 2.0)),
-            ("that tells of its cache", oblix.Ollama._timings({
-                "prompt_eval_count": 400, "prompt_eval_cached_count": 300, "prompt_eval_duration": 2e9}), (100, 2.0)),
+            ("Ollama", {"prompt_eval_count": 400, "prompt_eval_duration": 2 * GB}, (60, 2.0)),
+            ("that tells of its cache", {
+                "prompt_eval_count": 400, "prompt_eval_cached_count": 300, "prompt_eval_duration": 2e9}, (100, 2.0)),
             ("all was cached", {"prompt_n": 0, "cache_n": 300, "prompt_ms": 20.0}, (0.0, 0.0)),
             ("no time", {"prompt_n": 100, "prompt_ms": 0}, (0.0, 0.0)), ("nothing", None, (0.0, 0.0)),
-            ("an Ollama that tells nothing", oblix.Ollama._timings({}), (0.0, 0.0)), ("a list", [1], (0.0, 0.0)),
-            ("nonsense", {"prompt_n": "x", "prompt_total": -1, "prompt_ms": [1]}, (0.0, 0.0)),
+            ("an Ollama that tells nothing", {}, (0.0, 0.0)), ("a list", [1], (0.0, 0.0)),
+            ("nonsense", {"prompt_n": "x", "prompt_eval_count": -1, "prompt_ms": [1]}, (0.0, 0.0)),
             ("more than there can be", {"prompt_n": 1e300, "prompt_ms": 1.0}, (0.0, 0.0)),
-            ("more cached than read", {"prompt_total": 5, "cache_n": 9, "prompt_ms": 1.0}, (0.0, 0.0)),
-            ("an Ollama's nonsense", oblix.Ollama._timings({
-                "prompt_eval_count": [], "prompt_eval_cached_count": "x", "prompt_eval_duration": "1s"}), (0.0, 0.0)),
-            ("half of it nonsense", {"prompt_n": None, "prompt_total": {}, "prompt_ms": 500}, (0.0, 0.0)),
+            ("more cached than read", {
+                "prompt_eval_count": 5, "prompt_eval_cached_count": 9, "prompt_eval_duration": 1e6}, (0.0, 0.0)),
+            ("an Ollama's nonsense", {
+                "prompt_eval_count": [], "prompt_eval_cached_count": "x", "prompt_eval_duration": "1s"}, (0.0, 0.0)),
+            ("half of it nonsense", {"prompt_n": None, "prompt_eval_count": {}, "prompt_ms": 500}, (0.0, 0.0)),
         ):
             with self.subTest(what):
                 self.assertEqual(oblix.told_of_reading(timings, 0.15), read)
