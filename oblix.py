@@ -2652,22 +2652,21 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
            r"(context|prompt|input|token|length|message)", _LONG),    # Kimi, Claude, Gemini, Volcano
     (_ILL, r"(input|prompt|context|message)s?[ _](tokens?|length|window|size)\b.{0,40}exceed", _LONG),    # Copilot
     (_ILL, r"prompt exceed|tokens, exceeding max|total tokens\b.{0,20}exceed|range of input length|超长", _LONG),
-    (_ILL, r"reduce (the length of |your )(the )?(message|prompt|input)", _LONG),    # Groq, Cerebras
     (_ILL, r"tokens? to keep from the initial|keep the first \d+ tokens|`inputs` (tokens|must have)", _LONG),    # TGI
     (_ILL, r"max_tokens must be at least 1, got -", _LONG),    # vLLM, of what the prompt leaves of its window
     (_BAD, r"not a valid model|unknown_model|invalid_model|on-demand throughput", _GONE),    # OpenRouter, Bedrock
     (_BAD, r"(invalid|unknown|no such|unsupported|access) model\b(?! (param|option|setting|input|output))", _GONE),
     (_BAD, r"model_(not_(found|available|supported)|decommissioned|terms_required)", _GONE),    # Together, Groq
     (_BAD, r"model\b.{0,60}(not (exist|found|available|loaded|ready)|no longer|been (deprecated|decom))", _GONE),
-    (_BAD, r"(requested model\b.{0,60}|(^|; )(the )?model \S+ is )not supported|not find (the )?model", _GONE),
-    (_BAD, r"no models? (is |are )?loaded|(failed to|error|could not) load(ing)? model", _GONE),    # LM Studio
-    (_BAD, r"model .{0,20}(crashed|unloaded)|model identifier is invalid|模型不存在", _GONE),    # Bedrock, GLM
+    (_BAD, r"no models? (is |are )?loaded|(failed to|error|could not) load(ing)? model|not find (the )?model", _GONE),
+    (_BAD, r"(^|; )(the )?(requested )?model (\S+ )?is not supported|model identifier is invalid", _GONE),    # Bedrock
+    (_BAD, r"model .{0,20}(crashed|unloaded)|模型不存在", _GONE),    # LM Studio, GLM
     ((404,), r"no endpoints found that", _REFUSED),    # OpenRouter: … support image input
     ((400,), r" (invalid_value|invalid_type|missing_required_parameter) \S+ messages\[", (Fault.CLIENT, {})),
     ((500,), r'option ".*" must be of type', (Fault.REFUSED, {"status": 400})),    # Ollama: a wrong type
     (_ILL, r"jinja|\btemplate|must be at the beginning|\broles\b", _REFUSED),    # llama.cpp, Ollama, vLLM
-    (_ILL, r"(image|audio|video|vision|multimodal).{0,20}not support|missing data required|mmproj", _REFUSED),
-    (_ILL, r"not support\w* (for )?(image|audio|video|vision|multimodal|tool|function)", _REFUSED),    # LM Studio
+    (_ILL, r"(image|audio|video|vision|multimodal).{0,20}not support|not support\w* (for )?(image|audio|video|vision|"
+           r"multimodal|tool|function)|missing data required|mmproj", _REFUSED),    # LM Studio, llama.cpp
     (_ILL, r"(load|decode|process|open|unsupported|invalid|most \d+) (the )?(image|audio|content)", _REFUSED),
     (_ILL, r"pars(e|ing) (grammar|tool call)|unexpected keyword|unrecognized .{0,10}argument|extra inputs", _REFUSED),
     (_ILL, r"unknown (field|name|parameter|format)", _REFUSED),
@@ -2676,13 +2675,12 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", (Fault.BUSY, {})),
     (range(400, 500), "", (Fault.NOT_FOUND, {})),    # 404 of a model; 405, 410 of a path
 )
-# The status of an error in an answer, by its code or type.
-_STATUS_OF = {"invalid_request_error": 400, "context_length_exceeded": 400, "authentication_error": 401,
-              "billing_error": 402, "permission_error": 403, "not_found_error": 404, "model_not_found": 404,
-              "rate_limit_error": 429, "rate_limit_exceeded": 429, "insufficient_quota": 429,
-              "server_is_overloaded": 503, "overloaded_error": 529}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "server_is_overloaded"}
+_STATUS_OF = {    # of an error in an answer, by its code or type
+    **{word: status for words in (_TYPES, _CODES) for status, word in words.items()}, "invalid_request_error": 400,
+    "context_length_exceeded": 400, "billing_error": 402, "not_found_error": 404, "insufficient_quota": 429,
+    "overloaded_error": 529}
 
 
 def classify(status: int, text: str, retry_after_s: float | None = None,
@@ -2888,18 +2886,16 @@ def sse_data(lines: Lines) -> Iterator[Any]:
 
     One that the stream's end cuts is dropped (WHATWG HTML, 9.2.6).  A body without events is one, and [DONE].
     """
-    data: list[bytes] = []
-    size = 0    # of the event
-    streams: bool | None = None    # until its first line
+    data, size = list[bytes](), 0    # of the event
+    streams: bool | None = None      # until its first line
     for line in lines:
         if isinstance(line, Texts):
             yield line
             continue
         if streams is None and line.strip():
-            streams = bool(_EVENTS.match(line))
-            line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
+            streams, line = bool(_EVENTS.match(line)), line.removeprefix(b"\xef\xbb\xbf")
         if streams is False or line.startswith(b"data:"):
-            data.append(line if not streams else line[6:] if line.startswith(b"data: ") else line[5:])
+            data.append(line[5:].removeprefix(b" ") if streams else line)
             size += len(data[-1]) + 1
             if size > MAX_LINE_BYTES:
                 raise UpstreamError(f"a piece of the answer is larger than {MAX_LINE_BYTES >> 20} MiB")
@@ -2966,7 +2962,11 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
             choice["index"] = place if choice.get("index") is None else choice["index"]
             usage = choice.pop("usage", None) or usage    # Kimi
         if usage and isinstance(usage, dict):
-            counted = {**chunk, "choices": [], "usage": with_counts(usage)}
+            prompt, completion, total = (usage.get(name) or 0 for name in _COUNTS)
+            if max(prompt, completion) >= MOST_TOKENS:
+                raise ValueError("a count of tokens out of range")
+            counts = prompt, completion, total or prompt + completion    # MiniMax tells the total alone
+            counted = {**chunk, "choices": [], "usage": {**usage, **dict(zip(_COUNTS, counts))}}
         chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
         if chunk["choices"]:    # Azure begins with an event that has none
             yield chunk
@@ -2976,14 +2976,6 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
         yield from one.end()
     if counted:
         yield counted
-
-
-def with_counts(usage: Json) -> Json:
-    """Return usage with the counts of OpenAI's reference: MiniMax tells the total alone.  Raises NOT_IN_ITS_FORMAT."""
-    prompt, completion, total = (usage.get(name) or 0 for name in _COUNTS)
-    if max(prompt, completion) >= MOST_TOKENS:
-        raise ValueError("a count of tokens out of range")
-    return {**usage, **dict(zip(_COUNTS, (prompt, completion, total or prompt + completion)))}
 
 
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
@@ -3125,15 +3117,11 @@ class _Call:
         """Return what a piece in this call's place adds to the arguments, or None if it belongs to another call."""
         if name and (self.id and id and id != self.id or self.name and name != self.name):
             return None
-        if not (name or self._named_again) or not self._is_whole():
+        may_end = (name or self._named_again) and 0 < len(self.texts) <= 1000 and self.texts[-1].rstrip().endswith("}")
+        if not may_end or object_in("".join(self.texts)) is None:    # not asked of very many pieces
             return text
         self._named_again = not text.strip()    # this call once more, or the beginning of another of its name
         return "" if self._named_again or id and (id, text) == (self.id, "".join(self.texts)) else None
-
-    def _is_whole(self) -> bool:
-        """Return True if the arguments are a JSON object.  Of very many pieces it is not asked."""
-        may_be = 0 < len(self.texts) <= 1000 and self.texts[-1].rstrip().endswith("}")
-        return may_be and object_in("".join(self.texts)) is not None
 
 
 def text_in(value: Any) -> str:
@@ -3254,8 +3242,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 def unknown_values(request: ChatRequest) -> Iterator[tuple[str, str]]:
     """Yield the parameters whose values only some OpenAI-compatible servers know, with the values that all know."""
-    body = request.body
-    effort, choice = effort_of(body), chosen_tools(body)[1]
+    body, effort, choice = request.body, effort_of(request.body), chosen_tools(request.body)[1]
     if effort and effort not in EFFORTS:
         yield "reasoning_effort", ", ".join(EFFORTS)
     if body.get("response_format", {"type": "text"})["type"] not in JSON_FORMS:
@@ -3431,11 +3418,6 @@ def _with_short_ids(message: Json) -> Json:
     return short(message, "tool_call_id") if "tool_call_id" in message else message
 
 
-def _with_reasoning(message: Json) -> Json:
-    thought = {"reasoning_content": message.get("reasoning", "")} if message.get("role") == "assistant" else {}
-    return {**thought, **message}
-
-
 def _without(prefix: str) -> Callable[[Json], Json]:
     def change(fields: Json) -> Json:
         kept = {name: value for name, value in fields.items() if not name.startswith(prefix)}
@@ -3448,7 +3430,8 @@ def _without(prefix: str) -> Callable[[Json], Json]:
 CHANGES: dict[str, tuple[str, Callable[[Json], Json]]] = {
     "tool_call_id": (r"tool call ids?\b.*\b9\b", _with_short_ids),    # Mistral's API, tokenizer and chat templates
     "no reasoning_content": (r"missing.*reasoning_content|reasoning_content.*(missing|passed back|required)",
-                             _with_reasoning),    # DeepSeek, Kimi
+                             lambda one: {"reasoning_content": one.get("reasoning", ""), **one}
+                             if one.get("role") == "assistant" else one),    # DeepSeek, Kimi
     "reasoning_content": (r"\breasoning(_content|_details)?\b(?! effort)", _without("reasoning")),    # Groq, Mistral
     "cache_control": ("cache_control", _without("cache_control")),    # Gemini, Groq
 }
@@ -3464,12 +3447,10 @@ class Ollama(Provider):
                "function_call": "it is deprecated, send tool_choice"}
     spelt = {"thinking": "think"}
     text_event = TextEvent(_OLLAMA_TEXT, b"\n")
-    _options = {"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop",
-                "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
-                "max_tokens": "num_predict", "max_completion_tokens": "num_predict"}
+    _options = ("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "max_tokens",
+                "max_completion_tokens")
     _as_they_are = ("logprobs", "top_logprobs", "keep_alive", "think")    # the last two by extra_body of the SDKs
-    _think = {"none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "max",
-              "max": "max"}
+    _think = {"none": False, "minimal": "low", "xhigh": "max"}
 
     def endpoint(self, settings: Settings) -> Endpoint:
         return Endpoint(self.name, ollama_url(settings.ollama_host))
@@ -3481,7 +3462,7 @@ class Ollama(Provider):
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
         body = request.body
-        options = {theirs: body[ours] for ours, theirs in self._options.items() if ours in body}
+        options = {"num_predict" if "max" in name else name: body[name] for name in self._options if name in body}
         if "stop" in options:
             options["stop"] = as_list(options["stop"])
         options.update({**present({"num_ctx": context}), **body.get("options", {})})
@@ -3500,7 +3481,7 @@ class Ollama(Provider):
         if keep_alive is not None:
             payload["keep_alive"] = keep_alive
         if effort_of(body):
-            payload["think"] = self._think[body["reasoning_effort"]]
+            payload["think"] = self._think.get(body["reasoning_effort"], body["reasoning_effort"])
         payload.update({name: body[name] for name in self._as_they_are if name in body})
         return payload
 
@@ -3839,7 +3820,7 @@ class Claude(Provider):
         if kind == "content_block_start":
             block = blocks[index] = piece = event["content_block"]    # its text is mostly empty
             if block["type"] == "tool_use":
-                function = own.get(str(block.get("name")), block)
+                function = own.get(str(block.get("name"))) or block
                 block.update(json=[], keys={claude_key(name): name for name in tool_schema(function)["properties"]
                                             if claude_key(name) != name})
                 yield tool_chunk(index, "", block.get("id"), function.get("name"))
@@ -4086,13 +4067,12 @@ def claude_content(message: Json) -> list[Json]:
 
 
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in (Ollama(), OpenAI(), Claude())}
-ALIASES = {"anthropic": "claude"}
 
 
 def split_id(text: str) -> tuple[str, str]:
     """Return (provider, model) of `provider:model`, or ("", text) if no provider is named."""
     name, colon, model = text.partition(":")
-    name = ALIASES.get(name.lower(), name.lower())
+    name = {"anthropic": "claude"}.get(name.lower(), name.lower())
     return (name, model) if colon and name in PROVIDERS else ("", text)
 
 
