@@ -2689,8 +2689,14 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     if 300 <= status < 400:
         return UpstreamError(f"redirected elsewhere ({status}), which is refused: configure the final address")
     key = endpoint.key if endpoint else ""
-    message, fields = _told(redact(text, key))
-    message = message or f"the upstream answered {status} without a message"
+    text = redact(text, key).strip()
+    try:
+        told = [*itertools.islice(_said(loads(text)), MAX_WORDS)]
+    except ValueError:
+        told, text = [], "" if re.match(r"<[!?a-zA-Z]", text) else text    # a page of HTML helps nobody
+    message = "; ".join(dict.fromkeys(value for name, value in told if name == "message"))[:MAX_MESSAGE]
+    message = message or text[:300] or f"the upstream answered {status} without a message"
+    fields: Json = {name: value for name, value in told if name != "message" and value != "None"}
     if status == _IN_A_STREAM:
         code, kind = fields.get("code", ""), fields.get("type", "")
         status = _STATUS_OF.get(code) or _STATUS_OF.get(kind) or int(code if re.fullmatch("[45][0-9]{2}", code) else 0)
@@ -2707,16 +2713,6 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     if key and error.code == "invalid_api_key":
         error.message = f"The upstream refused the key that Oblix has for it: {message}"
     return error
-
-
-def _told(text: str) -> tuple[str, dict[str, str]]:
-    """Return the message of an error's body or "", and its type, code and param if it has them."""
-    try:
-        told = [*itertools.islice(_said(loads(text)), MAX_WORDS)]
-    except ValueError:
-        told, text = [], "" if re.match(r"\s*<[!?a-zA-Z]", text) else text.strip()    # a page of HTML helps nobody
-    message = "; ".join(dict.fromkeys(value for name, value in told if name == "message"))[:MAX_MESSAGE]
-    return message or text[:300], {name: value for name, value in told if name != "message" and value != "None"}
 
 
 def _said(body: Any) -> Iterator[tuple[str, str]]:
@@ -2829,13 +2825,6 @@ def _grammar_schema(tool: Json, place: str) -> Json:
 
 _NOT_IN_GRAMMARS = frozenset({"pattern", "minLength", "maxLength", "maxItems"})
 _DECIDES_FORM = frozenset("type anyOf oneOf allOf const enum properties items prefixItems".split())
-
-
-def call_hint(tools: Sequence[Json]) -> str:
-    """Return what a model must know for the call that `call_schema` holds it to: it sees neither tools nor schema."""
-    one, form = ("the tool", "its arguments") if len(tools) == 1 else ("one tool", '{"name": …, "arguments": {…}}')
-    return "\n".join([f"Answer with a call of {one} below: write {form} as one JSON object, and nothing else.",
-                      *(json.dumps(tool, ensure_ascii=False) for tool in tools)])
 
 
 def as_call(chunks: Iterable[Chunk], tools: Sequence[Json]) -> Iterator[Chunk]:
@@ -3179,7 +3168,7 @@ def _join(whole: Json, piece: Json) -> None:
 
 
 def without_deprecated(messages: Sequence[Json]) -> list[Json]:
-    """Return the messages with tool calls for function_call, a refusal as content, and an id and a name in each result.
+    """Return the messages as Ollama and Claude are told of them: without what is deprecated, with ids and names.
 
     Results without ids answer the calls of their names, or all calls if they have no names, in turn.
     """
@@ -3189,12 +3178,11 @@ def without_deprecated(messages: Sequence[Json]) -> list[Json]:
         message = dict(message)
         if message.get("refusal") and not message.get("content"):
             message["content"] = message["refusal"]
-        calls = [{"function": message["function_call"]}] if "function_call" in message else message.get("tool_calls")
-        if calls:    # the message's place makes an id
-            message["tool_calls"] = [call if call.get("id") else {**call, "id": f"call_{number}_{place}"}
-                                     for place, call in enumerate(calls)]
-        for call in message.get("tool_calls", ()):
-            name = names[call["id"]] = called_in(call)["name"]
+        calls = [{"function": message["function_call"]}] if "function_call" in message else message.get("tool_calls", ())
+        message["tool_calls"] = [{"id": call.get("id") or f"call_{number}_{place}", "function": function_in(call)}
+                                 for place, call in enumerate(calls)]
+        for call in message["tool_calls"]:
+            name = names[call["id"]] = call["function"]["name"]
             waiting[name].append(call["id"])
             waiting[""].append(call["id"])
         if message["role"] in ("tool", "function"):
@@ -3288,11 +3276,8 @@ def json_wanted(body: Json) -> Json | None:
 
 def data_url(url: str) -> tuple[str, str] | None:
     """Return (media type, base64) of a data: URL, or None for any other."""
-    head, comma, data = url.partition(",")
-    head = head.lower()
-    if not comma or not head.startswith("data:") or not head.endswith(";base64"):
-        return None
-    return head[5:].split(";")[0], data
+    found = re.match(r"data:([^;,]*)[^,]*;base64,", url, re.I)
+    return (found[1].lower(), url[found.end():]) if found else None
 
 
 def function_in(call: Json) -> Json:
@@ -3313,11 +3298,9 @@ def created_at(value: Any) -> int:
     """Return the unix seconds of a number or an RFC 3339 time, or 0 for anything else."""
     if isinstance(value, (int, float)):
         return int(value)
-    try:
-        moment = datetime.datetime.fromisoformat(str(value)[:19])
-        return int(moment.replace(tzinfo=datetime.timezone.utc).timestamp())
-    except (ValueError, OverflowError):
-        return 0
+    with contextlib.suppress(ValueError, OverflowError):
+        return int(datetime.datetime.fromisoformat(str(value)[:19]).replace(tzinfo=datetime.timezone.utc).timestamp())
+    return 0
 
 
 # An event with a text and nothing else, in each provider's own form.  Such events pass unread, which takes a tenth of
@@ -3396,7 +3379,6 @@ class OpenAI(Provider):
                 if data.startswith("[DONE]"):
                     return
                 event = event_of(data)
-                event.pop("obfuscation", None)    # padding, of no use on this side of TLS
                 finished.update(choice.get("index") for choice in choices_of(event) if choice.get("finish_reason"))
                 yield event
             raise cut()
@@ -3467,9 +3449,12 @@ class Ollama(Provider):
             options["stop"] = as_list(options["stop"])
         options.update({**present({"num_ctx": context}), **body.get("options", {})})
         messages, forced = self._messages(without_deprecated(request.messages)), forced_tools(body)
-        if forced:    # it has no tool_choice, and holds an answer to a schema only without tools
-            first = [messages.pop(0)["content"]] if messages[0]["role"] == "system" else []
-            messages.insert(0, {"role": "system", "content": "\n\n".join([*first, call_hint(forced)])})
+        if forced:    # it has no tool_choice, and holds an answer to a schema only without tools; no model sees either
+            first = [messages.pop(0)["content"], ""] if messages[0]["role"] == "system" else []
+            form = "its arguments" if len(forced) == 1 else '{"name": …, "arguments": {…}}'
+            hint = f"Answer with a call of a tool below: write {form} as one JSON object, and nothing else."
+            told = [json.dumps(tool, ensure_ascii=False) for tool in forced]
+            messages.insert(0, {"role": "system", "content": "\n".join([*first, hint, *told])})
         schema = call_schema(forced) if forced else json_wanted(body)
         tools = [{**tool, "function": {**tool["function"], "parameters": tool_schema(tool["function"])}}
                  for tool in chosen_tools(body)[0]]    # it refuses what it can't read, and skips anyOf at the top
@@ -3493,14 +3478,11 @@ class Ollama(Provider):
             role = "system" if message["role"] == "developer" else message["role"]
             turn: Json = {"role": role, "content": text_of(message)}
             images = [data_url(part["image_url"]["url"]) for part in parts_of(message) if part["type"] == "image_url"]
-            if images:
-                turn["images"] = [image[1] for image in images if image]
+            turn.update(present({"images": [image[1] for image in images if image]}))
             thought = message.get("reasoning_content") or message.get("reasoning")
             if thought and isinstance(thought, str):    # the templates of thinking models want it back
                 turn["thinking"] = thought
-            if message.get("tool_calls"):
-                turn["tool_calls"] = [{"id": call["id"], "function": function_in(call)}
-                                      for call in message["tool_calls"]]
+            turn.update(present({"tool_calls": message["tool_calls"]}))
             if role == "tool":
                 turn.update(tool_call_id=message["tool_call_id"], tool_name=message["name"])
             converted.append(turn)
@@ -3988,9 +3970,9 @@ _FORMS: dict[str, tuple[type, ...]] = {    # keyword -> the types of its value (
     ) for word in words.split()}
 _DATA_IN_SCHEMAS = frozenset({"const", "enum", "default", "examples", "required", "dependentRequired"})
 _NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
-_NOT_IN_SCHEMAS = frozenset({
-    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "pattern",
-    "minItems", "maxItems", "minProperties", "maxProperties", "not", "if", "then", "else"})
+# What Claude's structured output does not take: bounds, which are numbers, and these.
+_NOT_IN_SCHEMAS = {word for word, kinds in _FORMS.items() if int in kinds} | {
+    "pattern", "not", "if", "then", "else"}
 
 
 def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[Json], list[Json]]:
@@ -4008,7 +3990,7 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
         if message["role"] in ("system", "developer"):
             system.extend(texts)
         elif message["role"] == "assistant":
-            calls, waiting = message.get("tool_calls") or [], {}
+            calls, waiting = message["tool_calls"], {}
             uses = [_claude_call(call, used) for call in calls]
             results = [{"type": "tool_result", "tool_use_id": use["id"], "content": "(no result)"} for use in uses]
             for call, result in zip(calls, results):
@@ -4032,7 +4014,7 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
 
 def _claude_call(call: Json, used: set[str]) -> Json:
     """Return a tool call as a block, under an id of Claude's letters that the conversation has not used yet."""
-    function = function_in(call)
+    function = call["function"]
     id = re.sub(r"[^A-Za-z0-9_-]", "_", call["id"]) or "call"
     while id in used:
         id += "_"
