@@ -2446,15 +2446,8 @@ DETAILS_AT_ONCE = 4    # models that one probe asks for details: each takes Olla
 # What code for a well-formed answer raises for another one.
 NOT_IN_ITS_FORMAT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
-# What may not be dropped to please a model: without it the answer would be to another question.
-ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_format", "format", "output_config", "n",
-                       "stream", "system", "max_tokens", "max_completion_tokens", "modalities", "functions",
-                       "function_call", "audio"})
 
-# OpenAI's models that answer 400 to tools unless their effort is "none" (OpenAI's documentation, 2026-11).
-_NO_TOOLS_WHILE_REASONING = re.compile(r"gpt-(?:5\.6|6(?:\.1-terra|-sol|-luna))")
-
-
+# --- 6. The provider's interface --------------------------------------------------------------------------------------
 
 class Provider:
     """A vendor's dialect."""
@@ -2570,6 +2563,33 @@ class Provider:
         return None
 
 
+@functools.lru_cache(64)
+def is_at(url: str, vendor: str) -> bool:
+    """Return True if a URL's host is a vendor's, or one of its regions like eu.api.openai.com."""
+    return f".{host_in(url)}".endswith(f".{vendor}")
+
+
+def present(fields: Json) -> Json:
+    """Return the fields that are not empty."""
+    return {name: value for name, value in fields.items() if value}
+
+
+def number_for(text: str) -> int:
+    """Return a number of 32 bits for a text, always the same."""
+    return binascii.crc32(text.encode("utf-8", "replace"))
+
+
+def created_at(value: Any) -> int:
+    """Return the unix seconds of a number or an RFC 3339 time, or 0 for anything else."""
+    if isinstance(value, (int, float)):
+        return int(value)
+    with contextlib.suppress(ValueError, OverflowError):
+        return int(datetime.datetime.fromisoformat(str(value)[:19]).replace(tzinfo=datetime.timezone.utc).timestamp())
+    return 0
+
+
+# --- 6. Errors --------------------------------------------------------------------------------------------------------
+
 def limit_in(message: str, asked: Any) -> int:
     """Return the most tokens of an answer that an error allows, or 0 unless it names fewer than were asked for."""
     if not isinstance(asked, int):
@@ -2594,6 +2614,11 @@ def is_permanent(param: str, error: UpstreamError) -> bool:
         return error.fault is Fault.REFUSED and (most % 256 == 0 or most % 1000 == 0)
     return param in CHANGES or param != "reasoning_effort" and not re.search(_SOMETIMES, error.message.lower())
 
+
+# What may not be dropped to please a model: without it the answer would be to another question.
+ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_format", "format", "output_config", "n",
+                       "stream", "system", "max_tokens", "max_completion_tokens", "modalities", "functions",
+                       "function_call", "audio"})
 
 # What errors say of a parameter, in lower case, and what of one of its values, or of it beside another one.
 _UNSUPPORTED = "|".join((
@@ -2748,118 +2773,7 @@ def redact(text: str, key: str) -> str:
     return re.sub(r"\bsk-[\w*-]{4,}", "sk-…", text.replace(key, "…") if key else text)
 
 
-def chunk_of(finish_reason: str | None = None, logprobs: Json | None = None, **delta: Any) -> Chunk:
-    """Return a chunk of choice 0."""
-    return {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]}
-
-
-def told_of_reading(timings: Any, unread: float) -> tuple[float, float]:
-    """Return the tokens of a prompt that were read and the seconds that it took; (0, 0) where a server tells nothing.
-
-    llama.cpp counts without what was cached.  Ollama counts all; since 2026-08 it tells how much was cached (its pull
-    requests 16428 and 17943), before that it is believed to be all but the share `unread`.
-    """
-    told = timings if isinstance(timings, dict) else {}
-    took_ms, took_ns, read, total, cached = [
-        number if isinstance(number, (int, float)) and 0 < number < 1 << 53 else 0 for number in map(told.get, (
-            "prompt_ms", "prompt_eval_duration", "prompt_n", "prompt_eval_count", "prompt_eval_cached_count"))]
-    read = read or (total - cached if told.get("prompt_eval_cached_count") is not None else total * unread)
-    took_s = took_ms / 1e3 or took_ns / 1e9
-    return (read, took_s) if took_s and read > 0 else (0.0, 0.0)
-
-
-def tool_chunk(index: int, arguments: Any, id: str | None = None, name: str | None = None) -> Chunk:
-    """Return a piece of a tool call."""
-    return chunk_of(tool_calls=[{"index": index, "id": id, "function": {"name": name, "arguments": arguments}}])
-
-
-def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """Yield the chunks of a translated answer without the fence or the sentences around its JSON object."""
-    begun, closed, held = False, False, list[str]()    # held: what follows a brace, as that may be the last one
-    for chunk in chunks:
-        for choice in choices_of(chunk):
-            text = choice["delta"].pop("content", "")
-            if not begun and "{" in text:
-                begun, held, text = True, [], text[text.index("{"):]
-            closed = closed or begun and "}" in text
-            size = text.rfind("}") + 1 if closed else len(text) if begun else 0
-            if choice["finish_reason"] == "length" or choice["finish_reason"] and not begun:
-                size = len(text) + 1    # a part of the object, or no JSON at all: nothing is held
-            held.append(text[:size])
-            if size or "role" in choice["delta"]:
-                yield chunk_of(**{**choice["delta"], "content": "".join(held)})
-                choice["delta"], held = {}, []
-            held.append(text[size:])
-            if choice["delta"] or choice["finish_reason"]:
-                yield chunk
-        if not choices_of(chunk):    # usage
-            yield chunk
-
-
-def call_schema(tools: Sequence[Json]) -> Json:
-    """Return the JSON schema of a call: of the one tool's arguments, or of the name of a tool and its arguments."""
-    if len(tools) == 1:
-        return _grammar_schema(tools[0], "#")
-    schemas = [_grammar_schema(tool, f"#/$defs/{number}") for number, tool in enumerate(tools)]
-    referred = {str(number): schema for number, schema in enumerate(schemas) if b'"$ref"' in dumps(schema)}
-    calls = [{"type": "object", "properties": {"name": {"const": tool["name"]}, "arguments": schema},
-              "required": ["name", "arguments"], "additionalProperties": False} for tool, schema in zip(tools, schemas)]
-    return {"anyOf": calls, **present({"$defs": referred})}
-
-
-def _grammar_schema(tool: Json, place: str) -> Json:
-    """Return the schema of a tool's arguments at a place in another, to which its references lead.
-
-    Without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp).
-    """
-    whole = tool_schema(tool)
-
-    def change(schema: Json) -> Json:
-        kept = {name: value for name, value in schema.items() if name not in _NOT_IN_GRAMMARS}
-        ref = place + kept.pop("$ref", "")[1:]
-        if ref.startswith("#/") and _referred(schema, whole) is not schema:
-            return {"$ref": ref}
-        return kept if _DECIDES_FORM & kept.keys() else {**kept, "type": [*_SCHEMA_TYPES[:-1]]}
-    return in_each_schema(whole, change)  # type: ignore[no-any-return]
-
-
-_NOT_IN_GRAMMARS = frozenset({"pattern", "minLength", "maxLength", "maxItems"})
-_DECIDES_FORM = frozenset("type anyOf oneOf allOf const enum properties items prefixItems".split())
-
-
-def as_call(chunks: Iterable[Chunk], tools: Sequence[Json]) -> Iterator[Chunk]:
-    """Yield the chunks of an answer that `call_schema` held to a call, as that call.  Raises UpstreamError."""
-    names = [tool["name"] for tool in tools]
-    name, around = (names[0], 0) if len(names) == 1 else ("", 1)    # braces after the arguments
-    held, said, is_call = "", list[str](), False
-    yield chunk_of(content="")
-    for chunk in chunks:
-        for choice in choices_of(chunk):
-            held, end = held + (choice["delta"].pop("content", "") or ""), choice["finish_reason"]
-            is_call = is_call or "tool_calls" in choice["delta"]    # in Ollama's own words
-            if not name:
-                name, held = _begun_call(held, bool(end))
-            if said or name in names and held.startswith("{"):
-                size = len(held) - around * (end == "stop") if end else len(held.rstrip("} \t\r\n"))
-                yield from [tool_chunk(0, held[:size], None, None if said else name)] if size > 0 else []
-                said.append(held[:size])
-                held = held[size:]
-            if end == "stop" and not is_call and object_in("".join(said)) is None:
-                raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED,
-                                    code="bad_upstream_answer")
-        yield chunk
-
-
-def _begun_call(text: str, whole: bool) -> tuple[str, str]:
-    """Return the name in a call's JSON, and the rest from its arguments on; ("", text) if they are not there yet."""
-    begin = re.match(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*(?=\{)', text)
-    if begin:
-        return begin[1], text[begin.end():]
-    with contextlib.suppress(*NOT_IN_ITS_FORMAT):
-        call = loads(text) if whole else {}
-        return str(call["name"]), dumps(call["arguments"]).decode() + "}"    # in another order
-    return "", text
-
+# --- 6. Reading events ------------------------------------------------------------------------------------------------
 
 def object_in(text: str | bytes) -> Json | None:
     """Return the JSON object that a text is, or None."""
@@ -2934,6 +2848,56 @@ _FINISH = (    # words in a reason -> OpenAI's reason, "" for an answer that bro
     ("function_call", "function_call"), ("tool", "tool_calls"), ("", "stop"),     # eos, end_turn, COMPLETE
 )
 
+
+def chunk_of(finish_reason: str | None = None, logprobs: Json | None = None, **delta: Any) -> Chunk:
+    """Return a chunk of choice 0."""
+    return {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]}
+
+
+def tool_chunk(index: int, arguments: Any, id: str | None = None, name: str | None = None) -> Chunk:
+    """Return a piece of a tool call."""
+    return chunk_of(tool_calls=[{"index": index, "id": id, "function": {"name": name, "arguments": arguments}}])
+
+
+def told_of_reading(timings: Any, unread: float) -> tuple[float, float]:
+    """Return the tokens of a prompt that were read and the seconds that it took; (0, 0) where a server tells nothing.
+
+    llama.cpp counts without what was cached.  Ollama counts all; since 2026-08 it tells how much was cached (its pull
+    requests 16428 and 17943), before that it is believed to be all but the share `unread`.
+    """
+    told = timings if isinstance(timings, dict) else {}
+    took_ms, took_ns, read, total, cached = [
+        number if isinstance(number, (int, float)) and 0 < number < 1 << 53 else 0 for number in map(told.get, (
+            "prompt_ms", "prompt_eval_duration", "prompt_n", "prompt_eval_count", "prompt_eval_cached_count"))]
+    read = read or (total - cached if told.get("prompt_eval_cached_count") is not None else total * unread)
+    took_s = took_ms / 1e3 or took_ns / 1e9
+    return (read, took_s) if took_s and read > 0 else (0.0, 0.0)
+
+
+# An event with a text and nothing else, in each provider's own form.  Such events pass unread, which takes a tenth of
+# the time (2 us for 20).  So a pattern must match no event of which `decode` would make anything but the text.
+# U+0085, U+2028 and U+2029 are line ends to clients that use str.splitlines (httpx does): a text with one is read.
+_IN_TEXT = rb'[^"\\\x00-\x1f\xc2\xe2]*'
+_TEXT = (rb'"((?!")' + _IN_TEXT + rb'(?:(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})|\xc2(?!\x85)|\xe2(?!\x80[\xa8\xa9]))'
+         + _IN_TEXT + rb')*)"')
+_WORD = rb'"[^"\\\x00-\x1f\x7f-\xff]*"'
+# The fields around an OpenAI text, in any order: vLLM, llama.cpp and OpenAI itself differ in it.
+_OF_EVENT = (rb'(?:"(?:id|model|system_fingerprint|service_tier|obfuscation)": ?(?:null|' + _WORD
+           + rb')|"object": ?"chat\.completion\.chunk"|"created": ?[0-9]+|"(?:usage|prompt_token_ids)": ?null)')
+_OF_CHOICE = rb'(?:"index": ?0|"(?:logprobs|finish_reason|stop_reason|token_ids|matched_stop)": ?null)'
+_OPENAI_TEXT = re.compile(
+    rb'data: ?\{(?:' + _OF_EVENT + rb', ?)*"choices": ?\[\{(?:' + _OF_CHOICE
+    + rb', ?)*"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?' + _TEXT + rb'\}(?:, ?' + _OF_CHOICE
+    + rb')*\}\](?:, ?' + _OF_EVENT + rb')*\}\n\n')
+_OLLAMA_TEXT = re.compile(
+    rb'\{"model": ?' + _WORD + rb', ?"created_at": ?' + _WORD + rb', ?"message": ?\{"role": ?"assistant", ?"content": ?'
+    + _TEXT + rb'\}, ?"done": ?false\}\n')
+_CLAUDE_TEXT = re.compile(
+    rb'event: ?content_block_delta\ndata: ?\{"type": ?"content_block_delta", ?"index": ?[0-9]+, ?"delta": ?\{"type": ?'
+    rb'"text_delta", ?"text": ?' + _TEXT + rb'\} *\}\n\n')
+
+
+# --- 6. Chunks in order -----------------------------------------------------------------------------------------------
 
 def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
     """Yield an answer's chunks as OpenAI's reference has them, and Texts as they are.  Raises as `decode`."""
@@ -3167,65 +3131,12 @@ def _join(whole: Json, piece: Json) -> None:
             whole[name] = value
 
 
-def without_deprecated(messages: Sequence[Json]) -> list[Json]:
-    """Return the messages as Ollama and Claude are told of them: without what is deprecated, with ids and names.
-
-    Results without ids answer the calls of their names, or all calls if they have no names, in turn.
-    """
-    converted, names = list[Json](), dict[str, str]()    # of calls, by id
-    waiting: dict[str, collections.deque[str]] = collections.defaultdict(collections.deque)    # ids by name; "": all
-    for number, message in enumerate(messages):
-        message = dict(message)
-        if message.get("refusal") and not message.get("content"):
-            message["content"] = message["refusal"]
-        calls = [{"function": message["function_call"]}] if "function_call" in message else message.get("tool_calls", ())
-        message["tool_calls"] = [{"id": call.get("id") or f"call_{number}_{place}", "function": function_in(call)}
-                                 for place, call in enumerate(calls)]
-        for call in message["tool_calls"]:
-            name = names[call["id"]] = call["function"]["name"]
-            waiting[name].append(call["id"])
-            waiting[""].append(call["id"])
-        if message["role"] in ("tool", "function"):
-            name = message.get("name") or ""
-            id = message.get("tool_call_id") or (waiting[name].popleft() if waiting[name] else f"call_{number}")
-            message.update(role="tool", tool_call_id=id, name=name or names.get(id, ""))
-        converted.append(message)
-    return converted
-
-
-@functools.lru_cache(64)
-def is_at(url: str, vendor: str) -> bool:
-    """Return True if a URL's host is a vendor's, or one of its regions like eu.api.openai.com."""
-    return f".{host_in(url)}".endswith(f".{vendor}")
-
-
-def present(fields: Json) -> Json:
-    """Return the fields that are not empty."""
-    return {name: value for name, value in fields.items() if value}
-
+# --- 6. What is asked -------------------------------------------------------------------------------------------------
 
 def needs_of(request: ChatRequest) -> frozenset[str]:
     """Return what a model must be capable of for a request, in Ollama's words (/api/show, capabilities)."""
     return frozenset(present({"vision": any(part["type"] == "image_url" for _, part in request.parts()),
                               "tools": chosen_tools(request.body)[0] and not forced_tools(request.body)}))
-
-
-def name_of(tool: Any) -> str:
-    """Return the name in a tool, or in the choice of one: {"type": kind, kind: {"name": ...}}; "" without one."""
-    inner = tool.get(str(tool.get("type"))) if isinstance(tool, dict) else None
-    return str(inner.get("name") or "") if isinstance(inner, dict) else ""
-
-
-def effort_of(body: Json) -> str | None:
-    """Return the effort that a request asks for, or None for the model's own."""
-    effort = body.get("reasoning_effort")
-    return None if effort in ("", "auto", "default") else effort
-
-
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-CHOICES = ("none", "auto", "required")
-JSON_FORMS = ("text", "json_object", "json_schema")
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 def unknown_values(request: ChatRequest) -> Iterator[tuple[str, str]]:
@@ -3246,6 +3157,24 @@ def unknown_values(request: ChatRequest) -> Iterator[tuple[str, str]]:
             yield f"messages[{number}].role", ", ".join(ROLES)
         if "tool_calls" in message and not all(map(called_in, message["tool_calls"])):
             yield f"messages[{number}].tool_calls", "calls of functions"
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+CHOICES = ("none", "auto", "required")
+JSON_FORMS = ("text", "json_object", "json_schema")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def effort_of(body: Json) -> str | None:
+    """Return the effort that a request asks for, or None for the model's own."""
+    effort = body.get("reasoning_effort")
+    return None if effort in ("", "auto", "default") else effort
+
+
+def name_of(tool: Any) -> str:
+    """Return the name in a tool, or in the choice of one: {"type": kind, kind: {"name": ...}}; "" without one."""
+    inner = tool.get(str(tool.get("type"))) if isinstance(tool, dict) else None
+    return str(inner.get("name") or "") if isinstance(inner, dict) else ""
 
 
 def chosen_tools(body: Json) -> tuple[list[Json], str | Json]:
@@ -3280,6 +3209,33 @@ def data_url(url: str) -> tuple[str, str] | None:
     return (found[1].lower(), url[found.end():]) if found else None
 
 
+def without_deprecated(messages: Sequence[Json]) -> list[Json]:
+    """Return the messages as Ollama and Claude are told of them: without what is deprecated, with ids and names.
+
+    Results without ids answer the calls of their names, or all calls if they have no names, in turn.
+    """
+    converted, names = list[Json](), dict[str, str]()    # of calls, by id
+    waiting: dict[str, collections.deque[str]] = collections.defaultdict(collections.deque)    # ids by name; "": all
+    for number, message in enumerate(messages):
+        message = dict(message)
+        if message.get("refusal") and not message.get("content"):
+            message["content"] = message["refusal"]
+        calls = message.get("tool_calls", ())
+        calls = [{"function": message["function_call"]}] if "function_call" in message else calls
+        message["tool_calls"] = [{"id": call.get("id") or f"call_{number}_{place}", "function": function_in(call)}
+                                 for place, call in enumerate(calls)]
+        for call in message["tool_calls"]:
+            name = names[call["id"]] = call["function"]["name"]
+            waiting[name].append(call["id"])
+            waiting[""].append(call["id"])
+        if message["role"] in ("tool", "function"):
+            name = message.get("name") or ""
+            id = message.get("tool_call_id") or (waiting[name].popleft() if waiting[name] else f"call_{number}")
+            message.update(role="tool", tool_call_id=id, name=name or names.get(id, ""))
+        converted.append(message)
+    return converted
+
+
 def function_in(call: Json) -> Json:
     """Return the name and the arguments of a message's tool call, as an object whatever the model once wrote."""
     inner = called_in(call)
@@ -3294,36 +3250,181 @@ def called_in(call: Json) -> Json:
     return inner if isinstance(inner, dict) and isinstance(inner.get("name"), str) else {}
 
 
-def created_at(value: Any) -> int:
-    """Return the unix seconds of a number or an RFC 3339 time, or 0 for anything else."""
-    if isinstance(value, (int, float)):
-        return int(value)
-    with contextlib.suppress(ValueError, OverflowError):
-        return int(datetime.datetime.fromisoformat(str(value)[:19]).replace(tzinfo=datetime.timezone.utc).timestamp())
-    return 0
+# --- 6. Tools and schemas ---------------------------------------------------------------------------------------------
+
+def call_schema(tools: Sequence[Json]) -> Json:
+    """Return the JSON schema of a call: of the one tool's arguments, or of the name of a tool and its arguments."""
+    if len(tools) == 1:
+        return _grammar_schema(tools[0], "#")
+    schemas = [_grammar_schema(tool, f"#/$defs/{number}") for number, tool in enumerate(tools)]
+    referred = {str(number): schema for number, schema in enumerate(schemas) if b'"$ref"' in dumps(schema)}
+    calls = [{"type": "object", "properties": {"name": {"const": tool["name"]}, "arguments": schema},
+              "required": ["name", "arguments"], "additionalProperties": False} for tool, schema in zip(tools, schemas)]
+    return {"anyOf": calls, **present({"$defs": referred})}
 
 
-# An event with a text and nothing else, in each provider's own form.  Such events pass unread, which takes a tenth of
-# the time (2 us for 20).  So a pattern must match no event of which `decode` would make anything but the text.
-# U+0085, U+2028 and U+2029 are line ends to clients that use str.splitlines (httpx does): a text with one is read.
-_IN_TEXT = rb'[^"\\\x00-\x1f\xc2\xe2]*'
-_TEXT = (rb'"((?!")' + _IN_TEXT + rb'(?:(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})|\xc2(?!\x85)|\xe2(?!\x80[\xa8\xa9]))'
-         + _IN_TEXT + rb')*)"')
-_WORD = rb'"[^"\\\x00-\x1f\x7f-\xff]*"'
-# The fields around an OpenAI text, in any order: vLLM, llama.cpp and OpenAI itself differ in it.
-_OF_EVENT = (rb'(?:"(?:id|model|system_fingerprint|service_tier|obfuscation)": ?(?:null|' + _WORD
-           + rb')|"object": ?"chat\.completion\.chunk"|"created": ?[0-9]+|"(?:usage|prompt_token_ids)": ?null)')
-_OF_CHOICE = rb'(?:"index": ?0|"(?:logprobs|finish_reason|stop_reason|token_ids|matched_stop)": ?null)'
-_OPENAI_TEXT = re.compile(
-    rb'data: ?\{(?:' + _OF_EVENT + rb', ?)*"choices": ?\[\{(?:' + _OF_CHOICE
-    + rb', ?)*"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?' + _TEXT + rb'\}(?:, ?' + _OF_CHOICE
-    + rb')*\}\](?:, ?' + _OF_EVENT + rb')*\}\n\n')
-_OLLAMA_TEXT = re.compile(
-    rb'\{"model": ?' + _WORD + rb', ?"created_at": ?' + _WORD + rb', ?"message": ?\{"role": ?"assistant", ?"content": ?'
-    + _TEXT + rb'\}, ?"done": ?false\}\n')
-_CLAUDE_TEXT = re.compile(
-    rb'event: ?content_block_delta\ndata: ?\{"type": ?"content_block_delta", ?"index": ?[0-9]+, ?"delta": ?\{"type": ?'
-    rb'"text_delta", ?"text": ?' + _TEXT + rb'\} *\}\n\n')
+def _grammar_schema(tool: Json, place: str) -> Json:
+    """Return the schema of a tool's arguments at a place in another, to which its references lead.
+
+    Without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp).
+    """
+    whole = tool_schema(tool)
+
+    def change(schema: Json) -> Json:
+        kept = {name: value for name, value in schema.items() if name not in _NOT_IN_GRAMMARS}
+        ref = place + kept.pop("$ref", "")[1:]
+        if ref.startswith("#/") and _referred(schema, whole) is not schema:
+            return {"$ref": ref}
+        return kept if _DECIDES_FORM & kept.keys() else {**kept, "type": [*_SCHEMA_TYPES[:-1]]}
+    return in_each_schema(whole, change)  # type: ignore[no-any-return]
+
+
+_NOT_IN_GRAMMARS = frozenset({"pattern", "minLength", "maxLength", "maxItems"})
+_DECIDES_FORM = frozenset("type anyOf oneOf allOf const enum properties items prefixItems".split())
+
+
+def as_call(chunks: Iterable[Chunk], tools: Sequence[Json]) -> Iterator[Chunk]:
+    """Yield the chunks of an answer that `call_schema` held to a call, as that call.  Raises UpstreamError."""
+    names = [tool["name"] for tool in tools]
+    name, around = (names[0], 0) if len(names) == 1 else ("", 1)    # braces after the arguments
+    held, said, is_call = "", list[str](), False
+    yield chunk_of(content="")
+    for chunk in chunks:
+        for choice in choices_of(chunk):
+            held, end = held + (choice["delta"].pop("content", "") or ""), choice["finish_reason"]
+            is_call = is_call or "tool_calls" in choice["delta"]    # in Ollama's own words
+            if not name:
+                name, held = _begun_call(held, bool(end))
+            if said or name in names and held.startswith("{"):
+                size = len(held) - around * (end == "stop") if end else len(held.rstrip("} \t\r\n"))
+                yield from [tool_chunk(0, held[:size], None, None if said else name)] if size > 0 else []
+                said.append(held[:size])
+                held = held[size:]
+            if end == "stop" and not is_call and object_in("".join(said)) is None:
+                raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED,
+                                    code="bad_upstream_answer")
+        yield chunk
+
+
+def _begun_call(text: str, whole: bool) -> tuple[str, str]:
+    """Return the name in a call's JSON, and the rest from its arguments on; ("", text) if they are not there yet."""
+    begin = re.match(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*(?=\{)', text)
+    if begin:
+        return begin[1], text[begin.end():]
+    with contextlib.suppress(*NOT_IN_ITS_FORMAT):
+        call = loads(text) if whole else {}
+        return str(call["name"]), dumps(call["arguments"]).decode() + "}"    # in another order
+    return "", text
+
+
+def only_json(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """Yield the chunks of a translated answer without the fence or the sentences around its JSON object."""
+    begun, closed, held = False, False, list[str]()    # held: what follows a brace, as that may be the last one
+    for chunk in chunks:
+        for choice in choices_of(chunk):
+            text = choice["delta"].pop("content", "")
+            if not begun and "{" in text:
+                begun, held, text = True, [], text[text.index("{"):]
+            closed = closed or begun and "}" in text
+            size = text.rfind("}") + 1 if closed else len(text) if begun else 0
+            if choice["finish_reason"] == "length" or choice["finish_reason"] and not begun:
+                size = len(text) + 1    # a part of the object, or no JSON at all: nothing is held
+            held.append(text[:size])
+            if size or "role" in choice["delta"]:
+                yield chunk_of(**{**choice["delta"], "content": "".join(held)})
+                choice["delta"], held = {}, []
+            held.append(text[size:])
+            if choice["delta"] or choice["finish_reason"]:
+                yield chunk
+        if not choices_of(chunk):    # usage
+            yield chunk
+
+
+def tool_schema(function: Json) -> Json:
+    """Return the schema of a function's arguments, in today's words and without alternatives at the top, for Claude."""
+    whole = {"properties": {}, **in_each_schema(function.get("parameters") or {}, valid_schema), "type": "object"}
+    # What the alternatives have becomes the object's, and its description tells of them.
+    lost = {word: whole.pop(word) for word in ("allOf", "anyOf", "oneOf") if word in whole}
+    if not lost:
+        return whole
+    variants, required = dict[str, dict[bytes, Any]](), dict.fromkeys(whole.get("required", []))
+    for word, schemas in lost.items():
+        found = (_referred(schema, whole) for schema in schemas if isinstance(schema, dict))
+        branches = [*map(valid_schema, {id(branch): branch for branch in found}.values())]    # each once
+        for name, schema in itertools.chain.from_iterable(branch.get("properties", {}).items() for branch in branches):
+            variants.setdefault(name, {})[dumps(schema)] = schema
+        needed = [{*branch.get("required", [])} for branch in branches] or [set[str]()]
+        every = set.union(*needed) if word == "allOf" else set.intersection(*needed)
+        required.update(dict.fromkeys(sorted(every)))
+    merged = {name: {"anyOf": [*some.values()]} if len(some) > 1 else [*some.values()][0]
+              for name, some in variants.items()}
+    told = f"It must also fit {json.dumps(lost, ensure_ascii=False)}."
+    return {**whole, "properties": {**merged, **whole["properties"]}, "required": [*required],
+            "description": f"{whole.get('description', '')} {told if len(told) < 1000 else ''}".strip()}
+
+
+def _referred(schema: Json, root: Json) -> Json:
+    """Return what a schema's reference leads to within the root, or the schema itself."""
+    start, *steps = schema.get("$ref", "").split("/")
+    place: Any = root if start == "#" else None
+    for step in steps:
+        place = place.get(step) if isinstance(place, dict) else None
+    return place if isinstance(place, dict) else schema
+
+
+def valid_schema(schema: Json) -> Json:
+    """Return a schema of any draft in the words of draft 2020-12, without those that Claude would refuse a tool for."""
+    new = dict(schema)
+    for bound, strict in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if new.get(strict) is True and bound in new:    # draft 4
+            new[strict] = new.pop(bound)
+    if isinstance(new.get("items"), list):    # all before 2020-12
+        new["prefixItems"] = new.pop("items")
+    if isinstance(new.get("properties"), dict):
+        new["properties"] = {name: one if isinstance(one, dict) else {} for name, one in new["properties"].items()}
+    new = {name: value for name, value in new.items() if type(value) in _FORMS.get(name, (type(value),))}
+    if "required" in new:
+        new["required"] = [name for name in new["required"] if isinstance(name, str)]
+    if "type" in new and not all(kind in _SCHEMA_TYPES for kind in as_list(new["type"])):
+        del new["type"]
+    return new
+
+
+def in_each_schema(schema: Any, change: Callable[[Json], Json]) -> Any:
+    """Return a JSON schema with `change` made to it and to each schema in it, but not to data in it."""
+    if isinstance(schema, list):
+        return [in_each_schema(item, change) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return change({name: value if name in _DATA_IN_SCHEMAS else
+                   {inner: in_each_schema(one, change) for inner, one in value.items()}
+                   if name in _NAMED_SCHEMAS and isinstance(value, dict) else in_each_schema(value, change)
+                   for name, value in schema.items()})
+
+
+_SCHEMA_TYPES = ("string", "number", "boolean", "object", "array", "null", "integer")
+_FORMS: dict[str, tuple[type, ...]] = {    # keyword -> the types of its value (JSON Schema's meta-schemas)
+    word: kinds for words, kinds in (
+        ("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf", (int, float)),
+        ("minLength maxLength minItems maxItems minProperties maxProperties minContains maxContains", (int,)),
+        ("title description format pattern $ref $comment", (str,)),
+        ("uniqueItems deprecated readOnly writeOnly", (bool,)),
+        ("items additionalProperties not if then else contains propertyNames", (dict, bool)),
+        ("properties patternProperties $defs definitions dependentSchemas", (dict,)),
+        ("anyOf oneOf allOf prefixItems required enum examples", (list,)), ("type", (str, list)),
+        ("$schema $id", ()),    # of another draft; another root for references
+    ) for word in words.split()}
+_DATA_IN_SCHEMAS = frozenset({"const", "enum", "default", "examples", "required", "dependentRequired"})
+_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
+# What Claude's structured output does not take: bounds, which are numbers, and these.
+_NOT_IN_SCHEMAS = {word for word, kinds in _FORMS.items() if int in kinds} | {
+    "pattern", "not", "if", "then", "else"}
+
+
+# --- 6. OpenAI --------------------------------------------------------------------------------------------------------
+
+# OpenAI's models that answer 400 to tools unless their effort is "none" (OpenAI's documentation, 2026-11).
+_NO_TOOLS_WHILE_REASONING = re.compile(r"gpt-(?:5\.6|6(?:\.1-terra|-sol|-luna))")
 
 
 class OpenAI(Provider):
@@ -3379,6 +3480,7 @@ class OpenAI(Provider):
                 if data.startswith("[DONE]"):
                     return
                 event = event_of(data)
+                event.pop("obfuscation", None)    # padding, of no use on this side of TLS
                 finished.update(choice.get("index") for choice in choices_of(event) if choice.get("finish_reason"))
                 yield event
             raise cut()
@@ -3418,6 +3520,8 @@ CHANGES: dict[str, tuple[str, Callable[[Json], Json]]] = {
     "cache_control": ("cache_control", _without("cache_control")),    # Gemini, Groq
 }
 
+
+# --- 6. Ollama --------------------------------------------------------------------------------------------------------
 
 class Ollama(Provider):
     """Ollama's native API.  Its own /v1 can't set num_ctx, truncate or think, and takes images out of their message."""
@@ -3625,6 +3729,8 @@ def ollama_url(host: str) -> str:
     number = int(port) if re.fullmatch("[0-9]{1,5}", port) and int(port) < 65536 else default
     return f"{scheme}://{f'[{name}]' if ':' in name else name}:{number}{slash}{path}".rstrip("/")
 
+
+# --- 6. Claude --------------------------------------------------------------------------------------------------------
 
 class _ClaudeModel(NamedTuple):
     """The request fields that a Claude model takes, as far as models differ in them."""
@@ -3848,133 +3954,6 @@ def claude_events(lines: Lines) -> Iterator[Any]:
         yield {"type": "message_stop"}
 
 
-def _tools_used(turns: Sequence[Json]) -> list[str]:
-    """Return the names of the tools that the turns call, each once."""
-    return list(dict.fromkeys(block["name"] for turn in turns for block in turn["content"]
-                              if block["type"] == "tool_use"))
-
-
-def claude_tool(tool: Json) -> Json:
-    """Return a tool in Claude's shape, without `strict`: few schemas qualify for it there."""
-    function, schema = tool["function"], tool_schema(tool["function"])
-    schema["properties"] = {claude_key(name): inner for name, inner in schema["properties"].items()}
-    schema.update({"required": [*map(claude_key, schema["required"])]} if "required" in schema else {})
-    return {"name": claude_name(function["name"]), **present({"description": function.get("description")}),
-            "input_schema": schema, **_mark_of(tool, function)}
-
-
-def claude_name(name: str, more: str = "") -> str:
-    """Return the name by which Claude knows a tool: its own, or one made of that alone where it would be refused."""
-    fits = re.fullmatch(rf"[\w{more}-]{{1,64}}", name, re.A)
-    return name if fits else f"{re.sub('[^a-zA-Z0-9_-]', '_', name[:55])}_{number_for(name):08x}"
-
-
-claude_key = functools.partial(claude_name, more=".")    # of an argument
-
-
-def number_for(text: str) -> int:
-    """Return a number of 32 bits for a text, always the same."""
-    return binascii.crc32(text.encode("utf-8", "replace"))
-
-
-def _mark_of(*places: Json) -> Json:
-    """Return the client's mark for Claude's prompt cache in the first of the places that has one."""
-    marks = [place["cache_control"] for place in places if isinstance(place.get("cache_control"), dict)]
-    return {"cache_control": marks[0]} if marks else {}
-
-
-def closed_schema(schema: Any) -> Any:
-    """Return a JSON schema as Claude's structured output takes it: closed objects, no bounds, anyOf for oneOf."""
-    def closed(schema: Json) -> Json:
-        kept = {"anyOf" if name == "oneOf" else name: value for name, value in schema.items()
-                if name not in _NOT_IN_SCHEMAS}
-        kind = kept.get("type")
-        is_object = kind == "object" or isinstance(kind, list) and "object" in kind or "properties" in kept
-        return {**kept, "additionalProperties": False} if is_object else kept
-    return in_each_schema(schema, closed)
-
-
-def in_each_schema(schema: Any, change: Callable[[Json], Json]) -> Any:
-    """Return a JSON schema with `change` made to it and to each schema in it, but not to data in it."""
-    if isinstance(schema, list):
-        return [in_each_schema(item, change) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return change({name: value if name in _DATA_IN_SCHEMAS else
-                   {inner: in_each_schema(one, change) for inner, one in value.items()}
-                   if name in _NAMED_SCHEMAS and isinstance(value, dict) else in_each_schema(value, change)
-                   for name, value in schema.items()})
-
-
-def tool_schema(function: Json) -> Json:
-    """Return the schema of a function's arguments, in today's words and without alternatives at the top, for Claude."""
-    whole = {"properties": {}, **in_each_schema(function.get("parameters") or {}, valid_schema), "type": "object"}
-    # What the alternatives have becomes the object's, and its description tells of them.
-    lost = {word: whole.pop(word) for word in ("allOf", "anyOf", "oneOf") if word in whole}
-    if not lost:
-        return whole
-    variants, required = dict[str, dict[bytes, Any]](), dict.fromkeys(whole.get("required", []))
-    for word, schemas in lost.items():
-        found = (_referred(schema, whole) for schema in schemas if isinstance(schema, dict))
-        branches = [*map(valid_schema, {id(branch): branch for branch in found}.values())]    # each once
-        for name, schema in itertools.chain.from_iterable(branch.get("properties", {}).items() for branch in branches):
-            variants.setdefault(name, {})[dumps(schema)] = schema
-        needed = [{*branch.get("required", [])} for branch in branches] or [set[str]()]
-        every = set.union(*needed) if word == "allOf" else set.intersection(*needed)
-        required.update(dict.fromkeys(sorted(every)))
-    merged = {name: {"anyOf": [*some.values()]} if len(some) > 1 else [*some.values()][0]
-              for name, some in variants.items()}
-    told = f"It must also fit {json.dumps(lost, ensure_ascii=False)}."
-    return {**whole, "properties": {**merged, **whole["properties"]}, "required": [*required],
-            "description": f"{whole.get('description', '')} {told if len(told) < 1000 else ''}".strip()}
-
-
-def _referred(schema: Json, root: Json) -> Json:
-    """Return what a schema's reference leads to within the root, or the schema itself."""
-    start, *steps = schema.get("$ref", "").split("/")
-    place: Any = root if start == "#" else None
-    for step in steps:
-        place = place.get(step) if isinstance(place, dict) else None
-    return place if isinstance(place, dict) else schema
-
-
-def valid_schema(schema: Json) -> Json:
-    """Return a schema of any draft in the words of draft 2020-12, without those that Claude would refuse a tool for."""
-    new = dict(schema)
-    for bound, strict in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
-        if new.get(strict) is True and bound in new:    # draft 4
-            new[strict] = new.pop(bound)
-    if isinstance(new.get("items"), list):    # all before 2020-12
-        new["prefixItems"] = new.pop("items")
-    if isinstance(new.get("properties"), dict):
-        new["properties"] = {name: one if isinstance(one, dict) else {} for name, one in new["properties"].items()}
-    new = {name: value for name, value in new.items() if type(value) in _FORMS.get(name, (type(value),))}
-    if "required" in new:
-        new["required"] = [name for name in new["required"] if isinstance(name, str)]
-    if "type" in new and not all(kind in _SCHEMA_TYPES for kind in as_list(new["type"])):
-        del new["type"]
-    return new
-
-
-_SCHEMA_TYPES = ("string", "number", "boolean", "object", "array", "null", "integer")
-_FORMS: dict[str, tuple[type, ...]] = {    # keyword -> the types of its value (JSON Schema's meta-schemas)
-    word: kinds for words, kinds in (
-        ("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf", (int, float)),
-        ("minLength maxLength minItems maxItems minProperties maxProperties minContains maxContains", (int,)),
-        ("title description format pattern $ref $comment", (str,)),
-        ("uniqueItems deprecated readOnly writeOnly", (bool,)),
-        ("items additionalProperties not if then else contains propertyNames", (dict, bool)),
-        ("properties patternProperties $defs definitions dependentSchemas", (dict,)),
-        ("anyOf oneOf allOf prefixItems required enum examples", (list,)), ("type", (str, list)),
-        ("$schema $id", ()),    # of another draft; another root for references
-    ) for word in words.split()}
-_DATA_IN_SCHEMAS = frozenset({"const", "enum", "default", "examples", "required", "dependentRequired"})
-_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
-# What Claude's structured output does not take: bounds, which are numbers, and these.
-_NOT_IN_SCHEMAS = {word for word, kinds in _FORMS.items() if int in kinds} | {
-    "pattern", "not", "if", "then", "else"}
-
-
 def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[Json], list[Json]]:
     """Return the system's blocks and the turns that Claude takes.
 
@@ -4012,22 +3991,6 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
     return system, turns
 
 
-def _claude_call(call: Json, used: set[str]) -> Json:
-    """Return a tool call as a block, under an id of Claude's letters that the conversation has not used yet."""
-    function = call["function"]
-    id = re.sub(r"[^A-Za-z0-9_-]", "_", call["id"]) or "call"
-    while id in used:
-        id += "_"
-    used.add(id)
-    given = {claude_key(key): value for key, value in function["arguments"].items()}
-    return {"type": "tool_use", "id": id, "name": claude_name(function["name"]), "input": given}
-
-
-def _text_blocks(text: str) -> list[Json]:
-    """Return a text as a block, or nothing for an empty one, which Claude refuses."""
-    return [{"type": "text", "text": text}] if text.strip() else []
-
-
 def claude_content(message: Json) -> list[Json]:
     """Return a message's parts as blocks; `refuse_part` has seen them before."""
     blocks: list[Json] = []
@@ -4047,6 +4010,65 @@ def claude_content(message: Json) -> list[Json]:
         blocks[-1].update(_mark_of(message))
     return blocks
 
+
+def _claude_call(call: Json, used: set[str]) -> Json:
+    """Return a tool call as a block, under an id of Claude's letters that the conversation has not used yet."""
+    function = call["function"]
+    id = re.sub(r"[^A-Za-z0-9_-]", "_", call["id"]) or "call"
+    while id in used:
+        id += "_"
+    used.add(id)
+    given = {claude_key(key): value for key, value in function["arguments"].items()}
+    return {"type": "tool_use", "id": id, "name": claude_name(function["name"]), "input": given}
+
+
+def _text_blocks(text: str) -> list[Json]:
+    """Return a text as a block, or nothing for an empty one, which Claude refuses."""
+    return [{"type": "text", "text": text}] if text.strip() else []
+
+
+def _tools_used(turns: Sequence[Json]) -> list[str]:
+    """Return the names of the tools that the turns call, each once."""
+    return list(dict.fromkeys(block["name"] for turn in turns for block in turn["content"]
+                              if block["type"] == "tool_use"))
+
+
+def claude_tool(tool: Json) -> Json:
+    """Return a tool in Claude's shape, without `strict`: few schemas qualify for it there."""
+    function, schema = tool["function"], tool_schema(tool["function"])
+    schema["properties"] = {claude_key(name): inner for name, inner in schema["properties"].items()}
+    schema.update({"required": [*map(claude_key, schema["required"])]} if "required" in schema else {})
+    return {"name": claude_name(function["name"]), **present({"description": function.get("description")}),
+            "input_schema": schema, **_mark_of(tool, function)}
+
+
+def claude_name(name: str, more: str = "") -> str:
+    """Return the name by which Claude knows a tool: its own, or one made of that alone where it would be refused."""
+    fits = re.fullmatch(rf"[\w{more}-]{{1,64}}", name, re.A)
+    return name if fits else f"{re.sub('[^a-zA-Z0-9_-]', '_', name[:55])}_{number_for(name):08x}"
+
+
+claude_key = functools.partial(claude_name, more=".")    # of an argument
+
+
+def _mark_of(*places: Json) -> Json:
+    """Return the client's mark for Claude's prompt cache in the first of the places that has one."""
+    marks = [place["cache_control"] for place in places if isinstance(place.get("cache_control"), dict)]
+    return {"cache_control": marks[0]} if marks else {}
+
+
+def closed_schema(schema: Any) -> Any:
+    """Return a JSON schema as Claude's structured output takes it: closed objects, no bounds, anyOf for oneOf."""
+    def closed(schema: Json) -> Json:
+        kept = {"anyOf" if name == "oneOf" else name: value for name, value in schema.items()
+                if name not in _NOT_IN_SCHEMAS}
+        kind = kept.get("type")
+        is_object = kind == "object" or isinstance(kind, list) and "object" in kind or "properties" in kept
+        return {**kept, "additionalProperties": False} if is_object else kept
+    return in_each_schema(schema, closed)
+
+
+# --- 6. Targets -------------------------------------------------------------------------------------------------------
 
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in (Ollama(), OpenAI(), Claude())}
 
