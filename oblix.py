@@ -2603,7 +2603,7 @@ def limit_in(message: str, asked: Any) -> int:
         numbers = [int(number.replace(",", "")) for number in digits]
     else:
         return 0
-    most = max((number for number in numbers if LEAST_ROOM < number < asked), default=0)
+    most = max((number for number in numbers if 256 < number < asked), default=0)    # less: the prompt is too long
     return most - 1 if most and "(exclusive)" in message else most    # Gemini
 
 
@@ -2636,7 +2636,6 @@ _ROOM = (    # a window, and what a prompt takes of it
     r"limit: (\d+) \+ \d+ > (\d+)|<= (\d+)\. given: (\d+)",             # Claude: "190001 + 16384 > 200000"; TGI
 )
 _LIMIT = r"at most|less than|lower|[<>≤]|maximum|range|between|too large|exceed|up to|above|greater|afford|limit"
-LEAST_ROOM = 256    # tokens for an answer; with fewer the prompt is too long
 
 _IN_A_STREAM = 0    # the status of an error after a 200, if its code is not a status
 _ANY, _BAD, _ILL = range(1000), (_IN_A_STREAM, 400, 412, 422), (_IN_A_STREAM, 400, 404, 422, 500, 502)
@@ -3753,10 +3752,6 @@ _CLAUDE_MODELS = (    # the first that fits (Anthropic's documentation, 2026-11)
 )
 _CLAUDE_MAX_TOKENS = 16384    # where the client sets no limit: thinking counts too, so a small one gives empty answers
 _THINKING_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 4096, "high": 8192, "xhigh": 16384, "max": 16384}
-_CLAUDE_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
-_MOST_MARKS = 4                       # of its prompt cache; it refuses more
-_CACHED_FROM = 512 * TOKEN_BYTES      # of a prompt; no model caches a shorter one
-_ONLY_JSON = "Answer with one JSON object and nothing else: no prose, no Markdown fence."
 
 
 @functools.lru_cache(64)
@@ -3786,7 +3781,8 @@ class Claude(Provider):
     def refuse_part(self, part: Json) -> str | None:
         if part["type"] == "image_url":
             url = part["image_url"]["url"]
-            fits = url.startswith("https://") or (data_url(url) or [""])[0] in _CLAUDE_IMAGES
+            kind, _ = data_url(url) or ("", "")
+            fits = url.startswith("https://") or re.fullmatch("image/(jpeg|png|gif|webp)", kind)
             return None if fits else "images must be https: URLs or data: URLs of JPEG, PNG, GIF or WebP"
         if part["type"] == "file":
             kind, data = data_url(part["file"].get("file_data") or "") or ("", "")
@@ -3801,7 +3797,7 @@ class Claude(Provider):
         system, turns = claude_conversation(without_deprecated(request.messages), model.prefill)
         choice, schema = chosen_tools(body)[1], json_wanted(body)
         if schema == {}:    # Claude has no field for JSON without a schema
-            system.extend(_text_blocks(_ONLY_JSON))
+            system.extend(_text_blocks("Answer with one JSON object and nothing else: no prose, no Markdown fence."))
         if choice not in ("auto", "none") and not model.forced:
             which = claude_name(name_of(choice)) if isinstance(choice, dict) else "that fits best"
             system.extend(_text_blocks(f"Answer with a call of the tool {which}."))
@@ -3840,16 +3836,16 @@ class Claude(Provider):
 
     @staticmethod
     def _cache(payload: Json, request: ChatRequest, ask: bool) -> None:
-        """Keep the last of the client's marks that Claude takes.  Without any, ask for caching if that will pay."""
+        """Keep the last four of the client's marks: it refuses more.  Without any, ask for caching if that will pay."""
         own = request.body.get("cache_control")
         payload.update({"cache_control": own} if isinstance(own, dict) else {})
         blocks = [*payload.get("tools", []), *payload.get("system", []),
                   *(block for turn in payload["messages"] for block in turn["content"])]
         marked = [block for block in blocks if "cache_control" in block]
-        for block in marked[:max(0, len(marked) + ("cache_control" in payload) - _MOST_MARKS)]:
+        for block in marked[:max(0, len(marked) + ("cache_control" in payload) - 4)]:
             del block["cache_control"]
         goes_on = any(turn["role"] == "assistant" for turn in payload["messages"])
-        if ask and goes_on and not marked and request.size >= _CACHED_FROM:
+        if ask and goes_on and not marked and request.size >= 512 * TOKEN_BYTES:    # no model caches a shorter prompt
             payload.setdefault("cache_control", {"type": "ephemeral"})
 
     @staticmethod
@@ -3878,21 +3874,28 @@ class Claude(Provider):
     def _chunks(self, lines: Lines, own: dict[str, Json]) -> Iterator[Any]:
         usage, stop = Json(), Json()
         blocks: dict[int, Json] = {}
-        for event in claude_events(lines):
-            kind = "texts" if isinstance(event, Texts) else str(event.get("type"))
-            if kind == "texts":
-                yield event
-            elif kind.startswith("content_block_"):
+        for data in sse_data(lines):
+            if isinstance(data, Texts):
+                yield data
+                continue
+            event = event_of(data)
+            kind = str(event.get("type"))
+            if kind.startswith("content_block_"):
                 yield from self._said(event, blocks, own)
-            elif kind == "message_start":
+            elif kind in ("message", "message_start"):    # whole, or streamed
                 if blocks:    # a relay that began anew after it had failed
                     raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
-                usage.update((event.get("message") or {}).get("usage") or {})
+                stop = event if kind == "message" else event.get("message") or {}
+                usage.update(stop.get("usage") or {})
                 yield chunk_of(content="")
+                for index, block in enumerate(event.get("content") or ()):
+                    for end in ("start", "stop"):
+                        yield from self._said({"type": f"content_block_{end}", "index": index, "content_block": block},
+                                              blocks, own)
             elif kind == "message_delta":
-                stop.update(event.get("delta") or {})
+                stop = {**stop, **(event.get("delta") or {})}
                 usage.update({name: count for name, count in (event.get("usage") or {}).items() if count is not None})
-            elif kind == "message_stop":
+            if kind in ("message", "message_stop"):
                 yield from self._end(stop, usage)
                 return
         raise cut()
@@ -3937,21 +3940,6 @@ class Claude(Provider):
                          "completion_tokens": usage.get("output_tokens"),
                          "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
                          **present({"completion_tokens_details": present({"reasoning_tokens": thinking})})}}
-
-
-def claude_events(lines: Lines) -> Iterator[Any]:
-    """Yield the events of an answer, those that it would have if it came whole, and Texts as they are."""
-    for data in sse_data(lines):
-        event = data if isinstance(data, Texts) else event_of(data)
-        if isinstance(event, Texts) or event.get("type") != "message":
-            yield event
-            continue
-        yield {"type": "message_start", "message": event}
-        for number, block in enumerate(event.get("content") or ()):
-            yield {"type": "content_block_start", "index": number, "content_block": block}
-            yield {"type": "content_block_stop", "index": number}
-        yield {"type": "message_delta", "delta": event}
-        yield {"type": "message_stop"}
 
 
 def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[Json], list[Json]]:
@@ -4085,8 +4073,8 @@ def configured_targets(settings: Settings) -> tuple[Target, ...]:
     if settings.cloud_api_key and not settings.cloud_model:
         raise UsageError("--cloud-api-key needs the --cloud-model that it is for")
     local = [_target(settings, spec, Side.LOCAL, "") for spec in settings.local_model]
-    keys = itertools.chain([settings.cloud_api_key], itertools.repeat(""))
-    cloud = [_target(settings, spec, Side.CLOUD, key) for spec, key in zip(settings.cloud_model, keys)]
+    cloud = [_target(settings, spec, Side.CLOUD, "" if number else settings.cloud_api_key)
+             for number, spec in enumerate(settings.cloud_model)]
     if not cloud:
         usual = [_target(settings, f"{provider.name}:{provider.default_model}", Side.CLOUD, "")
                  for provider in PROVIDERS.values() if provider.default_model]
