@@ -2659,6 +2659,7 @@ _MONEY: _Meaning = (Fault.ACCOUNT, {"code": "insufficient_quota"})
 _KEY: _Meaning = (Fault.ACCOUNT, {"code": "invalid_api_key"})
 _GONE: _Meaning = (Fault.NOT_FOUND, {"code": "model_not_found"})
 _REFUSED: _Meaning = (Fault.REFUSED, {})
+_LOADING: _Meaning = (Fault.LOADING, {"code": "model_loading", "retry_after_s": 5.0})
 
 # Statuses, and words in the message, type, code or param, in lower case -> what they mean; the first rule that fits
 # counts.  The words are from errors that users of those services reported.
@@ -2706,7 +2707,7 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     (_ILL, r"pars(e|ing) (grammar|tool call)|unexpected keyword|unrecognized .{0,10}argument|extra inputs", _REFUSED),
     (_ILL, r"unknown (field|name|parameter)", _REFUSED),
     ((400, 415, 422, 501), "", _REFUSED),
-    ((503,), r"^loading model|model.* is (currently |still )?loading", (Fault.LOADING, {"code": "model_loading"})),
+    ((503,), r"^loading model|model.* is (currently |still )?loading", _LOADING),    # llama-server
     ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", (Fault.BUSY, {})),
     (range(400, 500), "", (Fault.NOT_FOUND, {})),    # 404 of a model; 405, 410 of a path
 )
@@ -2733,7 +2734,7 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     usual = {"type": _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
              "code": _CODES.get(status)}
     error = UpstreamError(message, fault, retry=None if fault in (Fault.BUSY, Fault.LOADING) else False,
-                          retry_after_s=retry_after_s, **{"status": status, **usual, **fields, **ours})
+                          **{"status": status, "retry_after_s": retry_after_s, **usual, **fields, **ours})
     if key and error.code == "invalid_api_key":
         error.message = f"The upstream refused the key that Oblix has for it: {message}"
     return error
@@ -5587,13 +5588,20 @@ class Dispatch:
         raise _all_failed(self._plan, self._failed)
 
     def _first_plan(self) -> Plan:
-        """Return the plan.  Raise OblixError where there is none although it is known what Ollama has."""
+        """Return the plan.  Raise OblixError where there is none although it is known what Ollama has.
+
+        The request may be the first one after a start.  Then wait until somebody is known to be there, if not for long.
+        """
+        gateway, until = self._gateway, time.monotonic() + PROBE_LIMITS.first_byte_s
+        while not self._heard and self._request.model == "auto" and time.monotonic() < until and not any(
+                one.endpoint and one.known and one.level < Level.OUT for one in gateway.watch.readings):
+            self._heard = self._wait(gateway.heard, TICK_S)
         try:
-            return self._gateway.plan(self._request)
+            return gateway.plan(self._request)
         except OblixError:
             if not self._hears_more():
                 raise
-            return self._gateway.plan(self._request)
+            return gateway.plan(self._request)
 
     def _hears_more(self) -> bool:
         """Return True if Ollama has told what it has since the request came: it may be the first one after a start."""
@@ -5676,7 +5684,7 @@ class Dispatch:
         connect_s, patience_s = min(usual.connect_s, left_s), usual.first_byte_s
         if target.side is Side.LOCAL and self._others:
             patience_s = self._settings.patience_s
-        elif not self._heard or any(other.side is Side.LOCAL for other in self._others):
+        elif any(other.side is Side.LOCAL for other in self._others):
             pace = self.ledger.record(target).pace
             patience_s = cloud_patience_s(pace, self._request.stream, self._settings.patience_s)
         self._asked_at, self._patience_s = time.monotonic(), patience_s if patience_s < usual.first_byte_s else math.inf
