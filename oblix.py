@@ -2633,19 +2633,20 @@ def is_permanent(param: str, error: UpstreamError) -> bool:
 
 # What errors say of a parameter, in lower case, and what of one of its values, or of it beside another one.
 _UNSUPPORTED = "|".join((
-    r"unsupported|not support|unrecognized|deprecated|not permitted|not (allowed|accepted|available)|supported values",
-    r"(unknown|unexpected|invalid)[ _.](name|param|field|argument|keyword|key|propert|option)|extra (input|field)",
-    r"(must|should|has to) be|may (only|not) be|only .{0,40}(is|are) allowed|not one of|cannot both",
+    r"unsupported|not support|unrecogni[sz]ed|deprecated|no longer|extra (input|field)|supported values|out of range",
+    r"not (a |an )?(permitted|allowed|accepted|available|valid|known|recogni[sz]ed)|not one of|cannot both",
+    r"(unknown|unexpected|invalid)[ _.](name|param|field|argument|keyword|key|propert|option|(enum )?value)",
+    r"(must|should|has to) be|may (only|not) be|only .{0,40}(is|are) allowed",
 ))
-_SOMETIMES = r'value "|(must|should|has to|may only|may not) be|supported values|\b(when|if|both)\b'
-_MOST = "max_?(completion_|new_|output_)?tokens|(completion|output) ?tokens"    # how they call the answer's limit
+_SOMETIMES = r'invalid (enum )?value|value "|(must|should|has to|may only|may not) be|out of range|\b(when|if|both)\b'
+_MOST = r"max(imum)?[_ ]?(completion|new|output)?[_ ]?tokens|(completion|output) ?tokens"    # of an answer
 _ROOM = (    # a window, and what a prompt takes of it
     r"(\d+) - (\d+)\)",                                                 # vLLM: "(64000 > 8192 - 100)"
     r"context length (?:is|of) (\d+) tokens.{0,80}?[(:] ?(\d+) (?:tokens )?(?:in|of|from) ",    # OpenAI, SGLang
     r"context length is (\d+) tokens.{0,80}contains at least (\d+)|passed (\d+) input.*context length is only (\d+)",
     r"limit: (\d+) \+ \d+ > (\d+)|<= (\d+)\. given: (\d+)",             # Claude: "190001 + 16384 > 200000"; TGI
 )
-_LIMIT = r"at most|less than|<|>|maximum|range|between|too large|exceed|up to|above|greater|afford|limit"
+_LIMIT = r"at most|less than|lower|[<>≤]|maximum|range|between|too large|exceed|up to|above|greater|afford|limit"
 LEAST_ROOM = 256    # tokens for an answer; with fewer the prompt is too long
 
 _IN_A_STREAM = 0    # the status of an error after a 200, if its code is not a status
@@ -2670,7 +2671,7 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     (_ANY, r"billing[_ ](hard[_ ]limit|not[_ ]active)|exceeded_current_quota", _MONEY),    # OpenAI, Kimi
     (_BAD, r"quota (is |has been )?(exhausted|exceeded)|payment required|(trial|subscription)\b.{0,20}expired", _MONEY),
     (_ANY, r"api[ _-]?(key|token)\b.{0,20} (not valid|invalid|expired|disabled|revoked)|api_key_invalid", _KEY),
-    (_ANY, r"(invalid|incorrect|expired|missing|no) (x-)?(api[ _-]?key|(api |access )?token\b)|invalid_api_key", _KEY),
+    (_ANY, r"(invalid|incorrect|expired|missing|no) (x-)?(api|access|auth)[ _-]?(key|token)|invalid_api_key", _KEY),
     (_BAD, r"unauthori[sz]ed|authentication.(failed|error|required)|令牌", _KEY),    # One API
     ((403,), r"moderation|flagged|content policy|usage guidelines", _REFUSED),    # OpenRouter, xAI
     ((402,), r"can only afford", _REFUSED),    # OpenRouter: of max_tokens
@@ -2690,6 +2691,7 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     (_ILL, r"prompt exceed|tokens, exceeding max|total tokens\b.{0,20}exceed|range of input length|超长", _LONG),
     (_ILL, r"reduce (the length of |your )(the )?(message|prompt|input)", _LONG),    # Groq, Cerebras
     (_ILL, r"tokens? to keep from the initial|keep the first \d+ tokens|`inputs` (tokens|must have)", _LONG),    # TGI
+    (_ILL, r"max_tokens must be at least 1, got -", _LONG),    # vLLM, of what the prompt leaves of its window
     (_BAD, r"not a valid model|unknown_model|invalid_model|on-demand throughput", _GONE),    # OpenRouter, Bedrock
     (_BAD, r"(invalid|unknown|no such|unsupported|access) model\b(?! (param|option|setting|input|output))", _GONE),
     (_BAD, r"model_(not_(found|available|supported)|decommissioned|terms_required)", _GONE),    # Together, Groq
@@ -2705,7 +2707,7 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     (_ILL, r"not support\w* (for )?(image|audio|video|vision|multimodal|tool|function)", _REFUSED),    # LM Studio
     (_ILL, r"(load|decode|process|open|unsupported|invalid|most \d+) (the )?(image|audio|content)", _REFUSED),
     (_ILL, r"pars(e|ing) (grammar|tool call)|unexpected keyword|unrecognized .{0,10}argument|extra inputs", _REFUSED),
-    (_ILL, r"unknown (field|name|parameter)", _REFUSED),
+    (_ILL, r"unknown (field|name|parameter|format)", _REFUSED),
     ((400, 415, 422, 501), "", _REFUSED),
     ((503,), r"^loading model|model.* is (currently |still )?loading", _LOADING),    # llama-server
     ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", (Fault.BUSY, {})),
@@ -2726,8 +2728,6 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     words = " ".join([message[:1000], *(fields.get(name, "-") for name in ("code", "type", "param"))]).lower()
     fault, ours = next(meaning for statuses, pattern, meaning in _RULES
                        if status in statuses and re.search(pattern, words))
-    if '"signin_url"' in text:    # Ollama, asked for a model of ollama.com
-        message += ": run `ollama signin` where Ollama runs"
     if fault is Fault.TOO_LONG and not re.search(r"context (length|window)", message, re.I):
         message += " (context length exceeded)"    # what agents look for before they compact
     status = ours.get("status") or {_IN_A_STREAM: 502, 529: 503}.get(status, status)
@@ -2771,8 +2771,8 @@ def _said(body: Any) -> Iterator[tuple[str, str]]:
                 yield field, str(body[name])
         for name in _TEXTS:
             yield from _said(body.get(name))
-        if "signin_url" in body:
-            yield "message", "sign in where Ollama runs: ollama signin"
+        if "signin_url" in body:    # Ollama, asked for a model of ollama.com
+            yield "message", "run `ollama signin` where Ollama runs"
 
 
 _NAMES = {"type": "type", "code": "code", "error_code": "code", "reason": "code", "param": "param"}
@@ -4557,9 +4557,10 @@ def _undelivered(upstream: socket.socket) -> tuple[int, float]:
         if sys.platform == "darwin":
             return upstream.getsockopt(socket.SOL_SOCKET, 0x1024), 0.0    # SO_NWRITE
         if sys.platform == "linux":
-            told = upstream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 148)    # linux/tcp.h, struct tcp_info
-            sent, silent_ms, unsent = (struct.unpack_from("=I", told, at)[0] for at in (24, 56, 144))
-            return sent + unsent, silent_ms / 1000 if sent else 0.0    # a peer that takes nothing now is not silent
+            told = upstream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232).ljust(232, b"\0")    # linux/tcp.h
+            sent, silent_ms, unsent, window = (struct.unpack_from("=I", told, at)[0] for at in (24, 56, 144, 228))
+            # A peer that takes nothing now is not silent.  A firewall of this device drops what then counts as unsent.
+            return sent + unsent, silent_ms / 1000 if sent or unsent and window else 0.0
     return 0, 0.0
 
 
@@ -5074,18 +5075,15 @@ class Ledger:
     @contextlib.contextmanager
     def flight(self, target: Target) -> Iterator[int]:
         """Count a request as in flight while the block runs, which is given the count."""
-        number = self._count(target, 1)
+        with self._lock:
+            number = self._in_flight[target] = self._in_flight.get(target, 0) + 1
         try:
             yield number
         finally:
-            self._count(target, -1)
-
-    def _count(self, target: Target, step: int) -> int:
-        with self._lock:
-            number = self._in_flight[target] = self._in_flight.get(target, 0) + step
-            if not number:
-                del self._in_flight[target]
-        return number
+            with self._lock:
+                self._in_flight[target] -= 1
+                if not self._in_flight[target]:
+                    del self._in_flight[target]
 
     def in_flight(self) -> dict[Target, int]:
         """Return the requests in flight by target."""
@@ -5365,7 +5363,7 @@ class Gateway:
         endpoint = self._default_endpoints[provider or "ollama"]
         local = endpoint.provider == "ollama" and may_be_local(endpoint, model) and not any(
             one.remote for one in spelt)
-        model = _short(spelt[0].name) if spelt else model    # one target for all spellings
+        model = spelt[0].name.removesuffix(":latest") if spelt else model    # one target for all spellings
         return Target(endpoint, model, Side.LOCAL if local else Side.CLOUD)
 
     def plan(self, request: ChatRequest) -> Plan:
@@ -5471,7 +5469,7 @@ class Gateway:
         """Return (id, created, owner) of all models that can be asked for.  Does not wait."""
         snapshot, found = self.snapshot(), dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
         found.update({target.id: (0, target.endpoint.provider) for target in snapshot.targets})
-        found.update({f"ollama:{_short(model.name)}": (model.created, "ollama")
+        found.update({"ollama:" + model.name.removesuffix(":latest"): (model.created, "ollama")
                       for model in installed(self._ollama, snapshot.readings)})
         return [(id, *rest) for id, rest in found.items()]
 
@@ -5486,7 +5484,7 @@ def installed(ollama: Endpoint, readings: tuple[Reading, ...]) -> tuple[Model, .
 def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
                      loading: frozenset[Target]) -> tuple[Target, ...]:
     """Return Ollama's newest model that fits into memory, or else its newest one, or none."""
-    found = [Target(ollama, _short(model.name), Side.LOCAL) for model in installed(ollama, readings)
+    found = [Target(ollama, model.name.removesuffix(":latest"), Side.LOCAL) for model in installed(ollama, readings)
              if model.is_chat_model and not model.remote and may_be_local(ollama, model.name)]
     fitting = (target for target in found if survey(target, readings, target in loading).use is Eligibility.YES)
     return (next(fitting, found[0]),) if found else ()
@@ -5508,10 +5506,6 @@ def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
 
 
 _NOTHING = "no model is configured: start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
-
-
-def _short(name: str) -> str:
-    return name[:-len(":latest")] if name.endswith(":latest") else name
 
 
 def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json:
@@ -5994,12 +5988,13 @@ def _empty() -> UpstreamError:
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
     """Return the most useful error when no target answered: the only one, or one that lists all of them.
 
-    Where all targets refused the request, the first refusal is the answer.
+    Where all targets refused the request, but for last resorts, the first refusal is the answer.
     """
     target, last = failed[-1].target, failed[-1].error
     errors = [tried.error for tried in failed]
-    if all(error.fault in (Fault.REFUSED, Fault.TOO_LONG) for error in errors):
-        return errors[0]
+    told = [tried.error for tried in failed if tried.target not in plan.last_resort] or errors
+    if all(error.fault in (Fault.REFUSED, Fault.TOO_LONG) for error in told):
+        return told[0]
     if not last.fault.moves_on or len(failed) == 1 and not plan.excluded:
         if last.fault is Fault.TRANSPORT:    # our own words do not name the target
             last.message = f"{target.id}: {last.message}"
@@ -6008,10 +6003,9 @@ def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
     text = f"No model could answer ({plan.reason}). " + _listing(
         [f"{tried.target.id}: {tried.error.message}" for tried in failed]
         + [f"{target.id}: {reason}" for target, reason in plan.excluded])
-    again: Json = {"retry": None if waits else False, "retry_after_s": min(waits, default=None)}
-    if last.fault is not Fault.TRANSPORT and {error.status for error in errors} == {last.status}:
-        return NoTarget(text, status=last.status, type=last.type, **again)
-    return NoTarget(text, **again)
+    alike = last.fault is not Fault.TRANSPORT and {error.status for error in errors} == {last.status}
+    return NoTarget(text, retry=None if waits else False, retry_after_s=min(waits, default=None),
+                    status=last.status if alike else None, type=last.type if alike else None)
 
 
 # === 10. Response out =================================================================================================
@@ -6150,16 +6144,13 @@ BODY_BYTES_PER_S = 8 << 10      # the slowest that one may come after that, on a
 IDLE_CLIENT_S = 75.0            # between requests; SDKs drop idle connections after 4-5 s, proxies after 60
 SEND_S = 60.0                   # in which a client takes nothing of its answer
 LINGER_S = 2.0                  # for the rest of a body that is refused
-GRACE_S = 1.0                   # for a request that is on its way when Oblix is being stopped
+GRACE_S = 1.0                   # for a request that is on its way when Oblix is being stopped, and one that is ended
 MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes some times its size
 LARGE_BODY_BYTES = 64 << 10     # smaller ones are not counted: --max-requests limits them
 FIRST_BYTES = 8 << 10           # of a request that are read at once: so large a buffer waits for each idle client
 AGAIN_S = 1.0                   # after which a client that was sent away may ask again
 KEEP_ALIVE_S = 15.0             # of silence in a stream; proxies give up after 30 to 60 s
-MAX_HELD_BYTES = 64 << 10       # of events that are to be sent
-NO_ROOM_S = 0.1                 # until some descriptor may be free again
 MAX_KEY_FILE = 64 << 10         # bytes that are read of a file that holds a key
-LAST_WORDS_S = 1.0              # for the threads of requests that are being ended to say so: each looks after a tick
 
 
 # --- 11. Who is here --------------------------------------------------------------------------------------------------
@@ -6472,7 +6463,9 @@ class _Handler(socketserver.BaseRequestHandler):
         self.told["error"] = error.code or error.type
         with contextlib.suppress(ClientGone):    # the log tells of the error
             if "status" in self.told:
-                self._events.fail(error)
+                self.close_connection = True    # which breaks off: the framing, too, must not look complete
+                self._hold(sse(error_body(error)))
+                self._flush()
             else:
                 self.json(error.status, error_body(error), error_headers(error))
 
@@ -6566,8 +6559,9 @@ class _Handler(socketserver.BaseRequestHandler):
         request = parse_request(self.body())
         self.told["asked"] = request.model
         self.admission.take(1, 0)
-        self._events = _Events(self, KEEP_ALIVE_S if request.stream else math.inf)
-        self._looked, self.guest.busy = time.monotonic(), True
+        self._events, self._event_headers = b"", {**EVENT_HEADERS}
+        self._looked = self._sent = time.monotonic()
+        self._keep_alive_s, self.guest.busy = KEEP_ALIVE_S if request.stream else math.inf, True
         try:
             self._answer(request)
         finally:
@@ -6585,16 +6579,16 @@ class _Handler(socketserver.BaseRequestHandler):
             self.told["tokens"] = tokens_of(served.whole)
             return self.reply(200, served.raw or dumps(served.whole), {**JSON_HEADERS, **headers})
         self.told["first_token_s"] = time.monotonic() - self.started
-        self._events.headers.update(headers)
+        self._event_headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
-            self._stream(served, request.include_usage, self._events)
+            self._stream(served, request.include_usage)
 
     def _look(self) -> None:
         """See to the client, as its thread does before it waits for something else, and at each tick.
 
         Raise ClientGone where it has left, Busy where Oblix has to end.
         """
-        self._events.flush()
+        self._flush()
         now = time.monotonic()
         if now - self._looked < TICK_S:
             return
@@ -6603,34 +6597,65 @@ class _Handler(socketserver.BaseRequestHandler):
             raise shutting_down()
         if has_left(self.guest.connection):
             raise ClientGone
-        self._events.keep_alive(now)
+        if now - self._sent >= self._keep_alive_s:
+            self._hold(b": keep-alive\n\n")    # it commits the status 200, but no answer: another target may give that
+            self._flush()
 
-    def _stream(self, served: Result, include_usage: bool, events: _Events) -> None:
+    def _stream(self, served: Result, include_usage: bool) -> None:
         """Pass on the chunks, the first content at once.  Raise UpstreamError where they are cut off."""
         try:
             for number, chunk in enumerate(served.chunks, 1):
                 if isinstance(chunk, bytes):
-                    events.add(chunk)
+                    self._hold(chunk)
                     continue
                 self.told["tokens"] = tokens_of(chunk) or self.told.get("tokens", 0)
                 shown = for_client(chunk, include_usage)
                 if shown is not None:
-                    events.add(sse(shown))
+                    self._hold(sse(shown))
                 if number == served.held:
-                    events.flush()
+                    self._flush()
         except Exception as error:
             if isinstance(error, UpstreamError):
                 log.warning("%s cut: %s", self.id, error.brief)
-            events.flush()    # what was said before may be seen
+            self._flush()    # what was said before may be seen
             raise
-        events.add(DONE)
-        events.flush(last=True)
+        self._hold(DONE)
+        self._flush(last=True)
+
+    def _hold(self, events: bytes) -> None:
+        """Hold events, to be sent before the next wait.  Raise ClientGone.
+
+        A write takes 20 us, and what a model says comes in pieces of several events.
+        """
+        self._events += events
+        if len(self._events) > PIECE_BYTES:
+            self._flush()
+
+    def _flush(self, last: bool = False) -> None:
+        """Send the events that are held in one write, the first ones with the head.  Raise ClientGone.
+
+        With `last`, end the stream well.
+        """
+        if not self._events and not last:
+            return
+        events, self._events, self._sent, head = self._events, b"", time.monotonic(), b""
+        is_framed = self.head.version != "HTTP/1.0"    # which has no chunked bodies
+        if "status" not in self.told:
+            self.close_connection |= not is_framed    # nothing else shows the end of the stream
+            framing = {"Transfer-Encoding": "chunked"} if is_framed else {}
+            head = self.reply_head(200, {**self._event_headers, **framing})
+        self.told["bytes_out"] = self.told.get("bytes_out", 0) + len(events)
+        if is_framed:
+            events = (b"%x\r\n%b\r\n" % (len(events), events) if events else b"") + (b"0\r\n\r\n" if last else b"")
+        self.write(head + events)
 
 
 ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health": ("GET", "HEAD"),
           "/": ("GET", "HEAD")}    # path without /v1 -> methods; OPTIONS goes everywhere
 
 JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
+EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
+                 "X-Accel-Buffering": "no"}
 _NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
 _CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 # The words for each fact of a request in the log, in the order of the line; a fact that is not known is left out.
@@ -6649,56 +6674,6 @@ def http_date(second: int) -> str:
 def printable(text: str) -> str:
     """Return a text for the log, without the control characters by which what it quotes could forge a line."""
     return text if is_header_safe(text) else re.sub("[^ -~]", "?", text)
-
-
-# --- 11. A stream of events ------------------------------------------------------------------------------------------
-
-class _Events:
-    """A stream of server-sent events to a client.  Before each wait, all that have come are sent in one write with the
-    head: a write takes 20 us, and what a model says comes in pieces of several events."""
-
-    def __init__(self, handler: _Handler, keep_alive_s: float) -> None:
-        self._handler, self._keep_alive_s = handler, keep_alive_s
-        self._framed = handler.head.version != "HTTP/1.0"    # HTTP/1.0 has no chunked bodies
-        self._last = time.monotonic()    # when the client last got something
-        self._held = b""                 # events that are to be sent
-        self.headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                        "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if self._framed else {})}
-
-    def add(self, events: bytes) -> None:
-        """Hold events, to be sent before the next wait.  Raise ClientGone."""
-        self._held += events
-        if len(self._held) > MAX_HELD_BYTES:
-            self.flush()
-
-    def flush(self, last: bool = False) -> None:
-        """Send what is to be sent; with `last`, end the stream well.  Raise ClientGone."""
-        if not self._held and not last:
-            return
-        held, self._held, self._last = self._held, b"", time.monotonic()
-        handler, head = self._handler, b""
-        if "status" not in handler.told:
-            handler.close_connection |= not self._framed    # nothing else shows the end of the stream
-            head = handler.reply_head(200, self.headers)
-        handler.told["bytes_out"] = handler.told.get("bytes_out", 0) + len(held)
-        if self._framed:
-            held = (b"%x\r\n%b\r\n" % (len(held), held) if held else b"") + (b"0\r\n\r\n" if last else b"")
-        handler.write(head + held)
-
-    def keep_alive(self, now: float) -> None:
-        """Send a comment after a long silence, which keeps clients and proxies waiting.  Raise ClientGone.
-
-        It commits the status 200, but no answer: another target may still give that.
-        """
-        if now - self._last >= self._keep_alive_s:
-            self.add(b": keep-alive\n\n")
-            self.flush()
-
-    def fail(self, error: OblixError) -> None:
-        """End with an error event and a connection that breaks off: the framing, too, must not look complete."""
-        self._handler.close_connection = True
-        self.add(sse(error_body(error)))
-        self.flush()
 
 
 # --- 11. Listening, and the end ---------------------------------------------------------------------------------------
@@ -6747,10 +6722,9 @@ class _Listener(QuickServer):
     def get_request(self) -> Any:
         try:
             connection, address = super().get_request()
-        except OSError as error:
-            if error.errno in _NO_ROOM:    # the client stays in the queue, which would be looked at without end
-                self.admission.make_room()
-                time.sleep(NO_ROOM_S)
+        except OSError:    # no descriptor is free; the client stays in the queue, which would be looked at without end
+            self.admission.make_room()
+            time.sleep(TICK_S)
             raise
         return self.admission.enter(connection), address
 
@@ -6781,9 +6755,6 @@ def hold_on_one_core(port: int, cpufreq: str = "/sys/devices/system/cpu/cpu%d/cp
         speeds = {core: speed(core) for core in sorted(os.sched_getaffinity(0))}
         fastest = [core for core in speeds if speeds[core] == max(speeds.values())]
         os.sched_setaffinity(0, {fastest[port % len(fastest)]})
-
-
-_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def guard_of(settings: Settings) -> Guard:
@@ -6871,7 +6842,7 @@ class Server:
         `pause` waits for a moment.  Return 0, or the first other number that it returns, which ends the wait.
         """
         self._stop()
-        for seconds, at_its_end in ((limit_s, self.admission.end), (LAST_WORDS_S, self.admission.close)):
+        for seconds, at_its_end in ((limit_s, self.admission.end), (GRACE_S, self.admission.close)):
             deadline = time.monotonic() + seconds
             while not self.admission.empty and time.monotonic() < deadline:
                 hurried = pause()
@@ -7041,7 +7012,7 @@ SETTLE_S = 0.5    # how long the start waits for the monitors' first word; offli
 CHECK_S = 6.0     # longer than a probe may take
 CPU_S = 1.3       # until the second sample, the first that knows the CPU's use
 LOG_S = 0.1       # in which the lines of the log are collected, to be written together
-LOG_END_S = 1.0   # for the last of them
+LOG_END_S = 1.0   # for the last of them, and for what is printed
 MAX_LOG_LINES = 10_000
 DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
 HANG_UP = getattr(signal, "SIGHUP", 0)    # the terminal is gone; Windows does not tell
@@ -7050,7 +7021,7 @@ TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
 
 FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_per_core": "load {} per core",
               "gpu_percent": "GPU {}%", "battery_percent": "battery {}%", "temperature_c": "{} C"}
-SYSLOG = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))    # level -> priority (sd-daemon(3))
+SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
 def start_text(settings: Settings, server: Server) -> str:
@@ -7105,11 +7076,8 @@ def advices(health: Json) -> list[str]:
     return found
 
 
-def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None, script: bool = False) -> int:
-    """Run the server until a signal comes, or `check`.  Return the exit status: 2 for a mistake in what was set.
-
-    As a script it returns when the server begins, which ends the process itself: see `run_server`.
-    """
+def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> int:
+    """Run `check`, or begin to serve, which ends the process later: see `run_server`.  Return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     checks = argv[:1] == ["check"]
 
@@ -7119,7 +7087,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
         start_log(settings, os.environ.get("JOURNAL_STREAM", ""))
         for line in odd_keys(settings):
             log.warning(line)
-        return run_check(settings) if checks else run_server(settings, script)
+        return run_check(settings) if checks else run_server(settings)
 
     return _status_of(run)
 
@@ -7133,16 +7101,30 @@ def _status_of(run: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except Exception:
+        say(traceback.format_exc(), "stderr")
+        return 1
 
 
 def say(text: str, stream: str = "stdout") -> None:
-    """Print.  Do without where that fails: the stream may be closed, on a full disk, or a pipe without a reader."""
+    """Print, and do without where that fails or lasts: on a full disk, into a pipe that is closed or not read."""
+    said = []
+
+    def write() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(getattr(sys, stream), io.TextIOWrapper):
+                getattr(sys, stream).reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
+            print(text, file=getattr(sys, stream), flush=True)
+            said.append(text)
+
+    writer = threading.Thread(target=write, name="say", daemon=True)
     try:
-        if isinstance(getattr(sys, stream), io.TextIOWrapper):
-            getattr(sys, stream).reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
-        print(text, file=getattr(sys, stream), flush=True)
-    except (OSError, ValueError):
-        setattr(sys, stream, None)    # at its end Python would try once more, and exit with a status of its own
+        writer.start()
+        writer.join(LOG_END_S)
+    except RuntimeError:    # no thread is left
+        write()
+    if not said:    # at its end Python would flush the stream: wait for ever, or fail and exit with a status of its own
+        setattr(sys, stream, None)
 
 
 class _LogFormatter(logging.Formatter):
@@ -7165,7 +7147,7 @@ class _LogFormatter(logging.Formatter):
         lines = [f"{record.levelname} {message}", *trace]
         if not self._journal:
             return f"{local_time(int(record.created))},{int(record.msecs):03} " + "\n".join(lines)
-        priority = next(number for level, number in SYSLOG if record.levelno >= level)
+        priority = SYSLOG.get(record.levelname, 7)
         return "\n".join(f"<{priority}>{line}" for line in lines)    # each line is an entry of its own there
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name for it
@@ -7201,8 +7183,8 @@ class _LogWriter(logging.Handler):
         closing = False
         while not closing:
             self._come.wait()
-            closing = self._closing.wait(LOG_S)
             self._come.clear()
+            closing = self._closing.wait(LOG_S)
             with contextlib.suppress(OSError, ValueError):    # nobody reads it, or it is closed
                 self.stream.write("".join([self._lines.popleft() for _ in range(len(self._lines))]))
                 self.stream.flush()
@@ -7229,26 +7211,21 @@ def start_log(settings: Settings, journal_stream: str) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
-def run_server(settings: Settings, script: bool) -> int:
-    """Answer requests until a signal comes, then let them end.  Return the exit status.  Raise UsageError.
+def run_server(settings: Settings) -> int:
+    """Answer requests until a signal comes, then let them end, on a thread that ends the process.  Return 0 at once.
 
-    A script returns 0 at once, and a thread goes on that ends the process with the status: Python keeps a script's
-    syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
+    Python keeps a script's syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
     """
     waiting = catch_signals()    # which only the main thread may do; when the script has ended it waits for ours
-    if not script or (3, 12) <= sys.version_info < (3, 12, 3):    # no thread could start then (python/cpython#113964)
-        return _serve(settings, waiting)
 
     def run() -> None:
-        status = 1
-        try:
-            status = _status_of(lambda: _serve(settings, waiting))
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
+        status = _status_of(lambda: _serve(settings, waiting))
         for handler in logging.root.handlers:    # os._exit leaves out what writes the last lines
             handler.close()
         os._exit(status)
 
+    if (3, 12) <= sys.version_info < (3, 12, 3):    # no thread could start after the script's end (cpython#113964)
+        run()
     threading.Thread(target=run, name="main").start()
     return 0
 
@@ -7259,8 +7236,9 @@ def catch_signals() -> socket.socket:
     waiting, woken = socket.socketpair()
     woken.setblocking(False)
     signal.set_wakeup_fd(woken.detach(), warn_on_full_buffer=False)
-    for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP, getattr(signal, "SIGBREAK", 0))):    # Windows'
-        if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:    # as nohup wants it
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):    # Windows has the last one in SIGHUP's place
+        number = getattr(signal, name, None)
+        if number and (number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN):    # as nohup leaves it
             signal.signal(number, lambda *_: None)
     return waiting
 
@@ -7270,8 +7248,7 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
     raise_file_limit(4 * settings.max_requests + 256)    # for each two connections of clients, and two upstream
     with demo(settings) as settings, running(settings) as server:
         server.gateway.watch.settle(SETTLE_S)
-        # A pipe that nobody reads takes nothing, but no signal may wait for that.
-        threading.Thread(target=say, args=(start_text(settings, server),), name="say", daemon=True).start()
+        say(start_text(settings, server))
         while not signal_within(waiting, TIDY_S):
             with contextlib.suppress(ImportError, OSError, AttributeError):    # only glibc has it
                 import ctypes
@@ -7323,4 +7300,4 @@ def run_check(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(script=True))
+    sys.exit(main())
