@@ -33,11 +33,11 @@ Promises, each held by a test of its name
 Who owns which state
   monitors' readings     each monitor's own thread writes its one attribute; everybody reads it without a lock (4)
   idle connections       deques of the transport, whose append and pop are atomic (7)
-  ways to upstreams, TLS context    caches of the transport; two threads that miss at once make the same (7)
+  ways to upstreams      a cache of the transport, as its TLS context; two threads that miss at once make the same (7)
   evidence of requests   a monitor's deque of losses and its wake-up, whose operations are atomic (4)
-  loads and look-ups under way    a dict of each kind of errands, whose setdefault and del are atomic (7)
+  loads and look-ups     a dict for each of the two kinds of errands, whose setdefault and del are atomic (7)
   what readings mean     caches of pure functions (lru_cache); two threads that miss at once put in the same (5, 9)
-  contexts of loads      a dict of the gateway, whose entries the threads of loads replace (9)
+  what loads showed      two dicts of the gateway, whose entries loads replace and monitors remove, atomically (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
@@ -4334,21 +4334,12 @@ class Errands:
 
     def __init__(self, work: Callable[..., Any]) -> None:
         self._work = work
-        self._errands: dict[Any, Errand] = {}    # setdefault and del are atomic
-
-    @property
-    def keys(self) -> frozenset[Any]:
-        """Return what is being worked on."""
-        return frozenset(tuple(self._errands))
-
-    def under_way(self, key: Any) -> Errand | None:
-        """Return the errand of that key that has not ended, or None."""
-        return self._errands.get(key)
+        self.under_way: dict[Any, Errand] = {}    # by key; only setdefault, get and del are used, which are atomic
 
     def begin(self, key: Any, *more: Any) -> Errand:
         """Begin to work on a key, or join the errand that is under way.  Do not wait."""
         fresh = Errand()
-        errand = self._errands.setdefault(key, fresh)
+        errand = self.under_way.setdefault(key, fresh)
         if errand is fresh:
             thread = threading.Thread(target=self._run, args=(errand, key, *more), name="errand", daemon=True)
             try:
@@ -4369,7 +4360,7 @@ class Errands:
 
     def _end(self, errand: Errand, key: Any, error: Exception | None) -> None:
         errand.error = error
-        del self._errands[key]
+        del self.under_way[key]
         errand.done.set()
 
 
@@ -4425,19 +4416,15 @@ class _Route(NamedTuple):
     secret: str      # the field that the proxy wants to see of a tunnel, else ""
 
 
-def is_near(name: str) -> bool:
-    """Return True if a host is the device itself or a private address: nothing has to be looked up."""
-    address = address_of(name)
-    return is_loopback(name) or address is not None and address.is_private    # link-local included
-
-
 def _proxy_for(there: urllib.parse.SplitResult) -> str:
     """Return the URL of the system's proxy to a URL, or "" where there is none or the host is near.
 
     Raise UpstreamError for one that does not speak HTTP: its owner may not want to be seen without it.
     """
     name = (there.hostname or "").rstrip(".")
-    if is_near(name) or "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa")):
+    address = address_of(name)
+    if is_loopback(name) or (address.is_private if address else    # link-local included
+                             "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa"))):
         return ""
     from urllib.request import getproxies, proxy_bypass  # takes 1 MiB, which a local model alone does not need
     known = getproxies()
@@ -5254,7 +5241,7 @@ class Gateway:
 
     def snapshot(self) -> Snapshot:
         """Return all that a decision is made from, as it is now.  Does not wait."""
-        settings, readings, loading = self.settings, self.watch.readings, self.loader.keys
+        settings, readings, loading = self.settings, self.watch.readings, frozenset(tuple(self.loader.under_way))
         local = () if settings.local_model else newest_that_fits(self._ollama, readings, loading)
         return Snapshot(readings, (*local, *self._configured), self.ledger.records(), self.ledger.in_flight(), loading,
                         self.ledger.clock(), settings.prefer, settings.local_slots, settings.local_first_s,
@@ -5728,7 +5715,7 @@ class Dispatch:
         context, loader = 0, self._gateway.loader
         self._know(target)
         for _ in range(2):    # the load that was joined may have been for a smaller context
-            load, snapshot = loader.under_way(target), self._gateway.snapshot()
+            load, snapshot = loader.under_way.get(target), self._gateway.snapshot()
             model = model_of(target, reading_of(target, snapshot.readings))
             if not load and model and not model.remote:
                 try:
