@@ -2551,8 +2551,7 @@ class Provider:
             if most:
                 return f"{name}<={most}"
         said = re.split(r" one of |did you mean|supported values", error.message, flags=re.I)[0]
-        quoted: list[str] = re.findall(r"[`'\"]([\w.]+)[`'\"]", said)
-        paths: list[str] = re.findall(r"[A-Za-z_][\w.\[\]]*", said)
+        quoted, paths = (re.findall(names, said) for names in (r"[`'\"]([\w.]+)[`'\"]", r"[A-Za-z_][\w.\[\]]*"))
         known = error.fault is Fault.REFUSED and re.search(_UNSUPPORTED, f"{error.message} {error.code}".lower())
         for path in [error.param or "", *quoted, *paths] if known else ():
             name = re.split(r"[.\[]", re.sub(r"^(body|request|parameters?)\.", "", path))[0]
@@ -3782,8 +3781,7 @@ class Claude(Provider):
     def refuse_part(self, part: Json) -> str | None:
         if part["type"] == "image_url":
             url = part["image_url"]["url"]
-            kind, _ = data_url(url) or ("", "")
-            fits = url.startswith("https://") or re.fullmatch("image/(jpeg|png|gif|webp)", kind)
+            fits = url.startswith("https://") or re.fullmatch("image/(jpeg|png|gif|webp)", (data_url(url) or [""])[0])
             return None if fits else "images must be https: URLs or data: URLs of JPEG, PNG, GIF or WebP"
         if part["type"] == "file":
             kind, data = data_url(part["file"].get("file_data") or "") or ("", "")
