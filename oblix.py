@@ -2720,7 +2720,7 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
         told, text = [], "" if re.match(r"<[!?a-zA-Z]", text) else text    # a page of HTML helps nobody
     message = "; ".join(dict.fromkeys(value for name, value in told if name == "message"))[:MAX_MESSAGE]
     message = message or text[:300] or f"the upstream answered {status} without a message"
-    fields: Json = {name: value for name, value in told if name != "message" and value != "None"}
+    fields: Json = {name: value for name, value in told if name != "message" and value not in ("None", "error")}
     if status == _IN_A_STREAM:
         code, kind = fields.get("code", ""), fields.get("type", "")
         status = _STATUS_OF.get(code) or _STATUS_OF.get(kind) or int(code if re.fullmatch("[45][0-9]{2}", code) else 0)
