@@ -6901,79 +6901,56 @@ show(); setInterval(show, 3000);
 
 
 # === 13. Demo =========================================================================================================
-# uses: 1 2 6 10 11
+# uses: 1 2 3 6 10 11
 # What can a newcomer run who has neither Ollama nor a key?  A server on a loopback port that speaks Ollama's and
 # OpenAI's formats, and answers from a script.
 
 DEMO_TEXT = "A scripted answer by the demo's {} model, in {}'s wire format, to {} message(s)."
-DEMO_PAUSE_S = 0.02    # between words, so that a stream looks like one
-
-_DEMO_LOCAL: Json = {"name": "demo-local:latest", "size": 1, "digest": "demo", "details": {},
-                     "modified_at": "2026-11-01T00:00:00Z", "capabilities": ["completion", "tools"]}
-_DEMO_CLOUD: Json = {"id": "demo-cloud", "object": "model", "created": 0, "owned_by": "demo"}
-_DEMO_FACTS: dict[str, Json] = {    # path -> the answer there
-    "/api/tags": {"models": [_DEMO_LOCAL]}, "/api/show": {"capabilities": _DEMO_LOCAL["capabilities"]},
-    "/api/ps": {"models": [{**_DEMO_LOCAL, "size_vram": 0, "context_length": 32768}]},
-    "/v1/models": {"object": "list", "data": [_DEMO_CLOUD]},
-}
+_DEMO_MODEL = {"name": "demo-local:latest", "size": 1, "size_vram": 0, "context_length": 32768,
+               "capabilities": ["completion", "tools"]}
+_DEMO_FACTS = {"/api/tags": {"models": [_DEMO_MODEL]}, "/api/ps": {"models": [_DEMO_MODEL]}, "/api/show": _DEMO_MODEL,
+               "/v1/models": {"object": "list", "data": [{"id": "demo-cloud", "object": "model"}]}}    # by path
 
 
-def _demo_words(side: str, dialect: str, asked: Json) -> list[str]:
-    """Return the script."""
-    return re.findall(r"\S+\s*", DEMO_TEXT.format(side, dialect, len(asked["messages"])))
-
-
-def _demo_ollama(asked: Json) -> Iterator[bytes]:
-    """Yield the lines of the answer to /api/chat."""
-    head, words = {"model": asked["model"], "created_at": "2026-11-01T00:00:00Z"}, _demo_words("local", "Ollama", asked)
-    for word in words:
-        time.sleep(DEMO_PAUSE_S)
-        yield dumps({**head, "message": {"role": "assistant", "content": word}, "done": False}) + b"\n"
-    yield dumps({**head, "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop",
-                 "prompt_eval_count": 10 * len(asked["messages"]), "eval_count": len(words)}) + b"\n"
-
-
-def _demo_openai(asked: Json) -> Iterator[Chunk]:
-    """Yield the chunks of the answer to /v1/chat/completions."""
-    head = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": int(time.time()),
-            "model": asked["model"]}
-    choice: Json = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}
-    prompt, words = 10 * len(asked["messages"]), _demo_words("cloud", "OpenAI", asked)
-    yield {**head, "choices": [{**choice, "delta": {"role": "assistant", "content": ""}}]}
-    for word in words:
-        time.sleep(DEMO_PAUSE_S)
-        yield {**head, "choices": [{**choice, "delta": {"content": word}}]}
-    yield {**head, "choices": [{**choice, "finish_reason": "stop"}],
-           "usage": {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}}
+def _demo_lines(messages: int, by: Sequence[str]) -> Iterator[bytes]:
+    """Yield the script as Ollama's lines, slowly, so that a stream looks like one."""
+    words = re.findall(r"\S+\s*", DEMO_TEXT.format(*by, messages))
+    end = {"done_reason": "stop", "prompt_eval_count": 10 * messages, "eval_count": len(words)}
+    for word in [*words, ""]:
+        time.sleep(0.02)
+        yield dumps({"model": "demo-local", "created_at": "2026-11-01T00:00:00Z", "done": not word,
+                     "message": {"role": "assistant", "content": word}, **({} if word else end)}) + b"\n"
 
 
 class _DemoHandler(http.server.BaseHTTPRequestHandler):
     """Ollama's and OpenAI's API, as far as Oblix asks for them."""
-    protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         self._send("application/json", [dumps(_DEMO_FACTS[self.path])])
 
     def do_POST(self) -> None:
-        asked = loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path in _DEMO_FACTS:
-            self.do_GET()
-        elif self.path == "/api/chat":
-            self._send("application/x-ndjson", _demo_ollama(asked))
-        elif asked.get("stream"):
-            self._send("text/event-stream", itertools.chain(map(sse, _demo_openai(asked)), [DONE]))
-        else:
-            self._send("application/json", [dumps(fold(_demo_openai(asked)))])
+            return self.do_GET()
+        request, ours = parse_request(body), self.path == "/api/chat"
+        lines = _demo_lines(len(request.messages), ("local", "Ollama") if ours else ("cloud", "OpenAI"))
+        if ours:
+            return self._send("application/x-ndjson", lines)
+        head = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": int(time.time()),
+                "model": request.model}
+        chunks = ({**head, **{name: chunk[name] for name in chunk.keys() - {"timings"}}}
+                  for chunk in PROVIDERS["ollama"].decode(lines, request))
+        if request.stream:
+            return self._send("text/event-stream", itertools.chain(map(sse, chunks), [DONE]))
+        self._send("application/json", [dumps(fold(chunks))])
 
     def _send(self, kind: str, pieces: Iterable[bytes]) -> None:
         self.send_response(200)
         self.send_header("Content-Type", kind)
-        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         with contextlib.suppress(ConnectionError):    # Oblix hung up because its client did
-            for piece in itertools.chain(pieces, [b""]):
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            self.wfile.writelines(pieces)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: Oblix's own log tells the story."""
@@ -7000,13 +6977,9 @@ def demo(settings: Settings) -> Iterator[Settings]:
 # uses: 1 2 9 11 13
 # What does a person see who starts it?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
 
-SETTLE_S = 0.5    # how long the start waits for the monitors' first word; offline they have none to wait for
-CHECK_S = 6.0     # longer than a probe may take
-CPU_S = 1.3       # until the second sample, the first that knows the CPU's use
 LOG_S = 0.1       # in which the lines of the log are collected, to be written together
 LOG_END_S = 1.0   # for the last of them, and for what is printed
 MAX_LOG_LINES = 10_000
-DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
 HANG_UP = getattr(signal, "SIGHUP", 0)    # the terminal is gone; Windows does not tell
 # After the start it gives back 13 of 32 MiB, after 500 streams 6 of 42; a look takes 0.1 ms.
 TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
@@ -7072,30 +7045,23 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
     """Run `check`, or begin to serve, which ends the process later: see `run_server`.  Return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     checks = argv[:1] == ["check"]
-
-    def run() -> int:
-        settings = Settings.parse(argv[1:] if checks else argv, os.environ if env is None else env)
-        settings = with_keys_from_files(settings)
-        start_log(settings, os.environ.get("JOURNAL_STREAM", ""))
+    try:
+        settings = with_keys_from_files(Settings.parse(argv[checks:], os.environ if env is None else env))
+        start_log(settings)
         for line in odd_keys(settings):
             log.warning(line)
         return run_check(settings) if checks else run_server(settings)
-
-    return _status_of(run)
-
-
-def _status_of(run: Callable[[], int]) -> int:
-    """Return what `run` returns, or 2 after a line on stderr for a mistake in what was set."""
-    try:
-        return run()
-    except UsageError as error:
-        say(f"oblix: {error}", "stderr")
-        return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Exception:
-        say(traceback.format_exc(), "stderr")
-        return 1
+    except Exception as error:
+        return _status_of(error)
+
+
+def _status_of(error: Exception) -> int:
+    """Say what ended the program, a mistake in what was set in one line.  Return the exit status."""
+    mistake = isinstance(error, UsageError)
+    say(f"oblix: {error}" if mistake else traceback.format_exc(), "stderr")
+    return 2 if mistake else 1
 
 
 def say(text: str, stream: str = "stdout") -> None:
@@ -7119,38 +7085,26 @@ def say(text: str, stream: str = "stdout") -> None:
         setattr(sys, stream, None)
 
 
+@dataclasses.dataclass
 class _LogFormatter(logging.Formatter):
     """Lines for people, for machines (--log-json), or for journald, which has the time already and wants priorities."""
-
-    def __init__(self, as_json: bool, journal: bool) -> None:
-        super().__init__()
-        self._as_json, self._journal = as_json, journal
+    as_json: bool
+    journal: bool
 
     def format(self, record: logging.LogRecord) -> str:
-        message = printable(record.getMessage())
-        trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
-        if self._as_json:
+        lines = [printable(record.getMessage())]
+        if record.exc_info and record.exc_info[0]:    # where it happened, and its kind; its own text may quote a prompt
+            lines += "".join(traceback.format_tb(record.exc_info[2])).splitlines() + [record.exc_info[0].__name__]
+        if self.as_json:
             at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
-            timed = {} if self._journal else {"time": at.isoformat(timespec="milliseconds")}
             facts = {name: round(value, 3) if isinstance(value, float) else value
                      for name, value in getattr(record, "facts", {}).items()}
-            return dumps({**timed, "level": record.levelname, "message": "\n".join([message, *trace]),
-                          **facts}).decode()
-        lines = [f"{record.levelname} {message}", *trace]
-        if not self._journal:
-            return f"{local_time(int(record.created))},{int(record.msecs):03} " + "\n".join(lines)
-        priority = SYSLOG.get(record.levelname, 7)
-        return "\n".join(f"<{priority}>{line}" for line in lines)    # each line is an entry of its own there
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name for it
-        """Return where it happened, and of which kind; its own text may quote a prompt."""
-        return "".join(traceback.format_tb(ei[2])) + str(ei[0].__name__)
-
-
-@functools.lru_cache(1)
-def local_time(second: int) -> str:
-    """Return a unix time as logs have it."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+            return dumps({"time": at.isoformat(timespec="milliseconds"), "level": record.levelname,
+                          "message": "\n".join(lines), **facts}).decode()
+        lines[0] = f"{record.levelname} {lines[0]}"
+        if self.journal:    # each line is an entry of its own there
+            return "\n".join(f"<{SYSLOG.get(record.levelname, 7)}>{line}" for line in lines)
+        return f"{self.formatTime(record)} " + "\n".join(lines)
 
 
 class _LogWriter(logging.Handler):
@@ -7189,15 +7143,14 @@ class _LogWriter(logging.Handler):
         super().close()
 
 
-def start_log(settings: Settings, journal_stream: str) -> None:
-    """Log to stderr; `journal_stream` is systemd's word for where that goes (systemd.exec(5), JOURNAL_STREAM)."""
-    # None where it is closed, as pythonw has it.
-    handler = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii"))
-    journal = False
+def start_log(settings: Settings) -> None:
+    """Log to stderr."""
+    handler = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii"))    # None where it is closed
+    handler.setFormatter(_LogFormatter(settings.log_json, journal=False))
     with contextlib.suppress(OSError, ValueError):    # a stderr that is not a file
         stderr = os.fstat(handler.stream.fileno())
-        journal = journal_stream == f"{stderr.st_dev}:{stderr.st_ino}"
-    handler.setFormatter(_LogFormatter(settings.log_json, journal))
+        if os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}":    # systemd.exec(5)
+            handler.setFormatter(_LogFormatter(settings.log_json, journal=True))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     # What no line shows need not be found out for each (logging's documentation, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -7211,7 +7164,10 @@ def run_server(settings: Settings) -> int:
     waiting = catch_signals()    # which only the main thread may do; when the script has ended it waits for ours
 
     def run() -> None:
-        status = _status_of(lambda: _serve(settings, waiting))
+        try:
+            status = _serve(settings, waiting)
+        except Exception as error:
+            status = _status_of(error)
         for handler in logging.root.handlers:    # os._exit leaves out what writes the last lines
             handler.close()
         os._exit(status)
@@ -7239,7 +7195,7 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
     """Serve until `waiting` gets a signal.  Return 0, or 128 more than a second signal that ended what ran."""
     raise_file_limit(4 * settings.max_requests + 256)    # for each two connections of clients, and two upstream
     with demo(settings) as settings, running(settings) as server:
-        server.gateway.watch.settle(SETTLE_S)
+        server.gateway.watch.settle(0.5)    # until the monitors' first word, or offline for nothing
         say(start_text(settings, server))
         while not signal_within(waiting, TIDY_S):
             with contextlib.suppress(ImportError, OSError, AttributeError):    # only glibc has it
@@ -7248,7 +7204,7 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
         log.info("stopping; what runs has %g s (--drain), and a second signal ends it at once", settings.drain)
 
         def hurried() -> int:
-            number = signal_within(waiting, DRAIN_LOOK_S)
+            number = signal_within(waiting, 0.05)
             return number if number != HANG_UP else 0    # a terminal that closes sends two, or systemd one as well
 
         again = server.drain(settings.drain, hurried)
@@ -7284,8 +7240,8 @@ def run_check(settings: Settings) -> int:
     with demo(settings) as settings, contextlib.closing(
             Gateway(dataclasses.replace(settings, warm_up="never"))) as gateway:
         gateway.watch.start()
-        gateway.watch.settle(CHECK_S)
-        time.sleep(CPU_S)
+        gateway.watch.settle(6.0)    # longer than a probe may take
+        time.sleep(1.3)              # until the second sample, the first that knows the CPU's use
         health = gateway.health()
     say("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
     return 0 if health["status"] == "healthy" and health["plan"]["order"] else 1
