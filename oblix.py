@@ -42,7 +42,7 @@ Who owns which state
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
   lines of the log       a deque of its writer, whose operations are atomic (14)
-  admission              clients' connections, how much is asked at once, whether it ends; behind its lock (11)
+  admission              a set of guests, whose operations are atomic; how much is asked at once, behind its lock (11)
   how busy a client is   attributes of its guest, written by its thread, and once more by a thread that makes room (11)
   everything else        immutable, or local to the thread of one request
 
@@ -6138,11 +6138,9 @@ SEND_S = 60.0                   # in which a client takes nothing of its answer
 LINGER_S = 2.0                  # for the rest of a body that is refused
 GRACE_S = 1.0                   # for a request that is on its way when Oblix is being stopped, and one that is ended
 MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes some times its size
-LARGE_BODY_BYTES = 64 << 10     # smaller ones are not counted: --max-requests limits them
 FIRST_BYTES = 8 << 10           # of a request that are read at once: so large a buffer waits for each idle client
 AGAIN_S = 1.0                   # after which a client that was sent away may ask again
 KEEP_ALIVE_S = 15.0             # of silence in a stream; proxies give up after 30 to 60 s
-MAX_KEY_FILE = 64 << 10         # bytes that are read of a file that holds a key
 
 
 # --- 11. Who is here --------------------------------------------------------------------------------------------------
@@ -6245,38 +6243,27 @@ class Admission:
     def __init__(self, max_requests: int, max_body_bytes: int) -> None:
         self._max_requests, self._max_connections = max_requests, 2 * max_requests
         self.max_body_bytes = min(max_body_bytes, MAX_BODIES_BYTES)
+        self.guests: set[Guest] = set()    # whose add and discard are atomic
         self._lock = threading.Lock()
-        self._open: set[Guest] = set()    # guarded by _lock, as the next two
-        self._requests = self._bytes = 0
-        self.stopping = self.ended = False    # no new client is let in; what runs is being ended
+        self._requests = self._bytes = 0    # guarded by it
+        self.stopping = self.ended = False    # connections close behind their answers; every request ends at its look
         self.idle_until = math.inf            # when connections close on which nothing is being asked
 
     def enter(self, connection: socket.socket) -> Guest:
         """Return the guest on a new connection.  One more than there may be takes another's place."""
         guest = Guest(connection, self)
-        with self._lock:
-            self._open.add(guest)
-            crowded = len(self._open) > self._max_connections
-        if crowded:
+        self.guests.add(guest)
+        if len(self.guests) > self._max_connections:
             self.make_room()
         return guest
 
     def make_room(self) -> None:
         """Close the connection that has gone longest without a chat request: idle, sending slowly, reading nothing."""
-        waiting = [guest for guest in self._guests() if not guest.busy]
+        waiting = [guest for guest in tuple(self.guests) if not guest.busy]
         slowest = min(waiting, key=lambda guest: guest.since, default=None)
         if slowest:
-            self.leave(slowest)    # it is not counted while it goes
+            self.guests.discard(slowest)    # it is not counted while it goes
             slowest.hang_up()
-
-    def _guests(self) -> tuple[Guest, ...]:
-        with self._lock:
-            return tuple(self._open)
-
-    def leave(self, guest: Guest) -> None:
-        """Forget a guest whose connection has been closed."""
-        with self._lock:
-            self._open.discard(guest)
 
     def take(self, requests: int, size: int) -> None:
         """Count chat requests and bytes of bodies; negative ones have ended.  Raise Busy if that is too much."""
@@ -6291,24 +6278,6 @@ class Admission:
     def full(self) -> bool:
         """Return True if one more chat request would be too many."""
         return self._requests >= self._max_requests
-
-    @property
-    def empty(self) -> bool:
-        """Return True if nobody is connected."""
-        return not self._open
-
-    def stop(self) -> None:
-        """Close each connection behind its answer, and those on which nothing is being asked after GRACE_S."""
-        self.stopping, self.idle_until = True, time.monotonic() + GRACE_S
-
-    def end(self) -> None:
-        """End every request that runs, at its next look."""
-        self.ended, self.idle_until = True, 0.0
-
-    def close(self) -> None:
-        """Cut every connection."""
-        for guest in self._guests():
-            guest.hang_up()
 
 
 def too_much(what: str) -> Busy:
@@ -6419,14 +6388,13 @@ class _Handler(socketserver.BaseRequestHandler):
                              status=413, code="request_too_large")
 
     def _exactly(self, size: int) -> bytes:
-        """Return so many bytes, those of large ones counted as they come.  Raise Busy, ClientGone."""
-        body, is_large = bytearray(), not 0 <= self.head.body_size <= LARGE_BODY_BYTES    # or of a size unknown so far
+        """Return so many bytes, which are counted as they come.  Raise Busy, ClientGone."""
+        body = bytearray()
         while len(body) < size:
             piece = self.guest.some(size - len(body))
             body += piece
-            if is_large:
-                self.admission.take(0, len(piece))
-                self._counted += len(piece)
+            self.admission.take(0, len(piece))
+            self._counted += len(piece)
         return bytes(body)
 
     def _chunked_body(self) -> bytes:
@@ -6686,18 +6654,14 @@ class _Listener(QuickServer):
         self.gateway, self.admission, self.guard, self._is_done = gateway, admission, guard, False
         super().__init__(address, _Handler)
         self.host, self.port = str(self.server_address[0]), int(self.server_address[1])
-        self._thread = threading.Thread(target=self._run, name="listen", daemon=True)
-
-    def start(self) -> None:
-        """Begin to let clients in."""
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="listen", daemon=True)
 
     def stop(self) -> None:
         """Wait until the clients that the kernel has taken so far are in and the socket is closed; see `_run`."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         with contextlib.suppress(OSError):    # a client wakes its thread
             socket.create_connection((host, self.port), 0.2).close()
-        self._thread.join()
+        self.thread.join()
 
     def _run(self) -> None:
         hold_on_one_core(self.port)
@@ -6722,7 +6686,7 @@ class _Listener(QuickServer):
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request.connection)
-        self.admission.leave(request)
+        self.admission.guests.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
@@ -6794,7 +6758,7 @@ def with_keys_from_files(settings: Settings) -> Settings:
             raise UsageError(f"{flag} and the key itself are both set: choose one")
         try:
             with open(os.path.expanduser(path), "rb") as file:
-                data = file.read(MAX_KEY_FILE)
+                data = file.read(64 << 10)
             text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")    # PowerShell's
         except (OSError, ValueError) as error:
             raise UsageError(f"{flag}: {path} can't be read: "
@@ -6811,21 +6775,15 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.gateway = Gateway(settings)
-        self._listeners = listen(settings, self.gateway)
-        first = self._listeners[0]
+        self.listeners = listen(settings, self.gateway)
+        first = self.listeners[0]
         self.admission, self.port = first.admission, first.port
         self.url = f"http://{f'[{first.host}]' if ':' in first.host else first.host}:{self.port}"
 
-    def start(self) -> None:
-        """Begin to watch, and to answer."""
-        self.gateway.watch.start()
-        for listener in self._listeners:
-            listener.start()
-
     def _stop(self) -> None:
-        """Let no new client in, and close connections behind their answers."""
-        self.admission.stop()
-        for listener in self._listeners:
+        """Let no new client in, and close connections behind their answers: those that ask nothing after GRACE_S."""
+        self.admission.stopping, self.admission.idle_until = True, time.monotonic() + GRACE_S
+        for listener in self.listeners:
             listener.stop()
 
     def drain(self, limit_s: float, pause: Callable[[], int]) -> int:
@@ -6834,19 +6792,20 @@ class Server:
         `pause` waits for a moment.  Return 0, or the first other number that it returns, which ends the wait.
         """
         self._stop()
-        for seconds, at_its_end in ((limit_s, self.admission.end), (GRACE_S, self.admission.close)):
+        for seconds in (limit_s, GRACE_S):
             deadline = time.monotonic() + seconds
-            while not self.admission.empty and time.monotonic() < deadline:
+            while self.admission.guests and time.monotonic() < deadline:
                 hurried = pause()
                 if hurried:
                     return hurried
-            at_its_end()
+            self.admission.ended, self.admission.idle_until = True, 0.0
         return 0
 
     def close(self) -> None:
         """End at once."""
         self._stop()
-        self.admission.close()
+        for guest in tuple(self.admission.guests):
+            guest.hang_up()
         self.gateway.close()
 
 
@@ -6854,7 +6813,9 @@ class Server:
 def running(settings: Settings) -> Iterator[Server]:
     """Serve until the block ends.  Raise UsageError."""
     server = Server(with_keys_from_files(settings))
-    server.start()
+    server.gateway.watch.start()
+    for listener in server.listeners:
+        listener.thread.start()
     try:
         yield server
     finally:

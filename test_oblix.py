@@ -10394,7 +10394,7 @@ class Server(Case):
                 client.settimeout(0.1)
                 with contextlib.suppress(OSError):    # as much as it takes
                     client.sendall(asked)
-            eventually(lambda: len(server.admission._open) <= 9)
+            eventually(lambda: len(server.admission.guests) <= 9)
             self.answered(ask(server, "auto"), "Hello")
 
     def test_sixteen_clients_are_served_side_by_side(self):
@@ -12135,7 +12135,7 @@ class Crowded(Case):
             admission.enter(ours[1])
             third = admission.enter(ours[2])
             self.assertEqual([*map(is_closed, clients[:3])], [False, True, False])
-            admission.leave(third)
+            admission.guests.discard(third)
             admission.enter(ours[3])
             self.assertEqual([*map(is_closed, clients)], [False, True, False, False])
 
@@ -12473,14 +12473,14 @@ class LeftBehind(Case):
                 return (threading.active_count() - sum(map(threading.Thread.is_alive, upstream._threads)),
                         files - 2 * len(upstream._connections) if isinstance(files, int) else 0)
             self.answered(ask(server, upstream.target), "Hello")
-            eventually(lambda: server.admission.empty)
+            eventually(lambda: not server.admission.guests)
             before = here()
             for reply in at_once(lambda number: ask(server, upstream.target, stream=bool(number % 2)),
                                  [(number,) for number in range(200)]):
                 self.answered(reply, "Hello")
             at_once(leave, [("silence", False), ("silence", True), ("no end", False), ("no end", True),
                             ("Hi", True)] * 10)
-            eventually(lambda: server.admission.empty)
+            eventually(lambda: not server.admission.guests)
             eventually(lambda: server.gateway.ledger.in_flight() == {})
             eventually(lambda: here() <= before and here()[1] <= before[1])
             self.assertLessEqual(len(upstream._connections), oblix.MAX_IDLE)
