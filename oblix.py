@@ -4289,16 +4289,10 @@ def limit_waits(connection: socket.socket, limit_s: float) -> None:
     if sys.platform != "linux" or hasattr(connection, "pending"):    # TLS
         return connection.settimeout(limit_s)
     connection.settimeout(None)
-    value = struct.pack(_timeval(), int(limit_s), int(limit_s % 1 * 1e6))
+    size = len(connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))    # of the C library's struct timeval
+    value = struct.pack("qq" if size == 16 else "ii", int(limit_s), int(limit_s % 1 * 1e6))
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         connection.setsockopt(socket.SOL_SOCKET, option, value)
-
-
-@functools.lru_cache(1)
-def _timeval() -> str:
-    """Return how a struct timeval is packed; on 32-bit systems that depends on how the C library was built."""
-    with socket.socket() as one:
-        return {16: "qq", 8: "ii"}[len(one.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))]
 
 
 def wait_for(event: threading.Event, limit_s: float, look: Look) -> bool:
@@ -4315,7 +4309,7 @@ def wait_for(event: threading.Event, limit_s: float, look: Look) -> bool:
 class Errand:
     """Work on a thread of its own; it has a value or an error when `done` is set."""
     value: Any = None
-    error: Exception | None = None
+    error: Exception | None = UpstreamError("it failed")    # by a bug, which stderr tells
 
     def __init__(self) -> None:
         self.done = threading.Event()
@@ -4345,21 +4339,19 @@ class Errands:
             try:
                 thread.start()
             except RuntimeError:    # no more threads
-                self._end(errand, key, UpstreamError("no thread is left for it", status=503, code="out_of_threads"))
+                errand.error = UpstreamError("no thread is left for it", status=503, code="out_of_threads")
+                self._end(errand, key)
         return errand
 
     def _run(self, errand: Errand, key: Any, *more: Any) -> None:
-        error: Exception | None = UpstreamError("it failed")    # by a bug, which stderr tells
         try:
-            errand.value = self._work(key, *more)
-            error = None
+            errand.value, errand.error = self._work(key, *more), None
         except (OblixError, OSError, ValueError) as failure:
-            error = failure
+            errand.error = failure
         finally:
-            self._end(errand, key, error)
+            self._end(errand, key)
 
-    def _end(self, errand: Errand, key: Any, error: Exception | None) -> None:
-        errand.error = error
+    def _end(self, errand: Errand, key: Any) -> None:
         del self.under_way[key]
         errand.done.set()
 
@@ -4466,11 +4458,6 @@ def way_to(url: str) -> _Route:
     if middle and not tls:    # it passes on requests
         return _Route(host, by.scheme == "https", middle, "", f"{url} HTTP/1.1\r\nHost: {host}\r\n{secret}", "")
     return _Route(host, tls, middle or host, middle and host, f"{path} HTTP/1.1\r\nHost: {host}\r\n", secret)
-
-
-def look_up(place: tuple[str, int, int]) -> list[Any]:
-    """Return the addresses of a (host, port, …), as socket.getaddrinfo has them.  Raise OSError."""
-    return socket.getaddrinfo(*place[:2], type=socket.SOCK_STREAM)
 
 
 def _dial(found: Sequence[Any], watch: Look) -> socket.socket:
@@ -4582,6 +4569,7 @@ _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [^\r\n]*)?(?:\n|$)")
 _FIELDS_USED = re.compile(r"(?i)\n(connection|content-length|content-type|openai-processing-ms|retry-after(?:-ms)?|"
                           r"transfer-encoding):([^\n]*)")
+_EMPTY_LINE = re.compile(rb"(?m)^[ \t\r]*\n")    # ends the trailers behind a body in chunks
 _CHUNK_SIZE = re.compile(rb"(?:\r\n)?([0-9a-fA-F]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")    # with the end of the chunk before
 
 
@@ -4728,11 +4716,9 @@ class Answer:
     def _taken(self, come: bytes | None) -> bytes:
         """Return the body's next bytes, when these have come, or with None the connection's end.
 
-        Raise ConnectionResetError or UpstreamError where it breaks off or is too long, ValueError for no chunk.
+        Raise UpstreamError where it breaks off or is too long, ValueError for no chunk.
         """
-        if come is None and self._chunked:
-            raise ConnectionResetError("cut between or inside chunks")
-        if come is None and self._counted:
+        if come is None and (self._chunked or self._counted):
             raise UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
         self._held += come or b""
         if self._chunked:
@@ -4762,19 +4748,13 @@ class Answer:
             at, self._left = line.end(), int(line[1], 16)
             self._trailing = not self._left
         self._held = held[at:]
-        self.complete = self._trailing and self._pass_trailers()
-        if not self.complete and (len(self._held) > MAX_CHUNK_LINE
-                                  or not self._trailing and self._held.find(b"\n", 2) >= 0):
+        end = _EMPTY_LINE.search(self._held) if self._trailing else None
+        if end:
+            self.complete, self._held = True, self._held[end.end():]
+        elif len(self._held) > (MAX_ANSWER_HEAD if self._trailing else MAX_CHUNK_LINE) or (
+                not self._trailing and self._held.find(b"\n", 2) >= 0):
             raise ValueError("no chunk")
         return b"".join(found)
-
-    def _pass_trailers(self) -> bool:
-        """Drop trailers.  Return True if the empty line has come that ends a body in chunks."""
-        while b"\n" in self._held:
-            line, _, self._held = self._held.partition(b"\n")
-            if not line.strip():
-                return True
-        return False
 
     def body(self, within_first_byte: bool = False) -> bytes:
         """Return the whole body, which has to come `within_first_byte`'s limit if that is set.
@@ -4926,7 +4906,8 @@ class Transport:
         self._idle: dict[Any, collections.deque[tuple[socket.socket, float]]] = {}    # by way[:4]
         self._way = functools.lru_cache(256)(way_to)    # there are a few URLs for each endpoint; proxies take 0.05 ms
         self._tls_context = functools.lru_cache(1)(_new_tls_context)    # when first needed: it reads all certificates
-        self._resolver = Errands(look_up)    # on a thread of its own, as the resolver has no time limit
+        # (host, port, …) -> addresses, on a thread of its own, as the resolver has no time limit
+        self._resolver = Errands(lambda place: socket.getaddrinfo(place[0], place[1], type=socket.SOCK_STREAM))
         self._closed = False
         self.connect_s = math.inf    # the most that connecting may take, whatever an exchange's limits say
 
@@ -6133,7 +6114,6 @@ SEND_S = 60.0                   # in which a client takes nothing of its answer
 LINGER_S = 2.0                  # for the rest of a body that is refused
 GRACE_S = 1.0                   # for a request that is on its way when Oblix is being stopped, and one that is ended
 MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes some times its size
-FIRST_BYTES = 8 << 10           # of a request that are read at once: so large a buffer waits for each idle client
 AGAIN_S = 1.0                   # after which a client that was sent away may ask again
 KEEP_ALIVE_S = 15.0             # of silence in a stream; proxies give up after 30 to 60 s
 
@@ -6184,7 +6164,8 @@ class Guest:
         """Wait for more.  Raise ClientGone where none comes, and what `_look` raises."""
         while True:
             try:
-                piece = self.connection.recv(FIRST_BYTES if self.silent else PIECE_BYTES)
+                # so large a buffer waits for each idle client
+                piece = self.connection.recv(8 << 10 if self.silent else PIECE_BYTES)
                 break
             except NOT_YET:
                 self._look()
