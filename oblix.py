@@ -4316,8 +4316,7 @@ class Errand:
 
     def result(self, look: Look = no_look) -> Any:
         """Return what the work returns, when it does.  Raise what it raises, and what the look raises."""
-        while not self.done.wait(TICK_S):
-            look()
+        wait_for(self.done, math.inf, look)
         if self.error:
             raise copy.copy(self.error)    # others wait for the same
         return self.value
@@ -4536,13 +4535,6 @@ def _undelivered(upstream: socket.socket) -> tuple[int, float]:
             # A peer that takes nothing now is not silent.  A firewall of this device drops what then counts as unsent.
             return sent + unsent, silent_ms / 1000 if sent or unsent and window else 0.0
     return 0, 0.0
-
-
-def _abort(upstream: socket.socket) -> None:
-    """Close a connection, and let the kernel send nothing more of what was written to it."""
-    with contextlib.suppress(OSError):
-        upstream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
-    upstream.close()
 
 
 def _open_tunnel(upstream: socket.socket, way: _Route, watch: Look) -> None:
@@ -4945,7 +4937,10 @@ class Transport:
                 answer.read_head()
                 return answer
             except BaseException as error:
-                _abort(upstream)
+                with contextlib.suppress(OSError):    # nothing more shall be sent of what was written to it
+                    upstream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                        struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
+                upstream.close()
                 dead = isinstance(error, OSError) and not isinstance(error, NOT_YET) and answer.silent
                 if not kept or not dead or not answer.undelivered and time.monotonic() - begun > STALE_S:
                     raise
@@ -6304,8 +6299,8 @@ class _Handler(socketserver.BaseRequestHandler):
             if "status" not in self.told:
                 self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self.id}."))
         finally:
-            if self._counted:
-                self.admission.take(0, -self._counted)
+            self.admission.take(-self.guest.busy, -self._counted)
+            self.guest.busy, self.guest.since = False, time.monotonic()    # it may be sent away now
         self._tell()
         if self._unread:
             self.guest.linger()
@@ -6495,17 +6490,10 @@ class _Handler(socketserver.BaseRequestHandler):
         request = parse_request(self.body())
         self.told["asked"] = request.model
         self.admission.take(1, 0)
+        self.guest.busy = True
         self._events, self._event_headers = b"", {**EVENT_HEADERS}
         self._looked = self._sent = time.monotonic()
-        self._keep_alive_s, self.guest.busy = KEEP_ALIVE_S if request.stream else math.inf, True
-        try:
-            self._answer(request)
-        finally:
-            self.guest.busy, self.guest.since = False, time.monotonic()    # it may be sent away now
-            self.admission.take(-1, 0)
-
-    def _answer(self, request: ChatRequest) -> None:
-        """Pass on what the gateway answers.  Raise OblixError, ClientGone."""
+        self._keep_alive_s = KEEP_ALIVE_S if request.stream else math.inf
         served = self.server.gateway.answer(request, self._look)
         model, side = served.target.id, served.target.side.value
         self.told.update(served=model, side=side, attempts=served.attempts, reason=served.reason)
