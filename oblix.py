@@ -4706,10 +4706,7 @@ class Answer:
                 piece = self._taken(self._receive() or None)
 
     def _taken(self, come: bytes | None) -> bytes:
-        """Return the body's next bytes, when these have come, or with None the connection's end.
-
-        Raise UpstreamError where it breaks off or is too long, ValueError for no chunk.
-        """
+        """Return the body that is in what has come; None is the connection's end.  Raise UpstreamError, ValueError."""
         if come is None and (self._chunked or self._counted):
             raise UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
         self._held += come or b""
@@ -4749,10 +4746,7 @@ class Answer:
         return b"".join(found)
 
     def body(self, within_first_byte: bool = False) -> bytes:
-        """Return the whole body, which has to come `within_first_byte`'s limit if that is set.
-
-        Raise UpstreamError where it breaks off or is too large.
-        """
+        """Return the whole body, all within the first byte's limit if that is said.  Raise UpstreamError."""
         self._most, pieces = MAX_BODY_BYTES, []
         for piece in self._pieces():
             if not within_first_byte:
@@ -4905,10 +4899,7 @@ class Transport:
 
     def open(self, url: str, headers: Mapping[str, str], payload: bytes | None, limits: Limits,
              look: Look = no_look) -> Answer:
-        """Send a request (POST with a payload of JSON, else GET) and return the answer, whatever its status.
-
-        Raise UpstreamError, and what the look raises.
-        """
+        """Return the answer, of any status, to a POST of JSON, or a GET.  Raise UpstreamError, what the look raises."""
         with _upstream_faults():
             way = self._way(url)
             lines = [f"{'GET' if payload is None else 'POST'} {way.head}User-Agent: oblix/{__version__}", "Accept: */*",
@@ -4948,10 +4939,7 @@ class Transport:
             kept = None
 
     def _connect(self, way: _Route, limit_s: float, look: Look) -> socket.socket:
-        """Return a new connection, on which TLS has been set up.
-
-        Raise UpstreamError after `limit_s` seconds, OSError, and what the look raises.
-        """
+        """Return a new connection, in TLS where wanted.  Raise UpstreamError, OSError, and what the look raises."""
         deadline = time.monotonic() + limit_s
 
         def watch() -> None:
@@ -6176,10 +6164,7 @@ class Guest:
         self._held += piece
 
     def _look(self) -> None:
-        """Raise ClientGone if nothing of a request has come in its time, BadRequest if it comes too slowly.
-
-        Raise Busy if Oblix ends before it has come.
-        """
+        """Raise ClientGone if no request has begun in its time, BadRequest if one is too slow, Busy if Oblix ends."""
         now = time.monotonic()
         if self.silent:
             if now >= min(self._deadline, self._admission.idle_until):
@@ -6190,10 +6175,7 @@ class Guest:
             raise BadRequest("The request came too slowly.", status=408, code="request_too_slow")
 
     def linger(self) -> None:
-        """Take the rest of a request whose body was not read, within reason.
-
-        Closed over unread bytes TCP resets the connection, and the client never sees the reply.
-        """
+        """Take the rest of an unread body, within reason: closed over it TCP resets, and the reply is lost."""
         self.since = time.monotonic()
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
@@ -6508,10 +6490,7 @@ class _Handler(socketserver.BaseRequestHandler):
             self._stream(served, request.include_usage)
 
     def _look(self) -> None:
-        """See to the client, as its thread does before it waits for something else, and at each tick.
-
-        Raise ClientGone where it has left, Busy where Oblix has to end.
-        """
+        """See to the client before each wait and at each tick.  Raise ClientGone if it has left, Busy if Oblix ends."""
         self._flush()
         now = time.monotonic()
         if now - self._looked < TICK_S:
@@ -6547,19 +6526,13 @@ class _Handler(socketserver.BaseRequestHandler):
         self._flush(last=True)
 
     def _hold(self, events: bytes) -> None:
-        """Hold events, to be sent before the next wait.  Raise ClientGone.
-
-        A write takes 20 us, and what a model says comes in pieces of several events.
-        """
+        """Hold events until the next wait: a write takes 20 us, and a read brings several.  Raise ClientGone."""
         self._events += events
         if len(self._events) > PIECE_BYTES:
             self._flush()
 
     def _flush(self, last: bool = False) -> None:
-        """Send the events that are held in one write, the first ones with the head.  Raise ClientGone.
-
-        With `last`, end the stream well.
-        """
+        """Send what is held in one write, the first with the head, the `last` with the end.  Raise ClientGone."""
         if not self._events and not last:
             return
         events, self._events, self._sent, head = self._events, b"", time.monotonic(), b""
@@ -7157,10 +7130,7 @@ def raise_file_limit(wanted: int) -> None:
 
 
 def run_check(settings: Settings) -> int:
-    """Print what is found and what `auto` would do.  Return 0 if a request would be answered, else 1.
-
-    Raise UsageError.
-    """
+    """Print what is found and what `auto` would do.  Return 0 if it would answer, else 1.  Raise UsageError."""
     guard_of(settings)    # a mistake in who may ask is one that a start would find
     with demo(settings) as settings, contextlib.closing(
             Gateway(dataclasses.replace(settings, warm_up="never"))) as gateway:
