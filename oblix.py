@@ -68,6 +68,7 @@ import errno
 import fnmatch
 import functools
 import glob
+import http
 import io
 import ipaddress
 import itertools
@@ -94,16 +95,7 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, 
 from typing import TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, TextIO, Union
 
 if TYPE_CHECKING:
-    import ssl
-
-# http.server imports http.client, and that ssl where it is there, used or not: 5 of 15 MiB.  Here an https: upstream
-# alone needs it.  Whoever imports this file has it at once.
-if __name__ == "__main__":
-    sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails, which http.client allows for
-import http.server
-
-if __name__ == "__main__":
-    del sys.modules["ssl"]
+    import ssl  # at run time imported where it is needed, as hmac is: each takes 5 of 15 MiB
 
 __version__ = "0.1.0"
 
@@ -6246,9 +6238,9 @@ def shutting_down() -> Busy:
 
 # --- 11. A connection -------------------------------------------------------------------------------------------------
 
-class _Handler(socketserver.BaseRequestHandler):
+class Handler(socketserver.BaseRequestHandler):
     """One client connection, on a thread of its own: requests in and replies out."""
-    server: _Listener
+    server: Listener
 
     def handle(self) -> None:
         self.guest: Guest = self.request
@@ -6400,7 +6392,7 @@ class _Handler(socketserver.BaseRequestHandler):
         lines = [f"{name}: {value}" for name, value in fields.items()]
         if not is_header_safe("".join(lines)):
             lines = [re.sub("[^ -~]+", " ", line) for line in lines]
-        start = f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}"
+        start = f"HTTP/1.1 {status} {REASONS.get(status, 'Status')}"
         return "\r\n".join([start, *lines, "", ""]).encode("ascii")
 
     def write(self, data: bytes) -> None:
@@ -6550,6 +6542,7 @@ class _Handler(socketserver.BaseRequestHandler):
 ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health": ("GET", "HEAD"),
           "/": ("GET", "HEAD")}    # path without /v1 -> methods; OPTIONS goes everywhere
 
+REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
 EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
                  "X-Accel-Buffering": "no"}
@@ -6575,21 +6568,18 @@ def printable(text: str) -> str:
 
 # --- 11. Listening, and the end ---------------------------------------------------------------------------------------
 
-class QuickServer(socketserver.ThreadingTCPServer):
-    """The stdlib's server for many clients; its HTTPServer asks DNS for its own name, which takes seconds offline."""
+class Listener(socketserver.ThreadingTCPServer):
+    """One listening socket."""
     daemon_threads = True
     request_queue_size = 1024                   # the default of 5 drops bursts: clients then wait 1, 3, 7 s for TCP
     allow_reuse_address = os.name == "posix"    # on Windows it would let two programs share the port
+    timeout = 5.0                               # until `handle_request` returns by itself
 
-
-class _Listener(QuickServer):
-    """One listening socket."""
-    timeout = 5.0    # until `handle_request` returns by itself
-
-    def __init__(self, address: tuple[str, int], gateway: Gateway, admission: Admission, guard: Guard) -> None:
+    def __init__(self, address: tuple[str, int], admission: Admission, guard: Guard, handler: type[Handler] = Handler,
+                 gateway: Gateway = None) -> None:  # type: ignore[assignment]  # the demo's handler needs none
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.gateway, self.admission, self.guard, self._is_done = gateway, admission, guard, False
-        super().__init__(address, _Handler)
+        super().__init__(address, handler)
         self.host, self.port = str(self.server_address[0]), int(self.server_address[1])
         self.thread = threading.Thread(target=self._run, name="listen", daemon=True)
 
@@ -6663,13 +6653,13 @@ def guard_of(settings: Settings) -> Guard:
     return Guard(settings.api_key, frozenset(filter(None, names)), frozenset(map(str.lower, settings.allow_origin)))
 
 
-def listen(settings: Settings, gateway: Gateway) -> list[_Listener]:
+def listen(settings: Settings, gateway: Gateway) -> list[Listener]:
     """Return listening sockets: one, or for localhost one for each of its two addresses.  Raise UsageError."""
-    host, port, listeners = settings.host.strip("[]"), settings.port, list[_Listener]()
-    parts = gateway, Admission(settings.max_requests, settings.max_body_mib << 20), guard_of(settings)
+    host, port, listeners = settings.host.strip("[]"), settings.port, list[Listener]()
+    admission, guard = Admission(settings.max_requests, settings.max_body_mib << 20), guard_of(settings)
     for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
         try:
-            listeners.append(_Listener((address, port), *parts))
+            listeners.append(Listener((address, port), admission, guard, gateway=gateway))
             port = listeners[0].port
         except (OSError, OverflowError, UnicodeError) as error:
             taken = getattr(error, "errno", None) == errno.EADDRINUSE
@@ -6806,8 +6796,9 @@ show(); setInterval(show, 3000);
 DEMO_TEXT = "A scripted answer by the demo's {} model, in {}'s wire format, to {} message(s)."
 _DEMO_MODEL = {"name": "demo-local:latest", "size": 1, "size_vram": 0, "context_length": 32768,
                "capabilities": ["completion", "tools"]}
-_DEMO_FACTS = {"/api/tags": {"models": [_DEMO_MODEL]}, "/api/ps": {"models": [_DEMO_MODEL]}, "/api/show": _DEMO_MODEL,
-               "/v1/models": {"object": "list", "data": [{"id": "demo-cloud", "object": "model"}]}}    # by path
+_DEMO_FACTS: dict[str, Json] = {    # by path
+    "/api/tags": {"models": [_DEMO_MODEL]}, "/api/ps": {"models": [_DEMO_MODEL]}, "/api/show": _DEMO_MODEL,
+    "/v1/models": {"object": "list", "data": [{"id": "demo-cloud", "object": "model"}]}}
 
 
 def _demo_lines(messages: int, by: Sequence[str]) -> Iterator[bytes]:
@@ -6820,37 +6811,27 @@ def _demo_lines(messages: int, by: Sequence[str]) -> Iterator[bytes]:
                      "message": {"role": "assistant", "content": word}, **({} if word else end)}) + b"\n"
 
 
-class _DemoHandler(http.server.BaseHTTPRequestHandler):
+class _DemoHandler(Handler):
     """Ollama's and OpenAI's API, as far as Oblix asks for them."""
-    disable_nagle_algorithm = True
 
-    def do_GET(self) -> None:
-        self._send("application/json", [dumps(_DEMO_FACTS[self.path])])
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path in _DEMO_FACTS:
-            return self.do_GET()
-        request, ours = parse_request(body), self.path == "/api/chat"
+    def _route(self) -> None:
+        path = self.head.target
+        if path in _DEMO_FACTS:
+            return self.json(200, _DEMO_FACTS[path])
+        request, ours = parse_request(self.body()), path == "/api/chat"
         lines = _demo_lines(len(request.messages), ("local", "Ollama") if ours else ("cloud", "OpenAI"))
-        if ours:
-            return self._send("application/x-ndjson", lines)
         head = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": int(time.time()),
                 "model": request.model}
         chunks = ({**head, **{name: chunk[name] for name in chunk.keys() - {"timings"}}}
                   for chunk in PROVIDERS["ollama"].decode(lines, request))
-        if request.stream:
-            return self._send("text/event-stream", itertools.chain(map(sse, chunks), [DONE]))
-        self._send("application/json", [dumps(fold(chunks))])
+        if not (ours or request.stream):
+            return self.json(200, fold(chunks))
+        self._event_headers = {"Content-Type": "application/x-ndjson"} if ours else EVENT_HEADERS
+        for self._events in lines if ours else itertools.chain(map(sse, chunks), [DONE]):
+            self._flush()
+        self._flush(last=True)
 
-    def _send(self, kind: str, pieces: Iterable[bytes]) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.end_headers()
-        with contextlib.suppress(ConnectionError):    # Oblix hung up because its client did
-            self.wfile.writelines(pieces)
-
-    def log_message(self, format: str, *args: Any) -> None:
+    def _tell(self) -> None:
         """Log nothing: Oblix's own log tells the story."""
 
 
@@ -6860,15 +6841,17 @@ def demo(settings: Settings) -> Iterator[Settings]:
     if not settings.demo:
         yield settings
         return
-    with QuickServer(("127.0.0.1", 0), _DemoHandler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), name="demo", daemon=True).start()
-        url = "http://127.0.0.1:%d" % server.server_address[1]
-        try:
-            yield dataclasses.replace(settings, ollama_host=url, local_model=(), cloud_api_key="",
-                                      cloud_model=(f"openai:demo-cloud@{url}/v1",), openai_api_key="",
-                                      openai_base_url="", anthropic_api_key="", anthropic_base_url="")
-        finally:
-            server.shutdown()
+    server = Listener(("127.0.0.1", 0), Admission(settings.max_requests, settings.max_body_mib << 20), Guard(),
+                      _DemoHandler)
+    server.thread.start()
+    url = f"http://127.0.0.1:{server.port}"
+    try:
+        yield dataclasses.replace(settings, ollama_host=url, local_model=(), cloud_api_key="",
+                                  cloud_model=(f"openai:demo-cloud@{url}/v1",), openai_api_key="", openai_base_url="",
+                                  anthropic_api_key="", anthropic_base_url="")
+    finally:
+        server.admission.stopping = True
+        server.stop()
 
 
 # === 14. Command line =================================================================================================

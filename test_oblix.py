@@ -10235,7 +10235,7 @@ class Server(Case):
 
     def test_a_server_stops_at_once_wherever_it_listens(self):
         for host in ["localhost", "127.0.0.1", "0.0.0.0"] + ["::"] * has_loopback_6():
-            with self.subTest(host), mock.patch.object(oblix._Listener, "timeout", 60.0), \
+            with self.subTest(host), mock.patch.object(oblix.Listener, "timeout", 60.0), \
                     running(self.local, flags=["--no-auth", "--host=" + host], probed=False) as server:
                 self.assertEqual(fetch(server, "GET", "/").status, 200)
                 begun = time.monotonic()
@@ -10816,9 +10816,10 @@ class Guard(Case):
         self.nothing_asked()
 
     def test_the_devices_own_name_and_those_that_are_set(self):
-        listener = oblix._Listener
+        listener = oblix.Listener
         with mock.patch.object(socket, "gethostname", return_value="Jetson-7"), \
-                mock.patch.object(oblix, "_Listener", lambda _, *rest: listener(("127.0.0.1", 0), *rest)), \
+                mock.patch.object(oblix, "Listener",
+                                  lambda _, *rest, **more: listener(("127.0.0.1", 0), *rest, **more)), \
                 running(flags=["--host=Box.Lan", "--no-auth", "--allow-host=a.example", "--allow-host=B.Example"],
                         env=NOBODY, probed=False) as server:
             for name, status in (
