@@ -4800,20 +4800,16 @@ class Answer:
 
     def close(self) -> None:
         """Keep the connection if the answer has been read to its end, else break it off, which stops the upstream."""
-        if self._ended and not self.complete:
-            self._drain()
+        if self._ended and not self.complete:    # what is behind the end mark is read, if it comes at once
+            self._look, self._until, self._deadline = no_look, math.inf, time.monotonic() + DRAIN_S
+            limit_waits(self._upstream, DRAIN_S)
+            with contextlib.suppress(UpstreamError):
+                collections.deque(self._pieces(), 0)
+            limit_waits(self._upstream, TICK_S)
         if self.complete and self._keeps_open and not self._held:
             self._keep()
         else:
             self._upstream.close()
-
-    def _drain(self) -> None:
-        """Read what is behind the end mark, if it comes at once."""
-        self._look, self._until, self._deadline = no_look, math.inf, time.monotonic() + DRAIN_S
-        limit_waits(self._upstream, DRAIN_S)
-        with contextlib.suppress(UpstreamError):
-            collections.deque(self._pieces(), 0)
-        limit_waits(self._upstream, TICK_S)
 
 
 def time_is_up() -> UpstreamError:
@@ -6439,15 +6435,10 @@ class Handler(socketserver.BaseRequestHandler):
         if path == "/":
             return self.reply(200, PAGE.encode(), PAGE_HEADERS)
         if path == "/health":
-            return self._health()
+            health = self.server.gateway.health()
+            shown = ("status", "version") if self.guard.is_public(self.head) else health
+            return self.json(200 if health["status"] == "healthy" else 503, {name: health[name] for name in shown})
         return self._models(model)
-
-    def _health(self) -> None:
-        health = self.server.gateway.health()
-        status = 200 if health["status"] == "healthy" else 503
-        if self.guard.is_public(self.head):
-            health = {name: health[name] for name in ("status", "version")}
-        self.json(status, health)
 
     def _models(self, wanted: str) -> None:
         gateway = self.server.gateway
@@ -7106,10 +7097,9 @@ def raise_file_limit(wanted: int) -> None:
     # Windows has no such limit, and macOS may allow less than it says.
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        if soft != resource.RLIM_INFINITY and soft < allowed:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)    # -1, or a huge number, where there is no limit
+        if 0 <= soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
 def run_check(settings: Settings) -> int:
