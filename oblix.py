@@ -16,8 +16,8 @@ The life of a request
 
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
 `chat.completion.chunk` objects, so there is no third vocabulary.  Two providers translate (Ollama, Claude) and are
-always streamed; where the client wants a whole answer one function, `fold`, puts the chunks together.  OpenAI's own
-answers pass through, with the model's name replaced and their streams tidied (`OpenAI.decode`).
+always streamed.  Whichever server answers, `in_order` makes OpenAI's reference of what it says, and `fold` a whole
+answer of a stream.  A whole answer that needs no change passes as it came, with the model's name replaced.
 
 Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
@@ -1312,7 +1312,8 @@ class ServerProcesses:
         Mapped weights do not count: they are page cache on Linux, so available anyway.
         """
         import psutil
-        self._look()
+        with contextlib.suppress(Exception):    # a bare container may lack /proc
+            self._look()
         used_s, held = 0.0, 0
         for process, before_s in self._found.items():
             with contextlib.suppress(psutil.Error):
@@ -1367,11 +1368,10 @@ class ServerProcesses:
 def listeners(ports: Collection[int]) -> Collection[int]:
     """Return the pids of the processes that listen at these ports, as far as the system shows them."""
     rows = [line.split() for name in ("tcp", "tcp6") for line in read_text(f"/proc/net/{name}").splitlines()
-            if " 0A " in line]    # they listen
+            if " 0A " in line]    # it listens
     if rows:
         return holders(frozenset(f"socket:[{row[9]}]" for row in rows if int(row[1].rpartition(":")[2], 16) in ports))
-    # psutil takes 15 us for each connection of a server, so not on Linux
-    import psutil
+    import psutil  # not on Linux, where it takes 15 us for each connection
     found: list[tuple[Any, int | None]] = []
     try:
         found += [(one, one.pid) for one in psutil.net_connections("tcp")]
@@ -1404,33 +1404,22 @@ class ResourceMonitor(DeviceMonitor):
         self._cores_ours, self._bytes_ours = 0.0, 0       # that the servers used in these seconds, and hold
         self._load_ours = 0.0
         self._groups: dict[ControlGroup, float] = {}      # with limits -> the CPU seconds that they have used
-        self._most: Json = {}
         self._limits_at = -math.inf
 
     def _ours(self, _: Any) -> Json:
         """Measure what the servers use, which the other readers subtract."""
-        used_s, before = 0.0, self._at
-        try:
-            used_s, self._bytes_ours = self.servers.use()
-        finally:
-            self._at = time.monotonic()
-            self._passed_s = max(self._at - before, 0.01)
-            self._cores_ours = used_s / self._passed_s
+        used_s, self._bytes_ours = self.servers.use()
+        now = time.monotonic()
+        self._passed_s, self._at = max(now - self._at, 0.01), now
+        self._cores_ours = used_s / self._passed_s
         return {}
 
-    def _limits(self, psutil: Any) -> Json:
-        """Find out what limits the servers: the device, and the control groups of their container.
-
-        A Mac makes swap as it needs it, so what there is in all is not known.
-        """
+    def _limits(self, _: Any) -> Json:
+        """Find out what limits the servers: the device, and the control groups of their container."""
         if self._at >= self._limits_at:
             self._limits_at = self._at + self.limits_s
             self._groups = {group: self._groups.get(group, math.nan) for group in control_groups(self.servers.pids)}
-            self._most = {"cores": min([self._cores, *(group.cores for group in self._groups)])}
-            with contextlib.suppress(Exception):    # a container may lack it
-                most = psutil.virtual_memory().total + psutil.swap_memory().total
-                self._most.update({"memory_and_swap_mb": most >> 20} if sys.platform != "darwin" else {})
-        return self._most
+        return {"cores": min([self._cores, *(group.cores for group in self._groups)])}
 
     def _cpu(self, psutil: Any) -> Json:
         percent = psutil.cpu_percent()    # since the last call of this thread; 0 at the first
@@ -2203,15 +2192,13 @@ def _exclusion(target: Target, reading: Reading | None, model: Model | None) -> 
 def _too_large(target: Target, model: Model, readings: Sequence[Reading]) -> Condition | None:
     """Return the condition of a model that does not fit into the memory that is free, else None.
 
-    It is a last resort where it fits into memory and swap, or these are unknown: Ollama counts exactly.
+    It is a last resort: Ollama counts exactly, and the swap, and a Mac frees more than it tells.
     """
-    free = free_bytes(target, readings) if model.cold else None
-    if free is None or model.size <= free or target.endpoint.provider != "ollama":
+    free = free_bytes(target, readings) if model.cold and target.endpoint.provider == "ollama" else None
+    if free is None or model.size <= free:
         return None
-    facts = device_facts(readings)
-    most = facts.get("memory_and_swap_mb", math.inf) + facts.get("gpu_memory_free_mb", 0)
     return Condition("too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-                     Level.OUT, Eligibility.LAST_RESORT if model.size <= most * 2**20 else Eligibility.NO)
+                     Level.OUT, Eligibility.LAST_RESORT)
 
 
 def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
@@ -2885,8 +2872,9 @@ def as_call(chunks: Iterable[Chunk], tools: Sequence[Json]) -> Iterator[Chunk]:
                 yield from [tool_chunk(0, held[:size], None, None if said else name)] if size > 0 else []
                 said.append(held[:size])
                 held = held[size:]
-            if end == "stop" and not is_call:
-                _need_object("".join(said))
+            if end == "stop" and not is_call and not is_object("".join(said)):
+                raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED,
+                                    code="bad_upstream_answer")
         yield chunk
 
 
@@ -2901,12 +2889,11 @@ def _begun_call(text: str, whole: bool) -> tuple[str, str]:
     return "", text
 
 
-def _need_object(arguments: str) -> None:
-    """Raise UpstreamError unless a call's arguments are a JSON object."""
+def is_object(text: str) -> bool:
+    """Return True if a text is a JSON object."""
     with contextlib.suppress(ValueError):
-        if isinstance(loads(arguments), dict):
-            return
-    raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED, code="bad_upstream_answer")
+        return isinstance(loads(text), dict)
+    return False
 
 
 def first_call(chunks: Iterable[Any]) -> Iterator[Any]:
@@ -3022,10 +3009,11 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
             yield chunk
             continue
         usage, told = chunk.pop("usage", None), choices_of(chunk)
-        if usage:
-            counted = {**chunk, "choices": [], "usage": usage}
         for place, choice in enumerate(told):
             choice["index"] = place if choice.get("index") is None else choice["index"]
+            usage = choice.pop("usage", None) or usage    # Kimi
+        if usage and isinstance(usage, dict):
+            counted = {**chunk, "choices": [], "usage": with_counts(usage)}
         chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
         if chunk["choices"]:    # Azure begins with an event that has none
             yield chunk
@@ -3037,18 +3025,26 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
         yield counted
 
 
+def with_counts(usage: Json) -> Json:
+    """Return usage with the three counts that OpenAI's reference requires: MiniMax tells the total alone."""
+    prompt, completion, total = (usage.get(name) or 0 for name in _COUNTS)
+    return {**usage, **dict(zip(_COUNTS, (prompt, completion, total or prompt + completion)))}
+
+
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+
+
 def is_in_order(answer: Json) -> bool:
     """Return True if a whole answer is as `in_order` and `fold` would make it; False where that must be tried."""
-    return (type(answer.get("created")) is int and isinstance(answer.get("usage"), dict)
-            and answer.get("object") == "chat.completion" and bool(answer.get("choices")) and all(
+    usage = answer.get("usage")
+    return (type(answer.get("created")) is int and answer.get("object") == "chat.completion"
+            and isinstance(usage, dict) and [type(usage.get(name)) for name in _COUNTS] == [int] * 3
+            and bool(answer.get("choices")) and all(
                 type(choice.get("index")) is int and isinstance(message.get("content"), str)
-                and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
-                and not choice.get("logprobs") and "error" not in choice and _REMADE.isdisjoint(message)
+                and isinstance(message.get("reasoning_content", ""), str) and message.get("role") == "assistant"
+                and not {"tool_calls", "function_call", "reasoning"} & {*message} and not choice.get("logprobs")
+                and choice.get("finish_reason") in ("stop", "length", "content_filter") and "error" not in choice
                 for choice in answer["choices"] for message in [choice.get("message") or {}]))
-
-
-_PLAIN_ENDS = ("stop", "length", "content_filter")
-_REMADE = frozenset({"tool_calls", "function_call", "reasoning"})    # fields of a message that may have to change
 
 
 class _Choice:
@@ -3087,15 +3083,18 @@ class _Choice:
         if isinstance(delta.get("reasoning"), str):    # vLLM, OpenRouter, Ollama's /v1
             thought = delta.pop("reasoning")
             delta["reasoning_content"] = delta.get("reasoning_content") or thought
-        if isinstance(delta.get("content"), list):     # Mistral's reasoning models
-            thought = [part for part in delta["content"] if isinstance(part, dict) and part.get("type") in _THOUGHTS]
-            delta["content"] = text_in([part for part in delta["content"] if part not in thought])
+        if isinstance(delta.get("content"), (list, dict)):     # Mistral's reasoning models
+            parts = [delta["content"]] if isinstance(delta["content"], dict) else delta["content"]
+            thought = [part for part in parts if isinstance(part, dict) and part.get("type") in _THOUGHTS]
+            delta["content"] = [part for part in parts if part not in thought]
             delta.update(present({"reasoning_content": text_in(thought)}))
         for name in ("content", "reasoning_content", "refusal"):
             if not isinstance(delta.get(name, ""), str):
-                raise TypeError("text expected")
+                delta[name] = text_in(delta[name])
         self._is_legacy = self._is_legacy or bool(delta.get("function_call"))
-        pieces = [self._piece(call, place) for place, call in enumerate(delta.pop("tool_calls", ()))]
+        calls = delta.pop("tool_calls", ())
+        calls = [calls] if isinstance(calls, dict) else calls
+        pieces = [self._piece(call, place) for place, call in enumerate(calls)]
         return {**delta, **present({"tool_calls": [*filter(None, pieces)]})} if pieces else delta
 
     def _piece(self, piece: Json, place: int) -> Json | None:
@@ -3181,11 +3180,8 @@ class _Call:
 
     def _is_whole(self) -> bool:
         """Return True if the arguments are a JSON object.  Of very many pieces it is not asked."""
-        if not self.texts or len(self.texts) > 1000 or not self.texts[-1].rstrip().endswith("}"):
-            return False
-        with contextlib.suppress(ValueError):
-            return isinstance(loads("".join(self.texts)), dict)
-        return False
+        may_be = 0 < len(self.texts) <= 1000 and self.texts[-1].rstrip().endswith("}")
+        return may_be and is_object("".join(self.texts))
 
 
 def text_in(value: Any) -> str:
@@ -3215,8 +3211,9 @@ def fold(chunks: Iterable[Chunk]) -> Json:
         whole.update(chunk)
         for piece in chunk["choices"]:
             choice = choices.setdefault(piece["index"], {"index": 0, "message": {}, "logprobs": {}})
-            _join(choice["message"], piece.pop("delta"))
-            _join(choice["logprobs"], piece.pop("logprobs", None) or {})
+            delta, logprobs = piece.pop("delta"), piece.pop("logprobs", None)
+            _join(choice["message"], delta)
+            _join(choice["logprobs"], logprobs if isinstance(logprobs, dict) else {})
             choice.update(piece)
     for choice in choices.values():
         calls: dict[int, Json] = {}
@@ -3237,7 +3234,7 @@ def _join(whole: Json, piece: Json) -> None:
             _join(known, value)
         elif isinstance(known, (str, list)) and isinstance(value, type(known)):
             whole[name] += value
-        else:
+        elif value is not None or name not in whole:
             whole[name] = value
 
 
@@ -3461,18 +3458,19 @@ class OpenAI(Provider):
         finished, asked = set[Any](), request.body.get("n", 1)
         try:
             for data in sse_data(lines):
-                event = data if isinstance(data, Texts) else {} if data.startswith("[DONE]") else event_of(data)
-                if not event:
+                if isinstance(data, Texts):
+                    yield data
+                    continue
+                if data.startswith("[DONE]"):
                     return
-                if isinstance(event, dict):
-                    event.pop("obfuscation", None)    # padding, of no use on this side of TLS
-                    finished.update(one.get("index") for one in choices_of(event) if one.get("finish_reason"))
+                event = event_of(data)
+                event.pop("obfuscation", None)    # padding, of no use on this side of TLS
+                finished.update(choice.get("index") for choice in choices_of(event) if choice.get("finish_reason"))
                 yield event
-        except UpstreamError as error:
+            raise cut()
+        except UpstreamError as error:    # some servers leave [DONE] out
             if error.fault is not Fault.TRANSPORT or len(finished) != asked:
                 raise
-        if len(finished) != asked:    # some servers leave [DONE] out
-            raise cut()
 
     def passes_text(self, request: ChatRequest) -> bool:
         return bool(request.body.get("n", 1) == 1)
@@ -3658,8 +3656,9 @@ class Ollama(Provider):
             return now if now == asked or not model.context and needed > DEFAULT_CONTEXT else 0
         step = next((step for step in CONTEXTS if step >= needed), CONTEXTS[-1])
         wanted = max(now, own, min(step, model.max_context))
-        # the size of a loaded model is with its context, and `free` counts it as free
-        if free is None or model.size + (wanted - model.context) * model.token_bytes <= free:
+        # The size of a loaded model is with its context, and `free` counts it as free.  Where not even the model fits,
+        # it is asked as a last resort, so `free` is no limit.
+        if free is None or model.size > free or model.size + (wanted - model.context) * model.token_bytes <= free:
             return wanted if wanted > now or wanted == asked else 0
         if size // LARGE_BYTES + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
             return 0
@@ -3889,7 +3888,7 @@ class Claude(Provider):
             elif kind == "message_start":
                 if blocks:    # a relay that began anew after it had failed
                     raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
-                usage.update(event["message"].get("usage") or {})
+                usage.update((event.get("message") or {}).get("usage") or {})
                 yield chunk_of(content="")
             elif kind == "message_delta":
                 stop.update(event.get("delta") or {})
@@ -3901,7 +3900,7 @@ class Claude(Provider):
 
     @staticmethod
     def _said(event: Json, blocks: dict[int, Json]) -> Iterator[Chunk]:
-        """Yield what an event of a content block says.  `blocks` are the open ones, and None after their end."""
+        """Yield what an event of a content block says.  `blocks` are those that have begun, empty after their end."""
         index, kind, piece = event.get("index") or 0, event["type"], event.get("delta") or {}
         block = blocks.setdefault(index, {})
         if kind == "content_block_start":
@@ -5745,7 +5744,7 @@ class Dispatch:
                 whole, as_it_came = PROVIDERS[target.endpoint.provider].whole(raw, request)
         self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
         told = {**whole, **_envelope(whole, target.id), "object": "chat.completion"}
-        around = split_at_model(raw, whole) if as_it_came and told["id"] == whole.get("id") else None
+        around = split_at_model(raw, whole) if as_it_came and told == {**whole, "model": target.id} else None
         return told, dumps(target.id).join(around) if around else b""
 
     def _learn(self, request: ChatRequest, target: Target, first_s: float | None, tokens: int, seconds: float,
@@ -5964,11 +5963,10 @@ def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
 
     Return None where the chunk is of another choice than the first, which such events are of.
     """
-    choices = choices_of(chunk)
-    if [choice.get("index", 0) for choice in choices] != [0]:
+    if [choice["index"] for choice in chunk["choices"]] != [0]:
         return None
-    choice = {name: None if name in ("logprobs", "finish_reason") else value for name, value in choices[0].items()
-              if name in AROUND_TEXT}
+    choice = {name: None if name in ("logprobs", "finish_reason") else value
+              for name, value in chunk["choices"][0].items() if name in AROUND_TEXT}
     kept = {name: value for name, value in chunk.items() if name in AROUND_TEXT}
     told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
     before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
@@ -6000,14 +5998,11 @@ LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation 
 
 
 def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
-    """Return the text of a stream that broke off, or "" unless it is plain text that had not ended."""
-    deltas = [choice.get("delta") or {} for chunk in said for choice in choices_of(chunk)]
-    ended = any(choice.get("finish_reason") for chunk in said for choice in choices_of(chunk))
-    plain = all(name in ("role", "content", "refusal") and isinstance(delta[name], str)
-                for delta in deltas for name in delta if delta[name])
-    if ended or not plain or _NOT_CONTINUED & request.body.keys():
-        return ""
-    return "".join(delta.get("content") or "" for delta in deltas)
+    """Return the text of a stream that broke off, or "" unless it is plain text."""
+    deltas = [choice["delta"] for chunk in said for choice in chunk["choices"]]
+    plain = all(name in ("role", "content", "refusal") for delta in deltas for name in delta if delta[name])
+    plain = plain and not _NOT_CONTINUED & request.body.keys()
+    return "".join(delta.get("content", "") for delta in deltas) if plain else ""
 
 
 def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | None:
@@ -6030,16 +6025,15 @@ def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iter
     envelope: Json = {**{name: first[name] for name in ("id", "created", "model")}, "oblix": {"continued_by": by}}
     held: str | None = ""    # a beginning that may repeat the end of the text; None once that is decided
     for chunk in chunks:
-        for choice in choices_of(chunk):
-            delta = {name: value for name, value in (choice.get("delta") or {}).items() if name != "role"}
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            delta.pop("role", None)
             if held is not None:
-                content = delta.pop("content", None)
-                held += content if isinstance(content, str) else ""
-                if len(held) >= min(OVERLAP, len(text)) or choice.get("finish_reason"):
+                held += delta.pop("content", "")
+                if len(held) >= min(OVERLAP, len(text)) or choice["finish_reason"]:
                     rest, held = without_overlap(text, held), None
                     delta.update({"content": rest} if rest else {})
-            choice["delta"] = delta
-        if any(choice["delta"] or choice.get("finish_reason") for choice in choices_of(chunk)) or "usage" in chunk:
+        if "usage" in chunk or any(choice["delta"] or choice["finish_reason"] for choice in chunk["choices"]):
             yield {**chunk, **envelope}
             envelope.pop("oblix", None)
 
@@ -6861,20 +6855,21 @@ FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_pe
 SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
-def start_text(settings: Settings, server: Server) -> str:
-    """Return the lines that a start prints."""
+def start_texts(settings: Settings, server: Server) -> Iterator[str]:
+    """Yield what a start prints: the address at once, and the rest when the monitors could say a first word."""
     host = settings.host.strip("[]")
     host = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     base = f"http://{host}:{server.port}/v1"
+    yield f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else "")
+    server.gateway.watch.settle(0.5)
     key = "the key of --api-key" if settings.api_key else "placeholder"
-    lines = [f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""), "",
-             *findings(server.gateway.health())]
+    lines = ["", *findings(server.gateway.health())]
     if settings.no_auth:
         lines += ["Everybody who can reach this address may use it, with the keys that it has (--no-auth).", ""]
     lines += ["Use it:", "  from openai import OpenAI", f'  client = OpenAI(base_url="{base}", api_key="{key}")',
               '  print(client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "Hello"}])'
               ".choices[0].message.content)", ""]
-    return "\n".join(lines)
+    yield "\n".join(lines)
 
 
 def findings(health: Json) -> list[str]:
@@ -7067,8 +7062,8 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
     """Serve until `waiting` gets a signal.  Return 0, or 128 more than a second signal that ended what ran."""
     raise_file_limit(4 * settings.max_requests + 256)    # for each two connections of clients, and two upstream
     with demo(settings) as settings, running(settings) as server:
-        server.gateway.watch.settle(0.5)    # until the monitors' first word, or offline for nothing
-        say(start_text(settings, server))
+        for text in start_texts(settings, server):
+            say(text)
         while not signal_within(waiting, TIDY_S):
             with contextlib.suppress(ImportError, OSError, AttributeError):    # only glibc has it
                 import ctypes
