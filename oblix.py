@@ -4612,7 +4612,7 @@ class Answer:
         """Wait for the answer's head.  Raise as `_receive`, and ValueError for what is not HTTP."""
         sent = time.monotonic()
         self._deadline = sent + self._limits.first_byte_s
-        self._read_head()
+        self.status = 0
         while self.status < 200:    # 100, 102, 103: the answer is still to come
             self._read_head()
         self.waited_s = time.monotonic() - sent    # from the request's last byte: neither connecting nor TLS
@@ -6079,7 +6079,6 @@ SEND_S = 60.0                   # in which a client takes nothing of its answer
 LINGER_S = 2.0                  # for the rest of a body that is refused
 GRACE_S = 1.0                   # for a request that is on its way when Oblix is being stopped, and one that is ended
 MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes some times its size
-AGAIN_S = 1.0                   # after which a client that was sent away may ask again
 KEEP_ALIVE_S = 15.0             # of silence in a stream; proxies give up after 30 to 60 s
 
 
@@ -6110,19 +6109,15 @@ class Guest:
         while True:
             end = self._held.find(b"\n", 0, limit + 1) + 1
             if end or len(self._held) > limit:
-                return self._take(end or limit + 1)
+                return self.some(end or limit + 1)
             self._receive()
 
     def some(self, most: int) -> bytes:
         """Return what comes next, so many bytes at most.  Raise as `_receive`."""
         if not self._held:
             self._receive()
-        return self._take(most)
-
-    def _take(self, size: int) -> bytes:
-        """Return so many of the bytes that have come, and forget them."""
-        piece = bytes(self._held[:size])
-        del self._held[:size]
+        piece = bytes(self._held[:most])
+        del self._held[:most]
         return piece
 
     def _receive(self) -> None:
@@ -6217,13 +6212,12 @@ class Admission:
 
 def too_much(what: str) -> Busy:
     """Return the error for a client that asks when Oblix has enough to do."""
-    return Busy(f"Oblix has as much to do as it takes on at once ({what}); ask again in a moment.",
-                retry_after_s=AGAIN_S)
+    return Busy(f"Oblix has as much to do as it takes on at once ({what}); ask again in a moment.", retry_after_s=1.0)
 
 
 def shutting_down() -> Busy:
     """Return the error for a client whose request ends because Oblix does."""
-    return Busy("Oblix is being stopped; ask again in a moment.", code="shutting_down", retry_after_s=AGAIN_S)
+    return Busy("Oblix is being stopped; ask again in a moment.", code="shutting_down", retry_after_s=1.0)
 
 
 # --- 11. A connection -------------------------------------------------------------------------------------------------
@@ -6615,12 +6609,11 @@ def hold_on_one_core(port: int, cpufreq: str = "/sys/devices/system/cpu/cpu%d/cp
     second on two cores, and 19,600 held on one.  Monitors and commands start from other threads and stay free.  Of
     equally fast cores the port decides, so that two Oblixes on a device can have one each.
     """
-    def speed(core: int) -> int:
-        with contextlib.suppress(OSError, ValueError), open(cpufreq % core, encoding="ascii") as told:
-            return int(told.read())
-        return 0
     with contextlib.suppress(AttributeError, OSError):    # only Linux has affinities, and a sandbox may forbid them
-        speeds = {core: speed(core) for core in sorted(os.sched_getaffinity(0))}
+        speeds = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0)
+        for core in speeds:
+            with contextlib.suppress(OSError, ValueError), open(cpufreq % core, encoding="ascii") as told:
+                speeds[core] = int(told.read())
         fastest = [core for core in speeds if speeds[core] == max(speeds.values())]
         os.sched_setaffinity(0, {fastest[port % len(fastest)]})
 
