@@ -4408,7 +4408,7 @@ def _proxy_for(there: urllib.parse.SplitResult) -> str:
     if is_loopback(name) or (address.is_private if address else    # link-local included
                              "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa"))):
         return ""
-    from urllib.request import getproxies, proxy_bypass  # takes 1 MiB, which a local model alone does not need
+    from urllib.request import getproxies, proxy_bypass  # takes 2 MiB, which a local model alone does not need
     known = getproxies()
     proxy = known.get(there.scheme) or known.get("all", "")
     port = there.port or (443 if there.scheme == "https" else 80)
@@ -4422,10 +4422,7 @@ def _proxy_for(there: urllib.parse.SplitResult) -> str:
 
 
 def _excepts(rule: str, name: str, port: int) -> bool:
-    """Return True if a rule of NO_PROXY holds for a host: x.test (and all below it), .x.test, *.x.test, 100.64.0.0/10.
-
-    A rule may name a port, too, and have stars anywhere.
-    """
+    """Return True if a rule of NO_PROXY is for a host: x.test (and all below it), *.x.test:8000, x.*, 100.64.0.0/10."""
     address = address_of(name)
     with contextlib.suppress(ValueError):
         network = ipaddress.ip_network(rule.strip("[]"), strict=False)
@@ -4577,11 +4574,7 @@ class Answer:
         self._begun = self._trailing = self._ended = self.complete = False    # the last one: the body has come
 
     def watch(self) -> None:
-        """See to the client, to the clock, and whether the other side is there.
-
-        Raise UpstreamError where the time is over, ConnectionAbortedError where nothing that is sent arrives, and what
-        the look raises.
-        """
+        """See to client, clock, upstream.  Raise UpstreamError, ConnectionAbortedError, what the look raises."""
         before = time.monotonic()
         self._look()
         now = time.monotonic()
@@ -6488,10 +6481,8 @@ class Handler(socketserver.BaseRequestHandler):
                     self._hold(sse(shown))
                 if number == served.held:
                     self._flush()
-        except Exception as error:
-            if isinstance(error, UpstreamError):
-                log.warning("%s cut: %s", self.id, error.brief)
-            self._flush()    # what was said before may be seen
+        except UpstreamError as error:
+            log.warning("%s cut: %s", self.id, error.brief)
             raise
         self._hold(DONE)
         self._flush(last=True)
