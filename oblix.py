@@ -2542,8 +2542,6 @@ class Provider:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
         for param, known in unknown_values(request) if self.translates else ():
             return Unsupported(f"{self.label} does not have this value of {param}: it takes {known}.", param=param)
-        if self.translates and chosen_tools(request.body)[1] not in ("none", "auto") and not forced_tools(request.body):
-            return Unsupported("tool_choice asks for a tool that is not among the tools.", param="tool_choice")
         return None
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
@@ -2837,12 +2835,22 @@ def call_schema(tools: Sequence[Json]) -> Json:
 def _grammar_schema(tool: Json, place: str) -> Json:
     """Return the schema of a tool's arguments at a place in another, to which its references lead.
 
-    It is without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp).
+    Without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp): patterns, lengths,
+    references to nothing or to the root, and values whose type is left open.
     """
+    whole = tool_schema(tool)
+
     def change(schema: Json) -> Json:
-        kept = {name: value for name, value in schema.items() if name not in ("pattern", "minLength", "maxLength")}
-        return {**kept, "$ref": place + kept["$ref"][1:]} if kept.get("$ref", "").startswith("#") else kept
-    return in_each_schema(tool_schema(tool), change)  # type: ignore[no-any-return]
+        kept = {name: value for name, value in schema.items() if name not in _NOT_IN_GRAMMARS}
+        ref = place + kept.pop("$ref", "")[1:]
+        if ref.startswith("#/") and _referred(schema, whole) is not schema:
+            return {"$ref": ref}
+        return kept if _DECIDES_FORM & kept.keys() else {**kept, "type": [*_SCHEMA_TYPES[:-1]]}
+    return in_each_schema(whole, change)  # type: ignore[no-any-return]
+
+
+_NOT_IN_GRAMMARS = frozenset({"pattern", "minLength", "maxLength", "maxItems"})
+_DECIDES_FORM = frozenset("type anyOf oneOf allOf const enum properties items prefixItems".split())
 
 
 def call_hint(tools: Sequence[Json]) -> str:
@@ -2894,15 +2902,6 @@ def is_object(text: str) -> bool:
     with contextlib.suppress(ValueError):
         return isinstance(loads(text), dict)
     return False
-
-
-def first_call(chunks: Iterable[Any]) -> Iterator[Any]:
-    """Yield the chunks without all tool calls but the first."""
-    for chunk in chunks:
-        for choice in choices_of(chunk) if not isinstance(chunk, Texts) else ():
-            if "tool_calls" in choice["delta"]:
-                choice["delta"]["tool_calls"] = [call for call in choice["delta"]["tool_calls"] if not call["index"]]
-        yield chunk
 
 
 def sse_data(lines: Lines) -> Iterator[Any]:
@@ -3322,6 +3321,8 @@ def unknown_values(request: ChatRequest) -> Iterator[tuple[str, str]]:
         yield "tools", "tools of type function"
     if choice not in CHOICES and not name_of(choice):
         yield "tool_choice", f"{', '.join(CHOICES)} or a tool's name"
+    if choice not in ("none", "auto") and not forced_tools(body):
+        yield "tool_choice", "one of the tools"
     for number, message in enumerate(request.messages):
         if message["role"] not in ROLES:
             yield f"messages[{number}].role", ", ".join(ROLES)
@@ -3487,7 +3488,8 @@ def _with_short_ids(message: Json) -> Json:
 
 
 def _with_reasoning(message: Json) -> Json:
-    return {"reasoning_content": "", **message} if message.get("role") == "assistant" else message
+    thought = {"reasoning_content": message.get("reasoning", "")} if message.get("role") == "assistant" else {}
+    return {**thought, **message}
 
 
 def _without(prefix: str) -> Callable[[Json], Json]:
@@ -3578,16 +3580,13 @@ class Ollama(Provider):
         return converted
 
     def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        chunks, forced = self._said(lines), forced_tools(request.body)
-        if forced:
-            return as_call(only_json(chunks), forced)
-        only_one = request.body.get("parallel_tool_calls") is False    # Ollama has no such field
-        return first_call(chunks) if only_one else chunks
+        chunks, forced = self._said(lines, request.body.get("parallel_tool_calls", True)), forced_tools(request.body)
+        return as_call(only_json(chunks), forced) if forced else chunks
 
     def passes_text(self, request: ChatRequest) -> bool:
         return not forced_tools(request.body)
 
-    def _said(self, lines: Lines) -> Iterator[Any]:
+    def _said(self, lines: Lines, parallel: bool) -> Iterator[Any]:
         yield chunk_of(content="")
         numbers = itertools.count()    # of calls: each comes whole, and the server's index is always 0
         for line in filter(None, lines):
@@ -3597,6 +3596,7 @@ class Ollama(Provider):
             event = event_of(line)
             message, logprobs = event.get("message") or {}, event.get("logprobs")
             calls = [{**call, "index": next(numbers)} for call in message.get("tool_calls") or ()]
+            calls = calls if parallel else [call for call in calls if call["index"] == 0]    # it has no such field
             said = present({"reasoning_content": message.get("thinking"), "content": message.get("content"),
                             "tool_calls": calls})
             if said or logprobs:
@@ -3960,16 +3960,13 @@ def claude_tool(tool: Json) -> Json:
             "input_schema": schema, **_mark_of(tool, function)}
 
 
-def claude_name(name: str, letters: str = "A-Za-z0-9_-") -> str:
+def claude_name(name: str, more: str = "") -> str:
     """Return the name by which Claude knows a tool: its own, or one made of that alone where it would be refused."""
-    if re.fullmatch(f"[{letters}]{{1,64}}", name):
-        return name
-    return f"{re.sub(f'[^{letters}]', '_', name)[:55]}_{number_for(name):08x}"
+    fits = re.fullmatch(rf"[\w{more}-]{{1,64}}", name, re.A)
+    return name if fits else f"{re.sub('[^a-zA-Z0-9_-]', '_', name[:55])}_{number_for(name):08x}"
 
 
-def claude_key(name: str) -> str:
-    """Return the name by which Claude knows an argument, as `claude_name` does."""
-    return claude_name(name, "A-Za-z0-9_.-")
+claude_key = functools.partial(claude_name, more=".")    # of an argument
 
 
 def number_for(text: str) -> int:
@@ -4036,8 +4033,8 @@ def tool_schema(function: Json) -> Json:
         return whole
     variants, required = dict[str, dict[bytes, Any]](), dict.fromkeys(whole.get("required", []))
     for word, schemas in lost.items():
-        found = [_referred(schema, whole) for schema in schemas if isinstance(schema, dict)]
-        branches = [*{id(branch): valid_schema(branch) for branch in found}.values()]
+        found = (_referred(schema, whole) for schema in schemas if isinstance(schema, dict))
+        branches = [*map(valid_schema, {id(branch): branch for branch in found}.values())]    # each once
         for name, schema in itertools.chain.from_iterable(branch.get("properties", {}).items() for branch in branches):
             variants.setdefault(name, {})[dumps(schema)] = schema
         needed = [{*branch.get("required", [])} for branch in branches] or [set[str]()]
@@ -4045,17 +4042,18 @@ def tool_schema(function: Json) -> Json:
         required.update(dict.fromkeys(sorted(every)))
     merged = {name: {"anyOf": [*some.values()]} if len(some) > 1 else [*some.values()][0]
               for name, some in variants.items()}
-    told = [whole.get("description", ""), f"It must also fit {json.dumps(lost, ensure_ascii=False)}."]
+    told = f"It must also fit {json.dumps(lost, ensure_ascii=False)}."
     return {**whole, "properties": {**merged, **whole["properties"]}, "required": [*required],
-            "description": "\n".join(filter(None, told))}
+            "description": f"{whole.get('description', '')} {told if len(told) < 1000 else ''}".strip()}
 
 
 def _referred(schema: Json, root: Json) -> Json:
     """Return what a schema's reference leads to within the root, or the schema itself."""
-    place: Any = root
-    for step in schema.get("$ref", "").split("/")[1:]:
+    start, *steps = schema.get("$ref", "").split("/")
+    place: Any = root if start == "#" else None
+    for step in steps:
         place = place.get(step) if isinstance(place, dict) else None
-    return place if isinstance(place, dict) and place is not root else schema
+    return place if isinstance(place, dict) else schema
 
 
 def valid_schema(schema: Json) -> Json:
@@ -4076,7 +4074,7 @@ def valid_schema(schema: Json) -> Json:
     return new
 
 
-_SCHEMA_TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
+_SCHEMA_TYPES = ("string", "number", "boolean", "object", "array", "null", "integer")
 _FORMS: dict[str, tuple[type, ...]] = {    # keyword -> the types of its value (JSON Schema's meta-schemas)
     word: kinds for words, kinds in (
         ("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf", (int, float)),

@@ -3408,7 +3408,9 @@ A_OR_B = [{"properties": {"kind": {"const": "a"}, "a": {}}, "required": ["kind",
 TREE, TREE_IN_IT = growing("#"), growing("#/$defs/0")
 BEYOND_GRAMMARS = {"type": "object", "properties": {"a": {"type": "string", "pattern": "x", "maxLength": 9999},
                                                     "b": {"minimum": 0, "exclusiveMinimum": True},
-                                                    "c": {"items": [{}]}, "d": {"type": "any"}}}
+                                                    "c": {"items": [{}]}, "d": {"type": "any"},
+                                                    "e": {"$ref": "#/$defs/none"}}}
+OPEN = {"type": ["string", "number", "boolean", "object", "array", "null"]}
 
 
 def options(**expected):
@@ -3487,8 +3489,10 @@ TO_OLLAMA = [
                                               "response_format": {"type": "json_object"}},
      {"format": FIND_TOOL["parameters"]}),
     ("what makes no grammar", {"tools": [a_tool("run", BEYOND_GRAMMARS)], "tool_choice": "required"},
-     {"format": exactly({"type": "object", "properties": {"a": {"type": "string"}, "b": {"exclusiveMinimum": 0},
-                                                          "c": {"prefixItems": [{}]}, "d": {}}})}),
+     {"format": exactly({"type": "object", "properties": {"a": {"type": "string"}, "b": {**OPEN, "exclusiveMinimum": 0},
+                                                          "c": {"prefixItems": [OPEN]}, "d": OPEN, "e": OPEN}})}),
+    ("references that lead to the root, or nowhere", {"tools": [a_tool("plant", TREE)], "tool_choice": "required"},
+     {"format": {"properties": {"kid": {"$ref": "#/$defs/kid"}}, "$defs": {"kid": {"properties": {"top": OPEN}}}}}),
     ("references lead to the same from another root",
      {"tools": [a_tool("plant", TREE), TOOLS[0]], "tool_choice": "required"},
      {"format": {"anyOf": [one_call("plant", TREE_IN_IT), one_call("find", FIND_TOOL["parameters"])],
