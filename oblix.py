@@ -4569,7 +4569,8 @@ class Answer:
         self.silent = True             # nothing has come
         self.undelivered = False       # nor can the request have been worked on: its end was not acknowledged
         self._asked = time.monotonic()
-        self._begun = self._trailing = self._ended = self.complete = False    # the last one: the body has come
+        self._begun = self._trailing = self.complete = False    # the last one: the body has come
+        self.ended = False             # the protocol's end mark has come, if not the end of the framing
 
     def watch(self) -> None:
         """See to client, clock, upstream.  Raise UpstreamError, ConnectionAbortedError, what the look raises."""
@@ -4667,14 +4668,8 @@ class Answer:
         return None
 
     def begin(self) -> None:
-        """From now on limit silence: the first content has come."""
-        self._begun = True
-        self._progress()
-
-    def _progress(self) -> None:
-        """Something has come that is more than a sign of life: the silence after it counts."""
-        if self._begun:
-            self._deadline = time.monotonic() + self._limits.stall_s
+        """From now on limit silence: the first content has come, or more that is more than a sign of life."""
+        self._begun, self._deadline = True, time.monotonic() + self._limits.stall_s
 
     def _pieces(self) -> Iterator[bytes]:
         """Yield the body as it comes.  Raise UpstreamError where it breaks off or has no end."""
@@ -4761,8 +4756,8 @@ class Answer:
                 yield line.rstrip(b"\r\n")
             if lines:
                 fresh = not lines[-1].strip(b"\r\n") or self.text_event is not None and self.text_event.end == b"\n"
-            if texts or any(line[:1] not in b":\r\n" for line in lines):    # counted from when the client has taken it
-                self._progress()
+            if self._begun and (texts or any(line[:1] not in b":\r\n" for line in lines)):
+                self.begin()    # counted from when the client has taken it
         yield from b"".join(held).splitlines()    # nothing more can follow a CR
 
     def _whole(self, come: bytes, fresh: bool) -> tuple[bytes, bytes]:
@@ -4784,13 +4779,9 @@ class Answer:
                 return Texts(between[1::2])
         return None
 
-    def mark_complete(self) -> None:
-        """Know that the protocol's end mark has come; only the end of the framing may still be missing."""
-        self._ended = True
-
     def close(self) -> None:
         """Keep the connection if the answer has been read to its end, else break it off, which stops the upstream."""
-        if self._ended and not self.complete:    # what is behind the end mark is read, if it comes at once
+        if self.ended and not self.complete:    # what is behind the end mark is read, if it comes at once
             self._look, self._until, self._deadline = no_look, math.inf, time.monotonic() + DRAIN_S
             limit_waits(self._upstream, DRAIN_S)
             with contextlib.suppress(UpstreamError):
@@ -5722,7 +5713,7 @@ class Dispatch:
                         answer.text_event = provider.text_event if frame else None
                     tokens = tokens_of(chunk) or tokens
                     yield told
-                answer.mark_complete()
+                answer.ended = True
         finally:    # a client that has read enough has seen how fast it was
             if begun:
                 self._learn(request, target, begun - started, tokens, time.monotonic() - begun, timings)
