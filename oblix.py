@@ -6373,7 +6373,7 @@ class Handler(socketserver.BaseRequestHandler):
         quiet = self.told.get("status") == 200 and self.head.path in ("/health", "/")
         level = logging.DEBUG if quiet else logging.INFO
         if log.isEnabledFor(level):
-            seconds, tokens = time.monotonic() - self.started, self.told.pop("tokens", 0)
+            seconds, tokens = round(time.monotonic() - self.started, 3), self.told.pop("tokens", 0)
             facts = {"id": self.id, "method": self.head.method[:20], "path": self.head.path[:64], **self.told,
                      "seconds": seconds}
             if tokens:    # else the upstream has not said
@@ -6437,7 +6437,7 @@ class Handler(socketserver.BaseRequestHandler):
         if served.whole is not None:
             self.told["tokens"] = tokens_of(served.whole)
             return self.reply(200, served.raw or dumps(served.whole), {**JSON_HEADERS, **headers})
-        self.told["first_token_s"] = time.monotonic() - self.started
+        self.told["first_token_s"] = round(time.monotonic() - self.started, 3)
         self._event_headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
             self._stream(served, request.include_usage)
@@ -6937,10 +6937,8 @@ class _LogFormatter(logging.Formatter):
             lines += "".join(traceback.format_tb(record.exc_info[2])).splitlines() + [record.exc_info[0].__name__]
         if self.as_json:
             at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
-            facts = {name: round(value, 3) if isinstance(value, float) else value
-                     for name, value in getattr(record, "facts", {}).items()}
             return dumps({"time": at.isoformat(timespec="milliseconds"), "level": record.levelname,
-                          "message": "\n".join(lines), **facts}).decode()
+                          "message": "\n".join(lines), **getattr(record, "facts", {})}).decode()
         lines[0] = f"{record.levelname} {lines[0]}"
         if self.journal:    # each line is an entry of its own there
             return "\n".join(f"<{SYSLOG.get(record.levelname, 7)}>{line}" for line in lines)
