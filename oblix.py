@@ -6470,8 +6470,10 @@ class Handler(socketserver.BaseRequestHandler):
                     self._hold(sse(shown))
                 if number == served.held:
                     self._flush()
-        except UpstreamError as error:
-            log.warning("%s cut: %s", self.id, error.brief)
+        except Exception as error:
+            if isinstance(error, UpstreamError):
+                log.warning("%s cut: %s", self.id, error.brief)
+            self._flush()    # what was said before may be seen
             raise
         self._hold(DONE)
         self._flush(last=True)
