@@ -6106,8 +6106,7 @@ class Guest:
         """Wait for more.  Raise ClientGone where none comes, and what `_look` raises."""
         while True:
             try:
-                # so large a buffer waits for each idle client
-                piece = self.connection.recv(8 << 10 if self.silent else PIECE_BYTES)
+                piece = self.connection.recv(8 << 10 if self.silent else PIECE_BYTES)    # each idle client holds it
                 break
             except NOT_YET:
                 self._look()
@@ -6674,10 +6673,7 @@ class Server:
             listener.stop()
 
     def drain(self, limit_s: float, pause: Callable[[], int]) -> int:
-        """Let no new client in, wait for requests to end within the limit, and end the rest in-band.
-
-        `pause` waits for a moment.  Return 0, or the first other number that it returns, which ends the wait.
-        """
+        """Let requests end within the limit, and end the rest in-band.  Return at once what `pause` returns but 0."""
         self._stop()
         for seconds in (limit_s, GRACE_S):
             deadline = time.monotonic() + seconds
@@ -6950,8 +6946,7 @@ class _LogFormatter(logging.Formatter):
 class _LogWriter(logging.Handler):
     """Writes lines on a thread of its own, those of LOG_S together: no request waits for the disk or the terminal.
 
-    Where nobody takes the log any more its oldest lines are dropped.  (A buffered stream would be simpler.  But while
-    its buffer is full each request would wait, and a write to it holds the handler's lock.)
+    Where nobody takes the log its oldest lines are dropped: while a buffered stream is full each request would wait.
     """
 
     def __init__(self, stream: TextIO) -> None:
