@@ -4941,15 +4941,13 @@ class Transport:
 
     def _kept(self, way: _Route) -> socket.socket | None:
         """Return an idle connection on which nothing has come: neither its end, nor bytes that nobody asked for."""
-        idle = self._idle.get(way[:4])
-        while idle:
-            try:
+        idle = self._idle.get(way[:4], collections.deque())
+        with contextlib.suppress(IndexError):    # none is left
+            while True:
                 upstream, since = idle.pop()
-            except IndexError:    # another thread was quicker
-                break
-            if 0 <= time.time() - since < IDLE_S and not _has_come(upstream, _READABLE):
-                return upstream
-            upstream.close()
+                if 0 <= time.time() - since < IDLE_S and not _has_come(upstream, _READABLE):
+                    return upstream
+                upstream.close()
         return None
 
     def _keep(self, way: _Route, upstream: socket.socket) -> None:
