@@ -6795,8 +6795,7 @@ def demo(settings: Settings) -> Iterator[Settings]:
     if not settings.demo:
         yield settings
         return
-    server = Listener(("127.0.0.1", 0), Admission(settings.max_requests, settings.max_body_mib << 20), Guard(),
-                      _DemoHandler)
+    server = Listener(("127.0.0.1", 0), Admission(1 << 16, MAX_BODIES_BYTES), Guard(), _DemoHandler)
     server.thread.start()
     url = f"http://127.0.0.1:{server.port}"
     try:
