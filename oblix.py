@@ -6743,7 +6743,7 @@ show(); setInterval(show, 3000);
 
 
 # === 13. Demo =========================================================================================================
-# uses: 1 2 3 6 10 11
+# uses: 1 2 6 10 11
 # What can a newcomer run who has neither Ollama nor a key?  A server on a loopback port that speaks Ollama's and
 # OpenAI's formats, and answers from a script.
 
@@ -6772,13 +6772,13 @@ class _DemoHandler(Handler):
         path = self.head.target
         if path in _DEMO_FACTS:
             return self.json(200, _DEMO_FACTS[path])
-        request, ours = parse_request(self.body()), path == "/api/chat"
-        lines = _demo_lines(len(request.messages), ("local", "Ollama") if ours else ("cloud", "OpenAI"))
+        asked, ours = loads(self.body()), path == "/api/chat"
+        lines = _demo_lines(len(asked["messages"]), ("local", "Ollama") if ours else ("cloud", "OpenAI"))
         head = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": int(time.time()),
-                "model": request.model}
+                "model": asked["model"]}
         chunks = ({**head, **{name: chunk[name] for name in chunk.keys() - {"timings"}}}
-                  for chunk in PROVIDERS["ollama"].decode(lines, request))
-        if not (ours or request.stream):
+                  for chunk in PROVIDERS["ollama"].decode(lines, ChatRequest("", {"messages": []})))
+        if not (ours or asked.get("stream")):
             return self.json(200, fold(chunks))
         self._event_headers = {"Content-Type": "application/x-ndjson"} if ours else EVENT_HEADERS
         for self._events in lines if ours else itertools.chain(map(sse, chunks), [DONE]):
