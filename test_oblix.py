@@ -12708,8 +12708,7 @@ class CommandLine(Case):
             for text in ("scripted", "http://localhost:%d/v1" % process.port, "OpenAI("):
                 self.assertIn(text, process.said())
             models = "auto", "local", "cloud", "ollama:demo-local", "openai:demo-cloud"
-            past = [user("Hi"), {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": {
-                "name": "now", "arguments": "{}"}}]}, {"role": "tool", "tool_call_id": "a", "content": "noon"}]
+            past = [user("Hi"), assistant(None, ("a", "now", "{}")), result("a", "noon")]
             for reply in at_once(lambda model, stream, more: ask(process, model, stream=stream, **more),
                                  itertools.product(models, (False, True), ({}, {"tools": TOOLS, "messages": past}))):
                 self.assertEqual((reply.status, reply.finish, reply.cut), (200, "stop", False), reply.body)
