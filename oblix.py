@@ -6743,7 +6743,7 @@ show(); setInterval(show, 3000);
 
 
 # === 13. Demo =========================================================================================================
-# uses: 1 2 6 10 11
+# uses: 1 2 3 6 10 11
 # What can a newcomer run who has neither Ollama nor a key?  A server on a loopback port that speaks Ollama's and
 # OpenAI's formats, and answers from a script.
 

@@ -14727,7 +14727,7 @@ class ClientContract:
         for model, job in itertools.product(EXPLICIT, ("streamed", "accumulated")):
             self.play(lambda dialect, _: [*upto(dialect, "Hello"), chunk(dialect.error_event("the reason why")), CLOSE],
                       lambda dialect, _: [*upto(dialect, "Hello"), CLOSE])
-            for says in ("the reason why", "broke off"):
+            for says in ("the reason why", "before the answer was complete"):
                 with self.assertLogs("oblix", "WARNING"):
                     self.assertEqual(self.raises("APIError", job, model, None, says)["text"], "Hello")
 
