@@ -2485,13 +2485,6 @@ class Provider:
         """
         return in_order(self.chunks(lines, request), request)
 
-    def whole(self, raw: bytes, request: ChatRequest) -> Json:
-        """Return the answer in a whole body as OpenAI's reference has it.  Raises as `decode`."""
-        if self.translates or _EVENTS.match(raw):    # some servers stream unasked
-            return fold(self.decode(raw.splitlines(), request))
-        answer = event_of(raw)
-        return answer if is_in_order(answer) else fold(in_order([answer], request))
-
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         """Return the endpoint's models.  Raises what `ask` raises, and NOT_IN_ITS_FORMAT.
 
@@ -3004,20 +2997,6 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
         yield from one.end()
     if counted:
         yield counted
-
-
-def is_in_order(answer: Json) -> bool:
-    """Return True if a whole answer is as `in_order` and `fold` would make it; False where that must be tried."""
-    return (type(answer.get("created")) is int and isinstance(answer.get("usage"), dict)
-            and answer.get("object") == "chat.completion" and bool(answer.get("choices")) and all(
-                type(choice.get("index")) is int and isinstance(message.get("content"), str)
-                and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
-                and not choice.get("logprobs") and "error" not in choice and _REMADE.isdisjoint(message)
-                for choice in answer["choices"] for message in [choice.get("message") or {}]))
-
-
-_PLAIN_ENDS = ("stop", "length", "content_filter")
-_REMADE = frozenset({"tool_calls", "function_call", "reasoning"})    # fields of a message that may have to change
 
 
 class _Choice:
@@ -5642,17 +5621,11 @@ class Dispatch:
 
         An empty answer is a fault as long as there is another target to ask.
         """
-        request = self._request
-        if request.stream:
-            held, stream = self._begun(request, target)
-            relay = self._continuing if self._settings.on_cut == "continue" else self._noted
-            return Result(target, chunks=relay(target, held, stream), held=len(held))
-        if PROVIDERS[target.endpoint.provider].translates:
-            return Result(target, whole=fold(itertools.chain(*self._begun(request, target))))
-        whole = self._whole(request, target)
-        if self._others and is_empty([whole]):
-            raise _empty()
-        return Result(target, whole=whole)
+        held, stream = self._begun(self._request, target)
+        if not self._request.stream:
+            return Result(target, whole=fold(itertools.chain(held, stream)))
+        relay = self._continuing if self._settings.on_cut == "continue" else self._noted
+        return Result(target, chunks=relay(target, held, stream), held=len(held))
 
     def _begun(self, request: ChatRequest, target: Target) -> tuple[list[Chunk], Stream]:
         """Return the chunks of a target's answer up to the first with content, the commit point, and its stream.
@@ -5720,7 +5693,7 @@ class Dispatch:
         load.result()
 
     def _stream(self, request: ChatRequest, target: Target) -> Stream:
-        """Yield the chunks of a target's streamed answer, all with one id, time and model.
+        """Yield the chunks of a target's answer, all with one id, time and model.
 
         After the first content, events that say a text and nothing else come as bytes that are ready for the client.
         """
@@ -5728,10 +5701,11 @@ class Dispatch:
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
         frame: tuple[bytes, bytes] | None = None
+        streamed = request.stream or provider.translates
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
             with self._exchange(request, target) as (answer, started):
-                for chunk in _decoded(answer, provider, request):
+                for chunk in _decoded(answer, streamed, provider, request):
                     if isinstance(chunk, Texts) and frame:
                         before, after = frame
                         yield before + (after + before).join(chunk) + after
@@ -5749,16 +5723,8 @@ class Dispatch:
                 answer.mark_complete()
         finally:    # a client that has read enough has seen how fast it was
             if begun:
-                self._learn(request, target, begun - started, tokens, time.monotonic() - begun, timings)
-
-    def _whole(self, request: ChatRequest, target: Target) -> Json:
-        """Return the whole answer of a target that was asked for one."""
-        with self._exchange(request, target) as (answer, started):
-            raw = answer.body()
-            with _in_its_format():
-                whole = PROVIDERS[target.endpoint.provider].whole(raw, request)
-        self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
-        return {**whole, **_envelope(whole, target.id), "object": "chat.completion"}
+                first_s, since = (begun - started, begun) if streamed else (None, started)
+                self._learn(request, target, first_s, tokens, time.monotonic() - since, timings)
 
     def _learn(self, request: ChatRequest, target: Target, first_s: float | None, tokens: int, seconds: float,
                timings: Any) -> None:
@@ -5893,19 +5859,12 @@ class Dispatch:
         return None
 
 
-@contextlib.contextmanager
-def _in_its_format() -> Iterator[None]:
-    """Turn the errors of a block that reads an answer into a fault of the upstream."""
-    try:
-        yield
+def _decoded(answer: Answer, streamed: bool, provider: Provider, request: ChatRequest) -> Iterator[Any]:
+    """Yield the chunks of an answer, and the Texts in it."""
+    try:    # not around what we do with them: a bug of ours is no fault of an upstream
+        yield from provider.decode(answer.lines() if streamed else answer.body().splitlines(), request)
     except NOT_IN_ITS_FORMAT as error:
         raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
-
-
-def _decoded(answer: Answer, provider: Provider, request: ChatRequest) -> Iterator[Any]:
-    """Yield the chunks of a streamed answer, and the Texts in it."""
-    with _in_its_format():    # not around what we do with them: a bug of ours is no fault of an upstream
-        yield from provider.decode(answer.lines(), request)
 
 
 MAX_SAID = 32_768     # chunks of a stream that are kept to be continued, some 1 KB each; a longer one is not
