@@ -320,6 +320,7 @@ MAX_BLOCKS = 4096            # a million characters, more than a local model's w
 MAX_RETRY_AFTER_S = 600.0
 MOST_TOKENS = 1 << 32        # no window has so many
 MAX_LINE_BYTES = 32 << 20    # of an event in an answer: as much as a request may have; more is an attack
+CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call")
 
 
 class OblixError(Exception):
@@ -395,12 +396,9 @@ def choices_of(chunk: Chunk) -> list[Json]:
 
 
 def has_content(chunk: Chunk) -> bool:
-    """Return True if a chunk, or a whole answer, has content that a client would miss."""
-    deltas = [choice.get("delta") or choice.get("message") for choice in choices_of(chunk)]
+    """Return True if a chunk has content that a client would miss."""
+    deltas = [choice.get("delta") for choice in choices_of(chunk)]
     return any(isinstance(delta, dict) and any(map(delta.get, CONTENT)) for delta in deltas)
-
-
-CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call")
 
 
 def is_empty(chunks: Iterable[Chunk]) -> bool:
@@ -446,6 +444,8 @@ MAX_JSON_DEPTH = 100         # tool schemas nest some 10-20 deep; json itself gi
 MAX_JSON_MARKS = 1 << 20     # each may cost 100 bytes of memory ("[[],[],…"); one in a text is about a token
 MAX_DIGITS = 4300            # Python's own limit, which 3.9.2 of Debian 11 lacks: the work grows with the square
 _JSON = json.JSONDecoder(parse_float=finite, parse_int=integer, parse_constant=finite)
+_COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
 
 
 def loads(raw: str | bytes) -> Any:
@@ -460,16 +460,13 @@ def loads(raw: str | bytes) -> Any:
         value = _JSON.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    # to count in a long text takes longer than to walk through what it contains
-    level: list[Any] = [[value]] if len(text) > 4096 or text.count("[") + text.count("{") > MAX_JSON_DEPTH else []
+    level: list[Any] = [[value]]
     for _ in range(MAX_JSON_DEPTH + 1):
-        if not level:
-            return value
         level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
                  if isinstance(inner, (dict, list))]
-    if level:
-        raise ValueError("nested too deeply")
-    return value
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
 
 
 def dumps(value: Any) -> bytes:
@@ -477,17 +474,11 @@ def dumps(value: Any) -> bytes:
     return _COMPACT.encode(value).encode("ascii")
 
 
-_COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
-
-
 @functools.lru_cache(64)    # clients and settings name few hosts
 def host_of(authority: str) -> str:
     """Return the host in a host[:port], in lower case, or "" if there is none."""
     found = _AUTHORITY.fullmatch(authority.lower())
     return found[1].strip("[]").rstrip(".") if found else ""
-
-
-_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
 
 
 def host_in(url: str) -> str:
@@ -519,16 +510,18 @@ def is_loopback(host: str) -> bool:
 
 def setting(default: Any, help: str, low: float = 0, high: float = 1e6, *, env: str = "", secret: bool = False,
             choices: Any = None, form: str = "(?s).*") -> Any:
-    """Declare a setting: a number from `low` to `high`, or a text of this form.
-
-    `env` names a variable that other tools share, and that has no flag.
-    """
+    """Declare a setting: a number from `low` to `high`, or a text of this form.  `env`: a variable without a flag."""
     return dataclasses.field(default=default, repr=not secret, metadata={
         "help": help, "low": low, "high": high, "env": env, "choices": choices, "form": form})
 
 
 NUMBER = r"[+-]?\d+(\.\d*)?"
 DURATION = rf"{NUMBER}|[+-]?((\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h))+"    # as Ollama reads keep_alive; the latter is Go's
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+# What copying leaves around a value: blanks, a byte order mark, quotes (`docker run --env-file` keeps them).
+_AROUND = " \t\r\n\xa0\ufeff\u200b\"'`\u201c\u201d\u2018\u2019"
+_BEFORE_KEY = re.compile(r"(?:export\s+)?[A-Z][A-Z0-9_]*(?:KEY|TOKEN)=(?=[^=])|(?i:authorization:\s*)?(?i:bearer)\s+")
+_ODD_KEY = re.compile(r"(?i)[$<{%]|.*(?:\s|\.\.\.)|(?:bearer|none|null|undefined|your.*key.*)$")    # of a template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -618,17 +611,8 @@ class Settings:
         return cls(**found)
 
 
-# What copying leaves around a value: blanks, a byte order mark, quotes (`docker run --env-file` keeps them).
-_AROUND = " \t\r\n\xa0\ufeff\u200b\"'`\u201c\u201d\u2018\u2019"
-_BEFORE_KEY = re.compile(r"(?:export\s+)?[A-Z][A-Z0-9_]*(?:KEY|TOKEN)=(?=[^=])|(?i:authorization:\s*)?(?i:bearer)\s+")
-_ODD_KEY = re.compile(r"(?i)[$<{%]|.*(?:\s|\.\.\.)|(?:bearer|none|null|undefined|your.*key.*)$")    # of a template
-
-
 def key_in(text: str, place: str) -> str:
-    """Return the key in a text that was copied: without what stands around it, its variable or `Bearer`.
-
-    Return "" if there is none.  Raise UsageError, which names the place, for characters that no key has.
-    """
+    """Return the key in a text that was copied, or "".  Raise UsageError, which names the place, for odd characters."""
     key = _BEFORE_KEY.sub("", text.strip(_AROUND), 1).strip(_AROUND)
     if not is_header_safe(key):
         raise UsageError(f"{place} holds characters that no key has: copy it again")
@@ -658,9 +642,6 @@ def variable_of(field: dataclasses.Field[Any]) -> str:
 def flag_of(field: dataclasses.Field[Any]) -> str:
     """Return the flag of a setting, "" if only a variable sets it."""
     return "" if field.metadata["env"] else "--" + field.name.replace("_", "-")
-
-
-_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], text: str) -> Json:
@@ -976,6 +957,9 @@ _ABSENT = type(None)
 _ALLOWED = {"tools": list, "mode": str}
 _CALLED = {"name": str, "arguments": (str, dict, _ABSENT)}
 _FUNCTION = {"name": str, "parameters": (dict, _ABSENT), "description": (str, _ABSENT)}
+# A data: URL of an image, by the first bytes of its formats: what a client says of the type is often a guess.
+_IMAGE = re.compile(r"(?i:data):([^;,]*)[^,]*;(?i:base64),"
+                    r"(?:(?P<png>iVBORw0KGg)|(?P<jpeg>/9j/)|(?P<gif>R0lGOD)|(?P<webp>UklGR.{6}XRUJQ))")
 _string, _boolean, _object = _a(str, words="a string"), _a(bool, words="true or false"), _a(dict, words="an object")
 _number: Rule = lambda value: type(value) in (int, float), "must be a number"
 _strings = _list_of(str, "strings")
@@ -1005,14 +989,13 @@ FIELDS: dict[str, Rule] = {
 NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop": [], "tools": [], "functions": [],
           "logit_bias": {}, "modalities": ["text"], "response_format": {"type": "text"}}
 
-_TOOL = '{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
-_CALL = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
 MESSAGE_FIELDS: dict[str, Rule] = {
     "role": (lambda value: isinstance(value, str) and value, "must be system, developer, user, assistant or tool"),
     "tool_call_id": _string, "refusal": _string, "name": _string,
     "content": _a(str, list, words="a string or a list of content parts"),
     "function_call": (lambda value: _has(value, _CALLED), 'must be {"name": …, "arguments": "{}"}'),
-    "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), f"must be a list of {_CALL}"),
+    "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), 'must be a list of {"id": …, '
+                   '"type": "function", "function": {"name": …, "arguments": "{}"}}'),
 }
 
 PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test of the rest
@@ -1024,10 +1007,7 @@ PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test
 
 
 def parse_request(raw: bytes) -> ChatRequest:
-    """Return the request that a client's bytes contain.
-
-    Raises BadRequest, which names the parameter, for a type or range that no upstream takes.
-    """
+    """Return the request in a client's bytes.  Raise BadRequest for a type or range that no upstream takes."""
     try:
         body = loads(raw)
     except ValueError as error:
@@ -1036,13 +1016,11 @@ def parse_request(raw: bytes) -> ChatRequest:
         raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
     check_fields(body, FIELDS, ("model", "messages"))
     model = body.pop("model")
+    if body.get("stop") is not None and "" in as_list(body["stop"]):    # it says nothing, and vLLM refuses it
+        body["stop"] = [stop for stop in as_list(body["stop"]) if stop]
     kept = {name: value for name, value in body.items()
             if value is not None and not (name in NO_OPS and value == NO_OPS[name])}
     kept.update({name: int(value) for name, value in kept.items() if type(value) is float and name in WHOLE})
-    if "" in as_list(kept.get("stop", [])):    # it says nothing, and vLLM refuses it
-        kept["stop"] = [stop for stop in as_list(kept["stop"]) if stop]
-    if kept.get("stop") == []:
-        del kept["stop"]
     kept["messages"] = [_message(f"messages[{number}]", message) for number, message in enumerate(kept["messages"])]
     if "tools" in kept:
         kept["tools"] = [_tool(f"tools[{number}]", tool) for number, tool in enumerate(kept["tools"])]
@@ -1058,7 +1036,7 @@ def _tool(where: str, tool: Json) -> Json:
     """Return a tool, checked, with its type and without its nulls.  Raises BadRequest."""
     tool = {"type": "function", **without_nulls(tool, tool.get("type") or "function")}
     fits = tool["type"] != "function" or _has(tool.get("function"), _FUNCTION) and tool["function"]["name"]
-    need(fits, where, f"must be like {_TOOL}")
+    need(fits, where, 'must be like {"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}')
     return tool
 
 
@@ -1089,11 +1067,6 @@ def _part(where: str, part: Any) -> Json:
         url = f"data:image/{image.lastgroup}{image.string[image.end(1):]}"
         part = {**part, "image_url": {**part["image_url"], "url": url}}
     return without_nulls(part, kind)
-
-
-# A data: URL of an image, by the first bytes of its formats: what a client says of the type is often a guess.
-_IMAGE = re.compile(r"(?i:data):([^;,]*)[^,]*;(?i:base64),"
-                    r"(?:(?P<png>iVBORw0KGg)|(?P<jpeg>/9j/)|(?P<gif>R0lGOD)|(?P<webp>UklGR.{6}XRUJQ))")
 
 
 def without_nulls(fields: Json, inner: Any = None) -> Json:
@@ -5102,6 +5075,13 @@ WARM_AGAIN_S = 300.0         # as long as Ollama keeps a model by itself
 KEPT_S, KEPT_ON_BATTERY_S = 1800, 300    # a model in memory; Ollama's own default is the latter
 CACHED_S = 300    # a prompt, by Claude: its usual time
 LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
+LOAD_RETRY_S = 5.0    # the Retry-After where only a loading model could have answered
+MAX_SAID = 32_768     # chunks of a stream that are kept to be continued, some 1 KB each; a longer one is not
+MAX_HELD = 4096       # chunks that say nothing before the first that does; a few are usual
+_ADVICE = "start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
+# Codes of faults that tell of the way to an endpoint, so that it is worth a probe at once.
+_LOST = ("upstream_unreachable", "upstream_tls", "upstream_timeout", "upstream_cut")
+
 
 def new_id(prefix: str) -> str:
     """Return a fresh random id.  It is not a secret, so it takes no system call."""
@@ -5367,10 +5347,9 @@ class Gateway:
         breakers = [snapshot.record(target).breaker for target in asked if target not in refusals]
         wait_s = min((breaker.rest_s(snapshot.now) for breaker in breakers
                       if breaker.rest_s(snapshot.now) and breaker.fault is not Fault.ACCOUNT), default=None)
-        return NoTarget(f"No model can answer: {plan.reason}. {text or 'Nothing is configured'}."
-                        + ("" if wait_s else " Start Ollama and pull a model, or set OPENAI_API_KEY or "
-                                             "ANTHROPIC_API_KEY."), retry=None if wait_s else False,
-                        retry_after_s=wait_s)
+        advice = "" if wait_s else f"; {_ADVICE}"
+        return NoTarget(f"No model can answer: {plan.reason}. {text or 'Nothing is configured'}{advice}.",
+                        retry=None if wait_s else False, retry_after_s=wait_s)
 
     def answer(self, request: ChatRequest, look: Look = no_look) -> Result:
         """Return the first answer that a target of the plan gives.  Raise OblixError, and what the look raises.
@@ -5396,21 +5375,22 @@ class Gateway:
         able = any(plan.conditions[target].state != "unreachable" for target in plan.order)
         waiting = any(reading.endpoint and not reading.known for reading in snapshot.readings)    # no evidence yet
         targets = [_target_report(target, plan.conditions[target], snapshot) for target in snapshot.targets]
-        reasons = [f"{target['id']}: {target['reason']}" for target in targets] or [_NOTHING]
+        reasons = [f"{target['id']}: {target['reason']}" for target in targets]
         return {
             "status": "healthy" if able or waiting else "unhealthy", "version": __version__,
             **{side.value: _side_report(side, snapshot, plan.conditions) for side in Side},
             "plan": {"order": [target.id for target in plan.order], "reason": plan.reason}, "targets": targets,
-            **({} if able or waiting else {"reasons": reasons}),
+            **({} if able or waiting else {"reasons": reasons or [f"no model is configured: {_ADVICE}"]}),
         }
 
-    def models(self) -> list[tuple[str, int, str]]:
-        """Return (id, created, owner) of all models that can be asked for.  Does not wait."""
+    def models(self) -> list[Json]:
+        """Return all models that can be asked for, as GET /v1/models lists them.  Does not wait."""
         snapshot, found = self.snapshot(), dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
         found.update({target.id: (0, target.endpoint.provider) for target in snapshot.targets})
         found.update({"ollama:" + model.name.removesuffix(":latest"): (model.created, "ollama")
                       for model in installed(self._ollama, snapshot.readings)})
-        return [(id, *rest) for id, rest in found.items()]
+        return [{"id": id, "object": "model", "created": created, "owned_by": owner}
+                for id, (created, owner) in found.items()]
 
 
 @functools.lru_cache(4)
@@ -5429,10 +5409,6 @@ def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
     return (next(fitting, found[0]),) if found else ()
 
 
-# Codes of faults that tell of the way to an endpoint, so that it is worth a probe at once.
-_LOST = ("upstream_unreachable", "upstream_tls", "upstream_timeout", "upstream_cut")
-
-
 def _in_memory(told: Probe | Reading | None) -> frozenset[str]:
     """Return the names of the models that a server shows in its memory."""
     return frozenset(model.name for model in told and told.models or () if not model.cold and not model.remote)
@@ -5442,9 +5418,6 @@ def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
     """Return True if a reading knows of a load that has ended."""
     model = model_of(target, reading)
     return model is None or not model.cold and (not context or model.context in (0, context))
-
-
-_NOTHING = "no model is configured: start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
 
 
 def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json:
@@ -5509,15 +5482,13 @@ class Dispatch:
         with contextlib.closing(self._order()) as order:
             for target, self._others in order:
                 try:
-                    served = self._attempt(target)
+                    return self._completed(self._attempt(target))
                 except _Overtaken:
                     self._overtaken.append(target)
                 except UpstreamError as error:
                     self._fail(target, error)
                     if not error.fault.moves_on:
                         break
-                else:
-                    return self._completed(served)
         raise _all_failed(self._plan, self._failed)
 
     def _first_plan(self) -> Plan:
@@ -5559,8 +5530,7 @@ class Dispatch:
                 yield target, self._plan.order[place + 1:]
                 if self._again(target):
                     yield target, self._plan.order[place + 1:]
-        yield from ((target, ()) for target in self._overtaken)
-        yield from ((target, ()) for target in hope)
+        yield from ((target, ()) for target in itertools.chain(self._overtaken, hope))
         if self._named:
             return
         if self._hears_more():
@@ -5600,27 +5570,21 @@ class Dispatch:
         return True
 
     def _limits(self, target: Target) -> Limits:
-        """Return the limits of this attempt.  While the other side could answer, patience limits the first content.
-
-        Raises UpstreamError when no time is left.
-        """
+        """Return this attempt's limits: patience while the other side could answer.  Raise UpstreamError at the end."""
         usual, left_s = self._gateway.limits(self._until), self._until - time.monotonic()
         if left_s <= 0:
             raise time_is_up()
-        connect_s, patience_s = min(usual.connect_s, left_s), usual.first_byte_s
+        patience_s = usual.first_byte_s
         if target.side is Side.LOCAL and self._others:
             patience_s = self._settings.patience_s
         elif not self._heard or any(other.side is Side.LOCAL for other in self._others):
             pace = self.ledger.record(target).pace
             patience_s = cloud_patience_s(pace, self._request.stream, self._settings.patience_s)
         self._asked_at, self._patience_s = time.monotonic(), patience_s if patience_s < usual.first_byte_s else math.inf
-        return Limits(connect_s, min(patience_s, usual.first_byte_s), usual.stall_s, usual.until)
+        return usual._replace(connect_s=min(usual.connect_s, left_s), first_byte_s=min(patience_s, usual.first_byte_s))
 
     def _attempt(self, target: Target) -> Result:
-        """Try one target, up to its first content, or to its end where the client wants a whole answer.
-
-        An empty answer is a fault as long as there is another target to ask.
-        """
+        """Try one target, up to its first content, or to its end where the client wants a whole answer."""
         held, stream = self._begun(self._request, target)
         if not self._request.stream:
             return Result(target, whole=fold(itertools.chain(held, stream)))
@@ -5630,7 +5594,7 @@ class Dispatch:
     def _begun(self, request: ChatRequest, target: Target) -> tuple[list[Chunk], Stream]:
         """Return the chunks of a target's answer up to the first with content, the commit point, and its stream.
 
-        Raises UpstreamError for what fails before that.
+        Raise UpstreamError for what fails before that, as does an empty answer while there is another target to ask.
         """
         stream, held = self._stream(request, target), list[Chunk]()
         for chunk in stream:
@@ -5640,8 +5604,8 @@ class Dispatch:
             if len(held) > MAX_HELD:
                 stream.close()
                 raise UpstreamError(f"no content in {MAX_HELD} pieces", code="bad_upstream_answer")
-        if self._others and is_empty(held):
-            raise _empty()
+        if is_empty(held) and (self._others or request is not self._request):
+            raise UpstreamError("the answer was empty", code="empty_answer")
         return held, stream
 
     def _loaded(self, request: ChatRequest, target: Target, limits: Limits) -> int:
@@ -5666,7 +5630,13 @@ class Dispatch:
                     load = loader.begin(target, context)
             if not load:
                 break
-            self._await(load, limits.first_byte_s)
+            if self._wait(load.done, limits.first_byte_s):
+                load.result()
+            elif time.monotonic() >= self._until:
+                raise time_is_up()
+            else:
+                raise UpstreamError("the model is still loading", Fault.LOADING, status=503, code="model_loading",
+                                    retry_after_s=LOAD_RETRY_S)
         return context
 
     def _know(self, target: Target) -> None:
@@ -5679,18 +5649,7 @@ class Dispatch:
 
     def _wait(self, event: threading.Event, limit_s: float) -> bool:
         """Return True if the event comes within the limit.  Raise what the look raises."""
-        limit_s = min(limit_s, self._until - time.monotonic())
-        return wait_for(event, limit_s, self._look)
-
-    def _await(self, load: Errand, limit_s: float) -> None:
-        """Wait for a load.  Raises UpstreamError where it fails or takes too long, ClientGone on a hang-up."""
-        done = self._wait(load.done, limit_s)
-        if not done and time.monotonic() >= self._until:
-            raise time_is_up()
-        if not done:
-            raise UpstreamError("the model is still loading", Fault.LOADING, status=503, code="model_loading",
-                                retry_after_s=LOAD_RETRY_S)
-        load.result()
+        return wait_for(event, min(limit_s, self._until - time.monotonic()), self._look)
 
     def _stream(self, request: ChatRequest, target: Target) -> Stream:
         """Yield the chunks of a target's answer, all with one id, time and model.
@@ -5847,10 +5806,7 @@ class Dispatch:
         while self._others:
             target, self._others = self._others[0], self._others[1:]
             try:
-                held, stream = self._begun(request, target)
-                if is_empty(held):
-                    raise _empty()
-                return target, held, stream
+                return target, *self._begun(request, target)
             except _Overtaken:
                 log.info("%s could not continue: it has no free slot", target.id)
             except UpstreamError as error:
@@ -5865,11 +5821,6 @@ def _decoded(answer: Answer, streamed: bool, provider: Provider, request: ChatRe
         yield from provider.decode(answer.lines() if streamed else answer.body().splitlines(), request)
     except NOT_IN_ITS_FORMAT as error:
         raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
-
-
-MAX_SAID = 32_768     # chunks of a stream that are kept to be continued, some 1 KB each; a longer one is not
-MAX_HELD = 4096       # chunks that say nothing before the first that does; a few are usual
-LOAD_RETRY_S = 5.0    # the Retry-After where only a loading model could have answered
 
 
 def conversation_of(request: ChatRequest) -> int:
@@ -5888,10 +5839,6 @@ def work_of(request: ChatRequest) -> Work:
 
 def _listing(lines: Iterable[str]) -> str:
     return "; ".join(line.rstrip(".") for line in lines)
-
-
-def _empty() -> UpstreamError:
-    return UpstreamError("the answer was empty", code="empty_answer")
 
 
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
@@ -5922,6 +5869,14 @@ def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
 # What does the client read?  Chunks become server-sent events or one completion, errors become OpenAI's error object.
 
 DONE = b"data: [DONE]\n\n"    # exactly so: some clients reject an extra space
+# Fields of an event that says a text and nothing else.  Any other is the first chunk's own, and not the stream's.
+AROUND_TEXT = frozenset(("id object created model system_fingerprint service_tier prompt_token_ids "
+                         "index logprobs finish_reason stop_reason token_ids matched_stop").split())
+# The prompt for another model to continue.  A prefill would be shorter, but the newer Claude models refuse one.
+CONTINUE = ("Your last message was cut off. Continue it exactly where it ends: repeat nothing of it, and say nothing "
+            "about the interruption.")
+_NOT_CONTINUED = {"tools", "functions", "response_format", "logprobs", "n", "modalities", "audio", "prediction"}
+LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation may repeat at its beginning
 
 
 def sse(event: Json) -> bytes:
@@ -5945,11 +5900,6 @@ def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
     return before + mark[:-len(rb'\u0000"')], b'"' + after
 
 
-# Fields of an event that says a text and nothing else.  Any other is the first chunk's own, and not the stream's.
-AROUND_TEXT = frozenset(("id object created model system_fingerprint service_tier prompt_token_ids "
-                         "index logprobs finish_reason stop_reason token_ids matched_stop").split())
-
-
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
     """Return the chunk if a client may see it, or None: many clients fail at an unasked usage without choices."""
     return chunk if include_usage or "usage" not in chunk else None
@@ -5960,13 +5910,6 @@ def tokens_of(answer: Json) -> int:
     usage = answer.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
     return tokens if isinstance(tokens, int) and 0 <= tokens < MOST_TOKENS else 0
-
-
-# The prompt for another model to continue.  A prefill would be shorter, but the newer Claude models refuse one.
-CONTINUE = ("Your last message was cut off. Continue it exactly where it ends: repeat nothing of it, and say nothing "
-            "about the interruption.")
-_NOT_CONTINUED = {"tools", "functions", "response_format", "logprobs", "n", "modalities", "audio", "prediction"}
-LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation may repeat at its beginning
 
 
 def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
@@ -6034,12 +5977,6 @@ def error_headers(error: OblixError) -> dict[str, str]:
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     return headers
-
-
-def models_body(models: Iterable[tuple[str, int, str]]) -> Json:
-    """Return the body of GET /v1/models."""
-    return {"object": "list", "data": [{"id": id, "object": "model", "created": created, "owned_by": owner}
-                                       for id, created, owner in models]}
 
 
 # === 11. Server =======================================================================================================
@@ -6455,13 +6392,13 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def _models(self, wanted: str) -> None:
         gateway = self.server.gateway
-        known = {model[0]: model for model in gateway.models()}
+        known = {model["id"]: model for model in gateway.models()}
         if wanted and wanted not in known:    # chat takes other spellings, and names that are not listed
             target = gateway.resolve(wanted, gateway.snapshot())
             check_fields({"model": wanted}, FIELDS, ())
-            known[wanted] = (wanted, *known.get(target.id, ("", 0, target.endpoint.provider))[1:])
-        body = models_body([known[wanted]] if wanted else known.values())
-        self.json(200, body["data"][0] if wanted else body)
+            unlisted = {"id": "", "object": "model", "created": 0, "owned_by": target.endpoint.provider}
+            known[wanted] = {**known.get(target.id, unlisted), "id": wanted}
+        self.json(200, known[wanted] if wanted else {"object": "list", "data": [*known.values()]})
 
     def _chat(self) -> None:
         """Answer a chat request.  Raise OblixError, ClientGone."""

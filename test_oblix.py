@@ -6534,7 +6534,7 @@ class Replanned(Case):
             with self.subTest(names):
                 self.finds(self.ollama, models=tuple(oblix.Model(name, context=4096) for name in names.split()))
                 self.tries(*names.split()[:1], "large")
-                self.assertEqual([id for id, _, owner in self.gateway.models() if owner == "ollama"],
+                self.assertEqual([model["id"] for model in self.gateway.models() if model["owned_by"] == "ollama"],
                                  ["ollama:" + name for name in names.split()])
                 for name in ("small", "newer", "newer:7b", "other"):
                     if name in names.split():
@@ -15275,7 +15275,7 @@ def check_listing(case):
     device = mock.Mock(endpoint=None, reading=oblix.Reading(oblix.Side.LOCAL, oblix.Level.GOOD, "",
                                                             {"memory_free_mb": 5000}))
     gateway.watch.monitors = (device, monitor)
-    oblix.dumps(gateway.health()), oblix.dumps(oblix.models_body(gateway.models()))
+    oblix.dumps(gateway.health()), oblix.dumps(gateway.models())
     for model in ("auto", "llama3.2", "local", "ollama:llama3.2:latest"):
         with contextlib.suppress(oblix.OblixError):
             plan = gateway.plan(dataclasses.replace(LISTED_FOR, model=model))
