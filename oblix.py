@@ -16,8 +16,8 @@ The life of a request
 
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
 `chat.completion.chunk` objects, so there is no third vocabulary.  Two providers translate (Ollama, Claude) and are
-always streamed; where the client wants a whole answer one function, `fold`, puts the chunks together.  OpenAI's own
-answers pass through, with the model's name replaced and their streams tidied (`OpenAI.decode`).
+always streamed.  Whichever server answers, `in_order` makes OpenAI's reference of what it says, and `fold` a whole
+answer of a stream.  A whole answer that needs no change passes as it came, with the model's name replaced.
 
 Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
@@ -1258,7 +1258,8 @@ class ServerProcesses:
         Mapped weights do not count: they are page cache on Linux, so available anyway.
         """
         import psutil
-        self._look()
+        with contextlib.suppress(Exception):    # a bare container may lack /proc
+            self._look()
         used_s, held = 0.0, 0
         for process, before_s in self._found.items():
             with contextlib.suppress(psutil.Error):
@@ -1313,11 +1314,10 @@ class ServerProcesses:
 def listeners(ports: Collection[int]) -> Collection[int]:
     """Return the pids of the processes that listen at these ports, as far as the system shows them."""
     rows = [line.split() for name in ("tcp", "tcp6") for line in read_text(f"/proc/net/{name}").splitlines()
-            if " 0A " in line]    # they listen
+            if " 0A " in line]    # it listens
     if rows:
         return holders(frozenset(f"socket:[{row[9]}]" for row in rows if int(row[1].rpartition(":")[2], 16) in ports))
-    # psutil takes 15 us for each connection of a server, so not on Linux
-    import psutil
+    import psutil  # not on Linux, where it takes 15 us for each connection
     found: list[tuple[Any, int | None]] = []
     try:
         found += [(one, one.pid) for one in psutil.net_connections("tcp")]
@@ -1350,33 +1350,22 @@ class ResourceMonitor(DeviceMonitor):
         self._cores_ours, self._bytes_ours = 0.0, 0       # that the servers used in these seconds, and hold
         self._load_ours = 0.0
         self._groups: dict[ControlGroup, float] = {}      # with limits -> the CPU seconds that they have used
-        self._most: Json = {}
         self._limits_at = -math.inf
 
     def _ours(self, _: Any) -> Json:
         """Measure what the servers use, which the other readers subtract."""
-        used_s, before = 0.0, self._at
-        try:
-            used_s, self._bytes_ours = self.servers.use()
-        finally:
-            self._at = time.monotonic()
-            self._passed_s = max(self._at - before, 0.01)
-            self._cores_ours = used_s / self._passed_s
+        used_s, self._bytes_ours = self.servers.use()
+        now = time.monotonic()
+        self._passed_s, self._at = max(now - self._at, 0.01), now
+        self._cores_ours = used_s / self._passed_s
         return {}
 
-    def _limits(self, psutil: Any) -> Json:
-        """Find out what limits the servers: the device, and the control groups of their container.
-
-        A Mac makes swap as it needs it, so what there is in all is not known.
-        """
+    def _limits(self, _: Any) -> Json:
+        """Find out what limits the servers: the device, and the control groups of their container."""
         if self._at >= self._limits_at:
             self._limits_at = self._at + self.limits_s
             self._groups = {group: self._groups.get(group, math.nan) for group in control_groups(self.servers.pids)}
-            self._most = {"cores": min([self._cores, *(group.cores for group in self._groups)])}
-            with contextlib.suppress(Exception):    # a container may lack it
-                most = psutil.virtual_memory().total + psutil.swap_memory().total
-                self._most.update({"memory_and_swap_mb": most >> 20} if sys.platform != "darwin" else {})
-        return self._most
+        return {"cores": min([self._cores, *(group.cores for group in self._groups)])}
 
     def _cpu(self, psutil: Any) -> Json:
         percent = psutil.cpu_percent()    # since the last call of this thread; 0 at the first
@@ -2149,15 +2138,13 @@ def _exclusion(target: Target, reading: Reading | None, model: Model | None) -> 
 def _too_large(target: Target, model: Model, readings: Sequence[Reading]) -> Condition | None:
     """Return the condition of a model that does not fit into the memory that is free, else None.
 
-    It is a last resort where it fits into memory and swap, or these are unknown: Ollama counts exactly.
+    It is a last resort: Ollama counts exactly, and the swap, and a Mac frees more than it tells.
     """
-    free = free_bytes(target, readings) if model.cold else None
-    if free is None or model.size <= free or target.endpoint.provider != "ollama":
+    free = free_bytes(target, readings) if model.cold and target.endpoint.provider == "ollama" else None
+    if free is None or model.size <= free:
         return None
-    facts = device_facts(readings)
-    most = facts.get("memory_and_swap_mb", math.inf) + facts.get("gpu_memory_free_mb", 0)
     return Condition("too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-                     Level.OUT, Eligibility.LAST_RESORT if model.size <= most * 2**20 else Eligibility.NO)
+                     Level.OUT, Eligibility.LAST_RESORT)
 
 
 def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
@@ -2491,8 +2478,6 @@ class Provider:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
         for param, known in unknown_values(request) if self.translates else ():
             return Unsupported(f"{self.label} does not have this value of {param}: it takes {known}.", param=param)
-        if self.translates and chosen_tools(request.body)[1] not in ("none", "auto") and not forced_tools(request.body):
-            return Unsupported("tool_choice asks for a tool that is not among the tools.", param="tool_choice")
         return None
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
@@ -2785,12 +2770,22 @@ def call_schema(tools: Sequence[Json]) -> Json:
 def _grammar_schema(tool: Json, place: str) -> Json:
     """Return the schema of a tool's arguments at a place in another, to which its references lead.
 
-    It is without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp).
+    Without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp): patterns, lengths,
+    references to nothing or to the root, and values whose type is left open.
     """
+    whole = tool_schema(tool)
+
     def change(schema: Json) -> Json:
-        kept = {name: value for name, value in schema.items() if name not in ("pattern", "minLength", "maxLength")}
-        return {**kept, "$ref": place + kept["$ref"][1:]} if kept.get("$ref", "").startswith("#") else kept
-    return in_each_schema(tool_schema(tool), change)  # type: ignore[no-any-return]
+        kept = {name: value for name, value in schema.items() if name not in _NOT_IN_GRAMMARS}
+        ref = place + kept.pop("$ref", "")[1:]
+        if ref.startswith("#/") and _referred(schema, whole) is not schema:
+            return {"$ref": ref}
+        return kept if _DECIDES_FORM & kept.keys() else {**kept, "type": [*_SCHEMA_TYPES[:-1]]}
+    return in_each_schema(whole, change)  # type: ignore[no-any-return]
+
+
+_NOT_IN_GRAMMARS = frozenset({"pattern", "minLength", "maxLength", "maxItems"})
+_DECIDES_FORM = frozenset("type anyOf oneOf allOf const enum properties items prefixItems".split())
 
 
 def call_hint(tools: Sequence[Json]) -> str:
@@ -2820,8 +2815,9 @@ def as_call(chunks: Iterable[Chunk], tools: Sequence[Json]) -> Iterator[Chunk]:
                 yield from [tool_chunk(0, held[:size], None, None if said else name)] if size > 0 else []
                 said.append(held[:size])
                 held = held[size:]
-            if end == "stop" and not is_call:
-                _need_object("".join(said))
+            if end == "stop" and not is_call and not is_object("".join(said)):
+                raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED,
+                                    code="bad_upstream_answer")
         yield chunk
 
 
@@ -2836,21 +2832,11 @@ def _begun_call(text: str, whole: bool) -> tuple[str, str]:
     return "", text
 
 
-def _need_object(arguments: str) -> None:
-    """Raise UpstreamError unless a call's arguments are a JSON object."""
+def is_object(text: str) -> bool:
+    """Return True if a text is a JSON object."""
     with contextlib.suppress(ValueError):
-        if isinstance(loads(arguments), dict):
-            return
-    raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED, code="bad_upstream_answer")
-
-
-def first_call(chunks: Iterable[Any]) -> Iterator[Any]:
-    """Yield the chunks without all tool calls but the first."""
-    for chunk in chunks:
-        for choice in choices_of(chunk) if not isinstance(chunk, Texts) else ():
-            if "tool_calls" in choice["delta"]:
-                choice["delta"]["tool_calls"] = [call for call in choice["delta"]["tool_calls"] if not call["index"]]
-        yield chunk
+        return isinstance(loads(text), dict)
+    return False
 
 
 def sse_data(lines: Lines) -> Iterator[Any]:
@@ -2957,10 +2943,11 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
             yield chunk
             continue
         usage, told = chunk.pop("usage", None), choices_of(chunk)
-        if usage:
-            counted = {**chunk, "choices": [], "usage": usage}
         for place, choice in enumerate(told):
             choice["index"] = place if choice.get("index") is None else choice["index"]
+            usage = choice.pop("usage", None) or usage    # Kimi
+        if usage and isinstance(usage, dict):
+            counted = {**chunk, "choices": [], "usage": with_counts(usage)}
         chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
         if chunk["choices"]:    # Azure begins with an event that has none
             yield chunk
@@ -2970,6 +2957,15 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
         yield from one.end()
     if counted:
         yield counted
+
+
+def with_counts(usage: Json) -> Json:
+    """Return usage with the three counts that OpenAI's reference requires: MiniMax tells the total alone."""
+    prompt, completion, total = (usage.get(name) or 0 for name in _COUNTS)
+    return {**usage, **dict(zip(_COUNTS, (prompt, completion, total or prompt + completion)))}
+
+
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 class _Choice:
@@ -3008,15 +3004,18 @@ class _Choice:
         if isinstance(delta.get("reasoning"), str):    # vLLM, OpenRouter, Ollama's /v1
             thought = delta.pop("reasoning")
             delta["reasoning_content"] = delta.get("reasoning_content") or thought
-        if isinstance(delta.get("content"), list):     # Mistral's reasoning models
-            thought = [part for part in delta["content"] if isinstance(part, dict) and part.get("type") in _THOUGHTS]
-            delta["content"] = text_in([part for part in delta["content"] if part not in thought])
+        if isinstance(delta.get("content"), (list, dict)):     # Mistral's reasoning models
+            parts = [delta["content"]] if isinstance(delta["content"], dict) else delta["content"]
+            thought = [part for part in parts if isinstance(part, dict) and part.get("type") in _THOUGHTS]
+            delta["content"] = [part for part in parts if part not in thought]
             delta.update(present({"reasoning_content": text_in(thought)}))
         for name in ("content", "reasoning_content", "refusal"):
             if not isinstance(delta.get(name, ""), str):
-                raise TypeError("text expected")
+                delta[name] = text_in(delta[name])
         self._is_legacy = self._is_legacy or bool(delta.get("function_call"))
-        pieces = [self._piece(call, place) for place, call in enumerate(delta.pop("tool_calls", ()))]
+        calls = delta.pop("tool_calls", ())
+        calls = [calls] if isinstance(calls, dict) else calls
+        pieces = [self._piece(call, place) for place, call in enumerate(calls)]
         return {**delta, **present({"tool_calls": [*filter(None, pieces)]})} if pieces else delta
 
     def _piece(self, piece: Json, place: int) -> Json | None:
@@ -3102,11 +3101,8 @@ class _Call:
 
     def _is_whole(self) -> bool:
         """Return True if the arguments are a JSON object.  Of very many pieces it is not asked."""
-        if not self.texts or len(self.texts) > 1000 or not self.texts[-1].rstrip().endswith("}"):
-            return False
-        with contextlib.suppress(ValueError):
-            return isinstance(loads("".join(self.texts)), dict)
-        return False
+        may_be = 0 < len(self.texts) <= 1000 and self.texts[-1].rstrip().endswith("}")
+        return may_be and is_object("".join(self.texts))
 
 
 def text_in(value: Any) -> str:
@@ -3136,8 +3132,9 @@ def fold(chunks: Iterable[Chunk]) -> Json:
         whole.update(chunk)
         for piece in chunk["choices"]:
             choice = choices.setdefault(piece["index"], {"index": 0, "message": {}, "logprobs": {}})
-            _join(choice["message"], piece.pop("delta"))
-            _join(choice["logprobs"], piece.pop("logprobs", None) or {})
+            delta, logprobs = piece.pop("delta"), piece.pop("logprobs", None)
+            _join(choice["message"], delta)
+            _join(choice["logprobs"], logprobs if isinstance(logprobs, dict) else {})
             choice.update(piece)
     for choice in choices.values():
         calls: dict[int, Json] = {}
@@ -3158,7 +3155,7 @@ def _join(whole: Json, piece: Json) -> None:
             _join(known, value)
         elif isinstance(known, (str, list)) and isinstance(value, type(known)):
             whole[name] += value
-        else:
+        elif value is not None or name not in whole:
             whole[name] = value
 
 
@@ -3246,6 +3243,8 @@ def unknown_values(request: ChatRequest) -> Iterator[tuple[str, str]]:
         yield "tools", "tools of type function"
     if choice not in CHOICES and not name_of(choice):
         yield "tool_choice", f"{', '.join(CHOICES)} or a tool's name"
+    if choice not in ("none", "auto") and not forced_tools(body):
+        yield "tool_choice", "one of the tools"
     for number, message in enumerate(request.messages):
         if message["role"] not in ROLES:
             yield f"messages[{number}].role", ", ".join(ROLES)
@@ -3382,18 +3381,19 @@ class OpenAI(Provider):
         finished, asked = set[Any](), request.body.get("n", 1)
         try:
             for data in sse_data(lines):
-                event = data if isinstance(data, Texts) else {} if data.startswith("[DONE]") else event_of(data)
-                if not event:
+                if isinstance(data, Texts):
+                    yield data
+                    continue
+                if data.startswith("[DONE]"):
                     return
-                if isinstance(event, dict):
-                    event.pop("obfuscation", None)    # padding, of no use on this side of TLS
-                    finished.update(one.get("index") for one in choices_of(event) if one.get("finish_reason"))
+                event = event_of(data)
+                event.pop("obfuscation", None)    # padding, of no use on this side of TLS
+                finished.update(choice.get("index") for choice in choices_of(event) if choice.get("finish_reason"))
                 yield event
-        except UpstreamError as error:
+            raise cut()
+        except UpstreamError as error:    # some servers leave [DONE] out
             if error.fault is not Fault.TRANSPORT or len(finished) != asked:
                 raise
-        if len(finished) != asked:    # some servers leave [DONE] out
-            raise cut()
 
     def passes_text(self, request: ChatRequest) -> bool:
         return bool(request.body.get("n", 1) == 1)
@@ -3410,7 +3410,8 @@ def _with_short_ids(message: Json) -> Json:
 
 
 def _with_reasoning(message: Json) -> Json:
-    return {"reasoning_content": "", **message} if message.get("role") == "assistant" else message
+    thought = {"reasoning_content": message.get("reasoning", "")} if message.get("role") == "assistant" else {}
+    return {**thought, **message}
 
 
 def _without(prefix: str) -> Callable[[Json], Json]:
@@ -3501,16 +3502,13 @@ class Ollama(Provider):
         return converted
 
     def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        chunks, forced = self._said(lines), forced_tools(request.body)
-        if forced:
-            return as_call(only_json(chunks), forced)
-        only_one = request.body.get("parallel_tool_calls") is False    # Ollama has no such field
-        return first_call(chunks) if only_one else chunks
+        chunks, forced = self._said(lines, request.body.get("parallel_tool_calls", True)), forced_tools(request.body)
+        return as_call(only_json(chunks), forced) if forced else chunks
 
     def passes_text(self, request: ChatRequest) -> bool:
         return not forced_tools(request.body)
 
-    def _said(self, lines: Lines) -> Iterator[Any]:
+    def _said(self, lines: Lines, parallel: bool) -> Iterator[Any]:
         yield chunk_of(content="")
         numbers = itertools.count()    # of calls: each comes whole, and the server's index is always 0
         for line in filter(None, lines):
@@ -3520,6 +3518,7 @@ class Ollama(Provider):
             event = event_of(line)
             message, logprobs = event.get("message") or {}, event.get("logprobs")
             calls = [{**call, "index": next(numbers)} for call in message.get("tool_calls") or ()]
+            calls = calls if parallel else [call for call in calls if call["index"] == 0]    # it has no such field
             said = present({"reasoning_content": message.get("thinking"), "content": message.get("content"),
                             "tool_calls": calls})
             if said or logprobs:
@@ -3579,8 +3578,9 @@ class Ollama(Provider):
             return now if now == asked or not model.context and needed > DEFAULT_CONTEXT else 0
         step = next((step for step in CONTEXTS if step >= needed), CONTEXTS[-1])
         wanted = max(now, own, min(step, model.max_context))
-        # the size of a loaded model is with its context, and `free` counts it as free
-        if free is None or model.size + (wanted - model.context) * model.token_bytes <= free:
+        # The size of a loaded model is with its context, and `free` counts it as free.  Where not even the model fits,
+        # it is asked as a last resort, so `free` is no limit.
+        if free is None or model.size > free or model.size + (wanted - model.context) * model.token_bytes <= free:
             return wanted if wanted > now or wanted == asked else 0
         if size // LARGE_BYTES + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
             return 0
@@ -3810,7 +3810,7 @@ class Claude(Provider):
             elif kind == "message_start":
                 if blocks:    # a relay that began anew after it had failed
                     raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
-                usage.update(event["message"].get("usage") or {})
+                usage.update((event.get("message") or {}).get("usage") or {})
                 yield chunk_of(content="")
             elif kind == "message_delta":
                 stop.update(event.get("delta") or {})
@@ -3822,7 +3822,7 @@ class Claude(Provider):
 
     @staticmethod
     def _said(event: Json, blocks: dict[int, Json]) -> Iterator[Chunk]:
-        """Yield what an event of a content block says.  `blocks` are the open ones, and None after their end."""
+        """Yield what an event of a content block says.  `blocks` are those that have begun, empty after their end."""
         index, kind, piece = event.get("index") or 0, event["type"], event.get("delta") or {}
         block = blocks.setdefault(index, {})
         if kind == "content_block_start":
@@ -3882,16 +3882,13 @@ def claude_tool(tool: Json) -> Json:
             "input_schema": schema, **_mark_of(tool, function)}
 
 
-def claude_name(name: str, letters: str = "A-Za-z0-9_-") -> str:
+def claude_name(name: str, more: str = "") -> str:
     """Return the name by which Claude knows a tool: its own, or one made of that alone where it would be refused."""
-    if re.fullmatch(f"[{letters}]{{1,64}}", name):
-        return name
-    return f"{re.sub(f'[^{letters}]', '_', name)[:55]}_{number_for(name):08x}"
+    fits = re.fullmatch(rf"[\w{more}-]{{1,64}}", name, re.A)
+    return name if fits else f"{re.sub('[^a-zA-Z0-9_-]', '_', name[:55])}_{number_for(name):08x}"
 
 
-def claude_key(name: str) -> str:
-    """Return the name by which Claude knows an argument, as `claude_name` does."""
-    return claude_name(name, "A-Za-z0-9_.-")
+claude_key = functools.partial(claude_name, more=".")    # of an argument
 
 
 def number_for(text: str) -> int:
@@ -3958,8 +3955,8 @@ def tool_schema(function: Json) -> Json:
         return whole
     variants, required = dict[str, dict[bytes, Any]](), dict.fromkeys(whole.get("required", []))
     for word, schemas in lost.items():
-        found = [_referred(schema, whole) for schema in schemas if isinstance(schema, dict)]
-        branches = [*{id(branch): valid_schema(branch) for branch in found}.values()]
+        found = (_referred(schema, whole) for schema in schemas if isinstance(schema, dict))
+        branches = [*map(valid_schema, {id(branch): branch for branch in found}.values())]    # each once
         for name, schema in itertools.chain.from_iterable(branch.get("properties", {}).items() for branch in branches):
             variants.setdefault(name, {})[dumps(schema)] = schema
         needed = [{*branch.get("required", [])} for branch in branches] or [set[str]()]
@@ -3967,17 +3964,18 @@ def tool_schema(function: Json) -> Json:
         required.update(dict.fromkeys(sorted(every)))
     merged = {name: {"anyOf": [*some.values()]} if len(some) > 1 else [*some.values()][0]
               for name, some in variants.items()}
-    told = [whole.get("description", ""), f"It must also fit {json.dumps(lost, ensure_ascii=False)}."]
+    told = f"It must also fit {json.dumps(lost, ensure_ascii=False)}."
     return {**whole, "properties": {**merged, **whole["properties"]}, "required": [*required],
-            "description": "\n".join(filter(None, told))}
+            "description": f"{whole.get('description', '')} {told if len(told) < 1000 else ''}".strip()}
 
 
 def _referred(schema: Json, root: Json) -> Json:
     """Return what a schema's reference leads to within the root, or the schema itself."""
-    place: Any = root
-    for step in schema.get("$ref", "").split("/")[1:]:
+    start, *steps = schema.get("$ref", "").split("/")
+    place: Any = root if start == "#" else None
+    for step in steps:
         place = place.get(step) if isinstance(place, dict) else None
-    return place if isinstance(place, dict) and place is not root else schema
+    return place if isinstance(place, dict) else schema
 
 
 def valid_schema(schema: Json) -> Json:
@@ -3998,7 +3996,7 @@ def valid_schema(schema: Json) -> Json:
     return new
 
 
-_SCHEMA_TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
+_SCHEMA_TYPES = ("string", "number", "boolean", "object", "array", "null", "integer")
 _FORMS: dict[str, tuple[type, ...]] = {    # keyword -> the types of its value (JSON Schema's meta-schemas)
     word: kinds for words, kinds in (
         ("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf", (int, float)),
@@ -5889,11 +5887,10 @@ def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
 
     Return None where the chunk is of another choice than the first, which such events are of.
     """
-    choices = choices_of(chunk)
-    if [choice.get("index", 0) for choice in choices] != [0]:
+    if [choice["index"] for choice in chunk["choices"]] != [0]:
         return None
-    choice = {name: None if name in ("logprobs", "finish_reason") else value for name, value in choices[0].items()
-              if name in AROUND_TEXT}
+    choice = {name: None if name in ("logprobs", "finish_reason") else value
+              for name, value in chunk["choices"][0].items() if name in AROUND_TEXT}
     kept = {name: value for name, value in chunk.items() if name in AROUND_TEXT}
     told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
     before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
@@ -5913,14 +5910,11 @@ def tokens_of(answer: Json) -> int:
 
 
 def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
-    """Return the text of a stream that broke off, or "" unless it is plain text that had not ended."""
-    deltas = [choice.get("delta") or {} for chunk in said for choice in choices_of(chunk)]
-    ended = any(choice.get("finish_reason") for chunk in said for choice in choices_of(chunk))
-    plain = all(name in ("role", "content", "refusal") and isinstance(delta[name], str)
-                for delta in deltas for name in delta if delta[name])
-    if ended or not plain or _NOT_CONTINUED & request.body.keys():
-        return ""
-    return "".join(delta.get("content") or "" for delta in deltas)
+    """Return the text of a stream that broke off, or "" unless it is plain text."""
+    deltas = [choice["delta"] for chunk in said for choice in chunk["choices"]]
+    plain = all(name in ("role", "content", "refusal") for delta in deltas for name in delta if delta[name])
+    plain = plain and not _NOT_CONTINUED & request.body.keys()
+    return "".join(delta.get("content", "") for delta in deltas) if plain else ""
 
 
 def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | None:
@@ -5943,16 +5937,15 @@ def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iter
     envelope: Json = {**{name: first[name] for name in ("id", "created", "model")}, "oblix": {"continued_by": by}}
     held: str | None = ""    # a beginning that may repeat the end of the text; None once that is decided
     for chunk in chunks:
-        for choice in choices_of(chunk):
-            delta = {name: value for name, value in (choice.get("delta") or {}).items() if name != "role"}
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            delta.pop("role", None)
             if held is not None:
-                content = delta.pop("content", None)
-                held += content if isinstance(content, str) else ""
-                if len(held) >= min(OVERLAP, len(text)) or choice.get("finish_reason"):
+                held += delta.pop("content", "")
+                if len(held) >= min(OVERLAP, len(text)) or choice["finish_reason"]:
                     rest, held = without_overlap(text, held), None
                     delta.update({"content": rest} if rest else {})
-            choice["delta"] = delta
-        if any(choice["delta"] or choice.get("finish_reason") for choice in choices_of(chunk)) or "usage" in chunk:
+        if "usage" in chunk or any(choice["delta"] or choice["finish_reason"] for choice in chunk["choices"]):
             yield {**chunk, **envelope}
             envelope.pop("oblix", None)
 
