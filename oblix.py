@@ -250,10 +250,9 @@ class ChatRequest:
 
     @functools.cached_property
     def blocks(self) -> tuple[int, ...]:
-        """The hashes of the prompt's blocks of BLOCK characters, in the order in which chat templates write it.
+        """The hashes of the prompt's full blocks of BLOCK characters, in the order in which chat templates write it.
 
-        Two prompts whose first n hashes are equal begin with the same n blocks.  A last block that is not full is left
-        out: a conversation that goes on would fill it.  vLLM finds shared prefixes in the same way.
+        Two prompts whose first n hashes are equal begin with the same n blocks (vLLM finds shared prefixes so).
         """
         parts = [dumps(self.body["tools"]).decode()] if "tools" in self.body else []
         for message in self.messages:
@@ -449,10 +448,7 @@ _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
 
 
 def loads(raw: str | bytes) -> Any:
-    """Parse JSON as RFC 8259 has it: UTF-8, finite numbers.  Raises ValueError, also for what is too deep or too large.
-
-    The error's text does not quote the JSON.
-    """
+    """Parse JSON by RFC 8259.  Raise ValueError, which quotes nothing, also for what is too deep or too large."""
     text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
     if len(text) > MAX_JSON_MARKS and sum(map(text.count, ",:[{")) > MAX_JSON_MARKS:
         raise ValueError(f"more than {MAX_JSON_MARKS:,} commas, colons and brackets")
@@ -889,16 +885,16 @@ class Guard:
 
     def cors_headers(self, head: Head) -> dict[str, str]:
         """Return the headers that let a page read the answer (Fetch standard, 3.2)."""
-        if "origin" not in head.fields or not self.welcomes(head):
+        asked = head.fields
+        if "origin" not in asked or not self.welcomes(head):
             return {}
-        asked, allowed = head.fields, {"Access-Control-Allow-Origin": head.fields["origin"], "Vary": "Origin"}
+        allowed = {"Access-Control-Allow-Origin": asked["origin"], "Vary": "Origin"}
         if not head.is_preflight:
             return {**allowed, "Access-Control-Expose-Headers": EXPOSED}
-        allowed.update({"Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS", "Access-Control-Max-Age": "600",
-                        "Access-Control-Allow-Headers": asked.get("access-control-request-headers", "*")})
         if asked.get("access-control-request-private-network") == "true":    # a public page, a device at home
             allowed["Access-Control-Allow-Private-Network"] = "true"
-        return allowed
+        return {**allowed, "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS", "Access-Control-Max-Age": "600",
+                "Access-Control-Allow-Headers": asked.get("access-control-request-headers", "*")}
 
 
 # --- 3. The chat request ----------------------------------------------------------------------------------------------
@@ -915,12 +911,11 @@ def need(ok: object, param: str, must: str, code: str = "invalid_value") -> None
 def check_fields(fields: Json, rules: Mapping[str, Rule], needed: Iterable[str], where: str = "") -> None:
     """Raise BadRequest for a needed field that is missing, or one that breaks its rule; null counts as absent."""
     for name in needed:
-        if fields.get(name) is None:
-            need(False, f"{where}.{name}".lstrip("."), f"is missing: it {rules[name][1]}", "missing_required_parameter")
+        need(fields.get(name) is not None, where + name, f"is missing: it {rules[name][1]}",
+             "missing_required_parameter")
     for name, value in fields.items():
-        rule = rules.get(name)
-        if rule and value is not None and not rule[0](value):
-            need(False, f"{where}.{name}".lstrip("."), rule[1])
+        if name in rules and value is not None:
+            need(rules[name][0](value), where + name, rules[name][1])
 
 
 def _a(*kinds: type, words: str) -> Rule:
@@ -1044,7 +1039,7 @@ def _message(where: str, message: Any) -> Json:
     """Return a message, checked and without its nulls.  Raises BadRequest."""
     need(isinstance(message, dict), where, "must be an object")
     says = message.get("role") in ("system", "developer", "user")
-    check_fields(message, MESSAGE_FIELDS, ("role", "content") if says else ("role",), where)
+    check_fields(message, MESSAGE_FIELDS, ("role", "content") if says else ("role",), f"{where}.")
     # servers' chat templates want a content, if only null
     checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
     content, calls = message.get("content"), checked.pop("tool_calls", None)
@@ -5035,9 +5030,7 @@ class Ledger:
 
     def settle(self, target: Target, error: UpstreamError | None) -> Breaker:
         """Note that an attempt has failed, or with None succeeded.  Return the target's breaker of before."""
-        now, known = self.clock(), self.record(target).breaker
-        if not error and not known.failures:    # nearly always
-            return known
+        now = self.clock()
         return self._update(target, lambda record: record._replace(
             breaker=record.breaker.failed(error, now) if error else Breaker())).breaker
 
@@ -5049,9 +5042,8 @@ class Ledger:
                    read: tuple[float, float] = (0.0, 0.0), cache: Cache | None = None) -> None:
         """Remember how fast an answer was, and what its model has in its cache."""
         now = self.clock()
-        self._update(target, lambda old: Record(
-            old.breaker, old.trial, old.refused, old.pace.learned(first_s, tokens, seconds, read, now), old.context,
-            cache or old.cache))
+        self._update(target, lambda record: record._replace(
+            pace=record.pace.learned(first_s, tokens, seconds, read, now), cache=cache or record.cache))
 
     def learn_load(self, target: Target, load_s: float, context: int) -> None:
         """Remember how long the model took to load, and for which context.  It has nothing in its cache."""
@@ -5267,9 +5259,9 @@ class Gateway:
         """Return the one target that a model's name stands for.  Raises BadRequest (404)."""
         provider, model = split_id(name)
         for target in snapshot.targets:
-            if provider in ("", target.endpoint.provider) and (
-                    model == target.model
-                    or target.endpoint.provider == "ollama" and same_ollama_model(model, target.model)):
+            its = target.endpoint.provider
+            if provider in ("", its) and (model == target.model
+                                          or its == "ollama" and same_ollama_model(model, target.model)):
                 return target
         spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
         if not model or not (provider or spelt):
@@ -5290,7 +5282,7 @@ class Gateway:
             return self._plan_of_one(request, snapshot)
         only = None if request.model == "auto" else Side(request.model)
         refusals = {target: refused for target in snapshot.targets
-                    for refused in [self._refusal(request, target, snapshot)] if refused}
+                    if (refused := self._refusal(request, target, snapshot))}
         plan = rank(snapshot, {target: refused.message for target, refused in refusals.items()}, only,
                     work_of(request) if len(snapshot.targets) > 1 else USUAL_WORK)
         if not plan.order and not plan.last_resort:
@@ -5352,8 +5344,7 @@ class Gateway:
     def answer(self, request: ChatRequest, look: Look = no_look) -> Result:
         """Return the first answer that a target of the plan gives.  Raise OblixError, and what the look raises.
 
-        Before the first content every fault moves on to the next target; what is returned has content, and whatever
-        happens later is told in its chunks' UpstreamError.
+        What is returned has content; whatever happens later is told in its chunks' UpstreamError.
         """
         return Dispatch(self, request, look).run()
 
@@ -5517,7 +5508,6 @@ class Dispatch:
         """Yield each target to try, and those that would be tried after it.
 
         The plan's order comes first, then the last resorts, then once more the targets that were only slow or away.
-        One request at a time tries a target whose breaker is not closed.
         """
         hope = [*self._plan.last_resort]
         for place, target in enumerate(self._plan.order):
@@ -5607,10 +5597,7 @@ class Dispatch:
         return held, stream
 
     def _loaded(self, request: ChatRequest, target: Target, limits: Limits) -> int:
-        """Load a local model if need be.  Return the context to ask for, which is large enough, or 0 for its own.
-
-        Raises UpstreamError where that takes too long; the load then goes on.
-        """
+        """Load a local model if need be.  Return the context to ask for, or 0 for its own.  Raise UpstreamError."""
         if target.endpoint.provider != "ollama":
             return 0
         context, loader = 0, self._gateway.loader
@@ -5742,10 +5729,9 @@ class Dispatch:
                 raise
 
     def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
-        """Return the upstream's answer of status 2xx.  Raises UpstreamError, ClientGone.
+        """Return the upstream's answer of status 2xx.  Raise UpstreamError, ClientGone.
 
-        Leave out the parameters that the model refuses, one by one, and keep to the limits that it names; remember what
-        it never accepts.
+        The parameters that the model refuses are left out one by one; what it never accepts is remembered.
         """
         provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
         encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
@@ -5883,10 +5869,7 @@ def sse(event: Json) -> bytes:
 
 
 def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
-    """Return what a client sees around the text of each event that says nothing else, in a stream with this chunk.
-
-    Return None where the chunk is of another choice than the first, which such events are of.
-    """
+    """Return what is around the text of this stream's events that say nothing else; None for another choice's."""
     if [choice["index"] for choice in chunk["choices"]] != [0]:
         return None
     choice = {name: None if name in ("logprobs", "finish_reason") else value
