@@ -408,9 +408,6 @@ def is_empty(chunks: Iterable[Chunk]) -> bool:
 
 def text_of(message: Json) -> str:
     """Return the text of a message's content, each part on its own line; refusals count as text."""
-    content = message.get("content")
-    if isinstance(content, str):    # nearly always
-        return content
     return "\n".join(part[part["type"]] for part in parts_of(message) if part["type"] in ("text", "refusal"))
 
 
@@ -5124,12 +5121,11 @@ def _probed(answer: Answer, endpoint: Endpoint) -> Json:
     return told  # type: ignore[no-any-return]
 
 
-@dataclasses.dataclass
-class Result:
+class Result(NamedTuple):
     """An answer on its way to the client: either `whole`, or `chunks` whose first ones have content."""
     target: Target
-    reason: str = ""
-    attempts: int = 1
+    reason: str
+    attempts: int
     whole: Json | None = None
     chunks: Iterator[Any] = iter(())
     held: int = 0       # how many of the chunks have come; the last of them has content
@@ -5141,6 +5137,7 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.ledger, self.transport, self.loader = Ledger(), Transport(), Errands(self._load)
+        self.limits = Limits(settings.connect_timeout_s, settings.first_byte_timeout_s, settings.stall_timeout_s)
         self.transport.connect_s = settings.connect_timeout_s    # of probes and of loads, too
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
@@ -5192,7 +5189,7 @@ class Gateway:
         """Load a model by a request of our own.  Raises UpstreamError."""
         log.info("%s is loading", target.id)
         provider, endpoint, started = PROVIDERS[target.endpoint.provider], target.endpoint, time.monotonic()
-        limits = self.limits()._replace(first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
+        limits = self.limits._replace(first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
         try:
             # Ollama loads a model for a request without messages, and says nothing
             payload = provider.encode(ChatRequest("", {"messages": []}), target, context, self.keep_alive(target))
@@ -5249,11 +5246,6 @@ class Gateway:
             plugged = device_facts(self.watch.readings).get("battery_plugged")
             return KEPT_ON_BATTERY_S if plugged is False and target.endpoint.on_device else KEPT_S
         return float(said) if re.fullmatch(NUMBER, said) else said    # Ollama reads "300" as no duration
-
-    def limits(self, until: float = math.inf) -> Limits:
-        """Return the configured limits of an exchange."""
-        return Limits(self.settings.connect_timeout_s, self.settings.first_byte_timeout_s,
-                      self.settings.stall_timeout_s, until)
 
     def resolve(self, name: str, snapshot: Snapshot) -> Target:
         """Return the one target that a model's name stands for.  Raises BadRequest (404)."""
@@ -5329,7 +5321,7 @@ class Gateway:
     def _nothing_left(plan: Plan, refusals: Mapping[Target, Unsupported], snapshot: Snapshot,
                       asked: Sequence[Target]) -> OblixError:
         """Return the error of a plan without a target: the client's, if the request itself excludes all of them."""
-        text = _listing(f"{target.id}: {reason}" for target, reason in plan.excluded)
+        text = "; ".join(f"{target.id}: {reason.rstrip('.')}" for target, reason in plan.excluded)
         if asked and all(target in refusals for target in asked):
             codes = {refused.code for refused in refusals.values()}
             return Unsupported(f"No model can take this request: {text}.", param=refusals[asked[0]].param,
@@ -5471,7 +5463,7 @@ class Dispatch:
         with contextlib.closing(self._order()) as order:
             for target, self._others in order:
                 try:
-                    return self._completed(self._attempt(target))
+                    return self._attempt(target)
                 except _Overtaken:
                     self._overtaken.append(target)
                 except UpstreamError as error:
@@ -5493,16 +5485,6 @@ class Dispatch:
         """Return True if Ollama has told what it has since the request came: it may be the first one after a start."""
         before, self._heard = self._heard, True
         return not before and self._wait(self._gateway.heard, PROBE_LIMITS.first_byte_s)
-
-    def _completed(self, served: Result) -> Result:
-        """Note an answer that has come, or begun, and tell how it came about."""
-        self._gateway.watch.tell(served.target.endpoint, lost=False)
-        if served.whole is not None:    # a stream may still break off
-            self._gateway.note(served.target, None)
-        served.attempts = len(self._failed) + 1
-        served.reason = "; ".join([f"{tried.target.id}: {tried.error.brief}" for tried in self._failed]
-                                  + [self._plan.reason])
-        return served
 
     def _order(self) -> Generator[tuple[Target, tuple[Target, ...]], None, None]:
         """Yield each target to try, and those that would be tried after it.
@@ -5539,8 +5521,9 @@ class Dispatch:
         """Note an attempt that has failed."""
         log.info("%s failed: %s", target.id, error.brief)
         self._gateway.note(target, error)
-        if error.code == "upstream_timeout" and time.monotonic() - self._asked_at >= self._patience_s:
-            self._learn_silence(target)
+        waited_s = time.monotonic() - self._asked_at
+        if error.code == "upstream_timeout" and waited_s >= self._patience_s:
+            self._learn_silence(target, waited_s)
         self._failed.append(_Failure(target, error, time.monotonic(), self._patience_s < math.inf))
 
     def _again(self, target: Target) -> bool:
@@ -5559,7 +5542,7 @@ class Dispatch:
 
     def _limits(self, target: Target) -> Limits:
         """Return this attempt's limits: patience while the other side could answer.  Raise UpstreamError at the end."""
-        usual, left_s = self._gateway.limits(self._until), self._until - time.monotonic()
+        usual, left_s = self._gateway.limits, self._until - time.monotonic()
         if left_s <= 0:
             raise time_is_up()
         patience_s = usual.first_byte_s
@@ -5569,15 +5552,20 @@ class Dispatch:
             pace = self.ledger.record(target).pace
             patience_s = cloud_patience_s(pace, self._request.stream, self._settings.patience_s)
         self._asked_at, self._patience_s = time.monotonic(), patience_s if patience_s < usual.first_byte_s else math.inf
-        return usual._replace(connect_s=min(usual.connect_s, left_s), first_byte_s=min(patience_s, usual.first_byte_s))
+        return Limits(min(usual.connect_s, left_s), min(patience_s, usual.first_byte_s), usual.stall_s, self._until)
 
     def _attempt(self, target: Target) -> Result:
         """Try one target, up to its first content, or to its end where the client wants a whole answer."""
         held, stream = self._begun(self._request, target)
-        if not self._request.stream:
-            return Result(target, whole=fold(itertools.chain(held, stream)))
+        whole = None if self._request.stream else fold(itertools.chain(held, stream))
+        self._gateway.watch.tell(target.endpoint, lost=False)
+        reasons = [f"{tried.target.id}: {tried.error.brief}" for tried in self._failed]
+        told = target, "; ".join([*reasons, self._plan.reason]), len(reasons) + 1
+        if whole is not None:
+            self._gateway.note(target, None)    # a stream may still break off
+            return Result(*told, whole)
         relay = self._continuing if self._settings.on_cut == "continue" else self._noted
-        return Result(target, chunks=relay(target, held, stream), held=len(held))
+        return Result(*told, chunks=relay(target, held, stream), held=len(held))
 
     def _begun(self, request: ChatRequest, target: Target) -> tuple[list[Chunk], Stream]:
         """Return the chunks of a target's answer up to the first with content, the commit point, and its stream.
@@ -5693,10 +5681,9 @@ class Dispatch:
         found = self._plan.conditions.get(target)
         return found is None or found.level is Level.GOOD
 
-    def _learn_silence(self, target: Target) -> None:
+    def _learn_silence(self, target: Target, waited_s: float) -> None:
         """Remember that a target said nothing for as long as it was waited for: it takes that long at least."""
-        waited_s, record = time.monotonic() - self._asked_at, self.ledger.record(target)
-        read = (0.0, 0.0)
+        record, read = self.ledger.record(target), (0.0, 0.0)
         if target.side is Side.LOCAL and self._alone and self._is_well(target):
             work = work_of(self._request)
             unread = work.unread(record.cache)
@@ -5821,10 +5808,6 @@ def work_of(request: ChatRequest) -> Work:
                 request.max_output_tokens(0), not request.stream)
 
 
-def _listing(lines: Iterable[str]) -> str:
-    return "; ".join(line.rstrip(".") for line in lines)
-
-
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
     """Return the most useful error when no target answered: the only one, or one that lists all of them.
 
@@ -5840,9 +5823,9 @@ def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
             last.message = f"{target.id}: {last.message}"
         return last
     waits = [error.retry_after_s for error in errors if error.retry_after_s is not None]
-    text = f"No model could answer ({plan.reason}). " + _listing(
-        [f"{tried.target.id}: {tried.error.message}" for tried in failed]
-        + [f"{target.id}: {reason}" for target, reason in plan.excluded])
+    reasons = [(tried.target, tried.error.message) for tried in failed] + [*plan.excluded]
+    text = f"No model could answer ({plan.reason}). " + "; ".join(
+        f"{target.id}: {reason.rstrip('.')}" for target, reason in reasons)
     alike = last.fault is not Fault.TRANSPORT and {error.status for error in errors} == {last.status}
     return NoTarget(text, retry=None if waits else False, retry_after_s=min(waits, default=None),
                     status=last.status if alike else None, type=last.type if alike else None)
