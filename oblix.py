@@ -605,7 +605,7 @@ class Settings:
 
 
 def key_in(text: str, place: str) -> str:
-    """Return the key in a text that was copied, or "".  Raise UsageError, which names the place, for odd characters."""
+    """Return the key in a copied text, without quotes, variable or `Bearer`.  Raise UsageError for odd characters."""
     key = _BEFORE_KEY.sub("", text.strip(_AROUND), 1).strip(_AROUND)
     if not is_header_safe(key):
         raise UsageError(f"{place} holds characters that no key has: copy it again")
