@@ -319,6 +319,7 @@ MAX_BLOCKS = 4096            # a million characters, more than a local model's w
 MAX_RETRY_AFTER_S = 600.0
 MOST_TOKENS = 1 << 32        # no window has so many
 MAX_LINE_BYTES = 32 << 20    # of an event in an answer: as much as a request may have; more is an attack
+MAX_BODY_BYTES = 64 << 20    # of a whole answer
 CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call")
 
 
@@ -2850,8 +2851,9 @@ def sse_data(lines: Lines) -> Iterator[Any]:
         if streams is False or line.startswith(b"data:"):
             data.append(line if not streams else line[6:] if line.startswith(b"data: ") else line[5:])
             size += len(data[-1]) + 1
-            if size > MAX_LINE_BYTES:
-                raise UpstreamError(f"a piece of the answer is larger than {MAX_LINE_BYTES >> 20} MiB")
+            most = MAX_LINE_BYTES if streams else MAX_BODY_BYTES
+            if size > most + 1:
+                raise UpstreamError(f"a piece of the answer is larger than {most >> 20} MiB")
         elif data and not line:
             yield b"\n".join(data).decode("utf-8", "replace")
             data, size = [], 0
@@ -4151,7 +4153,6 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 #   Events that say a text and nothing else are known by one static pattern, and pass as values of their own type.
 #   The kernel schedules threads, not Oblix: those of requests are held on one core.
 
-MAX_BODY_BYTES = 64 << 20     # of a whole answer
 MAX_STREAM_BYTES = 256 << 20  # of a streamed one: 128,000 tokens take some 30 MiB
 MAX_IDLE = 64                 # connections kept open to one host: as many as Oblix is meant to serve at once
 IDLE_S = 55.0                 # below the 60 s after which many load balancers drop an idle connection

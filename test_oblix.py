@@ -12312,9 +12312,11 @@ class Upstreams(Case):
                 with self.subTest(dialect.name, stream=stream):
                     size = 900_000
                     self.answered(through(dialect, one_large(size), stream=stream), "Hel%so" % ("l" * size))
-                    if stream or dialect is not OPENAI:
-                        reply = through(dialect, one_large(3 << 20), stream=stream)
-                        self.broken_off(reply, "Hel") if stream else self.refused(reply, 502, "1 MiB")
+                    reply = through(dialect, one_large(3 << 20), stream=stream)
+                    if dialect is OPENAI and not stream:    # a whole answer has a limit of its own
+                        self.answered(reply, "Hel%so" % ("l" * (3 << 20)))
+                        continue
+                    self.broken_off(reply, "Hel") if stream else self.refused(reply, 502, "1 MiB")
 
     def test_an_event_without_end(self):
         def told(dialect, start, piece, stream, begun):
