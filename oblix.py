@@ -5099,27 +5099,21 @@ class Prober:
                                           None if payload is None else dumps(payload), PROBE_LIMITS)
             answers.append(answer)
             with contextlib.closing(answer):
-                return _probed(answer, endpoint)
+                text = answer.body(within_first_byte=True)
+            if answer.status in (404, 405):    # a compatible server without a list of models is there anyway
+                return {}
+            try:
+                told = loads(text)
+            except ValueError:
+                raise UpstreamError(f"what answers there is not {provider.label} (a login page?)") from None
+            if answer.status >= 500 or 300 <= answer.status < 400:
+                raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
+            return told  # type: ignore[no-any-return]
         with contextlib.suppress(*NOT_IN_ITS_FORMAT):    # a list in no shape we know
             models = provider.catalogue(ask, self._details.setdefault(endpoint, {}))
         first = answers[0]
         latency_ms = 1000 * max(0.0, first.waited_s - first.worked_s)
         return Probe(first.status, models if first.status == 200 else None, latency_ms)
-
-
-def _probed(answer: Answer, endpoint: Endpoint) -> Json:
-    """Return the JSON in the answer to a probe.  Raises UpstreamError."""
-    text = answer.body(within_first_byte=True)
-    if answer.status in (404, 405):    # a compatible server without a list of models is there anyway
-        return {}
-    try:
-        told = loads(text)
-    except ValueError:
-        label = PROVIDERS[endpoint.provider].label
-        raise UpstreamError(f"what answers there is not {label} (a login page?)") from None
-    if answer.status >= 500 or 300 <= answer.status < 400:
-        raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
-    return told  # type: ignore[no-any-return]
 
 
 class Result(NamedTuple):
