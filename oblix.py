@@ -33,11 +33,11 @@ Promises, each held by a test of its name
 Who owns which state
   monitors' readings     each monitor's own thread writes its one attribute; everybody reads it without a lock (4)
   idle connections       deques of the transport, whose append and pop are atomic (7)
-  ways to upstreams, TLS context    caches of the transport; two threads that miss at once make the same (7)
+  ways to upstreams      a cache of the transport, as its TLS context; two threads that miss at once make the same (7)
   evidence of requests   a monitor's deque of losses and its wake-up, whose operations are atomic (4)
-  loads and look-ups under way    a dict of each kind of errands, whose setdefault and del are atomic (7)
+  loads and look-ups     a dict for each of the two kinds of errands, whose setdefault and del are atomic (7)
   what readings mean     caches of pure functions (lru_cache); two threads that miss at once put in the same (5, 9)
-  contexts of loads      a dict of the gateway, whose entries the threads of loads replace (9)
+  what loads showed      two dicts of the gateway, whose entries loads replace and monitors remove, atomically (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
@@ -2566,6 +2566,7 @@ _MONEY: _Meaning = (Fault.ACCOUNT, {"code": "insufficient_quota"})
 _KEY: _Meaning = (Fault.ACCOUNT, {"code": "invalid_api_key"})
 _GONE: _Meaning = (Fault.NOT_FOUND, {"code": "model_not_found"})
 _REFUSED: _Meaning = (Fault.REFUSED, {})
+_LOADING: _Meaning = (Fault.LOADING, {"code": "model_loading", "retry_after_s": 5.0})
 
 # Statuses, and words in the message, type, code or param, in lower case -> what they mean; the first rule that fits
 # counts.  The words are from errors that users of those services reported.
@@ -2614,7 +2615,7 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     (_ILL, r"pars(e|ing) (grammar|tool call)|unexpected keyword|unrecognized .{0,10}argument|extra inputs", _REFUSED),
     (_ILL, r"unknown (field|name|parameter|format)", _REFUSED),
     ((400, 415, 422, 501), "", _REFUSED),
-    ((503,), r"^loading model|model.* is (currently |still )?loading", (Fault.LOADING, {"code": "model_loading"})),
+    ((503,), r"^loading model|model.* is (currently |still )?loading", _LOADING),    # llama-server
     ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", (Fault.BUSY, {})),
     (range(400, 500), "", (Fault.NOT_FOUND, {})),    # 404 of a model; 405, 410 of a path
 )
@@ -2639,7 +2640,7 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     usual = {"type": _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
              "code": _CODES.get(status)}
     error = UpstreamError(message, fault, retry=None if fault in (Fault.BUSY, Fault.LOADING) else False,
-                          retry_after_s=retry_after_s, **{"status": status, **usual, **fields, **ours})
+                          **{"status": status, "retry_after_s": retry_after_s, **usual, **fields, **ours})
     if key and error.code == "invalid_api_key":
         error.message = f"The upstream refused the key that Oblix has for it: {message}"
     return error
@@ -4238,21 +4239,12 @@ class Errands:
 
     def __init__(self, work: Callable[..., Any]) -> None:
         self._work = work
-        self._errands: dict[Any, Errand] = {}    # setdefault and del are atomic
-
-    @property
-    def keys(self) -> frozenset[Any]:
-        """Return what is being worked on."""
-        return frozenset(tuple(self._errands))
-
-    def under_way(self, key: Any) -> Errand | None:
-        """Return the errand of that key that has not ended, or None."""
-        return self._errands.get(key)
+        self.under_way: dict[Any, Errand] = {}    # by key; only setdefault, get and del are used, which are atomic
 
     def begin(self, key: Any, *more: Any) -> Errand:
         """Begin to work on a key, or join the errand that is under way.  Do not wait."""
         fresh = Errand()
-        errand = self._errands.setdefault(key, fresh)
+        errand = self.under_way.setdefault(key, fresh)
         if errand is fresh:
             thread = threading.Thread(target=self._run, args=(errand, key, *more), name="errand", daemon=True)
             try:
@@ -4273,7 +4265,7 @@ class Errands:
 
     def _end(self, errand: Errand, key: Any, error: Exception | None) -> None:
         errand.error = error
-        del self._errands[key]
+        del self.under_way[key]
         errand.done.set()
 
 
@@ -4329,19 +4321,15 @@ class _Route(NamedTuple):
     secret: str      # the field that the proxy wants to see of a tunnel, else ""
 
 
-def is_near(name: str) -> bool:
-    """Return True if a host is the device itself or a private address: nothing has to be looked up."""
-    address = address_of(name)
-    return is_loopback(name) or address is not None and address.is_private    # link-local included
-
-
 def _proxy_for(there: urllib.parse.SplitResult) -> str:
     """Return the URL of the system's proxy to a URL, or "" where there is none or the host is near.
 
     Raise UpstreamError for one that does not speak HTTP: its owner may not want to be seen without it.
     """
     name = (there.hostname or "").rstrip(".")
-    if is_near(name) or "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa")):
+    address = address_of(name)
+    if is_loopback(name) or (address.is_private if address else    # link-local included
+                             "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa"))):
         return ""
     from urllib.request import getproxies, proxy_bypass  # takes 1 MiB, which a local model alone does not need
     known = getproxies()
@@ -5155,7 +5143,7 @@ class Gateway:
 
     def snapshot(self) -> Snapshot:
         """Return all that a decision is made from, as it is now.  Does not wait."""
-        settings, readings, loading = self.settings, self.watch.readings, self.loader.keys
+        settings, readings, loading = self.settings, self.watch.readings, frozenset(tuple(self.loader.under_way))
         local = () if settings.local_model else newest_that_fits(self._ollama, readings, loading)
         return Snapshot(readings, (*local, *self._configured), self.ledger.records(), self.ledger.in_flight(), loading,
                         self.ledger.clock(), settings.prefer, settings.local_slots, settings.local_first_s,
@@ -5468,13 +5456,20 @@ class Dispatch:
         raise _all_failed(self._plan, self._failed)
 
     def _first_plan(self) -> Plan:
-        """Return the plan.  Raise OblixError where there is none although it is known what Ollama has."""
+        """Return the plan.  Raise OblixError where there is none although it is known what Ollama has.
+
+        The request may be the first one after a start.  Then wait until somebody is known to be there, if not for long.
+        """
+        gateway, until = self._gateway, time.monotonic() + PROBE_LIMITS.first_byte_s
+        while not self._heard and self._request.model == "auto" and time.monotonic() < until and not any(
+                one.endpoint and one.known and one.level < Level.OUT for one in gateway.watch.readings):
+            self._heard = self._wait(gateway.heard, TICK_S)
         try:
-            return self._gateway.plan(self._request)
+            return gateway.plan(self._request)
         except OblixError:
             if not self._hears_more():
                 raise
-            return self._gateway.plan(self._request)
+            return gateway.plan(self._request)
 
     def _hears_more(self) -> bool:
         """Return True if Ollama has told what it has since the request came: it may be the first one after a start."""
@@ -5543,7 +5538,7 @@ class Dispatch:
         patience_s = usual.first_byte_s
         if target.side is Side.LOCAL and self._others:
             patience_s = self._settings.patience_s
-        elif not self._heard or any(other.side is Side.LOCAL for other in self._others):
+        elif any(other.side is Side.LOCAL for other in self._others):
             pace = self.ledger.record(target).pace
             patience_s = cloud_patience_s(pace, self._request.stream, self._settings.patience_s)
         self._asked_at, self._patience_s = time.monotonic(), patience_s if patience_s < usual.first_byte_s else math.inf
@@ -5586,7 +5581,7 @@ class Dispatch:
         context, loader = 0, self._gateway.loader
         self._know(target)
         for _ in range(2):    # the load that was joined may have been for a smaller context
-            load, snapshot = loader.under_way(target), self._gateway.snapshot()
+            load, snapshot = loader.under_way.get(target), self._gateway.snapshot()
             model = model_of(target, reading_of(target, snapshot.readings))
             if not load and model and not model.remote:
                 try:
@@ -6824,14 +6819,17 @@ FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_pe
 SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
-def start_text(settings: Settings, server: Server) -> str:
-    """Return the lines that a start prints."""
+def base_url_of(settings: Settings, server: Server) -> str:
+    """Return the base URL by which clients reach a server."""
     host = settings.host.strip("[]")
     host = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    base = f"http://{host}:{server.port}/v1"
+    return f"http://{host}:{server.port}/v1"
+
+
+def start_text(settings: Settings, server: Server, base: str) -> str:
+    """Return the lines that a start prints below the address."""
     key = "the key of --api-key" if settings.api_key else "placeholder"
-    lines = [f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""), "",
-             *findings(server.gateway.health())]
+    lines = ["", *findings(server.gateway.health())]
     if settings.no_auth:
         lines += ["Everybody who can reach this address may use it, with the keys that it has (--no-auth).", ""]
     lines += ["Use it:", "  from openai import OpenAI", f'  client = OpenAI(base_url="{base}", api_key="{key}")',
@@ -7047,8 +7045,10 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
     """Serve until `waiting` gets a signal.  Return 0, or 128 more than a second signal that ended what ran."""
     raise_file_limit(4 * settings.max_requests + 256)    # for each two connections of clients, and two upstream
     with demo(settings) as settings, running(settings) as server:
+        base = base_url_of(settings, server)
+        say(f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""))
         server.gateway.watch.settle(SETTLE_S)
-        say(start_text(settings, server))
+        say(start_text(settings, server, base))
         while not signal_within(waiting, TIDY_S):
             with contextlib.suppress(ImportError, OSError, AttributeError):    # only glibc has it
                 import ctypes
