@@ -5579,10 +5579,13 @@ class Dispatch:
         if target.endpoint.provider != "ollama":
             return 0
         context, loader = 0, self._gateway.loader
-        self._know(target)
+        if self._request.model == "local":    # for `auto` a cloud is as good
+            self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.first_byte_s)
         for _ in range(2):    # the load that was joined may have been for a smaller context
             load, snapshot = loader.under_way.get(target), self._gateway.snapshot()
             model = model_of(target, reading_of(target, snapshot.readings))
+            if model and model.remote and target.side is Side.LOCAL and not self._named:
+                raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.NOT_FOUND, status=404)
             if not load and model and not model.remote:
                 try:
                     context = self._gateway.context(request, target, snapshot)
@@ -5601,14 +5604,6 @@ class Dispatch:
                 raise UpstreamError("the model is still loading", Fault.LOADING, status=503, code="model_loading",
                                     retry_after_s=LOAD_RETRY_S)
         return context
-
-    def _know(self, target: Target) -> None:
-        """Make sure that what counts as local is not a name that Ollama passes on to a cloud.  Raises UpstreamError."""
-        if self._request.model == "local":    # for `auto` a cloud is as good
-            self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.first_byte_s)
-        model = model_of(target, reading_of(target, self._gateway.watch.readings))
-        if model and model.remote and target.side is Side.LOCAL and not self._named:
-            raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.NOT_FOUND, status=404)
 
     def _wait(self, event: threading.Event, limit_s: float) -> bool:
         """Return True if the event comes within the limit.  Raise what the look raises."""
