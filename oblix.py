@@ -454,6 +454,8 @@ def loads(raw: str | bytes) -> Any:
         value = _JSON.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if text.count("[") + text.count("{") <= MAX_JSON_DEPTH:    # nearly always
+        return value
     level: list[Any] = [[value]]
     for _ in range(MAX_JSON_DEPTH + 1):
         level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
