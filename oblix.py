@@ -17,7 +17,7 @@ The life of a request
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
 `chat.completion.chunk` objects, so there is no third vocabulary.  Two providers translate (Ollama, Claude) and are
 always streamed.  Whichever server answers, `in_order` makes OpenAI's reference of what it says, and `fold` a whole
-answer of a stream.  A whole answer that needs no change passes as it came, with the model's name replaced.
+answer of a stream.  All answers, whole or not, take this one way.
 
 Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
@@ -237,18 +237,10 @@ class ChatRequest:
     body: Json
     stream: bool = False
     include_usage: bool = False
-    around: tuple[bytes, bytes] | None = None    # the client's bytes around the model's name, if `body` is theirs
 
     @property
     def messages(self) -> list[Json]:
         return self.body["messages"]  # type: ignore[no-any-return]
-
-    def with_model_replaced(self, payload: Json) -> bytes | None:
-        """Return the client's bytes with the payload's model, or None if the payload differs in anything else."""
-        if not self.around or len(payload) != len(self.body) + 1 or not all(
-                payload.get(name) is value for name, value in self.body.items()):
-            return None
-        return dumps(payload["model"]).join(self.around)
 
     def max_output_tokens(self, usual: int) -> int:
         """Return the most tokens that the answer may have; -1 is no limit, as LM Studio and Ollama have it."""
@@ -257,10 +249,9 @@ class ChatRequest:
 
     @functools.cached_property
     def blocks(self) -> tuple[int, ...]:
-        """The hashes of the prompt's blocks of BLOCK characters, in the order in which chat templates write it.
+        """The hashes of the prompt's full blocks of BLOCK characters, in the order in which chat templates write it.
 
-        Two prompts whose first n hashes are equal begin with the same n blocks.  A last block that is not full is left
-        out: a conversation that goes on would fill it.  vLLM finds shared prefixes in the same way.
+        Two prompts whose first n hashes are equal begin with the same n blocks (vLLM finds shared prefixes so).
         """
         parts = [dumps(self.body["tools"]).decode()] if "tools" in self.body else []
         for message in self.messages:
@@ -327,6 +318,8 @@ MAX_BLOCKS = 4096            # a million characters, more than a local model's w
 MAX_RETRY_AFTER_S = 600.0
 MOST_TOKENS = 1 << 32        # no window has so many
 MAX_LINE_BYTES = 32 << 20    # of an event in an answer: as much as a request may have; more is an attack
+MAX_BODY_BYTES = 64 << 20    # of a whole answer
+CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call")
 
 
 class OblixError(Exception):
@@ -402,12 +395,9 @@ def choices_of(chunk: Chunk) -> list[Json]:
 
 
 def has_content(chunk: Chunk) -> bool:
-    """Return True if a chunk, or a whole answer, has content that a client would miss."""
-    deltas = [choice.get("delta") or choice.get("message") for choice in choices_of(chunk)]
+    """Return True if a chunk has content that a client would miss."""
+    deltas = [choice.get("delta") for choice in choices_of(chunk)]
     return any(isinstance(delta, dict) and any(map(delta.get, CONTENT)) for delta in deltas)
-
-
-CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call")
 
 
 def is_empty(chunks: Iterable[Chunk]) -> bool:
@@ -418,9 +408,6 @@ def is_empty(chunks: Iterable[Chunk]) -> bool:
 
 def text_of(message: Json) -> str:
     """Return the text of a message's content, each part on its own line; refusals count as text."""
-    content = message.get("content")
-    if isinstance(content, str):    # nearly always
-        return content
     return "\n".join(part[part["type"]] for part in parts_of(message) if part["type"] in ("text", "refusal"))
 
 
@@ -453,13 +440,12 @@ MAX_JSON_DEPTH = 100         # tool schemas nest some 10-20 deep; json itself gi
 MAX_JSON_MARKS = 1 << 20     # each may cost 100 bytes of memory ("[[],[],…"); one in a text is about a token
 MAX_DIGITS = 4300            # Python's own limit, which 3.9.2 of Debian 11 lacks: the work grows with the square
 _JSON = json.JSONDecoder(parse_float=finite, parse_int=integer, parse_constant=finite)
+_COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
 
 
 def loads(raw: str | bytes) -> Any:
-    """Parse JSON as RFC 8259 has it: UTF-8, finite numbers.  Raises ValueError, also for what is too deep or too large.
-
-    The error's text does not quote the JSON.
-    """
+    """Parse JSON by RFC 8259.  Raise ValueError, which quotes nothing, also for what is too deep or too large."""
     text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
     if len(text) > MAX_JSON_MARKS and sum(map(text.count, ",:[{")) > MAX_JSON_MARKS:
         raise ValueError(f"more than {MAX_JSON_MARKS:,} commas, colons and brackets")
@@ -467,16 +453,15 @@ def loads(raw: str | bytes) -> Any:
         value = _JSON.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    # to count in a long text takes longer than to walk through what it contains
-    level: list[Any] = [[value]] if len(text) > 4096 or text.count("[") + text.count("{") > MAX_JSON_DEPTH else []
+    if text.count("[") + text.count("{") <= MAX_JSON_DEPTH:    # nearly always
+        return value
+    level: list[Any] = [[value]]
     for _ in range(MAX_JSON_DEPTH + 1):
-        if not level:
-            return value
         level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
                  if isinstance(inner, (dict, list))]
-    if level:
-        raise ValueError("nested too deeply")
-    return value
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
 
 
 def dumps(value: Any) -> bytes:
@@ -484,42 +469,11 @@ def dumps(value: Any) -> bytes:
     return _COMPACT.encode(value).encode("ascii")
 
 
-_COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
-
-
-def split_at_model(raw: bytes, parsed: Json) -> tuple[bytes, bytes] | None:
-    """Return the bytes before and after the model's name in an object's JSON, or None where they are uncertain.
-
-    Another name is put in between in 1 us; to serialise 64 KiB takes 200 us.
-    """
-    if raw[:1] != b"{" or not isinstance(parsed.get("model"), str) or (
-            raw.rfind(b"\\u00") >= 0 and _SPELT_OUT.search(raw)):    # rfind is five times as fast as find or `in`
-        return None
-    at = 0
-    for name in ("stream", "n", "model"):    # they decide how the answer is read: the next reader may take the first
-        if name in parsed:
-            quoted = b'"%b"' % name.encode()
-            at = raw.rfind(quoted)
-            if raw.rfind(quoted, 0, max(at, 0)) >= 0:
-                return None
-    found = _MODEL_IN.match(raw, at)
-    return (raw[:found.start(1)], raw[found.end(1):]) if found else None
-
-
-# What stands between a JSON string's quotes, written so that it takes no stack for each character.
-LITERAL = re.compile(rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*')
-_SPELT_OUT = re.compile(rb"\\u00[3-7]")    # a letter or digit, which a name may so be hidden behind
-_MODEL_IN = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("' + LITERAL.pattern + rb'")')
-
-
 @functools.lru_cache(64)    # clients and settings name few hosts
 def host_of(authority: str) -> str:
     """Return the host in a host[:port], in lower case, or "" if there is none."""
     found = _AUTHORITY.fullmatch(authority.lower())
     return found[1].strip("[]").rstrip(".") if found else ""
-
-
-_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
 
 
 def host_in(url: str) -> str:
@@ -551,16 +505,18 @@ def is_loopback(host: str) -> bool:
 
 def setting(default: Any, help: str, low: float = 0, high: float = 1e6, *, env: str = "", secret: bool = False,
             choices: Any = None, form: str = "(?s).*") -> Any:
-    """Declare a setting: a number from `low` to `high`, or a text of this form.
-
-    `env` names a variable that other tools share, and that has no flag.
-    """
+    """Declare a setting: a number from `low` to `high`, or a text of this form.  `env`: a variable without a flag."""
     return dataclasses.field(default=default, repr=not secret, metadata={
         "help": help, "low": low, "high": high, "env": env, "choices": choices, "form": form})
 
 
 NUMBER = r"[+-]?\d+(\.\d*)?"
 DURATION = rf"{NUMBER}|[+-]?((\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h))+"    # as Ollama reads keep_alive; the latter is Go's
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+# What copying leaves around a value: blanks, a byte order mark, quotes (`docker run --env-file` keeps them).
+_AROUND = " \t\r\n\xa0\ufeff\u200b\"'`\u201c\u201d\u2018\u2019"
+_BEFORE_KEY = re.compile(r"(?:export\s+)?[A-Z][A-Z0-9_]*(?:KEY|TOKEN)=(?=[^=])|(?i:authorization:\s*)?(?i:bearer)\s+")
+_ODD_KEY = re.compile(r"(?i)[$<{%]|.*(?:\s|\.\.\.)|(?:bearer|none|null|undefined|your.*key.*)$")    # of a template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -650,17 +606,8 @@ class Settings:
         return cls(**found)
 
 
-# What copying leaves around a value: blanks, a byte order mark, quotes (`docker run --env-file` keeps them).
-_AROUND = " \t\r\n\xa0\ufeff\u200b\"'`\u201c\u201d\u2018\u2019"
-_BEFORE_KEY = re.compile(r"(?:export\s+)?[A-Z][A-Z0-9_]*(?:KEY|TOKEN)=(?=[^=])|(?i:authorization:\s*)?(?i:bearer)\s+")
-_ODD_KEY = re.compile(r"(?i)[$<{%]|.*(?:\s|\.\.\.)|(?:bearer|none|null|undefined|your.*key.*)$")    # of a template
-
-
 def key_in(text: str, place: str) -> str:
-    """Return the key in a text that was copied: without what stands around it, its variable or `Bearer`.
-
-    Return "" if there is none.  Raise UsageError, which names the place, for characters that no key has.
-    """
+    """Return the key in a copied text, without quotes, variable or `Bearer`.  Raise UsageError for odd characters."""
     key = _BEFORE_KEY.sub("", text.strip(_AROUND), 1).strip(_AROUND)
     if not is_header_safe(key):
         raise UsageError(f"{place} holds characters that no key has: copy it again")
@@ -690,9 +637,6 @@ def variable_of(field: dataclasses.Field[Any]) -> str:
 def flag_of(field: dataclasses.Field[Any]) -> str:
     """Return the flag of a setting, "" if only a variable sets it."""
     return "" if field.metadata["env"] else "--" + field.name.replace("_", "-")
-
-
-_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], text: str) -> Json:
@@ -940,16 +884,16 @@ class Guard:
 
     def cors_headers(self, head: Head) -> dict[str, str]:
         """Return the headers that let a page read the answer (Fetch standard, 3.2)."""
-        if "origin" not in head.fields or not self.welcomes(head):
+        asked = head.fields
+        if "origin" not in asked or not self.welcomes(head):
             return {}
-        asked, allowed = head.fields, {"Access-Control-Allow-Origin": head.fields["origin"], "Vary": "Origin"}
+        allowed = {"Access-Control-Allow-Origin": asked["origin"], "Vary": "Origin"}
         if not head.is_preflight:
             return {**allowed, "Access-Control-Expose-Headers": EXPOSED}
-        allowed.update({"Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS", "Access-Control-Max-Age": "600",
-                        "Access-Control-Allow-Headers": asked.get("access-control-request-headers", "*")})
         if asked.get("access-control-request-private-network") == "true":    # a public page, a device at home
             allowed["Access-Control-Allow-Private-Network"] = "true"
-        return allowed
+        return {**allowed, "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS", "Access-Control-Max-Age": "600",
+                "Access-Control-Allow-Headers": asked.get("access-control-request-headers", "*")}
 
 
 # --- 3. The chat request ----------------------------------------------------------------------------------------------
@@ -966,12 +910,11 @@ def need(ok: object, param: str, must: str, code: str = "invalid_value") -> None
 def check_fields(fields: Json, rules: Mapping[str, Rule], needed: Iterable[str], where: str = "") -> None:
     """Raise BadRequest for a needed field that is missing, or one that breaks its rule; null counts as absent."""
     for name in needed:
-        if fields.get(name) is None:
-            need(False, f"{where}.{name}".lstrip("."), f"is missing: it {rules[name][1]}", "missing_required_parameter")
+        need(fields.get(name) is not None, where + name, f"is missing: it {rules[name][1]}",
+             "missing_required_parameter")
     for name, value in fields.items():
-        rule = rules.get(name)
-        if rule and value is not None and not rule[0](value):
-            need(False, f"{where}.{name}".lstrip("."), rule[1])
+        if name in rules and value is not None:
+            need(rules[name][0](value), where + name, rules[name][1])
 
 
 def _a(*kinds: type, words: str) -> Rule:
@@ -1008,6 +951,9 @@ _ABSENT = type(None)
 _ALLOWED = {"tools": list, "mode": str}
 _CALLED = {"name": str, "arguments": (str, dict, _ABSENT)}
 _FUNCTION = {"name": str, "parameters": (dict, _ABSENT), "description": (str, _ABSENT)}
+# A data: URL of an image, by the first bytes of its formats: what a client says of the type is often a guess.
+_IMAGE = re.compile(r"(?i:data):([^;,]*)[^,]*;(?i:base64),"
+                    r"(?:(?P<png>iVBORw0KGg)|(?P<jpeg>/9j/)|(?P<gif>R0lGOD)|(?P<webp>UklGR.{6}XRUJQ))")
 _string, _boolean, _object = _a(str, words="a string"), _a(bool, words="true or false"), _a(dict, words="an object")
 _number: Rule = lambda value: type(value) in (int, float), "must be a number"
 _strings = _list_of(str, "strings")
@@ -1037,14 +983,13 @@ FIELDS: dict[str, Rule] = {
 NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop": [], "tools": [], "functions": [],
           "logit_bias": {}, "modalities": ["text"], "response_format": {"type": "text"}}
 
-_TOOL = '{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
-_CALL = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
 MESSAGE_FIELDS: dict[str, Rule] = {
     "role": (lambda value: isinstance(value, str) and value, "must be system, developer, user, assistant or tool"),
     "tool_call_id": _string, "refusal": _string, "name": _string,
     "content": _a(str, list, words="a string or a list of content parts"),
     "function_call": (lambda value: _has(value, _CALLED), 'must be {"name": …, "arguments": "{}"}'),
-    "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), f"must be a list of {_CALL}"),
+    "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), 'must be a list of {"id": …, '
+                   '"type": "function", "function": {"name": …, "arguments": "{}"}}'),
 }
 
 PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test of the rest
@@ -1056,10 +1001,7 @@ PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test
 
 
 def parse_request(raw: bytes) -> ChatRequest:
-    """Return the request that a client's bytes contain.
-
-    Raises BadRequest, which names the parameter, for a type or range that no upstream takes.
-    """
+    """Return the request in a client's bytes.  Raise BadRequest for a type or range that no upstream takes."""
     try:
         body = loads(raw)
     except ValueError as error:
@@ -1068,14 +1010,11 @@ def parse_request(raw: bytes) -> ChatRequest:
         raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
     check_fields(body, FIELDS, ("model", "messages"))
     model = body.pop("model")
+    if body.get("stop") is not None and "" in as_list(body["stop"]):    # it says nothing, and vLLM refuses it
+        body["stop"] = [stop for stop in as_list(body["stop"]) if stop]
     kept = {name: value for name, value in body.items()
             if value is not None and not (name in NO_OPS and value == NO_OPS[name])}
-    mended: Json = {name: int(value) for name, value in kept.items() if type(value) is float and name in WHOLE}
-    if "" in as_list(kept.get("stop", [])):    # it says nothing, and vLLM refuses it
-        mended["stop"] = [stop for stop in as_list(kept["stop"]) if stop]
-    kept.update(mended)
-    if kept.get("stop") == []:
-        del kept["stop"]
+    kept.update({name: int(value) for name, value in kept.items() if type(value) is float and name in WHOLE})
     kept["messages"] = [_message(f"messages[{number}]", message) for number, message in enumerate(kept["messages"])]
     if "tools" in kept:
         kept["tools"] = [_tool(f"tools[{number}]", tool) for number, tool in enumerate(kept["tools"])]
@@ -1084,15 +1023,14 @@ def parse_request(raw: bytes) -> ChatRequest:
             kept.pop(name, None)
     stream = kept.get("stream", False)
     options = kept.get("stream_options", {}) if stream else kept.pop("stream_options", {})
-    around = split_at_model(raw, {**body, "model": model}) if kept == body and not mended else None
-    return ChatRequest(model, kept, stream, bool(options.get("include_usage")), around)
+    return ChatRequest(model, kept, stream, bool(options.get("include_usage")))
 
 
 def _tool(where: str, tool: Json) -> Json:
     """Return a tool, checked, with its type and without its nulls.  Raises BadRequest."""
     tool = {"type": "function", **without_nulls(tool, tool.get("type") or "function")}
     fits = tool["type"] != "function" or _has(tool.get("function"), _FUNCTION) and tool["function"]["name"]
-    need(fits, where, f"must be like {_TOOL}")
+    need(fits, where, 'must be like {"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}')
     return tool
 
 
@@ -1100,7 +1038,7 @@ def _message(where: str, message: Any) -> Json:
     """Return a message, checked and without its nulls.  Raises BadRequest."""
     need(isinstance(message, dict), where, "must be an object")
     says = message.get("role") in ("system", "developer", "user")
-    check_fields(message, MESSAGE_FIELDS, ("role", "content") if says else ("role",), where)
+    check_fields(message, MESSAGE_FIELDS, ("role", "content") if says else ("role",), f"{where}.")
     # servers' chat templates want a content, if only null
     checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
     content, calls = message.get("content"), checked.pop("tool_calls", None)
@@ -1123,11 +1061,6 @@ def _part(where: str, part: Any) -> Json:
         url = f"data:image/{image.lastgroup}{image.string[image.end(1):]}"
         part = {**part, "image_url": {**part["image_url"], "url": url}}
     return without_nulls(part, kind)
-
-
-# A data: URL of an image, by the first bytes of its formats: what a client says of the type is often a guess.
-_IMAGE = re.compile(r"(?i:data):([^;,]*)[^,]*;(?i:base64),"
-                    r"(?:(?P<png>iVBORw0KGg)|(?P<jpeg>/9j/)|(?P<gif>R0lGOD)|(?P<webp>UklGR.{6}XRUJQ))")
 
 
 def without_nulls(fields: Json, inner: Any = None) -> Json:
@@ -2506,16 +2439,6 @@ class Provider:
         """
         return in_order(self.chunks(lines, request), request)
 
-    def whole(self, raw: bytes, request: ChatRequest) -> tuple[Json, bool]:
-        """Return the answer in a whole body, and True if it stands there as OpenAI's reference has it.
-
-        Raises as `decode`.
-        """
-        if self.translates or _EVENTS.match(raw):    # some servers stream unasked
-            return fold(self.decode(raw.splitlines(), request)), False
-        answer = event_of(raw)
-        return (answer, True) if is_in_order(answer) else (fold(in_order([answer], request)), False)
-
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         """Return the endpoint's models.  Raises what `ask` raises, and NOT_IN_ITS_FORMAT.
 
@@ -2930,8 +2853,9 @@ def sse_data(lines: Lines) -> Iterator[Any]:
         if streams is False or line.startswith(b"data:"):
             data.append(line if not streams else line[6:] if line.startswith(b"data: ") else line[5:])
             size += len(data[-1]) + 1
-            if size > MAX_LINE_BYTES:
-                raise UpstreamError(f"a piece of the answer is larger than {MAX_LINE_BYTES >> 20} MiB")
+            most = MAX_LINE_BYTES if streams else MAX_BODY_BYTES
+            if size > most + 1:
+                raise UpstreamError(f"a piece of the answer is larger than {most >> 20} MiB")
         elif data and not line:
             yield b"\n".join(data).decode("utf-8", "replace")
             data, size = [], 0
@@ -3038,19 +2962,6 @@ def with_counts(usage: Json) -> Json:
 
 
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
-
-
-def is_in_order(answer: Json) -> bool:
-    """Return True if a whole answer is as `in_order` and `fold` would make it; False where that must be tried."""
-    usage = answer.get("usage")
-    return (type(answer.get("created")) is int and answer.get("object") == "chat.completion"
-            and isinstance(usage, dict) and [type(usage.get(name)) for name in _COUNTS] == [int] * 3
-            and bool(answer.get("choices")) and all(
-                type(choice.get("index")) is int and isinstance(message.get("content"), str)
-                and isinstance(message.get("reasoning_content", ""), str) and message.get("role") == "assistant"
-                and not {"tool_calls", "function_call", "reasoning"} & {*message} and not choice.get("logprobs")
-                and choice.get("finish_reason") in ("stop", "length", "content_filter") and "error" not in choice
-                for choice in answer["choices"] for message in [choice.get("message") or {}]))
 
 
 class _Choice:
@@ -4244,7 +4155,6 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 #   Events that say a text and nothing else are known by one static pattern, and pass as values of their own type.
 #   The kernel schedules threads, not Oblix: those of requests are held on one core.
 
-MAX_BODY_BYTES = 64 << 20     # of a whole answer
 MAX_STREAM_BYTES = 256 << 20  # of a streamed one: 128,000 tokens take some 30 MiB
 MAX_IDLE = 64                 # connections kept open to one host: as many as Oblix is meant to serve at once
 IDLE_S = 55.0                 # below the 60 s after which many load balancers drop an idle connection
@@ -5049,9 +4959,7 @@ class Ledger:
 
     def settle(self, target: Target, error: UpstreamError | None) -> Breaker:
         """Note that an attempt has failed, or with None succeeded.  Return the target's breaker of before."""
-        now, known = self.clock(), self.record(target).breaker
-        if not error and not known.failures:    # nearly always
-            return known
+        now = self.clock()
         return self._update(target, lambda record: record._replace(
             breaker=record.breaker.failed(error, now) if error else Breaker())).breaker
 
@@ -5063,9 +4971,8 @@ class Ledger:
                    read: tuple[float, float] = (0.0, 0.0), cache: Cache | None = None) -> None:
         """Remember how fast an answer was, and what its model has in its cache."""
         now = self.clock()
-        self._update(target, lambda old: Record(
-            old.breaker, old.trial, old.refused, old.pace.learned(first_s, tokens, seconds, read, now), old.context,
-            cache or old.cache))
+        self._update(target, lambda record: record._replace(
+            pace=record.pace.learned(first_s, tokens, seconds, read, now), cache=cache or record.cache))
 
     def learn_load(self, target: Target, load_s: float, context: int) -> None:
         """Remember how long the model took to load, and for which context.  It has nothing in its cache."""
@@ -5087,6 +4994,13 @@ WARM_AGAIN_S = 300.0         # as long as Ollama keeps a model by itself
 KEPT_S, KEPT_ON_BATTERY_S = 1800, 300    # a model in memory; Ollama's own default is the latter
 CACHED_S = 300    # a prompt, by Claude: its usual time
 LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
+LOAD_RETRY_S = 5.0    # the Retry-After where only a loading model could have answered
+MAX_SAID = 32_768     # chunks of a stream that are kept to be continued, some 1 KB each; a longer one is not
+MAX_HELD = 4096       # chunks that say nothing before the first that does; a few are usual
+_ADVICE = "start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
+# Codes of faults that tell of the way to an endpoint, so that it is worth a probe at once.
+_LOST = ("upstream_unreachable", "upstream_tls", "upstream_timeout", "upstream_cut")
+
 
 def new_id(prefix: str) -> str:
     """Return a fresh random id.  It is not a secret, so it takes no system call."""
@@ -5116,7 +5030,16 @@ class Prober:
                                           None if payload is None else dumps(payload), PROBE_LIMITS)
             answers.append(answer)
             with contextlib.closing(answer):
-                return _probed(answer, endpoint)
+                text = answer.body(within_first_byte=True)
+            if answer.status in (404, 405):    # a compatible server without a list of models is there anyway
+                return {}
+            try:
+                told = loads(text)
+            except ValueError:
+                raise UpstreamError(f"what answers there is not {provider.label} (a login page?)") from None
+            if answer.status >= 500 or 300 <= answer.status < 400:
+                raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
+            return told  # type: ignore[no-any-return]
         with contextlib.suppress(*NOT_IN_ITS_FORMAT):    # a list in no shape we know
             models = provider.catalogue(ask, self._details.setdefault(endpoint, {}))
         first = answers[0]
@@ -5124,29 +5047,12 @@ class Prober:
         return Probe(first.status, models if first.status == 200 else None, latency_ms)
 
 
-def _probed(answer: Answer, endpoint: Endpoint) -> Json:
-    """Return the JSON in the answer to a probe.  Raises UpstreamError."""
-    text = answer.body(within_first_byte=True)
-    if answer.status in (404, 405):    # a compatible server without a list of models is there anyway
-        return {}
-    try:
-        told = loads(text)
-    except ValueError:
-        label = PROVIDERS[endpoint.provider].label
-        raise UpstreamError(f"what answers there is not {label} (a login page?)") from None
-    if answer.status >= 500 or 300 <= answer.status < 400:
-        raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
-    return told  # type: ignore[no-any-return]
-
-
-@dataclasses.dataclass
-class Result:
+class Result(NamedTuple):
     """An answer on its way to the client: either `whole`, or `chunks` whose first ones have content."""
     target: Target
-    reason: str = ""
-    attempts: int = 1
+    reason: str
+    attempts: int
     whole: Json | None = None
-    raw: bytes = b""    # the whole answer in JSON, where the upstream's own could be taken
     chunks: Iterator[Any] = iter(())
     held: int = 0       # how many of the chunks have come; the last of them has content
 
@@ -5157,6 +5063,7 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.ledger, self.transport, self.loader = Ledger(), Transport(), Errands(self._load)
+        self.limits = Limits(settings.connect_timeout_s, settings.first_byte_timeout_s, settings.stall_timeout_s)
         self.transport.connect_s = settings.connect_timeout_s    # of probes and of loads, too
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
@@ -5208,7 +5115,7 @@ class Gateway:
         """Load a model by a request of our own.  Raises UpstreamError."""
         log.info("%s is loading", target.id)
         provider, endpoint, started = PROVIDERS[target.endpoint.provider], target.endpoint, time.monotonic()
-        limits = self.limits()._replace(first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
+        limits = self.limits._replace(first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
         try:
             # Ollama loads a model for a request without messages, and says nothing
             payload = provider.encode(ChatRequest("", {"messages": []}), target, context, self.keep_alive(target))
@@ -5266,18 +5173,13 @@ class Gateway:
             return KEPT_ON_BATTERY_S if plugged is False and target.endpoint.on_device else KEPT_S
         return float(said) if re.fullmatch(NUMBER, said) else said    # Ollama reads "300" as no duration
 
-    def limits(self, until: float = math.inf) -> Limits:
-        """Return the configured limits of an exchange."""
-        return Limits(self.settings.connect_timeout_s, self.settings.first_byte_timeout_s,
-                      self.settings.stall_timeout_s, until)
-
     def resolve(self, name: str, snapshot: Snapshot) -> Target:
         """Return the one target that a model's name stands for.  Raises BadRequest (404)."""
         provider, model = split_id(name)
         for target in snapshot.targets:
-            if provider in ("", target.endpoint.provider) and (
-                    model == target.model
-                    or target.endpoint.provider == "ollama" and same_ollama_model(model, target.model)):
+            its = target.endpoint.provider
+            if provider in ("", its) and (model == target.model
+                                          or its == "ollama" and same_ollama_model(model, target.model)):
                 return target
         spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
         if not model or not (provider or spelt):
@@ -5298,7 +5200,7 @@ class Gateway:
             return self._plan_of_one(request, snapshot)
         only = None if request.model == "auto" else Side(request.model)
         refusals = {target: refused for target in snapshot.targets
-                    for refused in [self._refusal(request, target, snapshot)] if refused}
+                    if (refused := self._refusal(request, target, snapshot))}
         plan = rank(snapshot, {target: refused.message for target, refused in refusals.items()}, only,
                     work_of(request) if len(snapshot.targets) > 1 else USUAL_WORK)
         if not plan.order and not plan.last_resort:
@@ -5345,7 +5247,7 @@ class Gateway:
     def _nothing_left(plan: Plan, refusals: Mapping[Target, Unsupported], snapshot: Snapshot,
                       asked: Sequence[Target]) -> OblixError:
         """Return the error of a plan without a target: the client's, if the request itself excludes all of them."""
-        text = _listing(f"{target.id}: {reason}" for target, reason in plan.excluded)
+        text = "; ".join(f"{target.id}: {reason.rstrip('.')}" for target, reason in plan.excluded)
         if asked and all(target in refusals for target in asked):
             codes = {refused.code for refused in refusals.values()}
             return Unsupported(f"No model can take this request: {text}.", param=refusals[asked[0]].param,
@@ -5353,16 +5255,14 @@ class Gateway:
         breakers = [snapshot.record(target).breaker for target in asked if target not in refusals]
         wait_s = min((breaker.rest_s(snapshot.now) for breaker in breakers
                       if breaker.rest_s(snapshot.now) and breaker.fault is not Fault.ACCOUNT), default=None)
-        return NoTarget(f"No model can answer: {plan.reason}. {text or 'Nothing is configured'}."
-                        + ("" if wait_s else " Start Ollama and pull a model, or set OPENAI_API_KEY or "
-                                             "ANTHROPIC_API_KEY."), retry=None if wait_s else False,
-                        retry_after_s=wait_s)
+        advice = "" if wait_s else f"; {_ADVICE}"
+        return NoTarget(f"No model can answer: {plan.reason}. {text or 'Nothing is configured'}{advice}.",
+                        retry=None if wait_s else False, retry_after_s=wait_s)
 
     def answer(self, request: ChatRequest, look: Look = no_look) -> Result:
         """Return the first answer that a target of the plan gives.  Raise OblixError, and what the look raises.
 
-        Before the first content every fault moves on to the next target; what is returned has content, and whatever
-        happens later is told in its chunks' UpstreamError.
+        What is returned has content; whatever happens later is told in its chunks' UpstreamError.
         """
         return Dispatch(self, request, look).run()
 
@@ -5382,21 +5282,22 @@ class Gateway:
         able = any(plan.conditions[target].state != "unreachable" for target in plan.order)
         waiting = any(reading.endpoint and not reading.known for reading in snapshot.readings)    # no evidence yet
         targets = [_target_report(target, plan.conditions[target], snapshot) for target in snapshot.targets]
-        reasons = [f"{target['id']}: {target['reason']}" for target in targets] or [_NOTHING]
+        reasons = [f"{target['id']}: {target['reason']}" for target in targets]
         return {
             "status": "healthy" if able or waiting else "unhealthy", "version": __version__,
             **{side.value: _side_report(side, snapshot, plan.conditions) for side in Side},
             "plan": {"order": [target.id for target in plan.order], "reason": plan.reason}, "targets": targets,
-            **({} if able or waiting else {"reasons": reasons}),
+            **({} if able or waiting else {"reasons": reasons or [f"no model is configured: {_ADVICE}"]}),
         }
 
-    def models(self) -> list[tuple[str, int, str]]:
-        """Return (id, created, owner) of all models that can be asked for.  Does not wait."""
+    def models(self) -> list[Json]:
+        """Return all models that can be asked for, as GET /v1/models lists them.  Does not wait."""
         snapshot, found = self.snapshot(), dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
         found.update({target.id: (0, target.endpoint.provider) for target in snapshot.targets})
         found.update({"ollama:" + model.name.removesuffix(":latest"): (model.created, "ollama")
                       for model in installed(self._ollama, snapshot.readings)})
-        return [(id, *rest) for id, rest in found.items()]
+        return [{"id": id, "object": "model", "created": created, "owned_by": owner}
+                for id, (created, owner) in found.items()]
 
 
 @functools.lru_cache(4)
@@ -5415,10 +5316,6 @@ def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
     return (next(fitting, found[0]),) if found else ()
 
 
-# Codes of faults that tell of the way to an endpoint, so that it is worth a probe at once.
-_LOST = ("upstream_unreachable", "upstream_tls", "upstream_timeout", "upstream_cut")
-
-
 def _in_memory(told: Probe | Reading | None) -> frozenset[str]:
     """Return the names of the models that a server shows in its memory."""
     return frozenset(model.name for model in told and told.models or () if not model.cold and not model.remote)
@@ -5428,9 +5325,6 @@ def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
     """Return True if a reading knows of a load that has ended."""
     model = model_of(target, reading)
     return model is None or not model.cold and (not context or model.context in (0, context))
-
-
-_NOTHING = "no model is configured: start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
 
 
 def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json:
@@ -5495,15 +5389,13 @@ class Dispatch:
         with contextlib.closing(self._order()) as order:
             for target, self._others in order:
                 try:
-                    served = self._attempt(target)
+                    return self._attempt(target)
                 except _Overtaken:
                     self._overtaken.append(target)
                 except UpstreamError as error:
                     self._fail(target, error)
                     if not error.fault.moves_on:
                         break
-                else:
-                    return self._completed(served)
         raise _all_failed(self._plan, self._failed)
 
     def _first_plan(self) -> Plan:
@@ -5527,21 +5419,10 @@ class Dispatch:
         before, self._heard = self._heard, True
         return not before and self._wait(self._gateway.heard, PROBE_LIMITS.first_byte_s)
 
-    def _completed(self, served: Result) -> Result:
-        """Note an answer that has come, or begun, and tell how it came about."""
-        self._gateway.watch.tell(served.target.endpoint, lost=False)
-        if served.whole is not None:    # a stream may still break off
-            self._gateway.note(served.target, None)
-        served.attempts = len(self._failed) + 1
-        served.reason = "; ".join([f"{tried.target.id}: {tried.error.brief}" for tried in self._failed]
-                                  + [self._plan.reason])
-        return served
-
     def _order(self) -> Generator[tuple[Target, tuple[Target, ...]], None, None]:
         """Yield each target to try, and those that would be tried after it.
 
         The plan's order comes first, then the last resorts, then once more the targets that were only slow or away.
-        One request at a time tries a target whose breaker is not closed.
         """
         hope = [*self._plan.last_resort]
         for place, target in enumerate(self._plan.order):
@@ -5552,8 +5433,7 @@ class Dispatch:
                 yield target, self._plan.order[place + 1:]
                 if self._again(target):
                     yield target, self._plan.order[place + 1:]
-        yield from ((target, ()) for target in self._overtaken)
-        yield from ((target, ()) for target in hope)
+        yield from ((target, ()) for target in itertools.chain(self._overtaken, hope))
         if self._named:
             return
         if self._hears_more():
@@ -5574,8 +5454,9 @@ class Dispatch:
         """Note an attempt that has failed."""
         log.info("%s failed: %s", target.id, error.brief)
         self._gateway.note(target, error)
-        if error.code == "upstream_timeout" and time.monotonic() - self._asked_at >= self._patience_s:
-            self._learn_silence(target)
+        waited_s = time.monotonic() - self._asked_at
+        if error.code == "upstream_timeout" and waited_s >= self._patience_s:
+            self._learn_silence(target, waited_s)
         self._failed.append(_Failure(target, error, time.monotonic(), self._patience_s < math.inf))
 
     def _again(self, target: Target) -> bool:
@@ -5593,43 +5474,36 @@ class Dispatch:
         return True
 
     def _limits(self, target: Target) -> Limits:
-        """Return the limits of this attempt.  While the other side could answer, patience limits the first content.
-
-        Raises UpstreamError when no time is left.
-        """
-        usual, left_s = self._gateway.limits(self._until), self._until - time.monotonic()
+        """Return this attempt's limits: patience while the other side could answer.  Raise UpstreamError at the end."""
+        usual, left_s = self._gateway.limits, self._until - time.monotonic()
         if left_s <= 0:
             raise time_is_up()
-        connect_s, patience_s = min(usual.connect_s, left_s), usual.first_byte_s
+        patience_s = usual.first_byte_s
         if target.side is Side.LOCAL and self._others:
             patience_s = self._settings.patience_s
         elif any(other.side is Side.LOCAL for other in self._others):
             pace = self.ledger.record(target).pace
             patience_s = cloud_patience_s(pace, self._request.stream, self._settings.patience_s)
         self._asked_at, self._patience_s = time.monotonic(), patience_s if patience_s < usual.first_byte_s else math.inf
-        return Limits(connect_s, min(patience_s, usual.first_byte_s), usual.stall_s, usual.until)
+        return Limits(min(usual.connect_s, left_s), min(patience_s, usual.first_byte_s), usual.stall_s, self._until)
 
     def _attempt(self, target: Target) -> Result:
-        """Try one target, up to its first content, or to its end where the client wants a whole answer.
-
-        An empty answer is a fault as long as there is another target to ask.
-        """
-        request = self._request
-        if request.stream:
-            held, stream = self._begun(request, target)
-            relay = self._continuing if self._settings.on_cut == "continue" else self._noted
-            return Result(target, chunks=relay(target, held, stream), held=len(held))
-        if PROVIDERS[target.endpoint.provider].translates:
-            return Result(target, whole=fold(itertools.chain(*self._begun(request, target))))
-        whole, raw = self._whole(request, target)
-        if self._others and is_empty([whole]):
-            raise _empty()
-        return Result(target, whole=whole, raw=raw)
+        """Try one target, up to its first content, or to its end where the client wants a whole answer."""
+        held, stream = self._begun(self._request, target)
+        whole = None if self._request.stream else fold(itertools.chain(held, stream))
+        self._gateway.watch.tell(target.endpoint, lost=False)
+        reasons = [f"{tried.target.id}: {tried.error.brief}" for tried in self._failed]
+        told = target, "; ".join([*reasons, self._plan.reason]), len(reasons) + 1
+        if whole is not None:
+            self._gateway.note(target, None)    # a stream may still break off
+            return Result(*told, whole)
+        relay = self._continuing if self._settings.on_cut == "continue" else self._noted
+        return Result(*told, chunks=relay(target, held, stream), held=len(held))
 
     def _begun(self, request: ChatRequest, target: Target) -> tuple[list[Chunk], Stream]:
         """Return the chunks of a target's answer up to the first with content, the commit point, and its stream.
 
-        Raises UpstreamError for what fails before that.
+        Raise UpstreamError for what fails before that, as does an empty answer while there is another target to ask.
         """
         stream, held = self._stream(request, target), list[Chunk]()
         for chunk in stream:
@@ -5639,22 +5513,22 @@ class Dispatch:
             if len(held) > MAX_HELD:
                 stream.close()
                 raise UpstreamError(f"no content in {MAX_HELD} pieces", code="bad_upstream_answer")
-        if self._others and is_empty(held):
-            raise _empty()
+        if is_empty(held) and (self._others or request is not self._request):
+            raise UpstreamError("the answer was empty", code="empty_answer")
         return held, stream
 
     def _loaded(self, request: ChatRequest, target: Target, limits: Limits) -> int:
-        """Load a local model if need be.  Return the context to ask for, which is large enough, or 0 for its own.
-
-        Raises UpstreamError where that takes too long; the load then goes on.
-        """
+        """Load a local model if need be.  Return the context to ask for, or 0 for its own.  Raise UpstreamError."""
         if target.endpoint.provider != "ollama":
             return 0
         context, loader = 0, self._gateway.loader
-        self._know(target)
+        if self._request.model == "local":    # for `auto` a cloud is as good
+            self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.first_byte_s)
         for _ in range(2):    # the load that was joined may have been for a smaller context
             load, snapshot = loader.under_way.get(target), self._gateway.snapshot()
             model = model_of(target, reading_of(target, snapshot.readings))
+            if model and model.remote and target.side is Side.LOCAL and not self._named:
+                raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.NOT_FOUND, status=404)
             if not load and model and not model.remote:
                 try:
                     context = self._gateway.context(request, target, snapshot)
@@ -5665,34 +5539,21 @@ class Dispatch:
                     load = loader.begin(target, context)
             if not load:
                 break
-            self._await(load, limits.first_byte_s)
+            if self._wait(load.done, limits.first_byte_s):
+                load.result()
+            elif time.monotonic() >= self._until:
+                raise time_is_up()
+            else:
+                raise UpstreamError("the model is still loading", Fault.LOADING, status=503, code="model_loading",
+                                    retry_after_s=LOAD_RETRY_S)
         return context
-
-    def _know(self, target: Target) -> None:
-        """Make sure that what counts as local is not a name that Ollama passes on to a cloud.  Raises UpstreamError."""
-        if self._request.model == "local":    # for `auto` a cloud is as good
-            self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.first_byte_s)
-        model = model_of(target, reading_of(target, self._gateway.watch.readings))
-        if model and model.remote and target.side is Side.LOCAL and not self._named:
-            raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.NOT_FOUND, status=404)
 
     def _wait(self, event: threading.Event, limit_s: float) -> bool:
         """Return True if the event comes within the limit.  Raise what the look raises."""
-        limit_s = min(limit_s, self._until - time.monotonic())
-        return wait_for(event, limit_s, self._look)
-
-    def _await(self, load: Errand, limit_s: float) -> None:
-        """Wait for a load.  Raises UpstreamError where it fails or takes too long, ClientGone on a hang-up."""
-        done = self._wait(load.done, limit_s)
-        if not done and time.monotonic() >= self._until:
-            raise time_is_up()
-        if not done:
-            raise UpstreamError("the model is still loading", Fault.LOADING, status=503, code="model_loading",
-                                retry_after_s=LOAD_RETRY_S)
-        load.result()
+        return wait_for(event, min(limit_s, self._until - time.monotonic()), self._look)
 
     def _stream(self, request: ChatRequest, target: Target) -> Stream:
-        """Yield the chunks of a target's streamed answer, all with one id, time and model.
+        """Yield the chunks of a target's answer, all with one id, time and model.
 
         After the first content, events that say a text and nothing else come as bytes that are ready for the client.
         """
@@ -5700,10 +5561,11 @@ class Dispatch:
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
         frame: tuple[bytes, bytes] | None = None
+        streamed = request.stream or provider.translates
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
             with self._exchange(request, target) as (answer, started):
-                for chunk in _decoded(answer, provider, request):
+                for chunk in _decoded(answer, streamed, provider, request):
                     if isinstance(chunk, Texts) and frame:
                         before, after = frame
                         yield before + (after + before).join(chunk) + after
@@ -5721,18 +5583,8 @@ class Dispatch:
                 answer.ended = True
         finally:    # a client that has read enough has seen how fast it was
             if begun:
-                self._learn(request, target, begun - started, tokens, time.monotonic() - begun, timings)
-
-    def _whole(self, request: ChatRequest, target: Target) -> tuple[Json, bytes]:
-        """Return the whole answer of a target that was asked for one, and its JSON if that can be taken as it came."""
-        with self._exchange(request, target) as (answer, started):
-            raw = answer.body()
-            with _in_its_format():
-                whole, as_it_came = PROVIDERS[target.endpoint.provider].whole(raw, request)
-        self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
-        told = {**whole, **_envelope(whole, target.id), "object": "chat.completion"}
-        around = split_at_model(raw, whole) if as_it_came and told == {**whole, "model": target.id} else None
-        return told, dumps(target.id).join(around) if around else b""
+                first_s, since = (begun - started, begun) if streamed else (None, started)
+                self._learn(request, target, first_s, tokens, time.monotonic() - since, timings)
 
     def _learn(self, request: ChatRequest, target: Target, first_s: float | None, tokens: int, seconds: float,
                timings: Any) -> None:
@@ -5757,10 +5609,9 @@ class Dispatch:
         found = self._plan.conditions.get(target)
         return found is None or found.level is Level.GOOD
 
-    def _learn_silence(self, target: Target) -> None:
+    def _learn_silence(self, target: Target, waited_s: float) -> None:
         """Remember that a target said nothing for as long as it was waited for: it takes that long at least."""
-        waited_s, record = time.monotonic() - self._asked_at, self.ledger.record(target)
-        read = (0.0, 0.0)
+        record, read = self.ledger.record(target), (0.0, 0.0)
         if target.side is Side.LOCAL and self._alone and self._is_well(target):
             work = work_of(self._request)
             unread = work.unread(record.cache)
@@ -5793,19 +5644,17 @@ class Dispatch:
                 raise
 
     def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
-        """Return the upstream's answer of status 2xx.  Raises UpstreamError, ClientGone.
+        """Return the upstream's answer of status 2xx.  Raise UpstreamError, ClientGone.
 
-        Leave out the parameters that the model refuses, one by one, and keep to the limits that it names; remember what
-        it never accepts.
+        The parameters that the model refuses are left out one by one; what it never accepts is remembered.
         """
         provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
         encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
         changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
         while True:
             payload = provider.adapt(encoded, self.ledger.record(target).refused.union(changed))
-            body = request.with_model_replaced(payload) or dumps(payload)
             answer = self._gateway.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
-                                                  body, limits, self._look)
+                                                  dumps(payload), limits, self._look)
             if answer.status < 300 and answer.content_type != "text/html":
                 for refused, error in changed.items():
                     if is_permanent(refused, error):
@@ -5856,10 +5705,7 @@ class Dispatch:
         while self._others:
             target, self._others = self._others[0], self._others[1:]
             try:
-                held, stream = self._begun(request, target)
-                if is_empty(held):
-                    raise _empty()
-                return target, held, stream
+                return target, *self._begun(request, target)
             except _Overtaken:
                 log.info("%s could not continue: it has no free slot", target.id)
             except UpstreamError as error:
@@ -5868,24 +5714,12 @@ class Dispatch:
         return None
 
 
-@contextlib.contextmanager
-def _in_its_format() -> Iterator[None]:
-    """Turn the errors of a block that reads an answer into a fault of the upstream."""
-    try:
-        yield
+def _decoded(answer: Answer, streamed: bool, provider: Provider, request: ChatRequest) -> Iterator[Any]:
+    """Yield the chunks of an answer, and the Texts in it."""
+    try:    # not around what we do with them: a bug of ours is no fault of an upstream
+        yield from provider.decode(answer.lines() if streamed else answer.body().splitlines(), request)
     except NOT_IN_ITS_FORMAT as error:
         raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
-
-
-def _decoded(answer: Answer, provider: Provider, request: ChatRequest) -> Iterator[Any]:
-    """Yield the chunks of a streamed answer, and the Texts in it."""
-    with _in_its_format():    # not around what we do with them: a bug of ours is no fault of an upstream
-        yield from provider.decode(answer.lines(), request)
-
-
-MAX_SAID = 32_768     # chunks of a stream that are kept to be continued, some 1 KB each; a longer one is not
-MAX_HELD = 4096       # chunks that say nothing before the first that does; a few are usual
-LOAD_RETRY_S = 5.0    # the Retry-After where only a loading model could have answered
 
 
 def conversation_of(request: ChatRequest) -> int:
@@ -5900,14 +5734,6 @@ def work_of(request: ChatRequest) -> Work:
     tokens = min(request.max_output_tokens(TYPICAL_TOKENS), TYPICAL_TOKENS)
     return Work(TEMPLATE_BYTES + request.size, request.blocks, conversation_of(request), tokens,
                 request.max_output_tokens(0), not request.stream)
-
-
-def _listing(lines: Iterable[str]) -> str:
-    return "; ".join(line.rstrip(".") for line in lines)
-
-
-def _empty() -> UpstreamError:
-    return UpstreamError("the answer was empty", code="empty_answer")
 
 
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
@@ -5925,9 +5751,9 @@ def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
             last.message = f"{target.id}: {last.message}"
         return last
     waits = [error.retry_after_s for error in errors if error.retry_after_s is not None]
-    text = f"No model could answer ({plan.reason}). " + _listing(
-        [f"{tried.target.id}: {tried.error.message}" for tried in failed]
-        + [f"{target.id}: {reason}" for target, reason in plan.excluded])
+    reasons = [(tried.target, tried.error.message) for tried in failed] + [*plan.excluded]
+    text = f"No model could answer ({plan.reason}). " + "; ".join(
+        f"{target.id}: {reason.rstrip('.')}" for target, reason in reasons)
     alike = last.fault is not Fault.TRANSPORT and {error.status for error in errors} == {last.status}
     return NoTarget(text, retry=None if waits else False, retry_after_s=min(waits, default=None),
                     status=last.status if alike else None, type=last.type if alike else None)
@@ -5938,6 +5764,14 @@ def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
 # What does the client read?  Chunks become server-sent events or one completion, errors become OpenAI's error object.
 
 DONE = b"data: [DONE]\n\n"    # exactly so: some clients reject an extra space
+# Fields of an event that says a text and nothing else.  Any other is the first chunk's own, and not the stream's.
+AROUND_TEXT = frozenset(("id object created model system_fingerprint service_tier prompt_token_ids "
+                         "index logprobs finish_reason stop_reason token_ids matched_stop").split())
+# The prompt for another model to continue.  A prefill would be shorter, but the newer Claude models refuse one.
+CONTINUE = ("Your last message was cut off. Continue it exactly where it ends: repeat nothing of it, and say nothing "
+            "about the interruption.")
+_NOT_CONTINUED = {"tools", "functions", "response_format", "logprobs", "n", "modalities", "audio", "prediction"}
+LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation may repeat at its beginning
 
 
 def sse(event: Json) -> bytes:
@@ -5946,10 +5780,7 @@ def sse(event: Json) -> bytes:
 
 
 def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
-    """Return what a client sees around the text of each event that says nothing else, in a stream with this chunk.
-
-    Return None where the chunk is of another choice than the first, which such events are of.
-    """
+    """Return what is around the text of this stream's events that say nothing else; None for another choice's."""
     if [choice["index"] for choice in chunk["choices"]] != [0]:
         return None
     choice = {name: None if name in ("logprobs", "finish_reason") else value
@@ -5958,11 +5789,6 @@ def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
     told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
     before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
     return before + mark[:-len(rb'\u0000"')], b'"' + after
-
-
-# Fields of an event that says a text and nothing else.  Any other is the first chunk's own, and not the stream's.
-AROUND_TEXT = frozenset(("id object created model system_fingerprint service_tier prompt_token_ids "
-                         "index logprobs finish_reason stop_reason token_ids matched_stop").split())
 
 
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
@@ -5975,13 +5801,6 @@ def tokens_of(answer: Json) -> int:
     usage = answer.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
     return tokens if isinstance(tokens, int) and 0 <= tokens < MOST_TOKENS else 0
-
-
-# The prompt for another model to continue.  A prefill would be shorter, but the newer Claude models refuse one.
-CONTINUE = ("Your last message was cut off. Continue it exactly where it ends: repeat nothing of it, and say nothing "
-            "about the interruption.")
-_NOT_CONTINUED = {"tools", "functions", "response_format", "logprobs", "n", "modalities", "audio", "prediction"}
-LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation may repeat at its beginning
 
 
 def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
@@ -6001,7 +5820,7 @@ def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | 
             body[name] -= tokens
             if body[name] < 1:
                 return None
-    return dataclasses.replace(request, body=body, around=None)
+    return dataclasses.replace(request, body=body)
 
 
 def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iterator[Chunk]:
@@ -6045,12 +5864,6 @@ def error_headers(error: OblixError) -> dict[str, str]:
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     return headers
-
-
-def models_body(models: Iterable[tuple[str, int, str]]) -> Json:
-    """Return the body of GET /v1/models."""
-    return {"object": "list", "data": [{"id": id, "object": "model", "created": created, "owned_by": owner}
-                                       for id, created, owner in models]}
 
 
 # === 11. Server =======================================================================================================
@@ -6416,13 +6229,13 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _models(self, wanted: str) -> None:
         gateway = self.server.gateway
-        known = {model[0]: model for model in gateway.models()}
+        known = {model["id"]: model for model in gateway.models()}
         if wanted and wanted not in known:    # chat takes other spellings, and names that are not listed
             target = gateway.resolve(wanted, gateway.snapshot())
             check_fields({"model": wanted}, FIELDS, ())
-            known[wanted] = (wanted, *known.get(target.id, ("", 0, target.endpoint.provider))[1:])
-        body = models_body([known[wanted]] if wanted else known.values())
-        self.json(200, body["data"][0] if wanted else body)
+            unlisted = {"id": "", "object": "model", "created": 0, "owned_by": target.endpoint.provider}
+            known[wanted] = {**known.get(target.id, unlisted), "id": wanted}
+        self.json(200, known[wanted] if wanted else {"object": "list", "data": [*known.values()]})
 
     def _chat(self) -> None:
         """Answer a chat request.  Raise OblixError, ClientGone."""
@@ -6440,7 +6253,7 @@ class Handler(socketserver.BaseRequestHandler):
                    "x-oblix-attempts": str(served.attempts)}
         if served.whole is not None:
             self.told["tokens"] = tokens_of(served.whole)
-            return self.reply(200, served.raw or dumps(served.whole), {**JSON_HEADERS, **headers})
+            return self.reply(200, dumps(served.whole), {**JSON_HEADERS, **headers})
         self.told["first_token_s"] = round(time.monotonic() - self.started, 3)
         self._event_headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
