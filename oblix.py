@@ -1309,68 +1309,60 @@ class ServerProcesses:
     def __init__(self) -> None:
         self.ports: frozenset[int] = frozenset()
         self.pids: frozenset[int] = frozenset()          # of the servers that the last use() found
-        self._all: dict[int, tuple[str, int]] = {}       # pid -> name and parent, of all processes at the last call
-        self._found: dict[Any, float] = {}               # psutil.Process of a server -> its CPU seconds then
+        self._all: dict[int, tuple[str, int]] = {}       # pid -> name and parent
+        self._used_s: dict[Any, float] = {}              # psutil.Process of a server -> its CPU seconds so far
         self._listeners: Collection[int] = ()            # pids
         self._afresh_at = self._listen_at = -math.inf
 
     def use(self) -> tuple[float, int]:
         """Return the CPU seconds that the servers used since the last call, and the bytes of memory that they hold.
 
-        Mapped weights do not count: they are page cache on Linux, so available anyway.
+        A new server counts from now on.  Mapped weights do not count: on Linux they are page cache, so available anyway.
         """
         import psutil
         with contextlib.suppress(Exception):    # a bare container may lack /proc
             self._look()
-        used_s, held = 0.0, 0
-        for process, before_s in self._found.items():
+        used_s, held, before, self._used_s = 0.0, 0, self._used_s, {}
+        for pid in self.pids:
             with contextlib.suppress(psutil.Error):
-                self._found[process] = now_s = sum(process.cpu_times()[:2])    # user and system
-                used_s += max(0.0, now_s - before_s)    # less: another process has got its pid
+                process = psutil.Process(pid)    # equal to the one of before only if it has begun when that one did
+                self._used_s[process] = now_s = sum(process.cpu_times()[:2])    # user and system
+                used_s += now_s - before.get(process, now_s)
                 memory = process.memory_info()
                 held += memory.rss - getattr(memory, "shared", 0)
         return used_s, held
 
     def _look(self) -> None:
-        """Update the servers.  Reading a name takes 80 us and a desktop runs 300 processes: only new pids are read."""
+        """Find the servers.  Reading a name takes 80 us and a desktop runs 300 processes: only new pids are read."""
         import psutil
         pids, now = set(psutil.pids()), time.monotonic()
-        before, kept = self._all.keys() or pids, pids & self._all.keys()
         if now >= self._afresh_at:
-            kept, self._afresh_at = set(), now + self.afresh_s
+            self._all, self._afresh_at = {}, now + self.afresh_s
         if now >= self._listen_at and pids.isdisjoint(self._listeners):
             with contextlib.suppress(Exception):    # Android denies it, a bare container may lack it
                 self._listeners = listeners(self.ports)
             done = time.monotonic()
             self._listen_at = done + max(5.0, (done - now) / self.share)
-        self._all = {pid: self._all[pid] if pid in kept else ("", 0) for pid in pids}
-        for pid in pids - kept:
-            with contextlib.suppress(psutil.Error):
-                process = psutil.Process(pid)
-                with process.oneshot():
-                    self._all[pid] = process.name().lower(), process.ppid()
-        known = {process.pid: process for process in self._found if process.pid in kept}
-        self.pids, found = self._servers(), {}
-        for pid in self.pids:
-            with contextlib.suppress(psutil.Error):
-                process = known.get(pid) or psutil.Process(pid)
-                # All that a new process used counts; one that was there under another name counts from now.
-                used_s = sum(process.cpu_times()[:2]) if pid in before else 0.0
-                found[process] = self._found.get(process, used_s)
-        self._found = found
-
-    def _servers(self) -> frozenset[int]:
-        """Return the pids of the servers."""
+        self._all = {pid: self._all.get(pid) or name_and_parent(pid) for pid in pids}
         above, pid = set[int](), os.getpid()
         while pid in self._all and pid not in above:
             above.add(pid)
             pid = self._all[pid][1]
-        found = {pid for pid, (name, _) in self._all.items() if name.startswith(self.names) or pid in self._listeners}
-        more = found = found - above
-        while more:
-            more = {pid for pid, (_, parent) in self._all.items() if parent in more} - found - above
-            found |= more
-        return frozenset(found)
+        new = {pid for pid, (name, _) in self._all.items() if name.startswith(self.names) or pid in self._listeners}
+        found = new = new - above
+        while new:
+            new = {pid for pid, (_, parent) in self._all.items() if parent in new} - found - above
+            found |= new
+        self.pids = frozenset(found)
+
+
+def name_and_parent(pid: int) -> tuple[str, int]:
+    """Return a process's name, in lower case, and its parent's pid."""
+    import psutil
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return process.name().lower(), process.ppid()
+    return "", 0
 
 
 def listeners(ports: Collection[int]) -> Collection[int]:

@@ -1653,19 +1653,14 @@ class OwnWork(Case):
                 servers.use()
             self.assertFalse(never.called, "it is known")
 
-    def test_a_new_server_counts_from_its_start_and_an_older_one_from_when_it_is_seen(self):
-        early = oblix.ServerProcesses()
-        with mock.patch("psutil.pids", own_pids):
-            early.use()
+    def test_a_server_counts_from_when_it_is_seen(self):
+        servers = oblix.ServerProcesses()
         with processes(BURN, "ollama") as burning:
             eventually(lambda: cpu_s_of(burning) > 0.2)
-            before_s, used_s, _ = self.used(early, burning)
-            self.assertGreaterEqual(used_s, before_s - 0.02)
-            late = oblix.ServerProcesses()
-            unseen_s, used_s, seen_s = self.used(late, burning)
-            self.assertLessEqual(used_s, seen_s - unseen_s + 0.02)
+            unseen_s, used_s, seen_s = self.used(servers, burning)
+            self.assertEqual(used_s, 0.0)
             eventually(lambda: cpu_s_of(burning) > seen_s + 0.1)
-            before_s, used_s, after_s = self.used(late, burning)
+            before_s, used_s, after_s = self.used(servers, burning)
             self.assertTrue(before_s - seen_s - 0.02 <= used_s <= after_s - unseen_s + 0.02, used_s)
 
     @staticmethod
@@ -1701,9 +1696,9 @@ class OwnWork(Case):
             ended.kill()
             ended.wait()
             gone._pid = process.pid    # as if it had had this pid
-            servers._found, servers._afresh_at = {gone: -99.0}, 0.0
+            servers._used_s, servers._afresh_at = {gone: -99.0}, 0.0
             self.assertLess(servers.use()[0], 50)
-            self.assertEqual(servers._found.keys(), {psutil.Process(process.pid)})
+            self.assertEqual(servers._used_s.keys(), {psutil.Process(process.pid)})
 
 
 class Sensor(NamedTuple):    # psutil's shwtemp, whose home changes from version to version
