@@ -1317,7 +1317,7 @@ class ServerProcesses:
     def use(self) -> tuple[float, int]:
         """Return the CPU seconds that the servers used since the last call, and the bytes of memory that they hold.
 
-        A new server counts from now on.  Mapped weights do not count: on Linux they are page cache, so available anyway.
+        A new server counts from now on.  Mapped weights do not count: Linux has them as page cache, so available.
         """
         import psutil
         with contextlib.suppress(Exception):    # a bare container may lack /proc
@@ -1398,7 +1398,7 @@ class ResourceMonitor(DeviceMonitor):
     limits_s = 10.0    # between looks for limits
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, self._ours, self._limits, self._cpu, self._memory, self._load)
+        super().__init__(settings, self._ours, self._cpu, self._memory, self._load)
         self._cores = os.cpu_count() or 1
         self._at, self._passed_s = -math.inf, math.inf    # the last sample, and the seconds before it
         self._cores_ours, self._bytes_ours = 0.0, 0       # that the servers used in these seconds, and hold
@@ -1407,27 +1407,22 @@ class ResourceMonitor(DeviceMonitor):
         self._limits_at = -math.inf
 
     def _ours(self, _: Any) -> Json:
-        """Measure what the servers use, which the other readers subtract."""
+        """Measure what the servers use, which the other readers subtract, and find out what limits them."""
         used_s, self._bytes_ours = self.servers.use()
         now = time.monotonic()
         self._passed_s, self._at = max(now - self._at, 0.01), now
         self._cores_ours = used_s / self._passed_s
-        return {}
-
-    def _limits(self, _: Any) -> Json:
-        """Find out what limits the servers: the device, and the control groups of their container."""
-        if self._at >= self._limits_at:
-            self._limits_at = self._at + self.limits_s
+        if now >= self._limits_at:
+            self._limits_at = now + self.limits_s
             self._groups = {group: self._groups.get(group, math.nan) for group in control_groups(self.servers.pids)}
         return {"cores": min([self._cores, *(group.cores for group in self._groups)])}
 
     def _cpu(self, psutil: Any) -> Json:
-        percent = psutil.cpu_percent()    # since the last call of this thread; 0 at the first
-        others = [percent - 100 * self._cores_ours / self._cores]
+        others = [psutil.cpu_percent() - 100 * self._cores_ours / self._cores]    # since this thread's last call
         for group, before_s in self._groups.items():
             self._groups[group] = now_s = group.cpu_s()
             others.append(100 * ((now_s - before_s) / self._passed_s - self._cores_ours) / group.cores)
-        most = max(0.0, *(other for other in others if not math.isnan(other)))
+        most = max(0.0, *others)    # a nan is never more
         return {"cpu_percent": round(min(most, 100.0), 1)} if self._passed_s < math.inf else {}
 
     def _memory(self, psutil: Any) -> Json:
@@ -1456,22 +1451,22 @@ def zfs_cache(used: float, path: str = "/proc/spl/kstat/zfs/arcstats") -> float:
 
 
 class ControlGroup(NamedTuple):
-    """The limits of a container or a service, by Linux's control groups of version 1 or 2."""
+    """The limits of a container or a service, by Linux's control groups of version 2 or 1."""
     folder: str
     memory: float    # bytes
     cores: float
 
     def memory_used(self) -> float:
         """Return the bytes in use, without the page cache, which is given back."""
-        used = read_number(f"{self.folder}/memory.current") or read_number(f"{self.folder}/memory.usage_in_bytes")
+        used = read_number(self.folder, "memory.current", "memory.usage_in_bytes") or 0.0
         stat = read_numbers(f"{self.folder}/memory.stat")
         cache = sum(stat.get(f"total_{name}", stat.get(name, 0.0)) for name in ("active_file", "inactive_file"))
-        return max(0.0, (used or 0.0) - cache)
+        return max(0.0, used - cache)
 
     def cpu_s(self) -> float:
         """Return the CPU seconds used so far, or nan if they are unknown."""
         used_us = read_numbers(f"{self.folder}/cpu.stat").get("usage_usec", math.nan)
-        return (read_number(f"{self.folder}/cpuacct.usage") or 1000 * used_us) / 1e9
+        return (read_number(self.folder, "cpuacct.usage") or 1000 * used_us) / 1e9
 
 
 def control_groups(pids: Collection[int], root: str = "/") -> list[ControlGroup]:
@@ -1484,10 +1479,10 @@ def control_groups(pids: Collection[int], root: str = "/") -> list[ControlGroup]
             folders.update(("/".join([f"{root}sys/fs/cgroup", *filter(None, [controller]), *parts[:depth]]), None)
                            for controller in controllers.split(",") for depth in range(len(parts) + 1))
     for folder in folders:
-        sizes = [read_number(f"{folder}/memory.{name}") for name in ("max", "high", "limit_in_bytes")]
-        memory = min([size for size in sizes if size is not None and size < 1 << 60], default=math.inf)    # 2**63: none
-        cpu = read_text(f"{folder}/cpu.max").split() or [read_text(f"{folder}/cpu.cfs_{name}_us")
-                                                         for name in ("quota", "period")]
+        sizes = [read_number(folder, f"memory.{name}") or math.inf for name in ("max", "high", "limit_in_bytes")]
+        memory = min(size if size < 1 << 60 else math.inf for size in sizes)    # 2**63: none
+        cpu = read_text(f"{folder}/cpu.max").split() or [
+            read_text(f"{folder}/cpu.cfs_{name}_us") for name in ("quota", "period")]
         quota, period = (*map(parse_number, cpu), None)[:2]
         cores = quota / period if quota and period else math.inf
         found += [ControlGroup(folder, memory, cores)] if min(memory, cores) < math.inf else []
@@ -1504,41 +1499,34 @@ class PowerMonitor(DeviceMonitor):
         super().__init__(settings, charge, temperature)
 
 
-SUPPLY = ("type", "scope", "present", "status", "online", "capacity", "energy_now", "energy_full", "charge_now",
-          "charge_full")    # files of Linux on a battery or a charger
-# What they tell -> whether the device is plugged in; the first that applies.  Chargers by USB may be too weak.
+# What batteries and chargers tell -> whether the device is plugged in; the first that applies.  USB may be too weak.
 PLUGGED = (({"Mains 1"}, True), ({"Discharging"}, False),
            ({"USB 1", "Wireless 1", "Charging", "Full", "Not charging"}, True), ({"Mains 0"}, False))
 
 
 def charge(psutil: Any, folder: str = "/sys/class/power_supply") -> Json:
-    """Return the facts of the device's batteries, taken as one; none if it has none.
+    """Return the facts of the device's batteries, taken as one by their sizes; none if it has none.
 
     psutil tells of one battery, which may be a mouse's.  Linux says whose each is.
     """
-    supplies = [{name: read_text(f"{path}/{name}") for name in SUPPLY} for path in glob.glob(f"{folder}/*")]
-    if supplies:
-        supplies = [supply for supply in supplies if supply["scope"] != "Device"]
-        told = {text for one in supplies for text in (one["status"], f"{one['type'].split('_')[0]} {one['online']}")}
-        plugged = next((plugged for texts, plugged in PLUGGED if texts & told), None)
-        percent = charge_of([one for one in supplies if one["type"] == "Battery" and one["present"] != "0"])
-    else:
-        battery = psutil.sensors_battery()
-        percent, plugged = (battery.percent, battery.power_plugged) if battery else (None, None)
-    if percent is None or not 0 <= percent <= 100:    # 255 and -1 mean unknown
+    paths = glob.glob(f"{folder}/*")
+    told, batteries = set[str](), list[tuple[Any, float]]()    # their percents and sizes; of a flat one the size is 0
+    for path in paths:
+        kind, scope, present, status, online = (
+            read_text(f"{path}/{name}") for name in ("type", "scope", "present", "status", "online"))
+        if scope != "Device":
+            told |= {status, f"{kind.split('_')[0]} {online}"}
+            if kind == "Battery" and present != "0":
+                size = read_number(path, "energy_full", "charge_full") or 1e-9
+                batteries.append((read_number(path, "capacity"), size))
+    plugged = next((plugged for texts, plugged in PLUGGED if texts & told), None)
+    if not paths and (battery := psutil.sensors_battery()):
+        batteries, plugged = [(battery.percent, 1.0)], battery.power_plugged
+    batteries = [one for one in batteries if one[0] is not None and 0 <= one[0] < 255]    # 255 and -1 mean unknown
+    if not batteries:
         return {}
-    return {"battery_percent": round(percent, 1), "battery_plugged": plugged}
-
-
-def charge_of(batteries: Sequence[Mapping[str, str]]) -> float | None:
-    """Return the percentage that batteries hold together, by their sizes where they tell them, or None if unknown."""
-    for unit in ("energy", "charge"):
-        sizes = [(parse_number(one[f"{unit}_now"]), parse_number(one[f"{unit}_full"])) for one in batteries]
-        told = [(now, full) for now, full in sizes if now is not None and full]    # a dead one has 0 of 0
-        if told:
-            return min(100.0, 100 * sum(now for now, _ in told) / sum(full for _, full in told))
-    percents = [percent for one in batteries if (percent := parse_number(one["capacity"])) is not None]
-    return sum(percents) / len(percents) if percents else None
+    percent = sum(percent * size for percent, size in batteries) / sum(size for _, size in batteries)
+    return {"battery_percent": round(min(percent, 100.0), 1), "battery_plugged": plugged}
 
 
 # Sensors of processors and GPUs, by the names of their drivers and thermal zones; limits of those that tell none; and
@@ -1555,6 +1543,9 @@ CHIPS = (
 )
 
 
+HOTTEST = 125.0    # degrees, beyond which a sensor is broken: processors are off by then
+
+
 def temperature_limits(chip: str, high: float | None, critical: float | None) -> tuple[float, float] | None:
     """Return the temperatures from which a sensor is high and critical, or None if it can't be judged."""
     for pattern, usual, throttles in CHIPS:
@@ -1565,29 +1556,20 @@ def temperature_limits(chip: str, high: float | None, critical: float | None) ->
     return None
 
 
-HOTTEST = 125.0    # degrees, beyond which a sensor is broken: processors are off by then
-
-
 def temperature(psutil: Any, folder: str = "/sys/class/thermal") -> Json:
     """Return the facts of the sensor nearest to its limit, or furthest past it; none if none can be judged."""
     sensors = [(chip, one.current, one.high, one.critical) for chip, group in psutil.sensors_temperatures().items()
                for one in group if one.label != "Tctl" or "Tdie" not in [other.label for other in group]]
     # psutil leaves out the zones where any part, a disk say, has a sensor of its own.
-    zones = [(read_text(f"{path}/type"), (read_number(f"{path}/temp") or 0.0) / 1000, None, None)
+    zones = [(read_text(f"{path}/type"), (read_number(path, "temp") or 0.0) / 1000, None, None)
              for path in glob.glob(f"{folder}/thermal_zone*")]
-    return hottest(sensors) or hottest(zones)
-
-
-def hottest(sensors: Iterable[tuple[str, float, float | None, float | None]]) -> Json:
-    """Return the facts of sensors, each given as its chip, what it reads, and where it says it is high and critical."""
-    found = []
-    for chip, current, *told in sensors:
-        limits = temperature_limits(chip, *told)
-        if limits and 0 < current < HOTTEST:
-            high, critical = limits
-            found.append(((current - high) / max(critical - high, 0.1), round(current, 1), high, critical))
-    names = ("temperature_c", "temperature_high_c", "temperature_critical_c")
-    return dict(zip(names, max(found)[1:])) if found else {}
+    for group in (sensors, zones):
+        judged = [(current, *limits) for chip, current, high, critical in group
+                  if 0 < current < HOTTEST and (limits := temperature_limits(chip, high, critical))]
+        if judged:
+            current, high, critical = max(judged, key=lambda one: (one[0] - one[1]) / max(one[2] - one[1], 0.1))
+            return {"temperature_c": round(current, 1), "temperature_high_c": high, "temperature_critical_c": critical}
+    return {}
 
 
 # --- 4. GPUs ----------------------------------------------------------------------------------------------------------
@@ -1706,7 +1688,7 @@ def amd(devices: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
     """Read the driver's files.  Built-in GPUs count only where there is no other, and without their memory."""
     gpus = []
     for device in devices:
-        busy, used, total = (0.0, None, None) if asleep(device) else (read_number(f"{device}/{name}") for name in (
+        busy, used, total = (0.0, None, None) if asleep(device) else (read_number(device, name) for name in (
             "gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total"))
         gpus.append(Gpu(busy, used and used / 2**20, total and total / 2**20))    # from bytes
     return [gpu for gpu in gpus if (gpu.total_mb or 0.0) >= APU_MB] or [Gpu(gpu.busy_percent) for gpu in gpus], None
@@ -1737,9 +1719,9 @@ def read_text(path: str) -> str:
     return ""
 
 
-def read_number(path: str) -> float | None:
-    """Return the number in a file, or None."""
-    return parse_number(read_text(path))
+def read_number(folder: str, *names: str) -> float | None:
+    """Return the number in the first of these files that holds one, or None."""
+    return next((number for name in names if (number := parse_number(read_text(f"{folder}/{name}"))) is not None), None)
 
 
 def read_numbers(path: str) -> dict[str, float]:
