@@ -1210,9 +1210,6 @@ class Monitor:
         """Return the seconds until the next sample."""
         return self.pause_s
 
-    def tell(self, lost: bool) -> None:
-        """Take what a request found at the endpoint: evidence as good as a sample's."""
-
     def step(self, now: float) -> None:
         """Sample, judge, and publish a reading whose level is steady."""
         fresh, before = self.judge(self.sample()), self.reading.reason
@@ -1304,12 +1301,13 @@ class ServerProcesses:
     """
     names = ("ollama", ".ollama", "llama", "lm studio", "lms", "vllm")    # NixOS wraps programs with a dot
     afresh_s = 60.0    # between looks at all processes: exec changes a name, as vLLM's workers do; pids are reused
-    share = 0.0005     # of a core, that looking for a server which is not seen to listen may cost
+    listen_s = 15.0    # between looks for a server that is not seen to listen, each of 3 to 20 ms
 
     def __init__(self) -> None:
         self.ports: frozenset[int] = frozenset()
         self.pids: frozenset[int] = frozenset()          # of the servers that the last use() found
         self._all: dict[int, tuple[str, int]] = {}       # pid -> name and parent
+        self._above: set[int] = set()                    # pids of Oblix and its parents
         self._used_s: dict[Any, float] = {}              # psutil.Process of a server -> its CPU seconds so far
         self._listeners: Collection[int] = ()            # pids
         self._afresh_at = self._listen_at = -math.inf
@@ -1338,20 +1336,16 @@ class ServerProcesses:
         pids, now = set(psutil.pids()), time.monotonic()
         if now >= self._afresh_at:
             self._all, self._afresh_at = {}, now + self.afresh_s
+            self._above = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
         if now >= self._listen_at and pids.isdisjoint(self._listeners):
+            self._listen_at = now + self.listen_s
             with contextlib.suppress(Exception):    # Android denies it, a bare container may lack it
                 self._listeners = listeners(self.ports)
-            done = time.monotonic()
-            self._listen_at = done + max(5.0, (done - now) / self.share)
         self._all = {pid: self._all.get(pid) or name_and_parent(pid) for pid in pids}
-        above, pid = set[int](), os.getpid()
-        while pid in self._all and pid not in above:
-            above.add(pid)
-            pid = self._all[pid][1]
         new = {pid for pid, (name, _) in self._all.items() if name.startswith(self.names) or pid in self._listeners}
-        found = new = new - above
+        found = new = new - self._above
         while new:
-            new = {pid for pid, (_, parent) in self._all.items() if parent in new} - found - above
+            new = {pid for pid, (_, parent) in self._all.items() if parent in new} - found - self._above
             found |= new
         self.pids = frozenset(found)
 
@@ -1817,6 +1811,7 @@ class ConnectivityMonitor(Monitor):
         self._lost.append(lost)
 
     def tell(self, lost: bool) -> None:
+        """Take what a request found at the endpoint: evidence as good as a sample's."""
         self._count(lost)
         self._answered = not lost and self._fresh.level is not Level.GOOD
         if lost or self._fresh.level is Level.OUT:
@@ -1854,13 +1849,11 @@ def monitors_for(settings: Settings, targets: Sequence[Target], fetch: Fetch) ->
 
 class Watch:
     """The monitors, each run on a thread of its own."""
-    apart_s = 0.1     # between two samples at least, however often one is woken
-    settle_s = 10.0    # until a first sample that is still missing, as one that hangs, holds up nobody
+    apart_s = 0.1    # between two samples at least, however often one is woken
 
     def __init__(self, monitors: Sequence[Monitor], sampled: Callable[[], None] = lambda: None) -> None:
         """`sampled` is called after each probe, on its monitor's thread, once every monitor has sampled."""
         self.monitors, self._after, self._settled = tuple(monitors), sampled, False
-        self._late_at = math.inf
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(monitor, monitor.sampled), daemon=True,
                                           name=f"watch-{monitor.name}") for monitor in monitors]
@@ -1886,13 +1879,15 @@ class Watch:
 
     def first(self, endpoint: Endpoint) -> threading.Event:
         """Return the event of an endpoint's first probe, which is set already for one that is not watched."""
-        return next((monitor.sampled for monitor in self._of(endpoint)), _SET)
+        sampled = threading.Event()
+        sampled.set()
+        return next((monitor.sampled for monitor in self._of(endpoint)), sampled)
 
-    def _of(self, endpoint: Endpoint) -> list[Monitor]:
-        return [monitor for monitor in self.monitors if monitor.endpoint == endpoint]
+    def _of(self, endpoint: Endpoint) -> list[ConnectivityMonitor]:
+        return [monitor for monitor in self.monitors
+                if isinstance(monitor, ConnectivityMonitor) and monitor.endpoint == endpoint]
 
     def start(self) -> None:
-        self._late_at = time.monotonic() + self.settle_s
         for thread in self._threads:
             thread.start()
 
@@ -1926,14 +1921,9 @@ class Watch:
 
     def _announce(self, monitor: Monitor) -> None:
         """Report a sample that may matter to others: of an endpoint's models, or the last one that was missing."""
-        settled, self._settled = self._settled, time.monotonic() >= self._late_at or all(
-            each.sampled.is_set() for each in self.monitors)
+        settled, self._settled = self._settled, all(each.sampled.is_set() for each in self.monitors)
         if self._settled and (monitor.endpoint or not settled):
             self._after()
-
-
-_SET = threading.Event()
-_SET.set()
 
 
 # === 5. Policy ========================================================================================================
@@ -2025,9 +2015,7 @@ class Work(NamedTuple):
 
     def unread(self, cache: Cache) -> int:
         """Return how many bytes of the prompt a model that has this in its cache has to read."""
-        same = 0
-        while same < min(len(self.blocks), len(cache.blocks)) and self.blocks[same] == cache.blocks[same]:
-            same += 1
+        same = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.blocks, cache.blocks))])
         goes_on = same == len(cache.blocks) and self.conversation == cache.conversation
         return max(self.size - (cache.size if goes_on else same * BLOCK), 1)
 
@@ -2101,9 +2089,9 @@ def survey(target: Target, readings: tuple[Reading, ...], loading: bool) -> Cond
     """Return what the readings say of a target.  They change about once a second, and many requests ask in between."""
     reading = reading_of(target, readings)
     model = model_of(target, reading)
-    blocked = _exclusion(target, reading, model) or (model and not loading and _too_large(target, model, readings))
-    if blocked:
-        return blocked
+    barred = _barred(target, reading, model, None if loading else free_bytes(target, readings))
+    if barred:
+        return barred
     speaking = [one for one in readings if _speaks_of(one, target)]
     level = max((one.level for one in speaking), default=Level.GOOD)
     if reading and reading.level is Level.OUT:
@@ -2141,23 +2129,22 @@ def _speaks_of(reading: Reading, target: Target) -> bool:
 
 def model_of(target: Target, reading: Reading | None) -> Model | None:
     """Return the target's model as its endpoint lists it, or None."""
-    models = (reading and reading.models) or ()
-    return next((model for model in models if same_ollama_model(target.model, model.name)), None)
-
-
-def same_ollama_model(asked: str, installed: str) -> bool:
-    """Return True if two Ollama names mean one model.  Case does not count, and `:latest` is implied."""
-    return asked == installed or full_name(asked) == full_name(installed)
+    models, name = (reading and reading.models) or (), full_name(target.model)
+    return next((model for model in models if model.name == target.model or full_name(model.name) == name), None)
 
 
 def full_name(name: str) -> str:
-    """Return the one spelling of an Ollama name, without the host and the namespace that are implied."""
+    """Return the one spelling of an Ollama name, with the tag and without the host and the namespace that it implies."""
     name = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
     return name if ":" in name.rsplit("/", 1)[-1] else name + ":latest"
 
 
-def _exclusion(target: Target, reading: Reading | None, model: Model | None) -> Condition | None:
-    """Return the condition of a target that must be excluded, with advice, else None."""
+def _barred(target: Target, reading: Reading | None, model: Model | None, free: float | None) -> Condition | None:
+    """Return the condition of a target that is excluded, with advice, or a last resort, else None.
+
+    A model that does not fit into the free memory is one: Ollama counts exactly, and the swap, and a Mac frees more.
+    """
+    use = Eligibility.NO
     if target.endpoint.lacks_key:
         found = "no key", f"no key: set {target.endpoint.key_variable}"
     elif target.endpoint.provider != "ollama" or reading is None or reading.models is None:
@@ -2166,21 +2153,12 @@ def _exclusion(target: Target, reading: Reading | None, model: Model | None) -> 
         found = "not installed", f"not installed: run `ollama pull {target.model}`"
     elif model.remote and target.side is Side.LOCAL:
         found = "remote", "answered by ollama.com, so it is not a local model: name it with --cloud-model"
+    elif model.cold and free is not None and model.size > free:
+        use = Eligibility.LAST_RESORT
+        found = "too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     else:
         return None
-    return Condition(*found, Level.OUT, Eligibility.NO)
-
-
-def _too_large(target: Target, model: Model, readings: Sequence[Reading]) -> Condition | None:
-    """Return the condition of a model that does not fit into the memory that is free, else None.
-
-    It is a last resort: Ollama counts exactly, and the swap, and a Mac frees more than it tells.
-    """
-    free = free_bytes(target, readings) if model.cold and target.endpoint.provider == "ollama" else None
-    if free is None or model.size <= free:
-        return None
-    return Condition("too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-                     Level.OUT, Eligibility.LAST_RESORT)
+    return Condition(*found, Level.OUT, use)
 
 
 def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
@@ -2199,11 +2177,8 @@ def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
 
 def device_facts(readings: Iterable[Reading]) -> Json:
     """Return the facts of all monitors of this device."""
-    facts: Json = {}
-    for reading in readings:
-        if reading.side is Side.LOCAL and reading.endpoint is None:
-            facts.update(reading.facts)
-    return facts
+    return {fact: value for reading in readings if reading.side is Side.LOCAL and reading.endpoint is None
+            for fact, value in reading.facts.items()}
 
 
 def side_condition(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition],
@@ -2217,20 +2192,11 @@ def side_condition(side: Side, snapshot: Snapshot, conditions: Mapping[Target, C
     return min((conditions[target] for target in able), key=lambda found: (found.use is Eligibility.NO, found.level))
 
 
-_LOCAL_FIRST, _CLOUD_FIRST, _LOCAL_ONLY = (Side.LOCAL, Side.CLOUD), (Side.CLOUD, Side.LOCAL), (Side.LOCAL,)
-
-TABLE: dict[tuple[Level, Level], tuple[Side, ...]] = {    # (local, cloud) -> the order of the sides
-    (Level.GOOD, Level.GOOD): _LOCAL_FIRST,
-    (Level.GOOD, Level.STRAINED): _LOCAL_FIRST,
-    (Level.GOOD, Level.OUT): _LOCAL_ONLY,
-    (Level.STRAINED, Level.GOOD): _CLOUD_FIRST,
-    (Level.STRAINED, Level.STRAINED): _CLOUD_FIRST,
-    (Level.STRAINED, Level.OUT): _LOCAL_ONLY,
-    (Level.OUT, Level.GOOD): _CLOUD_FIRST,
-    (Level.OUT, Level.STRAINED): _CLOUD_FIRST,
-    (Level.OUT, Level.OUT): _LOCAL_ONLY,    # the last resort
-}
-PREFER_CLOUD = {**TABLE, (Level.GOOD, Level.GOOD): _CLOUD_FIRST, (Level.GOOD, Level.STRAINED): _CLOUD_FIRST}
+def order_of_sides(local: Level, cloud: Level, prefer: str) -> tuple[Side, ...]:
+    """Return the sides to try, in order.  A cloud that is out is left, whatever local's level, as a last resort."""
+    if cloud is Level.OUT:
+        return (Side.LOCAL,)
+    return (Side.LOCAL, Side.CLOUD) if local is Level.GOOD and prefer != "cloud" else (Side.CLOUD, Side.LOCAL)
 
 
 # --- 5. Time ----------------------------------------------------------------------------------------------------------
@@ -2362,10 +2328,10 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
     """
     conditions = {target: condition(target, snapshot) for target in snapshot.targets}
     sides_are = {side: side_condition(side, snapshot, conditions, refusals) for side in Side}
-    table = PREFER_CLOUD if snapshot.prefer == "cloud" else TABLE
-    sides = (only,) if only else table[sides_are[Side.LOCAL].level, sides_are[Side.CLOUD].level]
-    usable = [target for target in snapshot.targets if target not in refusals and only in (None, target.side)
-              and conditions[target].use is not Eligibility.NO]
+    sides = (only,) if only else order_of_sides(
+        sides_are[Side.LOCAL].level, sides_are[Side.CLOUD].level, snapshot.prefer)
+    excluded = {target: why for target, found in conditions.items() if (why := _why_not(target, found, refusals, only))}
+    usable = [target for target in snapshot.targets if target not in excluded]
     planned = [target for target in usable if conditions[target].use is Eligibility.YES and target.side in sides]
     fast = snapshot.prefer == "fast"
     seconds = {target: finding_out_s(target, conditions[target], snapshot, work) for target in planned if fast}
@@ -2373,19 +2339,18 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
                                                 seconds.get(target, 0.0)))
     if fast and sides_are[Side.LOCAL].level is not Level.OUT:
         order = _sooner_first(order, seconds)
-    excluded = [(target, _why_not(target, conditions[target], refusals, only))
-                for target in snapshot.targets if target not in usable]
+    last_resort = sorted((target for target in usable if target not in order),
+                         key=lambda target: conditions[target].state == "too large")
     plan = Plan(tuple(order), _reason(sides_are, only, [(target, seconds[target]) for target in order if fast]),
-                tuple(sorted((target for target in usable if target not in order),
-                             key=lambda target: conditions[target].state == "too large")), tuple(excluded), conditions)
+                tuple(last_resort), tuple(excluded.items()), conditions)
     return in_time(plan, snapshot, work) if snapshot.prefer == "local" and not only else plan
 
 
 def _why_not(target: Target, found: Condition, refusals: Mapping[Target, str], only: Side | None) -> str:
-    """Return the reason why a target is left out."""
+    """Return the reason why a target is left out, or "" if it is not."""
     if only and target.side is not only:
         return f"{target.side.value} models were not asked for"
-    return found.reason if found.use is Eligibility.NO else refusals[target]
+    return found.reason if found.use is Eligibility.NO else refusals.get(target, "")
 
 
 def _reason(sides: Mapping[Side, Condition], only: Side | None, times: Iterable[tuple[Target, float]]) -> str:
@@ -5313,7 +5278,7 @@ class Gateway:
         for target in snapshot.targets:
             if provider in ("", target.endpoint.provider) and (
                     model == target.model
-                    or target.endpoint.provider == "ollama" and same_ollama_model(model, target.model)):
+                    or target.endpoint.provider == "ollama" and full_name(model) == full_name(target.model)):
                 return target
         spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
         if not model or not (provider or spelt):
