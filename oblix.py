@@ -1147,22 +1147,15 @@ def without_nulls(fields: Json, inner: Any = None) -> Json:
 # which hangs delays no other.
 # To add one: subclass Monitor, fill sample and judge, and name it in MONITORS; policy folds it in by its side.
 
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """The result of an endpoint's probe."""
+class Probe(NamedTuple):
+    """What a probe of an endpoint found."""
     status: int
     models: tuple[Model, ...] | None
     latency_ms: float    # from request to answer, without the time that the server says it worked
 
 
-Fetch = Callable[[Endpoint], Probe]    # probes an endpoint; raises UpstreamError
-
-
 class Hysteresis:
-    """A level that turns worse after `worse_after` samples in a row, and better after `better_after_s` of better ones.
-
-    A spike changes nothing, and a link that flaps counts as down.
-    """
+    """A level that turns worse after `worse_after` samples in a row, better after `better_after_s` of better ones."""
 
     def __init__(self, worse_after: int, better_after_s: float) -> None:
         self._worse_after, self._better_after_s = worse_after, better_after_s
@@ -1244,19 +1237,17 @@ LIMITS = {
     "battery_percent": ("battery {:.0f}%", "battery_constrained_percent", "battery_critical_percent"),
     "temperature_c": ("temperature {:.0f} C", "temperature_high_c", "temperature_critical_c"),
 }
-# Facts that count only beside another one.  A load may be another machine's (LXC shows the host's), or one of threads
-# that sleep (raspberrypi/linux's issue 2881): CPUs that are idle are idle.
-COUNTS: dict[str, Callable[[Json], bool]] = {
-    "load_per_core": lambda facts: facts.get("cpu_percent", 0.0) >= 50,
-    "battery_percent": lambda facts: facts.get("battery_plugged") is False,    # None: the system can't tell
-}
 
 
 def worst(facts: Json, settings: Settings) -> tuple[Level, str]:
     """Return the worst level of the facts, and a reason that names all that are not well.  A missing fact is fine."""
     values, found = {**vars(settings), **facts}, []
+    # A load may be another machine's (LXC shows the host's), or one of threads that sleep (raspberrypi/linux's issue
+    # 2881): CPUs that are idle are idle.
+    ignored = {"load_per_core"} if facts.get("cpu_percent", 0.0) < 50 else set()
+    ignored |= {"battery_percent"} if facts.get("battery_plugged") is not False else set()    # None: unknown
     for fact, (words, constrained, critical) in LIMITS.items():
-        if fact in facts and (fact not in COUNTS or COUNTS[fact](facts)):
+        if fact in facts and fact not in ignored:
             sign = -1 if fact == "battery_percent" else 1    # a battery is bad when low
             value, strained_from, out_from = (sign * values[name] for name in (fact, constrained, critical))
             level = Level.OUT if value >= out_from else Level.STRAINED if value >= strained_from else Level.GOOD
@@ -1273,17 +1264,14 @@ class DeviceMonitor(Monitor):
         self._found: dict[Callable[[Any], Json], Json] = dict.fromkeys(readers, {})    # the last facts of each
 
     def sample(self) -> Json:
-        """Return the facts of all readers.  One that fails after it has worked keeps its last facts, marked as stale.
-
-        Android and some containers deny one fact or another from the beginning: those are just missing.
-        """
+        """Return the facts of all readers.  One that fails after it has worked keeps its last facts, marked as stale."""
         import psutil  # takes 31 ms, so not on the way to the first answer; and the server starts without it
         facts: Json = {}
         for read in self._found:
             try:
                 self._found[read] = read(psutil)
             except Exception as error:
-                if self._found[read]:
+                if self._found[read]:    # else it is denied, as Android and some containers do
                     self.log_once(error)
                     facts[f"{self.name}_stale"] = True
             facts.update(self._found[read])
@@ -1296,12 +1284,11 @@ class DeviceMonitor(Monitor):
 class ServerProcesses:
     """The processes of local model servers: what they use for our answers must not read as a busy machine.
 
-    A server listens at a target's port or has a known name, and its children are part of it.  Oblix and its parents
-    are not.  Linux shows a user which of the own processes listen, and root which of all.
+    A server listens at a target's port or has a known name.  Its children are part of it; Oblix's parents are not.
     """
     names = ("ollama", ".ollama", "llama", "lm studio", "lms", "vllm")    # NixOS wraps programs with a dot
     afresh_s = 60.0    # between looks at all processes: exec changes a name, as vLLM's workers do; pids are reused
-    listen_s = 15.0    # between looks for a server that is not seen to listen, each of 3 to 20 ms
+    share = 0.0005     # of a core, that looking for a server which is not seen to listen may cost
 
     def __init__(self) -> None:
         self.ports: frozenset[int] = frozenset()
@@ -1313,10 +1300,7 @@ class ServerProcesses:
         self._afresh_at = self._listen_at = -math.inf
 
     def use(self) -> tuple[float, int]:
-        """Return the CPU seconds that the servers used since the last call, and the bytes of memory that they hold.
-
-        A new server counts from now on.  Mapped weights do not count: Linux has them as page cache, so available.
-        """
+        """Return the CPU seconds that the servers used since they were seen last, and the bytes that they hold."""
         import psutil
         with contextlib.suppress(Exception):    # a bare container may lack /proc
             self._look()
@@ -1327,7 +1311,7 @@ class ServerProcesses:
                 self._used_s[process] = now_s = sum(process.cpu_times()[:2])    # user and system
                 used_s += now_s - before.get(process, now_s)
                 memory = process.memory_info()
-                held += memory.rss - getattr(memory, "shared", 0)
+                held += memory.rss - getattr(memory, "shared", 0)    # mapped weights are page cache, so available
         return used_s, held
 
     def _look(self) -> None:
@@ -1338,25 +1322,20 @@ class ServerProcesses:
             self._all, self._afresh_at = {}, now + self.afresh_s
             self._above = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
         if now >= self._listen_at and pids.isdisjoint(self._listeners):
-            self._listen_at = now + self.listen_s
             with contextlib.suppress(Exception):    # Android denies it, a bare container may lack it
                 self._listeners = listeners(self.ports)
-        self._all = {pid: self._all.get(pid) or name_and_parent(pid) for pid in pids}
+            self._listen_at = now + max(5.0, (time.monotonic() - now) / self.share)
+        before, self._all = self._all, {pid: self._all.get(pid, ("", 0)) for pid in pids}
+        for pid in pids - before.keys():
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                self._all[pid] = process.name().lower(), process.ppid()
         new = {pid for pid, (name, _) in self._all.items() if name.startswith(self.names) or pid in self._listeners}
         found = new = new - self._above
         while new:
             new = {pid for pid, (_, parent) in self._all.items() if parent in new} - found - self._above
             found |= new
         self.pids = frozenset(found)
-
-
-def name_and_parent(pid: int) -> tuple[str, int]:
-    """Return a process's name, in lower case, and its parent's pid."""
-    import psutil
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        return process.name().lower(), process.ppid()
-    return "", 0
 
 
 def listeners(ports: Collection[int]) -> Collection[int]:
@@ -1499,16 +1478,13 @@ PLUGGED = (({"Mains 1"}, True), ({"Discharging"}, False),
 
 
 def charge(psutil: Any, folder: str = "/sys/class/power_supply") -> Json:
-    """Return the facts of the device's batteries, taken as one by their sizes; none if it has none.
-
-    psutil tells of one battery, which may be a mouse's.  Linux says whose each is.
-    """
+    """Return the facts of the device's batteries, taken as one by their sizes; none if it has none."""
     paths = glob.glob(f"{folder}/*")
     told, batteries = set[str](), list[tuple[Any, float]]()    # their percents and sizes; of a flat one the size is 0
     for path in paths:
         kind, scope, present, status, online = (
             read_text(f"{path}/{name}") for name in ("type", "scope", "present", "status", "online"))
-        if scope != "Device":
+        if scope != "Device":    # a mouse's
             told |= {status, f"{kind.split('_')[0]} {online}"}
             if kind == "Battery" and present != "0":
                 size = read_number(path, "energy_full", "charge_full") or 1e-9
@@ -1523,6 +1499,7 @@ def charge(psutil: Any, folder: str = "/sys/class/power_supply") -> Json:
     return {"battery_percent": round(min(percent, 100.0), 1), "battery_plugged": plugged}
 
 
+HOTTEST = 125.0    # degrees, beyond which a sensor is broken: processors are off by then
 # Sensors of processors and GPUs, by the names of their drivers and thermal zones; limits of those that tell none; and
 # whether a critical temperature is where they throttle.  Elsewhere it is where the device switches itself off.  Other
 # parts are warm by design (disks, memory, network cards), have inputs that nothing is connected to (board chips), or
@@ -1535,9 +1512,6 @@ CHIPS = (
                 "|g3d|mtktscpu|(bcm2835|imx|aml|exynos|sunxi)_therm|tsens_tz|scpi_sensors|sfctemp"),
      (80.0, 90.0), False),    # of single-board computers and phones: cpu_thermal, soc-thermal, GPU-therm, cpuss-0 …
 )
-
-
-HOTTEST = 125.0    # degrees, beyond which a sensor is broken: processors are off by then
 
 
 def temperature_limits(chip: str, high: float | None, critical: float | None) -> tuple[float, float] | None:
@@ -1612,8 +1586,7 @@ class GpuMonitor(DeviceMonitor):
         return [], None
 
     def every_s(self) -> float:
-        # nvidia-smi takes from 30 ms to seconds, most of them in the driver, so it paces itself: even if all of its
-        # time were work, it would be 0.2% of a core.  One that hangs is asked again after 40 minutes.
+        # nvidia-smi takes 30 ms to seconds, most of them in the driver.  One that hangs is asked again in 40 minutes.
         return max(5.0, self._took_s / self.share)
 
 
@@ -1636,6 +1609,7 @@ def gpu_facts(gpus: Iterable[Gpu], own_mb: float | None, own_use: bool) -> Json:
 JETSON_LOADS = ("sys/devices/gpu.0/load", "sys/devices/platform/*gpu*/load", "sys/class/devfreq/*gpu*/device/load",
                 "sys/class/devfreq/*.g[apv]1*b/device/load")
 WSL = "/usr/lib/wsl/lib"    # nvidia-smi's folder on WSL, on PATH or not; it knows of no processes there
+COMMAND_S = 5.0             # a command that takes longer is killed
 APU_MB = 2048               # AMD's built-in GPUs have less of their own: a part of RAM, which models do not use
 
 
@@ -1725,9 +1699,6 @@ def read_numbers(path: str) -> dict[str, float]:
     return {name: number for name, number in found.items() if number is not None}
 
 
-COMMAND_S = 5.0    # a command that takes longer is killed
-
-
 def run_command(*command: str) -> str:
     """Return the output of a command.  Raise OSError or SubprocessError if it fails or hangs.
 
@@ -1759,7 +1730,8 @@ class ConnectivityMonitor(Monitor):
     latest_s = 15.0     # up to this
     endpoint: Endpoint
 
-    def __init__(self, settings: Settings, side: Side, endpoint: Endpoint, fetch: Fetch) -> None:
+    def __init__(self, settings: Settings, side: Side, endpoint: Endpoint, fetch: Callable[[Endpoint], Probe]) -> None:
+        """`fetch` probes an endpoint or raises UpstreamError."""
         super().__init__(settings, side, endpoint)
         self._fetch = fetch
         self._lost: collections.deque[bool] = collections.deque(maxlen=self.window)
@@ -1831,7 +1803,7 @@ class ConnectivityMonitor(Monitor):
 MONITORS: tuple[type[Monitor], ...] = (ResourceMonitor, PowerMonitor, GpuMonitor, ConnectivityMonitor)
 
 
-def monitors_for(settings: Settings, targets: Sequence[Target], fetch: Fetch) -> list[Monitor]:
+def monitors_for(settings: Settings, targets: Sequence[Target], fetch: Callable[[Endpoint], Probe]) -> list[Monitor]:
     """Return a server's monitors: of its targets' endpoints, and of the device if a local model runs on it."""
     sides: dict[Endpoint, Side] = {}    # an endpoint of both sides is watched as the first one says
     for target in targets:
@@ -1932,6 +1904,7 @@ class Watch:
 # shown.  It has no clock and no memory, so a decision can be replayed; section 8 remembers the values defined here.
 
 TYPICAL_TOKENS = 200    # of an answer whose length nobody knows
+QUICK_LOAD_S = 3.0      # a load that takes no longer is not worth leaving the device for
 
 # The seconds that a target rests after a fault, doubled for each further one in a row, and at most.  After a fault of
 # the account a person must act, which is not soon.  A missing model may be pulled or named rightly at any time.
@@ -1953,10 +1926,7 @@ class Breaker:
         return max(0.0, self.until - now)
 
     def failed(self, error: UpstreamError, now: float) -> Breaker:
-        """Return the breaker after a fault.  Only faults that tell of the target's health count (`RESTS_S`).
-
-        Requests that fail together count as one: a failure during a rest does not make the rest longer.
-        """
+        """Return the breaker after a fault.  Requests that fail together count as one, as one does during a rest."""
         if error.fault not in RESTS_S:
             return self
         first_s, most_s = RESTS_S[error.fault]
@@ -1977,16 +1947,12 @@ class Pace(NamedTuple):    # rebuilt with each answer, as the record is: a datac
     tokens_per_s: float = 0.0           # after it, a moving average
     load_s: float = 0.0                 # the model's last load into memory
     lengths: tuple[int, ...] = ()       # of answers, in tokens
-    read: tuple[float, float] = (0.0, 0.0)    # tokens of prompts, and the seconds in which they were read
+    read: tuple[float, float] = (0.0, 0.0)    # tokens of prompts, and the seconds of reading; (0, 0): unknown
     at: float = 0.0                     # when it was learned, in the seconds of the ledger's clock
 
     def learned(self, first_s: float | None, tokens: int, seconds: float, read: tuple[float, float] = (0.0, 0.0),
                 now: float = 0.0) -> Pace:
-        """Return the pace after one more answer.
-
-        Its first content came after `first_s`, its tokens took `seconds` more; `read`: tokens of its prompt that were
-        read, and in how many seconds, (0, 0) where that is not known.
-        """
+        """Return the pace after an answer whose first content took `first_s`, and its tokens `seconds` more."""
         firsts = (*self.firsts_s, first_s)[-20:] if first_s is not None else self.firsts_s
         rate = tokens / seconds if tokens > 1 and seconds > 0.001 else self.tokens_per_s
         rate = 0.7 * self.tokens_per_s + 0.3 * rate if self.tokens_per_s else rate
@@ -2020,9 +1986,6 @@ class Work(NamedTuple):
         return max(self.size - (cache.size if goes_on else same * BLOCK), 1)
 
 
-USUAL_WORK = Work()
-
-
 class Cache(NamedTuple):
     """What a local model read and wrote last, and so need not read again."""
     blocks: tuple[int, ...] = ()
@@ -2040,7 +2003,7 @@ class Record(NamedTuple):
     cache: Cache = Cache()
 
 
-UNTRIED = Record()
+USUAL_WORK, UNTRIED = Work(), Record()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2092,7 +2055,8 @@ def survey(target: Target, readings: tuple[Reading, ...], loading: bool) -> Cond
     barred = _barred(target, reading, model, None if loading else free_bytes(target, readings))
     if barred:
         return barred
-    speaking = [one for one in readings if _speaks_of(one, target)]
+    here = target.side is Side.LOCAL and target.endpoint.on_device    # else the device's load says nothing of it
+    speaking = [one for one in readings if one.endpoint == target.endpoint or here and not one.endpoint]
     level = max((one.level for one in speaking), default=Level.GOOD)
     if reading and reading.level is Level.OUT:
         return Condition("unreachable", reading.reason, level)
@@ -2112,19 +2076,9 @@ def _worse(found: Condition, reason: str, level: Level | None = None) -> Conditi
     return dataclasses.replace(found, reason=reasons, level=worse, known=True)
 
 
-QUICK_LOAD_S = 3.0    # a load that takes no longer is not worth leaving the device for
-
-
 def reading_of(target: Target, readings: Iterable[Reading]) -> Reading | None:
     """Return the reading of the target's endpoint, or None."""
     return next((reading for reading in readings if reading.endpoint == target.endpoint), None)
-
-
-def _speaks_of(reading: Reading, target: Target) -> bool:
-    """Return True if a reading counts for a target.  The device's load says nothing of a model on another machine."""
-    if reading.endpoint:
-        return reading.endpoint == target.endpoint
-    return reading.side is target.side and (target.side is Side.CLOUD or target.endpoint.on_device)
 
 
 def model_of(target: Target, reading: Reading | None) -> Model | None:
@@ -2134,7 +2088,7 @@ def model_of(target: Target, reading: Reading | None) -> Model | None:
 
 
 def full_name(name: str) -> str:
-    """Return the one spelling of an Ollama name, with the tag and without the host and the namespace that it implies."""
+    """Return the one spelling of an Ollama name, with its tag, and without the host and the namespace if implied."""
     name = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
     return name if ":" in name.rsplit("/", 1)[-1] else name + ":latest"
 
@@ -2162,10 +2116,7 @@ def _barred(target: Target, reading: Reading | None, model: Model | None, free: 
 
 
 def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
-    """Return the bytes of memory that a target's model could be loaded into, or None if they are unknown.
-
-    The GPU's memory counts, and so does that of Ollama's other models: Ollama makes room for the one that is asked for.
-    """
+    """Return the bytes that a target's model could be loaded into, or None.  Ollama's other models make room for it."""
     facts = device_facts(readings)
     if not target.endpoint.on_device or "memory_free_mb" not in facts:
         return None
@@ -2177,8 +2128,7 @@ def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
 
 def device_facts(readings: Iterable[Reading]) -> Json:
     """Return the facts of all monitors of this device."""
-    return {fact: value for reading in readings if reading.side is Side.LOCAL and reading.endpoint is None
-            for fact, value in reading.facts.items()}
+    return {fact: value for reading in readings if not reading.endpoint for fact, value in reading.facts.items()}
 
 
 def side_condition(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition],
