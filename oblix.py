@@ -1147,7 +1147,8 @@ def without_nulls(fields: Json, inner: Any = None) -> Json:
 # which hangs delays no other.
 # To add one: subclass Monitor, fill sample and judge, and name it in MONITORS; policy folds it in by its side.
 
-class Probe(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Probe:
     """What a probe of an endpoint found."""
     status: int
     models: tuple[Model, ...] | None
@@ -1264,7 +1265,7 @@ class DeviceMonitor(Monitor):
         self._found: dict[Callable[[Any], Json], Json] = dict.fromkeys(readers, {})    # the last facts of each
 
     def sample(self) -> Json:
-        """Return the facts of all readers.  One that fails after it has worked keeps its last facts, marked as stale."""
+        """Return the facts of all readers.  One that fails after it has worked keeps its last facts, told as stale."""
         import psutil  # takes 31 ms, so not on the way to the first answer; and the server starts without it
         facts: Json = {}
         for read in self._found:
