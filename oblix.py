@@ -221,12 +221,12 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, eq=False)    # each is one of a kind: what follows from it is remembered by it
 class Reading:
-    """A monitor's verdict on one side, or on one endpoint of it, with the facts behind it."""
+    """A monitor's verdict on this device, or on one endpoint, with the facts behind it."""
     side: Side
     level: Level
     reason: str                                 # "" while all is well
     facts: Json
-    endpoint: Endpoint | None = None            # None: it is about the whole side
+    endpoint: Endpoint | None = None            # None: it is about this device
     models: tuple[Model, ...] | None = None     # of the endpoint; None if it lists none
     known: bool = True                          # False before the first sample: optimism, not evidence
 
@@ -1145,7 +1145,7 @@ def without_nulls(fields: Json, inner: Any = None) -> Json:
 # How are the device and the network?  A monitor samples facts (IO) and judges them (pure); of requests it knows only
 # whether they got through, and nothing of what its verdict leads to.  Each runs on a thread of its own, so that a probe
 # which hangs delays no other.
-# To add one: subclass Monitor, fill sample and judge, and name it in MONITORS; policy folds it in by its side.
+# To add one: subclass Monitor, fill sample and judge, and name it in MONITORS; policy folds it in by its endpoint.
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
