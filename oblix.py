@@ -16,8 +16,8 @@ The life of a request
 
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
 `chat.completion.chunk` objects, so there is no third vocabulary.  Two providers translate (Ollama, Claude) and are
-always streamed; where the client wants a whole answer one function, `fold`, puts the chunks together.  OpenAI's own
-answers pass through, with the model's name replaced and their streams tidied (`OpenAI.decode`).
+always streamed.  Whichever server answers, `in_order` makes OpenAI's reference of what it says, and `fold` a whole
+answer of a stream.  A whole answer that needs no change passes as it came, with the model's name replaced.
 
 Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
@@ -33,11 +33,11 @@ Promises, each held by a test of its name
 Who owns which state
   monitors' readings     each monitor's own thread writes its one attribute; everybody reads it without a lock (4)
   idle connections       deques of the transport, whose append and pop are atomic (7)
-  ways to upstreams, TLS context    caches of the transport; two threads that miss at once make the same (7)
+  ways to upstreams      a cache of the transport, as its TLS context; two threads that miss at once make the same (7)
   evidence of requests   a monitor's deque of losses and its wake-up, whose operations are atomic (4)
-  loads and look-ups under way    a dict of each kind of errands, whose setdefault and del are atomic (7)
+  loads and look-ups     a dict for each of the two kinds of errands, whose setdefault and del are atomic (7)
   what readings mean     caches of pure functions (lru_cache); two threads that miss at once put in the same (5, 9)
-  contexts of loads      a dict of the gateway, whose entries the threads of loads replace (9)
+  what loads showed      two dicts of the gateway, whose entries loads replace and monitors remove, atomically (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
@@ -2440,8 +2440,6 @@ class Provider:
                 return Unsupported(f"{self.label} can't take {where}: {why}.", param=where)
         for param, known in unknown_values(request) if self.translates else ():
             return Unsupported(f"{self.label} does not have this value of {param}: it takes {known}.", param=param)
-        if self.translates and chosen_tools(request.body)[1] not in ("none", "auto") and not forced_tools(request.body):
-            return Unsupported("tool_choice asks for a tool that is not among the tools.", param="tool_choice")
         return None
 
     def adapt(self, payload: Json, refused: frozenset[str]) -> Json:
@@ -2537,6 +2535,7 @@ _MONEY: _Meaning = (Fault.ACCOUNT, {"code": "insufficient_quota"})
 _KEY: _Meaning = (Fault.ACCOUNT, {"code": "invalid_api_key"})
 _GONE: _Meaning = (Fault.NOT_FOUND, {"code": "model_not_found"})
 _REFUSED: _Meaning = (Fault.REFUSED, {})
+_LOADING: _Meaning = (Fault.LOADING, {"code": "model_loading", "retry_after_s": 5.0})
 
 # Statuses, and words in the message, type, code or param, in lower case -> what they mean; the first rule that fits
 # counts.  The words are from errors that users of those services reported.
@@ -2585,7 +2584,7 @@ _RULES: tuple[tuple[Collection[int], str, _Meaning], ...] = (
     (_ILL, r"pars(e|ing) (grammar|tool call)|unexpected keyword|unrecognized .{0,10}argument|extra inputs", _REFUSED),
     (_ILL, r"unknown (field|name|parameter|format)", _REFUSED),
     ((400, 415, 422, 501), "", _REFUSED),
-    ((503,), r"^loading model|model.* is (currently |still )?loading", (Fault.LOADING, {"code": "model_loading"})),
+    ((503,), r"^loading model|model.* is (currently |still )?loading", _LOADING),    # llama-server
     ((_IN_A_STREAM, 408, 409, 425, 429, *range(500, 1000)), "", (Fault.BUSY, {})),
     (range(400, 500), "", (Fault.NOT_FOUND, {})),    # 404 of a model; 405, 410 of a path
 )
@@ -2610,7 +2609,7 @@ def classify(status: int, text: str, retry_after_s: float | None = None,
     usual = {"type": _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
              "code": _CODES.get(status)}
     error = UpstreamError(message, fault, retry=None if fault in (Fault.BUSY, Fault.LOADING) else False,
-                          retry_after_s=retry_after_s, **{"status": status, **usual, **fields, **ours})
+                          **{"status": status, "retry_after_s": retry_after_s, **usual, **fields, **ours})
     if key and error.code == "invalid_api_key":
         error.message = f"The upstream refused the key that Oblix has for it: {message}"
     return error
@@ -2734,12 +2733,22 @@ def call_schema(tools: Sequence[Json]) -> Json:
 def _grammar_schema(tool: Json, place: str) -> Json:
     """Return the schema of a tool's arguments at a place in another, to which its references lead.
 
-    It is without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp).
+    Without what llama.cpp makes no grammar of, or a very slow one (json-schema-to-grammar.cpp): patterns, lengths,
+    references to nothing or to the root, and values whose type is left open.
     """
+    whole = tool_schema(tool)
+
     def change(schema: Json) -> Json:
-        kept = {name: value for name, value in schema.items() if name not in ("pattern", "minLength", "maxLength")}
-        return {**kept, "$ref": place + kept["$ref"][1:]} if kept.get("$ref", "").startswith("#") else kept
-    return in_each_schema(tool_schema(tool), change)  # type: ignore[no-any-return]
+        kept = {name: value for name, value in schema.items() if name not in _NOT_IN_GRAMMARS}
+        ref = place + kept.pop("$ref", "")[1:]
+        if ref.startswith("#/") and _referred(schema, whole) is not schema:
+            return {"$ref": ref}
+        return kept if _DECIDES_FORM & kept.keys() else {**kept, "type": [*_SCHEMA_TYPES[:-1]]}
+    return in_each_schema(whole, change)  # type: ignore[no-any-return]
+
+
+_NOT_IN_GRAMMARS = frozenset({"pattern", "minLength", "maxLength", "maxItems"})
+_DECIDES_FORM = frozenset("type anyOf oneOf allOf const enum properties items prefixItems".split())
 
 
 def call_hint(tools: Sequence[Json]) -> str:
@@ -2769,8 +2778,9 @@ def as_call(chunks: Iterable[Chunk], tools: Sequence[Json]) -> Iterator[Chunk]:
                 yield from [tool_chunk(0, held[:size], None, None if said else name)] if size > 0 else []
                 said.append(held[:size])
                 held = held[size:]
-            if end == "stop" and not is_call:
-                _need_object("".join(said))
+            if end == "stop" and not is_call and not is_object("".join(said)):
+                raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED,
+                                    code="bad_upstream_answer")
         yield chunk
 
 
@@ -2785,21 +2795,11 @@ def _begun_call(text: str, whole: bool) -> tuple[str, str]:
     return "", text
 
 
-def _need_object(arguments: str) -> None:
-    """Raise UpstreamError unless a call's arguments are a JSON object."""
+def is_object(text: str) -> bool:
+    """Return True if a text is a JSON object."""
     with contextlib.suppress(ValueError):
-        if isinstance(loads(arguments), dict):
-            return
-    raise UpstreamError("the answer is not the tool call that it had to be", Fault.REFUSED, code="bad_upstream_answer")
-
-
-def first_call(chunks: Iterable[Any]) -> Iterator[Any]:
-    """Yield the chunks without all tool calls but the first."""
-    for chunk in chunks:
-        for choice in choices_of(chunk) if not isinstance(chunk, Texts) else ():
-            if "tool_calls" in choice["delta"]:
-                choice["delta"]["tool_calls"] = [call for call in choice["delta"]["tool_calls"] if not call["index"]]
-        yield chunk
+        return isinstance(loads(text), dict)
+    return False
 
 
 def sse_data(lines: Lines) -> Iterator[Any]:
@@ -2906,10 +2906,11 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
             yield chunk
             continue
         usage, told = chunk.pop("usage", None), choices_of(chunk)
-        if usage:
-            counted = {**chunk, "choices": [], "usage": usage}
         for place, choice in enumerate(told):
             choice["index"] = place if choice.get("index") is None else choice["index"]
+            usage = choice.pop("usage", None) or usage    # Kimi
+        if usage and isinstance(usage, dict):
+            counted = {**chunk, "choices": [], "usage": with_counts(usage)}
         chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
         if chunk["choices"]:    # Azure begins with an event that has none
             yield chunk
@@ -2921,18 +2922,26 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
         yield counted
 
 
+def with_counts(usage: Json) -> Json:
+    """Return usage with the three counts that OpenAI's reference requires: MiniMax tells the total alone."""
+    prompt, completion, total = (usage.get(name) or 0 for name in _COUNTS)
+    return {**usage, **dict(zip(_COUNTS, (prompt, completion, total or prompt + completion)))}
+
+
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+
+
 def is_in_order(answer: Json) -> bool:
     """Return True if a whole answer is as `in_order` and `fold` would make it; False where that must be tried."""
-    return (type(answer.get("created")) is int and isinstance(answer.get("usage"), dict)
-            and answer.get("object") == "chat.completion" and bool(answer.get("choices")) and all(
+    usage = answer.get("usage")
+    return (type(answer.get("created")) is int and answer.get("object") == "chat.completion"
+            and isinstance(usage, dict) and [type(usage.get(name)) for name in _COUNTS] == [int] * 3
+            and bool(answer.get("choices")) and all(
                 type(choice.get("index")) is int and isinstance(message.get("content"), str)
-                and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
-                and not choice.get("logprobs") and "error" not in choice and _REMADE.isdisjoint(message)
+                and isinstance(message.get("reasoning_content", ""), str) and message.get("role") == "assistant"
+                and not {"tool_calls", "function_call", "reasoning"} & {*message} and not choice.get("logprobs")
+                and choice.get("finish_reason") in ("stop", "length", "content_filter") and "error" not in choice
                 for choice in answer["choices"] for message in [choice.get("message") or {}]))
-
-
-_PLAIN_ENDS = ("stop", "length", "content_filter")
-_REMADE = frozenset({"tool_calls", "function_call", "reasoning"})    # fields of a message that may have to change
 
 
 class _Choice:
@@ -2971,15 +2980,18 @@ class _Choice:
         if isinstance(delta.get("reasoning"), str):    # vLLM, OpenRouter, Ollama's /v1
             thought = delta.pop("reasoning")
             delta["reasoning_content"] = delta.get("reasoning_content") or thought
-        if isinstance(delta.get("content"), list):     # Mistral's reasoning models
-            thought = [part for part in delta["content"] if isinstance(part, dict) and part.get("type") in _THOUGHTS]
-            delta["content"] = text_in([part for part in delta["content"] if part not in thought])
+        if isinstance(delta.get("content"), (list, dict)):     # Mistral's reasoning models
+            parts = [delta["content"]] if isinstance(delta["content"], dict) else delta["content"]
+            thought = [part for part in parts if isinstance(part, dict) and part.get("type") in _THOUGHTS]
+            delta["content"] = [part for part in parts if part not in thought]
             delta.update(present({"reasoning_content": text_in(thought)}))
         for name in ("content", "reasoning_content", "refusal"):
             if not isinstance(delta.get(name, ""), str):
-                raise TypeError("text expected")
+                delta[name] = text_in(delta[name])
         self._is_legacy = self._is_legacy or bool(delta.get("function_call"))
-        pieces = [self._piece(call, place) for place, call in enumerate(delta.pop("tool_calls", ()))]
+        calls = delta.pop("tool_calls", ())
+        calls = [calls] if isinstance(calls, dict) else calls
+        pieces = [self._piece(call, place) for place, call in enumerate(calls)]
         return {**delta, **present({"tool_calls": [*filter(None, pieces)]})} if pieces else delta
 
     def _piece(self, piece: Json, place: int) -> Json | None:
@@ -3065,11 +3077,8 @@ class _Call:
 
     def _is_whole(self) -> bool:
         """Return True if the arguments are a JSON object.  Of very many pieces it is not asked."""
-        if not self.texts or len(self.texts) > 1000 or not self.texts[-1].rstrip().endswith("}"):
-            return False
-        with contextlib.suppress(ValueError):
-            return isinstance(loads("".join(self.texts)), dict)
-        return False
+        may_be = 0 < len(self.texts) <= 1000 and self.texts[-1].rstrip().endswith("}")
+        return may_be and is_object("".join(self.texts))
 
 
 def text_in(value: Any) -> str:
@@ -3099,8 +3108,9 @@ def fold(chunks: Iterable[Chunk]) -> Json:
         whole.update(chunk)
         for piece in chunk["choices"]:
             choice = choices.setdefault(piece["index"], {"index": 0, "message": {}, "logprobs": {}})
-            _join(choice["message"], piece.pop("delta"))
-            _join(choice["logprobs"], piece.pop("logprobs", None) or {})
+            delta, logprobs = piece.pop("delta"), piece.pop("logprobs", None)
+            _join(choice["message"], delta)
+            _join(choice["logprobs"], logprobs if isinstance(logprobs, dict) else {})
             choice.update(piece)
     for choice in choices.values():
         calls: dict[int, Json] = {}
@@ -3121,7 +3131,7 @@ def _join(whole: Json, piece: Json) -> None:
             _join(known, value)
         elif isinstance(known, (str, list)) and isinstance(value, type(known)):
             whole[name] += value
-        else:
+        elif value is not None or name not in whole:
             whole[name] = value
 
 
@@ -3209,6 +3219,8 @@ def unknown_values(request: ChatRequest) -> Iterator[tuple[str, str]]:
         yield "tools", "tools of type function"
     if choice not in CHOICES and not name_of(choice):
         yield "tool_choice", f"{', '.join(CHOICES)} or a tool's name"
+    if choice not in ("none", "auto") and not forced_tools(body):
+        yield "tool_choice", "one of the tools"
     for number, message in enumerate(request.messages):
         if message["role"] not in ROLES:
             yield f"messages[{number}].role", ", ".join(ROLES)
@@ -3345,18 +3357,19 @@ class OpenAI(Provider):
         finished, asked = set[Any](), request.body.get("n", 1)
         try:
             for data in sse_data(lines):
-                event = data if isinstance(data, Texts) else {} if data.startswith("[DONE]") else event_of(data)
-                if not event:
+                if isinstance(data, Texts):
+                    yield data
+                    continue
+                if data.startswith("[DONE]"):
                     return
-                if isinstance(event, dict):
-                    event.pop("obfuscation", None)    # padding, of no use on this side of TLS
-                    finished.update(one.get("index") for one in choices_of(event) if one.get("finish_reason"))
+                event = event_of(data)
+                event.pop("obfuscation", None)    # padding, of no use on this side of TLS
+                finished.update(choice.get("index") for choice in choices_of(event) if choice.get("finish_reason"))
                 yield event
-        except UpstreamError as error:
+            raise cut()
+        except UpstreamError as error:    # some servers leave [DONE] out
             if error.fault is not Fault.TRANSPORT or len(finished) != asked:
                 raise
-        if len(finished) != asked:    # some servers leave [DONE] out
-            raise cut()
 
     def passes_text(self, request: ChatRequest) -> bool:
         return bool(request.body.get("n", 1) == 1)
@@ -3373,7 +3386,8 @@ def _with_short_ids(message: Json) -> Json:
 
 
 def _with_reasoning(message: Json) -> Json:
-    return {"reasoning_content": "", **message} if message.get("role") == "assistant" else message
+    thought = {"reasoning_content": message.get("reasoning", "")} if message.get("role") == "assistant" else {}
+    return {**thought, **message}
 
 
 def _without(prefix: str) -> Callable[[Json], Json]:
@@ -3464,16 +3478,13 @@ class Ollama(Provider):
         return converted
 
     def chunks(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        chunks, forced = self._said(lines), forced_tools(request.body)
-        if forced:
-            return as_call(only_json(chunks), forced)
-        only_one = request.body.get("parallel_tool_calls") is False    # Ollama has no such field
-        return first_call(chunks) if only_one else chunks
+        chunks, forced = self._said(lines, request.body.get("parallel_tool_calls", True)), forced_tools(request.body)
+        return as_call(only_json(chunks), forced) if forced else chunks
 
     def passes_text(self, request: ChatRequest) -> bool:
         return not forced_tools(request.body)
 
-    def _said(self, lines: Lines) -> Iterator[Any]:
+    def _said(self, lines: Lines, parallel: bool) -> Iterator[Any]:
         yield chunk_of(content="")
         numbers = itertools.count()    # of calls: each comes whole, and the server's index is always 0
         for line in filter(None, lines):
@@ -3483,6 +3494,7 @@ class Ollama(Provider):
             event = event_of(line)
             message, logprobs = event.get("message") or {}, event.get("logprobs")
             calls = [{**call, "index": next(numbers)} for call in message.get("tool_calls") or ()]
+            calls = calls if parallel else [call for call in calls if call["index"] == 0]    # it has no such field
             said = present({"reasoning_content": message.get("thinking"), "content": message.get("content"),
                             "tool_calls": calls})
             if said or logprobs:
@@ -3774,7 +3786,7 @@ class Claude(Provider):
             elif kind == "message_start":
                 if blocks:    # a relay that began anew after it had failed
                     raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
-                usage.update(event["message"].get("usage") or {})
+                usage.update((event.get("message") or {}).get("usage") or {})
                 yield chunk_of(content="")
             elif kind == "message_delta":
                 stop.update(event.get("delta") or {})
@@ -3786,7 +3798,7 @@ class Claude(Provider):
 
     @staticmethod
     def _said(event: Json, blocks: dict[int, Json]) -> Iterator[Chunk]:
-        """Yield what an event of a content block says.  `blocks` are the open ones, and None after their end."""
+        """Yield what an event of a content block says.  `blocks` are those that have begun, empty after their end."""
         index, kind, piece = event.get("index") or 0, event["type"], event.get("delta") or {}
         block = blocks.setdefault(index, {})
         if kind == "content_block_start":
@@ -3846,16 +3858,13 @@ def claude_tool(tool: Json) -> Json:
             "input_schema": schema, **_mark_of(tool, function)}
 
 
-def claude_name(name: str, letters: str = "A-Za-z0-9_-") -> str:
+def claude_name(name: str, more: str = "") -> str:
     """Return the name by which Claude knows a tool: its own, or one made of that alone where it would be refused."""
-    if re.fullmatch(f"[{letters}]{{1,64}}", name):
-        return name
-    return f"{re.sub(f'[^{letters}]', '_', name)[:55]}_{number_for(name):08x}"
+    fits = re.fullmatch(rf"[\w{more}-]{{1,64}}", name, re.A)
+    return name if fits else f"{re.sub('[^a-zA-Z0-9_-]', '_', name[:55])}_{number_for(name):08x}"
 
 
-def claude_key(name: str) -> str:
-    """Return the name by which Claude knows an argument, as `claude_name` does."""
-    return claude_name(name, "A-Za-z0-9_.-")
+claude_key = functools.partial(claude_name, more=".")    # of an argument
 
 
 def number_for(text: str) -> int:
@@ -3922,8 +3931,8 @@ def tool_schema(function: Json) -> Json:
         return whole
     variants, required = dict[str, dict[bytes, Any]](), dict.fromkeys(whole.get("required", []))
     for word, schemas in lost.items():
-        found = [_referred(schema, whole) for schema in schemas if isinstance(schema, dict)]
-        branches = [*{id(branch): valid_schema(branch) for branch in found}.values()]
+        found = (_referred(schema, whole) for schema in schemas if isinstance(schema, dict))
+        branches = [*map(valid_schema, {id(branch): branch for branch in found}.values())]    # each once
         for name, schema in itertools.chain.from_iterable(branch.get("properties", {}).items() for branch in branches):
             variants.setdefault(name, {})[dumps(schema)] = schema
         needed = [{*branch.get("required", [])} for branch in branches] or [set[str]()]
@@ -3931,17 +3940,18 @@ def tool_schema(function: Json) -> Json:
         required.update(dict.fromkeys(sorted(every)))
     merged = {name: {"anyOf": [*some.values()]} if len(some) > 1 else [*some.values()][0]
               for name, some in variants.items()}
-    told = [whole.get("description", ""), f"It must also fit {json.dumps(lost, ensure_ascii=False)}."]
+    told = f"It must also fit {json.dumps(lost, ensure_ascii=False)}."
     return {**whole, "properties": {**merged, **whole["properties"]}, "required": [*required],
-            "description": "\n".join(filter(None, told))}
+            "description": f"{whole.get('description', '')} {told if len(told) < 1000 else ''}".strip()}
 
 
 def _referred(schema: Json, root: Json) -> Json:
     """Return what a schema's reference leads to within the root, or the schema itself."""
-    place: Any = root
-    for step in schema.get("$ref", "").split("/")[1:]:
+    start, *steps = schema.get("$ref", "").split("/")
+    place: Any = root if start == "#" else None
+    for step in steps:
         place = place.get(step) if isinstance(place, dict) else None
-    return place if isinstance(place, dict) and place is not root else schema
+    return place if isinstance(place, dict) else schema
 
 
 def valid_schema(schema: Json) -> Json:
@@ -3962,7 +3972,7 @@ def valid_schema(schema: Json) -> Json:
     return new
 
 
-_SCHEMA_TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
+_SCHEMA_TYPES = ("string", "number", "boolean", "object", "array", "null", "integer")
 _FORMS: dict[str, tuple[type, ...]] = {    # keyword -> the types of its value (JSON Schema's meta-schemas)
     word: kinds for words, kinds in (
         ("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf", (int, float)),
@@ -4211,21 +4221,12 @@ class Errands:
 
     def __init__(self, work: Callable[..., Any]) -> None:
         self._work = work
-        self._errands: dict[Any, Errand] = {}    # setdefault and del are atomic
-
-    @property
-    def keys(self) -> frozenset[Any]:
-        """Return what is being worked on."""
-        return frozenset(tuple(self._errands))
-
-    def under_way(self, key: Any) -> Errand | None:
-        """Return the errand of that key that has not ended, or None."""
-        return self._errands.get(key)
+        self.under_way: dict[Any, Errand] = {}    # by key; only setdefault, get and del are used, which are atomic
 
     def begin(self, key: Any, *more: Any) -> Errand:
         """Begin to work on a key, or join the errand that is under way.  Do not wait."""
         fresh = Errand()
-        errand = self._errands.setdefault(key, fresh)
+        errand = self.under_way.setdefault(key, fresh)
         if errand is fresh:
             thread = threading.Thread(target=self._run, args=(errand, key, *more), name="errand", daemon=True)
             try:
@@ -4246,7 +4247,7 @@ class Errands:
 
     def _end(self, errand: Errand, key: Any, error: Exception | None) -> None:
         errand.error = error
-        del self._errands[key]
+        del self.under_way[key]
         errand.done.set()
 
 
@@ -4302,19 +4303,15 @@ class _Route(NamedTuple):
     secret: str      # the field that the proxy wants to see of a tunnel, else ""
 
 
-def is_near(name: str) -> bool:
-    """Return True if a host is the device itself or a private address: nothing has to be looked up."""
-    address = address_of(name)
-    return is_loopback(name) or address is not None and address.is_private    # link-local included
-
-
 def _proxy_for(there: urllib.parse.SplitResult) -> str:
     """Return the URL of the system's proxy to a URL, or "" where there is none or the host is near.
 
     Raise UpstreamError for one that does not speak HTTP: its owner may not want to be seen without it.
     """
     name = (there.hostname or "").rstrip(".")
-    if is_near(name) or "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa")):
+    address = address_of(name)
+    if is_loopback(name) or (address.is_private if address else    # link-local included
+                             "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa"))):
         return ""
     from urllib.request import getproxies, proxy_bypass  # takes 1 MiB, which a local model alone does not need
     known = getproxies()
@@ -5131,7 +5128,7 @@ class Gateway:
 
     def snapshot(self) -> Snapshot:
         """Return all that a decision is made from, as it is now.  Does not wait."""
-        settings, readings, loading = self.settings, self.watch.readings, self.loader.keys
+        settings, readings, loading = self.settings, self.watch.readings, frozenset(tuple(self.loader.under_way))
         local = () if settings.local_model else newest_that_fits(self._ollama, readings, loading)
         return Snapshot(readings, (*local, *self._configured), self.ledger.records(), self.ledger.in_flight(), loading,
                         self.ledger.clock(), settings.prefer, settings.local_slots, settings.local_first_s,
@@ -5459,13 +5456,20 @@ class Dispatch:
         raise _all_failed(self._plan, self._failed)
 
     def _first_plan(self) -> Plan:
-        """Return the plan.  Raise OblixError where there is none although it is known what Ollama has."""
+        """Return the plan.  Raise OblixError where there is none although it is known what Ollama has.
+
+        The request may be the first one after a start.  Then wait until somebody is known to be there, if not for long.
+        """
+        gateway, until = self._gateway, time.monotonic() + PROBE_LIMITS.first_byte_s
+        while not self._heard and self._request.model == "auto" and time.monotonic() < until and not any(
+                one.endpoint and one.known and one.level < Level.OUT for one in gateway.watch.readings):
+            self._heard = self._wait(gateway.heard, TICK_S)
         try:
-            return self._gateway.plan(self._request)
+            return gateway.plan(self._request)
         except OblixError:
             if not self._hears_more():
                 raise
-            return self._gateway.plan(self._request)
+            return gateway.plan(self._request)
 
     def _hears_more(self) -> bool:
         """Return True if Ollama has told what it has since the request came: it may be the first one after a start."""
@@ -5548,7 +5552,7 @@ class Dispatch:
         connect_s, patience_s = min(usual.connect_s, left_s), usual.first_byte_s
         if target.side is Side.LOCAL and self._others:
             patience_s = self._settings.patience_s
-        elif not self._heard or any(other.side is Side.LOCAL for other in self._others):
+        elif any(other.side is Side.LOCAL for other in self._others):
             pace = self.ledger.record(target).pace
             patience_s = cloud_patience_s(pace, self._request.stream, self._settings.patience_s)
         self._asked_at, self._patience_s = time.monotonic(), patience_s if patience_s < usual.first_byte_s else math.inf
@@ -5598,7 +5602,7 @@ class Dispatch:
         context, loader = 0, self._gateway.loader
         self._know(target)
         for _ in range(2):    # the load that was joined may have been for a smaller context
-            load, snapshot = loader.under_way(target), self._gateway.snapshot()
+            load, snapshot = loader.under_way.get(target), self._gateway.snapshot()
             model = model_of(target, reading_of(target, snapshot.readings))
             if not load and model and not model.remote:
                 try:
@@ -5676,7 +5680,7 @@ class Dispatch:
                 whole, as_it_came = PROVIDERS[target.endpoint.provider].whole(raw, request)
         self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
         told = {**whole, **_envelope(whole, target.id), "object": "chat.completion"}
-        around = split_at_model(raw, whole) if as_it_came and told["id"] == whole.get("id") else None
+        around = split_at_model(raw, whole) if as_it_came and told == {**whole, "model": target.id} else None
         return told, dumps(target.id).join(around) if around else b""
 
     def _learn(self, request: ChatRequest, target: Target, first_s: float | None, tokens: int, seconds: float,
@@ -5895,11 +5899,10 @@ def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
 
     Return None where the chunk is of another choice than the first, which such events are of.
     """
-    choices = choices_of(chunk)
-    if [choice.get("index", 0) for choice in choices] != [0]:
+    if [choice["index"] for choice in chunk["choices"]] != [0]:
         return None
-    choice = {name: None if name in ("logprobs", "finish_reason") else value for name, value in choices[0].items()
-              if name in AROUND_TEXT}
+    choice = {name: None if name in ("logprobs", "finish_reason") else value
+              for name, value in chunk["choices"][0].items() if name in AROUND_TEXT}
     kept = {name: value for name, value in chunk.items() if name in AROUND_TEXT}
     told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
     before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
@@ -5931,14 +5934,11 @@ LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation 
 
 
 def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
-    """Return the text of a stream that broke off, or "" unless it is plain text that had not ended."""
-    deltas = [choice.get("delta") or {} for chunk in said for choice in choices_of(chunk)]
-    ended = any(choice.get("finish_reason") for chunk in said for choice in choices_of(chunk))
-    plain = all(name in ("role", "content", "refusal") and isinstance(delta[name], str)
-                for delta in deltas for name in delta if delta[name])
-    if ended or not plain or _NOT_CONTINUED & request.body.keys():
-        return ""
-    return "".join(delta.get("content") or "" for delta in deltas)
+    """Return the text of a stream that broke off, or "" unless it is plain text."""
+    deltas = [choice["delta"] for chunk in said for choice in chunk["choices"]]
+    plain = all(name in ("role", "content", "refusal") for delta in deltas for name in delta if delta[name])
+    plain = plain and not _NOT_CONTINUED & request.body.keys()
+    return "".join(delta.get("content", "") for delta in deltas) if plain else ""
 
 
 def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | None:
@@ -5961,16 +5961,15 @@ def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iter
     envelope: Json = {**{name: first[name] for name in ("id", "created", "model")}, "oblix": {"continued_by": by}}
     held: str | None = ""    # a beginning that may repeat the end of the text; None once that is decided
     for chunk in chunks:
-        for choice in choices_of(chunk):
-            delta = {name: value for name, value in (choice.get("delta") or {}).items() if name != "role"}
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            delta.pop("role", None)
             if held is not None:
-                content = delta.pop("content", None)
-                held += content if isinstance(content, str) else ""
-                if len(held) >= min(OVERLAP, len(text)) or choice.get("finish_reason"):
+                held += delta.pop("content", "")
+                if len(held) >= min(OVERLAP, len(text)) or choice["finish_reason"]:
                     rest, held = without_overlap(text, held), None
                     delta.update({"content": rest} if rest else {})
-            choice["delta"] = delta
-        if any(choice["delta"] or choice.get("finish_reason") for choice in choices_of(chunk)) or "usage" in chunk:
+        if "usage" in chunk or any(choice["delta"] or choice["finish_reason"] for choice in chunk["choices"]):
             yield {**chunk, **envelope}
             envelope.pop("oblix", None)
 
@@ -6894,14 +6893,17 @@ FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_pe
 SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
-def start_text(settings: Settings, server: Server) -> str:
-    """Return the lines that a start prints."""
+def base_url_of(settings: Settings, server: Server) -> str:
+    """Return the base URL by which clients reach a server."""
     host = settings.host.strip("[]")
     host = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    base = f"http://{host}:{server.port}/v1"
+    return f"http://{host}:{server.port}/v1"
+
+
+def start_text(settings: Settings, server: Server, base: str) -> str:
+    """Return the lines that a start prints below the address."""
     key = "the key of --api-key" if settings.api_key else "placeholder"
-    lines = [f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""), "",
-             *findings(server.gateway.health())]
+    lines = ["", *findings(server.gateway.health())]
     if settings.no_auth:
         lines += ["Everybody who can reach this address may use it, with the keys that it has (--no-auth).", ""]
     lines += ["Use it:", "  from openai import OpenAI", f'  client = OpenAI(base_url="{base}", api_key="{key}")',
@@ -7117,8 +7119,10 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
     """Serve until `waiting` gets a signal.  Return 0, or 128 more than a second signal that ended what ran."""
     raise_file_limit(4 * settings.max_requests + 256)    # for each two connections of clients, and two upstream
     with demo(settings) as settings, running(settings) as server:
+        base = base_url_of(settings, server)
+        say(f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""))
         server.gateway.watch.settle(SETTLE_S)
-        say(start_text(settings, server))
+        say(start_text(settings, server, base))
         while not signal_within(waiting, TIDY_S):
             with contextlib.suppress(ImportError, OSError, AttributeError):    # only glibc has it
                 import ctypes

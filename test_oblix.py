@@ -3389,7 +3389,9 @@ A_OR_B = [{"properties": {"kind": {"const": "a"}, "a": {}}, "required": ["kind",
 TREE, TREE_IN_IT = growing("#"), growing("#/$defs/0")
 BEYOND_GRAMMARS = {"type": "object", "properties": {"a": {"type": "string", "pattern": "x", "maxLength": 9999},
                                                     "b": {"minimum": 0, "exclusiveMinimum": True},
-                                                    "c": {"items": [{}]}, "d": {"type": "any"}}}
+                                                    "c": {"items": [{}]}, "d": {"type": "any"},
+                                                    "e": {"$ref": "#/$defs/none"}}}
+OPEN = {"type": ["string", "number", "boolean", "object", "array", "null"]}
 
 
 def options(**expected):
@@ -3468,8 +3470,10 @@ TO_OLLAMA = [
                                               "response_format": {"type": "json_object"}},
      {"format": FIND_TOOL["parameters"]}),
     ("what makes no grammar", {"tools": [a_tool("run", BEYOND_GRAMMARS)], "tool_choice": "required"},
-     {"format": exactly({"type": "object", "properties": {"a": {"type": "string"}, "b": {"exclusiveMinimum": 0},
-                                                          "c": {"prefixItems": [{}]}, "d": {}}})}),
+     {"format": exactly({"type": "object", "properties": {"a": {"type": "string"}, "b": {**OPEN, "exclusiveMinimum": 0},
+                                                          "c": {"prefixItems": [OPEN]}, "d": OPEN, "e": OPEN}})}),
+    ("references that lead to the root, or nowhere", {"tools": [a_tool("plant", TREE)], "tool_choice": "required"},
+     {"format": {"properties": {"kid": {"$ref": "#/$defs/kid"}}, "$defs": {"kid": {"properties": {"top": OPEN}}}}}),
     ("references lead to the same from another root",
      {"tools": [a_tool("plant", TREE), TOOLS[0]], "tool_choice": "required"},
      {"format": {"anyOf": [one_call("plant", TREE_IN_IT), one_call("find", FIND_TOOL["parameters"])],
@@ -5333,7 +5337,9 @@ THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
 SAYINGS = [  # deltas, or a message, what the client has joined at the end
     ("Mistral's parts", [{"content": [THOUGHT, {"type": "text", "text": "Hel"}]}, {"content": "lo"}], ("Hello", "Hm.")),
     ("parts of text", [{"content": [{"type": "text", "text": "Hel"}, "lo"]}], ("Hello", None)),
+    ("one part", [{"content": {"type": "text", "text": "a"}}], ("a", None)),
     ("parts of thinking", [{"content": [THOUGHT]}, {"content": "a"}], ("a", "Hm.")),
+    ("lists of both", [{"reasoning_content": ["H", {"text": "m."}], "content": ["a"]}], ("a", "Hm.")),
     ("reasoning", [{"reasoning": "Hm."}, {"content": "a"}], ("a", "Hm.")),
     ("both names", [{"reasoning": "Hm.", "reasoning_content": "Hm."}, {"content": "a"}], ("a", "Hm.")),
     ("one of both empty", [{"reasoning": "Hm.", "reasoning_content": ""}, {"content": "a"}], ("a", "Hm.")),
@@ -5343,7 +5349,7 @@ SAYINGS = [  # deltas, or a message, what the client has joined at the end
                              {"tool_calls": [piece("", "", index=0, type="function")]}], ("a", None)),
 ]
 ODD_EVENTS = [  # after the first content of a stream; the client reads the same without them
-    {"choices": None}, {"choices": []}, {"choices": [{"index": 0, "delta": None}]}, {"type": "ping"},
+    {}, {"choices": None}, {"choices": []}, {"choices": [{"index": 0, "delta": None}]}, {"type": "ping"},
     {"choices": [{"index": 0, "finish_reason": "stop", "delta": {}}]}, {"usage": None},
     {"base_resp": {"status_code": 0}},
     {"choices": [{"index": 0, "content_filter_offsets": {"check_offset": 1}}]},                         # Azure
@@ -5372,6 +5378,9 @@ def as_whole(message, finish="stop", **fields):
     """A whole answer of OpenAI's with this message."""
     choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}
     return {**OPENAI.chunk([choice]), "object": "chat.completion", "usage": OPENAI._usage(HELLO), **fields}
+
+
+COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 class InOrder(Case):
@@ -5462,7 +5471,7 @@ class InOrder(Case):
                     self.assertEqual({*message} & {"tool_calls", "reasoning"}, set())
 
     def test_a_whole_answer_has_what_the_reference_requires(self):
-        for fields in (*NO_ENVELOPE, {"usage": None}):
+        for fields in (*NO_ENVELOPE, {"usage": None}, {"usage": [1]}):
             for message in ({"content": "Hello"}, {"content": "Hello", "tool_calls": [], "function_call": None}):
                 with self.subTest(fields, message=message):
                     reply = self.said(OPENAI, as_whole(message, **fields), False)
@@ -5476,6 +5485,24 @@ class InOrder(Case):
         reply = self.said(OPENAI, filtered, False)
         self.assertEqual((reply.status, reply.message["content"], reply.finish), (200, "", "content_filter"))
         self.refused(self.said(OPENAI, {"choices": []}, False), 502, code="bad_upstream_answer")
+        one = {"tool_calls": piece(*A)}    # and no list of one
+        self.assertEqual(self.said(OPENAI, as_whole(one), False, tools=TOOLS).message["tool_calls"][0]["id"], "a")
+
+    def test_usage_has_its_three_counts_and_comes_once(self):
+        for usage, counts in (({"total_tokens": 5}, (0, 0, 5)),
+                              ({"prompt_tokens": 3, "completion_tokens": None}, (3, 0, 3)),
+                              ({"prompt_tokens": 3, "completion_tokens": 2, "own": 1}, (3, 2, 5))):
+            last = OPENAI.chunk([{"index": 0, "delta": {}, "finish_reason": "stop", "usage": usage}])    # Kimi's place
+            for events in (as_events({"content": "a"}, usage=usage),
+                           [*as_events({"content": "a"})[:1], data_event(last)]):
+                reply = self.said(OPENAI, events, True, stream_options={"include_usage": True})
+                told = [one.get("usage") for one in reply.chunks]
+                with self.subTest(usage):
+                    self.answered(reply, "a")
+                    self.assertEqual((told[:-1], reply.chunks[-1]["choices"]), ([None] * (len(told) - 1), []))
+                    self.assertEqual(told[-1], {**usage, **dict(zip(COUNTS, counts))})
+            told = self.said(OPENAI, as_whole({"content": "a"}, usage=usage), False).json["usage"]
+            self.assertEqual(told, {**usage, **dict(zip(COUNTS, counts))})
 
     def test_a_whole_answer_that_is_in_order_passes_as_it_came(self):
         for body in (as_whole({"content": "Hello"}), OPENAI.whole(HELLO)):
@@ -5584,6 +5611,8 @@ class InOrder(Case):
             upstream.play([OPENAI.head, *map(chunk, as_events({"content": "Hello"}, done=False)), 0.1, *steps])
             with self.subTest(steps):
                 self.answered(ask(self.server, upstream.target, stream=True), "Hello")
+        silent = [OPENAI.head, *map(chunk, as_events({"content": "Hello"}, done=False)), HANG]
+        self.answered(through(OPENAI, silent, HASTY, stream=True), "Hello")
 
 
 # === 7. Transport ====================================================================================================
@@ -7422,12 +7451,24 @@ class Warmth(Orchestrated):
                 gate.set()
                 for reply in replies:
                     self.answered(reply.result(), "local", by="ollama:llama3.2")
-                    self.assertEqual(reply.result().headers["x-oblix-attempts"], "2" if script else "1")
+                attempts = {reply.result().headers["x-oblix-attempts"] for reply in replies}
+                self.assertEqual(max(attempts), "2" if script else "1")
         refused = whole(401, OPENAI.error("No."))
         for model, script in (("auto", None), ("local", None), ("llama3.2", None), ("auto", refused)):
             gate.clear()
             with self.subTest(model, script=script):
                 first(model, script)
+
+    def test_it_waits_for_no_cloud_that_has_said_nothing_yet(self):
+        gate = threading.Event()
+        with small() as local, cloudy([HANG], probe=[HANG]) as cloud:
+            local.probe = [gate, *local.probe]
+            with running(cloud, env=env_for(local), probed=False) as server:
+                reply = self.later(ask, server, "auto")
+                self.waits(reply)
+                gate.set()
+                self.answered(reply.result(), "local", by="ollama:llama3.2")
+                self.assertEqual(cloud.requests, [])
 
     def test_while_it_loads_the_cloud_answers_and_the_load_goes_on(self):
         gate = threading.Event()
@@ -7946,6 +7987,7 @@ class Time(Orchestrated):
         gateway = oblix.Gateway(oblix.Settings.parse(
             ["--port=0", "--local-model=ollama:small", "--cloud-model=openai:large"], {"OPENAI_API_KEY": "k"}))
         self.addCleanup(gateway.close)
+        gateway.heard.set()    # nobody is probed here
         local, cloud = gateway.snapshot().targets
         for target in (local, cloud):
             for first_s in (59.0, 170.0, 290.0):
@@ -7958,6 +8000,7 @@ class Time(Orchestrated):
             with self.subTest(model, stream=stream, first=first.id):
                 request = oblix.ChatRequest(model, chat(), stream)
                 course = oblix.Dispatch(gateway, request, None)
+                course._heard = True    # Ollama has said what it has
                 order = [one for one in ((local, cloud) if first is local else (cloud, local))
                          if model == "auto" or one is first]
                 found = []
@@ -9315,6 +9358,15 @@ HELD = {    # a row of "what happens", by its beginning: the tests that hold it
         Time.test_a_cloud_that_refuses_at_once_is_asked_once_more_before_a_slow_local_model],
     "the local model has to be loaded": [Warmth.test_while_it_loads_the_cloud_answers_and_the_load_goes_on,
                                          Warmth.test_without_a_cloud_all_requests_wait_for_the_one_load],
+    "the first request comes before": [Warmth.test_the_first_request_waits_for_the_first_word_of_ollama,
+                                       Warmth.test_it_waits_for_no_cloud_that_has_said_nothing_yet],
+    "a connection that was kept open": [
+        Transport.test_a_connection_closed_as_the_request_arrives_is_replaced_without_a_word,
+        Transport.test_what_nobody_acknowledges_is_sent_again_over_a_connection_of_now,
+        Transport.test_a_prompt_is_sent_to_an_upstream_once_per_counted_attempt],
+    "the network swallows": [
+        Transport.test_a_network_that_drops_large_packets_is_noticed_and_not_waited_for_as_a_model_is],
+    "some addresses of an upstream's name": [SideBySide],
     "nothing comes for 15 s": [KeepAlive.test_a_silence_before_content, KeepAlive.test_a_total_failure_is_told_in_band],
     "the request takes longer": [Patience.test_the_time_for_a_whole_request_ends_it_before_content,
                                  Patience.test_it_ends_a_stream_in_band],
@@ -12523,7 +12575,8 @@ class Process:
         self._said, self._reader = [], threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         address = re.compile(r"http://(?:localhost|127\.0\.0\.1):(\d+)/v1")
-        eventually(lambda: address.search(self.said()) or self._process.poll() is not None, within=60)
+        told = "print(client."    # at the end of what a start prints
+        eventually(lambda: told in self.said() or self._process.poll() is not None, within=60)
         if not address.search(self.said()):
             self.__exit__()
             raise AssertionError("it does not say its address: " + self.said())
@@ -12617,6 +12670,16 @@ class CommandLine(Case):
                     pass
                 self.assertIn(names, str(caught.exception))
                 self.assertNotIn("\n", str(caught.exception))
+
+    def test_the_address_is_printed_before_anybody_is_waited_for(self):
+        said, then = [], []
+        waiting, woken = socket.socketpair()
+        woken.send(bytes([signal.SIGTERM]))
+        with waiting, woken, mock.patch.object(oblix, "say", said.append), \
+                mock.patch.object(oblix.Watch, "settle", lambda *_: then.extend(said)):
+            oblix._serve(oblix.Settings.parse(["--port=0", "--log-level=error"], NOBODY), waiting)
+        self.assertRegex("\n".join(then), "^Oblix .* at http://localhost:[0-9]+/v1$")
+        self.assertIn("Use it:", said[-1])
 
     def test_the_demo_answers_and_says_that_it_is_scripted(self):
         with Process("--demo", "--port=0") as process:
