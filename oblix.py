@@ -1404,8 +1404,8 @@ class ResourceMonitor(DeviceMonitor):
         used = memory.total - memory.available
         rooms = [(memory.total, used - zfs_cache(used)), *(
             (group.memory, group.memory_used()) for group in self._groups if group.memory < memory.total)]
-        ours = [min(self._bytes_ours, taken) for _, taken in rooms]
-        percents = [100 * (taken - own) / max(total - own, 1) for (total, taken), own in zip(rooms, ours)]
+        percents = [100 * (taken - ours) / max(total - ours, 1) for total, taken in rooms
+                    for ours in [min(self._bytes_ours, taken)]]
         return {"memory_percent": round(min(max(percents), 100.0), 1),
                 "memory_free_mb": max(0, int(min(total - taken for total, taken in rooms))) >> 20}
 
@@ -1696,8 +1696,7 @@ def read_number(folder: str, *names: str) -> float | None:
 def read_numbers(path: str) -> dict[str, float]:
     """Return the numbers of a file whose lines begin with a name and end with its number."""
     rows = [line.split() for line in read_text(path).splitlines()]
-    found = {row[0]: parse_number(row[-1]) for row in rows if row}
-    return {name: number for name, number in found.items() if number is not None}
+    return {row[0]: number for row in rows if row and (number := parse_number(row[-1])) is not None}
 
 
 def run_command(*command: str) -> str:
@@ -1761,22 +1760,18 @@ class ConnectivityMonitor(Monitor):
             model.gpu_share is not None and model.gpu_share < best[model.name] / 2)) for model in models])
 
     def judge(self, facts: Json) -> Reading:
-        shown = {fact: value for fact, value in facts.items() if fact != "models"}
-        return Reading(self.side, *self._verdict(facts), shown, self.endpoint, facts.get("models"))
-
-    def _verdict(self, facts: Json) -> tuple[Level, str]:
+        level, reason, far = Level.GOOD, "", self.side is Side.CLOUD    # here latency and loss tell of no network
         where = self.endpoint.base_url.split("//")[1]
         if "error" in facts:    # a key that must not list models, or a server that can't, may answer requests
-            return Level.STRAINED if "answers" in facts else Level.OUT, f"{where}: {facts['error']}"
-        if facts["status"] == 401:    # 403 may just mean that this key must not list models
-            return Level.OUT, f"{where}: its key was refused"
-        if self.side is Side.LOCAL:     # on the device neither latency nor loss says anything about the network
-            return Level.GOOD, ""
-        if facts["latency_ms"] > self.settings.latency_degraded_ms:
-            return Level.STRAINED, f"latency {facts['latency_ms']:.0f} ms"
-        if facts["loss_percent"] > self.settings.loss_degraded_percent:
-            return Level.STRAINED, f"{facts['loss_percent']:.0f}% of probes lost"
-        return Level.GOOD, ""
+            level, reason = Level.STRAINED if "answers" in facts else Level.OUT, f"{where}: {facts['error']}"
+        elif facts["status"] == 401:    # 403 may just mean that this key must not list models
+            level, reason = Level.OUT, f"{where}: its key was refused"
+        elif far and facts["latency_ms"] > self.settings.latency_degraded_ms:
+            level, reason = Level.STRAINED, f"latency {facts['latency_ms']:.0f} ms"
+        elif far and facts["loss_percent"] > self.settings.loss_degraded_percent:
+            level, reason = Level.STRAINED, f"{facts['loss_percent']:.0f}% of probes lost"
+        shown = {fact: value for fact, value in facts.items() if fact != "models"}
+        return Reading(self.side, level, reason, shown, self.endpoint, facts.get("models"))
 
     def _count(self, lost: bool) -> None:
         if not lost and [*self._lost][-2:] == [True, True]:
