@@ -1706,8 +1706,7 @@ def run_command(*command: str) -> str:
     """
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="ascii",
-        errors="replace", env={**os.environ, "LC_ALL": "C"}, start_new_session=True,
-        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+        errors="replace", start_new_session=True, creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
     try:
         text, _ = process.communicate(timeout=COMMAND_S)
     except subprocess.TimeoutExpired:
@@ -2079,8 +2078,8 @@ def reading_of(target: Target, readings: Iterable[Reading]) -> Reading | None:
 
 def model_of(target: Target, reading: Reading | None) -> Model | None:
     """Return the target's model as its endpoint lists it, or None."""
-    models, name = (reading and reading.models) or (), full_name(target.model)
-    return next((model for model in models if model.name == target.model or full_name(model.name) == name), None)
+    models = (reading and reading.models) or ()
+    return next((model for model in models if full_name(model.name) == full_name(target.model)), None)
 
 
 def full_name(name: str) -> str:
