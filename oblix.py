@@ -220,12 +220,12 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, eq=False)    # each is one of a kind: what follows from it is remembered by it
 class Reading:
-    """A monitor's verdict on one side, or on one endpoint of it, with the facts behind it."""
+    """A monitor's verdict on this device, or on one endpoint, with the facts behind it."""
     side: Side
     level: Level
     reason: str                                 # "" while all is well
     facts: Json
-    endpoint: Endpoint | None = None            # None: it is about the whole side
+    endpoint: Endpoint | None = None            # None: it is about this device
     models: tuple[Model, ...] | None = None     # of the endpoint; None if it lists none
     known: bool = True                          # False before the first sample: optimism, not evidence
 
@@ -1077,24 +1077,18 @@ def without_nulls(fields: Json, inner: Any = None) -> Json:
 # How are the device and the network?  A monitor samples facts (IO) and judges them (pure); of requests it knows only
 # whether they got through, and nothing of what its verdict leads to.  Each runs on a thread of its own, so that a probe
 # which hangs delays no other.
-# To add one: subclass Monitor, fill sample and judge, and name it in MONITORS; policy folds it in by its side.
+# To add one: subclass Monitor, fill sample and judge, and name it in MONITORS; policy folds it in by its endpoint.
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """The result of an endpoint's probe."""
+    """What a probe of an endpoint found."""
     status: int
     models: tuple[Model, ...] | None
     latency_ms: float    # from request to answer, without the time that the server says it worked
 
 
-Fetch = Callable[[Endpoint], Probe]    # probes an endpoint; raises UpstreamError
-
-
 class Hysteresis:
-    """A level that turns worse after `worse_after` samples in a row, and better after `better_after_s` of better ones.
-
-    A spike changes nothing, and a link that flaps counts as down.
-    """
+    """A level that turns worse after `worse_after` samples in a row, better after `better_after_s` of better ones."""
 
     def __init__(self, worse_after: int, better_after_s: float) -> None:
         self._worse_after, self._better_after_s = worse_after, better_after_s
@@ -1142,9 +1136,6 @@ class Monitor:
         """Return the seconds until the next sample."""
         return self.pause_s
 
-    def tell(self, lost: bool) -> None:
-        """Take what a request found at the endpoint: evidence as good as a sample's."""
-
     def step(self, now: float) -> None:
         """Sample, judge, and publish a reading whose level is steady."""
         fresh, before = self.judge(self.sample()), self.reading.reason
@@ -1179,19 +1170,17 @@ LIMITS = {
     "battery_percent": ("battery {:.0f}%", "battery_constrained_percent", "battery_critical_percent"),
     "temperature_c": ("temperature {:.0f} C", "temperature_high_c", "temperature_critical_c"),
 }
-# Facts that count only beside another one.  A load may be another machine's (LXC shows the host's), or one of threads
-# that sleep (raspberrypi/linux's issue 2881): CPUs that are idle are idle.
-COUNTS: dict[str, Callable[[Json], bool]] = {
-    "load_per_core": lambda facts: facts.get("cpu_percent", 0.0) >= 50,
-    "battery_percent": lambda facts: facts.get("battery_plugged") is False,    # None: the system can't tell
-}
 
 
 def worst(facts: Json, settings: Settings) -> tuple[Level, str]:
     """Return the worst level of the facts, and a reason that names all that are not well.  A missing fact is fine."""
     values, found = {**vars(settings), **facts}, []
+    # A load may be another machine's (LXC shows the host's), or one of threads that sleep (raspberrypi/linux's issue
+    # 2881): CPUs that are idle are idle.
+    ignored = {"load_per_core"} if facts.get("cpu_percent", 0.0) < 50 else set()
+    ignored |= {"battery_percent"} if facts.get("battery_plugged") is not False else set()    # None: unknown
     for fact, (words, constrained, critical) in LIMITS.items():
-        if fact in facts and (fact not in COUNTS or COUNTS[fact](facts)):
+        if fact in facts and fact not in ignored:
             sign = -1 if fact == "battery_percent" else 1    # a battery is bad when low
             value, strained_from, out_from = (sign * values[name] for name in (fact, constrained, critical))
             level = Level.OUT if value >= out_from else Level.STRAINED if value >= strained_from else Level.GOOD
@@ -1208,17 +1197,14 @@ class DeviceMonitor(Monitor):
         self._found: dict[Callable[[Any], Json], Json] = dict.fromkeys(readers, {})    # the last facts of each
 
     def sample(self) -> Json:
-        """Return the facts of all readers.  One that fails after it has worked keeps its last facts, marked as stale.
-
-        Android and some containers deny one fact or another from the beginning: those are just missing.
-        """
+        """Return the facts of all readers.  One that fails after it has worked keeps its last facts, told as stale."""
         import psutil  # takes 31 ms, so not on the way to the first answer; and the server starts without it
         facts: Json = {}
         for read in self._found:
             try:
                 self._found[read] = read(psutil)
             except Exception as error:
-                if self._found[read]:
+                if self._found[read]:    # else it is denied, as Android and some containers do
                     self.log_once(error)
                     facts[f"{self.name}_stale"] = True
             facts.update(self._found[read])
@@ -1231,8 +1217,7 @@ class DeviceMonitor(Monitor):
 class ServerProcesses:
     """The processes of local model servers: what they use for our answers must not read as a busy machine.
 
-    A server listens at a target's port or has a known name, and its children are part of it.  Oblix and its parents
-    are not.  Linux shows a user which of the own processes listen, and root which of all.
+    A server listens at a target's port or has a known name.  Its children are part of it; Oblix's parents are not.
     """
     names = ("ollama", ".ollama", "llama", "lm studio", "lms", "vllm")    # NixOS wraps programs with a dot
     afresh_s = 60.0    # between looks at all processes: exec changes a name, as vLLM's workers do; pids are reused
@@ -1241,68 +1226,49 @@ class ServerProcesses:
     def __init__(self) -> None:
         self.ports: frozenset[int] = frozenset()
         self.pids: frozenset[int] = frozenset()          # of the servers that the last use() found
-        self._all: dict[int, tuple[str, int]] = {}       # pid -> name and parent, of all processes at the last call
-        self._found: dict[Any, float] = {}               # psutil.Process of a server -> its CPU seconds then
+        self._all: dict[int, tuple[str, int]] = {}       # pid -> name and parent
+        self._above: set[int] = set()                    # pids of Oblix and its parents
+        self._used_s: dict[Any, float] = {}              # psutil.Process of a server -> its CPU seconds so far
         self._listeners: Collection[int] = ()            # pids
         self._afresh_at = self._listen_at = -math.inf
 
     def use(self) -> tuple[float, int]:
-        """Return the CPU seconds that the servers used since the last call, and the bytes of memory that they hold.
-
-        Mapped weights do not count: they are page cache on Linux, so available anyway.
-        """
+        """Return the CPU seconds that the servers used since they were seen last, and the bytes that they hold."""
         import psutil
         with contextlib.suppress(Exception):    # a bare container may lack /proc
             self._look()
-        used_s, held = 0.0, 0
-        for process, before_s in self._found.items():
+        used_s, held, before, self._used_s = 0.0, 0, self._used_s, {}
+        for pid in self.pids:
             with contextlib.suppress(psutil.Error):
-                self._found[process] = now_s = sum(process.cpu_times()[:2])    # user and system
-                used_s += max(0.0, now_s - before_s)    # less: another process has got its pid
+                process = psutil.Process(pid)    # equal to the one of before only if it has begun when that one did
+                self._used_s[process] = now_s = sum(process.cpu_times()[:2])    # user and system
+                used_s += now_s - before.get(process, now_s)
                 memory = process.memory_info()
-                held += memory.rss - getattr(memory, "shared", 0)
+                held += memory.rss - getattr(memory, "shared", 0)    # mapped weights are page cache, so available
         return used_s, held
 
     def _look(self) -> None:
-        """Update the servers.  Reading a name takes 80 us and a desktop runs 300 processes: only new pids are read."""
+        """Find the servers.  Reading a name takes 80 us and a desktop runs 300 processes: only new pids are read."""
         import psutil
         pids, now = set(psutil.pids()), time.monotonic()
-        before, kept = self._all.keys() or pids, pids & self._all.keys()
         if now >= self._afresh_at:
-            kept, self._afresh_at = set(), now + self.afresh_s
+            self._all, self._afresh_at = {}, now + self.afresh_s
+            self._above = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
         if now >= self._listen_at and pids.isdisjoint(self._listeners):
             with contextlib.suppress(Exception):    # Android denies it, a bare container may lack it
                 self._listeners = listeners(self.ports)
-            done = time.monotonic()
-            self._listen_at = done + max(5.0, (done - now) / self.share)
-        self._all = {pid: self._all[pid] if pid in kept else ("", 0) for pid in pids}
-        for pid in pids - kept:
+            self._listen_at = now + max(5.0, (time.monotonic() - now) / self.share)
+        before, self._all = self._all, {pid: self._all.get(pid, ("", 0)) for pid in pids}
+        for pid in pids - before.keys():
             with contextlib.suppress(psutil.Error):
                 process = psutil.Process(pid)
-                with process.oneshot():
-                    self._all[pid] = process.name().lower(), process.ppid()
-        known = {process.pid: process for process in self._found if process.pid in kept}
-        self.pids, found = self._servers(), {}
-        for pid in self.pids:
-            with contextlib.suppress(psutil.Error):
-                process = known.get(pid) or psutil.Process(pid)
-                # All that a new process used counts; one that was there under another name counts from now.
-                used_s = sum(process.cpu_times()[:2]) if pid in before else 0.0
-                found[process] = self._found.get(process, used_s)
-        self._found = found
-
-    def _servers(self) -> frozenset[int]:
-        """Return the pids of the servers."""
-        above, pid = set[int](), os.getpid()
-        while pid in self._all and pid not in above:
-            above.add(pid)
-            pid = self._all[pid][1]
-        found = {pid for pid, (name, _) in self._all.items() if name.startswith(self.names) or pid in self._listeners}
-        more = found = found - above
-        while more:
-            more = {pid for pid, (_, parent) in self._all.items() if parent in more} - found - above
-            found |= more
-        return frozenset(found)
+                self._all[pid] = process.name().lower(), process.ppid()
+        new = {pid for pid, (name, _) in self._all.items() if name.startswith(self.names) or pid in self._listeners}
+        found = new = new - self._above
+        while new:
+            new = {pid for pid, (_, parent) in self._all.items() if parent in new} - found - self._above
+            found |= new
+        self.pids = frozenset(found)
 
 
 def listeners(ports: Collection[int]) -> Collection[int]:
@@ -1338,7 +1304,7 @@ class ResourceMonitor(DeviceMonitor):
     limits_s = 10.0    # between looks for limits
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, self._ours, self._limits, self._cpu, self._memory, self._load)
+        super().__init__(settings, self._ours, self._cpu, self._memory, self._load)
         self._cores = os.cpu_count() or 1
         self._at, self._passed_s = -math.inf, math.inf    # the last sample, and the seconds before it
         self._cores_ours, self._bytes_ours = 0.0, 0       # that the servers used in these seconds, and hold
@@ -1347,27 +1313,22 @@ class ResourceMonitor(DeviceMonitor):
         self._limits_at = -math.inf
 
     def _ours(self, _: Any) -> Json:
-        """Measure what the servers use, which the other readers subtract."""
+        """Measure what the servers use, which the other readers subtract, and find out what limits them."""
         used_s, self._bytes_ours = self.servers.use()
         now = time.monotonic()
         self._passed_s, self._at = max(now - self._at, 0.01), now
         self._cores_ours = used_s / self._passed_s
-        return {}
-
-    def _limits(self, _: Any) -> Json:
-        """Find out what limits the servers: the device, and the control groups of their container."""
-        if self._at >= self._limits_at:
-            self._limits_at = self._at + self.limits_s
+        if now >= self._limits_at:
+            self._limits_at = now + self.limits_s
             self._groups = {group: self._groups.get(group, math.nan) for group in control_groups(self.servers.pids)}
         return {"cores": min([self._cores, *(group.cores for group in self._groups)])}
 
     def _cpu(self, psutil: Any) -> Json:
-        percent = psutil.cpu_percent()    # since the last call of this thread; 0 at the first
-        others = [percent - 100 * self._cores_ours / self._cores]
+        others = [psutil.cpu_percent() - 100 * self._cores_ours / self._cores]    # since this thread's last call
         for group, before_s in self._groups.items():
             self._groups[group] = now_s = group.cpu_s()
             others.append(100 * ((now_s - before_s) / self._passed_s - self._cores_ours) / group.cores)
-        most = max(0.0, *(other for other in others if not math.isnan(other)))
+        most = max(0.0, *others)    # a nan is never more
         return {"cpu_percent": round(min(most, 100.0), 1)} if self._passed_s < math.inf else {}
 
     def _memory(self, psutil: Any) -> Json:
@@ -1375,8 +1336,8 @@ class ResourceMonitor(DeviceMonitor):
         used = memory.total - memory.available
         rooms = [(memory.total, used - zfs_cache(used)), *(
             (group.memory, group.memory_used()) for group in self._groups if group.memory < memory.total)]
-        ours = [min(self._bytes_ours, taken) for _, taken in rooms]
-        percents = [100 * (taken - own) / max(total - own, 1) for (total, taken), own in zip(rooms, ours)]
+        percents = [100 * (taken - ours) / max(total - ours, 1) for total, taken in rooms
+                    for ours in [min(self._bytes_ours, taken)]]
         return {"memory_percent": round(min(max(percents), 100.0), 1),
                 "memory_free_mb": max(0, int(min(total - taken for total, taken in rooms))) >> 20}
 
@@ -1396,22 +1357,22 @@ def zfs_cache(used: float, path: str = "/proc/spl/kstat/zfs/arcstats") -> float:
 
 
 class ControlGroup(NamedTuple):
-    """The limits of a container or a service, by Linux's control groups of version 1 or 2."""
+    """The limits of a container or a service, by Linux's control groups of version 2 or 1."""
     folder: str
     memory: float    # bytes
     cores: float
 
     def memory_used(self) -> float:
         """Return the bytes in use, without the page cache, which is given back."""
-        used = read_number(f"{self.folder}/memory.current") or read_number(f"{self.folder}/memory.usage_in_bytes")
+        used = read_number(self.folder, "memory.current", "memory.usage_in_bytes") or 0.0
         stat = read_numbers(f"{self.folder}/memory.stat")
         cache = sum(stat.get(f"total_{name}", stat.get(name, 0.0)) for name in ("active_file", "inactive_file"))
-        return max(0.0, (used or 0.0) - cache)
+        return max(0.0, used - cache)
 
     def cpu_s(self) -> float:
         """Return the CPU seconds used so far, or nan if they are unknown."""
         used_us = read_numbers(f"{self.folder}/cpu.stat").get("usage_usec", math.nan)
-        return (read_number(f"{self.folder}/cpuacct.usage") or 1000 * used_us) / 1e9
+        return (read_number(self.folder, "cpuacct.usage") or 1000 * used_us) / 1e9
 
 
 def control_groups(pids: Collection[int], root: str = "/") -> list[ControlGroup]:
@@ -1424,10 +1385,10 @@ def control_groups(pids: Collection[int], root: str = "/") -> list[ControlGroup]
             folders.update(("/".join([f"{root}sys/fs/cgroup", *filter(None, [controller]), *parts[:depth]]), None)
                            for controller in controllers.split(",") for depth in range(len(parts) + 1))
     for folder in folders:
-        sizes = [read_number(f"{folder}/memory.{name}") for name in ("max", "high", "limit_in_bytes")]
-        memory = min([size for size in sizes if size is not None and size < 1 << 60], default=math.inf)    # 2**63: none
-        cpu = read_text(f"{folder}/cpu.max").split() or [read_text(f"{folder}/cpu.cfs_{name}_us")
-                                                         for name in ("quota", "period")]
+        sizes = [read_number(folder, f"memory.{name}") or math.inf for name in ("max", "high", "limit_in_bytes")]
+        memory = min(size if size < 1 << 60 else math.inf for size in sizes)    # 2**63: none
+        cpu = read_text(f"{folder}/cpu.max").split() or [
+            read_text(f"{folder}/cpu.cfs_{name}_us") for name in ("quota", "period")]
         quota, period = (*map(parse_number, cpu), None)[:2]
         cores = quota / period if quota and period else math.inf
         found += [ControlGroup(folder, memory, cores)] if min(memory, cores) < math.inf else []
@@ -1444,43 +1405,34 @@ class PowerMonitor(DeviceMonitor):
         super().__init__(settings, charge, temperature)
 
 
-SUPPLY = ("type", "scope", "present", "status", "online", "capacity", "energy_now", "energy_full", "charge_now",
-          "charge_full")    # files of Linux on a battery or a charger
-# What they tell -> whether the device is plugged in; the first that applies.  Chargers by USB may be too weak.
+# What batteries and chargers tell -> whether the device is plugged in; the first that applies.  USB may be too weak.
 PLUGGED = (({"Mains 1"}, True), ({"Discharging"}, False),
            ({"USB 1", "Wireless 1", "Charging", "Full", "Not charging"}, True), ({"Mains 0"}, False))
 
 
 def charge(psutil: Any, folder: str = "/sys/class/power_supply") -> Json:
-    """Return the facts of the device's batteries, taken as one; none if it has none.
-
-    psutil tells of one battery, which may be a mouse's.  Linux says whose each is.
-    """
-    supplies = [{name: read_text(f"{path}/{name}") for name in SUPPLY} for path in glob.glob(f"{folder}/*")]
-    if supplies:
-        supplies = [supply for supply in supplies if supply["scope"] != "Device"]
-        told = {text for one in supplies for text in (one["status"], f"{one['type'].split('_')[0]} {one['online']}")}
-        plugged = next((plugged for texts, plugged in PLUGGED if texts & told), None)
-        percent = charge_of([one for one in supplies if one["type"] == "Battery" and one["present"] != "0"])
-    else:
-        battery = psutil.sensors_battery()
-        percent, plugged = (battery.percent, battery.power_plugged) if battery else (None, None)
-    if percent is None or not 0 <= percent <= 100:    # 255 and -1 mean unknown
+    """Return the facts of the device's batteries, taken as one by their sizes; none if it has none."""
+    paths = glob.glob(f"{folder}/*")
+    told, batteries = set[str](), list[tuple[Any, float]]()    # their percents and sizes; of a flat one the size is 0
+    for path in paths:
+        kind, scope, present, status, online = (
+            read_text(f"{path}/{name}") for name in ("type", "scope", "present", "status", "online"))
+        if scope != "Device":    # a mouse's
+            told |= {status, f"{kind.split('_')[0]} {online}"}
+            if kind == "Battery" and present != "0":
+                size = read_number(path, "energy_full", "charge_full") or 1e-9
+                batteries.append((read_number(path, "capacity"), size))
+    plugged = next((plugged for texts, plugged in PLUGGED if texts & told), None)
+    if not paths and (battery := psutil.sensors_battery()):
+        batteries, plugged = [(battery.percent, 1.0)], battery.power_plugged
+    batteries = [one for one in batteries if one[0] is not None and 0 <= one[0] < 255]    # 255 and -1 mean unknown
+    if not batteries:
         return {}
-    return {"battery_percent": round(percent, 1), "battery_plugged": plugged}
+    percent = sum(percent * size for percent, size in batteries) / sum(size for _, size in batteries)
+    return {"battery_percent": round(min(percent, 100.0), 1), "battery_plugged": plugged}
 
 
-def charge_of(batteries: Sequence[Mapping[str, str]]) -> float | None:
-    """Return the percentage that batteries hold together, by their sizes where they tell them, or None if unknown."""
-    for unit in ("energy", "charge"):
-        sizes = [(parse_number(one[f"{unit}_now"]), parse_number(one[f"{unit}_full"])) for one in batteries]
-        told = [(now, full) for now, full in sizes if now is not None and full]    # a dead one has 0 of 0
-        if told:
-            return min(100.0, 100 * sum(now for now, _ in told) / sum(full for _, full in told))
-    percents = [percent for one in batteries if (percent := parse_number(one["capacity"])) is not None]
-    return sum(percents) / len(percents) if percents else None
-
-
+HOTTEST = 125.0    # degrees, beyond which a sensor is broken: processors are off by then
 # Sensors of processors and GPUs, by the names of their drivers and thermal zones; limits of those that tell none; and
 # whether a critical temperature is where they throttle.  Elsewhere it is where the device switches itself off.  Other
 # parts are warm by design (disks, memory, network cards), have inputs that nothing is connected to (board chips), or
@@ -1505,29 +1457,20 @@ def temperature_limits(chip: str, high: float | None, critical: float | None) ->
     return None
 
 
-HOTTEST = 125.0    # degrees, beyond which a sensor is broken: processors are off by then
-
-
 def temperature(psutil: Any, folder: str = "/sys/class/thermal") -> Json:
     """Return the facts of the sensor nearest to its limit, or furthest past it; none if none can be judged."""
     sensors = [(chip, one.current, one.high, one.critical) for chip, group in psutil.sensors_temperatures().items()
                for one in group if one.label != "Tctl" or "Tdie" not in [other.label for other in group]]
     # psutil leaves out the zones where any part, a disk say, has a sensor of its own.
-    zones = [(read_text(f"{path}/type"), (read_number(f"{path}/temp") or 0.0) / 1000, None, None)
+    zones = [(read_text(f"{path}/type"), (read_number(path, "temp") or 0.0) / 1000, None, None)
              for path in glob.glob(f"{folder}/thermal_zone*")]
-    return hottest(sensors) or hottest(zones)
-
-
-def hottest(sensors: Iterable[tuple[str, float, float | None, float | None]]) -> Json:
-    """Return the facts of sensors, each given as its chip, what it reads, and where it says it is high and critical."""
-    found = []
-    for chip, current, *told in sensors:
-        limits = temperature_limits(chip, *told)
-        if limits and 0 < current < HOTTEST:
-            high, critical = limits
-            found.append(((current - high) / max(critical - high, 0.1), round(current, 1), high, critical))
-    names = ("temperature_c", "temperature_high_c", "temperature_critical_c")
-    return dict(zip(names, max(found)[1:])) if found else {}
+    for group in (sensors, zones):
+        judged = [(current, *limits) for chip, current, high, critical in group
+                  if 0 < current < HOTTEST and (limits := temperature_limits(chip, high, critical))]
+        if judged:
+            current, high, critical = max(judged, key=lambda one: (one[0] - one[1]) / max(one[2] - one[1], 0.1))
+            return {"temperature_c": round(current, 1), "temperature_high_c": high, "temperature_critical_c": critical}
+    return {}
 
 
 # --- 4. GPUs ----------------------------------------------------------------------------------------------------------
@@ -1576,8 +1519,7 @@ class GpuMonitor(DeviceMonitor):
         return [], None
 
     def every_s(self) -> float:
-        # nvidia-smi takes from 30 ms to seconds, most of them in the driver, so it paces itself: even if all of its
-        # time were work, it would be 0.2% of a core.  One that hangs is asked again after 40 minutes.
+        # nvidia-smi takes 30 ms to seconds, most of them in the driver.  One that hangs is asked again in 40 minutes.
         return max(5.0, self._took_s / self.share)
 
 
@@ -1600,6 +1542,7 @@ def gpu_facts(gpus: Iterable[Gpu], own_mb: float | None, own_use: bool) -> Json:
 JETSON_LOADS = ("sys/devices/gpu.0/load", "sys/devices/platform/*gpu*/load", "sys/class/devfreq/*gpu*/device/load",
                 "sys/class/devfreq/*.g[apv]1*b/device/load")
 WSL = "/usr/lib/wsl/lib"    # nvidia-smi's folder on WSL, on PATH or not; it knows of no processes there
+COMMAND_S = 5.0             # a command that takes longer is killed
 APU_MB = 2048               # AMD's built-in GPUs have less of their own: a part of RAM, which models do not use
 
 
@@ -1646,7 +1589,7 @@ def amd(devices: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
     """Read the driver's files.  Built-in GPUs count only where there is no other, and without their memory."""
     gpus = []
     for device in devices:
-        busy, used, total = (0.0, None, None) if asleep(device) else (read_number(f"{device}/{name}") for name in (
+        busy, used, total = (0.0, None, None) if asleep(device) else (read_number(device, name) for name in (
             "gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total"))
         gpus.append(Gpu(busy, used and used / 2**20, total and total / 2**20))    # from bytes
     return [gpu for gpu in gpus if (gpu.total_mb or 0.0) >= APU_MB] or [Gpu(gpu.busy_percent) for gpu in gpus], None
@@ -1677,19 +1620,15 @@ def read_text(path: str) -> str:
     return ""
 
 
-def read_number(path: str) -> float | None:
-    """Return the number in a file, or None."""
-    return parse_number(read_text(path))
+def read_number(folder: str, *names: str) -> float | None:
+    """Return the number in the first of these files that holds one, or None."""
+    return next((number for name in names if (number := parse_number(read_text(f"{folder}/{name}"))) is not None), None)
 
 
 def read_numbers(path: str) -> dict[str, float]:
     """Return the numbers of a file whose lines begin with a name and end with its number."""
     rows = [line.split() for line in read_text(path).splitlines()]
-    found = {row[0]: parse_number(row[-1]) for row in rows if row}
-    return {name: number for name, number in found.items() if number is not None}
-
-
-COMMAND_S = 5.0    # a command that takes longer is killed
+    return {row[0]: number for row in rows if row and (number := parse_number(row[-1])) is not None}
 
 
 def run_command(*command: str) -> str:
@@ -1699,8 +1638,7 @@ def run_command(*command: str) -> str:
     """
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="ascii",
-        errors="replace", env={**os.environ, "LC_ALL": "C"}, start_new_session=True,
-        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+        errors="replace", start_new_session=True, creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
     try:
         text, _ = process.communicate(timeout=COMMAND_S)
     except subprocess.TimeoutExpired:
@@ -1723,7 +1661,8 @@ class ConnectivityMonitor(Monitor):
     latest_s = 15.0     # up to this
     endpoint: Endpoint
 
-    def __init__(self, settings: Settings, side: Side, endpoint: Endpoint, fetch: Fetch) -> None:
+    def __init__(self, settings: Settings, side: Side, endpoint: Endpoint, fetch: Callable[[Endpoint], Probe]) -> None:
+        """`fetch` probes an endpoint or raises UpstreamError."""
         super().__init__(settings, side, endpoint)
         self._fetch = fetch
         self._lost: collections.deque[bool] = collections.deque(maxlen=self.window)
@@ -1752,22 +1691,18 @@ class ConnectivityMonitor(Monitor):
             model.gpu_share is not None and model.gpu_share < best[model.name] / 2)) for model in models])
 
     def judge(self, facts: Json) -> Reading:
-        shown = {fact: value for fact, value in facts.items() if fact != "models"}
-        return Reading(self.side, *self._verdict(facts), shown, self.endpoint, facts.get("models"))
-
-    def _verdict(self, facts: Json) -> tuple[Level, str]:
+        level, reason, far = Level.GOOD, "", self.side is Side.CLOUD    # here latency and loss tell of no network
         where = self.endpoint.base_url.split("//")[1]
         if "error" in facts:    # a key that must not list models, or a server that can't, may answer requests
-            return Level.STRAINED if "answers" in facts else Level.OUT, f"{where}: {facts['error']}"
-        if facts["status"] == 401:    # 403 may just mean that this key must not list models
-            return Level.OUT, f"{where}: its key was refused"
-        if self.side is Side.LOCAL:     # on the device neither latency nor loss says anything about the network
-            return Level.GOOD, ""
-        if facts["latency_ms"] > self.settings.latency_degraded_ms:
-            return Level.STRAINED, f"latency {facts['latency_ms']:.0f} ms"
-        if facts["loss_percent"] > self.settings.loss_degraded_percent:
-            return Level.STRAINED, f"{facts['loss_percent']:.0f}% of probes lost"
-        return Level.GOOD, ""
+            level, reason = Level.STRAINED if "answers" in facts else Level.OUT, f"{where}: {facts['error']}"
+        elif facts["status"] == 401:    # 403 may just mean that this key must not list models
+            level, reason = Level.OUT, f"{where}: its key was refused"
+        elif far and facts["latency_ms"] > self.settings.latency_degraded_ms:
+            level, reason = Level.STRAINED, f"latency {facts['latency_ms']:.0f} ms"
+        elif far and facts["loss_percent"] > self.settings.loss_degraded_percent:
+            level, reason = Level.STRAINED, f"{facts['loss_percent']:.0f}% of probes lost"
+        shown = {fact: value for fact, value in facts.items() if fact != "models"}
+        return Reading(self.side, level, reason, shown, self.endpoint, facts.get("models"))
 
     def _count(self, lost: bool) -> None:
         if not lost and [*self._lost][-2:] == [True, True]:
@@ -1775,6 +1710,7 @@ class ConnectivityMonitor(Monitor):
         self._lost.append(lost)
 
     def tell(self, lost: bool) -> None:
+        """Take what a request found at the endpoint: evidence as good as a sample's."""
         self._count(lost)
         self._answered = not lost and self._fresh.level is not Level.GOOD
         if lost or self._fresh.level is Level.OUT:
@@ -1794,7 +1730,7 @@ class ConnectivityMonitor(Monitor):
 MONITORS: tuple[type[Monitor], ...] = (ResourceMonitor, PowerMonitor, GpuMonitor, ConnectivityMonitor)
 
 
-def monitors_for(settings: Settings, targets: Sequence[Target], fetch: Fetch) -> list[Monitor]:
+def monitors_for(settings: Settings, targets: Sequence[Target], fetch: Callable[[Endpoint], Probe]) -> list[Monitor]:
     """Return a server's monitors: of its targets' endpoints, and of the device if a local model runs on it."""
     sides: dict[Endpoint, Side] = {}    # an endpoint of both sides is watched as the first one says
     for target in targets:
@@ -1812,13 +1748,11 @@ def monitors_for(settings: Settings, targets: Sequence[Target], fetch: Fetch) ->
 
 class Watch:
     """The monitors, each run on a thread of its own."""
-    apart_s = 0.1     # between two samples at least, however often one is woken
-    settle_s = 10.0    # until a first sample that is still missing, as one that hangs, holds up nobody
+    apart_s = 0.1    # between two samples at least, however often one is woken
 
     def __init__(self, monitors: Sequence[Monitor], sampled: Callable[[], None] = lambda: None) -> None:
         """`sampled` is called after each probe, on its monitor's thread, once every monitor has sampled."""
         self.monitors, self._after, self._settled = tuple(monitors), sampled, False
-        self._late_at = math.inf
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(monitor, monitor.sampled), daemon=True,
                                           name=f"watch-{monitor.name}") for monitor in monitors]
@@ -1844,13 +1778,15 @@ class Watch:
 
     def first(self, endpoint: Endpoint) -> threading.Event:
         """Return the event of an endpoint's first probe, which is set already for one that is not watched."""
-        return next((monitor.sampled for monitor in self._of(endpoint)), _SET)
+        sampled = threading.Event()
+        sampled.set()
+        return next((monitor.sampled for monitor in self._of(endpoint)), sampled)
 
-    def _of(self, endpoint: Endpoint) -> list[Monitor]:
-        return [monitor for monitor in self.monitors if monitor.endpoint == endpoint]
+    def _of(self, endpoint: Endpoint) -> list[ConnectivityMonitor]:
+        return [monitor for monitor in self.monitors
+                if isinstance(monitor, ConnectivityMonitor) and monitor.endpoint == endpoint]
 
     def start(self) -> None:
-        self._late_at = time.monotonic() + self.settle_s
         for thread in self._threads:
             thread.start()
 
@@ -1884,14 +1820,9 @@ class Watch:
 
     def _announce(self, monitor: Monitor) -> None:
         """Report a sample that may matter to others: of an endpoint's models, or the last one that was missing."""
-        settled, self._settled = self._settled, time.monotonic() >= self._late_at or all(
-            each.sampled.is_set() for each in self.monitors)
+        settled, self._settled = self._settled, all(each.sampled.is_set() for each in self.monitors)
         if self._settled and (monitor.endpoint or not settled):
             self._after()
-
-
-_SET = threading.Event()
-_SET.set()
 
 
 # === 5. Policy ========================================================================================================
@@ -1900,6 +1831,7 @@ _SET.set()
 # shown.  It has no clock and no memory, so a decision can be replayed; section 8 remembers the values defined here.
 
 TYPICAL_TOKENS = 200    # of an answer whose length nobody knows
+QUICK_LOAD_S = 3.0      # a load that takes no longer is not worth leaving the device for
 
 # The seconds that a target rests after a fault, doubled for each further one in a row, and at most.  After a fault of
 # the account a person must act, which is not soon.  A missing model may be pulled or named rightly at any time.
@@ -1921,10 +1853,7 @@ class Breaker:
         return max(0.0, self.until - now)
 
     def failed(self, error: UpstreamError, now: float) -> Breaker:
-        """Return the breaker after a fault.  Only faults that tell of the target's health count (`RESTS_S`).
-
-        Requests that fail together count as one: a failure during a rest does not make the rest longer.
-        """
+        """Return the breaker after a fault.  Requests that fail together count as one, as one does during a rest."""
         if error.fault not in RESTS_S:
             return self
         first_s, most_s = RESTS_S[error.fault]
@@ -1945,16 +1874,12 @@ class Pace(NamedTuple):    # rebuilt with each answer, as the record is: a datac
     tokens_per_s: float = 0.0           # after it, a moving average
     load_s: float = 0.0                 # the model's last load into memory
     lengths: tuple[int, ...] = ()       # of answers, in tokens
-    read: tuple[float, float] = (0.0, 0.0)    # tokens of prompts, and the seconds in which they were read
+    read: tuple[float, float] = (0.0, 0.0)    # tokens of prompts, and the seconds of reading; (0, 0): unknown
     at: float = 0.0                     # when it was learned, in the seconds of the ledger's clock
 
     def learned(self, first_s: float | None, tokens: int, seconds: float, read: tuple[float, float] = (0.0, 0.0),
                 now: float = 0.0) -> Pace:
-        """Return the pace after one more answer.
-
-        Its first content came after `first_s`, its tokens took `seconds` more; `read`: tokens of its prompt that were
-        read, and in how many seconds, (0, 0) where that is not known.
-        """
+        """Return the pace after an answer whose first content took `first_s`, and its tokens `seconds` more."""
         firsts = (*self.firsts_s, first_s)[-20:] if first_s is not None else self.firsts_s
         rate = tokens / seconds if tokens > 1 and seconds > 0.001 else self.tokens_per_s
         rate = 0.7 * self.tokens_per_s + 0.3 * rate if self.tokens_per_s else rate
@@ -1983,14 +1908,9 @@ class Work(NamedTuple):
 
     def unread(self, cache: Cache) -> int:
         """Return how many bytes of the prompt a model that has this in its cache has to read."""
-        same = 0
-        while same < min(len(self.blocks), len(cache.blocks)) and self.blocks[same] == cache.blocks[same]:
-            same += 1
+        same = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.blocks, cache.blocks))])
         goes_on = same == len(cache.blocks) and self.conversation == cache.conversation
         return max(self.size - (cache.size if goes_on else same * BLOCK), 1)
-
-
-USUAL_WORK = Work()
 
 
 class Cache(NamedTuple):
@@ -2010,7 +1930,7 @@ class Record(NamedTuple):
     cache: Cache = Cache()
 
 
-UNTRIED = Record()
+USUAL_WORK, UNTRIED = Work(), Record()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2059,10 +1979,11 @@ def survey(target: Target, readings: tuple[Reading, ...], loading: bool) -> Cond
     """Return what the readings say of a target.  They change about once a second, and many requests ask in between."""
     reading = reading_of(target, readings)
     model = model_of(target, reading)
-    blocked = _exclusion(target, reading, model) or (model and not loading and _too_large(target, model, readings))
-    if blocked:
-        return blocked
-    speaking = [one for one in readings if _speaks_of(one, target)]
+    barred = _barred(target, reading, model, None if loading else free_bytes(target, readings))
+    if barred:
+        return barred
+    here = target.side is Side.LOCAL and target.endpoint.on_device    # else the device's load says nothing of it
+    speaking = [one for one in readings if one.endpoint == target.endpoint or here and not one.endpoint]
     level = max((one.level for one in speaking), default=Level.GOOD)
     if reading and reading.level is Level.OUT:
         return Condition("unreachable", reading.reason, level)
@@ -2082,40 +2003,29 @@ def _worse(found: Condition, reason: str, level: Level | None = None) -> Conditi
     return dataclasses.replace(found, reason=reasons, level=worse, known=True)
 
 
-QUICK_LOAD_S = 3.0    # a load that takes no longer is not worth leaving the device for
-
-
 def reading_of(target: Target, readings: Iterable[Reading]) -> Reading | None:
     """Return the reading of the target's endpoint, or None."""
     return next((reading for reading in readings if reading.endpoint == target.endpoint), None)
 
 
-def _speaks_of(reading: Reading, target: Target) -> bool:
-    """Return True if a reading counts for a target.  The device's load says nothing of a model on another machine."""
-    if reading.endpoint:
-        return reading.endpoint == target.endpoint
-    return reading.side is target.side and (target.side is Side.CLOUD or target.endpoint.on_device)
-
-
 def model_of(target: Target, reading: Reading | None) -> Model | None:
     """Return the target's model as its endpoint lists it, or None."""
     models = (reading and reading.models) or ()
-    return next((model for model in models if same_ollama_model(target.model, model.name)), None)
-
-
-def same_ollama_model(asked: str, installed: str) -> bool:
-    """Return True if two Ollama names mean one model.  Case does not count, and `:latest` is implied."""
-    return asked == installed or full_name(asked) == full_name(installed)
+    return next((model for model in models if full_name(model.name) == full_name(target.model)), None)
 
 
 def full_name(name: str) -> str:
-    """Return the one spelling of an Ollama name, without the host and the namespace that are implied."""
+    """Return the one spelling of an Ollama name, with its tag, and without the host and the namespace if implied."""
     name = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
     return name if ":" in name.rsplit("/", 1)[-1] else name + ":latest"
 
 
-def _exclusion(target: Target, reading: Reading | None, model: Model | None) -> Condition | None:
-    """Return the condition of a target that must be excluded, with advice, else None."""
+def _barred(target: Target, reading: Reading | None, model: Model | None, free: float | None) -> Condition | None:
+    """Return the condition of a target that is excluded, with advice, or a last resort, else None.
+
+    A model that does not fit into the free memory is one: Ollama counts exactly, and the swap, and a Mac frees more.
+    """
+    use = Eligibility.NO
     if target.endpoint.lacks_key:
         found = "no key", f"no key: set {target.endpoint.key_variable}"
     elif target.endpoint.provider != "ollama" or reading is None or reading.models is None:
@@ -2124,28 +2034,16 @@ def _exclusion(target: Target, reading: Reading | None, model: Model | None) -> 
         found = "not installed", f"not installed: run `ollama pull {target.model}`"
     elif model.remote and target.side is Side.LOCAL:
         found = "remote", "answered by ollama.com, so it is not a local model: name it with --cloud-model"
+    elif model.cold and free is not None and model.size > free:
+        use = Eligibility.LAST_RESORT
+        found = "too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     else:
         return None
-    return Condition(*found, Level.OUT, Eligibility.NO)
-
-
-def _too_large(target: Target, model: Model, readings: Sequence[Reading]) -> Condition | None:
-    """Return the condition of a model that does not fit into the memory that is free, else None.
-
-    It is a last resort: Ollama counts exactly, and the swap, and a Mac frees more than it tells.
-    """
-    free = free_bytes(target, readings) if model.cold and target.endpoint.provider == "ollama" else None
-    if free is None or model.size <= free:
-        return None
-    return Condition("too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-                     Level.OUT, Eligibility.LAST_RESORT)
+    return Condition(*found, Level.OUT, use)
 
 
 def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
-    """Return the bytes of memory that a target's model could be loaded into, or None if they are unknown.
-
-    The GPU's memory counts, and so does that of Ollama's other models: Ollama makes room for the one that is asked for.
-    """
+    """Return the bytes that a target's model could be loaded into, or None.  Ollama's other models make room for it."""
     facts = device_facts(readings)
     if not target.endpoint.on_device or "memory_free_mb" not in facts:
         return None
@@ -2157,11 +2055,7 @@ def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
 
 def device_facts(readings: Iterable[Reading]) -> Json:
     """Return the facts of all monitors of this device."""
-    facts: Json = {}
-    for reading in readings:
-        if reading.side is Side.LOCAL and reading.endpoint is None:
-            facts.update(reading.facts)
-    return facts
+    return {fact: value for reading in readings if not reading.endpoint for fact, value in reading.facts.items()}
 
 
 def side_condition(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition],
@@ -2175,20 +2069,11 @@ def side_condition(side: Side, snapshot: Snapshot, conditions: Mapping[Target, C
     return min((conditions[target] for target in able), key=lambda found: (found.use is Eligibility.NO, found.level))
 
 
-_LOCAL_FIRST, _CLOUD_FIRST, _LOCAL_ONLY = (Side.LOCAL, Side.CLOUD), (Side.CLOUD, Side.LOCAL), (Side.LOCAL,)
-
-TABLE: dict[tuple[Level, Level], tuple[Side, ...]] = {    # (local, cloud) -> the order of the sides
-    (Level.GOOD, Level.GOOD): _LOCAL_FIRST,
-    (Level.GOOD, Level.STRAINED): _LOCAL_FIRST,
-    (Level.GOOD, Level.OUT): _LOCAL_ONLY,
-    (Level.STRAINED, Level.GOOD): _CLOUD_FIRST,
-    (Level.STRAINED, Level.STRAINED): _CLOUD_FIRST,
-    (Level.STRAINED, Level.OUT): _LOCAL_ONLY,
-    (Level.OUT, Level.GOOD): _CLOUD_FIRST,
-    (Level.OUT, Level.STRAINED): _CLOUD_FIRST,
-    (Level.OUT, Level.OUT): _LOCAL_ONLY,    # the last resort
-}
-PREFER_CLOUD = {**TABLE, (Level.GOOD, Level.GOOD): _CLOUD_FIRST, (Level.GOOD, Level.STRAINED): _CLOUD_FIRST}
+def order_of_sides(local: Level, cloud: Level, prefer: str) -> tuple[Side, ...]:
+    """Return the sides to try, in order.  A cloud that is out is left, whatever local's level, as a last resort."""
+    if cloud is Level.OUT:
+        return (Side.LOCAL,)
+    return (Side.LOCAL, Side.CLOUD) if local is Level.GOOD and prefer != "cloud" else (Side.CLOUD, Side.LOCAL)
 
 
 # --- 5. Time ----------------------------------------------------------------------------------------------------------
@@ -2320,10 +2205,10 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
     """
     conditions = {target: condition(target, snapshot) for target in snapshot.targets}
     sides_are = {side: side_condition(side, snapshot, conditions, refusals) for side in Side}
-    table = PREFER_CLOUD if snapshot.prefer == "cloud" else TABLE
-    sides = (only,) if only else table[sides_are[Side.LOCAL].level, sides_are[Side.CLOUD].level]
-    usable = [target for target in snapshot.targets if target not in refusals and only in (None, target.side)
-              and conditions[target].use is not Eligibility.NO]
+    sides = (only,) if only else order_of_sides(
+        sides_are[Side.LOCAL].level, sides_are[Side.CLOUD].level, snapshot.prefer)
+    excluded = {target: why for target, found in conditions.items() if (why := _why_not(target, found, refusals, only))}
+    usable = [target for target in snapshot.targets if target not in excluded]
     planned = [target for target in usable if conditions[target].use is Eligibility.YES and target.side in sides]
     fast = snapshot.prefer == "fast"
     seconds = {target: finding_out_s(target, conditions[target], snapshot, work) for target in planned if fast}
@@ -2331,19 +2216,18 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
                                                 seconds.get(target, 0.0)))
     if fast and sides_are[Side.LOCAL].level is not Level.OUT:
         order = _sooner_first(order, seconds)
-    excluded = [(target, _why_not(target, conditions[target], refusals, only))
-                for target in snapshot.targets if target not in usable]
+    last_resort = sorted((target for target in usable if target not in order),
+                         key=lambda target: conditions[target].state == "too large")
     plan = Plan(tuple(order), _reason(sides_are, only, [(target, seconds[target]) for target in order if fast]),
-                tuple(sorted((target for target in usable if target not in order),
-                             key=lambda target: conditions[target].state == "too large")), tuple(excluded), conditions)
+                tuple(last_resort), tuple(excluded.items()), conditions)
     return in_time(plan, snapshot, work) if snapshot.prefer == "local" and not only else plan
 
 
 def _why_not(target: Target, found: Condition, refusals: Mapping[Target, str], only: Side | None) -> str:
-    """Return the reason why a target is left out."""
+    """Return the reason why a target is left out, or "" if it is not."""
     if only and target.side is not only:
         return f"{target.side.value} models were not asked for"
-    return found.reason if found.use is Eligibility.NO else refusals[target]
+    return found.reason if found.use is Eligibility.NO else refusals.get(target, "")
 
 
 def _reason(sides: Mapping[Side, Condition], only: Side | None, times: Iterable[tuple[Target, float]]) -> str:
@@ -5179,7 +5063,7 @@ class Gateway:
         for target in snapshot.targets:
             its = target.endpoint.provider
             if provider in ("", its) and (model == target.model
-                                          or its == "ollama" and same_ollama_model(model, target.model)):
+                                          or its == "ollama" and full_name(model) == full_name(target.model)):
                 return target
         spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
         if not model or not (provider or spelt):
