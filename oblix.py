@@ -17,7 +17,7 @@ The life of a request
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
 `chat.completion.chunk` objects, so there is no third vocabulary.  Two providers translate (Ollama, Claude) and are
 always streamed.  Whichever server answers, `in_order` makes OpenAI's reference of what it says, and `fold` a whole
-answer of a stream.  A whole answer that needs no change passes as it came, with the model's name replaced.
+answer of a stream.  All answers, whole or not, take this one way.
 
 Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
@@ -42,7 +42,7 @@ Who owns which state
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
   lines of the log       a deque of its writer, whose operations are atomic (14)
-  admission              clients' connections, how much is asked at once, whether it ends; behind its lock (11)
+  admission              a set of guests, whose operations are atomic; how much is asked at once, behind its lock (11)
   how busy a client is   attributes of its guest, written by its thread, and once more by a thread that makes room (11)
   everything else        immutable, or local to the thread of one request
 
@@ -68,6 +68,7 @@ import errno
 import fnmatch
 import functools
 import glob
+import http
 import io
 import ipaddress
 import itertools
@@ -94,12 +95,10 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, 
 from typing import TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, TextIO, Union
 
 if TYPE_CHECKING:
-    import ssl
+    import ssl  # at run time imported where it is needed, as hmac is: each takes 5 of 15 MiB
 
-# http.server imports http.client, and that ssl where it is there, used or not: 5 of 15 MiB.  Here an https: upstream
-# alone needs it.  Whoever imports this file has it at once.
 if __name__ == "__main__":
-    sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails, which http.client allows for
+    sys.modules["ssl"] = None  # type: ignore[assignment]  # else http.server has it imported; this makes that fail
 import http.server
 
 if __name__ == "__main__":
@@ -221,12 +220,12 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, eq=False)    # each is one of a kind: what follows from it is remembered by it
 class Reading:
-    """A monitor's verdict on one side, or on one endpoint of it, with the facts behind it."""
+    """A monitor's verdict on this device, or on one endpoint, with the facts behind it."""
     side: Side
     level: Level
     reason: str                                 # "" while all is well
     facts: Json
-    endpoint: Endpoint | None = None            # None: it is about the whole side
+    endpoint: Endpoint | None = None            # None: it is about this device
     models: tuple[Model, ...] | None = None     # of the endpoint; None if it lists none
     known: bool = True                          # False before the first sample: optimism, not evidence
 
@@ -238,18 +237,10 @@ class ChatRequest:
     body: Json
     stream: bool = False
     include_usage: bool = False
-    around: tuple[bytes, bytes] | None = None    # the client's bytes around the model's name, if `body` is theirs
 
     @property
     def messages(self) -> list[Json]:
         return self.body["messages"]  # type: ignore[no-any-return]
-
-    def with_model_replaced(self, payload: Json) -> bytes | None:
-        """Return the client's bytes with the payload's model, or None if the payload differs in anything else."""
-        if not self.around or len(payload) != len(self.body) + 1 or not all(
-                payload.get(name) is value for name, value in self.body.items()):
-            return None
-        return dumps(payload["model"]).join(self.around)
 
     def max_output_tokens(self, usual: int) -> int:
         """Return the most tokens that the answer may have; -1 is no limit, as LM Studio and Ollama have it."""
@@ -258,10 +249,9 @@ class ChatRequest:
 
     @functools.cached_property
     def blocks(self) -> tuple[int, ...]:
-        """The hashes of the prompt's blocks of BLOCK characters, in the order in which chat templates write it.
+        """The hashes of the prompt's full blocks of BLOCK characters, in the order in which chat templates write it.
 
-        Two prompts whose first n hashes are equal begin with the same n blocks.  A last block that is not full is left
-        out: a conversation that goes on would fill it.  vLLM finds shared prefixes in the same way.
+        Two prompts whose first n hashes are equal begin with the same n blocks (vLLM finds shared prefixes so).
         """
         parts = [dumps(self.body["tools"]).decode()] if "tools" in self.body else []
         for message in self.messages:
@@ -328,6 +318,8 @@ MAX_BLOCKS = 4096            # a million characters, more than a local model's w
 MAX_RETRY_AFTER_S = 600.0
 MOST_TOKENS = 1 << 32        # no window has so many
 MAX_LINE_BYTES = 32 << 20    # of an event in an answer: as much as a request may have; more is an attack
+MAX_BODY_BYTES = 64 << 20    # of a whole answer
+CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call")
 
 
 class OblixError(Exception):
@@ -403,12 +395,9 @@ def choices_of(chunk: Chunk) -> list[Json]:
 
 
 def has_content(chunk: Chunk) -> bool:
-    """Return True if a chunk, or a whole answer, has content that a client would miss."""
-    deltas = [choice.get("delta") or choice.get("message") for choice in choices_of(chunk)]
+    """Return True if a chunk has content that a client would miss."""
+    deltas = [choice.get("delta") for choice in choices_of(chunk)]
     return any(isinstance(delta, dict) and any(map(delta.get, CONTENT)) for delta in deltas)
-
-
-CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call")
 
 
 def is_empty(chunks: Iterable[Chunk]) -> bool:
@@ -419,9 +408,6 @@ def is_empty(chunks: Iterable[Chunk]) -> bool:
 
 def text_of(message: Json) -> str:
     """Return the text of a message's content, each part on its own line; refusals count as text."""
-    content = message.get("content")
-    if isinstance(content, str):    # nearly always
-        return content
     return "\n".join(part[part["type"]] for part in parts_of(message) if part["type"] in ("text", "refusal"))
 
 
@@ -454,13 +440,12 @@ MAX_JSON_DEPTH = 100         # tool schemas nest some 10-20 deep; json itself gi
 MAX_JSON_MARKS = 1 << 20     # each may cost 100 bytes of memory ("[[],[],…"); one in a text is about a token
 MAX_DIGITS = 4300            # Python's own limit, which 3.9.2 of Debian 11 lacks: the work grows with the square
 _JSON = json.JSONDecoder(parse_float=finite, parse_int=integer, parse_constant=finite)
+_COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
 
 
 def loads(raw: str | bytes) -> Any:
-    """Parse JSON as RFC 8259 has it: UTF-8, finite numbers.  Raises ValueError, also for what is too deep or too large.
-
-    The error's text does not quote the JSON.
-    """
+    """Parse JSON by RFC 8259.  Raise ValueError, which quotes nothing, also for what is too deep or too large."""
     text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
     if len(text) > MAX_JSON_MARKS and sum(map(text.count, ",:[{")) > MAX_JSON_MARKS:
         raise ValueError(f"more than {MAX_JSON_MARKS:,} commas, colons and brackets")
@@ -468,16 +453,15 @@ def loads(raw: str | bytes) -> Any:
         value = _JSON.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    # to count in a long text takes longer than to walk through what it contains
-    level: list[Any] = [[value]] if len(text) > 4096 or text.count("[") + text.count("{") > MAX_JSON_DEPTH else []
+    if text.count("[") + text.count("{") <= MAX_JSON_DEPTH:    # nearly always
+        return value
+    level: list[Any] = [[value]]
     for _ in range(MAX_JSON_DEPTH + 1):
-        if not level:
-            return value
         level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
                  if isinstance(inner, (dict, list))]
-    if level:
-        raise ValueError("nested too deeply")
-    return value
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
 
 
 def dumps(value: Any) -> bytes:
@@ -485,42 +469,11 @@ def dumps(value: Any) -> bytes:
     return _COMPACT.encode(value).encode("ascii")
 
 
-_COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
-
-
-def split_at_model(raw: bytes, parsed: Json) -> tuple[bytes, bytes] | None:
-    """Return the bytes before and after the model's name in an object's JSON, or None where they are uncertain.
-
-    Another name is put in between in 1 us; to serialise 64 KiB takes 200 us.
-    """
-    if raw[:1] != b"{" or not isinstance(parsed.get("model"), str) or (
-            raw.rfind(b"\\u00") >= 0 and _SPELT_OUT.search(raw)):    # rfind is five times as fast as find or `in`
-        return None
-    at = 0
-    for name in ("stream", "n", "model"):    # they decide how the answer is read: the next reader may take the first
-        if name in parsed:
-            quoted = b'"%b"' % name.encode()
-            at = raw.rfind(quoted)
-            if raw.rfind(quoted, 0, max(at, 0)) >= 0:
-                return None
-    found = _MODEL_IN.match(raw, at)
-    return (raw[:found.start(1)], raw[found.end(1):]) if found else None
-
-
-# What stands between a JSON string's quotes, written so that it takes no stack for each character.
-LITERAL = re.compile(rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*')
-_SPELT_OUT = re.compile(rb"\\u00[3-7]")    # a letter or digit, which a name may so be hidden behind
-_MODEL_IN = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("' + LITERAL.pattern + rb'")')
-
-
 @functools.lru_cache(64)    # clients and settings name few hosts
 def host_of(authority: str) -> str:
     """Return the host in a host[:port], in lower case, or "" if there is none."""
     found = _AUTHORITY.fullmatch(authority.lower())
     return found[1].strip("[]").rstrip(".") if found else ""
-
-
-_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?")
 
 
 def host_in(url: str) -> str:
@@ -552,16 +505,18 @@ def is_loopback(host: str) -> bool:
 
 def setting(default: Any, help: str, low: float = 0, high: float = 1e6, *, env: str = "", secret: bool = False,
             choices: Any = None, form: str = "(?s).*") -> Any:
-    """Declare a setting: a number from `low` to `high`, or a text of this form.
-
-    `env` names a variable that other tools share, and that has no flag.
-    """
+    """Declare a setting: a number from `low` to `high`, or a text of this form.  `env`: a variable without a flag."""
     return dataclasses.field(default=default, repr=not secret, metadata={
         "help": help, "low": low, "high": high, "env": env, "choices": choices, "form": form})
 
 
 NUMBER = r"[+-]?\d+(\.\d*)?"
 DURATION = rf"{NUMBER}|[+-]?((\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h))+"    # as Ollama reads keep_alive; the latter is Go's
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+# What copying leaves around a value: blanks, a byte order mark, quotes (`docker run --env-file` keeps them).
+_AROUND = " \t\r\n\xa0\ufeff\u200b\"'`\u201c\u201d\u2018\u2019"
+_BEFORE_KEY = re.compile(r"(?:export\s+)?[A-Z][A-Z0-9_]*(?:KEY|TOKEN)=(?=[^=])|(?i:authorization:\s*)?(?i:bearer)\s+")
+_ODD_KEY = re.compile(r"(?i)[$<{%]|.*(?:\s|\.\.\.)|(?:bearer|none|null|undefined|your.*key.*)$")    # of a template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -651,17 +606,8 @@ class Settings:
         return cls(**found)
 
 
-# What copying leaves around a value: blanks, a byte order mark, quotes (`docker run --env-file` keeps them).
-_AROUND = " \t\r\n\xa0\ufeff\u200b\"'`\u201c\u201d\u2018\u2019"
-_BEFORE_KEY = re.compile(r"(?:export\s+)?[A-Z][A-Z0-9_]*(?:KEY|TOKEN)=(?=[^=])|(?i:authorization:\s*)?(?i:bearer)\s+")
-_ODD_KEY = re.compile(r"(?i)[$<{%]|.*(?:\s|\.\.\.)|(?:bearer|none|null|undefined|your.*key.*)$")    # of a template
-
-
 def key_in(text: str, place: str) -> str:
-    """Return the key in a text that was copied: without what stands around it, its variable or `Bearer`.
-
-    Return "" if there is none.  Raise UsageError, which names the place, for characters that no key has.
-    """
+    """Return the key in a copied text, without quotes, variable or `Bearer`.  Raise UsageError for odd characters."""
     key = _BEFORE_KEY.sub("", text.strip(_AROUND), 1).strip(_AROUND)
     if not is_header_safe(key):
         raise UsageError(f"{place} holds characters that no key has: copy it again")
@@ -691,9 +637,6 @@ def variable_of(field: dataclasses.Field[Any]) -> str:
 def flag_of(field: dataclasses.Field[Any]) -> str:
     """Return the flag of a setting, "" if only a variable sets it."""
     return "" if field.metadata["env"] else "--" + field.name.replace("_", "-")
-
-
-_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], text: str) -> Json:
@@ -941,16 +884,16 @@ class Guard:
 
     def cors_headers(self, head: Head) -> dict[str, str]:
         """Return the headers that let a page read the answer (Fetch standard, 3.2)."""
-        if "origin" not in head.fields or not self.welcomes(head):
+        asked = head.fields
+        if "origin" not in asked or not self.welcomes(head):
             return {}
-        asked, allowed = head.fields, {"Access-Control-Allow-Origin": head.fields["origin"], "Vary": "Origin"}
+        allowed = {"Access-Control-Allow-Origin": asked["origin"], "Vary": "Origin"}
         if not head.is_preflight:
             return {**allowed, "Access-Control-Expose-Headers": EXPOSED}
-        allowed.update({"Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS", "Access-Control-Max-Age": "600",
-                        "Access-Control-Allow-Headers": asked.get("access-control-request-headers", "*")})
         if asked.get("access-control-request-private-network") == "true":    # a public page, a device at home
             allowed["Access-Control-Allow-Private-Network"] = "true"
-        return allowed
+        return {**allowed, "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS", "Access-Control-Max-Age": "600",
+                "Access-Control-Allow-Headers": asked.get("access-control-request-headers", "*")}
 
 
 # --- 3. The chat request ----------------------------------------------------------------------------------------------
@@ -967,12 +910,11 @@ def need(ok: object, param: str, must: str, code: str = "invalid_value") -> None
 def check_fields(fields: Json, rules: Mapping[str, Rule], needed: Iterable[str], where: str = "") -> None:
     """Raise BadRequest for a needed field that is missing, or one that breaks its rule; null counts as absent."""
     for name in needed:
-        if fields.get(name) is None:
-            need(False, f"{where}.{name}".lstrip("."), f"is missing: it {rules[name][1]}", "missing_required_parameter")
+        need(fields.get(name) is not None, where + name, f"is missing: it {rules[name][1]}",
+             "missing_required_parameter")
     for name, value in fields.items():
-        rule = rules.get(name)
-        if rule and value is not None and not rule[0](value):
-            need(False, f"{where}.{name}".lstrip("."), rule[1])
+        if name in rules and value is not None:
+            need(rules[name][0](value), where + name, rules[name][1])
 
 
 def _a(*kinds: type, words: str) -> Rule:
@@ -1009,6 +951,9 @@ _ABSENT = type(None)
 _ALLOWED = {"tools": list, "mode": str}
 _CALLED = {"name": str, "arguments": (str, dict, _ABSENT)}
 _FUNCTION = {"name": str, "parameters": (dict, _ABSENT), "description": (str, _ABSENT)}
+# A data: URL of an image, by the first bytes of its formats: what a client says of the type is often a guess.
+_IMAGE = re.compile(r"(?i:data):([^;,]*)[^,]*;(?i:base64),"
+                    r"(?:(?P<png>iVBORw0KGg)|(?P<jpeg>/9j/)|(?P<gif>R0lGOD)|(?P<webp>UklGR.{6}XRUJQ))")
 _string, _boolean, _object = _a(str, words="a string"), _a(bool, words="true or false"), _a(dict, words="an object")
 _number: Rule = lambda value: type(value) in (int, float), "must be a number"
 _strings = _list_of(str, "strings")
@@ -1038,14 +983,13 @@ FIELDS: dict[str, Rule] = {
 NO_OPS = {"n": 1, "stream": False, "logprobs": False, "top_logprobs": 0, "stop": [], "tools": [], "functions": [],
           "logit_bias": {}, "modalities": ["text"], "response_format": {"type": "text"}}
 
-_TOOL = '{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
-_CALL = '{"id": …, "type": "function", "function": {"name": …, "arguments": "{}"}}'
 MESSAGE_FIELDS: dict[str, Rule] = {
     "role": (lambda value: isinstance(value, str) and value, "must be system, developer, user, assistant or tool"),
     "tool_call_id": _string, "refusal": _string, "name": _string,
     "content": _a(str, list, words="a string or a list of content parts"),
     "function_call": (lambda value: _has(value, _CALLED), 'must be {"name": …, "arguments": "{}"}'),
-    "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), f"must be a list of {_CALL}"),
+    "tool_calls": (lambda value: isinstance(value, list) and all(map(_is_call, value)), 'must be a list of {"id": …, '
+                   '"type": "function", "function": {"name": …, "arguments": "{}"}}'),
 }
 
 PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test of the rest
@@ -1057,10 +1001,7 @@ PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test
 
 
 def parse_request(raw: bytes) -> ChatRequest:
-    """Return the request that a client's bytes contain.
-
-    Raises BadRequest, which names the parameter, for a type or range that no upstream takes.
-    """
+    """Return the request in a client's bytes.  Raise BadRequest for a type or range that no upstream takes."""
     try:
         body = loads(raw)
     except ValueError as error:
@@ -1069,14 +1010,11 @@ def parse_request(raw: bytes) -> ChatRequest:
         raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
     check_fields(body, FIELDS, ("model", "messages"))
     model = body.pop("model")
+    if body.get("stop") is not None and "" in as_list(body["stop"]):    # it says nothing, and vLLM refuses it
+        body["stop"] = [stop for stop in as_list(body["stop"]) if stop]
     kept = {name: value for name, value in body.items()
             if value is not None and not (name in NO_OPS and value == NO_OPS[name])}
-    mended: Json = {name: int(value) for name, value in kept.items() if type(value) is float and name in WHOLE}
-    if "" in as_list(kept.get("stop", [])):    # it says nothing, and vLLM refuses it
-        mended["stop"] = [stop for stop in as_list(kept["stop"]) if stop]
-    kept.update(mended)
-    if kept.get("stop") == []:
-        del kept["stop"]
+    kept.update({name: int(value) for name, value in kept.items() if type(value) is float and name in WHOLE})
     kept["messages"] = [_message(f"messages[{number}]", message) for number, message in enumerate(kept["messages"])]
     if "tools" in kept:
         kept["tools"] = [_tool(f"tools[{number}]", tool) for number, tool in enumerate(kept["tools"])]
@@ -1085,15 +1023,14 @@ def parse_request(raw: bytes) -> ChatRequest:
             kept.pop(name, None)
     stream = kept.get("stream", False)
     options = kept.get("stream_options", {}) if stream else kept.pop("stream_options", {})
-    around = split_at_model(raw, {**body, "model": model}) if kept == body and not mended else None
-    return ChatRequest(model, kept, stream, bool(options.get("include_usage")), around)
+    return ChatRequest(model, kept, stream, bool(options.get("include_usage")))
 
 
 def _tool(where: str, tool: Json) -> Json:
     """Return a tool, checked, with its type and without its nulls.  Raises BadRequest."""
     tool = {"type": "function", **without_nulls(tool, tool.get("type") or "function")}
     fits = tool["type"] != "function" or _has(tool.get("function"), _FUNCTION) and tool["function"]["name"]
-    need(fits, where, f"must be like {_TOOL}")
+    need(fits, where, 'must be like {"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}')
     return tool
 
 
@@ -1101,7 +1038,7 @@ def _message(where: str, message: Any) -> Json:
     """Return a message, checked and without its nulls.  Raises BadRequest."""
     need(isinstance(message, dict), where, "must be an object")
     says = message.get("role") in ("system", "developer", "user")
-    check_fields(message, MESSAGE_FIELDS, ("role", "content") if says else ("role",), where)
+    check_fields(message, MESSAGE_FIELDS, ("role", "content") if says else ("role",), f"{where}.")
     # servers' chat templates want a content, if only null
     checked: Json = {name: value for name, value in message.items() if value is not None or name == "content"}
     content, calls = message.get("content"), checked.pop("tool_calls", None)
@@ -1126,11 +1063,6 @@ def _part(where: str, part: Any) -> Json:
     return without_nulls(part, kind)
 
 
-# A data: URL of an image, by the first bytes of its formats: what a client says of the type is often a guess.
-_IMAGE = re.compile(r"(?i:data):([^;,]*)[^,]*;(?i:base64),"
-                    r"(?:(?P<png>iVBORw0KGg)|(?P<jpeg>/9j/)|(?P<gif>R0lGOD)|(?P<webp>UklGR.{6}XRUJQ))")
-
-
 def without_nulls(fields: Json, inner: Any = None) -> Json:
     """Return an object without its nulls, and without those of the object in its field `inner`."""
     kept = {name: value for name, value in fields.items() if value is not None} if None in fields.values() else fields
@@ -1145,24 +1077,18 @@ def without_nulls(fields: Json, inner: Any = None) -> Json:
 # How are the device and the network?  A monitor samples facts (IO) and judges them (pure); of requests it knows only
 # whether they got through, and nothing of what its verdict leads to.  Each runs on a thread of its own, so that a probe
 # which hangs delays no other.
-# To add one: subclass Monitor, fill sample and judge, and name it in MONITORS; policy folds it in by its side.
+# To add one: subclass Monitor, fill sample and judge, and name it in MONITORS; policy folds it in by its endpoint.
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """The result of an endpoint's probe."""
+    """What a probe of an endpoint found."""
     status: int
     models: tuple[Model, ...] | None
     latency_ms: float    # from request to answer, without the time that the server says it worked
 
 
-Fetch = Callable[[Endpoint], Probe]    # probes an endpoint; raises UpstreamError
-
-
 class Hysteresis:
-    """A level that turns worse after `worse_after` samples in a row, and better after `better_after_s` of better ones.
-
-    A spike changes nothing, and a link that flaps counts as down.
-    """
+    """A level that turns worse after `worse_after` samples in a row, better after `better_after_s` of better ones."""
 
     def __init__(self, worse_after: int, better_after_s: float) -> None:
         self._worse_after, self._better_after_s = worse_after, better_after_s
@@ -1210,9 +1136,6 @@ class Monitor:
         """Return the seconds until the next sample."""
         return self.pause_s
 
-    def tell(self, lost: bool) -> None:
-        """Take what a request found at the endpoint: evidence as good as a sample's."""
-
     def step(self, now: float) -> None:
         """Sample, judge, and publish a reading whose level is steady."""
         fresh, before = self.judge(self.sample()), self.reading.reason
@@ -1247,19 +1170,17 @@ LIMITS = {
     "battery_percent": ("battery {:.0f}%", "battery_constrained_percent", "battery_critical_percent"),
     "temperature_c": ("temperature {:.0f} C", "temperature_high_c", "temperature_critical_c"),
 }
-# Facts that count only beside another one.  A load may be another machine's (LXC shows the host's), or one of threads
-# that sleep (raspberrypi/linux's issue 2881): CPUs that are idle are idle.
-COUNTS: dict[str, Callable[[Json], bool]] = {
-    "load_per_core": lambda facts: facts.get("cpu_percent", 0.0) >= 50,
-    "battery_percent": lambda facts: facts.get("battery_plugged") is False,    # None: the system can't tell
-}
 
 
 def worst(facts: Json, settings: Settings) -> tuple[Level, str]:
     """Return the worst level of the facts, and a reason that names all that are not well.  A missing fact is fine."""
     values, found = {**vars(settings), **facts}, []
+    # A load may be another machine's (LXC shows the host's), or one of threads that sleep (raspberrypi/linux's issue
+    # 2881): CPUs that are idle are idle.
+    ignored = {"load_per_core"} if facts.get("cpu_percent", 0.0) < 50 else set()
+    ignored |= {"battery_percent"} if facts.get("battery_plugged") is not False else set()    # None: unknown
     for fact, (words, constrained, critical) in LIMITS.items():
-        if fact in facts and (fact not in COUNTS or COUNTS[fact](facts)):
+        if fact in facts and fact not in ignored:
             sign = -1 if fact == "battery_percent" else 1    # a battery is bad when low
             value, strained_from, out_from = (sign * values[name] for name in (fact, constrained, critical))
             level = Level.OUT if value >= out_from else Level.STRAINED if value >= strained_from else Level.GOOD
@@ -1276,17 +1197,14 @@ class DeviceMonitor(Monitor):
         self._found: dict[Callable[[Any], Json], Json] = dict.fromkeys(readers, {})    # the last facts of each
 
     def sample(self) -> Json:
-        """Return the facts of all readers.  One that fails after it has worked keeps its last facts, marked as stale.
-
-        Android and some containers deny one fact or another from the beginning: those are just missing.
-        """
+        """Return the facts of all readers.  One that fails after it has worked keeps its last facts, told as stale."""
         import psutil  # takes 31 ms, so not on the way to the first answer; and the server starts without it
         facts: Json = {}
         for read in self._found:
             try:
                 self._found[read] = read(psutil)
             except Exception as error:
-                if self._found[read]:
+                if self._found[read]:    # else it is denied, as Android and some containers do
                     self.log_once(error)
                     facts[f"{self.name}_stale"] = True
             facts.update(self._found[read])
@@ -1299,8 +1217,7 @@ class DeviceMonitor(Monitor):
 class ServerProcesses:
     """The processes of local model servers: what they use for our answers must not read as a busy machine.
 
-    A server listens at a target's port or has a known name, and its children are part of it.  Oblix and its parents
-    are not.  Linux shows a user which of the own processes listen, and root which of all.
+    A server listens at a target's port or has a known name.  Its children are part of it; Oblix's parents are not.
     """
     names = ("ollama", ".ollama", "llama", "lm studio", "lms", "vllm")    # NixOS wraps programs with a dot
     afresh_s = 60.0    # between looks at all processes: exec changes a name, as vLLM's workers do; pids are reused
@@ -1309,68 +1226,49 @@ class ServerProcesses:
     def __init__(self) -> None:
         self.ports: frozenset[int] = frozenset()
         self.pids: frozenset[int] = frozenset()          # of the servers that the last use() found
-        self._all: dict[int, tuple[str, int]] = {}       # pid -> name and parent, of all processes at the last call
-        self._found: dict[Any, float] = {}               # psutil.Process of a server -> its CPU seconds then
+        self._all: dict[int, tuple[str, int]] = {}       # pid -> name and parent
+        self._above: set[int] = set()                    # pids of Oblix and its parents
+        self._used_s: dict[Any, float] = {}              # psutil.Process of a server -> its CPU seconds so far
         self._listeners: Collection[int] = ()            # pids
         self._afresh_at = self._listen_at = -math.inf
 
     def use(self) -> tuple[float, int]:
-        """Return the CPU seconds that the servers used since the last call, and the bytes of memory that they hold.
-
-        Mapped weights do not count: they are page cache on Linux, so available anyway.
-        """
+        """Return the CPU seconds that the servers used since they were seen last, and the bytes that they hold."""
         import psutil
         with contextlib.suppress(Exception):    # a bare container may lack /proc
             self._look()
-        used_s, held = 0.0, 0
-        for process, before_s in self._found.items():
+        used_s, held, before, self._used_s = 0.0, 0, self._used_s, {}
+        for pid in self.pids:
             with contextlib.suppress(psutil.Error):
-                self._found[process] = now_s = sum(process.cpu_times()[:2])    # user and system
-                used_s += max(0.0, now_s - before_s)    # less: another process has got its pid
+                process = psutil.Process(pid)    # equal to the one of before only if it has begun when that one did
+                self._used_s[process] = now_s = sum(process.cpu_times()[:2])    # user and system
+                used_s += now_s - before.get(process, now_s)
                 memory = process.memory_info()
-                held += memory.rss - getattr(memory, "shared", 0)
+                held += memory.rss - getattr(memory, "shared", 0)    # mapped weights are page cache, so available
         return used_s, held
 
     def _look(self) -> None:
-        """Update the servers.  Reading a name takes 80 us and a desktop runs 300 processes: only new pids are read."""
+        """Find the servers.  Reading a name takes 80 us and a desktop runs 300 processes: only new pids are read."""
         import psutil
         pids, now = set(psutil.pids()), time.monotonic()
-        before, kept = self._all.keys() or pids, pids & self._all.keys()
         if now >= self._afresh_at:
-            kept, self._afresh_at = set(), now + self.afresh_s
+            self._all, self._afresh_at = {}, now + self.afresh_s
+            self._above = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
         if now >= self._listen_at and pids.isdisjoint(self._listeners):
             with contextlib.suppress(Exception):    # Android denies it, a bare container may lack it
                 self._listeners = listeners(self.ports)
-            done = time.monotonic()
-            self._listen_at = done + max(5.0, (done - now) / self.share)
-        self._all = {pid: self._all[pid] if pid in kept else ("", 0) for pid in pids}
-        for pid in pids - kept:
+            self._listen_at = now + max(5.0, (time.monotonic() - now) / self.share)
+        before, self._all = self._all, {pid: self._all.get(pid, ("", 0)) for pid in pids}
+        for pid in pids - before.keys():
             with contextlib.suppress(psutil.Error):
                 process = psutil.Process(pid)
-                with process.oneshot():
-                    self._all[pid] = process.name().lower(), process.ppid()
-        known = {process.pid: process for process in self._found if process.pid in kept}
-        self.pids, found = self._servers(), {}
-        for pid in self.pids:
-            with contextlib.suppress(psutil.Error):
-                process = known.get(pid) or psutil.Process(pid)
-                # All that a new process used counts; one that was there under another name counts from now.
-                used_s = sum(process.cpu_times()[:2]) if pid in before else 0.0
-                found[process] = self._found.get(process, used_s)
-        self._found = found
-
-    def _servers(self) -> frozenset[int]:
-        """Return the pids of the servers."""
-        above, pid = set[int](), os.getpid()
-        while pid in self._all and pid not in above:
-            above.add(pid)
-            pid = self._all[pid][1]
-        found = {pid for pid, (name, _) in self._all.items() if name.startswith(self.names) or pid in self._listeners}
-        more = found = found - above
-        while more:
-            more = {pid for pid, (_, parent) in self._all.items() if parent in more} - found - above
-            found |= more
-        return frozenset(found)
+                self._all[pid] = process.name().lower(), process.ppid()
+        new = {pid for pid, (name, _) in self._all.items() if name.startswith(self.names) or pid in self._listeners}
+        found = new = new - self._above
+        while new:
+            new = {pid for pid, (_, parent) in self._all.items() if parent in new} - found - self._above
+            found |= new
+        self.pids = frozenset(found)
 
 
 def listeners(ports: Collection[int]) -> Collection[int]:
@@ -1406,7 +1304,7 @@ class ResourceMonitor(DeviceMonitor):
     limits_s = 10.0    # between looks for limits
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, self._ours, self._limits, self._cpu, self._memory, self._load)
+        super().__init__(settings, self._ours, self._cpu, self._memory, self._load)
         self._cores = os.cpu_count() or 1
         self._at, self._passed_s = -math.inf, math.inf    # the last sample, and the seconds before it
         self._cores_ours, self._bytes_ours = 0.0, 0       # that the servers used in these seconds, and hold
@@ -1415,27 +1313,22 @@ class ResourceMonitor(DeviceMonitor):
         self._limits_at = -math.inf
 
     def _ours(self, _: Any) -> Json:
-        """Measure what the servers use, which the other readers subtract."""
+        """Measure what the servers use, which the other readers subtract, and find out what limits them."""
         used_s, self._bytes_ours = self.servers.use()
         now = time.monotonic()
         self._passed_s, self._at = max(now - self._at, 0.01), now
         self._cores_ours = used_s / self._passed_s
-        return {}
-
-    def _limits(self, _: Any) -> Json:
-        """Find out what limits the servers: the device, and the control groups of their container."""
-        if self._at >= self._limits_at:
-            self._limits_at = self._at + self.limits_s
+        if now >= self._limits_at:
+            self._limits_at = now + self.limits_s
             self._groups = {group: self._groups.get(group, math.nan) for group in control_groups(self.servers.pids)}
         return {"cores": min([self._cores, *(group.cores for group in self._groups)])}
 
     def _cpu(self, psutil: Any) -> Json:
-        percent = psutil.cpu_percent()    # since the last call of this thread; 0 at the first
-        others = [percent - 100 * self._cores_ours / self._cores]
+        others = [psutil.cpu_percent() - 100 * self._cores_ours / self._cores]    # since this thread's last call
         for group, before_s in self._groups.items():
             self._groups[group] = now_s = group.cpu_s()
             others.append(100 * ((now_s - before_s) / self._passed_s - self._cores_ours) / group.cores)
-        most = max(0.0, *(other for other in others if not math.isnan(other)))
+        most = max(0.0, *others)    # a nan is never more
         return {"cpu_percent": round(min(most, 100.0), 1)} if self._passed_s < math.inf else {}
 
     def _memory(self, psutil: Any) -> Json:
@@ -1443,8 +1336,8 @@ class ResourceMonitor(DeviceMonitor):
         used = memory.total - memory.available
         rooms = [(memory.total, used - zfs_cache(used)), *(
             (group.memory, group.memory_used()) for group in self._groups if group.memory < memory.total)]
-        ours = [min(self._bytes_ours, taken) for _, taken in rooms]
-        percents = [100 * (taken - own) / max(total - own, 1) for (total, taken), own in zip(rooms, ours)]
+        percents = [100 * (taken - ours) / max(total - ours, 1) for total, taken in rooms
+                    for ours in [min(self._bytes_ours, taken)]]
         return {"memory_percent": round(min(max(percents), 100.0), 1),
                 "memory_free_mb": max(0, int(min(total - taken for total, taken in rooms))) >> 20}
 
@@ -1464,22 +1357,22 @@ def zfs_cache(used: float, path: str = "/proc/spl/kstat/zfs/arcstats") -> float:
 
 
 class ControlGroup(NamedTuple):
-    """The limits of a container or a service, by Linux's control groups of version 1 or 2."""
+    """The limits of a container or a service, by Linux's control groups of version 2 or 1."""
     folder: str
     memory: float    # bytes
     cores: float
 
     def memory_used(self) -> float:
         """Return the bytes in use, without the page cache, which is given back."""
-        used = read_number(f"{self.folder}/memory.current") or read_number(f"{self.folder}/memory.usage_in_bytes")
+        used = read_number(self.folder, "memory.current", "memory.usage_in_bytes") or 0.0
         stat = read_numbers(f"{self.folder}/memory.stat")
         cache = sum(stat.get(f"total_{name}", stat.get(name, 0.0)) for name in ("active_file", "inactive_file"))
-        return max(0.0, (used or 0.0) - cache)
+        return max(0.0, used - cache)
 
     def cpu_s(self) -> float:
         """Return the CPU seconds used so far, or nan if they are unknown."""
         used_us = read_numbers(f"{self.folder}/cpu.stat").get("usage_usec", math.nan)
-        return (read_number(f"{self.folder}/cpuacct.usage") or 1000 * used_us) / 1e9
+        return (read_number(self.folder, "cpuacct.usage") or 1000 * used_us) / 1e9
 
 
 def control_groups(pids: Collection[int], root: str = "/") -> list[ControlGroup]:
@@ -1492,10 +1385,10 @@ def control_groups(pids: Collection[int], root: str = "/") -> list[ControlGroup]
             folders.update(("/".join([f"{root}sys/fs/cgroup", *filter(None, [controller]), *parts[:depth]]), None)
                            for controller in controllers.split(",") for depth in range(len(parts) + 1))
     for folder in folders:
-        sizes = [read_number(f"{folder}/memory.{name}") for name in ("max", "high", "limit_in_bytes")]
-        memory = min([size for size in sizes if size is not None and size < 1 << 60], default=math.inf)    # 2**63: none
-        cpu = read_text(f"{folder}/cpu.max").split() or [read_text(f"{folder}/cpu.cfs_{name}_us")
-                                                         for name in ("quota", "period")]
+        sizes = [read_number(folder, f"memory.{name}") or math.inf for name in ("max", "high", "limit_in_bytes")]
+        memory = min(size if size < 1 << 60 else math.inf for size in sizes)    # 2**63: none
+        cpu = read_text(f"{folder}/cpu.max").split() or [
+            read_text(f"{folder}/cpu.cfs_{name}_us") for name in ("quota", "period")]
         quota, period = (*map(parse_number, cpu), None)[:2]
         cores = quota / period if quota and period else math.inf
         found += [ControlGroup(folder, memory, cores)] if min(memory, cores) < math.inf else []
@@ -1512,43 +1405,34 @@ class PowerMonitor(DeviceMonitor):
         super().__init__(settings, charge, temperature)
 
 
-SUPPLY = ("type", "scope", "present", "status", "online", "capacity", "energy_now", "energy_full", "charge_now",
-          "charge_full")    # files of Linux on a battery or a charger
-# What they tell -> whether the device is plugged in; the first that applies.  Chargers by USB may be too weak.
+# What batteries and chargers tell -> whether the device is plugged in; the first that applies.  USB may be too weak.
 PLUGGED = (({"Mains 1"}, True), ({"Discharging"}, False),
            ({"USB 1", "Wireless 1", "Charging", "Full", "Not charging"}, True), ({"Mains 0"}, False))
 
 
 def charge(psutil: Any, folder: str = "/sys/class/power_supply") -> Json:
-    """Return the facts of the device's batteries, taken as one; none if it has none.
-
-    psutil tells of one battery, which may be a mouse's.  Linux says whose each is.
-    """
-    supplies = [{name: read_text(f"{path}/{name}") for name in SUPPLY} for path in glob.glob(f"{folder}/*")]
-    if supplies:
-        supplies = [supply for supply in supplies if supply["scope"] != "Device"]
-        told = {text for one in supplies for text in (one["status"], f"{one['type'].split('_')[0]} {one['online']}")}
-        plugged = next((plugged for texts, plugged in PLUGGED if texts & told), None)
-        percent = charge_of([one for one in supplies if one["type"] == "Battery" and one["present"] != "0"])
-    else:
-        battery = psutil.sensors_battery()
-        percent, plugged = (battery.percent, battery.power_plugged) if battery else (None, None)
-    if percent is None or not 0 <= percent <= 100:    # 255 and -1 mean unknown
+    """Return the facts of the device's batteries, taken as one by their sizes; none if it has none."""
+    paths = glob.glob(f"{folder}/*")
+    told, batteries = set[str](), list[tuple[Any, float]]()    # their percents and sizes; of a flat one the size is 0
+    for path in paths:
+        kind, scope, present, status, online = (
+            read_text(f"{path}/{name}") for name in ("type", "scope", "present", "status", "online"))
+        if scope != "Device":    # a mouse's
+            told |= {status, f"{kind.split('_')[0]} {online}"}
+            if kind == "Battery" and present != "0":
+                size = read_number(path, "energy_full", "charge_full") or 1e-9
+                batteries.append((read_number(path, "capacity"), size))
+    plugged = next((plugged for texts, plugged in PLUGGED if texts & told), None)
+    if not paths and (battery := psutil.sensors_battery()):
+        batteries, plugged = [(battery.percent, 1.0)], battery.power_plugged
+    batteries = [one for one in batteries if one[0] is not None and 0 <= one[0] < 255]    # 255 and -1 mean unknown
+    if not batteries:
         return {}
-    return {"battery_percent": round(percent, 1), "battery_plugged": plugged}
+    percent = sum(percent * size for percent, size in batteries) / sum(size for _, size in batteries)
+    return {"battery_percent": round(min(percent, 100.0), 1), "battery_plugged": plugged}
 
 
-def charge_of(batteries: Sequence[Mapping[str, str]]) -> float | None:
-    """Return the percentage that batteries hold together, by their sizes where they tell them, or None if unknown."""
-    for unit in ("energy", "charge"):
-        sizes = [(parse_number(one[f"{unit}_now"]), parse_number(one[f"{unit}_full"])) for one in batteries]
-        told = [(now, full) for now, full in sizes if now is not None and full]    # a dead one has 0 of 0
-        if told:
-            return min(100.0, 100 * sum(now for now, _ in told) / sum(full for _, full in told))
-    percents = [percent for one in batteries if (percent := parse_number(one["capacity"])) is not None]
-    return sum(percents) / len(percents) if percents else None
-
-
+HOTTEST = 125.0    # degrees, beyond which a sensor is broken: processors are off by then
 # Sensors of processors and GPUs, by the names of their drivers and thermal zones; limits of those that tell none; and
 # whether a critical temperature is where they throttle.  Elsewhere it is where the device switches itself off.  Other
 # parts are warm by design (disks, memory, network cards), have inputs that nothing is connected to (board chips), or
@@ -1573,29 +1457,20 @@ def temperature_limits(chip: str, high: float | None, critical: float | None) ->
     return None
 
 
-HOTTEST = 125.0    # degrees, beyond which a sensor is broken: processors are off by then
-
-
 def temperature(psutil: Any, folder: str = "/sys/class/thermal") -> Json:
     """Return the facts of the sensor nearest to its limit, or furthest past it; none if none can be judged."""
     sensors = [(chip, one.current, one.high, one.critical) for chip, group in psutil.sensors_temperatures().items()
                for one in group if one.label != "Tctl" or "Tdie" not in [other.label for other in group]]
     # psutil leaves out the zones where any part, a disk say, has a sensor of its own.
-    zones = [(read_text(f"{path}/type"), (read_number(f"{path}/temp") or 0.0) / 1000, None, None)
+    zones = [(read_text(f"{path}/type"), (read_number(path, "temp") or 0.0) / 1000, None, None)
              for path in glob.glob(f"{folder}/thermal_zone*")]
-    return hottest(sensors) or hottest(zones)
-
-
-def hottest(sensors: Iterable[tuple[str, float, float | None, float | None]]) -> Json:
-    """Return the facts of sensors, each given as its chip, what it reads, and where it says it is high and critical."""
-    found = []
-    for chip, current, *told in sensors:
-        limits = temperature_limits(chip, *told)
-        if limits and 0 < current < HOTTEST:
-            high, critical = limits
-            found.append(((current - high) / max(critical - high, 0.1), round(current, 1), high, critical))
-    names = ("temperature_c", "temperature_high_c", "temperature_critical_c")
-    return dict(zip(names, max(found)[1:])) if found else {}
+    for group in (sensors, zones):
+        judged = [(current, *limits) for chip, current, high, critical in group
+                  if 0 < current < HOTTEST and (limits := temperature_limits(chip, high, critical))]
+        if judged:
+            current, high, critical = max(judged, key=lambda one: (one[0] - one[1]) / max(one[2] - one[1], 0.1))
+            return {"temperature_c": round(current, 1), "temperature_high_c": high, "temperature_critical_c": critical}
+    return {}
 
 
 # --- 4. GPUs ----------------------------------------------------------------------------------------------------------
@@ -1644,8 +1519,7 @@ class GpuMonitor(DeviceMonitor):
         return [], None
 
     def every_s(self) -> float:
-        # nvidia-smi takes from 30 ms to seconds, most of them in the driver, so it paces itself: even if all of its
-        # time were work, it would be 0.2% of a core.  One that hangs is asked again after 40 minutes.
+        # nvidia-smi takes 30 ms to seconds, most of them in the driver.  One that hangs is asked again in 40 minutes.
         return max(5.0, self._took_s / self.share)
 
 
@@ -1668,6 +1542,7 @@ def gpu_facts(gpus: Iterable[Gpu], own_mb: float | None, own_use: bool) -> Json:
 JETSON_LOADS = ("sys/devices/gpu.0/load", "sys/devices/platform/*gpu*/load", "sys/class/devfreq/*gpu*/device/load",
                 "sys/class/devfreq/*.g[apv]1*b/device/load")
 WSL = "/usr/lib/wsl/lib"    # nvidia-smi's folder on WSL, on PATH or not; it knows of no processes there
+COMMAND_S = 5.0             # a command that takes longer is killed
 APU_MB = 2048               # AMD's built-in GPUs have less of their own: a part of RAM, which models do not use
 
 
@@ -1714,7 +1589,7 @@ def amd(devices: list[str], _: frozenset[int]) -> tuple[list[Gpu], None]:
     """Read the driver's files.  Built-in GPUs count only where there is no other, and without their memory."""
     gpus = []
     for device in devices:
-        busy, used, total = (0.0, None, None) if asleep(device) else (read_number(f"{device}/{name}") for name in (
+        busy, used, total = (0.0, None, None) if asleep(device) else (read_number(device, name) for name in (
             "gpu_busy_percent", "mem_info_vram_used", "mem_info_vram_total"))
         gpus.append(Gpu(busy, used and used / 2**20, total and total / 2**20))    # from bytes
     return [gpu for gpu in gpus if (gpu.total_mb or 0.0) >= APU_MB] or [Gpu(gpu.busy_percent) for gpu in gpus], None
@@ -1745,19 +1620,15 @@ def read_text(path: str) -> str:
     return ""
 
 
-def read_number(path: str) -> float | None:
-    """Return the number in a file, or None."""
-    return parse_number(read_text(path))
+def read_number(folder: str, *names: str) -> float | None:
+    """Return the number in the first of these files that holds one, or None."""
+    return next((number for name in names if (number := parse_number(read_text(f"{folder}/{name}"))) is not None), None)
 
 
 def read_numbers(path: str) -> dict[str, float]:
     """Return the numbers of a file whose lines begin with a name and end with its number."""
     rows = [line.split() for line in read_text(path).splitlines()]
-    found = {row[0]: parse_number(row[-1]) for row in rows if row}
-    return {name: number for name, number in found.items() if number is not None}
-
-
-COMMAND_S = 5.0    # a command that takes longer is killed
+    return {row[0]: number for row in rows if row and (number := parse_number(row[-1])) is not None}
 
 
 def run_command(*command: str) -> str:
@@ -1767,8 +1638,7 @@ def run_command(*command: str) -> str:
     """
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="ascii",
-        errors="replace", env={**os.environ, "LC_ALL": "C"}, start_new_session=True,
-        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+        errors="replace", start_new_session=True, creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
     try:
         text, _ = process.communicate(timeout=COMMAND_S)
     except subprocess.TimeoutExpired:
@@ -1791,7 +1661,8 @@ class ConnectivityMonitor(Monitor):
     latest_s = 15.0     # up to this
     endpoint: Endpoint
 
-    def __init__(self, settings: Settings, side: Side, endpoint: Endpoint, fetch: Fetch) -> None:
+    def __init__(self, settings: Settings, side: Side, endpoint: Endpoint, fetch: Callable[[Endpoint], Probe]) -> None:
+        """`fetch` probes an endpoint or raises UpstreamError."""
         super().__init__(settings, side, endpoint)
         self._fetch = fetch
         self._lost: collections.deque[bool] = collections.deque(maxlen=self.window)
@@ -1820,22 +1691,18 @@ class ConnectivityMonitor(Monitor):
             model.gpu_share is not None and model.gpu_share < best[model.name] / 2)) for model in models])
 
     def judge(self, facts: Json) -> Reading:
-        shown = {fact: value for fact, value in facts.items() if fact != "models"}
-        return Reading(self.side, *self._verdict(facts), shown, self.endpoint, facts.get("models"))
-
-    def _verdict(self, facts: Json) -> tuple[Level, str]:
+        level, reason, far = Level.GOOD, "", self.side is Side.CLOUD    # here latency and loss tell of no network
         where = self.endpoint.base_url.split("//")[1]
         if "error" in facts:    # a key that must not list models, or a server that can't, may answer requests
-            return Level.STRAINED if "answers" in facts else Level.OUT, f"{where}: {facts['error']}"
-        if facts["status"] == 401:    # 403 may just mean that this key must not list models
-            return Level.OUT, f"{where}: its key was refused"
-        if self.side is Side.LOCAL:     # on the device neither latency nor loss says anything about the network
-            return Level.GOOD, ""
-        if facts["latency_ms"] > self.settings.latency_degraded_ms:
-            return Level.STRAINED, f"latency {facts['latency_ms']:.0f} ms"
-        if facts["loss_percent"] > self.settings.loss_degraded_percent:
-            return Level.STRAINED, f"{facts['loss_percent']:.0f}% of probes lost"
-        return Level.GOOD, ""
+            level, reason = Level.STRAINED if "answers" in facts else Level.OUT, f"{where}: {facts['error']}"
+        elif facts["status"] == 401:    # 403 may just mean that this key must not list models
+            level, reason = Level.OUT, f"{where}: its key was refused"
+        elif far and facts["latency_ms"] > self.settings.latency_degraded_ms:
+            level, reason = Level.STRAINED, f"latency {facts['latency_ms']:.0f} ms"
+        elif far and facts["loss_percent"] > self.settings.loss_degraded_percent:
+            level, reason = Level.STRAINED, f"{facts['loss_percent']:.0f}% of probes lost"
+        shown = {fact: value for fact, value in facts.items() if fact != "models"}
+        return Reading(self.side, level, reason, shown, self.endpoint, facts.get("models"))
 
     def _count(self, lost: bool) -> None:
         if not lost and [*self._lost][-2:] == [True, True]:
@@ -1843,6 +1710,7 @@ class ConnectivityMonitor(Monitor):
         self._lost.append(lost)
 
     def tell(self, lost: bool) -> None:
+        """Take what a request found at the endpoint: evidence as good as a sample's."""
         self._count(lost)
         self._answered = not lost and self._fresh.level is not Level.GOOD
         if lost or self._fresh.level is Level.OUT:
@@ -1862,7 +1730,7 @@ class ConnectivityMonitor(Monitor):
 MONITORS: tuple[type[Monitor], ...] = (ResourceMonitor, PowerMonitor, GpuMonitor, ConnectivityMonitor)
 
 
-def monitors_for(settings: Settings, targets: Sequence[Target], fetch: Fetch) -> list[Monitor]:
+def monitors_for(settings: Settings, targets: Sequence[Target], fetch: Callable[[Endpoint], Probe]) -> list[Monitor]:
     """Return a server's monitors: of its targets' endpoints, and of the device if a local model runs on it."""
     sides: dict[Endpoint, Side] = {}    # an endpoint of both sides is watched as the first one says
     for target in targets:
@@ -1880,13 +1748,11 @@ def monitors_for(settings: Settings, targets: Sequence[Target], fetch: Fetch) ->
 
 class Watch:
     """The monitors, each run on a thread of its own."""
-    apart_s = 0.1     # between two samples at least, however often one is woken
-    settle_s = 10.0    # until a first sample that is still missing, as one that hangs, holds up nobody
+    apart_s = 0.1    # between two samples at least, however often one is woken
 
     def __init__(self, monitors: Sequence[Monitor], sampled: Callable[[], None] = lambda: None) -> None:
         """`sampled` is called after each probe, on its monitor's thread, once every monitor has sampled."""
         self.monitors, self._after, self._settled = tuple(monitors), sampled, False
-        self._late_at = math.inf
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(monitor, monitor.sampled), daemon=True,
                                           name=f"watch-{monitor.name}") for monitor in monitors]
@@ -1912,13 +1778,15 @@ class Watch:
 
     def first(self, endpoint: Endpoint) -> threading.Event:
         """Return the event of an endpoint's first probe, which is set already for one that is not watched."""
-        return next((monitor.sampled for monitor in self._of(endpoint)), _SET)
+        sampled = threading.Event()
+        sampled.set()
+        return next((monitor.sampled for monitor in self._of(endpoint)), sampled)
 
-    def _of(self, endpoint: Endpoint) -> list[Monitor]:
-        return [monitor for monitor in self.monitors if monitor.endpoint == endpoint]
+    def _of(self, endpoint: Endpoint) -> list[ConnectivityMonitor]:
+        return [monitor for monitor in self.monitors
+                if isinstance(monitor, ConnectivityMonitor) and monitor.endpoint == endpoint]
 
     def start(self) -> None:
-        self._late_at = time.monotonic() + self.settle_s
         for thread in self._threads:
             thread.start()
 
@@ -1952,14 +1820,9 @@ class Watch:
 
     def _announce(self, monitor: Monitor) -> None:
         """Report a sample that may matter to others: of an endpoint's models, or the last one that was missing."""
-        settled, self._settled = self._settled, time.monotonic() >= self._late_at or all(
-            each.sampled.is_set() for each in self.monitors)
+        settled, self._settled = self._settled, all(each.sampled.is_set() for each in self.monitors)
         if self._settled and (monitor.endpoint or not settled):
             self._after()
-
-
-_SET = threading.Event()
-_SET.set()
 
 
 # === 5. Policy ========================================================================================================
@@ -1968,6 +1831,7 @@ _SET.set()
 # shown.  It has no clock and no memory, so a decision can be replayed; section 8 remembers the values defined here.
 
 TYPICAL_TOKENS = 200    # of an answer whose length nobody knows
+QUICK_LOAD_S = 3.0      # a load that takes no longer is not worth leaving the device for
 
 # The seconds that a target rests after a fault, doubled for each further one in a row, and at most.  After a fault of
 # the account a person must act, which is not soon.  A missing model may be pulled or named rightly at any time.
@@ -1989,10 +1853,7 @@ class Breaker:
         return max(0.0, self.until - now)
 
     def failed(self, error: UpstreamError, now: float) -> Breaker:
-        """Return the breaker after a fault.  Only faults that tell of the target's health count (`RESTS_S`).
-
-        Requests that fail together count as one: a failure during a rest does not make the rest longer.
-        """
+        """Return the breaker after a fault.  Requests that fail together count as one, as one does during a rest."""
         if error.fault not in RESTS_S:
             return self
         first_s, most_s = RESTS_S[error.fault]
@@ -2013,16 +1874,12 @@ class Pace(NamedTuple):    # rebuilt with each answer, as the record is: a datac
     tokens_per_s: float = 0.0           # after it, a moving average
     load_s: float = 0.0                 # the model's last load into memory
     lengths: tuple[int, ...] = ()       # of answers, in tokens
-    read: tuple[float, float] = (0.0, 0.0)    # tokens of prompts, and the seconds in which they were read
+    read: tuple[float, float] = (0.0, 0.0)    # tokens of prompts, and the seconds of reading; (0, 0): unknown
     at: float = 0.0                     # when it was learned, in the seconds of the ledger's clock
 
     def learned(self, first_s: float | None, tokens: int, seconds: float, read: tuple[float, float] = (0.0, 0.0),
                 now: float = 0.0) -> Pace:
-        """Return the pace after one more answer.
-
-        Its first content came after `first_s`, its tokens took `seconds` more; `read`: tokens of its prompt that were
-        read, and in how many seconds, (0, 0) where that is not known.
-        """
+        """Return the pace after an answer whose first content took `first_s`, and its tokens `seconds` more."""
         firsts = (*self.firsts_s, first_s)[-20:] if first_s is not None else self.firsts_s
         rate = tokens / seconds if tokens > 1 and seconds > 0.001 else self.tokens_per_s
         rate = 0.7 * self.tokens_per_s + 0.3 * rate if self.tokens_per_s else rate
@@ -2051,14 +1908,9 @@ class Work(NamedTuple):
 
     def unread(self, cache: Cache) -> int:
         """Return how many bytes of the prompt a model that has this in its cache has to read."""
-        same = 0
-        while same < min(len(self.blocks), len(cache.blocks)) and self.blocks[same] == cache.blocks[same]:
-            same += 1
+        same = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.blocks, cache.blocks))])
         goes_on = same == len(cache.blocks) and self.conversation == cache.conversation
         return max(self.size - (cache.size if goes_on else same * BLOCK), 1)
-
-
-USUAL_WORK = Work()
 
 
 class Cache(NamedTuple):
@@ -2078,7 +1930,7 @@ class Record(NamedTuple):
     cache: Cache = Cache()
 
 
-UNTRIED = Record()
+USUAL_WORK, UNTRIED = Work(), Record()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2127,10 +1979,11 @@ def survey(target: Target, readings: tuple[Reading, ...], loading: bool) -> Cond
     """Return what the readings say of a target.  They change about once a second, and many requests ask in between."""
     reading = reading_of(target, readings)
     model = model_of(target, reading)
-    blocked = _exclusion(target, reading, model) or (model and not loading and _too_large(target, model, readings))
-    if blocked:
-        return blocked
-    speaking = [one for one in readings if _speaks_of(one, target)]
+    barred = _barred(target, reading, model, None if loading else free_bytes(target, readings))
+    if barred:
+        return barred
+    here = target.side is Side.LOCAL and target.endpoint.on_device    # else the device's load says nothing of it
+    speaking = [one for one in readings if one.endpoint == target.endpoint or here and not one.endpoint]
     level = max((one.level for one in speaking), default=Level.GOOD)
     if reading and reading.level is Level.OUT:
         return Condition("unreachable", reading.reason, level)
@@ -2150,40 +2003,29 @@ def _worse(found: Condition, reason: str, level: Level | None = None) -> Conditi
     return dataclasses.replace(found, reason=reasons, level=worse, known=True)
 
 
-QUICK_LOAD_S = 3.0    # a load that takes no longer is not worth leaving the device for
-
-
 def reading_of(target: Target, readings: Iterable[Reading]) -> Reading | None:
     """Return the reading of the target's endpoint, or None."""
     return next((reading for reading in readings if reading.endpoint == target.endpoint), None)
 
 
-def _speaks_of(reading: Reading, target: Target) -> bool:
-    """Return True if a reading counts for a target.  The device's load says nothing of a model on another machine."""
-    if reading.endpoint:
-        return reading.endpoint == target.endpoint
-    return reading.side is target.side and (target.side is Side.CLOUD or target.endpoint.on_device)
-
-
 def model_of(target: Target, reading: Reading | None) -> Model | None:
     """Return the target's model as its endpoint lists it, or None."""
     models = (reading and reading.models) or ()
-    return next((model for model in models if same_ollama_model(target.model, model.name)), None)
-
-
-def same_ollama_model(asked: str, installed: str) -> bool:
-    """Return True if two Ollama names mean one model.  Case does not count, and `:latest` is implied."""
-    return asked == installed or full_name(asked) == full_name(installed)
+    return next((model for model in models if full_name(model.name) == full_name(target.model)), None)
 
 
 def full_name(name: str) -> str:
-    """Return the one spelling of an Ollama name, without the host and the namespace that are implied."""
+    """Return the one spelling of an Ollama name, with its tag, and without the host and the namespace if implied."""
     name = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
     return name if ":" in name.rsplit("/", 1)[-1] else name + ":latest"
 
 
-def _exclusion(target: Target, reading: Reading | None, model: Model | None) -> Condition | None:
-    """Return the condition of a target that must be excluded, with advice, else None."""
+def _barred(target: Target, reading: Reading | None, model: Model | None, free: float | None) -> Condition | None:
+    """Return the condition of a target that is excluded, with advice, or a last resort, else None.
+
+    A model that does not fit into the free memory is one: Ollama counts exactly, and the swap, and a Mac frees more.
+    """
+    use = Eligibility.NO
     if target.endpoint.lacks_key:
         found = "no key", f"no key: set {target.endpoint.key_variable}"
     elif target.endpoint.provider != "ollama" or reading is None or reading.models is None:
@@ -2192,28 +2034,16 @@ def _exclusion(target: Target, reading: Reading | None, model: Model | None) -> 
         found = "not installed", f"not installed: run `ollama pull {target.model}`"
     elif model.remote and target.side is Side.LOCAL:
         found = "remote", "answered by ollama.com, so it is not a local model: name it with --cloud-model"
+    elif model.cold and free is not None and model.size > free:
+        use = Eligibility.LAST_RESORT
+        found = "too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     else:
         return None
-    return Condition(*found, Level.OUT, Eligibility.NO)
-
-
-def _too_large(target: Target, model: Model, readings: Sequence[Reading]) -> Condition | None:
-    """Return the condition of a model that does not fit into the memory that is free, else None.
-
-    It is a last resort: Ollama counts exactly, and the swap, and a Mac frees more than it tells.
-    """
-    free = free_bytes(target, readings) if model.cold and target.endpoint.provider == "ollama" else None
-    if free is None or model.size <= free:
-        return None
-    return Condition("too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-                     Level.OUT, Eligibility.LAST_RESORT)
+    return Condition(*found, Level.OUT, use)
 
 
 def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
-    """Return the bytes of memory that a target's model could be loaded into, or None if they are unknown.
-
-    The GPU's memory counts, and so does that of Ollama's other models: Ollama makes room for the one that is asked for.
-    """
+    """Return the bytes that a target's model could be loaded into, or None.  Ollama's other models make room for it."""
     facts = device_facts(readings)
     if not target.endpoint.on_device or "memory_free_mb" not in facts:
         return None
@@ -2225,11 +2055,7 @@ def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
 
 def device_facts(readings: Iterable[Reading]) -> Json:
     """Return the facts of all monitors of this device."""
-    facts: Json = {}
-    for reading in readings:
-        if reading.side is Side.LOCAL and reading.endpoint is None:
-            facts.update(reading.facts)
-    return facts
+    return {fact: value for reading in readings if not reading.endpoint for fact, value in reading.facts.items()}
 
 
 def side_condition(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition],
@@ -2243,20 +2069,11 @@ def side_condition(side: Side, snapshot: Snapshot, conditions: Mapping[Target, C
     return min((conditions[target] for target in able), key=lambda found: (found.use is Eligibility.NO, found.level))
 
 
-_LOCAL_FIRST, _CLOUD_FIRST, _LOCAL_ONLY = (Side.LOCAL, Side.CLOUD), (Side.CLOUD, Side.LOCAL), (Side.LOCAL,)
-
-TABLE: dict[tuple[Level, Level], tuple[Side, ...]] = {    # (local, cloud) -> the order of the sides
-    (Level.GOOD, Level.GOOD): _LOCAL_FIRST,
-    (Level.GOOD, Level.STRAINED): _LOCAL_FIRST,
-    (Level.GOOD, Level.OUT): _LOCAL_ONLY,
-    (Level.STRAINED, Level.GOOD): _CLOUD_FIRST,
-    (Level.STRAINED, Level.STRAINED): _CLOUD_FIRST,
-    (Level.STRAINED, Level.OUT): _LOCAL_ONLY,
-    (Level.OUT, Level.GOOD): _CLOUD_FIRST,
-    (Level.OUT, Level.STRAINED): _CLOUD_FIRST,
-    (Level.OUT, Level.OUT): _LOCAL_ONLY,    # the last resort
-}
-PREFER_CLOUD = {**TABLE, (Level.GOOD, Level.GOOD): _CLOUD_FIRST, (Level.GOOD, Level.STRAINED): _CLOUD_FIRST}
+def order_of_sides(local: Level, cloud: Level, prefer: str) -> tuple[Side, ...]:
+    """Return the sides to try, in order.  A cloud that is out is left, whatever local's level, as a last resort."""
+    if cloud is Level.OUT:
+        return (Side.LOCAL,)
+    return (Side.LOCAL, Side.CLOUD) if local is Level.GOOD and prefer != "cloud" else (Side.CLOUD, Side.LOCAL)
 
 
 # --- 5. Time ----------------------------------------------------------------------------------------------------------
@@ -2388,10 +2205,10 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
     """
     conditions = {target: condition(target, snapshot) for target in snapshot.targets}
     sides_are = {side: side_condition(side, snapshot, conditions, refusals) for side in Side}
-    table = PREFER_CLOUD if snapshot.prefer == "cloud" else TABLE
-    sides = (only,) if only else table[sides_are[Side.LOCAL].level, sides_are[Side.CLOUD].level]
-    usable = [target for target in snapshot.targets if target not in refusals and only in (None, target.side)
-              and conditions[target].use is not Eligibility.NO]
+    sides = (only,) if only else order_of_sides(
+        sides_are[Side.LOCAL].level, sides_are[Side.CLOUD].level, snapshot.prefer)
+    excluded = {target: why for target, found in conditions.items() if (why := _why_not(target, found, refusals, only))}
+    usable = [target for target in snapshot.targets if target not in excluded]
     planned = [target for target in usable if conditions[target].use is Eligibility.YES and target.side in sides]
     fast = snapshot.prefer == "fast"
     seconds = {target: finding_out_s(target, conditions[target], snapshot, work) for target in planned if fast}
@@ -2399,19 +2216,18 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
                                                 seconds.get(target, 0.0)))
     if fast and sides_are[Side.LOCAL].level is not Level.OUT:
         order = _sooner_first(order, seconds)
-    excluded = [(target, _why_not(target, conditions[target], refusals, only))
-                for target in snapshot.targets if target not in usable]
+    last_resort = sorted((target for target in usable if target not in order),
+                         key=lambda target: conditions[target].state == "too large")
     plan = Plan(tuple(order), _reason(sides_are, only, [(target, seconds[target]) for target in order if fast]),
-                tuple(sorted((target for target in usable if target not in order),
-                             key=lambda target: conditions[target].state == "too large")), tuple(excluded), conditions)
+                tuple(last_resort), tuple(excluded.items()), conditions)
     return in_time(plan, snapshot, work) if snapshot.prefer == "local" and not only else plan
 
 
 def _why_not(target: Target, found: Condition, refusals: Mapping[Target, str], only: Side | None) -> str:
-    """Return the reason why a target is left out."""
+    """Return the reason why a target is left out, or "" if it is not."""
     if only and target.side is not only:
         return f"{target.side.value} models were not asked for"
-    return found.reason if found.use is Eligibility.NO else refusals[target]
+    return found.reason if found.use is Eligibility.NO else refusals.get(target, "")
 
 
 def _reason(sides: Mapping[Side, Condition], only: Side | None, times: Iterable[tuple[Target, float]]) -> str:
@@ -2489,13 +2305,6 @@ class Provider:
         Raises UpstreamError for errors and an early end, and NOT_IN_ITS_FORMAT for lines that are not.
         """
         return in_order(self.chunks(lines, request), request)
-
-    def whole(self, raw: bytes, request: ChatRequest) -> tuple[Json, bool]:
-        """Return the answer in a body, and True if that is as OpenAI's reference has it.  Raises as `decode`."""
-        if self.translates or _EVENTS.match(raw):    # some servers stream unasked
-            return fold(self.decode(raw.splitlines(), request)), False
-        answer = event_of(raw)
-        return (answer, True) if is_in_order(answer) else (fold(in_order([answer], request)), False)
 
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         """Return the endpoint's models; `known` keeps their details.  Raises what `ask` raises, NOT_IN_ITS_FORMAT."""
@@ -2799,8 +2608,9 @@ def sse_data(lines: Lines) -> Iterator[Any]:
         if streams is False or line.startswith(b"data:"):
             data.append(line[5:].removeprefix(b" ") if streams else line)
             size += len(data[-1]) + 1
-            if size > MAX_LINE_BYTES:
-                raise UpstreamError(f"a piece of the answer is larger than {MAX_LINE_BYTES >> 20} MiB")
+            most = MAX_LINE_BYTES if streams else MAX_BODY_BYTES
+            if size > most + 1:
+                raise UpstreamError(f"a piece of the answer is larger than {most >> 20} MiB")
         elif data and not line:
             yield b"\n".join(data).decode("utf-8", "replace")
             data, size = [], 0
@@ -2931,19 +2741,6 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
 
 
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
-
-
-def is_in_order(answer: Json) -> bool:
-    """Return True if a whole answer is as `in_order` and `fold` would make it; False where that must be tried."""
-    usage = answer.get("usage")
-    return (type(answer.get("created")) is int and answer.get("object") == "chat.completion"
-            and isinstance(usage, dict) and [type(usage.get(name)) for name in _COUNTS] == [int] * 3
-            and bool(answer.get("choices")) and all(
-                type(choice.get("index")) is int and isinstance(message.get("content"), str)
-                and isinstance(message.get("reasoning_content", ""), str) and message.get("role") == "assistant"
-                and not {"tool_calls", "function_call", "reasoning"} & {*message} and not choice.get("logprobs")
-                and choice.get("finish_reason") in ("stop", "length", "content_filter") and "error" not in choice
-                for choice in answer["choices"] for message in [choice.get("message") or {}]))
 
 
 class _Choice:
@@ -3445,7 +3242,7 @@ class OpenAI(Provider):
         payload = {"model": target.model, **request.body}
         if is_at(target.endpoint.base_url, self.vendor):    # its models know the new name, and none of Ollama's fields
             payload = self.adapt(payload, frozenset({"max_tokens", "options", "keep_alive", "think"}))
-        elif any(message["role"] == "developer" for message in request.messages):    # others drop or refuse the role
+        else:    # others drop or refuse the role
             payload["messages"] = [{**message, "role": "system"} if message["role"] == "developer" else message
                                    for message in request.messages]
         if "tools" in payload and _NO_TOOLS_WHILE_REASONING.match(target.model):
@@ -4123,7 +3920,6 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 #   Events that say a text and nothing else are known by one static pattern, and pass as values of their own type.
 #   The kernel schedules threads, not Oblix: those of requests are held on one core.
 
-MAX_BODY_BYTES = 64 << 20     # of a whole answer
 MAX_STREAM_BYTES = 256 << 20  # of a streamed one: 128,000 tokens take some 30 MiB
 MAX_IDLE = 64                 # connections kept open to one host: as many as Oblix is meant to serve at once
 IDLE_S = 55.0                 # below the 60 s after which many load balancers drop an idle connection
@@ -4164,16 +3960,10 @@ def limit_waits(connection: socket.socket, limit_s: float) -> None:
     if sys.platform != "linux" or hasattr(connection, "pending"):    # TLS
         return connection.settimeout(limit_s)
     connection.settimeout(None)
-    value = struct.pack(_timeval(), int(limit_s), int(limit_s % 1 * 1e6))
+    size = len(connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))    # of the C library's struct timeval
+    value = struct.pack("qq" if size == 16 else "ii", int(limit_s), int(limit_s % 1 * 1e6))
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         connection.setsockopt(socket.SOL_SOCKET, option, value)
-
-
-@functools.lru_cache(1)
-def _timeval() -> str:
-    """Return how a struct timeval is packed; on 32-bit systems that depends on how the C library was built."""
-    with socket.socket() as one:
-        return {16: "qq", 8: "ii"}[len(one.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))]
 
 
 def wait_for(event: threading.Event, limit_s: float, look: Look) -> bool:
@@ -4190,15 +3980,14 @@ def wait_for(event: threading.Event, limit_s: float, look: Look) -> bool:
 class Errand:
     """Work on a thread of its own; it has a value or an error when `done` is set."""
     value: Any = None
-    error: Exception | None = None
+    error: Exception | None = UpstreamError("it failed")    # by a bug, which stderr tells
 
     def __init__(self) -> None:
         self.done = threading.Event()
 
     def result(self, look: Look = no_look) -> Any:
         """Return what the work returns, when it does.  Raise what it raises, and what the look raises."""
-        while not self.done.wait(TICK_S):
-            look()
+        wait_for(self.done, math.inf, look)
         if self.error:
             raise copy.copy(self.error)    # others wait for the same
         return self.value
@@ -4220,21 +4009,19 @@ class Errands:
             try:
                 thread.start()
             except RuntimeError:    # no more threads
-                self._end(errand, key, UpstreamError("no thread is left for it", status=503, code="out_of_threads"))
+                errand.error = UpstreamError("no thread is left for it", status=503, code="out_of_threads")
+                self._end(errand, key)
         return errand
 
     def _run(self, errand: Errand, key: Any, *more: Any) -> None:
-        error: Exception | None = UpstreamError("it failed")    # by a bug, which stderr tells
         try:
-            errand.value = self._work(key, *more)
-            error = None
+            errand.value, errand.error = self._work(key, *more), None
         except (OblixError, OSError, ValueError) as failure:
-            error = failure
+            errand.error = failure
         finally:
-            self._end(errand, key, error)
+            self._end(errand, key)
 
-    def _end(self, errand: Errand, key: Any, error: Exception | None) -> None:
-        errand.error = error
+    def _end(self, errand: Errand, key: Any) -> None:
         del self.under_way[key]
         errand.done.set()
 
@@ -4301,7 +4088,7 @@ def _proxy_for(there: urllib.parse.SplitResult) -> str:
     if is_loopback(name) or (address.is_private if address else    # link-local included
                              "." not in name or name.endswith((".local", ".lan", ".internal", ".home.arpa"))):
         return ""
-    from urllib.request import getproxies, proxy_bypass  # takes 1 MiB, which a local model alone does not need
+    from urllib.request import getproxies, proxy_bypass  # takes 2 MiB, which a local model alone does not need
     known = getproxies()
     proxy = known.get(there.scheme) or known.get("all", "")
     port = there.port or (443 if there.scheme == "https" else 80)
@@ -4315,10 +4102,7 @@ def _proxy_for(there: urllib.parse.SplitResult) -> str:
 
 
 def _excepts(rule: str, name: str, port: int) -> bool:
-    """Return True if a rule of NO_PROXY holds for a host: x.test (and all below it), .x.test, *.x.test, 100.64.0.0/10.
-
-    A rule may name a port, too, and have stars anywhere.
-    """
+    """Return True if a rule of NO_PROXY is for a host: x.test (and all below it), *.x.test:8000, x.*, 100.64.0.0/10."""
     address = address_of(name)
     with contextlib.suppress(ValueError):
         network = ipaddress.ip_network(rule.strip("[]"), strict=False)
@@ -4341,11 +4125,6 @@ def way_to(url: str) -> _Route:
     if middle and not tls:    # it passes on requests
         return _Route(host, by.scheme == "https", middle, "", f"{url} HTTP/1.1\r\nHost: {host}\r\n{secret}", "")
     return _Route(host, tls, middle or host, middle and host, f"{path} HTTP/1.1\r\nHost: {host}\r\n", secret)
-
-
-def look_up(place: tuple[str, int, int]) -> list[Any]:
-    """Return the addresses of a (host, port, …), as socket.getaddrinfo has them.  Raise OSError."""
-    return socket.getaddrinfo(*place[:2], type=socket.SOCK_STREAM)
 
 
 def _dial(found: Sequence[Any], watch: Look) -> socket.socket:
@@ -4426,13 +4205,6 @@ def _undelivered(upstream: socket.socket) -> tuple[int, float]:
     return 0, 0.0
 
 
-def _abort(upstream: socket.socket) -> None:
-    """Close a connection, and let the kernel send nothing more of what was written to it."""
-    with contextlib.suppress(OSError):
-        upstream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
-    upstream.close()
-
-
 def _open_tunnel(upstream: socket.socket, way: _Route, watch: Look) -> None:
     """Ask a proxy to pass bytes through.  Raise UpstreamError where it does not, OSError, and what `watch` raises."""
     there = way.tunnel if urllib.parse.urlsplit(f"//{way.tunnel}").port else f"{way.tunnel}:443"
@@ -4457,6 +4229,7 @@ _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [^\r\n]*)?(?:\n|$)")
 _FIELDS_USED = re.compile(r"(?i)\n(connection|content-length|content-type|openai-processing-ms|retry-after(?:-ms)?|"
                           r"transfer-encoding):([^\n]*)")
+_EMPTY_LINE = re.compile(rb"(?m)^[ \t\r]*\n")    # ends the trailers behind a body in chunks
 _CHUNK_SIZE = re.compile(rb"(?:\r\n)?([0-9a-fA-F]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")    # with the end of the chunk before
 
 
@@ -4478,14 +4251,11 @@ class Answer:
         self.silent = True             # nothing has come
         self.undelivered = False       # nor can the request have been worked on: its end was not acknowledged
         self._asked = time.monotonic()
-        self._begun = self._trailing = self._ended = self.complete = False    # the last one: the body has come
+        self._begun = self._trailing = self.complete = False    # the last one: the body has come
+        self.ended = False             # the protocol's end mark has come, if not the end of the framing
 
     def watch(self) -> None:
-        """See to the client, to the clock, and whether the other side is there.
-
-        Raise UpstreamError where the time is over, ConnectionAbortedError where nothing that is sent arrives, and what
-        the look raises.
-        """
+        """See to client, clock, upstream.  Raise UpstreamError, ConnectionAbortedError, what the look raises."""
         before = time.monotonic()
         self._look()
         now = time.monotonic()
@@ -4516,7 +4286,7 @@ class Answer:
         """Wait for the answer's head.  Raise as `_receive`, and ValueError for what is not HTTP."""
         sent = time.monotonic()
         self._deadline = sent + self._limits.first_byte_s
-        self._read_head()
+        self.status = 0
         while self.status < 200:    # 100, 102, 103: the answer is still to come
             self._read_head()
         self.waited_s = time.monotonic() - sent    # from the request's last byte: neither connecting nor TLS
@@ -4580,14 +4350,8 @@ class Answer:
         return None
 
     def begin(self) -> None:
-        """From now on limit silence: the first content has come."""
-        self._begun = True
-        self._progress()
-
-    def _progress(self) -> None:
-        """Something has come that is more than a sign of life: the silence after it counts."""
-        if self._begun:
-            self._deadline = time.monotonic() + self._limits.stall_s
+        """From now on limit silence: the first content has come, or more that is more than a sign of life."""
+        self._begun, self._deadline = True, time.monotonic() + self._limits.stall_s
 
     def _pieces(self) -> Iterator[bytes]:
         """Yield the body as it comes.  Raise UpstreamError where it breaks off or has no end."""
@@ -4601,13 +4365,8 @@ class Answer:
                 piece = self._taken(self._receive() or None)
 
     def _taken(self, come: bytes | None) -> bytes:
-        """Return the body's next bytes, when these have come, or with None the connection's end.
-
-        Raise ConnectionResetError or UpstreamError where it breaks off or is too long, ValueError for no chunk.
-        """
-        if come is None and self._chunked:
-            raise ConnectionResetError("cut between or inside chunks")
-        if come is None and self._counted:
+        """Return the body that is in what has come; None is the connection's end.  Raise UpstreamError, ValueError."""
+        if come is None and (self._chunked or self._counted):
             raise UpstreamError("the connection was closed before the answer was complete", code="upstream_cut")
         self._held += come or b""
         if self._chunked:
@@ -4637,25 +4396,16 @@ class Answer:
             at, self._left = line.end(), int(line[1], 16)
             self._trailing = not self._left
         self._held = held[at:]
-        self.complete = self._trailing and self._pass_trailers()
-        if not self.complete and (len(self._held) > MAX_CHUNK_LINE
-                                  or not self._trailing and self._held.find(b"\n", 2) >= 0):
+        end = _EMPTY_LINE.search(self._held) if self._trailing else None
+        if end:
+            self.complete, self._held = True, self._held[end.end():]
+        elif len(self._held) > (MAX_ANSWER_HEAD if self._trailing else MAX_CHUNK_LINE) or (
+                not self._trailing and self._held.find(b"\n", 2) >= 0):
             raise ValueError("no chunk")
         return b"".join(found)
 
-    def _pass_trailers(self) -> bool:
-        """Drop trailers.  Return True if the empty line has come that ends a body in chunks."""
-        while b"\n" in self._held:
-            line, _, self._held = self._held.partition(b"\n")
-            if not line.strip():
-                return True
-        return False
-
     def body(self, within_first_byte: bool = False) -> bytes:
-        """Return the whole body, which has to come `within_first_byte`'s limit if that is set.
-
-        Raise UpstreamError where it breaks off or is too large.
-        """
+        """Return the whole body, all within the first byte's limit if that is said.  Raise UpstreamError."""
         self._most, pieces = MAX_BODY_BYTES, []
         for piece in self._pieces():
             if not within_first_byte:
@@ -4688,8 +4438,8 @@ class Answer:
                 yield line.rstrip(b"\r\n")
             if lines:
                 fresh = not lines[-1].strip(b"\r\n") or self.text_event is not None and self.text_event.end == b"\n"
-            if texts or any(line[:1] not in b":\r\n" for line in lines):    # counted from when the client has taken it
-                self._progress()
+            if self._begun and (texts or any(line[:1] not in b":\r\n" for line in lines)):
+                self.begin()    # counted from when the client has taken it
         yield from b"".join(held).splitlines()    # nothing more can follow a CR
 
     def _whole(self, come: bytes, fresh: bool) -> tuple[bytes, bytes]:
@@ -4711,26 +4461,18 @@ class Answer:
                 return Texts(between[1::2])
         return None
 
-    def mark_complete(self) -> None:
-        """Know that the protocol's end mark has come; only the end of the framing may still be missing."""
-        self._ended = True
-
     def close(self) -> None:
         """Keep the connection if the answer has been read to its end, else break it off, which stops the upstream."""
-        if self._ended and not self.complete:
-            self._drain()
+        if self.ended and not self.complete:    # what is behind the end mark is read, if it comes at once
+            self._look, self._until, self._deadline = no_look, math.inf, time.monotonic() + DRAIN_S
+            limit_waits(self._upstream, DRAIN_S)
+            with contextlib.suppress(UpstreamError):
+                collections.deque(self._pieces(), 0)
+            limit_waits(self._upstream, TICK_S)
         if self.complete and self._keeps_open and not self._held:
             self._keep()
         else:
             self._upstream.close()
-
-    def _drain(self) -> None:
-        """Read what is behind the end mark, if it comes at once."""
-        self._look, self._until, self._deadline = no_look, math.inf, time.monotonic() + DRAIN_S
-        limit_waits(self._upstream, DRAIN_S)
-        with contextlib.suppress(UpstreamError):
-            collections.deque(self._pieces(), 0)
-        limit_waits(self._upstream, TICK_S)
 
 
 def time_is_up() -> UpstreamError:
@@ -4801,16 +4543,14 @@ class Transport:
         self._idle: dict[Any, collections.deque[tuple[socket.socket, float]]] = {}    # by way[:4]
         self._way = functools.lru_cache(256)(way_to)    # there are a few URLs for each endpoint; proxies take 0.05 ms
         self._tls_context = functools.lru_cache(1)(_new_tls_context)    # when first needed: it reads all certificates
-        self._resolver = Errands(look_up)    # on a thread of its own, as the resolver has no time limit
+        # (host, port, …) -> addresses, on a thread of its own, as the resolver has no time limit
+        self._resolver = Errands(lambda place: socket.getaddrinfo(place[0], place[1], type=socket.SOCK_STREAM))
         self._closed = False
         self.connect_s = math.inf    # the most that connecting may take, whatever an exchange's limits say
 
     def open(self, url: str, headers: Mapping[str, str], payload: bytes | None, limits: Limits,
              look: Look = no_look) -> Answer:
-        """Send a request (POST with a payload of JSON, else GET) and return the answer, whatever its status.
-
-        Raise UpstreamError, and what the look raises.
-        """
+        """Return the answer, of any status, to a POST of JSON, or a GET.  Raise UpstreamError, what the look raises."""
         with _upstream_faults():
             way = self._way(url)
             lines = [f"{'GET' if payload is None else 'POST'} {way.head}User-Agent: oblix/{__version__}", "Accept: */*",
@@ -4839,7 +4579,10 @@ class Transport:
                 answer.read_head()
                 return answer
             except BaseException as error:
-                _abort(upstream)
+                with contextlib.suppress(OSError):    # nothing more shall be sent of what was written to it
+                    upstream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                        struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
+                upstream.close()
                 dead = isinstance(error, OSError) and not isinstance(error, NOT_YET) and answer.silent
                 if not kept or not dead or not answer.undelivered and time.monotonic() - begun > STALE_S:
                     raise
@@ -4847,10 +4590,7 @@ class Transport:
             kept = None
 
     def _connect(self, way: _Route, limit_s: float, look: Look) -> socket.socket:
-        """Return a new connection, on which TLS has been set up.
-
-        Raise UpstreamError after `limit_s` seconds, OSError, and what the look raises.
-        """
+        """Return a new connection, in TLS where wanted.  Raise UpstreamError, OSError, and what the look raises."""
         deadline = time.monotonic() + limit_s
 
         def watch() -> None:
@@ -4883,15 +4623,13 @@ class Transport:
 
     def _kept(self, way: _Route) -> socket.socket | None:
         """Return an idle connection on which nothing has come: neither its end, nor bytes that nobody asked for."""
-        idle = self._idle.get(way[:4])
-        while idle:
-            try:
+        idle = self._idle.get(way[:4], collections.deque())
+        with contextlib.suppress(IndexError):    # none is left
+            while True:
                 upstream, since = idle.pop()
-            except IndexError:    # another thread was quicker
-                break
-            if 0 <= time.time() - since < IDLE_S and not _has_come(upstream, _READABLE):
-                return upstream
-            upstream.close()
+                if 0 <= time.time() - since < IDLE_S and not _has_come(upstream, _READABLE):
+                    return upstream
+                upstream.close()
         return None
 
     def _keep(self, way: _Route, upstream: socket.socket) -> None:
@@ -4986,9 +4724,7 @@ class Ledger:
 
     def settle(self, target: Target, error: UpstreamError | None) -> Breaker:
         """Note that an attempt has failed, or with None succeeded.  Return the target's breaker of before."""
-        now, known = self.clock(), self.record(target).breaker
-        if not error and not known.failures:    # nearly always
-            return known
+        now = self.clock()
         return self._update(target, lambda record: record._replace(
             breaker=record.breaker.failed(error, now) if error else Breaker())).breaker
 
@@ -5000,9 +4736,8 @@ class Ledger:
                    read: tuple[float, float] = (0.0, 0.0), cache: Cache | None = None) -> None:
         """Remember how fast an answer was, and what its model has in its cache."""
         now = self.clock()
-        self._update(target, lambda old: Record(
-            old.breaker, old.trial, old.refused, old.pace.learned(first_s, tokens, seconds, read, now), old.context,
-            cache or old.cache))
+        self._update(target, lambda record: record._replace(
+            pace=record.pace.learned(first_s, tokens, seconds, read, now), cache=cache or record.cache))
 
     def learn_load(self, target: Target, load_s: float, context: int) -> None:
         """Remember how long the model took to load, and for which context.  It has nothing in its cache."""
@@ -5024,6 +4759,13 @@ WARM_AGAIN_S = 300.0         # as long as Ollama keeps a model by itself
 KEPT_S, KEPT_ON_BATTERY_S = 1800, 300    # a model in memory; Ollama's own default is the latter
 CACHED_S = 300    # a prompt, by Claude: its usual time
 LOAD_S = 300.0               # Ollama gives up a load after 5 minutes by itself (OLLAMA_LOAD_TIMEOUT)
+LOAD_RETRY_S = 5.0    # the Retry-After where only a loading model could have answered
+MAX_SAID = 32_768     # chunks of a stream that are kept to be continued, some 1 KB each; a longer one is not
+MAX_HELD = 4096       # chunks that say nothing before the first that does; a few are usual
+_ADVICE = "start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
+# Codes of faults that tell of the way to an endpoint, so that it is worth a probe at once.
+_LOST = ("upstream_unreachable", "upstream_tls", "upstream_timeout", "upstream_cut")
+
 
 def new_id(prefix: str) -> str:
     """Return a fresh random id.  It is not a secret, so it takes no system call."""
@@ -5053,7 +4795,16 @@ class Prober:
                                           None if payload is None else dumps(payload), PROBE_LIMITS)
             answers.append(answer)
             with contextlib.closing(answer):
-                return _probed(answer, endpoint)
+                text = answer.body(within_first_byte=True)
+            if answer.status in (404, 405):    # a compatible server without a list of models is there anyway
+                return {}
+            try:
+                told = loads(text)
+            except ValueError:
+                raise UpstreamError(f"what answers there is not {provider.label} (a login page?)") from None
+            if answer.status >= 500 or 300 <= answer.status < 400:
+                raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
+            return told  # type: ignore[no-any-return]
         with contextlib.suppress(*NOT_IN_ITS_FORMAT):    # a list in no shape we know
             models = provider.catalogue(ask, self._details.setdefault(endpoint, {}))
         first = answers[0]
@@ -5061,29 +4812,12 @@ class Prober:
         return Probe(first.status, models if first.status == 200 else None, latency_ms)
 
 
-def _probed(answer: Answer, endpoint: Endpoint) -> Json:
-    """Return the JSON in the answer to a probe.  Raises UpstreamError."""
-    text = answer.body(within_first_byte=True)
-    if answer.status in (404, 405):    # a compatible server without a list of models is there anyway
-        return {}
-    try:
-        told = loads(text)
-    except ValueError:
-        label = PROVIDERS[endpoint.provider].label
-        raise UpstreamError(f"what answers there is not {label} (a login page?)") from None
-    if answer.status >= 500 or 300 <= answer.status < 400:
-        raise classify(answer.status, text.decode("utf-8", "replace"), None, endpoint)
-    return told  # type: ignore[no-any-return]
-
-
-@dataclasses.dataclass
-class Result:
+class Result(NamedTuple):
     """An answer on its way to the client: either `whole`, or `chunks` whose first ones have content."""
     target: Target
-    reason: str = ""
-    attempts: int = 1
+    reason: str
+    attempts: int
     whole: Json | None = None
-    raw: bytes = b""    # the whole answer in JSON, where the upstream's own could be taken
     chunks: Iterator[Any] = iter(())
     held: int = 0       # how many of the chunks have come; the last of them has content
 
@@ -5094,6 +4828,7 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.ledger, self.transport, self.loader = Ledger(), Transport(), Errands(self._load)
+        self.limits = Limits(settings.connect_timeout_s, settings.first_byte_timeout_s, settings.stall_timeout_s)
         self.transport.connect_s = settings.connect_timeout_s    # of probes and of loads, too
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
@@ -5145,7 +4880,7 @@ class Gateway:
         """Load a model by a request of our own.  Raises UpstreamError."""
         log.info("%s is loading", target.id)
         provider, endpoint, started = PROVIDERS[target.endpoint.provider], target.endpoint, time.monotonic()
-        limits = self.limits()._replace(first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
+        limits = self.limits._replace(first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
         try:
             # Ollama loads a model for a request without messages, and says nothing
             payload = provider.encode(ChatRequest("", {"messages": []}), target, context, self.keep_alive(target))
@@ -5203,18 +4938,13 @@ class Gateway:
             return KEPT_ON_BATTERY_S if plugged is False and target.endpoint.on_device else KEPT_S
         return float(said) if re.fullmatch(NUMBER, said) else said    # Ollama reads "300" as no duration
 
-    def limits(self, until: float = math.inf) -> Limits:
-        """Return the configured limits of an exchange."""
-        return Limits(self.settings.connect_timeout_s, self.settings.first_byte_timeout_s,
-                      self.settings.stall_timeout_s, until)
-
     def resolve(self, name: str, snapshot: Snapshot) -> Target:
         """Return the one target that a model's name stands for.  Raises BadRequest (404)."""
         provider, model = split_id(name)
         for target in snapshot.targets:
-            if provider in ("", target.endpoint.provider) and (
-                    model == target.model
-                    or target.endpoint.provider == "ollama" and same_ollama_model(model, target.model)):
+            its = target.endpoint.provider
+            if provider in ("", its) and (model == target.model
+                                          or its == "ollama" and full_name(model) == full_name(target.model)):
                 return target
         spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
         if not model or not (provider or spelt):
@@ -5235,7 +4965,7 @@ class Gateway:
             return self._plan_of_one(request, snapshot)
         only = None if request.model == "auto" else Side(request.model)
         refusals = {target: refused for target in snapshot.targets
-                    for refused in [self._refusal(request, target, snapshot)] if refused}
+                    if (refused := self._refusal(request, target, snapshot))}
         plan = rank(snapshot, {target: refused.message for target, refused in refusals.items()}, only,
                     work_of(request) if len(snapshot.targets) > 1 else USUAL_WORK)
         if not plan.order and not plan.last_resort:
@@ -5282,7 +5012,7 @@ class Gateway:
     def _nothing_left(plan: Plan, refusals: Mapping[Target, Unsupported], snapshot: Snapshot,
                       asked: Sequence[Target]) -> OblixError:
         """Return the error of a plan without a target: the client's, if the request itself excludes all of them."""
-        text = _listing(f"{target.id}: {reason}" for target, reason in plan.excluded)
+        text = "; ".join(f"{target.id}: {reason.rstrip('.')}" for target, reason in plan.excluded)
         if asked and all(target in refusals for target in asked):
             codes = {refused.code for refused in refusals.values()}
             return Unsupported(f"No model can take this request: {text}.", param=refusals[asked[0]].param,
@@ -5290,16 +5020,14 @@ class Gateway:
         breakers = [snapshot.record(target).breaker for target in asked if target not in refusals]
         wait_s = min((breaker.rest_s(snapshot.now) for breaker in breakers
                       if breaker.rest_s(snapshot.now) and breaker.fault is not Fault.ACCOUNT), default=None)
-        return NoTarget(f"No model can answer: {plan.reason}. {text or 'Nothing is configured'}."
-                        + ("" if wait_s else " Start Ollama and pull a model, or set OPENAI_API_KEY or "
-                                             "ANTHROPIC_API_KEY."), retry=None if wait_s else False,
-                        retry_after_s=wait_s)
+        advice = "" if wait_s else f"; {_ADVICE}"
+        return NoTarget(f"No model can answer: {plan.reason}. {text or 'Nothing is configured'}{advice}.",
+                        retry=None if wait_s else False, retry_after_s=wait_s)
 
     def answer(self, request: ChatRequest, look: Look = no_look) -> Result:
         """Return the first answer that a target of the plan gives.  Raise OblixError, and what the look raises.
 
-        Before the first content every fault moves on to the next target; what is returned has content, and whatever
-        happens later is told in its chunks' UpstreamError.
+        What is returned has content; whatever happens later is told in its chunks' UpstreamError.
         """
         return Dispatch(self, request, look).run()
 
@@ -5319,21 +5047,22 @@ class Gateway:
         able = any(plan.conditions[target].state != "unreachable" for target in plan.order)
         waiting = any(reading.endpoint and not reading.known for reading in snapshot.readings)    # no evidence yet
         targets = [_target_report(target, plan.conditions[target], snapshot) for target in snapshot.targets]
-        reasons = [f"{target['id']}: {target['reason']}" for target in targets] or [_NOTHING]
+        reasons = [f"{target['id']}: {target['reason']}" for target in targets]
         return {
             "status": "healthy" if able or waiting else "unhealthy", "version": __version__,
             **{side.value: _side_report(side, snapshot, plan.conditions) for side in Side},
             "plan": {"order": [target.id for target in plan.order], "reason": plan.reason}, "targets": targets,
-            **({} if able or waiting else {"reasons": reasons}),
+            **({} if able or waiting else {"reasons": reasons or [f"no model is configured: {_ADVICE}"]}),
         }
 
-    def models(self) -> list[tuple[str, int, str]]:
-        """Return (id, created, owner) of all models that can be asked for.  Does not wait."""
+    def models(self) -> list[Json]:
+        """Return all models that can be asked for, as GET /v1/models lists them.  Does not wait."""
         snapshot, found = self.snapshot(), dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
         found.update({target.id: (0, target.endpoint.provider) for target in snapshot.targets})
         found.update({"ollama:" + model.name.removesuffix(":latest"): (model.created, "ollama")
                       for model in installed(self._ollama, snapshot.readings)})
-        return [(id, *rest) for id, rest in found.items()]
+        return [{"id": id, "object": "model", "created": created, "owned_by": owner}
+                for id, (created, owner) in found.items()]
 
 
 @functools.lru_cache(4)
@@ -5352,10 +5081,6 @@ def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
     return (next(fitting, found[0]),) if found else ()
 
 
-# Codes of faults that tell of the way to an endpoint, so that it is worth a probe at once.
-_LOST = ("upstream_unreachable", "upstream_tls", "upstream_timeout", "upstream_cut")
-
-
 def _in_memory(told: Probe | Reading | None) -> frozenset[str]:
     """Return the names of the models that a server shows in its memory."""
     return frozenset(model.name for model in told and told.models or () if not model.cold and not model.remote)
@@ -5365,9 +5090,6 @@ def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
     """Return True if a reading knows of a load that has ended."""
     model = model_of(target, reading)
     return model is None or not model.cold and (not context or model.context in (0, context))
-
-
-_NOTHING = "no model is configured: start Ollama and pull a model, or set OPENAI_API_KEY or ANTHROPIC_API_KEY"
 
 
 def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json:
@@ -5432,15 +5154,13 @@ class Dispatch:
         with contextlib.closing(self._order()) as order:
             for target, self._others in order:
                 try:
-                    served = self._attempt(target)
+                    return self._attempt(target)
                 except _Overtaken:
                     self._overtaken.append(target)
                 except UpstreamError as error:
                     self._fail(target, error)
                     if not error.fault.moves_on:
                         break
-                else:
-                    return self._completed(served)
         raise _all_failed(self._plan, self._failed)
 
     def _first_plan(self) -> Plan:
@@ -5464,21 +5184,10 @@ class Dispatch:
         before, self._heard = self._heard, True
         return not before and self._wait(self._gateway.heard, PROBE_LIMITS.first_byte_s)
 
-    def _completed(self, served: Result) -> Result:
-        """Note an answer that has come, or begun, and tell how it came about."""
-        self._gateway.watch.tell(served.target.endpoint, lost=False)
-        if served.whole is not None:    # a stream may still break off
-            self._gateway.note(served.target, None)
-        served.attempts = len(self._failed) + 1
-        served.reason = "; ".join([f"{tried.target.id}: {tried.error.brief}" for tried in self._failed]
-                                  + [self._plan.reason])
-        return served
-
     def _order(self) -> Generator[tuple[Target, tuple[Target, ...]], None, None]:
         """Yield each target to try, and those that would be tried after it.
 
         The plan's order comes first, then the last resorts, then once more the targets that were only slow or away.
-        One request at a time tries a target whose breaker is not closed.
         """
         hope = [*self._plan.last_resort]
         for place, target in enumerate(self._plan.order):
@@ -5489,8 +5198,7 @@ class Dispatch:
                 yield target, self._plan.order[place + 1:]
                 if self._again(target):
                     yield target, self._plan.order[place + 1:]
-        yield from ((target, ()) for target in self._overtaken)
-        yield from ((target, ()) for target in hope)
+        yield from ((target, ()) for target in itertools.chain(self._overtaken, hope))
         if self._named:
             return
         if self._hears_more():
@@ -5511,8 +5219,9 @@ class Dispatch:
         """Note an attempt that has failed."""
         log.info("%s failed: %s", target.id, error.brief)
         self._gateway.note(target, error)
-        if error.code == "upstream_timeout" and time.monotonic() - self._asked_at >= self._patience_s:
-            self._learn_silence(target)
+        waited_s = time.monotonic() - self._asked_at
+        if error.code == "upstream_timeout" and waited_s >= self._patience_s:
+            self._learn_silence(target, waited_s)
         self._failed.append(_Failure(target, error, time.monotonic(), self._patience_s < math.inf))
 
     def _again(self, target: Target) -> bool:
@@ -5530,43 +5239,36 @@ class Dispatch:
         return True
 
     def _limits(self, target: Target) -> Limits:
-        """Return the limits of this attempt.  While the other side could answer, patience limits the first content.
-
-        Raises UpstreamError when no time is left.
-        """
-        usual, left_s = self._gateway.limits(self._until), self._until - time.monotonic()
+        """Return this attempt's limits: patience while the other side could answer.  Raise UpstreamError at the end."""
+        usual, left_s = self._gateway.limits, self._until - time.monotonic()
         if left_s <= 0:
             raise time_is_up()
-        connect_s, patience_s = min(usual.connect_s, left_s), usual.first_byte_s
+        patience_s = usual.first_byte_s
         if target.side is Side.LOCAL and self._others:
             patience_s = self._settings.patience_s
         elif any(other.side is Side.LOCAL for other in self._others):
             pace = self.ledger.record(target).pace
             patience_s = cloud_patience_s(pace, self._request.stream, self._settings.patience_s)
         self._asked_at, self._patience_s = time.monotonic(), patience_s if patience_s < usual.first_byte_s else math.inf
-        return Limits(connect_s, min(patience_s, usual.first_byte_s), usual.stall_s, usual.until)
+        return Limits(min(usual.connect_s, left_s), min(patience_s, usual.first_byte_s), usual.stall_s, self._until)
 
     def _attempt(self, target: Target) -> Result:
-        """Try one target, up to its first content, or to its end where the client wants a whole answer.
-
-        An empty answer is a fault as long as there is another target to ask.
-        """
-        request = self._request
-        if request.stream:
-            held, stream = self._begun(request, target)
-            relay = self._continuing if self._settings.on_cut == "continue" else self._noted
-            return Result(target, chunks=relay(target, held, stream), held=len(held))
-        if PROVIDERS[target.endpoint.provider].translates:
-            return Result(target, whole=fold(itertools.chain(*self._begun(request, target))))
-        whole, raw = self._whole(request, target)
-        if self._others and is_empty([whole]):
-            raise _empty()
-        return Result(target, whole=whole, raw=raw)
+        """Try one target, up to its first content, or to its end where the client wants a whole answer."""
+        held, stream = self._begun(self._request, target)
+        whole = None if self._request.stream else fold(itertools.chain(held, stream))
+        self._gateway.watch.tell(target.endpoint, lost=False)
+        reasons = [f"{tried.target.id}: {tried.error.brief}" for tried in self._failed]
+        told = target, "; ".join([*reasons, self._plan.reason]), len(reasons) + 1
+        if whole is not None:
+            self._gateway.note(target, None)    # a stream may still break off
+            return Result(*told, whole)
+        relay = self._continuing if self._settings.on_cut == "continue" else self._noted
+        return Result(*told, chunks=relay(target, held, stream), held=len(held))
 
     def _begun(self, request: ChatRequest, target: Target) -> tuple[list[Chunk], Stream]:
         """Return the chunks of a target's answer up to the first with content, the commit point, and its stream.
 
-        Raises UpstreamError for what fails before that.
+        Raise UpstreamError for what fails before that, as does an empty answer while there is another target to ask.
         """
         stream, held = self._stream(request, target), list[Chunk]()
         for chunk in stream:
@@ -5576,22 +5278,22 @@ class Dispatch:
             if len(held) > MAX_HELD:
                 stream.close()
                 raise UpstreamError(f"no content in {MAX_HELD} pieces", code="bad_upstream_answer")
-        if self._others and is_empty(held):
-            raise _empty()
+        if is_empty(held) and (self._others or request is not self._request):
+            raise UpstreamError("the answer was empty", code="empty_answer")
         return held, stream
 
     def _loaded(self, request: ChatRequest, target: Target, limits: Limits) -> int:
-        """Load a local model if need be.  Return the context to ask for, which is large enough, or 0 for its own.
-
-        Raises UpstreamError where that takes too long; the load then goes on.
-        """
+        """Load a local model if need be.  Return the context to ask for, or 0 for its own.  Raise UpstreamError."""
         if target.endpoint.provider != "ollama":
             return 0
         context, loader = 0, self._gateway.loader
-        self._know(target)
+        if self._request.model == "local":    # for `auto` a cloud is as good
+            self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.first_byte_s)
         for _ in range(2):    # the load that was joined may have been for a smaller context
             load, snapshot = loader.under_way.get(target), self._gateway.snapshot()
             model = model_of(target, reading_of(target, snapshot.readings))
+            if model and model.remote and target.side is Side.LOCAL and not self._named:
+                raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.NOT_FOUND, status=404)
             if not load and model and not model.remote:
                 try:
                     context = self._gateway.context(request, target, snapshot)
@@ -5602,34 +5304,21 @@ class Dispatch:
                     load = loader.begin(target, context)
             if not load:
                 break
-            self._await(load, limits.first_byte_s)
+            if self._wait(load.done, limits.first_byte_s):
+                load.result()
+            elif time.monotonic() >= self._until:
+                raise time_is_up()
+            else:
+                raise UpstreamError("the model is still loading", Fault.LOADING, status=503, code="model_loading",
+                                    retry_after_s=LOAD_RETRY_S)
         return context
-
-    def _know(self, target: Target) -> None:
-        """Make sure that what counts as local is not a name that Ollama passes on to a cloud.  Raises UpstreamError."""
-        if self._request.model == "local":    # for `auto` a cloud is as good
-            self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.first_byte_s)
-        model = model_of(target, reading_of(target, self._gateway.watch.readings))
-        if model and model.remote and target.side is Side.LOCAL and not self._named:
-            raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.NOT_FOUND, status=404)
 
     def _wait(self, event: threading.Event, limit_s: float) -> bool:
         """Return True if the event comes within the limit.  Raise what the look raises."""
-        limit_s = min(limit_s, self._until - time.monotonic())
-        return wait_for(event, limit_s, self._look)
-
-    def _await(self, load: Errand, limit_s: float) -> None:
-        """Wait for a load.  Raises UpstreamError where it fails or takes too long, ClientGone on a hang-up."""
-        done = self._wait(load.done, limit_s)
-        if not done and time.monotonic() >= self._until:
-            raise time_is_up()
-        if not done:
-            raise UpstreamError("the model is still loading", Fault.LOADING, status=503, code="model_loading",
-                                retry_after_s=LOAD_RETRY_S)
-        load.result()
+        return wait_for(event, min(limit_s, self._until - time.monotonic()), self._look)
 
     def _stream(self, request: ChatRequest, target: Target) -> Stream:
-        """Yield the chunks of a target's streamed answer, all with one id, time and model.
+        """Yield the chunks of a target's answer, all with one id, time and model.
 
         After the first content, events that say a text and nothing else come as bytes that are ready for the client.
         """
@@ -5637,10 +5326,11 @@ class Dispatch:
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
         frame: tuple[bytes, bytes] | None = None
+        streamed = request.stream or provider.translates
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
             with self._exchange(request, target) as (answer, started):
-                for chunk in _decoded(answer, provider, request):
+                for chunk in _decoded(answer, streamed, provider, request):
                     if isinstance(chunk, Texts) and frame:
                         before, after = frame
                         yield before + (after + before).join(chunk) + after
@@ -5655,21 +5345,11 @@ class Dispatch:
                         answer.text_event = provider.text_event if frame else None
                     tokens = tokens_of(chunk) or tokens
                     yield told
-                answer.mark_complete()
+                answer.ended = True
         finally:    # a client that has read enough has seen how fast it was
             if begun:
-                self._learn(request, target, begun - started, tokens, time.monotonic() - begun, timings)
-
-    def _whole(self, request: ChatRequest, target: Target) -> tuple[Json, bytes]:
-        """Return the whole answer of a target that was asked for one, and its JSON if that can be taken as it came."""
-        with self._exchange(request, target) as (answer, started):
-            raw = answer.body()
-            with _in_its_format():
-                whole, as_it_came = PROVIDERS[target.endpoint.provider].whole(raw, request)
-        self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
-        told = {**whole, **_envelope(whole, target.id), "object": "chat.completion"}
-        around = split_at_model(raw, whole) if as_it_came and told == {**whole, "model": target.id} else None
-        return told, dumps(target.id).join(around) if around else b""
+                first_s, since = (begun - started, begun) if streamed else (None, started)
+                self._learn(request, target, first_s, tokens, time.monotonic() - since, timings)
 
     def _learn(self, request: ChatRequest, target: Target, first_s: float | None, tokens: int, seconds: float,
                timings: Any) -> None:
@@ -5694,10 +5374,9 @@ class Dispatch:
         found = self._plan.conditions.get(target)
         return found is None or found.level is Level.GOOD
 
-    def _learn_silence(self, target: Target) -> None:
+    def _learn_silence(self, target: Target, waited_s: float) -> None:
         """Remember that a target said nothing for as long as it was waited for: it takes that long at least."""
-        waited_s, record = time.monotonic() - self._asked_at, self.ledger.record(target)
-        read = (0.0, 0.0)
+        record, read = self.ledger.record(target), (0.0, 0.0)
         if target.side is Side.LOCAL and self._alone and self._is_well(target):
             work = work_of(self._request)
             unread = work.unread(record.cache)
@@ -5730,19 +5409,17 @@ class Dispatch:
                 raise
 
     def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
-        """Return the upstream's answer of status 2xx.  Raises UpstreamError, ClientGone.
+        """Return the upstream's answer of status 2xx.  Raise UpstreamError, ClientGone.
 
-        Leave out the parameters that the model refuses, one by one, and keep to the limits that it names; remember what
-        it never accepts.
+        The parameters that the model refuses are left out one by one; what it never accepts is remembered.
         """
         provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
         encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
         changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
         while True:
             payload = provider.adapt(encoded, self.ledger.record(target).refused.union(changed))
-            body = request.with_model_replaced(payload) or dumps(payload)
             answer = self._gateway.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
-                                                  body, limits, self._look)
+                                                  dumps(payload), limits, self._look)
             if answer.status < 300 and answer.content_type != "text/html":
                 for refused, error in changed.items():
                     if is_permanent(refused, error):
@@ -5793,10 +5470,7 @@ class Dispatch:
         while self._others:
             target, self._others = self._others[0], self._others[1:]
             try:
-                held, stream = self._begun(request, target)
-                if is_empty(held):
-                    raise _empty()
-                return target, held, stream
+                return target, *self._begun(request, target)
             except _Overtaken:
                 log.info("%s could not continue: it has no free slot", target.id)
             except UpstreamError as error:
@@ -5805,24 +5479,12 @@ class Dispatch:
         return None
 
 
-@contextlib.contextmanager
-def _in_its_format() -> Iterator[None]:
-    """Turn the errors of a block that reads an answer into a fault of the upstream."""
-    try:
-        yield
+def _decoded(answer: Answer, streamed: bool, provider: Provider, request: ChatRequest) -> Iterator[Any]:
+    """Yield the chunks of an answer, and the Texts in it."""
+    try:    # not around what we do with them: a bug of ours is no fault of an upstream
+        yield from provider.decode(answer.lines() if streamed else answer.body().splitlines(), request)
     except NOT_IN_ITS_FORMAT as error:
         raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
-
-
-def _decoded(answer: Answer, provider: Provider, request: ChatRequest) -> Iterator[Any]:
-    """Yield the chunks of a streamed answer, and the Texts in it."""
-    with _in_its_format():    # not around what we do with them: a bug of ours is no fault of an upstream
-        yield from provider.decode(answer.lines(), request)
-
-
-MAX_SAID = 32_768     # chunks of a stream that are kept to be continued, some 1 KB each; a longer one is not
-MAX_HELD = 4096       # chunks that say nothing before the first that does; a few are usual
-LOAD_RETRY_S = 5.0    # the Retry-After where only a loading model could have answered
 
 
 def conversation_of(request: ChatRequest) -> int:
@@ -5837,14 +5499,6 @@ def work_of(request: ChatRequest) -> Work:
     tokens = min(request.max_output_tokens(TYPICAL_TOKENS), TYPICAL_TOKENS)
     return Work(TEMPLATE_BYTES + request.size, request.blocks, conversation_of(request), tokens,
                 request.max_output_tokens(0), not request.stream)
-
-
-def _listing(lines: Iterable[str]) -> str:
-    return "; ".join(line.rstrip(".") for line in lines)
-
-
-def _empty() -> UpstreamError:
-    return UpstreamError("the answer was empty", code="empty_answer")
 
 
 def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
@@ -5862,9 +5516,9 @@ def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
             last.message = f"{target.id}: {last.message}"
         return last
     waits = [error.retry_after_s for error in errors if error.retry_after_s is not None]
-    text = f"No model could answer ({plan.reason}). " + _listing(
-        [f"{tried.target.id}: {tried.error.message}" for tried in failed]
-        + [f"{target.id}: {reason}" for target, reason in plan.excluded])
+    reasons = [(tried.target, tried.error.message) for tried in failed] + [*plan.excluded]
+    text = f"No model could answer ({plan.reason}). " + "; ".join(
+        f"{target.id}: {reason.rstrip('.')}" for target, reason in reasons)
     alike = last.fault is not Fault.TRANSPORT and {error.status for error in errors} == {last.status}
     return NoTarget(text, retry=None if waits else False, retry_after_s=min(waits, default=None),
                     status=last.status if alike else None, type=last.type if alike else None)
@@ -5875,6 +5529,14 @@ def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
 # What does the client read?  Chunks become server-sent events or one completion, errors become OpenAI's error object.
 
 DONE = b"data: [DONE]\n\n"    # exactly so: some clients reject an extra space
+# Fields of an event that says a text and nothing else.  Any other is the first chunk's own, and not the stream's.
+AROUND_TEXT = frozenset(("id object created model system_fingerprint service_tier prompt_token_ids "
+                         "index logprobs finish_reason stop_reason token_ids matched_stop").split())
+# The prompt for another model to continue.  A prefill would be shorter, but the newer Claude models refuse one.
+CONTINUE = ("Your last message was cut off. Continue it exactly where it ends: repeat nothing of it, and say nothing "
+            "about the interruption.")
+_NOT_CONTINUED = {"tools", "functions", "response_format", "logprobs", "n", "modalities", "audio", "prediction"}
+LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation may repeat at its beginning
 
 
 def sse(event: Json) -> bytes:
@@ -5883,10 +5545,7 @@ def sse(event: Json) -> bytes:
 
 
 def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
-    """Return what a client sees around the text of each event that says nothing else, in a stream with this chunk.
-
-    Return None where the chunk is of another choice than the first, which such events are of.
-    """
+    """Return what is around the text of this stream's events that say nothing else; None for another choice's."""
     if [choice["index"] for choice in chunk["choices"]] != [0]:
         return None
     choice = {name: None if name in ("logprobs", "finish_reason") else value
@@ -5895,11 +5554,6 @@ def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
     told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
     before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
     return before + mark[:-len(rb'\u0000"')], b'"' + after
-
-
-# Fields of an event that says a text and nothing else.  Any other is the first chunk's own, and not the stream's.
-AROUND_TEXT = frozenset(("id object created model system_fingerprint service_tier prompt_token_ids "
-                         "index logprobs finish_reason stop_reason token_ids matched_stop").split())
 
 
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
@@ -5912,13 +5566,6 @@ def tokens_of(answer: Json) -> int:
     usage = answer.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
     return tokens if isinstance(tokens, int) and 0 <= tokens < MOST_TOKENS else 0
-
-
-# The prompt for another model to continue.  A prefill would be shorter, but the newer Claude models refuse one.
-CONTINUE = ("Your last message was cut off. Continue it exactly where it ends: repeat nothing of it, and say nothing "
-            "about the interruption.")
-_NOT_CONTINUED = {"tools", "functions", "response_format", "logprobs", "n", "modalities", "audio", "prediction"}
-LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation may repeat at its beginning
 
 
 def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
@@ -5938,7 +5585,7 @@ def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | 
             body[name] -= tokens
             if body[name] < 1:
                 return None
-    return dataclasses.replace(request, body=body, around=None)
+    return dataclasses.replace(request, body=body)
 
 
 def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iterator[Chunk]:
@@ -5984,12 +5631,6 @@ def error_headers(error: OblixError) -> dict[str, str]:
     return headers
 
 
-def models_body(models: Iterable[tuple[str, int, str]]) -> Json:
-    """Return the body of GET /v1/models."""
-    return {"object": "list", "data": [{"id": id, "object": "model", "created": created, "owned_by": owner}
-                                       for id, created, owner in models]}
-
-
 # === 11. Server =======================================================================================================
 # uses: 1 2 3 7 9 10 12
 # How do clients reach the gateway?  HTTP on the stdlib's threading server: connections, routes, bodies, one write per
@@ -6003,11 +5644,7 @@ SEND_S = 60.0                   # in which a client takes nothing of its answer
 LINGER_S = 2.0                  # for the rest of a body that is refused
 GRACE_S = 1.0                   # for a request that is on its way when Oblix is being stopped, and one that is ended
 MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes some times its size
-LARGE_BODY_BYTES = 64 << 10     # smaller ones are not counted: --max-requests limits them
-FIRST_BYTES = 8 << 10           # of a request that are read at once: so large a buffer waits for each idle client
-AGAIN_S = 1.0                   # after which a client that was sent away may ask again
 KEEP_ALIVE_S = 15.0             # of silence in a stream; proxies give up after 30 to 60 s
-MAX_KEY_FILE = 64 << 10         # bytes that are read of a file that holds a key
 
 
 # --- 11. Who is here --------------------------------------------------------------------------------------------------
@@ -6037,26 +5674,22 @@ class Guest:
         while True:
             end = self._held.find(b"\n", 0, limit + 1) + 1
             if end or len(self._held) > limit:
-                return self._take(end or limit + 1)
+                return self.some(end or limit + 1)
             self._receive()
 
     def some(self, most: int) -> bytes:
         """Return what comes next, so many bytes at most.  Raise as `_receive`."""
         if not self._held:
             self._receive()
-        return self._take(most)
-
-    def _take(self, size: int) -> bytes:
-        """Return so many of the bytes that have come, and forget them."""
-        piece = bytes(self._held[:size])
-        del self._held[:size]
+        piece = bytes(self._held[:most])
+        del self._held[:most]
         return piece
 
     def _receive(self) -> None:
         """Wait for more.  Raise ClientGone where none comes, and what `_look` raises."""
         while True:
             try:
-                piece = self.connection.recv(FIRST_BYTES if self.silent else PIECE_BYTES)
+                piece = self.connection.recv(8 << 10 if self.silent else PIECE_BYTES)    # each idle client holds it
                 break
             except NOT_YET:
                 self._look()
@@ -6072,10 +5705,7 @@ class Guest:
         self._held += piece
 
     def _look(self) -> None:
-        """Raise ClientGone if nothing of a request has come in its time, BadRequest if it comes too slowly.
-
-        Raise Busy if Oblix ends before it has come.
-        """
+        """Raise ClientGone if no request has begun in its time, BadRequest if one is too slow, Busy if Oblix ends."""
         now = time.monotonic()
         if self.silent:
             if now >= min(self._deadline, self._admission.idle_until):
@@ -6086,10 +5716,7 @@ class Guest:
             raise BadRequest("The request came too slowly.", status=408, code="request_too_slow")
 
     def linger(self) -> None:
-        """Take the rest of a request whose body was not read, within reason.
-
-        Closed over unread bytes TCP resets the connection, and the client never sees the reply.
-        """
+        """Take the rest of an unread body, within reason: closed over it TCP resets, and the reply is lost."""
         self.since = time.monotonic()
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
@@ -6110,38 +5737,27 @@ class Admission:
     def __init__(self, max_requests: int, max_body_bytes: int) -> None:
         self._max_requests, self._max_connections = max_requests, 2 * max_requests
         self.max_body_bytes = min(max_body_bytes, MAX_BODIES_BYTES)
+        self.guests: set[Guest] = set()    # whose add and discard are atomic
         self._lock = threading.Lock()
-        self._open: set[Guest] = set()    # guarded by _lock, as the next two
-        self._requests = self._bytes = 0
-        self.stopping = self.ended = False    # no new client is let in; what runs is being ended
+        self._requests = self._bytes = 0    # guarded by it
+        self.stopping = self.ended = False    # connections close behind their answers; every request ends at its look
         self.idle_until = math.inf            # when connections close on which nothing is being asked
 
     def enter(self, connection: socket.socket) -> Guest:
         """Return the guest on a new connection.  One more than there may be takes another's place."""
         guest = Guest(connection, self)
-        with self._lock:
-            self._open.add(guest)
-            crowded = len(self._open) > self._max_connections
-        if crowded:
+        self.guests.add(guest)
+        if len(self.guests) > self._max_connections:
             self.make_room()
         return guest
 
     def make_room(self) -> None:
         """Close the connection that has gone longest without a chat request: idle, sending slowly, reading nothing."""
-        waiting = [guest for guest in self._guests() if not guest.busy]
+        waiting = [guest for guest in tuple(self.guests) if not guest.busy]
         slowest = min(waiting, key=lambda guest: guest.since, default=None)
         if slowest:
-            self.leave(slowest)    # it is not counted while it goes
+            self.guests.discard(slowest)    # it is not counted while it goes
             slowest.hang_up()
-
-    def _guests(self) -> tuple[Guest, ...]:
-        with self._lock:
-            return tuple(self._open)
-
-    def leave(self, guest: Guest) -> None:
-        """Forget a guest whose connection has been closed."""
-        with self._lock:
-            self._open.discard(guest)
 
     def take(self, requests: int, size: int) -> None:
         """Count chat requests and bytes of bodies; negative ones have ended.  Raise Busy if that is too much."""
@@ -6157,41 +5773,22 @@ class Admission:
         """Return True if one more chat request would be too many."""
         return self._requests >= self._max_requests
 
-    @property
-    def empty(self) -> bool:
-        """Return True if nobody is connected."""
-        return not self._open
-
-    def stop(self) -> None:
-        """Close each connection behind its answer, and those on which nothing is being asked after GRACE_S."""
-        self.stopping, self.idle_until = True, time.monotonic() + GRACE_S
-
-    def end(self) -> None:
-        """End every request that runs, at its next look."""
-        self.ended, self.idle_until = True, 0.0
-
-    def close(self) -> None:
-        """Cut every connection."""
-        for guest in self._guests():
-            guest.hang_up()
-
 
 def too_much(what: str) -> Busy:
     """Return the error for a client that asks when Oblix has enough to do."""
-    return Busy(f"Oblix has as much to do as it takes on at once ({what}); ask again in a moment.",
-                retry_after_s=AGAIN_S)
+    return Busy(f"Oblix has as much to do as it takes on at once ({what}); ask again in a moment.", retry_after_s=1.0)
 
 
 def shutting_down() -> Busy:
     """Return the error for a client whose request ends because Oblix does."""
-    return Busy("Oblix is being stopped; ask again in a moment.", code="shutting_down", retry_after_s=AGAIN_S)
+    return Busy("Oblix is being stopped; ask again in a moment.", code="shutting_down", retry_after_s=1.0)
 
 
 # --- 11. A connection -------------------------------------------------------------------------------------------------
 
-class _Handler(socketserver.BaseRequestHandler):
+class Handler(socketserver.BaseRequestHandler):
     """One client connection, on a thread of its own: requests in and replies out."""
-    server: _Listener
+    server: Listener
 
     def handle(self) -> None:
         self.guest: Guest = self.request
@@ -6224,8 +5821,8 @@ class _Handler(socketserver.BaseRequestHandler):
             if "status" not in self.told:
                 self._refuse(OblixError(f"Oblix failed internally; its log tells more at {self.id}."))
         finally:
-            if self._counted:
-                self.admission.take(0, -self._counted)
+            self.admission.take(-self.guest.busy, -self._counted)
+            self.guest.busy, self.guest.since = False, time.monotonic()    # it may be sent away now
         self._tell()
         if self._unread:
             self.guest.linger()
@@ -6284,14 +5881,13 @@ class _Handler(socketserver.BaseRequestHandler):
                              status=413, code="request_too_large")
 
     def _exactly(self, size: int) -> bytes:
-        """Return so many bytes, those of large ones counted as they come.  Raise Busy, ClientGone."""
-        body, is_large = bytearray(), not 0 <= self.head.body_size <= LARGE_BODY_BYTES    # or of a size unknown so far
+        """Return so many bytes, which are counted as they come.  Raise Busy, ClientGone."""
+        body = bytearray()
         while len(body) < size:
             piece = self.guest.some(size - len(body))
             body += piece
-            if is_large:
-                self.admission.take(0, len(piece))
-                self._counted += len(piece)
+            self.admission.take(0, len(piece))
+            self._counted += len(piece)
         return bytes(body)
 
     def _chunked_body(self) -> bytes:
@@ -6344,7 +5940,7 @@ class _Handler(socketserver.BaseRequestHandler):
         lines = [f"{name}: {value}" for name, value in fields.items()]
         if not is_header_safe("".join(lines)):
             lines = [re.sub("[^ -~]+", " ", line) for line in lines]
-        start = f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}"
+        start = f"HTTP/1.1 {status} {REASONS.get(status, 'Status')}"
         return "\r\n".join([start, *lines, "", ""]).encode("ascii")
 
     def write(self, data: bytes) -> None:
@@ -6359,7 +5955,7 @@ class _Handler(socketserver.BaseRequestHandler):
         quiet = self.told.get("status") == 200 and self.head.path in ("/health", "/")
         level = logging.DEBUG if quiet else logging.INFO
         if log.isEnabledFor(level):
-            seconds, tokens = time.monotonic() - self.started, self.told.pop("tokens", 0)
+            seconds, tokens = round(time.monotonic() - self.started, 3), self.told.pop("tokens", 0)
             facts = {"id": self.id, "method": self.head.method[:20], "path": self.head.path[:64], **self.told,
                      "seconds": seconds}
             if tokens:    # else the upstream has not said
@@ -6391,42 +5987,30 @@ class _Handler(socketserver.BaseRequestHandler):
         if path == "/":
             return self.reply(200, PAGE.encode(), PAGE_HEADERS)
         if path == "/health":
-            return self._health()
+            health = self.server.gateway.health()
+            shown = ("status", "version") if self.guard.is_public(self.head) else health
+            return self.json(200 if health["status"] == "healthy" else 503, {name: health[name] for name in shown})
         return self._models(model)
-
-    def _health(self) -> None:
-        health = self.server.gateway.health()
-        status = 200 if health["status"] == "healthy" else 503
-        if self.guard.is_public(self.head):
-            health = {name: health[name] for name in ("status", "version")}
-        self.json(status, health)
 
     def _models(self, wanted: str) -> None:
         gateway = self.server.gateway
-        known = {model[0]: model for model in gateway.models()}
+        known = {model["id"]: model for model in gateway.models()}
         if wanted and wanted not in known:    # chat takes other spellings, and names that are not listed
             target = gateway.resolve(wanted, gateway.snapshot())
             check_fields({"model": wanted}, FIELDS, ())
-            known[wanted] = (wanted, *known.get(target.id, ("", 0, target.endpoint.provider))[1:])
-        body = models_body([known[wanted]] if wanted else known.values())
-        self.json(200, body["data"][0] if wanted else body)
+            unlisted = {"id": "", "object": "model", "created": 0, "owned_by": target.endpoint.provider}
+            known[wanted] = {**known.get(target.id, unlisted), "id": wanted}
+        self.json(200, known[wanted] if wanted else {"object": "list", "data": [*known.values()]})
 
     def _chat(self) -> None:
         """Answer a chat request.  Raise OblixError, ClientGone."""
         request = parse_request(self.body())
         self.told["asked"] = request.model
         self.admission.take(1, 0)
+        self.guest.busy = True
         self._events, self._event_headers = b"", {**EVENT_HEADERS}
         self._looked = self._sent = time.monotonic()
-        self._keep_alive_s, self.guest.busy = KEEP_ALIVE_S if request.stream else math.inf, True
-        try:
-            self._answer(request)
-        finally:
-            self.guest.busy, self.guest.since = False, time.monotonic()    # it may be sent away now
-            self.admission.take(-1, 0)
-
-    def _answer(self, request: ChatRequest) -> None:
-        """Pass on what the gateway answers.  Raise OblixError, ClientGone."""
+        self._keep_alive_s = KEEP_ALIVE_S if request.stream else math.inf
         served = self.server.gateway.answer(request, self._look)
         model, side = served.target.id, served.target.side.value
         self.told.update(served=model, side=side, attempts=served.attempts, reason=served.reason)
@@ -6434,17 +6018,14 @@ class _Handler(socketserver.BaseRequestHandler):
                    "x-oblix-attempts": str(served.attempts)}
         if served.whole is not None:
             self.told["tokens"] = tokens_of(served.whole)
-            return self.reply(200, served.raw or dumps(served.whole), {**JSON_HEADERS, **headers})
-        self.told["first_token_s"] = time.monotonic() - self.started
+            return self.reply(200, dumps(served.whole), {**JSON_HEADERS, **headers})
+        self.told["first_token_s"] = round(time.monotonic() - self.started, 3)
         self._event_headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
             self._stream(served, request.include_usage)
 
     def _look(self) -> None:
-        """See to the client, as its thread does before it waits for something else, and at each tick.
-
-        Raise ClientGone where it has left, Busy where Oblix has to end.
-        """
+        """See to the client before each wait and at each tick.  Raise ClientGone if it has left, Busy if Oblix ends."""
         self._flush()
         now = time.monotonic()
         if now - self._looked < TICK_S:
@@ -6480,19 +6061,13 @@ class _Handler(socketserver.BaseRequestHandler):
         self._flush(last=True)
 
     def _hold(self, events: bytes) -> None:
-        """Hold events, to be sent before the next wait.  Raise ClientGone.
-
-        A write takes 20 us, and what a model says comes in pieces of several events.
-        """
+        """Hold events until the next wait: a write takes 20 us, and a read brings several.  Raise ClientGone."""
         self._events += events
         if len(self._events) > PIECE_BYTES:
             self._flush()
 
     def _flush(self, last: bool = False) -> None:
-        """Send the events that are held in one write, the first ones with the head.  Raise ClientGone.
-
-        With `last`, end the stream well.
-        """
+        """Send what is held in one write, the first with the head, the `last` with the end.  Raise ClientGone."""
         if not self._events and not last:
             return
         events, self._events, self._sent, head = self._events, b"", time.monotonic(), b""
@@ -6510,6 +6085,7 @@ class _Handler(socketserver.BaseRequestHandler):
 ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health": ("GET", "HEAD"),
           "/": ("GET", "HEAD")}    # path without /v1 -> methods; OPTIONS goes everywhere
 
+REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
 EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
                  "X-Accel-Buffering": "no"}
@@ -6535,34 +6111,29 @@ def printable(text: str) -> str:
 
 # --- 11. Listening, and the end ---------------------------------------------------------------------------------------
 
-class QuickServer(socketserver.ThreadingTCPServer):
-    """The stdlib's server for many clients; its HTTPServer asks DNS for its own name, which takes seconds offline."""
-    daemon_threads = True
+class Listener(http.server.ThreadingHTTPServer):
+    """One listening socket."""
     request_queue_size = 1024                   # the default of 5 drops bursts: clients then wait 1, 3, 7 s for TCP
     allow_reuse_address = os.name == "posix"    # on Windows it would let two programs share the port
+    timeout = 5.0                               # until `handle_request` returns by itself
 
-
-class _Listener(QuickServer):
-    """One listening socket."""
-    timeout = 5.0    # until `handle_request` returns by itself
-
-    def __init__(self, address: tuple[str, int], gateway: Gateway, admission: Admission, guard: Guard) -> None:
+    def __init__(self, address: tuple[str, int], admission: Admission, guard: Guard, handler: type[Handler] = Handler,
+                 gateway: Gateway = None) -> None:  # type: ignore[assignment]  # the demo's handler needs none
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.gateway, self.admission, self.guard, self._is_done = gateway, admission, guard, False
-        super().__init__(address, _Handler)
+        super().__init__(address, handler)
         self.host, self.port = str(self.server_address[0]), int(self.server_address[1])
-        self._thread = threading.Thread(target=self._run, name="listen", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="listen", daemon=True)
 
-    def start(self) -> None:
-        """Begin to let clients in."""
-        self._thread.start()
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)    # HTTPServer's asks DNS for a name, which takes seconds offline
 
     def stop(self) -> None:
         """Wait until the clients that the kernel has taken so far are in and the socket is closed; see `_run`."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         with contextlib.suppress(OSError):    # a client wakes its thread
             socket.create_connection((host, self.port), 0.2).close()
-        self._thread.join()
+        self.thread.join()
 
     def _run(self) -> None:
         hold_on_one_core(self.port)
@@ -6587,7 +6158,7 @@ class _Listener(QuickServer):
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request.connection)
-        self.admission.leave(request)
+        self.admission.guests.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
@@ -6604,12 +6175,11 @@ def hold_on_one_core(port: int, cpufreq: str = "/sys/devices/system/cpu/cpu%d/cp
     second on two cores, and 19,600 held on one.  Monitors and commands start from other threads and stay free.  Of
     equally fast cores the port decides, so that two Oblixes on a device can have one each.
     """
-    def speed(core: int) -> int:
-        with contextlib.suppress(OSError, ValueError), open(cpufreq % core, encoding="ascii") as told:
-            return int(told.read())
-        return 0
     with contextlib.suppress(AttributeError, OSError):    # only Linux has affinities, and a sandbox may forbid them
-        speeds = {core: speed(core) for core in sorted(os.sched_getaffinity(0))}
+        speeds = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0)
+        for core in speeds:
+            with contextlib.suppress(OSError, ValueError), open(cpufreq % core, encoding="ascii") as told:
+                speeds[core] = int(told.read())
         fastest = [core for core in speeds if speeds[core] == max(speeds.values())]
         os.sched_setaffinity(0, {fastest[port % len(fastest)]})
 
@@ -6627,13 +6197,13 @@ def guard_of(settings: Settings) -> Guard:
     return Guard(settings.api_key, frozenset(filter(None, names)), frozenset(map(str.lower, settings.allow_origin)))
 
 
-def listen(settings: Settings, gateway: Gateway) -> list[_Listener]:
+def listen(settings: Settings, gateway: Gateway) -> list[Listener]:
     """Return listening sockets: one, or for localhost one for each of its two addresses.  Raise UsageError."""
-    host, port, listeners = settings.host.strip("[]"), settings.port, list[_Listener]()
-    parts = gateway, Admission(settings.max_requests, settings.max_body_mib << 20), guard_of(settings)
+    host, port, listeners = settings.host.strip("[]"), settings.port, list[Listener]()
+    admission, guard = Admission(settings.max_requests, settings.max_body_mib << 20), guard_of(settings)
     for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
         try:
-            listeners.append(_Listener((address, port), *parts))
+            listeners.append(Listener((address, port), admission, guard, gateway=gateway))
             port = listeners[0].port
         except (OSError, OverflowError, UnicodeError) as error:
             taken = getattr(error, "errno", None) == errno.EADDRINUSE
@@ -6659,7 +6229,7 @@ def with_keys_from_files(settings: Settings) -> Settings:
             raise UsageError(f"{flag} and the key itself are both set: choose one")
         try:
             with open(os.path.expanduser(path), "rb") as file:
-                data = file.read(MAX_KEY_FILE)
+                data = file.read(64 << 10)
             text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")    # PowerShell's
         except (OSError, ValueError) as error:
             raise UsageError(f"{flag}: {path} can't be read: "
@@ -6676,42 +6246,34 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.gateway = Gateway(settings)
-        self._listeners = listen(settings, self.gateway)
-        first = self._listeners[0]
+        self.listeners = listen(settings, self.gateway)
+        first = self.listeners[0]
         self.admission, self.port = first.admission, first.port
         self.url = f"http://{f'[{first.host}]' if ':' in first.host else first.host}:{self.port}"
 
-    def start(self) -> None:
-        """Begin to watch, and to answer."""
-        self.gateway.watch.start()
-        for listener in self._listeners:
-            listener.start()
-
     def _stop(self) -> None:
-        """Let no new client in, and close connections behind their answers."""
-        self.admission.stop()
-        for listener in self._listeners:
+        """Let no new client in, and close connections behind their answers: those that ask nothing after GRACE_S."""
+        self.admission.stopping, self.admission.idle_until = True, time.monotonic() + GRACE_S
+        for listener in self.listeners:
             listener.stop()
 
     def drain(self, limit_s: float, pause: Callable[[], int]) -> int:
-        """Let no new client in, wait for requests to end within the limit, and end the rest in-band.
-
-        `pause` waits for a moment.  Return 0, or the first other number that it returns, which ends the wait.
-        """
+        """Let requests end within the limit, and end the rest in-band.  Return at once what `pause` returns but 0."""
         self._stop()
-        for seconds, at_its_end in ((limit_s, self.admission.end), (GRACE_S, self.admission.close)):
+        for seconds in (limit_s, GRACE_S):
             deadline = time.monotonic() + seconds
-            while not self.admission.empty and time.monotonic() < deadline:
+            while self.admission.guests and time.monotonic() < deadline:
                 hurried = pause()
                 if hurried:
                     return hurried
-            at_its_end()
+            self.admission.ended, self.admission.idle_until = True, 0.0
         return 0
 
     def close(self) -> None:
         """End at once."""
         self._stop()
-        self.admission.close()
+        for guest in tuple(self.admission.guests):
+            guest.hang_up()
         self.gateway.close()
 
 
@@ -6719,7 +6281,9 @@ class Server:
 def running(settings: Settings) -> Iterator[Server]:
     """Serve until the block ends.  Raise UsageError."""
     server = Server(with_keys_from_files(settings))
-    server.start()
+    server.gateway.watch.start()
+    for listener in server.listeners:
+        listener.thread.start()
     try:
         yield server
     finally:
@@ -6766,81 +6330,49 @@ show(); setInterval(show, 3000);
 
 
 # === 13. Demo =========================================================================================================
-# uses: 1 2 6 10 11
+# uses: 1 2 3 6 10 11
 # What can a newcomer run who has neither Ollama nor a key?  A server on a loopback port that speaks Ollama's and
 # OpenAI's formats, and answers from a script.
 
 DEMO_TEXT = "A scripted answer by the demo's {} model, in {}'s wire format, to {} message(s)."
-DEMO_PAUSE_S = 0.02    # between words, so that a stream looks like one
-
-_DEMO_LOCAL: Json = {"name": "demo-local:latest", "size": 1, "digest": "demo", "details": {},
-                     "modified_at": "2026-11-01T00:00:00Z", "capabilities": ["completion", "tools"]}
-_DEMO_CLOUD: Json = {"id": "demo-cloud", "object": "model", "created": 0, "owned_by": "demo"}
-_DEMO_FACTS: dict[str, Json] = {    # path -> the answer there
-    "/api/tags": {"models": [_DEMO_LOCAL]}, "/api/show": {"capabilities": _DEMO_LOCAL["capabilities"]},
-    "/api/ps": {"models": [{**_DEMO_LOCAL, "size_vram": 0, "context_length": 32768}]},
-    "/v1/models": {"object": "list", "data": [_DEMO_CLOUD]},
-}
+_DEMO_MODEL = {"name": "demo-local:latest", "size": 1, "size_vram": 0, "context_length": 32768,
+               "capabilities": ["completion", "tools"]}
+_DEMO_FACTS: dict[str, Json] = {    # by path
+    "/api/tags": {"models": [_DEMO_MODEL]}, "/api/ps": {"models": [_DEMO_MODEL]}, "/api/show": _DEMO_MODEL,
+    "/v1/models": {"object": "list", "data": [{"id": "demo-cloud", "object": "model"}]}}
 
 
-def _demo_words(side: str, dialect: str, asked: Json) -> list[str]:
-    """Return the script."""
-    return re.findall(r"\S+\s*", DEMO_TEXT.format(side, dialect, len(asked["messages"])))
+def _demo_lines(messages: int, by: Sequence[str]) -> Iterator[bytes]:
+    """Yield the script as Ollama's lines, slowly, so that a stream looks like one."""
+    words = re.findall(r"\S+\s*", DEMO_TEXT.format(*by, messages))
+    end = {"done_reason": "stop", "prompt_eval_count": 10 * messages, "eval_count": len(words)}
+    for word in [*words, ""]:
+        time.sleep(0.02)
+        yield dumps({"model": "demo-local", "created_at": "2026-11-01T00:00:00Z", "done": not word,
+                     "message": {"role": "assistant", "content": word}, **({} if word else end)}) + b"\n"
 
 
-def _demo_ollama(asked: Json) -> Iterator[bytes]:
-    """Yield the lines of the answer to /api/chat."""
-    head, words = {"model": asked["model"], "created_at": "2026-11-01T00:00:00Z"}, _demo_words("local", "Ollama", asked)
-    for word in words:
-        time.sleep(DEMO_PAUSE_S)
-        yield dumps({**head, "message": {"role": "assistant", "content": word}, "done": False}) + b"\n"
-    yield dumps({**head, "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop",
-                 "prompt_eval_count": 10 * len(asked["messages"]), "eval_count": len(words)}) + b"\n"
-
-
-def _demo_openai(asked: Json) -> Iterator[Chunk]:
-    """Yield the chunks of the answer to /v1/chat/completions."""
-    head = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": int(time.time()),
-            "model": asked["model"]}
-    choice: Json = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}
-    prompt, words = 10 * len(asked["messages"]), _demo_words("cloud", "OpenAI", asked)
-    yield {**head, "choices": [{**choice, "delta": {"role": "assistant", "content": ""}}]}
-    for word in words:
-        time.sleep(DEMO_PAUSE_S)
-        yield {**head, "choices": [{**choice, "delta": {"content": word}}]}
-    yield {**head, "choices": [{**choice, "finish_reason": "stop"}],
-           "usage": {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}}
-
-
-class _DemoHandler(http.server.BaseHTTPRequestHandler):
+class _DemoHandler(Handler):
     """Ollama's and OpenAI's API, as far as Oblix asks for them."""
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
 
-    def do_GET(self) -> None:
-        self._send("application/json", [dumps(_DEMO_FACTS[self.path])])
+    def _route(self) -> None:
+        path = self.head.target
+        if path in _DEMO_FACTS:
+            return self.json(200, _DEMO_FACTS[path])
+        asked, ours = loads(self.body()), path == "/api/chat"
+        lines = _demo_lines(len(asked["messages"]), ("local", "Ollama") if ours else ("cloud", "OpenAI"))
+        head = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": int(time.time()),
+                "model": asked["model"]}
+        chunks = ({**head, **{name: chunk[name] for name in chunk.keys() - {"timings"}}}
+                  for chunk in PROVIDERS["ollama"].decode(lines, ChatRequest("", {"messages": []})))
+        if not (ours or asked.get("stream")):
+            return self.json(200, fold(chunks))
+        self._event_headers = {"Content-Type": "application/x-ndjson"} if ours else EVENT_HEADERS
+        for self._events in lines if ours else itertools.chain(map(sse, chunks), [DONE]):
+            self._flush()
+        self._flush(last=True)
 
-    def do_POST(self) -> None:
-        asked = loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path in _DEMO_FACTS:
-            self.do_GET()
-        elif self.path == "/api/chat":
-            self._send("application/x-ndjson", _demo_ollama(asked))
-        elif asked.get("stream"):
-            self._send("text/event-stream", itertools.chain(map(sse, _demo_openai(asked)), [DONE]))
-        else:
-            self._send("application/json", [dumps(fold(_demo_openai(asked)))])
-
-    def _send(self, kind: str, pieces: Iterable[bytes]) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        with contextlib.suppress(ConnectionError):    # Oblix hung up because its client did
-            for piece in itertools.chain(pieces, [b""]):
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-
-    def log_message(self, format: str, *args: Any) -> None:
+    def _tell(self) -> None:
         """Log nothing: Oblix's own log tells the story."""
 
 
@@ -6850,28 +6382,25 @@ def demo(settings: Settings) -> Iterator[Settings]:
     if not settings.demo:
         yield settings
         return
-    with QuickServer(("127.0.0.1", 0), _DemoHandler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), name="demo", daemon=True).start()
-        url = "http://127.0.0.1:%d" % server.server_address[1]
-        try:
-            yield dataclasses.replace(settings, ollama_host=url, local_model=(), cloud_api_key="",
-                                      cloud_model=(f"openai:demo-cloud@{url}/v1",), openai_api_key="",
-                                      openai_base_url="", anthropic_api_key="", anthropic_base_url="")
-        finally:
-            server.shutdown()
+    server = Listener(("127.0.0.1", 0), Admission(1 << 16, MAX_BODIES_BYTES), Guard(), _DemoHandler)
+    server.thread.start()
+    url = f"http://127.0.0.1:{server.port}"
+    try:
+        yield dataclasses.replace(settings, ollama_host=url, local_model=(), cloud_api_key="",
+                                  cloud_model=(f"openai:demo-cloud@{url}/v1",), openai_api_key="", openai_base_url="",
+                                  anthropic_api_key="", anthropic_base_url="")
+    finally:
+        server.admission.stopping = True
+        server.stop()
 
 
 # === 14. Command line =================================================================================================
 # uses: 1 2 9 11 13
 # What does a person see who starts it?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
 
-SETTLE_S = 0.5    # how long the start waits for the monitors' first word; offline they have none to wait for
-CHECK_S = 6.0     # longer than a probe may take
-CPU_S = 1.3       # until the second sample, the first that knows the CPU's use
 LOG_S = 0.1       # in which the lines of the log are collected, to be written together
 LOG_END_S = 1.0   # for the last of them, and for what is printed
 MAX_LOG_LINES = 10_000
-DRAIN_LOOK_S = 0.05    # between two looks whether all has ended
 HANG_UP = getattr(signal, "SIGHUP", 0)    # the terminal is gone; Windows does not tell
 # After the start it gives back 13 of 32 MiB, after 500 streams 6 of 42; a look takes 0.1 ms.
 TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
@@ -6881,15 +6410,13 @@ FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_pe
 SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
-def base_url_of(settings: Settings, server: Server) -> str:
-    """Return the base URL by which clients reach a server."""
+def start_texts(settings: Settings, server: Server) -> Iterator[str]:
+    """Yield what a start prints: the address at once, and the rest when the monitors could say a first word."""
     host = settings.host.strip("[]")
     host = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    return f"http://{host}:{server.port}/v1"
-
-
-def start_text(settings: Settings, server: Server, base: str) -> str:
-    """Return the lines that a start prints below the address."""
+    base = f"http://{host}:{server.port}/v1"
+    yield f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else "")
+    server.gateway.watch.settle(0.5)
     key = "the key of --api-key" if settings.api_key else "placeholder"
     lines = ["", *findings(server.gateway.health())]
     if settings.no_auth:
@@ -6897,7 +6424,7 @@ def start_text(settings: Settings, server: Server, base: str) -> str:
     lines += ["Use it:", "  from openai import OpenAI", f'  client = OpenAI(base_url="{base}", api_key="{key}")',
               '  print(client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "Hello"}])'
               ".choices[0].message.content)", ""]
-    return "\n".join(lines)
+    yield "\n".join(lines)
 
 
 def findings(health: Json) -> list[str]:
@@ -6940,30 +6467,23 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
     """Run `check`, or begin to serve, which ends the process later: see `run_server`.  Return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     checks = argv[:1] == ["check"]
-
-    def run() -> int:
-        settings = Settings.parse(argv[1:] if checks else argv, os.environ if env is None else env)
-        settings = with_keys_from_files(settings)
-        start_log(settings, os.environ.get("JOURNAL_STREAM", ""))
+    try:
+        settings = with_keys_from_files(Settings.parse(argv[checks:], os.environ if env is None else env))
+        start_log(settings)
         for line in odd_keys(settings):
             log.warning(line)
         return run_check(settings) if checks else run_server(settings)
-
-    return _status_of(run)
-
-
-def _status_of(run: Callable[[], int]) -> int:
-    """Return what `run` returns, or 2 after a line on stderr for a mistake in what was set."""
-    try:
-        return run()
-    except UsageError as error:
-        say(f"oblix: {error}", "stderr")
-        return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Exception:
-        say(traceback.format_exc(), "stderr")
-        return 1
+    except Exception as error:
+        return _status_of(error)
+
+
+def _status_of(error: Exception) -> int:
+    """Say what ended the program, a mistake in what was set in one line.  Return the exit status."""
+    mistake = isinstance(error, UsageError)
+    say(f"oblix: {error}" if mistake else traceback.format_exc(), "stderr")
+    return 2 if mistake else 1
 
 
 def say(text: str, stream: str = "stdout") -> None:
@@ -6987,45 +6507,30 @@ def say(text: str, stream: str = "stdout") -> None:
         setattr(sys, stream, None)
 
 
+@dataclasses.dataclass
 class _LogFormatter(logging.Formatter):
     """Lines for people, for machines (--log-json), or for journald, which has the time already and wants priorities."""
-
-    def __init__(self, as_json: bool, journal: bool) -> None:
-        super().__init__()
-        self._as_json, self._journal = as_json, journal
+    as_json: bool
+    journal: bool
 
     def format(self, record: logging.LogRecord) -> str:
-        message = printable(record.getMessage())
-        trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
-        if self._as_json:
+        lines = [printable(record.getMessage())]
+        if record.exc_info and record.exc_info[0]:    # where it happened, and its kind; its own text may quote a prompt
+            lines += "".join(traceback.format_tb(record.exc_info[2])).splitlines() + [record.exc_info[0].__name__]
+        if self.as_json:
             at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
-            timed = {} if self._journal else {"time": at.isoformat(timespec="milliseconds")}
-            facts = {name: round(value, 3) if isinstance(value, float) else value
-                     for name, value in getattr(record, "facts", {}).items()}
-            return dumps({**timed, "level": record.levelname, "message": "\n".join([message, *trace]),
-                          **facts}).decode()
-        lines = [f"{record.levelname} {message}", *trace]
-        if not self._journal:
-            return f"{local_time(int(record.created))},{int(record.msecs):03} " + "\n".join(lines)
-        priority = SYSLOG.get(record.levelname, 7)
-        return "\n".join(f"<{priority}>{line}" for line in lines)    # each line is an entry of its own there
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name for it
-        """Return where it happened, and of which kind; its own text may quote a prompt."""
-        return "".join(traceback.format_tb(ei[2])) + str(ei[0].__name__)
-
-
-@functools.lru_cache(1)
-def local_time(second: int) -> str:
-    """Return a unix time as logs have it."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+            return dumps({"time": at.isoformat(timespec="milliseconds"), "level": record.levelname,
+                          "message": "\n".join(lines), **getattr(record, "facts", {})}).decode()
+        lines[0] = f"{record.levelname} {lines[0]}"
+        if self.journal:    # each line is an entry of its own there
+            return "\n".join(f"<{SYSLOG.get(record.levelname, 7)}>{line}" for line in lines)
+        return f"{self.formatTime(record)} " + "\n".join(lines)
 
 
 class _LogWriter(logging.Handler):
     """Writes lines on a thread of its own, those of LOG_S together: no request waits for the disk or the terminal.
 
-    Where nobody takes the log any more its oldest lines are dropped.  (A buffered stream would be simpler.  But while
-    its buffer is full each request would wait, and a write to it holds the handler's lock.)
+    Where nobody takes the log its oldest lines are dropped: while a buffered stream is full each request would wait.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -7057,15 +6562,14 @@ class _LogWriter(logging.Handler):
         super().close()
 
 
-def start_log(settings: Settings, journal_stream: str) -> None:
-    """Log to stderr; `journal_stream` is systemd's word for where that goes (systemd.exec(5), JOURNAL_STREAM)."""
-    # None where it is closed, as pythonw has it.
-    handler = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii"))
-    journal = False
+def start_log(settings: Settings) -> None:
+    """Log to stderr."""
+    handler = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii"))    # None where it is closed
+    handler.setFormatter(_LogFormatter(settings.log_json, journal=False))
     with contextlib.suppress(OSError, ValueError):    # a stderr that is not a file
         stderr = os.fstat(handler.stream.fileno())
-        journal = journal_stream == f"{stderr.st_dev}:{stderr.st_ino}"
-    handler.setFormatter(_LogFormatter(settings.log_json, journal))
+        if os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}":    # systemd.exec(5)
+            handler.setFormatter(_LogFormatter(settings.log_json, journal=True))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     # What no line shows need not be found out for each (logging's documentation, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -7079,7 +6583,10 @@ def run_server(settings: Settings) -> int:
     waiting = catch_signals()    # which only the main thread may do; when the script has ended it waits for ours
 
     def run() -> None:
-        status = _status_of(lambda: _serve(settings, waiting))
+        try:
+            status = _serve(settings, waiting)
+        except Exception as error:
+            status = _status_of(error)
         for handler in logging.root.handlers:    # os._exit leaves out what writes the last lines
             handler.close()
         os._exit(status)
@@ -7107,10 +6614,8 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
     """Serve until `waiting` gets a signal.  Return 0, or 128 more than a second signal that ended what ran."""
     raise_file_limit(4 * settings.max_requests + 256)    # for each two connections of clients, and two upstream
     with demo(settings) as settings, running(settings) as server:
-        base = base_url_of(settings, server)
-        say(f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else ""))
-        server.gateway.watch.settle(SETTLE_S)
-        say(start_text(settings, server, base))
+        for text in start_texts(settings, server):
+            say(text)
         while not signal_within(waiting, TIDY_S):
             with contextlib.suppress(ImportError, OSError, AttributeError):    # only glibc has it
                 import ctypes
@@ -7118,7 +6623,7 @@ def _serve(settings: Settings, waiting: socket.socket) -> int:
         log.info("stopping; what runs has %g s (--drain), and a second signal ends it at once", settings.drain)
 
         def hurried() -> int:
-            number = signal_within(waiting, DRAIN_LOOK_S)
+            number = signal_within(waiting, 0.05)
             return number if number != HANG_UP else 0    # a terminal that closes sends two, or systemd one as well
 
         again = server.drain(settings.drain, hurried)
@@ -7139,23 +6644,19 @@ def raise_file_limit(wanted: int) -> None:
     # Windows has no such limit, and macOS may allow less than it says.
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        if soft != resource.RLIM_INFINITY and soft < allowed:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)    # -1, or a huge number, where there is no limit
+        if 0 <= soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
 def run_check(settings: Settings) -> int:
-    """Print what is found and what `auto` would do.  Return 0 if a request would be answered, else 1.
-
-    Raise UsageError.
-    """
+    """Print what is found and what `auto` would do.  Return 0 if it would answer, else 1.  Raise UsageError."""
     guard_of(settings)    # a mistake in who may ask is one that a start would find
     with demo(settings) as settings, contextlib.closing(
             Gateway(dataclasses.replace(settings, warm_up="never"))) as gateway:
         gateway.watch.start()
-        gateway.watch.settle(CHECK_S)
-        time.sleep(CPU_S)
+        gateway.watch.settle(6.0)    # longer than a probe may take
+        time.sleep(1.3)              # until the second sample, the first that knows the CPU's use
         health = gateway.health()
     say("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
     return 0 if health["status"] == "healthy" and health["plan"]["order"] else 1
