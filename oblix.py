@@ -2725,8 +2725,6 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
             usage = choice.pop("usage", None) or usage    # Kimi
         if usage and isinstance(usage, dict):
             prompt, completion, total = (usage.get(name) or 0 for name in _COUNTS)
-            if max(prompt, completion) >= MOST_TOKENS:
-                raise ValueError("a count of tokens out of range")
             counts = prompt, completion, total or prompt + completion    # MiniMax tells the total alone
             counted = {**chunk, "choices": [], "usage": {**usage, **dict(zip(_COUNTS, counts))}}
         chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
