@@ -2306,6 +2306,11 @@ class Provider:
         """
         return in_order(self.chunks(lines, request), request)
 
+    def whole(self, raw: bytes, request: ChatRequest) -> Json:
+        """Return the answer in a whole body as OpenAI's reference has it.  Raises as `decode`."""
+        answer = None if _EVENTS.match(raw) else object_in(raw)    # some servers stream unasked
+        return answer if answer and is_in_order(answer) else fold(self.decode(raw.splitlines(), request))
+
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         """Return the endpoint's models; `known` keeps their details.  Raises what `ask` raises, NOT_IN_ITS_FORMAT."""
         return tuple(Model(str(item["id"]), created_at(item.get("created") or item.get("created_at")))
@@ -2739,6 +2744,22 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
 
 
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+
+
+def is_in_order(answer: Json) -> bool:
+    """Return True if a whole answer is as `in_order` and `fold` would make it, as most are: these two take 20 us."""
+    return (_ERRORS.isdisjoint(answer) and answer.get("object") == "chat.completion" and bool(answer.get("choices"))
+            and isinstance(answer.get("usage"), dict) and not set(_COUNTS).difference(answer["usage"]) and all(
+                type(choice.get("index")) is int and isinstance(message.get("content"), str)
+                and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
+                and choice.get("logprobs", 0) is None and "error" not in choice
+                and "refusal" in message and _REMADE.isdisjoint(message)
+                for choice in answer["choices"] for message in [choice.get("message") or {}]))
+
+
+_ERRORS = frozenset({"error", "errors", "base_resp"})
+_PLAIN_ENDS = ("stop", "length", "content_filter")
+_REMADE = frozenset({"tool_calls", "function_call", "reasoning", "reasoning_content"})    # may have to change
 
 
 class _Choice:
@@ -4722,7 +4743,9 @@ class Ledger:
 
     def settle(self, target: Target, error: UpstreamError | None) -> Breaker:
         """Note that an attempt has failed, or with None succeeded.  Return the target's breaker of before."""
-        now = self.clock()
+        now, known = self.clock(), self.record(target).breaker
+        if not error and not known.failures:    # nearly always
+            return known
         return self._update(target, lambda record: record._replace(
             breaker=record.breaker.failed(error, now) if error else Breaker())).breaker
 
@@ -5252,8 +5275,11 @@ class Dispatch:
 
     def _attempt(self, target: Target) -> Result:
         """Try one target, up to its first content, or to its end where the client wants a whole answer."""
-        held, stream = self._begun(self._request, target)
-        whole = None if self._request.stream else fold(itertools.chain(held, stream))
+        if self._request.stream or PROVIDERS[target.endpoint.provider].translates:
+            held, stream = self._begun(self._request, target)
+            whole = None if self._request.stream else fold(itertools.chain(held, stream))
+        else:
+            whole = self._whole(self._request, target)
         self._gateway.watch.tell(target.endpoint, lost=False)
         reasons = [f"{tried.target.id}: {tried.error.brief}" for tried in self._failed]
         told = target, "; ".join([*reasons, self._plan.reason]), len(reasons) + 1
@@ -5316,7 +5342,7 @@ class Dispatch:
         return wait_for(event, min(limit_s, self._until - time.monotonic()), self._look)
 
     def _stream(self, request: ChatRequest, target: Target) -> Stream:
-        """Yield the chunks of a target's answer, all with one id, time and model.
+        """Yield the chunks of a target's streamed answer, all with one id, time and model.
 
         After the first content, events that say a text and nothing else come as bytes that are ready for the client.
         """
@@ -5324,11 +5350,10 @@ class Dispatch:
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
         frame: tuple[bytes, bytes] | None = None
-        streamed = request.stream or provider.translates
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
             with self._exchange(request, target) as (answer, started):
-                for chunk in _decoded(answer, streamed, provider, request):
+                for chunk in _decoded(answer, provider, request):
                     if isinstance(chunk, Texts) and frame:
                         before, after = frame
                         yield before + (after + before).join(chunk) + after
@@ -5346,8 +5371,19 @@ class Dispatch:
                 answer.ended = True
         finally:    # a client that has read enough has seen how fast it was
             if begun:
-                first_s, since = (begun - started, begun) if streamed else (None, started)
-                self._learn(request, target, first_s, tokens, time.monotonic() - since, timings)
+                self._learn(request, target, begun - started, tokens, time.monotonic() - begun, timings)
+
+    def _whole(self, request: ChatRequest, target: Target) -> Json:
+        """Return the whole answer of a target that was asked for one.  Raise UpstreamError, also for an empty one."""
+        with self._exchange(request, target) as (answer, started):
+            raw = answer.body()
+            with _in_its_format():
+                whole = PROVIDERS[target.endpoint.provider].whole(raw, request)
+        said: Iterator[Chunk] = ({"choices": [{**choice, "delta": choice["message"]}]} for choice in whole["choices"])
+        if self._others and is_empty(said):
+            raise UpstreamError("the answer was empty", code="empty_answer")
+        self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
+        return {**whole, **_envelope(whole, target.id), "object": "chat.completion"}
 
     def _learn(self, request: ChatRequest, target: Target, first_s: float | None, tokens: int, seconds: float,
                timings: Any) -> None:
@@ -5477,12 +5513,19 @@ class Dispatch:
         return None
 
 
-def _decoded(answer: Answer, streamed: bool, provider: Provider, request: ChatRequest) -> Iterator[Any]:
-    """Yield the chunks of an answer, and the Texts in it."""
-    try:    # not around what we do with them: a bug of ours is no fault of an upstream
-        yield from provider.decode(answer.lines() if streamed else answer.body().splitlines(), request)
+@contextlib.contextmanager
+def _in_its_format() -> Iterator[None]:
+    """Turn the errors of a block that reads an answer into a fault of the upstream."""
+    try:
+        yield
     except NOT_IN_ITS_FORMAT as error:
         raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
+
+
+def _decoded(answer: Answer, provider: Provider, request: ChatRequest) -> Iterator[Any]:
+    """Yield the chunks of a streamed answer, and the Texts in it."""
+    with _in_its_format():    # not around what we do with them: a bug of ours is no fault of an upstream
+        yield from provider.decode(answer.lines(), request)
 
 
 def conversation_of(request: ChatRequest) -> int:
