@@ -12077,6 +12077,27 @@ class Crowded(Case):
             crowd.append(client)
         return crowd
 
+    def test_answers_without_end_that_have_to_be_read_keep_nobody_waiting(self):
+        """With `--on-cut continue` each piece is read, which keeps the interpreter busy."""
+        def drain(client):
+            with contextlib.suppress(OSError):    # it is closed at the end
+                while client.recv(65536):
+                    pass
+
+        with Upstream(OPENAI, endless(0.0)) as upstream, running(upstream, flags=["--on-cut=continue"]) as server, \
+                contextlib.ExitStack() as clients:
+            for _ in range(4):
+                client = clients.enter_context(connected(server))
+                clients.callback(client.shutdown, socket.SHUT_RDWR)
+                client.sendall(post(chat(upstream.target, stream=True)))
+                upstream.next_request()
+                threading.Thread(target=drain, args=(client,)).start()
+            upstream.play(answer(Text("Hello")))
+            self.answered(ask(server, upstream.target), "Hello")
+            for path in ("/health", "/v1/models"):
+                self.assertEqual(fetch(server, "GET", path).status, 200)
+            self.assertEqual(health(server)["targets"][0]["in_flight"], 4, "the streams go on")
+
     def test_a_crowd_that_asks_nothing_keeps_nobody_out(self):
         def flooded(_, data):
             gate = threading.Event()
