@@ -4001,11 +4001,11 @@ class Refusals(Case):
         def took_s(number):
             calls = [{"function": {"name": "f%d" % (place % 9)}} for place in range(number)]
             results = [{"role": "tool", "name": "f%d" % (place % 9)} for place in range(number)]
-            begun = time.process_time()
+            begun = time.thread_time()
             sent = oblix.without_deprecated([{"role": "assistant", "tool_calls": calls}, *results])
             self.assertEqual(len({message["tool_call_id"] for message in sent[1:]}), number)
-            return time.process_time() - begun
-        self.assertLess(took_s(16_000) / max(took_s(1000), took_s(1000)), 80)    # 16; by the square 256
+            return time.thread_time() - begun
+        self.assertLess(took_s(64_000) / max(took_s(1000), took_s(1000)), 1000)    # 64; by the square 4096
 
     def test_a_named_provider_says_which_parameter_it_cannot_honour(self):
         for dialect, rows in REFUSALS.items():
