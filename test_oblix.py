@@ -17015,7 +17015,7 @@ def tearDownModule():
 
 ALONE = OwnWork, Burner, RealModel    # they measure, or need, the whole machine
 LONGEST = (FaultMatrix, Siege, Deployed, Fuzz, Soak, Upstreams, Slow, Crowded, LeftBehind, Stopping, Logs, Hostile,
-           UnreadStreams, UnreadOverTls, Burner)
+           UnreadStreams, UnreadOverTls, TransportOverTls, CommandLine, LogWriter, Burner)
 
 
 def load_tests(_loader, classes, _pattern):
