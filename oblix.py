@@ -483,7 +483,7 @@ def host_in(url: str) -> str:
 
 @functools.lru_cache(64)
 def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return the address that a host is, whoever runs the DNS, or None (RFC 6761, 6.3: localhost is loopback)."""
+    """Return the address that a host is without asking DNS, or None (RFC 6761, 6.3: localhost is loopback)."""
     if re.fullmatch(r"(?:.+\.)?localhost|127(?:\.[0-9]+){1,2}", host):    # every system makes 127.0.0.1 of 127.1
         host = "127.0.0.1"
     try:
@@ -845,7 +845,7 @@ class Guard:
         if head.authority and not host:
             raise BadRequest("The Host header is not `host` or `host:port` (RFC 9112, 3.2).", code="bad_request")
         # Containers call the host host.docker.internal and the like.  Nobody on the internet can have a name below
-        # .internal, but who runs the network's DNS can: `welcomes` refuses the requests of such a page.
+        # .internal, but the operator of the network's DNS can: `welcomes` refuses the requests of such a page.
         if not self.key and head.authority is not None and not (self._is_own(host) or host.endswith(".internal")):
             # For the browser, a page whose own name leads here (DNS rebinding) is of the same origin.
             raise BadRequest("The Host header is none of this server's names. Use localhost or an IP address, or start "
@@ -859,7 +859,7 @@ class Guard:
                              code="invalid_api_key", retry=False)
 
     def _is_own(self, host: str) -> bool:
-        """Return True if a host means this server, whoever runs the DNS."""
+        """Return True if a host means this server, without asking DNS."""
         return host in self.names or address_of(host) is not None
 
     def welcomes(self, head: Head) -> bool:
@@ -2025,21 +2025,21 @@ def _barred(target: Target, reading: Reading | None, model: Model | None, free: 
 
     A model that does not fit into the free memory is one: Ollama counts exactly, and the swap, and a Mac frees more.
     """
-    use = Eligibility.NO
+    def out(state: str, advice: str, use: Eligibility = Eligibility.NO) -> Condition:
+        return Condition(state, advice, Level.OUT, use)
+
     if target.endpoint.lacks_key:
-        found = "no key", f"no key: set {target.endpoint.key_variable}"
-    elif target.endpoint.provider != "ollama" or reading is None or reading.models is None:
+        return out("no key", f"no key: set {target.endpoint.key_variable}")
+    if target.endpoint.provider != "ollama" or reading is None or reading.models is None:
         return None
-    elif not model:
-        found = "not installed", f"not installed: run `ollama pull {target.model}`"
-    elif model.remote and target.side is Side.LOCAL:
-        found = "remote", "answered by ollama.com, so it is not a local model: name it with --cloud-model"
-    elif model.cold and free is not None and model.size > free:
-        use = Eligibility.LAST_RESORT
-        found = "too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-    else:
-        return None
-    return Condition(*found, Level.OUT, use)
+    if not model:
+        return out("not installed", f"not installed: run `ollama pull {target.model}`")
+    if model.remote and target.side is Side.LOCAL:
+        return out("remote", "answered by ollama.com, so it is not a local model: name it with --cloud-model")
+    if model.cold and free is not None and model.size > free:
+        return out("too large", f"would not fit: it takes {model.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+                   Eligibility.LAST_RESORT)
+    return None
 
 
 def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
@@ -2560,19 +2560,20 @@ def _said(body: Any) -> Iterator[tuple[str, str]]:
             body = loads(body)
     if isinstance(body, str) and body.strip():
         yield "message", body.strip()
-    elif isinstance(body, list):
-        for item in body:
-            yield from _said(item)
-    elif isinstance(body, dict) and isinstance(body.get("loc"), list):    # FastAPI's validation
+    for item in body if isinstance(body, list) else ():
+        yield from _said(item)
+    if not isinstance(body, dict):
+        return
+    if isinstance(body.get("loc"), list):    # FastAPI's validation
         yield "message", f"{'.'.join(str(part) for part in body['loc'] if part != 'body')}: {body.get('msg')}"
-    elif isinstance(body, dict):
-        for name, field in _NAMES.items():
-            if re.fullmatch(r"[\w.\[\]-]{1,100}", str(body.get(name) or "")):    # and not a sentence of a prompt
-                yield field, str(body[name])
-        for name in _TEXTS:
-            yield from _said(body.get(name))
-        if "signin_url" in body:    # Ollama, asked for a model of ollama.com
-            yield "message", "run `ollama signin` where Ollama runs"
+        return
+    for name, field in _NAMES.items():
+        if re.fullmatch(r"[\w.\[\]-]{1,100}", str(body.get(name) or "")):    # and not a sentence of a prompt
+            yield field, str(body[name])
+    for name in _TEXTS:
+        yield from _said(body.get(name))
+    if "signin_url" in body:    # Ollama, asked for a model of ollama.com
+        yield "message", "run `ollama signin` where Ollama runs"
 
 
 _NAMES = {"type": "type", "code": "code", "error_code": "code", "reason": "code", "param": "param"}
@@ -2748,8 +2749,9 @@ _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 def is_in_order(answer: Json) -> bool:
     """Return True if a whole answer is as `in_order` and `fold` would make it, as most are: these two take 20 us."""
+    usage = answer.get("usage")
     return (_ERRORS.isdisjoint(answer) and answer.get("object") == "chat.completion" and bool(answer.get("choices"))
-            and isinstance(answer.get("usage"), dict) and not set(_COUNTS).difference(answer["usage"]) and all(
+            and isinstance(usage, dict) and all(type(usage.get(name)) is int for name in _COUNTS) and all(
                 type(choice.get("index")) is int and isinstance(message.get("content"), str)
                 and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
                 and choice.get("logprobs", 0) is None and "error" not in choice
@@ -3698,15 +3700,14 @@ class Claude(Provider):
             if kind.startswith("content_block_"):
                 yield from self._said(event, blocks, own)
             elif kind in ("message", "message_start"):    # whole, or streamed
-                if blocks:    # a relay that began anew after it had failed
+                if blocks:    # a relay that failed and started over
                     raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
                 stop = event if kind == "message" else event.get("message") or {}
                 usage.update(stop.get("usage") or {})
                 yield chunk_of(content="")
-                for index, block in enumerate(event.get("content") or ()):
-                    for end in ("start", "stop"):
-                        yield from self._said({"type": f"content_block_{end}", "index": index, "content_block": block},
-                                              blocks, own)
+                for index, end in itertools.product(range(len(event.get("content") or ())), ("start", "stop")):
+                    part = {"type": f"content_block_{end}", "index": index, "content_block": event["content"][index]}
+                    yield from self._said(part, blocks, own)
             elif kind == "message_delta":
                 stop = {**stop, **(event.get("delta") or {})}
                 usage.update({name: count for name, count in (event.get("usage") or {}).items() if count is not None})
@@ -4013,7 +4014,7 @@ class Errand:
 
 
 class Errands:
-    """Work of one kind, each piece of it done once for all who want it at the same time, whoever of them leaves."""
+    """Work of one kind.  Callers that want the same piece at a time share it; one that leaves does not end it."""
 
     def __init__(self, work: Callable[..., Any]) -> None:
         self._work = work
@@ -6185,7 +6186,7 @@ class Listener(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def handle_timeout(self) -> None:
-        """Note that nobody is waiting who came before the stop."""
+        """Note that no client is left in the kernel's queue."""
         self._is_done = not self.timeout
 
     def get_request(self) -> Any:
@@ -6333,7 +6334,7 @@ def running(settings: Settings) -> Iterator[Server]:
 
 # === 12. Page =========================================================================================================
 # uses: nothing; pure
-# What does a person see who opens the address in a browser?  /health, in words; the page asks for nothing else.
+# What does a browser show at the address?  /health, in words; the page asks for nothing else.
 
 PAGE_HEADERS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
                 "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
@@ -6372,7 +6373,7 @@ show(); setInterval(show, 3000);
 
 # === 13. Demo =========================================================================================================
 # uses: 1 2 3 6 10 11
-# What can a newcomer run who has neither Ollama nor a key?  A server on a loopback port that speaks Ollama's and
+# What can a newcomer run without Ollama and without a key?  A server on a loopback port that speaks Ollama's and
 # OpenAI's formats, and answers from a script.
 
 DEMO_TEXT = "A scripted answer by the demo's {} model, in {}'s wire format, to {} message(s)."
@@ -6437,7 +6438,7 @@ def demo(settings: Settings) -> Iterator[Settings]:
 
 # === 14. Command line =================================================================================================
 # uses: 1 2 9 11 13
-# What does a person see who starts it?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
+# What does a person see at the start?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
 
 LOG_S = 0.1       # in which the lines of the log are collected, to be written together
 LOG_END_S = 1.0   # for the last of them, and for what is printed
@@ -6692,7 +6693,7 @@ def raise_file_limit(wanted: int) -> None:
 
 def run_check(settings: Settings) -> int:
     """Print what is found and what `auto` would do.  Return 0 if it would answer, else 1.  Raise UsageError."""
-    guard_of(settings)    # a mistake in who may ask is one that a start would find
+    guard_of(settings)    # a start would refuse mistakes in the access settings, too
     with demo(settings) as settings, contextlib.closing(
             Gateway(dataclasses.replace(settings, warm_up="never"))) as gateway:
         gateway.watch.start()

@@ -5438,6 +5438,7 @@ class InOrder(Case):
     def test_usage_has_its_three_counts_and_comes_once(self):
         for usage, counts in (({"total_tokens": 5}, (0, 0, 5)),
                               ({"prompt_tokens": 3, "completion_tokens": None}, (3, 0, 3)),
+                              ({"prompt_tokens": 3, "completion_tokens": None, "total_tokens": 3}, (3, 0, 3)),
                               ({"prompt_tokens": 3, "completion_tokens": 2, "own": 1}, (3, 2, 5))):
             last = OPENAI.chunk([{"index": 0, "delta": {}, "finish_reason": "stop", "usage": usage}])    # Kimi's place
             for events in (as_events({"content": "a"}, usage=usage),
@@ -5448,7 +5449,9 @@ class InOrder(Case):
                     self.answered(reply, "a")
                     self.assertEqual((told[:-1], reply.chunks[-1]["choices"]), ([None] * (len(told) - 1), []))
                     self.assertEqual(told[-1], {**usage, **dict(zip(COUNTS, counts))})
-            told = self.said(OPENAI, as_whole({"content": "a"}, usage=usage), False).json["usage"]
+            body = as_whole({"content": "a", "refusal": None}, usage=usage)
+            body["choices"][0]["logprobs"] = None    # so that it is in order but for its usage
+            told = self.said(OPENAI, body, False).json["usage"]
             self.assertEqual(told, {**usage, **dict(zip(COUNTS, counts))})
 
     def test_a_whole_answer_that_is_in_order_keeps_its_fields(self):
