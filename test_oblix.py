@@ -330,6 +330,21 @@ class ClaudeDialect:
     def event(self, name, **data):
         return data_event({"type": name, **data}, name)
 
+    def whole(self, saying):
+        content = []
+        for event in self._blocks(saying.pieces):
+            event = json.loads(event.partition(b"data: ")[2])
+            if event["type"] == "content_block_start":
+                content.append({**event["content_block"], "json": ""})
+            for name, value in event.get("delta", {}).items():
+                place = {"partial_json": "json"}.get(name, name)
+                if name != "type":
+                    content[-1][place] = content[-1][place] + value if place != "signature" else value
+        for block in content:
+            said = block.pop("json")
+            block.update({"input": json.loads(said or "{}")} if block["type"] == "tool_use" else {})
+        return {**self._message(saying), "content": content}
+
     def _message(self, saying):
         cached = saying.prompt_tokens // 2  # input_tokens leaves out what came from the cache
         usage = {"input_tokens": saying.prompt_tokens - cached, "cache_read_input_tokens": cached,
@@ -10089,6 +10104,352 @@ LIMITS = [  # what the README's table of limits says, and the numbers in it
     ("| %s | the others are left out |", oblix.MAX_MODELS), ("| %s each | the oldest", oblix.MAX_REMEMBERED),
     ("| %s, for %s s each |", oblix.MAX_IDLE, oblix.IDLE_S),
 ]
+
+
+# === 11. Fronts: the contract every one keeps =========================================================================
+# One run for all of them: the same answer must look the same to the clients of every API, whoever gives it.
+# A front's class says how that API is spoken: a request, a whole answer and a stream as a `Seen`, an error.
+
+class Seen(NamedTuple):
+    """What a client was told."""
+    text: str
+    thought: str
+    calls: list     # [name, arguments], in their order
+    finish: str     # stop | length | tool_calls
+    usage: tuple    # tokens of the prompt, of the answer
+
+
+class FrontContract:
+    """What holds for each front.  A subclass speaks its API: the methods below that raise, and `whole_body`."""
+    path = front = ""
+
+    def body(self, model, stream=False, tools=(), **fields):
+        """A request that says "Hi", may call these tools of TOOLS, and asks for the usage."""
+        raise NotImplementedError
+
+    def of_whole(self, body):
+        """What a whole answer tells."""
+        raise NotImplementedError
+
+    def of_stream(self, data):
+        """What a stream's bytes tell, once they are asserted to be in the API's own order, up to where they end."""
+        raise NotImplementedError
+
+    def is_complete(self, data):
+        """True if the API's clients take a stream of these bytes for a whole one."""
+        raise NotImplementedError
+
+    def error_in(self, body):
+        """The message in an error's body, once it is asserted to have the API's shape."""
+        raise NotImplementedError
+
+    def error_events(self, data):
+        """The bodies of the errors within a stream."""
+        raise NotImplementedError
+
+    def full(self):
+        """A request with every field that the front reads, to be damaged."""
+        raise NotImplementedError
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = [cls.keep(Upstream(dialect)) for dialect in DIALECTS]
+        cls.server = cls.keep(running(*cls.upstreams))
+
+    def asks(self, model="auto", stream=False, server=None, headers=(), **fields):
+        return self.sends(json.dumps(self.body(model, stream, **fields)), server, headers)
+
+    def sends(self, data, server=None, headers=(), path="", method="POST"):
+        return fetch(server or self.server, method, path or self.path, data,
+                     {"Content-Type": "application/json", **dict(headers)})
+
+    def play(self, *scripts):
+        for upstream in self.upstreams:
+            upstream.play(*scripts)
+
+    def told(self, reply):
+        """What a good answer tells."""
+        self.assertEqual((reply.status, reply.cut), (200, False), reply.body)
+        kind = reply.headers["Content-Type"].split(";")[0]
+        if kind == "application/json":
+            return self.of_whole(reply.json)
+        self.assertEqual(kind, oblix.FRONTS[self.path.replace("/v1", "")].events.split(";")[0])
+        self.assertTrue(self.is_complete(reply.body), reply.body)
+        return self.of_stream(reply.body)
+
+    def failed(self, reply, statuses, says=""):
+        """A refusal, in the API's shape."""
+        self.assertIn(reply.status, statuses if isinstance(statuses, (set, range)) else {statuses}, reply.body)
+        self.assertEqual(reply.headers["Content-Type"].split(";")[0], "application/json")
+        self.assertIn(says.lower(), self.error_in(reply.json).lower())
+        return reply
+
+    def test_a_whole_answer_is_the_fold_of_the_stream_whoever_gives_it(self):
+        self.play(answer(*RICH, usage=(9, 7)))
+        wanted = Seen(text_of(Saying(RICH, "", 0, 0)), "hm, well", [[FIND.name, FIND.arguments], [NOW.name, {}]],
+                      "tool_calls", (9, 7))
+        for upstream, stream in itertools.product(self.upstreams, (False, True)):
+            with self.subTest(upstream.target, stream=stream):
+                reply = self.asks(upstream.target, stream, tools=TOOLS)
+                self.assertEqual(self.told(reply), wanted)
+                self.assertEqual(reply.headers["x-oblix-model"], upstream.target)
+
+    def test_bytes_may_be_cut_anywhere(self):
+        for upstream, size, stream in itertools.product(self.upstreams, (1, 7), (False, True)):
+            upstream.play(answer(*RICH, split=size))
+            with self.subTest(upstream.target, size=size, stream=stream):
+                told = self.told(self.asks(upstream.target, stream, tools=TOOLS))
+                self.assertEqual((told.text, told.thought), (text_of(Saying(RICH, "", 0, 0)), "hm, well"))
+
+    def test_many_texts_that_pass_unread_are_the_same_text(self):
+        words = ["Grüße ", "\"a\\b\" ", "x\ny "] * 9
+        for upstream in self.upstreams:
+            upstream.play(answer(Think("hm"), *map(Text, words), split=4096))
+            told = self.told(self.asks(upstream.target, True))
+            self.assertEqual((told.text, told.thought, told.finish), ("".join(words), "hm", "stop"))
+
+    def test_calls_whose_pieces_interleave_come_apart(self):
+        pieces = [(0, "find", '{"q": '), (1, "now", '{"a": '), (0, None, '"x"}'), (1, None, "1"), (0, None, " "),
+                  (1, None, "}")]
+        deltas = [{"tool_calls": [{"index": index, **({"id": f"call_{index}", "type": "function"} if name else {}),
+                                   "function": {**({"name": name} if name else {}), "arguments": text}}]}
+                  for index, name, text in pieces]
+        chunks = [OPENAI.chunk([{"index": 0, "delta": delta, "finish_reason": None}]) for delta in deltas]
+        chunks.append(OPENAI.chunk([{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]))
+        self.upstreams[1].play(streamed(OPENAI, [*map(data_event, chunks), b"data: [DONE]\n\n"]))
+        told = self.told(self.asks(self.upstreams[1].target, True, tools=TOOLS))
+        self.assertEqual((told.calls, told.finish), ([["find", {"q": "x"}], ["now", {"a": 1}]], "tool_calls"))
+
+    def test_why_an_answer_ended_is_told(self):
+        for finish, stream in itertools.product(("stop", "length"), (False, True)):
+            self.play(answer(Text("Hello, wor"), finish=finish))
+            for upstream in self.upstreams:
+                told = self.told(self.asks(upstream.target, stream))
+                self.assertEqual((told.text, told.finish), ("Hello, wor", finish))
+
+    def test_the_next_target_answers_in_one_stream_with_one_beginning(self):
+        for failing_first in ([self.upstreams[0]], self.upstreams[:2]):
+            self.play(answer(Text("Hello")))
+            for upstream in failing_first:
+                upstream.play(lambda dialect, _: whole(503, dialect.error("overheated")))
+            for stream in (False, True):
+                with running(*self.upstreams) as server:
+                    reply = self.asks("auto", stream, server)
+                self.assertEqual(self.told(reply)[:4], ("Hello", "", [], "stop"))
+                self.assertNotEqual(reply.headers["x-oblix-model"], self.upstreams[0].target)
+        self.play(answer(Text("Hello")))
+
+    def test_a_cut_answer_never_looks_complete(self):
+        for upstream, end in itertools.product(self.upstreams, (CLOSE, RESET, "error")):
+            upstream.play(lambda dialect, _, end=end: [*upto(dialect, "Hello"), *(
+                [chunk(dialect.error_event("overheated")), CLOSE] if end == "error" else [end])])
+            with self.subTest(upstream.target, end=end):
+                with self.assertLogs("oblix", "WARNING"):
+                    reply = self.asks(upstream.target, True)
+                self.assertEqual(reply.status, 200)
+                self.assertFalse(self.is_complete(reply.body), reply.body)
+                self.assertTrue(reply.cut)
+                [error] = self.error_events(reply.body)
+                self.assertTrue(self.error_in(error))
+                self.assertEqual(self.of_stream(reply.body).text, "Hello")
+            upstream.play(answer(Text("Hello")))
+
+    def test_every_status_of_an_upstream_has_the_api_s_shape(self):
+        for (status, seen, _), upstream in itertools.product(STATUSES, self.upstreams):
+            upstream.play(failing(status))
+            for stream in (False, True):
+                with self.subTest(upstream.target, status=status, stream=stream), mock.patch.object(oblix.log, "error"):
+                    self.failed(self.asks(upstream.target, stream), seen, "the reason why")
+        self.play(answer(Text("Hello")))
+
+    def test_what_oblix_refuses_has_the_api_s_shape(self):
+        self.failed(self.asks("no-such-model"), 404, "no-such-model")
+        self.failed(self.sends(b"{"), 400, "json")
+        self.failed(self.sends(b"[]"), 400, "json")
+        self.failed(self.sends(b"{}"), 400, "missing")
+        self.failed(self.sends(None, method="DELETE"), 405)
+        self.failed(self.sends(b"{}", headers={"Content-Encoding": "gzip"}), 415)
+        with running(*self.upstreams, flags=["--api-key=k", "--max-body-mib=1"], probed=False) as server:
+            self.failed(self.asks(server=server), 401, "key")
+            for name, key in (("Authorization", "Bearer k"), ("api-key", "k"), ("x-api-key", "k")):
+                self.assertEqual(self.asks(server=server, headers={name: key}).status, 200)
+            self.failed(self.sends(b" " * (1 << 21), server, {"api-key": "k"}), 413)
+
+    def test_no_body_makes_a_500(self):
+        chance, full = random.Random(3), self.full()
+        bodies = [{**full, name: wrong} for name, wrong in itertools.product(full, WRONG)]
+        for _ in range(200):
+            body = full
+            for _ in range(chance.choice((1, 1, 2))):
+                body = changed(body, chance.choice(places(body)[1:]), chance.choice(WRONG))
+            bodies.append(body)
+        for body, reply in zip(bodies, at_once(self.sends, [(json.dumps(body),) for body in bodies])):
+            with self.subTest(body=str(body)[:999]):
+                if reply.status == 200:
+                    self.told(reply)
+                else:
+                    self.failed(reply, range(400, 500))
+
+    def test_the_log_names_the_front(self):
+        with self.assertLogs("oblix", "INFO") as logs:
+            self.asks()
+            eventually(lambda: logs.records)
+        self.assertIn(self.front, [getattr(record, "facts", {}).get("front") for record in logs.records])
+
+
+class ChatKeepsTheContract(FrontContract, Case):
+    path, front = "/v1/chat/completions", "chat"
+
+    def body(self, model, stream=False, tools=(), **fields):
+        usage = {"stream_options": {"include_usage": True}} if stream else {}
+        return chat(model, stream=stream, **usage, **({"tools": tools} if tools else {}), **fields)
+
+    def of_whole(self, body):
+        [choice] = body["choices"]
+        return self.of_message(choice["message"], choice["finish_reason"], body["usage"])
+
+    def of_message(self, message, finish, usage):
+        calls = [call["function"] for call in message.get("tool_calls") or []]
+        return Seen(message.get("content") or "", message.get("reasoning_content") or "",
+                    [[call["name"], json.loads(call["arguments"])] for call in calls], finish,
+                    (usage.get("prompt_tokens"), usage.get("completion_tokens")))
+
+    def events(self, data):
+        return [event[len("data: "):] for event in data.decode().split("\n\n") if event.startswith("data: ")]
+
+    def of_stream(self, data):
+        chunks = [json.loads(event) for event in self.events(data) if event != "[DONE]"]
+        choices = [choice for part in chunks for choice in part.get("choices", [])]
+        finish = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
+        usage = [part["usage"] for part in chunks if part.get("usage")]
+        return self.of_message(joined([choice["delta"] for choice in choices]), *finish or [None], *usage or [{}])
+
+    def is_complete(self, data):
+        return self.events(data)[-1] == "[DONE]"
+
+    def error_in(self, body):
+        self.assertEqual(list(body), ["error"])
+        self.shaped(body["error"])
+        return body["error"]["message"]
+
+    def error_events(self, data):
+        bodies = [json.loads(event) for event in self.events(data) if event != "[DONE]"]
+        return [body for body in bodies if "error" in body]
+
+    def full(self):
+        return {**FULL, "model": "ollama:llama3.2"}
+
+
+# --- 11. Anthropic's Messages -----------------------------------------------------------------------------------------
+
+def say(*texts):
+    """Blocks of text."""
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def said_by(role, *blocks):
+    return {"role": role, "content": list(blocks)}
+
+
+def messages(model="auto", *said, **fields):
+    """The body of a request for Anthropic's Messages."""
+    return {"model": model, "max_tokens": 50, "messages": list(said) or [HI], **fields}
+
+
+PNG_SOURCE = {"type": "base64", "media_type": "image/png", "data": PNG}
+PDF_SOURCE = {"type": "base64", "media_type": "application/pdf", "data": PDF}
+CLAUDE_TOOLS = [{"name": tool["function"]["name"], "description": "Does it.",
+                 "input_schema": tool["function"]["parameters"]} for tool in TOOLS]
+USE = {"type": "tool_use", "id": "toolu_1", "name": "find", "input": {"q": "a"}}
+BILLING = "x-anthropic-billing-header: cc_version=2.1.37.0d9; cc_entrypoint=cli; cch=fa690;"
+
+
+class MessagesKeepTheContract(FrontContract, Case):
+    path, front = "/v1/messages", "messages"
+
+    def body(self, model, stream=False, tools=(), **fields):
+        names = [tool["function"]["name"] for tool in tools]
+        own = [tool for tool in CLAUDE_TOOLS if tool["name"] in names]
+        return messages(model, stream=stream, **({"tools": own} if own else {}), **fields)
+
+    def of_whole(self, body):
+        self.assertEqual((body["type"], body["role"], body["stop_sequence"]), ("message", "assistant", None))
+        self.assertIsInstance(body["id"], str)
+        kinds = {kind: [block for block in body["content"] if block["type"] == kind]
+                 for kind in ("text", "thinking", "tool_use")}
+        self.assertEqual(sum(map(len, kinds.values())), len(body["content"]))
+        for block in kinds["thinking"]:
+            self.assertIsInstance(block["signature"], str)
+        usage, stops = body["usage"], {"end_turn": "stop", "max_tokens": "length", "tool_use": "tool_calls", None: None}
+        return Seen("".join(block["text"] for block in kinds["text"]),
+                    "".join(block["thinking"] for block in kinds["thinking"]),
+                    [[block["name"], block["input"]] for block in kinds["tool_use"]], stops[body["stop_reason"]],
+                    (usage["input_tokens"] + usage["cache_read_input_tokens"], usage["output_tokens"]))
+
+    def events(self, data):
+        """The events, each of the name that its type has."""
+        events = []
+        for lines in data.decode().split("\n\n")[:-1]:
+            name, said = lines.split("\n")
+            events.append(json.loads(said[len("data: "):]))
+            self.assertEqual(name, "event: " + events[-1]["type"])
+        return events
+
+    def of_stream(self, data):
+        """The message, put together as the SDK does it: one block is open at a time, and they are numbered from 0."""
+        events = [event for event in self.events(data) if event["type"] not in ("ping", "error")]
+        self.assertEqual(events[0]["type"], "message_start")
+        message, is_open = events[0]["message"], False
+        self.assertEqual(message["content"], [])
+        for event in events[1:]:
+            kind = event["type"]
+            if kind == "content_block_start":
+                self.assertEqual((is_open, event["index"]), (False, len(message["content"])))
+                message["content"].append({**event["content_block"], "json": ""})
+                is_open = True
+            elif kind in ("content_block_delta", "content_block_stop"):
+                self.assertEqual((is_open, event["index"]), (True, len(message["content"]) - 1))
+                is_open = kind == "content_block_delta"
+                self.add(message["content"][-1], event.get("delta", {}))
+            elif kind == "message_delta":
+                self.assertFalse(is_open)
+                message.update(event["delta"])
+                message["usage"].update(event["usage"])
+        for block in message["content"]:
+            if block["type"] == "tool_use":
+                self.assertEqual(block["input"], {})
+                block["input"] = json.loads(block["json"] or "{}")
+        return self.of_whole(message)
+
+    def add(self, block, delta):
+        for kind, name, field in (("text_delta", "text", "text"), ("thinking_delta", "thinking", "thinking"),
+                                  ("input_json_delta", "partial_json", "json")):
+            if delta.get("type") == kind:
+                block[field] += delta[name]
+
+    def is_complete(self, data):
+        return self.events(data)[-1]["type"] == "message_stop"
+
+    def error_in(self, body):
+        self.assertEqual((list(body), body["type"]), (["type", "error", "request_id"], "error"))
+        self.assertEqual(list(body["error"]), ["type", "message"])
+        self.assertTrue(body["request_id"].startswith("req_"))
+        return body["error"]["message"]
+
+    def error_events(self, data):
+        return [event for event in self.events(data) if event["type"] == "error"]
+
+    def full(self):
+        return messages(
+            "ollama:llama3.2", said_by("user", *say("a"), {"type": "image", "source": PNG_SOURCE}),
+            said_by("assistant", {"type": "thinking", "thinking": "hm", "signature": ""}, *say("b"), USE),
+            said_by("user", {"type": "tool_result", "tool_use_id": "toolu_1", "content": say("c"), "is_error": True},
+                    {"type": "document", "title": None, "source": {"type": "text", "data": "d"}}),
+            said_by("system", *say("e")), system=say(BILLING, "Be kind."), tools=CLAUDE_TOOLS, stream=False,
+            tool_choice={"type": "auto", "disable_parallel_tool_use": True}, stop_sequences=["X"], temperature=0.5,
+            top_p=0.5, top_k=5, metadata={"user_id": "u"}, thinking={"type": "enabled", "budget_tokens": 1024},
+            output_config={"effort": "low", "format": {"type": "json_schema", "schema": SCHEMA}}, service_tier="auto",
+            context_management={"edits": []})
 
 
 # === 11. Server ======================================================================================================
