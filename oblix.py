@@ -3609,6 +3609,9 @@ def _claude_model(name: str) -> _ClaudeModel:
     return next(model for pattern, model in _CLAUDE_MODELS if re.fullmatch(pattern, base, re.S))
 
 
+_CLAUDE_TEXTS = (("content", "text"), ("reasoning_content", "thinking"))    # in a chunk, in a block or its delta
+
+
 class Claude(Provider):
     """Anthropic's Messages API, in both directions."""
     name, label = "claude", "Claude"
@@ -3789,7 +3792,7 @@ class Claude(Provider):
             if block["keys"] and isinstance(whole, dict):
                 whole = {block["keys"].get(name, name): value for name, value in whole.items()}
             yield from [] if text and not block["keys"] else [tool_chunk(index, whole or text or {})]
-        said = present({"content": piece.get("text"), "reasoning_content": piece.get("thinking")})
+        said = present({name: text_in(piece.get(field) or "") for name, field in _CLAUDE_TEXTS})
         if said:
             yield chunk_of(**said)
 
@@ -5918,12 +5921,14 @@ def _blocks_in(content: Any, where: str, is_system: bool = False) -> list[Json]:
 
 def _parts_of_block(block: Json) -> list[Json]:
     """Return the parts of a chat's content that say what a block says.  Raises BadRequest."""
-    kind, source = block["type"], block.get("source") or {"type": "content", "content": block.get("content")}
-    form = source.get("type")
+    kind, source = block["type"], block.get("source") or {}
     if kind in ("text", "thinking", "tool_use", "tool_result"):    # of these only a text can be within another block
         return [{"type": "text", "text": block["text"]}] if kind == "text" else []
-    if form == "content":    # search results have the same
-        return _parts_within(source.get("content"), f"{kind}.content")
+    if kind == "search_result":
+        return _parts_within(block["content"], f"{kind}.content")
+    form = source.get("type")
+    if form == "content":
+        return _parts_within(source.get("content"), f"{kind}.source.content")
     needed = _SOURCE_FIELDS.get(str(form), ())
     need(needed and all(isinstance(source.get(name), str) for name in needed), f"{kind}.source",
          f"must be of a type among {', '.join(_SOURCE_FIELDS)}, and complete")
@@ -6056,7 +6061,7 @@ class _MessagesWriter(Writer):
         kind, self._begun = event.get("type"), True
         if kind == "content_block_start":
             self._index = event["index"] if type(event.get("index")) is int else self._index + 1
-            self._blocks = [_Block(event["content_block"]["type"], event["content_block"])]
+            self._blocks = [_Block(str(event["content_block"]["type"]), event["content_block"])]
             self._blocks[0].is_open = True
         self._blocks = [] if kind == "content_block_stop" else self._blocks
         self._ended = self._ended or kind == "message_stop"
@@ -6092,7 +6097,7 @@ class _MessagesWriter(Writer):
             if not block.is_open:
                 self._index, block.is_open = self._index + 1, True
                 events += _framed({"type": "content_block_start", "index": self._index, "content_block": block.start})
-            kind, field = _BLOCK_DELTAS[block.start["type"]]
+            kind, field = _BLOCK_DELTAS.get(block.key, _BLOCK_DELTAS["tool_use"])
             for piece in filter(None, block.held):
                 delta = {"type": kind, field: piece}
                 events += _framed({"type": "content_block_delta", "index": self._index, "delta": delta})

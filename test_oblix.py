@@ -10452,6 +10452,293 @@ class MessagesKeepTheContract(FrontContract, Case):
             context_management={"edits": []})
 
 
+def tool_result(content, **fields):
+    return {"type": "tool_result", "tool_use_id": "toolu_1", "content": content, **fields}
+
+
+def head_of(target="/v1/messages", **fields):
+    return oblix.Head("POST", target, "HTTP/1.1", fields)
+
+
+COUNTDOWN = "<total_tokens>14999436 tokens left</total_tokens>"
+FOUND = {"role": "tool", "tool_call_id": "toolu_1"}
+AS_CALL = {"id": "toolu_1", "type": "function", "function": {"name": "find", "arguments": '{"q":"a"}'}}
+SENT_IMAGE = {"type": "image_url", "image_url": {"url": PNG_URL}}
+SAID_IN_CHAT = [    # what it is about, messages and fields of a request, what the chat request must hold
+    ("a text", [user("a")], {}, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 50, "stop": ABSENT,
+                                 "tools": ABSENT, "temperature": ABSENT, "reasoning_effort": ABSENT}),
+    ("texts", [said_by("user", *say("a", "b"))], {}, {"messages": [{"role": "user", "content": "a\nb"}]}),
+    ("a system", [HI], {"system": "s"}, {"messages": [{"role": "system", "content": "s"}, HI]}),
+    ("blocks of a system, without what is new in each request", [HI],
+     {"system": [*say(BILLING), {**say("s")[0], "cache_control": {"type": "ephemeral"}}, *say(f"t\n\n{COUNTDOWN}")]},
+     {"messages": [{"role": "system", "content": "s\nt"}, HI]}),
+    ("a system in one text", [HI], {"system": f"{BILLING}\ns\n{COUNTDOWN}\n{COUNTDOWN}"},
+     {"messages": [{"role": "system", "content": "s"}, HI]}),
+    ("a system of nothing else", [HI], {"system": BILLING}, {"messages": [HI]}),
+    ("a system in between", [HI, said_by("assistant", *say("b")), {"role": "system", "content": COUNTDOWN},
+                             said_by("system", *say("c", COUNTDOWN))], {},
+     {"messages": [HI, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]}),
+    ("a reminder among a user's texts", [said_by("user", *say("a", COUNTDOWN, f"what is {COUNTDOWN}"))], {},
+     {"messages": [{"role": "user", "content": f"a\nwhat is {COUNTDOWN}"}]}),
+    ("images", [said_by("user", *say("a"), {"type": "image", "source": PNG_SOURCE}, {
+        "type": "image", "source": {"type": "url", "url": WEB_IMAGE}})], {},
+     {"messages": [user(part("a"), SENT_IMAGE, {"type": "image_url", "image_url": {"url": WEB_IMAGE}})]}),
+    ("documents", [said_by("user", {"type": "document", "source": PDF_SOURCE, "title": "T"}, {
+        "type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "d"}}, {
+        "type": "document", "source": {"type": "content", "content": say("e")}}, {
+        "type": "search_result", "source": "x", "title": "y", "content": say("f")})], {},
+     {"messages": [user({"type": "file", "file": {"filename": "T", "file_data": PDF_URL}}, part("d"), part("e"),
+                        part("f"))]}),
+    ("files that only Anthropic has", [said_by("user", {
+        "type": "image", "source": {"type": "file", "file_id": "f"}})], {},
+     {"messages": [user({"type": "file", "file": {"filename": "document.pdf", "file_id": "f"}})]}),
+    ("blocks that nobody else knows", [said_by("user", *say("a"), {"type": "container_upload", "file_id": "f"})], {},
+     {"messages": [{"role": "user", "content": "a"}]}),
+    ("a call and its result, then the user", [HI, said_by("assistant", *say("b"), USE), said_by(
+        "user", *say("c"), tool_result("3"))], {},
+     {"messages": [HI, {"role": "assistant", "content": "b", "tool_calls": [AS_CALL]}, {**FOUND, "content": "3"},
+                   {"role": "user", "content": "c"}]}),
+    ("results of every kind", [said_by("user", tool_result(None), tool_result(say("a", "b")), tool_result(
+        [*say("c"), {"type": "image", "source": PNG_SOURCE}]))], {},
+     {"messages": [{**FOUND, "content": ""}, {**FOUND, "content": "a\nb"}, {**FOUND, "content": "c"},
+                   user(SENT_IMAGE)]}),
+    ("results of calls that failed", [said_by("user", tool_result("gone", is_error=True), tool_result(
+        "Error: no", is_error=True), tool_result("fine", is_error=False))], {},
+     {"messages": [{**FOUND, "content": text} for text in ("Error: gone", "Error: no", "fine")]}),
+    ("thoughts, of which the signed ones are another model's", [HI, said_by(
+        "assistant", {"type": "thinking", "thinking": "mine", "signature": ""}, {
+            "type": "thinking", "thinking": "Claude's", "signature": "Zm9v"}, {
+            "type": "redacted_thinking", "data": "x"}, *say("b"))], {},
+     {"messages": [HI, {"role": "assistant", "content": "b", "reasoning_content": "mine"}]}),
+    ("a turn that is only a thought", [HI, said_by("assistant", {"type": "redacted_thinking", "data": "x"}), HI], {},
+     {"messages": [HI, HI]}),
+    ("tools", [HI], {"tools": [{**CLAUDE_TOOLS[0], "type": "custom", "cache_control": {"type": "ephemeral"}}]},
+     {"tools": [TOOLS[0]], "tool_choice": "auto", "parallel_tool_calls": ABSENT}),
+    ("any tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
+     {"tool_choice": "required", "parallel_tool_calls": False}),
+    ("no tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "none"}}, {"tool_choice": "none"}),
+    ("one tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "tool", "name": "now"}},
+     {"tool_choice": {"type": "function", "function": {"name": "now"}}}),
+    ("a choice without tools", [HI], {"tool_choice": {"type": "any"}}, {"tool_choice": ABSENT, "tools": ABSENT}),
+    ("numbers", [HI], {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "stop_sequences": ["X"], "max_tokens": 9},
+     {"temperature": 0.5, "top_p": 0.25, "top_k": ABSENT, "stop": ["X"], "max_tokens": 9}),
+    ("fields that others have no place for", [HI], {"metadata": {"user_id": "u"}, "context_management": {"edits": []},
+     "service_tier": "auto", "container": "c", "x": 1}, {"metadata": ABSENT, "x": ABSENT, "service_tier": ABSENT}),
+    ("an effort", [HI], {"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}},
+     {"reasoning_effort": "max"}),
+    ("thinking by itself", [HI], {"thinking": {"type": "adaptive"}}, {"reasoning_effort": ABSENT}),
+    ("no thinking", [HI], {"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}},
+     {"reasoning_effort": "none"}),
+    *[(f"a budget of {budget}", [HI], {"thinking": {"type": "enabled", "budget_tokens": budget}},
+       {"reasoning_effort": effort}) for budget, effort in ((1024, "low"), (4096, "medium"), (31999, "high"))],
+    ("JSON", [HI], {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+     {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}}),
+    ("JSON, as it was spelt before", [HI], {"output_format": {"type": "json_schema", "schema": SCHEMA}},
+     {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}),
+    ("nothing", [HI], dict.fromkeys(["system", "tools", "tool_choice", "thinking", "output_config", "stop_sequences",
+                                     "temperature", "stream"]), {"messages": [HI], "tools": ABSENT}),
+]
+NOT_MESSAGES = [    # a body that is refused, the words of why
+    ({"max_tokens": None}, "max_tokens is missing"), ({"messages": []}, "messages must be"),
+    ({"messages": ["a"]}, "messages.0 must have the role"), ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
+    ({"messages": [said_by("user", "a")]}, "messages.0.content.0 must be an object"),
+    ({"messages": [said_by("user", {"type": "text"})]}, "messages.0.content.0.text is missing"),
+    ({"messages": [said_by("user", {"type": "image", "source": {"type": "base64", "data": "x"}})]}, "image.source"),
+    ({"messages": [said_by("user", {"type": "image", "source": {"type": []}})]}, "image.source"),
+    ({"messages": [said_by("assistant", {**USE, "input": "x"})]}, "messages.0.content.0.input"),
+    ({"messages": [said_by("user", {"type": "tool_result"})]}, "tool_use_id"),
+    ({"tools": [{"name": "a"}]}, "tools.0 must be like"), ({"tools": ["a"]}, "tools must be a list"),
+    ({"tool_choice": {"type": "tool"}}, "tool_choice must"), ({"tool_choice": {"type": []}}, "tool_choice must"),
+    ({"system": 5}, "system must be"), ({"max_tokens": -1}, "max_tokens must be"), ({"stop_sequences": "a"}, "list"),
+    ({"temperature": "a"}, "temperature must be"), ({"thinking": []}, "thinking must be"),
+    ({"model": ""}, "model must"),
+]
+LONG_PROMPTS = [    # an error's text, what agents are told
+    ("prompt is too long: 205668 tokens > 200000 maximum", "prompt is too long: 205668 tokens > 200000 maximum"),
+    ("This model's maximum context length is 128000 tokens. However, your messages resulted in 130,001 tokens.",
+     "prompt is too long: 130001 tokens > 128000 maximum (This"),
+    ("No model can take this request: ollama:qwen3:1.7b: its maximum context length is 8192 tokens, and the prompt has "
+     "over 9000; claude:claude-haiku-4-5-20251001: no key", "prompt is too long: 9000 tokens > 8192 maximum (No"),
+    ("the request exceeds the available context size (4096 tokens), try increasing it",
+     "prompt is too long: over 4096 tokens > 4096 maximum (the"),
+    ("input length too long", "prompt is too long: input length too long"),
+]
+
+
+class Messages(Case):
+    """What Anthropic's clients send, and what becomes of it."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.ollama, cls.claude = [cls.keep(Upstream(dialect)) for dialect in (OLLAMA, CLAUDE)]
+        cls.server = cls.keep(running(cls.ollama, cls.claude))
+
+    def asks(self, body, query="", path="/v1/messages", server=None, **headers):
+        return fetch(server or self.server, "POST", path + query, json.dumps(body), {
+            "Content-Type": "application/json", **headers})
+
+    def test_a_request_for_others_says_the_same_in_a_chat(self):
+        for what, said, fields, wanted in SAID_IN_CHAT:
+            with self.subTest(what):
+                body = messages("m", *said, **fields)
+                request = oblix.MESSAGES.request(json.loads(json.dumps(body)), head_of())
+                self.assertEqual(differences(wanted, request.body), [])
+                self.assertEqual((request.model, request.origin), ("m", body))
+
+    def test_a_wrong_body_is_told_what_is_wrong(self):
+        for fields, says in NOT_MESSAGES:
+            with self.subTest(str(fields)):
+                with self.assertRaises(oblix.BadRequest) as raised:
+                    oblix.MESSAGES.request(messages(**fields), head_of())
+                self.assertIn(says, raised.exception.message)
+
+    def test_claude_gets_a_request_as_it_came_but_for_the_model(self):
+        tools = [{**CLAUDE_TOOLS[0], "cache_control": {"type": "ephemeral"}},
+                 {"type": "web_search_20250305", "name": "web_search"}]
+        thought = {"type": "thinking", "thinking": "hm", "signature": "Zm9v"}
+        body = messages(CLAUDE_ID, HI, said_by("assistant", thought, *say("b")), said_by("user", *say("c")),
+                        system=say(BILLING, "s"), tools=tools, top_k=5, context_management={"edits": []}, x=[1, None])
+        for stream in (False, True):
+            reply = self.asks({**body, "stream": stream}, "?beta=true", **{
+                "anthropic-beta": "a-1,b-2", "anthropic-version": "2026-10-21", "x-api-key": "of-the-client"})
+            self.assertEqual(reply.status, 200)
+            self.assertIsNone(reply.headers["x-oblix-left-out"])
+            sent = self.claude.last
+            self.assertEqual(sent.json, {**body, "stream": stream, "model": "claude-test"})
+            self.assertEqual(sent.path, "/v1/messages?beta=true")
+            self.assertEqual([sent.headers[name] for name in ("anthropic-beta", "anthropic-version", "x-api-key")],
+                             ["a-1,b-2", "2026-10-21", CLAUDE.key])
+        self.asks(body)
+        self.assertEqual((self.claude.last.path, self.claude.last.headers["anthropic-version"]),
+                         ("/v1/messages", "2023-06-01"))
+
+    def test_claude_does_not_get_thoughts_of_other_models(self):
+        """It refuses those without its signature, which a conversation has that a local model began."""
+        mine = {"type": "thinking", "thinking": "hm", "signature": ""}
+        self.asks(messages(CLAUDE_ID, HI, said_by("assistant", mine, *say("b")), said_by("assistant", mine), HI))
+        self.assertEqual(self.claude.last.json["messages"], [HI, said_by("assistant", *say("b")), HI])
+
+    def test_claude_s_answer_goes_back_as_it_comes(self):
+        events = [CLAUDE.event("message_start", message={"id": "msg_9", "model": "claude-test-2", "content": [], "x": 1,
+                                                         "usage": {"input_tokens": 5, "cache_read_input_tokens": 4}}),
+                  CLAUDE.event("content_block_start", index=0, content_block={"type": "server_tool_use", "id": "s"}),
+                  CLAUDE.event("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": "{"}),
+                  CLAUDE.event("content_block_stop", index=0),
+                  CLAUDE.event("content_block_start", index=1, content_block={"type": "text", "text": "", "x": []}),
+                  *[CLAUDE.event("content_block_delta", index=1, delta={"type": "text_delta", "text": text})
+                    for text in ("Grüße, ", "\"a\"", "b")],
+                  CLAUDE.event("content_block_delta", index=1, delta={"type": "citations_delta", "citation": {}}),
+                  CLAUDE.event("of_next_year", y=[None]), CLAUDE.event("content_block_stop", index=1),
+                  CLAUDE.event("message_delta", delta={"stop_reason": "pause_turn"}, usage={"output_tokens": 7}),
+                  CLAUDE.event("message_stop")]
+        read = functools.partial(MessagesKeepTheContract.events, self)
+        for size in (None, 7, 4096):
+            self.claude.play(lambda _, __, size=size: streamed(CLAUDE, events, size))
+            reply = self.asks(messages(CLAUDE_ID, stream=True))
+            self.assertEqual(read(reply.body), read(b"".join(events)))
+        message = {"id": "msg_9", "type": "message", "content": [{"type": "text", "text": "a", "citations": None}],
+                   "stop_reason": "stop_sequence", "stop_sequence": "X", "usage": {"input_tokens": 5}, "x": {}}
+        self.claude.play(whole(200, message))
+        self.assertEqual(self.asks(messages(CLAUDE_ID)).json, message)
+        self.claude.play(answer(Text("Hello")))
+
+    def test_a_message_that_begins_again_or_breaks_off_is_an_error(self):
+        start, *rest = CLAUDE.events(Saying((Text("Hello"),), "stop", 9, 7))
+        for events in ([start, *rest[:3], start, *rest], [start, *rest[:3]], [start, *rest[:-2], b"data: [1]\n\n"]):
+            self.claude.play(lambda _, __, events=events: streamed(CLAUDE, events))
+            with self.assertLogs("oblix", "WARNING"):
+                reply = self.asks(messages(CLAUDE_ID, stream=True))
+            self.assertNotIn(b"message_stop", reply.body)
+            self.assertEqual(reply.body.count(b"event: message_start"), 1)
+            self.assertTrue(reply.body.rpartition(b"event: ")[2].startswith(b"error\n"), reply.body)
+        self.claude.play(answer(Text("Hello")))
+
+    def test_what_no_other_target_can_have_is_told(self):
+        body = messages(OLLAMA_ID, tools=[*CLAUDE_TOOLS, {"type": "bash_20250124", "name": "bash"},
+                                          {"type": "web_search_20250305", "name": "web_search"}])
+        for stream in (False, True):
+            reply = self.asks({**body, "stream": stream})
+            self.assertEqual(reply.headers["x-oblix-left-out"], "bash_20250124, web_search_20250305")
+            self.assertEqual(len(self.ollama.last.json["tools"]), 2)
+
+    def test_a_prompt_that_is_too_long_is_told_in_the_words_that_agents_know(self):
+        for text, told in LONG_PROMPTS:
+            error = oblix.UpstreamError(text, oblix.Fault.TOO_LONG, code="context_length_exceeded", status=400)
+            body = oblix.MESSAGES.error(error)
+            self.assertEqual(body["error"]["type"], "invalid_request_error")
+            self.assertTrue(body["error"]["message"].startswith(told), body)
+        with Upstream(OLLAMA, details={**OLLAMA.show(), "model_info": {
+                "general.architecture": "llama", "llama.context_length": 4096}}) as small_, running(small_) as server:
+            reply = self.asks(messages("auto", {"role": "user", "content": "word " * 20000}), server=server)
+        self.assertEqual((reply.status, reply.json["error"]["type"]), (400, "invalid_request_error"))
+        self.assertRegex(reply.json["error"]["message"], r"^prompt is too long: 12\d\d\d tokens > 4096 maximum")
+
+    def test_errors_have_anthropic_s_types_and_the_request_s_id(self):
+        for status, kind in ((400, "invalid_request_error"), (401, "authentication_error"), (402, "billing_error"),
+                             (403, "permission_error"), (404, "not_found_error"), (409, "conflict_error"),
+                             (413, "request_too_large"), (429, "rate_limit_error"), (500, "api_error"),
+                             (503, "overloaded_error")):
+            self.claude.play(failing(status))
+            with mock.patch.object(oblix.log, "error"):
+                reply = self.asks(messages(CLAUDE_ID))
+            self.assertEqual((reply.status, reply.json["error"]["type"]), (status, kind))
+            self.assertEqual(reply.json["request_id"], reply.headers["request-id"])
+            self.assertEqual(reply.headers["request-id"], reply.headers["x-request-id"])
+        self.claude.play(answer(Text("Hello")))
+        reply = self.asks({}, path="/v1/messages/batches")
+        self.assertEqual((reply.status, reply.json["error"]["type"]), (404, "not_found_error"))
+
+    def test_tokens_are_counted_at_once_and_for_nothing(self):
+        asked = len(self.claude.requests) + len(self.ollama.requests)
+        sizes = []
+        for text in ("a" * 350, "a" * 3500):
+            body = {"model": CLAUDE_ID, "messages": [{"role": "user", "content": text}], "system": "s"}
+            reply = self.asks(body, "?beta=true", "/v1/messages/count_tokens")
+            self.assertEqual((reply.status, list(reply.json)), (200, ["input_tokens"]))
+            sizes.append(reply.json["input_tokens"])
+        self.assertTrue(100 <= sizes[0] <= 110 and 1000 <= sizes[1] <= 1010, sizes)
+        self.assertEqual(self.asks({}, path="/v1/messages/count_tokens").json["error"]["type"], "invalid_request_error")
+        self.assertEqual(len(self.claude.requests) + len(self.ollama.requests), asked)
+
+    def test_arguments_that_are_no_json_do_not_fail_a_whole_answer(self):
+        call = {"id": "c", "type": "function", "function": {"name": "find", "arguments": '{"q": '}}
+        said = {"role": "assistant", "content": "Hm.", "refusal": None, "tool_calls": [call]}
+        choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": "tool_calls"}
+        body = {**OPENAI.whole(Saying((), "stop", 9, 7)), "choices": [choice]}
+        with Upstream(OPENAI, whole(200, body)) as upstream, running(upstream) as server:
+            body = self.asks(messages(OPENAI_ID, tools=CLAUDE_TOOLS), server=server).json
+        self.assertEqual(body["content"], [*say("Hm."), {
+            "type": "tool_use", "id": "c", "name": "find", "input": {"_raw": '{"q": '}}])
+
+    def test_counts_are_apart_from_what_the_cache_had(self):
+        usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107,
+                 "prompt_tokens_details": {"cached_tokens": 60}}
+        body = {**OPENAI.whole(Saying((Text("a"),), "stop", 9, 7)), "usage": usage}
+        with Upstream(OPENAI, whole(200, body)) as cloud, running(cloud) as server:
+            told = self.asks(messages(OPENAI_ID), server=server).json["usage"]
+        self.assertEqual(told, {"input_tokens": 40, "cache_read_input_tokens": 60, "cache_creation_input_tokens": 0,
+                                "output_tokens": 7})
+
+    def test_a_silence_is_filled_with_pings(self):
+        with mock.patch.multiple(oblix, KEEP_ALIVE_S=0.1, TICK_S=0.03), Upstream(
+                OLLAMA, delayed(0.5, by=answer(Text("Hello")))) as upstream, running(upstream) as server:
+            reply = self.asks(messages(stream=True), server=server)
+        events = MessagesKeepTheContract.events(self, reply.body)
+        self.assertEqual([event["type"] for event in events[:3]], ["ping"] * 3)
+        self.assertEqual(events[-1], {"type": "message_stop"})
+
+    def test_an_answer_of_claude_s_that_breaks_off_is_continued_in_the_same_block(self):
+        with running(self.ollama, self.claude, flags=[*CONTINUE, "--prefer=cloud"]) as server:
+            self.claude.play(cut("Hello, ", "wor"))
+            self.ollama.play(answer(Text("ld!")))
+            with self.assertLogs("oblix", "WARNING"):
+                reply = self.asks(messages("auto", stream=True), server=server)
+            self.claude.play(answer(Text("Hello")))
+            self.ollama.play(answer(Text("Hello")))
+        told = MessagesKeepTheContract.of_stream(MessagesKeepTheContract(), reply.body)
+        self.assertEqual((told.text, told.finish, reply.cut), ("Hello, world!", "stop", False))
+
+
 # === 11. Server ======================================================================================================
 
 ROUTES = [  # method, path, status, a word of Allow
@@ -15244,6 +15531,98 @@ class NodeClient(ClientContract, Case):
         return json.loads(self.node.stdout.readline() or '{"error": "Node ended"}')
 
 
+class AnthropicClient(Case):
+    """What users of Anthropic's SDK for Python see, whoever answers."""
+
+    @classmethod
+    def setUpClass(cls):
+        need(importlib.util.find_spec("anthropic"), "no Anthropic SDK: python -m pip install anthropic")
+        cls.sdk = importlib.import_module("anthropic")
+        cls.upstreams = {name: cls.keep(Upstream(d)) for name, d in zip(EXPLICIT, DIALECTS)}
+        cls.server = cls.keep(running(*cls.upstreams.values()))
+        cls.client = cls.sdk.Anthropic(base_url=cls.server.url, auth_token="k", max_retries=0, timeout=10)
+        cls.addClassCleanup(cls.client.close)
+
+    def play(self, *scripts):
+        for upstream in self.upstreams.values():
+            upstream.play(*scripts)
+
+    def said(self, job, **fields):
+        """The message that a job of the client gives."""
+        if job == "whole":
+            return self.client.messages.create(**fields)
+        if job == "beta":
+            return self.client.beta.messages.create(betas=["context-management-2025-06-27"], **fields)
+        with self.client.messages.stream(**fields) as stream:
+            text = "".join(stream.text_stream)
+            message = stream.get_final_message()
+        self.assertEqual(text, "".join(block.text for block in message.content if block.type == "text"))
+        return message
+
+    def test_every_model_answers_every_job(self):
+        self.play(CALLS)
+        for (model, by), job in itertools.product(ANSWERED_BY.items(), ("whole", "streamed", "beta")):
+            with self.subTest(model, job=job):
+                message = self.said(job, **messages(model, tools=CLAUDE_TOOLS))
+                told = {kind: [block for block in message.content if block.type == kind]
+                        for kind in ("thinking", "text", "tool_use")}
+                self.assertEqual([block.thinking for block in told["thinking"]], ["hm"])
+                self.assertEqual([block.text for block in told["text"]], ["Let me look."])
+                self.assertEqual([(block.id, block.name, block.input) for block in told["tool_use"]],
+                                 [("call_1", "find", ADA), ("call_2", "find", ADA)])
+                self.assertEqual(message.stop_reason, "tool_use")
+                self.assertEqual(message.usage.output_tokens, 7)
+                self.assertEqual(message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0), 9)
+                self.assertIn(message.model, (by, CLAUDE.model))
+                self.assertTrue(job == "streamed" or message._request_id)
+
+    def test_an_answer_goes_back_with_the_results_of_its_tools(self):
+        """Also to another model than the one that gave it, which a conversation with `auto` does."""
+        for first, then in itertools.product(EXPLICIT, EXPLICIT):
+            self.play(CALLS)
+            message = self.said("streamed", **messages(first, tools=CLAUDE_TOOLS))
+            results = [{"type": "tool_result", "tool_use_id": block.id, "content": "3 hits"}
+                       for block in message.content if block.type == "tool_use"]
+            self.play(answer(Text("Two.")))
+            turns = [HI, {"role": "assistant", "content": message.content}, said_by("user", *results, *say("And?"))]
+            again = self.said("whole", **messages(then, *turns, tools=CLAUDE_TOOLS))
+            self.assertEqual([block.text for block in again.content], ["Two."])
+            sent = self.upstreams[then].last.body.decode()
+            for words in ("3 hits", "call_1", "call_2", "And?"):
+                self.assertIn(words, sent)
+            self.assertEqual("signature" in sent, first == then == CLAUDE_ID, sent)
+
+    def test_every_status_raises_its_class(self):
+        names = {402: "PaymentRequiredError", 413: "RequestTooLargeError", 503: "ServiceUnavailableError"}
+        for (status, seen, name), model in itertools.product(STATUSES, EXPLICIT):
+            self.play(failing(status))
+            with self.subTest(model, status=status), mock.patch.object(oblix.log, "error"), \
+                    self.assertRaises(self.sdk.APIStatusError) as raised:
+                self.said("whole", **messages(model))
+            self.assertIn(type(raised.exception).__name__, {name, names.get(seen)})
+            self.assertEqual(raised.exception.status_code, seen)
+            self.assertIn("the reason why", str(raised.exception))
+            self.assertTrue(raised.exception.request_id)
+
+    def test_an_error_in_mid_stream_is_raised(self):
+        for model in EXPLICIT:
+            self.play(lambda dialect, _: [*upto(dialect, "Hello"), CLOSE])
+            with self.assertLogs("oblix", "WARNING"), self.assertRaises(self.sdk.APIError) as raised:
+                self.said("streamed", **messages(model))
+            self.assertIn("before the answer was complete", str(raised.exception))
+
+    def test_tokens_are_counted_and_a_key_is_sent_either_way(self):
+        count = self.client.messages.count_tokens(model="auto", messages=[HI], tools=CLAUDE_TOOLS)
+        self.assertGreater(count.input_tokens, 10)
+        with running(self.upstreams[OLLAMA_ID], flags=["--api-key=k"], probed=False) as server:
+            for key in ({"api_key": "k"}, {"auth_token": "k"}):
+                with self.sdk.Anthropic(base_url=server.url, **key) as client:
+                    self.assertEqual(client.messages.count_tokens(model="auto", messages=[HI]).input_tokens > 0, True)
+            with self.sdk.Anthropic(base_url=server.url, api_key="x") as client, \
+                    self.assertRaises(self.sdk.AuthenticationError):
+                client.messages.count_tokens(model="auto", messages=[HI])
+
+
 # --- A real model ---
 
 MODEL_SERVER = """
@@ -15490,8 +15869,15 @@ NAMED_FLAGS = ["--" + field.name.replace("_", "-") for field in dataclasses.fiel
 VARIABLES = [oblix.variable_of(field) for field in dataclasses.fields(oblix.Settings)]
 
 
+FRONT_BODIES = {    # path -> bodies of its front
+    "/chat/completions": BODIES,
+    "/messages": [MessagesKeepTheContract().full(), messages("claude-haiku-5-5", stream=True, tools=CLAUDE_TOOLS)],
+}
+
+
 def make_request(chance):
-    return either(chance.choice(BODIES), chance, BODIES)
+    path = chance.choice([*FRONT_BODIES])
+    return path, either(chance.choice(FRONT_BODIES[path]), chance, FRONT_BODIES[path])
 
 
 REQUEST_TARGETS = [oblix.Target(oblix.Endpoint(name, "http://127.0.0.1:1/v1", "k"), model, oblix.Side.CLOUD) for name,
@@ -15501,12 +15887,13 @@ REQUEST_TARGETS = [oblix.Target(oblix.Endpoint(name, "http://127.0.0.1:1/v1", "k
 BIG_MODEL = oblix.Model("m", max_context=131072, token_bytes=4, size=5)
 
 
-def check_request(raw):
-    """Behind parse_request nothing is of a wrong type: each provider can say it, or refuses it."""
+def check_request(case):
+    """Behind a front nothing is of a wrong type: each provider can say it, or refuses it."""
+    (path, raw), front = case, oblix.FRONTS[case[0]]
     try:
-        request = oblix.parse_request(oblix.parse_body(raw))
+        request = front.request(oblix.parse_body(raw), oblix.Head("POST", "/v1" + path, "HTTP/1.1", {}))
     except oblix.BadRequest as error:
-        return oblix.dumps(oblix.error_body(error))
+        return oblix.dumps(front.error(error))
     oblix.conversation_of(request), oblix.needs_of(request), request.max_output_tokens(5)
     oblix.continuation(request, "a", 3)
     for target in REQUEST_TARGETS:
@@ -15600,7 +15987,7 @@ def make_stream(chance):
         data = b"".join(events)
     else:
         data = mangled(b"".join(events), chance, STREAM_WORDS + JSON_WORDS)
-    request = chance.choice([{}, {"response_format": {"type": "json_object"}}, {"n": 2}])
+    request = chance.choice([{}, {"response_format": {"type": "json_object"}}, {"n": 2}, None])
     return dialect.name, data, request
 
 
@@ -15608,7 +15995,9 @@ def check_stream(case):
     """A decoder raises what the gateway takes for the upstream's fault, and nothing trips over what it yields."""
     name, data, body = case
     provider, chunks = oblix.PROVIDERS[name], []
-    request = oblix.ChatRequest("m", {**body, "messages": [{"role": "user", "content": "Hi"}]})
+    native = None if body is not None else oblix.Native(name, "/", {})    # of a client that speaks the same
+    request = oblix.ChatRequest("m", {**(body or {}), "messages": [{"role": "user", "content": "Hi"}]}, native=native)
+    is_native = native and name == "claude"
     try:
         for piece in provider.decode(data.splitlines(), request):
             chunks.append({"id": "1", "created": 1, "object": "chat.completion.chunk", **piece, "model": "m"})
@@ -15622,7 +16011,12 @@ def check_stream(case):
     text = oblix.continuable_text(request, chunks)
     list(oblix.continued(json.loads(json.dumps(chunks)), {"id": "0", "created": 0, "model": "m"}, text or "x" * 300,
                          "m"))
-    if provider.translates and chunks and ended:
+    for front in [oblix.MESSAGES] if is_native else {*oblix.FRONTS.values()}:
+        writer = front.stream(request)
+        for piece in chunks:
+            writer.take({**json.loads(json.dumps(piece)), "id": "1"})
+        (chunks and writer.end(), writer.broken(oblix.cut()))
+    if provider.translates and chunks and ended and not is_native:
         oblix.sse(oblix.fold(chunks))
 
 
