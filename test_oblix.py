@@ -15593,7 +15593,7 @@ class AnthropicClient(Case):
             self.assertEqual("signature" in sent, first == then == CLAUDE_ID, sent)
 
     def test_every_status_raises_its_class(self):
-        names = {402: "PaymentRequiredError", 413: "RequestTooLargeError", 503: "ServiceUnavailableError"}
+        names = {402: "PaymentRequiredError", 413: "ContentTooLargeError", 503: "ServiceUnavailableError"}
         for (status, seen, name), model in itertools.product(STATUSES, EXPLICIT):
             self.play(failing(status))
             with self.subTest(model, status=status), mock.patch.object(oblix.log, "error"), \
