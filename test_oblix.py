@@ -13259,8 +13259,8 @@ LOG_LINE = re.compile(
     r"(?:, first (?P<first_token_s>\d+\.\d\d) s)?(?:, (?P<tokens_per_s>\d+\.\d) tokens/s)?"
     r"(?:, in (?P<bytes_in>\d+) B)?(?:, out (?P<bytes_out>\d+) B)?, (?P<seconds>\d+\.\d\d) s(?:: (?P<why>.+))?")
 LOG_TYPES = {
-    **dict.fromkeys("time level message id method path asked served side reason error".split(), str),
-    **dict.fromkeys("status attempts tokens bytes_in bytes_out".split(), int),
+    **dict.fromkeys("time level message id method path front asked served side reason error".split(), str),
+    **dict.fromkeys("status attempts tokens prompt_tokens bytes_in bytes_out".split(), int), "fallbacks": list,
     **dict.fromkeys("first_token_s tokens_per_s seconds".split(), (int, float)),
 }
 LOGS = {  # how it is told to log: flags, JOURNAL_STREAM
