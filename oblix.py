@@ -5177,6 +5177,8 @@ class Gateway:
                                           or its == "ollama" and full_name(model) == full_name(target.model)):
                 return target
         spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
+        if not (provider or spelt) and model.startswith("claude-") and not self._default_endpoints["claude"].lacks_key:
+            provider = "claude"    # Anthropic's clients name its models so
         if not model or not (provider or spelt):
             examples = ", ".join(["auto", "local", "cloud", *(target.id for target in snapshot.targets)])
             raise BadRequest(f"There is no model {name!r}. Choose one of {examples}, or any other as provider:name "
@@ -5260,6 +5262,18 @@ class Gateway:
         What is returned has content; whatever happens later is told in its chunks' UpstreamError.
         """
         return Dispatch(self, request, look).run()
+
+    def counted(self, request: ChatRequest) -> int | None:
+        """Return how many tokens the server of a named target counts, or None if it does not at once."""
+        with contextlib.suppress(OblixError, *NOT_IN_ITS_FORMAT):
+            target = self.resolve(request.model, self.snapshot())
+            native, provider = request.native_to(target.endpoint.provider), PROVIDERS[target.endpoint.provider]
+            if native and not target.endpoint.lacks_key:
+                headers = {**provider.headers(target.endpoint), **dict(native.headers)}
+                with contextlib.closing(self.transport.open(target.endpoint.base_url + native.path, headers, dumps(
+                        provider.encode(request, target)), PROBE_LIMITS)) as answer:
+                    return int(loads(answer.body(within_first_byte=True))["input_tokens"])
+        return None
 
     def note(self, target: Target, error: UpstreamError | None) -> None:
         """Learn from an attempt that has failed, or with None succeeded."""
@@ -6023,8 +6037,8 @@ _MESSAGES_FIELDS: dict[str, Rule] = {
 }
 # The blocks that others than Claude can be asked with, and the types of their fields.
 _BLOCK_FIELDS: dict[str, dict[str, Any]] = {
-    "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict}, "search_result": {"content": list},
-    "thinking": {"thinking": str}, "tool_use": {"id": str, "name": str, "input": dict},
+    "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict}, "thinking": {"thinking": str},
+    "tool_use": {"id": str, "name": str, "input": dict},
     "tool_result": {"tool_use_id": str, "content": (str, list, type(None))}}
 _SOURCE_FIELDS = {"base64": ("media_type", "data"), "url": ("url",), "file": ("file_id",), "text": ("data",)}
 # What Claude Code says anew in each request, so that no server's cache of the prompt would fit any more: the first
@@ -6035,13 +6049,13 @@ _STOPS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "r
 _ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
                 409: "conflict_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
                 504: "timeout_error", 529: "overloaded_error"}
-_BLOCK_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
-           "tool_use": ("input_json_delta", "partial_json")}
+_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking")}    # of blocks; of calls:
+_CALL_DELTA = ("input_json_delta", "partial_json")
 BYTES_A_TOKEN = 3.5    # as Anthropic's glossary has it for Claude; other tokenizers have 3 to 4 bytes
 
 
 def tokens_in(request: ChatRequest) -> int:
-    """Return about how many tokens a prompt has, by its size: no server is asked."""
+    """Return about how many tokens a prompt has, by its size."""
     return math.ceil(request.size / BYTES_A_TOKEN)
 
 
@@ -6114,14 +6128,11 @@ def _blocks_in(content: Any, where: str, is_system: bool = False) -> list[Json]:
 def _parts_of_block(block: Json) -> list[Json]:
     """Return the parts of a chat's content that say what a block says.  Raises BadRequest."""
     kind, source = block["type"], block.get("source") or {}
-    if kind in ("text", "thinking", "tool_use", "tool_result"):    # of these only a text can be within another block
+    form, needed = source.get("type"), _SOURCE_FIELDS.get(str(source.get("type")), ())
+    if kind not in ("image", "document"):    # of the others only a text can stand here
         return [{"type": "text", "text": block["text"]}] if kind == "text" else []
-    if kind == "search_result":
-        return _parts_within(block["content"], f"{kind}.content")
-    form = source.get("type")
     if form == "content":
         return _parts_within(source.get("content"), f"{kind}.source.content")
-    needed = _SOURCE_FIELDS.get(str(form), ())
     need(needed and all(isinstance(source.get(name), str) for name in needed), f"{kind}.source",
          f"must be of a type among {', '.join(_SOURCE_FIELDS)}, and complete")
     if form == "text":
@@ -6171,8 +6182,14 @@ def _user_messages(blocks: Sequence[Json]) -> list[Json]:
 def _signed(message: Json) -> Json:
     """Return a message for Claude, which refuses thoughts that it has not signed: they are another model's."""
     blocks = message["content"]
-    return {**message, "content": [block for block in blocks if block["type"] != "thinking" or block.get("signature")]
-            } if isinstance(blocks, list) else message
+    kept = blocks if isinstance(blocks, str) else [
+        block for block in blocks if block["type"] != "thinking" or block.get("signature")]
+    return {**message, "content": kept}
+
+
+def _anthropic_message(answer: Json, content: list[Json], stop: str | None, usage: Json) -> Json:
+    return {"id": f"msg_{answer['id'].removeprefix('chatcmpl-')}", "type": "message", "role": "assistant", "model":
+            answer["model"], "content": content, "stop_reason": stop, "stop_sequence": None, "usage": usage}
 
 
 def _anthropic_usage(usage: Json, request: ChatRequest) -> Json:
@@ -6212,8 +6229,8 @@ class _Block:
 
     def may_end(self) -> bool:
         """Return True if the block can be closed before another one: a call when its arguments are complete."""
-        is_call, last = self.start["type"] == "tool_use", self.said[-1] if self.said else ""
-        return not is_call or last.rstrip().endswith("}") and object_in("".join(self.said)) is not None
+        ends = self.said[-1:] and self.said[-1].rstrip().endswith("}")
+        return self.key in _DELTAS or bool(ends) and object_in("".join(self.said)) is not None
 
 
 class _MessagesWriter(Writer):
@@ -6242,10 +6259,8 @@ class _MessagesWriter(Writer):
         return events
 
     def _start(self, chunk: Chunk) -> bytes:
-        self._begun = True
-        message = {"id": f"msg_{chunk['id'].removeprefix('chatcmpl-')}", "type": "message", "role": "assistant",
-                   "model": chunk["model"], "content": [], "stop_reason": None, "stop_sequence": None,
-                   "usage": _anthropic_usage({}, self._request)}    # what the server counts comes at the end
+        self._begun = True    # what the server counts comes at the end
+        message = _anthropic_message(chunk, [], None, _anthropic_usage({}, self._request))
         return _framed({"type": "message_start", "message": message}) + MESSAGES.keep_alive
 
     def _native(self, event: Json) -> bytes:
@@ -6289,11 +6304,12 @@ class _MessagesWriter(Writer):
             if not block.is_open:
                 self._index, block.is_open = self._index + 1, True
                 events += _framed({"type": "content_block_start", "index": self._index, "content_block": block.start})
-            kind, field = _BLOCK_DELTAS.get(block.key, _BLOCK_DELTAS["tool_use"])
+            kind, field = _DELTAS.get(block.key, _CALL_DELTA)
             for piece in filter(None, block.held):
                 delta = {"type": kind, field: piece}
                 events += _framed({"type": "content_block_delta", "index": self._index, "delta": delta})
-            block.said, block.held = block.said + block.held, []
+            block.said.extend(() if block.key in _DELTAS else block.held)
+            block.held.clear()
             if not is_end and (len(self._blocks) == 1 or not block.may_end()):
                 break
             events += _framed({"type": "content_block_stop", "index": self._index})
@@ -6318,12 +6334,12 @@ class Messages(Front):
     keep_alive = _framed({"type": "ping"})
 
     def request(self, body: Json, head: Head) -> ChatRequest:
-        counts = head.path.endswith("/count_tokens")
-        check_fields(body, _MESSAGES_FIELDS, ("model", "messages") if counts else ("model", "messages", "max_tokens"))
+        needed = ("model", "messages") if head.path.endswith("/count_tokens") else ("model", "messages", "max_tokens")
+        check_fields(body, _MESSAGES_FIELDS, needed)
         told, left_out = messages_body(body)
-        query = "?beta=true" if "beta=true" in head.target.partition("?")[2].split("&") else ""
+        path = f"/v1{head.path}{'?beta=true' if 'beta=true' in head.target.partition('?')[2].split('&') else ''}"
         messages = [message for message in map(_signed, body["messages"]) if message["content"] != []]
-        native = Native("claude", f"/v1/messages{query}", {**body, "messages": messages}, tuple([
+        native = Native("claude", path, {**body, "messages": messages}, tuple([
             (name, head.fields[name]) for name in ("anthropic-version", "anthropic-beta") if name in head.fields]))
         return dataclasses.replace(parse_request(told), origin=body, native=native, left_out=left_out)
 
@@ -6338,19 +6354,16 @@ class Messages(Front):
         for call in message.get("tool_calls") or ():
             called = function_in(call)
             content.append({"type": "tool_use", "id": call["id"], "name": called["name"], "input": called["arguments"]})
-        return {"id": f"msg_{answer['id'].removeprefix('chatcmpl-')}", "type": "message", "role": "assistant",
-                "model": answer["model"], "content": content, "stop_sequence": None,
-                "stop_reason": _STOPS.get(choice["finish_reason"], "end_turn"),
-                "usage": _anthropic_usage(answer.get("usage") or {}, request)}
+        return _anthropic_message(answer, content, _STOPS.get(choice["finish_reason"], "end_turn"),
+                                  _anthropic_usage(answer.get("usage") or {}, request))
 
     def stream(self, request: ChatRequest) -> Writer:
         return _MessagesWriter(request)
 
     def error(self, error: OblixError) -> Json:
-        is_long = error.code == "context_length_exceeded"
-        usual = "invalid_request_error" if error.status < 500 else "api_error"
-        told = {"type": _ERROR_TYPES.get(error.status, usual),
-                "message": _long_prompt(error.message) if is_long else error.message or type(error).__name__}
+        kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+        text = _long_prompt(error.message) if error.code == "context_length_exceeded" else error.message
+        told = {"type": kind, "message": text or type(error).__name__}
         return {"type": "error", "error": told, "request_id": error.request_id}
 
     def headers(self, request_id: str) -> dict[str, str]:
@@ -6774,8 +6787,9 @@ class Handler(socketserver.BaseRequestHandler):
             self._stream(served)
 
     def _count_tokens(self) -> None:
-        """Answer how many tokens a prompt has, by an estimate that costs nothing."""
-        self.json(200, {"input_tokens": tokens_in(MESSAGES.request(parse_body(self.body()), self.head))})
+        """Answer how many tokens a prompt has: as Claude counts them if it is named, or by their size."""
+        request = MESSAGES.request(parse_body(self.body()), self.head)
+        self.json(200, {"input_tokens": self.server.gateway.counted(request) or tokens_in(request)})
 
     def _look(self) -> None:
         """See to the client before each wait and at each tick.  Raise ClientGone if it has left, Busy if Oblix ends."""

@@ -10485,10 +10485,8 @@ SAID_IN_CHAT = [    # what it is about, messages and fields of a request, what t
      {"messages": [user(part("a"), SENT_IMAGE, {"type": "image_url", "image_url": {"url": WEB_IMAGE}})]}),
     ("documents", [said_by("user", {"type": "document", "source": PDF_SOURCE, "title": "T"}, {
         "type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "d"}}, {
-        "type": "document", "source": {"type": "content", "content": say("e")}}, {
-        "type": "search_result", "source": "x", "title": "y", "content": say("f")})], {},
-     {"messages": [user({"type": "file", "file": {"filename": "T", "file_data": PDF_URL}}, part("d"), part("e"),
-                        part("f"))]}),
+        "type": "document", "source": {"type": "content", "content": say("e")}})], {},
+     {"messages": [user({"type": "file", "file": {"filename": "T", "file_data": PDF_URL}}, part("d"), part("e"))]}),
     ("files that only Anthropic has", [said_by("user", {
         "type": "image", "source": {"type": "file", "file_id": "f"}})], {},
      {"messages": [user({"type": "file", "file": {"filename": "document.pdf", "file_id": "f"}})]}),
@@ -10653,6 +10651,13 @@ class Messages(Case):
             self.assertTrue(reply.body.rpartition(b"event: ")[2].startswith(b"error\n"), reply.body)
         self.claude.play(answer(Text("Hello")))
 
+    def test_a_plain_name_of_claude_s_means_claude_where_it_has_a_key(self):
+        for name in ("claude-test", "claude-sonnet-9"):
+            self.assertEqual(self.asks(messages(name)).headers["x-oblix-model"], f"claude:{name}")
+        with running(self.ollama) as server:
+            reply = self.asks(messages("claude-sonnet-9"), server=server)
+        self.assertEqual((reply.status, reply.json["error"]["type"]), (404, "not_found_error"))
+
     def test_what_no_other_target_can_have_is_told(self):
         body = messages(OLLAMA_ID, tools=[*CLAUDE_TOOLS, {"type": "bash_20250124", "name": "bash"},
                                           {"type": "web_search_20250305", "name": "web_search"}])
@@ -10688,17 +10693,30 @@ class Messages(Case):
         reply = self.asks({}, path="/v1/messages/batches")
         self.assertEqual((reply.status, reply.json["error"]["type"]), (404, "not_found_error"))
 
+    def counts(self, body):
+        reply = self.asks(body, "?beta=true", "/v1/messages/count_tokens")
+        self.assertEqual((reply.status, list(reply.json)), (200, ["input_tokens"]))
+        return reply.json["input_tokens"]
+
     def test_tokens_are_counted_at_once_and_for_nothing(self):
-        asked = len(self.claude.requests) + len(self.ollama.requests)
-        sizes = []
-        for text in ("a" * 350, "a" * 3500):
-            body = {"model": CLAUDE_ID, "messages": [{"role": "user", "content": text}], "system": "s"}
-            reply = self.asks(body, "?beta=true", "/v1/messages/count_tokens")
-            self.assertEqual((reply.status, list(reply.json)), (200, ["input_tokens"]))
-            sizes.append(reply.json["input_tokens"])
-        self.assertTrue(100 <= sizes[0] <= 110 and 1000 <= sizes[1] <= 1010, sizes)
+        for text, least in (("a" * 350, 100), ("a" * 3500, 1000)):
+            said = {"messages": [{"role": "user", "content": text}], "system": "s"}
+            for model in ("auto", "cloud", OLLAMA_ID, "no-such-model"):
+                asked = len(self.claude.requests) + len(self.ollama.requests)
+                self.assertTrue(least <= self.counts({"model": model, **said}) <= least + 10)
+                self.assertEqual(len(self.claude.requests) + len(self.ollama.requests), asked)
         self.assertEqual(self.asks({}, path="/v1/messages/count_tokens").json["error"]["type"], "invalid_request_error")
-        self.assertEqual(len(self.claude.requests) + len(self.ollama.requests), asked)
+
+    def test_claude_counts_its_own_tokens(self):
+        body = {"model": CLAUDE_ID, "messages": [HI], "tools": CLAUDE_TOOLS, "thinking": {"type": "adaptive"}}
+        for script, counted in ((whole(200, {"input_tokens": 4321}), 4321), (failing(500), None),
+                                (whole(200, {"input_tokens": "x"}), None), ([CLOSE], None)):
+            self.claude.play(script)
+            told = self.counts(body)
+            self.assertTrue(told == counted if counted else 50 < told < 200, told)
+            self.assertEqual(self.claude.last.path, "/v1/messages/count_tokens?beta=true")
+            self.assertEqual(self.claude.last.json, {**body, "model": "claude-test"})
+        self.claude.play(answer(Text("Hello")))
 
     def test_arguments_that_are_no_json_do_not_fail_a_whole_answer(self):
         call = {"id": "c", "type": "function", "function": {"name": "find", "arguments": '{"q": '}}
