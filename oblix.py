@@ -6098,14 +6098,17 @@ def _effort_meant(thinking: Json, config: Json) -> str | None:
 def _chat_messages(body: Json) -> list[Json]:
     """Return the system and the messages of a Messages body as a chat's.  Raises BadRequest."""
     system = "\n".join(block["text"] for block in _blocks_in(body.get("system") or "", "system", True))
-    said = [{"role": "system", "content": system}] if system else []
+    said, turns = [{"role": "system", "content": system}] if system else [], list[tuple[bool, list[Json]]]()
     for number, message in enumerate(body["messages"]):
         role = message.get("role") if isinstance(message, dict) else None
         need(role in ("user", "assistant", "system"), f"messages.{number}", 'must have the role "user" or "assistant"')
         blocks = _blocks_in(message.get("content"), f"messages.{number}.content", role == "system")
-        # A system's message in between is said as the user's: some templates refuse it, and Ollama takes it to the
-        # front, where it would change what a cache begins with.
-        said.extend(_assistant_message(blocks) if role == "assistant" else _user_messages(blocks))
+        if role == "system":    # in between some templates refuse it, and Ollama takes it to the front of its cache
+            blocks = [{**one, "text": f"<system-reminder>\n{one['text']}\n</system-reminder>"} for one in blocks]
+        turns.append((role == "assistant", blocks))
+    for is_assistant, group in itertools.groupby(turns, lambda turn: turn[0]):    # some templates want to alternate
+        blocks = [block for _, some in group for block in some]
+        said.extend(_assistant_message(blocks) if is_assistant else _user_messages(blocks))
     return said
 
 

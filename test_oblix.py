@@ -10460,6 +10460,7 @@ def head_of(target="/v1/messages", **fields):
     return oblix.Head("POST", target, "HTTP/1.1", fields)
 
 
+REMINDER, ENDED = "<system-reminder>\n", "</system-reminder>"
 COUNTDOWN = "<total_tokens>14999436 tokens left</total_tokens>"
 FOUND = {"role": "tool", "tool_call_id": "toolu_1"}
 AS_CALL = {"id": "toolu_1", "type": "function", "function": {"name": "find", "arguments": '{"q":"a"}'}}
@@ -10477,7 +10478,11 @@ SAID_IN_CHAT = [    # what it is about, messages and fields of a request, what t
     ("a system of nothing else", [HI], {"system": BILLING}, {"messages": [HI]}),
     ("a system in between", [HI, said_by("assistant", *say("b")), {"role": "system", "content": COUNTDOWN},
                              said_by("system", *say("c", COUNTDOWN))], {},
-     {"messages": [HI, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]}),
+     {"messages": [HI, {"role": "assistant", "content": "b"}, {"role": "user", "content": f"{REMINDER}c\n{ENDED}"}]}),
+    ("a system's message after the user's, as Claude Code has it", [HI, said_by("system", *say("c"))], {},
+     {"messages": [{"role": "user", "content": f"Hi\n{REMINDER}c\n{ENDED}"}]}),
+    ("turns of the same role", [HI, HI, said_by("assistant", *say("b")), said_by("assistant", *say("c"))], {},
+     {"messages": [{"role": "user", "content": "Hi\nHi"}, {"role": "assistant", "content": "b\nc"}]}),
     ("a reminder among a user's texts", [said_by("user", *say("a", COUNTDOWN, f"what is {COUNTDOWN}"))], {},
      {"messages": [{"role": "user", "content": f"a\nwhat is {COUNTDOWN}"}]}),
     ("images", [said_by("user", *say("a"), {"type": "image", "source": PNG_SOURCE}, {
@@ -10508,8 +10513,9 @@ SAID_IN_CHAT = [    # what it is about, messages and fields of a request, what t
             "type": "thinking", "thinking": "Claude's", "signature": "Zm9v"}, {
             "type": "redacted_thinking", "data": "x"}, *say("b"))], {},
      {"messages": [HI, {"role": "assistant", "content": "b", "reasoning_content": "mine"}]}),
-    ("a turn that is only a thought", [HI, said_by("assistant", {"type": "redacted_thinking", "data": "x"}), HI], {},
-     {"messages": [HI, HI]}),
+    ("a turn that is only a thought", [HI, said_by("assistant", {"type": "redacted_thinking", "data": "x"}),
+                                       said_by("assistant", *say("b")), HI], {},
+     {"messages": [HI, {"role": "assistant", "content": "b"}, HI]}),
     ("tools", [HI], {"tools": [{**CLAUDE_TOOLS[0], "type": "custom", "cache_control": {"type": "ephemeral"}}]},
      {"tools": [TOOLS[0]], "tool_choice": "auto", "parallel_tool_calls": ABSENT}),
     ("any tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
