@@ -197,7 +197,7 @@ class Target(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model that an endpoint lists.  Zero or None means unknown."""
+    """A model that an endpoint lists, or what is known of those that a name stands for.  Empty means unknown."""
     name: str
     created: int = 0                    # unix seconds
     remote: bool = False                # an Ollama name that is answered by ollama.com
@@ -211,6 +211,12 @@ class Model:
     context: int = 0                    # tokens that it is loaded for
     gpu_share: float | None = None      # of a loaded model, 0 to 1
     moved_to_cpu: bool = False          # mostly on the CPU now, and was on the GPU before
+    provider: str = ""                  # that has it, where that is known
+    title: str = ""                     # its name for people
+    max_output: int = 0                 # tokens of an answer
+    parameters: tuple[str, ...] = ()    # that it takes, by OpenAI's and OpenRouter's names
+    entry: Json = dataclasses.field(default_factory=dict, compare=False)     # its one in Ollama's /api/tags,
+    loaded: Json = dataclasses.field(default_factory=dict, compare=False)    # and in /api/ps
 
     @property
     def is_chat_model(self) -> bool:
@@ -311,6 +317,7 @@ class Plan:
     conditions: Mapping[Target, Condition] = dataclasses.field(default_factory=dict)    # of them; none if named
 
 
+OWN_NAMES = ("auto", "local", "cloud")    # of models, which nothing else may have
 TOKEN_BYTES = 4              # of English; code has some 3
 TEMPLATE_BYTES = 100         # of a prompt around its messages: Llama 3's template has 26 tokens
 BLOCK = 256                  # characters of a prompt, some 64 tokens: 3 s of a Raspberry Pi's reading
@@ -2278,6 +2285,7 @@ class Provider:
     refuses: ClassVar[dict[str, str]] = {}  # parameter -> the reason why it can't be honoured
     renames: ClassVar[dict[str, str]] = {}  # parameter -> its name for a model that refuses this one
     spelt: ClassVar[dict[str, str]] = {}    # word of an error -> the parameter that it means
+    takes: ClassVar[tuple[str, ...]] = ()   # parameters that all of its models take
     text_event: ClassVar[TextEvent]
 
     def endpoint(self, settings: Settings) -> Endpoint:
@@ -2313,8 +2321,35 @@ class Provider:
 
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         """Return the endpoint's models; `known` keeps their details.  Raises what `ask` raises, NOT_IN_ITS_FORMAT."""
-        return tuple(Model(str(item["id"]), created_at(item.get("created") or item.get("created_at")))
-                     for item in (ask(self.models_path, None).get("data") or [])[:MAX_MODELS])
+        return tuple(map(self.listed, (ask(self.models_path, None).get("data") or [])[:MAX_MODELS]))
+
+    def listed(self, item: Json) -> Model:
+        """Return a model as an item of a list tells of it.  Raises NOT_IN_ITS_FORMAT."""
+        name, abilities, takes = str(item["id"]), None, item.get("supported_parameters")
+        with contextlib.suppress(*NOT_IN_ITS_FORMAT):
+            abilities = self.abilities(item)
+        return Model(name, created_at(item.get("created") or item.get("created_at")), capabilities=abilities,
+                     title=str(item.get("display_name") or item.get("name") or ""),
+                     max_context=tokens_in(item, WINDOWS), max_output=tokens_in(item, ANSWERS),
+                     parameters=tuple(map(str, takes)) if isinstance(takes, list) else ())
+
+    def abilities(self, item: Json) -> frozenset[str]:
+        """Return a model's abilities, in Ollama's words, by an item of a list.  Raises NOT_IN_ITS_FORMAT."""
+        takes, inputs = item["supported_parameters"], item["architecture"]["input_modalities"]    # OpenRouter's
+        return frozenset(("completion", *(ability for ability, kind in INPUTS.items() if kind in inputs),
+                          *(ability for ability, names in PARAMETERS.items() if names[0] in takes)))
+
+    def planned(self, model: Model, asked: int, free: float | None) -> Model:
+        """Return a model as clients may plan with it: with all its parameters, and the window that it can have.
+
+        `asked` and `free` are as in `context_for`.
+        """
+        window, answer = _OPENAI_LIMITS.get(model.name, (0, 0))
+        abilities = model.capabilities if model.capabilities and model.is_chat_model else ()
+        known = [*self.takes, *(name for ability in abilities for name in PARAMETERS.get(ability, ()))]
+        return dataclasses.replace(
+            model, provider=self.name, max_context=model.max_context or window, max_output=model.max_output or answer,
+            parameters=model.parameters or (tuple(sorted(known)) if abilities else ()))
 
     def passes_text(self, request: ChatRequest) -> bool:
         """Return True if the client of this request may get the events of text alone as they are."""
@@ -2374,6 +2409,23 @@ class Provider:
             if name in payload and (name not in ESSENTIAL or name in self.renames):
                 return name
         return None
+
+
+INPUTS = {"vision": "image", "audio": "audio", "file": "file"}    # ability -> what a prompt may have beside text
+PARAMETERS = {"tools": ("tools", "tool_choice", "parallel_tool_calls"), "thinking": ("reasoning", "reasoning_effort")}
+# The names by which lists tell of a model's window, of which the first that is there counts, and of its longest answer:
+# LM Studio's, OpenRouter's, vLLM's, LM Studio's and Mistral's, Groq's, llama.cpp's, Claude's.
+WINDOWS = ("loaded_context_length", "context_length", "max_model_len", "max_context_length", "context_window", "n_ctx",
+           "max_input_tokens")
+ANSWERS = ("max_output_tokens", "max_completion_tokens")
+_OPENAI_LIMITS = {"gpt-6-luna": (922_000, 128_000)}    # OpenAI's list does not tell (its documentation, 2026-11)
+
+
+def tokens_in(item: Json, names: Iterable[str]) -> int:
+    """Return the number of tokens that an item of a list has under the first of these names, 0 if under none."""
+    places = [place for place in (item, item.get("meta"), item.get("top_provider")) if isinstance(place, dict)]
+    return next((number for name in names for place in places
+                 if type(number := place.get(name)) is int and 0 < number < MOST_TOKENS), 0)
 
 
 @functools.lru_cache(64)
@@ -3354,6 +3406,7 @@ class Ollama(Provider):
                 "max_completion_tokens")
     _as_they_are = ("logprobs", "top_logprobs", "keep_alive", "think")    # the last two by extra_body of the SDKs
     _think = {"none": False, "minimal": "low", "xhigh": "max"}
+    takes = (*_options, "logprobs", "top_logprobs", "response_format", "structured_outputs")
 
     def endpoint(self, settings: Settings) -> Endpoint:
         return Endpoint(self.name, ollama_url(settings.ollama_host))
@@ -3441,7 +3494,7 @@ class Ollama(Provider):
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
                         is_remote(str(item["name"])) or bool(item.get("remote_host")), str(item.get("digest") or ""),
-                        int(item.get("size") or 0), _capabilities(item))
+                        int(item.get("size") or 0), _capabilities(item), entry=item)
                   for item in ask(self.models_path, None).get("models") or []]
         models = sorted(listed, key=lambda model: -model.created)[:MAX_MODELS]
         with contextlib.suppress(UpstreamError, *NOT_IN_ITS_FORMAT):
@@ -3467,24 +3520,43 @@ class Ollama(Provider):
         if size // MOST_BYTES > model.max_context:
             raise Unsupported(f"its maximum context length is {model.max_context} tokens, and the prompt has over "
                               f"{size // MOST_BYTES}", param="messages", code="context_length_exceeded")
-        answer = min(request.max_output_tokens(512), 4096)
-        own = max(asked, min(model.own_context, model.max_context))    # never to be made smaller
-        now = model.context or own or DEFAULT_CONTEXT
+        answer = min(request.max_output_tokens(512), MOST_ANSWER)
+        now, own = self._windows(model, asked)
         needed = size // LEAST_BYTES + answer
         if needed <= now:
             return now if now == asked or not model.context and needed > DEFAULT_CONTEXT else 0
         step = next((step for step in CONTEXTS if step >= needed), CONTEXTS[-1])
         wanted = max(now, own, min(step, model.max_context))
-        # The size of a loaded model is with its context, and `free` counts it as free.  Where not even the model fits,
-        # it is asked as a last resort, so `free` is no limit.
-        if free is None or model.size > free or model.size + (wanted - model.context) * model.token_bytes <= free:
+        if self._fits(model, wanted, free):
             return wanted if wanted > now or wanted == asked else 0
         if size // LARGE_BYTES + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
             return 0
         raise Unsupported(f"a context of {wanted} tokens does not fit in memory: its maximum context length is {now} "
                           "tokens now", param="messages", code="context_length_exceeded")
 
+    @staticmethod
+    def _windows(model: Model, asked: int) -> tuple[int, int]:
+        """Return the window that a model has or would be loaded for, and one that it is never made smaller than."""
+        own = max(asked, min(model.own_context, model.max_context))
+        return model.context or own or DEFAULT_CONTEXT, own
 
+    @staticmethod
+    def _fits(model: Model, window: int, free: float | None) -> bool:
+        # The size of a loaded model is with its context, and `free` counts it as free.  Where not even the model fits,
+        # it is asked as a last resort, so `free` is no limit.
+        return free is None or model.size > free or model.size + (window - model.context) * model.token_bytes <= free
+
+    def planned(self, model: Model, asked: int, free: float | None) -> Model:
+        model = super().planned(model, asked, free)
+        if not model.max_context or not model.is_chat_model:
+            return model
+        now, own = self._windows(model, asked)
+        steps = [max(now, own, min(step, model.max_context)) for step in CONTEXTS]
+        most = min(max([now, *(step for step in steps if self._fits(model, step, free))]), model.max_context)
+        return dataclasses.replace(model, max_context=most, max_output=min(MOST_ANSWER, most // 2))
+
+
+MOST_ANSWER = 4096        # tokens, for which a window is made large enough; a longer answer may find it full
 DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 # Bytes a token: code and languages other than English have about 3; English has 4, and seldom 5; none has 8.
@@ -3504,7 +3576,7 @@ def _with_state(model: Model, loaded: Json | None) -> Model:
         return dataclasses.replace(model, cold=not model.remote)
     size, on_gpu = int(loaded.get("size") or 0), int(loaded.get("size_vram") or 0)
     return dataclasses.replace(model, context=int(loaded.get("context_length") or 0), size=size or model.size,
-                               gpu_share=min(1.0, on_gpu / size) if size else None)
+                               gpu_share=min(1.0, on_gpu / size) if size else None, loaded=loaded)
 
 
 def _details(shown: Json) -> Json:
@@ -3585,6 +3657,7 @@ class Claude(Provider):
     key_variable, default_model = "ANTHROPIC_API_KEY", "claude-haiku-5-5"
     vendor, chat_path, models_path = "api.anthropic.com", "/v1/messages", "/v1/models?limit=1000"
     text_event = TextEvent(_CLAUDE_TEXT, b"\n\n")
+    takes = ("max_tokens", "max_completion_tokens", "stop", "response_format", "structured_outputs")
     refuses = {**Ollama.refuses, "logprobs": "it does not tell them", "top_logprobs": "it does not tell them"}
 
     def endpoint(self, settings: Settings) -> Endpoint:
@@ -3595,6 +3668,14 @@ class Claude(Provider):
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         # 2023-06-01 and not 2026-10-21: the later version refuses temperature and top_p for every model.
         return {"anthropic-version": "2023-06-01", **present({"x-api-key": endpoint.key})}
+
+    def listed(self, item: Json) -> Model:
+        return dataclasses.replace(super().listed(item), max_output=tokens_in(item, ("max_tokens",)))
+
+    def abilities(self, item: Json) -> frozenset[str]:
+        told = {"vision": "image_input", "file": "pdf_input", "thinking": "thinking"}
+        return frozenset(("completion", "tools", *(ability for ability, name in told.items()
+                                                   if item["capabilities"][name]["supported"])))
 
     def refuse_part(self, part: Json) -> str | None:
         if part["type"] == "image_url":
@@ -4960,6 +5041,12 @@ class Gateway:
             return KEPT_ON_BATTERY_S if plugged is False and target.endpoint.on_device else KEPT_S
         return float(said) if re.fullmatch(NUMBER, said) else said    # Ollama reads "300" as no duration
 
+    @staticmethod
+    def meaning_of(name: str) -> tuple[str, ...]:
+        """Return what a model's name means."""
+        plain = name.removesuffix(":latest")    # which Ollama's clients add
+        return (plain if plain in OWN_NAMES else name,)
+
     def resolve(self, name: str, snapshot: Snapshot) -> Target:
         """Return the one target that a model's name stands for.  Raises BadRequest (404)."""
         provider, model = split_id(name)
@@ -4983,9 +5070,10 @@ class Gateway:
     def plan(self, request: ChatRequest) -> Plan:
         """Return what to try for a request.  Raises OblixError: an unknown model, no key, nothing that can answer."""
         snapshot = self.snapshot()
-        if request.model not in ("auto", "local", "cloud"):
+        meant, = self.meaning_of(request.model)
+        if meant not in OWN_NAMES:
             return self._plan_of_one(request, snapshot)
-        only = None if request.model == "auto" else Side(request.model)
+        only = None if meant == "auto" else Side(meant)
         refusals = {target: refused for target in snapshot.targets
                     if (refused := self._refusal(request, target, snapshot))}
         plan = rank(snapshot, {target: refused.message for target, refused in refusals.items()}, only,
@@ -5079,12 +5167,54 @@ class Gateway:
 
     def models(self) -> list[Json]:
         """Return all models that can be asked for, as GET /v1/models lists them.  Does not wait."""
-        snapshot, found = self.snapshot(), dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
-        found.update({target.id: (0, target.endpoint.provider) for target in snapshot.targets})
-        found.update({"ollama:" + model.name.removesuffix(":latest"): (model.created, "ollama")
-                      for model in installed(self._ollama, snapshot.readings)})
-        return [{"id": id, "object": "model", "created": created, "owned_by": owner}
-                for id, (created, owner) in found.items()]
+        return [model_item(id, model) for id, model in self.catalogue().items()]
+
+    def catalogue(self) -> dict[str, Model]:
+        """Return what is known of each name that can be asked for.  Does not wait."""
+        snapshot = self.snapshot()
+        found = {name: self._meant(name, snapshot) for name in OWN_NAMES}
+        found.update({target.id: self._planned(target, snapshot) for target in snapshot.targets})
+        for model in installed(self._ollama, snapshot.readings):
+            target = Target(self._ollama, model.name.removesuffix(":latest"), Side.LOCAL)
+            found[target.id] = self._planned(target, snapshot, model)
+        return found
+
+    def known(self, name: str) -> Model:
+        """Return what is known of a name, listed or not.  Does not wait.  Raises BadRequest (404)."""
+        return self._meant(name, self.snapshot())
+
+    def _meant(self, name: str, snapshot: Snapshot) -> Model:
+        meant = self.meaning_of(name)
+        found = [(target.side, self._planned(target, snapshot)) for one in meant for target in (
+            self._answering(one, snapshot) if one in OWN_NAMES else [self.resolve(one, snapshot)])]
+        return found[0][1] if len(meant) == 1 and meant[0] not in OWN_NAMES else in_common(found)
+
+    @staticmethod
+    def _answering(name: str, snapshot: Snapshot) -> tuple[Target, ...]:
+        """Return the targets that may answer now for one of Oblix's own names."""
+        plan = rank(snapshot, {}, None if name == "auto" else Side(name))
+        return plan.order or plan.last_resort
+
+    def _planned(self, target: Target, snapshot: Snapshot, model: Model | None = None) -> Model:
+        """Return what clients may plan with for a target, whose model may be known."""
+        model = model or model_of(target, reading_of(target, snapshot.readings)) or Model(target.model)
+        model = dataclasses.replace(model, context=self.context_of(target, model))
+        return PROVIDERS[target.endpoint.provider].planned(
+            model, snapshot.record(target).context, free_bytes(target, snapshot.readings))
+
+
+def in_common(models: Sequence[tuple[Side, Model]]) -> Model:
+    """Return what holds whichever of these models answers.
+
+    What a cloud does not tell counts only if no local model tells: that one's window is smaller, its abilities fewer.
+    """
+    def shared(fact: str, merge: Callable[[Any], Any]) -> Any:
+        told = [(side, getattr(model, fact)) for side, model in models]
+        needed = [value for side, value in told if side is Side.LOCAL] or [value for _, value in told]
+        return merge([value for _, value in told if value]) if needed and all(needed) else None
+    return Model("", capabilities=shared("capabilities", lambda sets: frozenset.intersection(*sets)),
+                 max_context=shared("max_context", min) or 0, max_output=shared("max_output", min) or 0,
+                 parameters=tuple(sorted(shared("parameters", lambda lists: set.intersection(*map(set, lists))) or ())))
 
 
 @functools.lru_cache(4)
@@ -5567,7 +5697,7 @@ def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
 
 
 # === 10. Response out =================================================================================================
-# uses: 1; pure
+# uses: 1 6; pure
 # What does the client read?  Chunks become server-sent events or one completion, errors become OpenAI's error object.
 
 DONE = b"data: [DONE]\n\n"    # exactly so: some clients reject an extra space
@@ -5655,6 +5785,64 @@ def without_overlap(said: str, more: str) -> str:
     """Return `more` without the longest beginning that repeats the end of `said`; a few characters may by chance."""
     sizes = range(min(OVERLAP, len(said), len(more)), LEAST_OVERLAP - 1, -1)
     return more[next((size for size in sizes if said.endswith(more[:size])), 0):]
+
+
+def rfc3339(seconds: int) -> str:
+    """Return a unix time as RFC 3339 has it."""
+    within = min(max(seconds, 0), 253_402_300_799)    # of the years 1970 to 9999
+    return datetime.datetime.fromtimestamp(within, datetime.timezone.utc).isoformat().replace("+00:00", "Z")
+
+
+def model_item(id: str, model: Model) -> Json:
+    """Return a model as a list has it for clients of OpenAI, OpenRouter and Anthropic, without what is unknown."""
+    inputs = ["text", *(kind for ability, kind in INPUTS.items() if ability in (model.capabilities or ()))]
+    return {"id": id, "object": "model", "created": model.created, "owned_by": model.provider or "oblix",
+            "type": "model", "name": model.title or id, "display_name": model.title or id,
+            "created_at": rfc3339(model.created), "lifecycle": "active",
+            **present({"context_length": model.max_context, "max_input_tokens": model.max_context,
+                       "max_output_tokens": model.max_output, "max_tokens": model.max_output,
+                       "architecture": model.capabilities and {"input_modalities": inputs},
+                       "supported_parameters": [*model.parameters]})}
+
+
+def model_list(items: list[Json]) -> Json:
+    """Return the list of models that OpenAI's, Anthropic's and Codex's clients read; the last wants `models`."""
+    return {"object": "list", "data": items, "has_more": False, "first_id": items[0]["id"],
+            "last_id": items[-1]["id"], "models": []}
+
+
+# --- 10. What Ollama tells of models ----------------------------------------------------------------------------------
+
+# The first version with all the APIs that Oblix has: /v1/responses came with 0.13.4 (Codex asks for it), /v1/messages
+# with 0.14.0.  VS Code wants 0.6.4.
+OLLAMA_VERSION = "0.14.0"
+_DETAILS = {"parent_model": "", "format": "", "family": "oblix", "families": ["oblix"], "parameter_size": "",
+            "quantization_level": ""}    # Zed reads no list in which one is missing
+
+
+def ollama_entry(id: str, model: Model) -> Json:
+    """Return a model's entry in /api/tags: an installed one's as Ollama has it."""
+    name = id.removeprefix("ollama:")
+    name = name if ":" in name else name + ":latest"
+    # What nobody knows of may take tools: a client sends none to a model that does not say so.
+    return {"modified_at": rfc3339(model.created), "size": model.size, "digest": f"{number_for(id):08x}" * 8,
+            "capabilities": sorted(model.capabilities or ("completion", "tools")), **present(model.entry),
+            "name": name, "model": name, "details": {**_DETAILS, **(model.entry.get("details") or {})}}
+
+
+def ollama_details(id: str, model: Model) -> Json:
+    """Return the answer of /api/show.  Clients read the window at the architecture's name, as VS Code and Zed do."""
+    entry = ollama_entry(id, model)
+    family = entry["details"]["family"] or "oblix"
+    return {"license": "", "modelfile": "", "parameters": "", "template": "", "system": "",
+            **{name: entry[name] for name in ("details", "capabilities", "modified_at")},
+            "model_info": {"general.architecture": family, "general.basename": model.title or entry["name"],
+                           **present({f"{family}.context_length": model.max_context})}}
+
+
+def ollama_loaded(models: Iterable[Model]) -> Json:
+    """Return the answer of /api/ps: what Ollama has in memory, as it says it."""
+    return {"models": [*{model.loaded["name"]: model.loaded for model in models if model.loaded}.values()]}
 
 
 def error_body(error: OblixError) -> Json:
@@ -6036,13 +6224,11 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _models(self, wanted: str) -> None:
         gateway = self.server.gateway
-        known = {model["id"]: model for model in gateway.models()}
-        if wanted and wanted not in known:    # chat takes other spellings, and names that are not listed
-            target = gateway.resolve(wanted, gateway.snapshot())
-            check_fields({"model": wanted}, FIELDS, ())
-            unlisted = {"id": "", "object": "model", "created": 0, "owned_by": target.endpoint.provider}
-            known[wanted] = {**known.get(target.id, unlisted), "id": wanted}
-        self.json(200, known[wanted] if wanted else {"object": "list", "data": [*known.values()]})
+        if not wanted:
+            return self.json(200, model_list(gateway.models()))
+        model = gateway.known(wanted)
+        check_fields({"model": wanted}, FIELDS, ())
+        self.json(200, model_item(wanted, model))
 
     def _chat(self) -> None:
         """Answer a chat request.  Raise OblixError, ClientGone."""
