@@ -3574,11 +3574,12 @@ class Ollama(Provider):
 
     def planned(self, model: Model, asked: int, free: float | None) -> Model:
         model = super().planned(model, asked, free)
-        if not model.max_context or not model.is_chat_model:
+        if not model.is_chat_model:
             return model
         now, own = self._windows(model, asked)
         steps = [max(now, own, min(step, model.max_context)) for step in CONTEXTS]
-        most = min(max([now, *(step for step in steps if self._fits(model, step, free))]), model.max_context)
+        most = max([now, *(step for step in steps if self._fits(model, step, free))])
+        most = min(most, model.max_context) if model.max_context else model.context    # which `context_for` leaves
         return dataclasses.replace(model, max_context=most, max_output=min(MOST_ANSWER, most // 2))
 
 
@@ -6367,7 +6368,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _ollama_model(self) -> None:
         body, gateway = parse_body(self.body()), self.server.gateway
         name: Any = body.get("model") or body.get("name")
-        check_fields({"model": name}, FIELDS, ())
+        check_fields({"model": name}, FIELDS, ("model",))
         with contextlib.suppress(BadRequest):
             model = gateway.known(name)
             if model.entry or model.provider != "ollama" or name in gateway.catalogue():

@@ -3942,6 +3942,65 @@ class Catalogue(Case):
         with self.assertRaises(oblix.Unsupported):
             context_for(request, model, 0, 6 * GB)
 
+    def test_the_window_that_clients_may_plan_with_is_the_largest_that_is_asked_for(self):
+        ollama = oblix.PROVIDERS["ollama"]
+        for now, own, asked, most, free, told in (
+                (0, 0, 0, 131072, None, 131072), (0, 0, 0, 1 << 20, None, 131072), (0, 0, 0, 40960, None, 40960),
+                (0, 0, 0, 2048, None, 2048), (8192, 0, 0, 131072, 6 * GB, 16384), (8192, 0, 0, 131072, 5 * GB, 8192),
+                (0, 0, 0, 131072, 6 * GB, 8192), (0, 0, 0, 131072, 4 * GB, 131072), (4096, 0, 0, 0, None, 4096),
+                (0, 32768, 0, 131072, 6 * GB, 32768), (0, 0, 16384, 131072, 5 * GB, 16384),
+                (1 << 20, 0, 0, 1 << 20, None, 1 << 20), (0, 0, 0, 0, None, 0)):
+            with self.subTest(now=now, own=own, asked=asked, most=most, free=free):
+                model = oblix.Model("m", size=5 * GB, max_context=most, context=now, own_context=own, token_bytes=10**5)
+                windows = []
+                for step in (*oblix.CONTEXTS, most) * bool(most):
+                    request = oblix.ChatRequest("m", {**talk(user("a" * (3 * step - 99))), "max_tokens": 1})
+                    with contextlib.suppress(oblix.Unsupported):
+                        windows.append(ollama.context_for(request, model, asked, free) or now or asked or own or 4096)
+                planned = ollama.planned(model, asked, free)
+                self.assertEqual(planned.max_context, told)
+                self.assertEqual(planned.max_context, min(max(windows, default=now), most or now))
+                self.assertEqual(planned.max_output, min(4096, told // 2))
+
+    def test_what_the_lists_of_many_servers_tell(self):
+        router = {"name": "Vendor: Large", "context_length": 200000, "top_provider": {"max_completion_tokens": 32000},
+                  "architecture": {"input_modalities": ["text", "image", "file"]},
+                  "supported_parameters": ["tools", "temperature", "reasoning"]}
+        can = {"image_input": {"supported": True}, "pdf_input": {"supported": True}, "thinking": {"supported": False}}
+        claude = {"display_name": "Claude", "max_input_tokens": 10**6, "max_tokens": 128000}
+        for provider, item, expected in (    # title, window, answer, abilities
+                ("openai", {}, ("", 0, 0, None)), ("openai", {"max_model_len": 32768}, ("", 32768, 0, None)),
+                ("openai", {"max_context_length": 131072, "loaded_context_length": 4096}, ("", 4096, 0, None)),
+                ("openai", {"meta": {"n_ctx_train": 131072, "n_ctx": 2048}}, ("", 2048, 0, None)),
+                ("openai", {"context_window": 131072, "max_completion_tokens": 8192}, ("", 131072, 8192, None)),
+                ("openai", router,
+                 ("Vendor: Large", 200000, 32000, {"completion", "vision", "file", "tools", "thinking"})),
+                ("openai", {"context_length": "8k", "max_model_len": True, "max_context_length": -1, "n_ctx": 1 << 40,
+                            "meta": [], "top_provider": None, "supported_parameters": 5, "architecture": "x"},
+                 ("", 0, 0, None)),
+                ("claude", {**claude, "capabilities": can},
+                 ("Claude", 10**6, 128000, {"completion", "tools", "vision", "file"})),
+                ("claude", {**claude, "capabilities": {"image_input": 1}}, ("Claude", 10**6, 128000, None))):
+            with self.subTest(provider, item=item):
+                path = {"openai": "/models", "claude": "/v1/models?limit=1000"}[provider]
+                (model, _), _ = self.listed(provider, {path: {"data": [{"id": "m", **item}, {"id": "other"}]}})
+                self.assertEqual((model.title, model.max_context, model.max_output, model.capabilities), expected)
+
+    def test_what_holds_whoever_answers(self):
+        def known(side, window=0, *can):
+            return side, oblix.Model("m", max_context=window, capabilities=frozenset(can) or None, parameters=can)
+        for models, expected in (    # window, abilities
+                ([], (0, None)), ([known(LOCAL, 8, "a", "b")], (8, {"a", "b"})),
+                ([known(LOCAL, 8, "a", "b"), known(CLOUD, 20, "b", "c")], (8, {"b"})),
+                ([known(LOCAL, 20, "a"), known(CLOUD, 8, "a")], (8, {"a"})),
+                ([known(LOCAL, 8, "a"), known(CLOUD)], (8, {"a"})), ([known(LOCAL), known(CLOUD, 8, "a")], (0, None)),
+                ([known(CLOUD, 9, "a"), known(CLOUD, 8, "a")], (8, {"a"})),
+                ([known(CLOUD, 9, "a"), known(CLOUD)], (0, None))):
+            with self.subTest(models):
+                told = oblix.in_common(models)
+                self.assertEqual((told.max_context, told.capabilities), expected)
+                self.assertEqual({*told.parameters}, expected[1] or set())
+
     def test_details_are_asked_for_a_few_at_once_and_once_each(self):
         names = ["m%d" % number for number in range(oblix.DETAILS_AT_ONCE + 1)]
         answers = {"/api/tags": {"models": [{"name": name, "digest": name} for name in [*names, "x:cloud"]]},
@@ -10105,7 +10164,8 @@ ROUTES = [  # method, path, status, a word of Allow
     ("GET", "/", 200), ("GET", "/nope", 404), ("POST", "/v1/nope", 404), ("GET", "/v1/chat/completions", 405, "POST"),
     ("GET", "/chat/completions/", 405, "POST"), ("PUT", "/v1/chat/completions", 405, "POST"),
     ("DELETE", "/v1/models", 405, "GET, HEAD"), ("POST", "/health", 405, "GET, HEAD"),
-    ("PATCH", "/v1/models/auto", 405, "GET, HEAD"),
+    ("PATCH", "/v1/models/auto", 405, "GET, HEAD"), ("GET", "/v1/models?limit=1000", 200),
+    ("GET", "/v1/models?client_version=0.150.0", 200), ("GET", "/v1/models/auto?beta=true", 200),
 ]
 LENGTHS = [  # the headers about the length of a body, the statuses that are right; None is no reply at all
     ([], {400, 411}), (["Content-Length: "], {400, 411}), (["Content-Length: -1"], {400}),
@@ -10470,6 +10530,157 @@ def hostile_bodies(chance):
         yield json.dumps(body).encode()
     yield from NO_JSON
     yield from (damaged(json.dumps(FULL).encode(), chance) for _ in range(200))
+
+
+# What a client of Ollama's API can't do without: all that Zed's types have.
+ENTRY = {"name": str, "model": str, "modified_at": str, "size": int, "digest": str, "details": dict,
+         "capabilities": list}
+DETAILS = {"format": str, "family": str, "families": list, "parameter_size": str, "quantization_level": str}
+
+
+class Listed(Case):
+    """What clients read of the models: by OpenAI's, Anthropic's, Codex's and Ollama's API."""
+
+    @classmethod
+    def setUpClass(cls):
+        show = {"model_info": {"general.architecture": "llama", "llama.context_length": 32768},
+                "capabilities": ["completion", "tools"]}    # without the sizes by which a window takes memory
+        cls.local = cls.keep(Upstream(OLLAMA, details=show, loaded={"llama3.2:latest": {"context_length": 8192}}))
+        cls.cloud = cls.keep(Upstream(CLAUDE))
+        cls.server = cls.keep(running(cls.local, cls.cloud))
+        cls.url = "http://127.0.0.1:%d" % cls.server.port
+
+    def get(self, path, server=None):
+        told = fetch(server or self.server, "GET", path)
+        self.assertEqual(told.status, 200, told.body)
+        return told.json
+
+    def show(self, name, field="model"):
+        return fetch(self.server, "POST", "/api/show", json.dumps({field: name}))
+
+    def test_what_clients_need_to_plan(self):
+        models = {model["id"]: model for model in self.get("/v1/models")["data"]}
+        for id, name, window, answer, can in (
+                ("auto", "auto", 32768, 4096, {"tools", "max_tokens", "temperature"}),
+                ("local", "local", 32768, 4096, {"tools", "max_tokens"}), ("cloud", "cloud", 200000, 64000, set()),
+                (self.local.target, self.local.target, 32768, 4096, {"tools", "response_format", "seed"}),
+                ("ollama:hf.co/org/tiny:Q4", "ollama:hf.co/org/tiny:Q4", 32768, 4096, {"tools"}),
+                (self.cloud.target, "Claude", 200000, 64000, set())):
+            with self.subTest(id):
+                told = models[id]
+                self.assertEqual([told[name] for name in ("context_length", "max_input_tokens", "max_output_tokens",
+                                                          "max_tokens", "name", "display_name", "type", "object")],
+                                 [window, window, answer, answer, name, name, "model", "model"])
+                self.assertLessEqual(can, {*told.get("supported_parameters", ())})
+                self.assertEqual("supported_parameters" in told, bool(can), "of what nobody tells nothing is said")
+                self.assertEqual(told.get("architecture"), {"input_modalities": ["text"]} if can else None)
+                self.assertEqual(told["created"], datetime.datetime.fromisoformat(
+                    told["created_at"].replace("Z", "+00:00")).timestamp())
+                self.assertEqual(self.get("/v1/models/" + urllib.parse.quote(id, safe="")), told)
+
+    def test_auto_is_what_it_would_be_now(self):
+        with Upstream(OLLAMA, details={"capabilities": ["completion"]}) as local, \
+                Upstream(OPENAI, probe=whole(200, {"data": [{"id": "gpt-test", "max_model_len": 4096}]})) as cloud, \
+                running(local, cloud) as server:
+            self.assertEqual(self.get("/v1/models/auto", server)["context_length"], 4096)
+            local.probe = whole(200, {"models": []})    # its model is gone
+            cloud.probe = whole(200, {"data": [{"id": "gpt-test", "max_model_len": 65536}]})
+            look(server)
+            eventually(lambda: self.get("/v1/models/auto", server).get("context_length") == 65536)
+            self.assertNotIn("context_length", self.get("/v1/models/local", server))
+
+    def test_one_list_for_the_clients_of_three_apis(self):
+        listed = self.get("/v1/models?limit=1000&client_version=0.150.0")
+        ids = [model["id"] for model in listed["data"]]
+        self.assertEqual([listed[name] for name in ("object", "models", "has_more", "first_id", "last_id")],
+                         ["list", [], False, ids[0], ids[-1]])
+        for name, client in (("openai", "OpenAI"), ("anthropic", "Anthropic")):
+            with self.subTest(name):
+                need(importlib.util.find_spec(name), "no %s SDK: python -m pip install %s" % (client, name))
+                base = self.url + "/v1" * (name == "openai")
+                with getattr(importlib.import_module(name), client)(base_url=base, api_key="placeholder") as sdk:
+                    self.assertEqual([model.id for model in sdk.models.list()], ids)
+                    model = sdk.models.retrieve(self.cloud.target)
+                    self.assertEqual((model.display_name, model.max_tokens), ("Claude", 64000))
+                    type(model).model_validate(model.model_dump(), strict=False)    # with all that its types need
+
+    def test_ollamas_own_client(self):
+        need(importlib.util.find_spec("ollama"), "no client of Ollama: python -m pip install ollama")
+        client = importlib.import_module("ollama").Client(self.url)
+        names = [model.model for model in client.list().models]
+        self.assertEqual({*names}, {"auto:latest", "local:latest", "cloud:latest", "llama3.2:latest",
+                                    "hf.co/org/tiny:Q4", self.cloud.target})
+        for name in names:
+            shown = client.show(name)
+            self.assertEqual((shown.capabilities, shown.modelinfo["general.architecture"] + ".context_length" in
+                              shown.modelinfo), (["completion", "tools"], True))
+        self.assertEqual([(model.model, model.context_length) for model in client.ps().models],
+                         [("llama3.2:latest", 8192)])
+        with self.assertRaisesRegex(Exception, "model 'nobody' not found"):
+            client.show("nobody")
+        with self.assertRaisesRegex(Exception, self.local.url):
+            client.pull("llama3.2")
+        client._client.close()
+
+    def test_ollamas_lists(self):
+        version = self.get("/api/version")["version"]
+        self.assertLessEqual((0, 13, 4), tuple(map(int, version.split("."))))    # Codex wants this one, VS Code 0.6.4
+        models = {model["name"]: model for model in self.get("/api/tags")["models"]}
+        self.assertEqual({*models}, {"auto:latest", "local:latest", "cloud:latest", "llama3.2:latest",
+                                     "hf.co/org/tiny:Q4", self.cloud.target})
+        for name, model in models.items():
+            for told, needed in ((model, ENTRY), (model["details"], DETAILS)):
+                self.assertEqual({field: type(told.get(field)) for field in needed}, needed, name)
+            self.assertEqual(model["model"], name)
+            self.assertRegex(model["digest"], "^(of|[0-9a-f]{64}$)")
+        entry = {model["name"]: model for model in OLLAMA.probe()["models"]}["hf.co/org/tiny:Q4"]
+        listed = models["hf.co/org/tiny:Q4"]
+        self.assertEqual({**listed, **entry, "details": {**listed["details"], **entry["details"]}}, listed)
+        self.assertEqual(self.get("/api/ps"), OLLAMA.ps(self.local.loaded))
+
+    def test_ollamas_details(self):
+        for name, architecture, title, window in (
+                ("auto", "oblix", "auto", 32768), ("auto:latest", "oblix", "auto", 32768),
+                ("llama3.2", "llama", "llama3.2", 32768), ("llama3.2:latest", "llama", "llama3.2", 32768),
+                ("cloud", "oblix", "cloud", 200000), (self.cloud.target, "oblix", "Claude", 200000)):
+            for field in ("model", "name"):
+                told = self.show(name, field).json
+                with self.subTest(name, field=field):
+                    self.assertEqual(told["model_info"], {
+                        "general.architecture": architecture, "general.basename": title,
+                        architecture + ".context_length": window})
+                    self.assertEqual((told["capabilities"], told["details"]["family"]),
+                                     (["completion", "tools"], architecture))
+                    self.assertEqual({type(told[field]) for field in ("template", "modelfile", "parameters",
+                                                                      "license", "modified_at")}, {str})
+
+    def test_names_with_ollamas_latest_are_the_same(self):
+        for name, by in (("auto:latest", self.local.target), ("local:latest", self.local.target),
+                         ("cloud:latest", self.cloud.target), ("llama3.2:latest", self.local.target)):
+            for stream in (False, True):
+                self.answered(ask(self.server, name, stream=stream), "Hello", by)
+        self.assertEqual(self.get("/v1/models/auto:latest"), {**self.get("/v1/models/auto"), "id": "auto:latest",
+                                                              "name": "auto:latest", "display_name": "auto:latest"})
+
+    def test_errors_are_in_ollamas_shape(self):
+        name = json.dumps({"model": "nobody"})
+        rows = [("POST", "/api/show", name, {}, 404, "model 'nobody' not found"),
+                ("POST", "/api/show", '{"model": "ollama:nobody"}', {}, 404, "model 'ollama:nobody' not found"),
+                ("POST", "/api/show", "{}", {}, 400, "model"), ("POST", "/api/show", '{"model": 5}', {}, 400, "model"),
+                ("POST", "/api/show", "[", {}, 400, "JSON"), ("GET", "/api/show", None, {}, 405, "POST"),
+                ("POST", "/api/tags", name, {}, 405, "GET"), ("GET", "/api/nothing", None, {}, 404, "/api/nothing"),
+                ("GET", "/api/tags", None, {"Host": "evil.example"}, 403, "Host")]
+        rows += [(method, "/api/" + what, name, {}, 403, self.local.url) for method, what in (
+            ("POST", "pull"), ("POST", "push"), ("POST", "create"), ("POST", "copy"), ("DELETE", "delete"),
+            ("POST", "blobs/sha256:29fdb92e57cf0827ded04ae6461b5931d01fa595843f55d36f5b275a52087dd2"))]
+        for method, path, body, headers, status, says in rows:
+            with self.subTest(path, body=body):
+                told = fetch(self.server, method, path, body, headers)
+                self.assertEqual((told.status, [*told.json], type(told.json["error"])), (status, ["error"], str))
+                self.assertIn(says, told.json["error"])
+        for path in ("/", "/api/version", "/api/tags", "/api/ps"):
+            told = fetch(self.server, "HEAD", path)
+            self.assertEqual((told.status, told.body), (200, b""))
 
 
 class Hostile(Case):
