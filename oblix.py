@@ -5200,18 +5200,15 @@ class Gateway:
     def catalogue(self) -> dict[str, Model]:
         """Return what is known of each name that can be asked for.  Does not wait."""
         snapshot = self.snapshot()
-        found = {name: self._meant(name, snapshot) for name in OWN_NAMES}
+        found = {name: self.known(name, snapshot) for name in OWN_NAMES}
         found.update({target.id: self._planned(target, snapshot) for target in snapshot.targets})
         for model in installed(self._ollama, snapshot.readings):
             target = Target(self._ollama, model.name.removesuffix(":latest"), Side.LOCAL)
             found[target.id] = self._planned(target, snapshot, model)
         return found
 
-    def known(self, name: str) -> Model:
-        """Return what is known of a name, listed or not.  Does not wait.  Raises BadRequest (404)."""
-        return self._meant(name, self.snapshot())
-
-    def _meant(self, name: str, snapshot: Snapshot) -> Model:
+    def known(self, name: str, snapshot: Snapshot) -> Model:
+        """Return what is known of a name, listed or not.  Raises BadRequest (404)."""
         meant = self.meaning_of(name)
         found = [(target.side, self._planned(target, snapshot)) for one in meant for target in (
             self._answering(one, snapshot) if one in OWN_NAMES else [self.resolve(one, snapshot)])]
@@ -5978,7 +5975,7 @@ def ollama_details(id: str, model: Model) -> Json:
 
 def ollama_loaded(models: Iterable[Model]) -> Json:
     """Return the answer of /api/ps: what Ollama has in memory, as it says it."""
-    return {"models": [*{model.loaded["name"]: model.loaded for model in models if model.loaded}.values()]}
+    return {"models": [*{str(model.loaded["name"]): model.loaded for model in models if model.loaded}.values()]}
 
 
 CHAT, OLLAMA = Chat(), OllamaApi()
@@ -6355,7 +6352,7 @@ class Handler(socketserver.BaseRequestHandler):
         gateway, wanted = self.server.gateway, urllib.parse.unquote(self.head.path[len("/models/"):])
         if not wanted:
             return self.json(200, model_list(gateway.models()))
-        model = gateway.known(wanted)
+        model = gateway.known(wanted, gateway.snapshot())
         check_fields({"model": wanted}, FIELDS, ())
         self.json(200, model_item(wanted, model))
 
@@ -6370,7 +6367,7 @@ class Handler(socketserver.BaseRequestHandler):
         name: Any = body.get("model") or body.get("name")
         check_fields({"model": name}, FIELDS, ("model",))
         with contextlib.suppress(BadRequest):
-            model = gateway.known(name)
+            model = gateway.known(name, gateway.snapshot())
             if model.entry or model.provider != "ollama" or name in gateway.catalogue():
                 return self.json(200, ollama_details(name, model))
         raise BadRequest(f"model '{name}' not found", status=404, code="model_not_found")
