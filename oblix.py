@@ -12,11 +12,12 @@ can, and by a cloud model (OpenAI, Claude) when it cannot; every answer says who
 The life of a request
 
     bytes -> parse -> ChatRequest -> rank -> Plan -> attempt: encode -> open upstream -> decode -> chunks -> bytes
-             (3)                     (5)             (9)      (6)       (7)              (6)       (10)      (11)
+            (3, 11)                  (5)             (9)      (6)       (7)              (6)       (11)      (12)
 
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
-`chat.completion.chunk` objects, so there is no third vocabulary.  Two providers translate (Ollama, Claude) and are
-always streamed.  Whichever server answers, `in_order` makes OpenAI's reference of what it says, and `fold` a whole
+`chat.completion.chunk` objects, so there is no third vocabulary.  Fronts translate between it and the API that a client
+speaks, providers between it and the API that a server speaks.  Two providers translate (Ollama, Claude) and are always
+streamed.  Whichever server answers, `in_order` makes OpenAI's reference of what it says, and `fold` a whole
 answer of a stream.  All answers, whole or not, take this one way.
 
 Promises, each held by a test of its name
@@ -41,14 +42,14 @@ Who owns which state
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
-  lines of the log       a deque of its writer, whose operations are atomic (14)
-  admission              a set of guests, whose operations are atomic; how much is asked at once, behind its lock (11)
-  how busy a client is   attributes of its guest, written by its thread, and once more by a thread that makes room (11)
+  lines of the log       a deque of its writer, whose operations are atomic (15)
+  admission              a set of guests, whose operations are atomic; how much is asked at once, behind its lock (12)
+  how busy a client is   attributes of its guest, written by its thread, and once more by a thread that makes room (12)
   everything else        immutable, or local to the thread of one request
 
 Contents
   1 Vocabulary   2 Settings   3 Request in   4 Monitors   5 Policy     6 Providers   7 Transport
-  8 Ledger       9 Gateway   10 Response out  11 Server   12 Page     13 Demo       14 Command line
+  8 Ledger       9 Gateway   10 Response out  11 Fronts   12 Server   13 Page       14 Demo     15 Command line
 
 Each section's banner lists the sections it uses; "pure" ones do no IO.  A test holds both.
 """
@@ -230,6 +231,15 @@ class Reading:
     known: bool = True                          # False before the first sample: optimism, not evidence
 
 
+class Native(NamedTuple):
+    """A request in the dialect of one provider, to which it goes as its client wrote it, but for the model."""
+    provider: str
+    path: str                                   # at the provider, of what answers it
+    body: Json
+    headers: tuple[tuple[str, str], ...] = ()
+    only: str = ""                              # what of it no other provider can be asked for
+
+
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
     """A checked chat request: `body` holds OpenAI fields of the right types, without nulls and no-op defaults."""
@@ -237,6 +247,13 @@ class ChatRequest:
     body: Json
     stream: bool = False
     include_usage: bool = False
+    origin: Json = dataclasses.field(default_factory=dict)    # the body in the API that the client speaks
+    native: Native | None = None
+    left_out: tuple[str, ...] = ()              # what of it no target can be asked for: the client is told
+
+    def native_to(self, provider: str) -> Native | None:
+        """Return the request in a provider's own dialect, if its client wrote it so."""
+        return self.native if self.native and self.native.provider == provider else None
 
     @property
     def messages(self) -> list[Json]:
@@ -840,7 +857,8 @@ def check_body_kind(head: Head) -> None:
 
 # --- 3. Access --------------------------------------------------------------------------------------------------------
 
-EXPOSED = "x-oblix-model, x-oblix-side, x-oblix-reason, x-oblix-attempts, x-request-id, x-should-retry, retry-after"
+EXPOSED = ("x-oblix-model, x-oblix-side, x-oblix-reason, x-oblix-attempts, x-oblix-left-out, x-request-id, "
+           "x-should-retry, retry-after")
 
 # Schemes of pages that are part of an installed program; a page from elsewhere has http:, https: or null.  `file:` and
 # browsers' extensions are left out: a download is from elsewhere, and an extension runs beside every page.
@@ -1016,16 +1034,21 @@ PARTS: dict[str, Callable[[Json], bool]] = {    # type of a content part -> test
 }
 
 
-def parse_request(raw: bytes) -> ChatRequest:
-    """Return the request in a client's bytes.  Raise BadRequest for a type or range that no upstream takes."""
+def parse_body(raw: bytes) -> Json:
+    """Return the JSON object in a client's bytes.  Raise BadRequest."""
     try:
         body = loads(raw)
     except ValueError as error:
         raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
-        raise BadRequest('The body must be a JSON object like {"model": "auto", "messages": […]}.', code="invalid_json")
+        raise BadRequest('The body must be a JSON object like {"model": "auto", …}.', code="invalid_json")
+    return body
+
+
+def parse_request(body: Json) -> ChatRequest:
+    """Return the request in an OpenAI chat body.  Raise BadRequest for a type or range that no upstream takes."""
     check_fields(body, FIELDS, ("model", "messages"))
-    model = body.pop("model")
+    model, body = body["model"], {name: value for name, value in body.items() if name != "model"}
     if body.get("stop") is not None and "" in as_list(body["stop"]):    # it says nothing, and vLLM refuses it
         body["stop"] = [stop for stop in as_list(body["stop"]) if stop]
     kept = {name: value for name, value in body.items()
@@ -2373,7 +2396,10 @@ class Provider:
 
     def refusal(self, request: ChatRequest) -> Unsupported | None:
         """Return the error for what of the request this provider can't honour, or None."""
-        if not self.translates:
+        if request.native and request.native.only and not request.native_to(self.name):
+            return Unsupported(f"{request.native.only} can only be sent to {request.native.provider}'s models.",
+                               param=request.native.only)
+        if not self.translates or request.native_to(self.name):
             return None
         for param in sorted(self.refuses.keys() & request.body.keys()):
             return Unsupported(f"{self.label} does not support {param}: {self.refuses[param]}.", param=param)
@@ -4035,7 +4061,7 @@ def may_be_local(endpoint: Endpoint, model: str) -> bool:
 # uses: 1 3
 # How do bytes get to an upstream and back?  By the proxies that urllib knows, over connections that stay open between
 # requests, in HTTP/1.1, which is written and read here.  It knows addresses and deadlines, and nothing of what
-# the bytes mean.  Four rules hold here and in 11:
+# the bytes mean.  Four rules hold here and in 12:
 #   A wait is a blocking call that ends by itself after a tick; then one callback looks at the clock and the client.
 #   A stream belongs to its own thread from head to end: what one read brought goes out in one write.
 #   Events that say a text and nothing else are known by one static pattern, and pass as values of their own type.
@@ -5278,7 +5304,7 @@ class _Failure(NamedTuple):
         return slow or gone and time.monotonic() - self.at >= SECOND_TRY_S
 
 
-Stream = Generator[Any, None, None]    # of chunks, and of bytes that are ready for the client
+Stream = Generator[Any, None, None]    # of chunks, and of Texts
 
 
 class _Overtaken(Exception):
@@ -5410,7 +5436,8 @@ class Dispatch:
 
     def _attempt(self, target: Target) -> Result:
         """Try one target, up to its first content, or to its end where the client wants a whole answer."""
-        if self._request.stream or PROVIDERS[target.endpoint.provider].translates:
+        provider = PROVIDERS[target.endpoint.provider]
+        if self._request.stream or provider.translates and not self._request.native_to(provider.name):
             held, stream = self._begun(self._request, target)
             whole = None if self._request.stream else fold(itertools.chain(held, stream))
         else:
@@ -5479,19 +5506,17 @@ class Dispatch:
     def _stream(self, request: ChatRequest, target: Target) -> Stream:
         """Yield the chunks of a target's streamed answer, all with one id, time and model.
 
-        After the first content, events that say a text and nothing else come as bytes that are ready for the client.
+        After the first content, events that say a text and nothing else come as Texts: of choice 0.
         """
         envelope: Json = {}
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
-        frame: tuple[bytes, bytes] | None = None
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
             with self._exchange(request, target) as (answer, started):
                 for chunk in _decoded(answer, provider, request):
-                    if isinstance(chunk, Texts) and frame:
-                        before, after = frame
-                        yield before + (after + before).join(chunk) + after
+                    if isinstance(chunk, Texts):
+                        yield chunk
                         continue
                     timings = (chunk.pop if provider.translates else chunk.get)("timings", timings)
                     envelope = envelope or _envelope(chunk, target.id)
@@ -5499,8 +5524,8 @@ class Dispatch:
                     if not begun and has_content(chunk):
                         begun = time.monotonic()
                         answer.begin()
-                        frame = text_frame(told) if may_pass else None
-                        answer.text_event = provider.text_event if frame else None
+                        is_first = [choice["index"] for choice in choices_of(told)] == [0]
+                        answer.text_event = provider.text_event if may_pass and is_first else None
                     tokens = tokens_of(chunk) or tokens
                     yield told
                 answer.ended = True
@@ -5583,12 +5608,14 @@ class Dispatch:
         The parameters that the model refuses are left out one by one; what it never accepts is remembered.
         """
         provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
+        native = request.native_to(provider.name)
+        url = endpoint.base_url + (native.path if native else provider.chat_path)
+        headers = {**provider.headers(endpoint), **dict(native.headers if native else ())}
         encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
         changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
         while True:
             payload = provider.adapt(encoded, self.ledger.record(target).refused.union(changed))
-            answer = self._gateway.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
-                                                  dumps(payload), limits, self._look)
+            answer = self._gateway.transport.open(url, headers, dumps(payload), limits, self._look)
             if answer.status < 300 and answer.content_type != "text/html":
                 for refused, error in changed.items():
                     if is_permanent(refused, error):
@@ -5702,39 +5729,13 @@ def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
 
 # === 10. Response out =================================================================================================
 # uses: 1; pure
-# What does the client read?  Chunks become server-sent events or one completion, errors become OpenAI's error object.
+# What does any client get, whichever API it speaks?  Counts, errors, and one answer of two where the first broke off.
 
-DONE = b"data: [DONE]\n\n"    # exactly so: some clients reject an extra space
-# Fields of an event that says a text and nothing else.  Any other is the first chunk's own, and not the stream's.
-AROUND_TEXT = frozenset(("id object created model system_fingerprint service_tier prompt_token_ids "
-                         "index logprobs finish_reason stop_reason token_ids matched_stop").split())
 # The prompt for another model to continue.  A prefill would be shorter, but the newer Claude models refuse one.
 CONTINUE = ("Your last message was cut off. Continue it exactly where it ends: repeat nothing of it, and say nothing "
             "about the interruption.")
 _NOT_CONTINUED = {"tools", "functions", "response_format", "logprobs", "n", "modalities", "audio", "prediction"}
 LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation may repeat at its beginning
-
-
-def sse(event: Json) -> bytes:
-    """Return a server-sent event."""
-    return b"data: " + dumps(event) + b"\n\n"
-
-
-def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
-    """Return what is around the text of this stream's events that say nothing else; None for another choice's."""
-    if [choice["index"] for choice in chunk["choices"]] != [0]:
-        return None
-    choice = {name: None if name in ("logprobs", "finish_reason") else value
-              for name, value in chunk["choices"][0].items() if name in AROUND_TEXT}
-    kept = {name: value for name, value in chunk.items() if name in AROUND_TEXT}
-    told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
-    before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
-    return before + mark[:-len(rb'\u0000"')], b'"' + after
-
-
-def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
-    """Return the chunk if a client may see it, or None: many clients fail at an unasked usage without choices."""
-    return chunk if include_usage or "usage" not in chunk else None
 
 
 def tokens_of(answer: Json) -> int:
@@ -5807,8 +5808,127 @@ def error_headers(error: OblixError) -> dict[str, str]:
     return headers
 
 
-# === 11. Server =======================================================================================================
-# uses: 1 2 3 7 9 10 12
+# === 11. Fronts =======================================================================================================
+# uses: 1 3 10; pure
+# Which APIs do clients speak?  A front is the mirror image of a provider: it makes a ChatRequest of a client's body,
+# and that API's answer, events and errors of what is said inside.  Nothing between the two knows which front was asked.
+# To add one: subclass Front, and Writer for its streams, and name it in FRONTS.
+
+class Writer:
+    """The client's side of one streamed answer."""
+
+    def take(self, chunk: Any) -> bytes:
+        """Return the events for what a chunk, or Texts, say."""
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        """Return the events that end a complete answer."""
+        return b""
+
+    def broken(self, error: OblixError) -> bytes:
+        """Return the events that end an answer that broke off, of which nothing may look complete."""
+        raise NotImplementedError
+
+
+class Front:
+    """An API that clients speak."""
+    name: ClassVar[str]                         # for the log and for metrics
+    events: ClassVar[str] = "text/event-stream; charset=utf-8"    # the content type of its streams
+    keep_alive: ClassVar[bytes] = b": keep-alive\n\n"             # what is sent where nothing else is to be said
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        """Return the request in a client's body.  Raise BadRequest."""
+        raise NotImplementedError
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        """Return the whole answer for a chat.completion."""
+        raise NotImplementedError
+
+    def stream(self, request: ChatRequest) -> Writer:
+        """Return the writer of a streamed answer."""
+        raise NotImplementedError
+
+    def error(self, error: OblixError) -> Json:
+        """Return the body of an error."""
+        return error_body(error)
+
+
+# --- 11. OpenAI's chat completions ------------------------------------------------------------------------------------
+
+DONE = b"data: [DONE]\n\n"    # exactly so: some clients reject an extra space
+# Fields of an event that says a text and nothing else.  Any other is the first chunk's own, and not the stream's.
+AROUND_TEXT = frozenset(("id object created model system_fingerprint service_tier prompt_token_ids "
+                         "index logprobs finish_reason stop_reason token_ids matched_stop").split())
+
+
+def sse(event: Json) -> bytes:
+    """Return a server-sent event."""
+    return b"data: " + dumps(event) + b"\n\n"
+
+
+def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
+    """Return what is around the text of this stream's events that say nothing else; None for another choice's."""
+    if [choice["index"] for choice in chunk["choices"]] != [0]:
+        return None
+    choice = {name: None if name in ("logprobs", "finish_reason") else value
+              for name, value in chunk["choices"][0].items() if name in AROUND_TEXT}
+    kept = {name: value for name, value in chunk.items() if name in AROUND_TEXT}
+    told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
+    before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
+    return before + mark[:-len(rb'\u0000"')], b'"' + after
+
+
+def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
+    """Return the chunk if a client may see it, or None: many clients fail at an unasked usage without choices."""
+    return chunk if include_usage or "usage" not in chunk else None
+
+
+class _ChatWriter(Writer):
+    def __init__(self, request: ChatRequest) -> None:
+        self._include_usage = request.include_usage
+        self._frame: tuple[bytes, bytes] | None = None    # around the texts of events that say nothing else
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            before, after = self._frame or (b"", b"")
+            return before + (after + before).join(chunk) + after
+        if not self._frame and has_content(chunk):
+            self._frame = text_frame(chunk)
+        shown = for_client(chunk, self._include_usage)
+        return b"" if shown is None else sse(shown)
+
+    def end(self) -> bytes:
+        return DONE
+
+    def broken(self, error: OblixError) -> bytes:
+        return sse(error_body(error))
+
+
+class Chat(Front):
+    """OpenAI's chat completions: the language inside."""
+    name = "chat"
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        return parse_request(body)
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        return answer
+
+    def stream(self, request: ChatRequest) -> Writer:
+        return _ChatWriter(request)
+
+
+CHAT = Chat()
+FRONTS: dict[str, Front] = {"/chat/completions": CHAT}    # by path, without /v1
+
+
+def front_of(head: Head) -> Front:
+    """Return the front in whose shape a request is answered, whatever is wrong with it."""
+    return FRONTS.get(head.path, CHAT)
+
+
+# === 12. Server =======================================================================================================
+# uses: 1 2 3 7 9 10 11 13
 # How do clients reach the gateway?  HTTP on the stdlib's threading server: connections, routes, bodies, one write per
 # event, and the end.  It knows nothing of targets.
 
@@ -5823,7 +5943,7 @@ MAX_BODIES_BYTES = 128 << 20    # of requests under way, each of which takes som
 KEEP_ALIVE_S = 15.0             # of silence in a stream; proxies give up after 30 to 60 s
 
 
-# --- 11. Who is here --------------------------------------------------------------------------------------------------
+# --- 12. Who is here --------------------------------------------------------------------------------------------------
 
 class Guest:
     """A client's connection, and what the client sends on it, each part of which has to come within a limit."""
@@ -5960,7 +6080,7 @@ def shutting_down() -> Busy:
     return Busy("Oblix is being stopped; ask again in a moment.", code="shutting_down", retry_after_s=1.0)
 
 
-# --- 11. A connection -------------------------------------------------------------------------------------------------
+# --- 12. A connection -------------------------------------------------------------------------------------------------
 
 class Handler(socketserver.BaseRequestHandler):
     """One client connection, on a thread of its own: requests in and replies out."""
@@ -6093,10 +6213,10 @@ class Handler(socketserver.BaseRequestHandler):
         with contextlib.suppress(ClientGone):    # the log tells of the error
             if "status" in self.told:
                 self.close_connection = True    # which breaks off: the framing, too, must not look complete
-                self._hold(sse(error_body(error)))
+                self._hold(self._writer.broken(error))
                 self._flush()
             else:
-                self.json(error.status, error_body(error), error_headers(error))
+                self.json(error.status, front_of(self.head).error(error), error_headers(error))
 
     def reply(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """Send a whole reply in one write."""
@@ -6145,11 +6265,10 @@ class Handler(socketserver.BaseRequestHandler):
     def _route(self) -> None:
         """Answer the request.  Raise OblixError, ClientGone."""
         head, path = self.head, self.head.path
-        model = urllib.parse.unquote(path[len("/models/"):]) if path.startswith("/models/") else ""
-        methods = ROUTES.get("/models" if model else path)
+        methods, answer = ROUTES.get("/models/" if path.startswith("/models/") else path, ((), None))
         if head.method == "OPTIONS":
             return self.reply(204, b"", {"Allow": ", ".join([*(methods or ("GET", "HEAD", "POST")), "OPTIONS"])})
-        if methods is None:
+        if answer is None:
             asked = head.target.partition("?")[0][:100]
             raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST "
                              "/v1/chat/completions, GET /v1/models and GET /health; use the chat completions API.",
@@ -6158,18 +6277,18 @@ class Handler(socketserver.BaseRequestHandler):
             self._common["Allow"] = ", ".join(methods)    # RFC 9110, 15.5.6
             raise BadRequest(f"{path[:100]} takes {' or '.join(methods)}, not {head.method[:20]}.",
                              status=405, code="method_not_allowed")
-        if path == "/chat/completions":
-            return self._chat()
-        if path == "/":
-            return self.reply(200, PAGE.encode(), PAGE_HEADERS)
-        if path == "/health":
-            health = self.server.gateway.health()
-            shown = ("status", "version") if self.guard.is_public(self.head) else health
-            return self.json(200 if health["status"] == "healthy" else 503, {name: health[name] for name in shown})
-        return self._models(model)
+        return answer(self)
 
-    def _models(self, wanted: str) -> None:
-        gateway = self.server.gateway
+    def _page(self) -> None:
+        self.reply(200, PAGE.encode(), PAGE_HEADERS)
+
+    def _health(self) -> None:
+        health = self.server.gateway.health()
+        shown = ("status", "version") if self.guard.is_public(self.head) else health
+        self.json(200 if health["status"] == "healthy" else 503, {name: health[name] for name in shown})
+
+    def _models(self) -> None:
+        gateway, wanted = self.server.gateway, urllib.parse.unquote(self.head.path[len("/models/"):])
         known = {model["id"]: model for model in gateway.models()}
         if wanted and wanted not in known:    # chat takes other spellings, and names that are not listed
             target = None if gateway.alias_of(wanted) else gateway.resolve(wanted, gateway.snapshot())
@@ -6179,26 +6298,30 @@ class Handler(socketserver.BaseRequestHandler):
         self.json(200, known[wanted] if wanted else {"object": "list", "data": [*known.values()]})
 
     def _chat(self) -> None:
-        """Answer a chat request.  Raise OblixError, ClientGone."""
-        request = routed(parse_request(self.body()), self.head)
-        self.told["asked"] = request.model
+        """Answer a request for a model's words.  Raise OblixError, ClientGone."""
+        self._front = front = FRONTS[self.head.path]
+        request = routed(front.request(parse_body(self.body()), self.head), self.head)
+        self.told.update(front=front.name, asked=request.model)
         self.admission.take(1, 0)
         self.guest.busy = True
-        self._events, self._event_headers = b"", {**EVENT_HEADERS}
+        self._events, self._event_headers = b"", {"Content-Type": front.events, **EVENT_HEADERS}
         self._looked = self._sent = time.monotonic()
         self._keep_alive_s = KEEP_ALIVE_S if request.stream else math.inf
+        self._writer = front.stream(request)
         served = self.server.gateway.answer(request, self._look)
         model, side = served.target.id, served.target.side.value
         self.told.update(served=model, side=side, attempts=served.attempts, reason=served.reason)
         headers = {"x-oblix-model": model, "x-oblix-side": side, "x-oblix-reason": served.reason,
                    "x-oblix-attempts": str(served.attempts)}
+        if request.left_out:
+            headers["x-oblix-left-out"] = ", ".join(request.left_out)[:1000]
         if served.whole is not None:
             self.told["tokens"] = tokens_of(served.whole)
-            return self.reply(200, dumps(served.whole), {**JSON_HEADERS, **headers})
+            return self.json(200, front.whole(served.whole, request), headers)
         self.told["first_token_s"] = round(time.monotonic() - self.started, 3)
         self._event_headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
-            self._stream(served, request.include_usage)
+            self._stream(served)
 
     def _look(self) -> None:
         """See to the client before each wait and at each tick.  Raise ClientGone if it has left, Busy if Oblix ends."""
@@ -6212,20 +6335,16 @@ class Handler(socketserver.BaseRequestHandler):
         if has_left(self.guest.connection):
             raise ClientGone
         if now - self._sent >= self._keep_alive_s:
-            self._hold(b": keep-alive\n\n")    # it commits the status 200, but no answer: another target may give that
+            self._hold(self._front.keep_alive)    # it commits the status 200, but no answer: another may give it
             self._flush()
 
-    def _stream(self, served: Result, include_usage: bool) -> None:
+    def _stream(self, served: Result) -> None:
         """Pass on the chunks, the first content at once.  Raise UpstreamError where they are cut off."""
         try:
             for number, chunk in enumerate(served.chunks, 1):
-                if isinstance(chunk, bytes):
-                    self._hold(chunk)
-                    continue
-                self.told["tokens"] = tokens_of(chunk) or self.told.get("tokens", 0)
-                shown = for_client(chunk, include_usage)
-                if shown is not None:
-                    self._hold(sse(shown))
+                if not isinstance(chunk, Texts):
+                    self.told["tokens"] = tokens_of(chunk) or self.told.get("tokens", 0)
+                self._hold(self._writer.take(chunk))
                 if number == served.held:
                     self._flush()
         except Exception as error:
@@ -6233,7 +6352,7 @@ class Handler(socketserver.BaseRequestHandler):
                 log.warning("%s cut: %s", self.id, error.brief)
             self._flush()    # what was said before may be seen
             raise
-        self._hold(DONE)
+        self._hold(self._writer.end())
         self._flush(last=True)
 
     def _hold(self, events: bytes) -> None:
@@ -6258,13 +6377,15 @@ class Handler(socketserver.BaseRequestHandler):
         self.write(head + events)
 
 
-ROUTES = {"/chat/completions": ("POST",), "/models": ("GET", "HEAD"), "/health": ("GET", "HEAD"),
-          "/": ("GET", "HEAD")}    # path without /v1 -> methods; OPTIONS goes everywhere
+_READ = ("GET", "HEAD")
+# Path without /v1 -> methods, and what answers them; OPTIONS goes everywhere.
+ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Handler], None] | None]] = {
+    **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), "/": (_READ, Handler._page),
+    "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models)}
 
 REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
-EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                 "X-Accel-Buffering": "no"}
+EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
 _CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 # The words for each fact of a request in the log, in the order of the line; a fact that is not known is left out.
@@ -6285,7 +6406,7 @@ def printable(text: str) -> str:
     return text if is_header_safe(text) else re.sub("[^ -~]", "?", text)
 
 
-# --- 11. Listening, and the end ---------------------------------------------------------------------------------------
+# --- 12. Listening, and the end ---------------------------------------------------------------------------------------
 
 class Listener(http.server.ThreadingHTTPServer):
     """One listening socket."""
@@ -6466,7 +6587,7 @@ def running(settings: Settings) -> Iterator[Server]:
         server.close()
 
 
-# === 12. Page =========================================================================================================
+# === 13. Page =========================================================================================================
 # uses: nothing; pure
 # What does a browser show at the address?  /health, in words; the page asks for nothing else.
 
@@ -6505,8 +6626,8 @@ show(); setInterval(show, 3000);
 """
 
 
-# === 13. Demo =========================================================================================================
-# uses: 1 2 3 6 10 11
+# === 14. Demo =========================================================================================================
+# uses: 1 2 3 6 11 12
 # What can a newcomer run without Ollama and without a key?  A server on a loopback port that speaks Ollama's and
 # OpenAI's formats, and answers from a script.
 
@@ -6543,7 +6664,7 @@ class _DemoHandler(Handler):
                   for chunk in PROVIDERS["ollama"].decode(lines, ChatRequest("", {"messages": []})))
         if not (ours or asked.get("stream")):
             return self.json(200, fold(chunks))
-        self._event_headers = {"Content-Type": "application/x-ndjson"} if ours else EVENT_HEADERS
+        self._event_headers = {"Content-Type": "application/x-ndjson" if ours else CHAT.events}
         for self._events in lines if ours else itertools.chain(map(sse, chunks), [DONE]):
             self._flush()
         self._flush(last=True)
@@ -6570,8 +6691,8 @@ def demo(settings: Settings) -> Iterator[Settings]:
         server.stop()
 
 
-# === 14. Command line =================================================================================================
-# uses: 1 2 9 11 13
+# === 15. Command line =================================================================================================
+# uses: 1 2 9 12 14
 # What does a person see at the start?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
 
 LOG_S = 0.1       # in which the lines of the log are collected, to be written together
