@@ -5100,8 +5100,10 @@ class Gateway:
         alias = self.alias_of(name)
         return alias.targets if alias else (name,)
 
-    def resolve(self, name: str, snapshot: Snapshot) -> Target:
-        """Return the one target that a model's name stands for, which is no alias.  Raises BadRequest (404)."""
+    def resolve(self, name: str | Target, snapshot: Snapshot) -> Target:
+        """Return the one target that a name, which is not an alias, stands for.  Raises BadRequest (404)."""
+        if isinstance(name, Target):
+            return name
         provider, model = split_id(name)
         for target in snapshot.targets:
             its = target.endpoint.provider
@@ -5131,7 +5133,7 @@ class Gateway:
     def plan(self, request: ChatRequest) -> Plan:
         """Return what to try for a request.  Raises OblixError: an unknown model, no key, nothing that can answer."""
         snapshot, alias = self.snapshot(), self.alias_of(request.model)
-        asked = [name if isinstance(name, Target) or name in OWN_NAMES else self.resolve(name, snapshot)
+        asked = [name if name in OWN_NAMES else self.resolve(name, snapshot)
                  for name in (alias.targets if alias else (request.model,))]
         if len(asked) == 1 and isinstance(asked[0], Target):
             plan = self._plan_of_one(request, asked[0])
