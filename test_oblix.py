@@ -1041,7 +1041,7 @@ class Settings(Case):
     def test_a_variable_that_says_nothing_is_as_if_unset(self):
         unset = oblix.Settings.parse([], {})
         for text in NOTHING:
-            env = {oblix.variable_of(field): text for field in dataclasses.fields(oblix.Settings)}
+            env = {oblix.variable_of(field): text for field in oblix.declared(oblix.Settings)}
             self.assertEqual(oblix.Settings.parse([], env), unset, text)
 
     def test_every_variable_may_stand_in_quotes(self):
@@ -1152,6 +1152,57 @@ class Settings(Case):
                 targets = oblix.configured_targets(oblix.Settings.parse(argv, env))
                 self.assertEqual([target.endpoint.key for target in targets], keys)
 
+    def test_an_address_may_name_the_variable_of_its_key(self):
+        env = {"OPENAI_API_KEY": "sk-usual", "MY_KEY": " 'Bearer sk-mine' ", "K2": "sk-2", "EMPTY": ""}
+        for argv, told in (
+            (["--cloud-model=openai:a@https://x/v1#MY_KEY"], [("a", "sk-mine", "MY_KEY")]),
+            (["--local-model=openai:a@http://box:1/v1/#MY_KEY", "--cloud-model=claude:b@https://x#K2"],
+             [("a", "sk-mine", "MY_KEY"), ("b", "sk-2", "K2")]),
+            (["--cloud-model=openai:a#b@4@https://x/v1#K2"], [("a#b@4", "sk-2", "K2")]),
+            (["--cloud-model=openai:a#MY_KEY"], [("a#MY_KEY", "sk-usual", "OPENAI_API_KEY")]),
+            (["--cloud-model=openai:a@https://x/v1#NOWHERE"], [("a", "", "NOWHERE")]),
+            (["--cloud-model=openai:a@https://x/v1#EMPTY"], [("a", "", "EMPTY")]),
+        ):
+            with self.subTest(argv=argv):
+                settings = oblix.Settings.parse(argv, env)
+                targets = oblix.configured_targets(settings)
+                self.assertEqual([(target.model, target.endpoint.key, target.endpoint.key_variable)
+                                  for target in targets if target.model != "gpt-6-luna"], told)
+                self.assertFalse(any("#" in target.endpoint.base_url for target in targets))
+                self.assertNotIn("sk-", repr(settings) + repr(targets))
+
+    def test_what_stands_in_the_place_of_a_keys_variable_is_not_repeated(self):
+        for spec in ("openai:a@https://x/v1#gsk_secret", "openai:a@https://x/v1#sk-secret", "nobody:a@https://x/v1#secret",
+                     "openai:a@https://x/v1#", "openai:a@b:80#secret", "openai:@https://x/v1#sk-secret",
+                     "openai:a@https://x/v1#K@secret", "openai:a@https://x/v1#K#secret", "openai:a@ftp://x#secret"):
+            for flag in ("--cloud-model=", "--local-model=", "--alias=n=", "--alias=n"):
+                with self.subTest(flag + spec), self.assertRaisesRegex(oblix.UsageError, r"^--[^\n]*$") as raised:
+                    oblix.Gateway(oblix.Settings.parse([flag + spec], {}))
+                self.assertNotIn("secret", str(raised.exception))
+        twice = ["--cloud-model=openai:a@https://x/v1#K", "--cloud-api-key=k"]
+        with self.assertRaisesRegex(oblix.UsageError, "one key"):
+            oblix.configured_targets(oblix.Settings.parse(twice, {}))
+        odd = oblix.Settings.parse(["--cloud-model=openai:a@https://x/v1#K"], {"K": "<your key>"})
+        self.assertEqual([line.split()[0] for line in oblix.odd_keys(odd)], ["K"])
+        with self.assertRaisesRegex(oblix.UsageError, "^K holds characters"):
+            oblix.Settings.parse(["--cloud-model=openai:a@https://x/v1#K"], {"K": "sk-\u00e9"})
+
+    def test_aliases_are_separated_by_semicolons_in_their_variable(self):
+        aliases = ("gpt-4o*=auto", "small=ollama:a,openai:b")
+        by_flags = oblix.Settings.parse(["--alias", aliases[0], "--alias", aliases[1]], {})
+        by_variable = oblix.Settings.parse([], {"OBLIX_ALIAS": "gpt-4o*=auto; small=ollama:a,openai:b;"})
+        self.assertEqual((by_flags.alias, by_variable.alias), (aliases, aliases))
+
+    def test_what_is_no_alias_is_told_in_one_line(self):
+        for text, says in (("a", "NAME=TARGET"), ("a=", "NAME=TARGET"), ("=auto", "NAME=TARGET"), ("a=auto,", "NAME="),
+                           ("a\x1b=auto", "NAME="), ("auto=local", "own names"), ("cloud=auto", "own names"),
+                           ("a=nobody:x", "ollama:"), ("a=gpt-4", "ollama:"), ("a=openai:", "name a model"),
+                           ("b=auto;a=b", "ollama:"), ("a=openai:x@10.0.0.5:80/v1", "http://10.0.0.5:80/v1")):
+            with self.subTest(text), self.assertRaises(oblix.UsageError) as raised:
+                oblix.Gateway(oblix.Settings.parse(["--alias=" + one for one in text.split(";")], {}))
+            self.assertIn(says, str(raised.exception))
+            self.assertNotIn("\n", str(raised.exception))
+
     def test_a_key_never_prints(self):
         settings = oblix.Settings.parse(["--cloud-model=openai:a", "--cloud-api-key=sk-one"],
                                         {"ANTHROPIC_API_KEY": "sk-two"})
@@ -1165,7 +1216,7 @@ class Settings(Case):
         rows = re.findall(r"^\| (\S*) ?\| `(\w+)` \| ?(\S*) ?\| (.+) \|$", README, re.M)
         declared = [("`%s`" % oblix.flag_of(field) if oblix.flag_of(field) else "", oblix.variable_of(field),
                      "" if field.default in ("", (), False) else oblix.shown(field), field.metadata["help"])
-                    for field in dataclasses.fields(oblix.Settings)]
+                    for field in oblix.declared(oblix.Settings)]
         self.assertEqual(rows, declared)
 
 
@@ -6500,6 +6551,141 @@ class Auto(Case):
                 ollama.close()
 
 
+class Names(Case):
+    """The names by which a client asks, and the keys by which Oblix does."""
+
+    @contextlib.contextmanager
+    def three(self, *aliases, flags=(), **how):
+        """Ollama, a cloud, and a keyed cloud that only an alias names, with Oblix in front of them."""
+        with Upstream(OLLAMA, answer(Text("local"))) as local, Upstream(OPENAI, answer(Text("cloud"))) as cloud, \
+                Upstream(OPENAI, answer(Text("far"))) as far:
+            far.target = "openai:far@%s/v1#FAR_KEY" % far.url
+            flags = [*flags, *("--alias=" + alias.format(far=far.target) for alias in aliases)]
+            how.setdefault("env", {"FAR_KEY": "sk-far"})
+            with running(local, cloud, flags=flags, **how) as server:
+                yield server, local, cloud, far
+
+    def test_an_alias_says_who_answers_and_the_reason_says_the_alias(self):
+        aliases = ("gpt-4o=ollama:hf.co/org/tiny:Q4", "gpt-4o*=auto", "claude-*haiku*=local", "big=cloud", "far={far}",
+                   "claude-?=openai:gpt-test", "llama3.2=cloud", "*=openai:other")
+        with self.three(*aliases) as (server, local, cloud, _):
+            for name, text, model, alias in (
+                ("gpt-4o", "local", "hf.co/org/tiny:Q4", aliases[0]), ("gpt-4o-mini", "local", "llama3.2", aliases[1]),
+                ("claude-haiku-4-5", "local", "llama3.2", aliases[2]), ("big", "cloud", "gpt-test", aliases[3]),
+                ("far", "far", "far", "far=openai:far"), ("claude-5", "cloud", "gpt-test", aliases[5]),
+                ("llama3.2", "cloud", "gpt-test", aliases[6]), ("ollama:llama3.2", "cloud", "other", aliases[7]),
+                ("auto", "local", "llama3.2", None), ("cloud", "cloud", "gpt-test", None),
+                ("GPT-4o", "cloud", "other", aliases[7]),
+            ):
+                for stream in (False, True):
+                    with self.subTest(name, stream=stream):
+                        reply = ask(server, name, stream=stream)
+                        self.answered(reply, text)
+                        self.assertEqual(reply.headers["x-oblix-model"].split(":", 1)[1], model)
+                        told = re.match("alias (.+?): ", reply.headers["x-oblix-reason"])
+                        self.assertEqual(told and told[1], alias)
+
+    def test_an_alias_of_several_is_tried_in_its_order(self):
+        with self.three("group={far},local,openai:gpt-test") as (server, local, cloud, far):
+            self.answered(ask(server, "group"), "far", by="openai:far")
+            self.assertEqual(far.last.headers["Authorization"], "Bearer sk-far")
+            far.play(whole(500, OPENAI.error("No.")))
+            reply = ask(server, "group", stream=True)
+            self.answered(reply, "local")
+            self.assertEqual(reply.headers["x-oblix-attempts"], "2")
+            self.assertIn("alias group=openai:far,local,openai:gpt-test: ", reply.headers["x-oblix-reason"])
+            local.play(whole(500, OLLAMA.error("No.")))
+            self.answered(ask(server, "group"), "cloud")
+            self.answered(ask(server, "group", n=2), "cloud")    # Ollama can't
+            cloud.play(whole(429, OPENAI.error("Later.")))
+            self.refused(ask(server, "group"), 503, "openai:far")
+            self.assertEqual([*states(server)], [local.target, cloud.target])    # `auto` asks no other
+
+    def test_a_member_of_an_alias_that_cannot_answer_is_left_out(self):
+        with self.three("group=ollama:gone,{far},cloud", "alone={far}", env={}) as (server, _, cloud, far):
+            reply = ask(server, "group")
+            self.answered(reply, "cloud")
+            self.assertEqual(reply.headers["x-oblix-attempts"], "1")
+            self.assertIn("ollama:gone critical (not installed: run `ollama pull gone`); openai:far critical (no key: "
+                          "set FAR_KEY)", reply.headers["x-oblix-reason"])
+            self.refused(ask(server, "alone"), 401, "openai:far needs a key: set FAR_KEY", code="no_api_key")
+            self.assertEqual((far.requests, far.probes), ([], []))
+        with self.three("none=ollama:gone,ollama:gone2") as (server, *_):
+            self.refused(ask(server, "none"), 503, "ollama pull gone2", code="no_target_available")
+
+    def test_an_address_of_an_alias_is_that_of_a_configured_model(self):
+        spec = "openai:a@http://10.0.0.1/v1#K"
+        for flags, side in ((["--local-model=" + spec], LOCAL), (["--cloud-model=" + spec], CLOUD), ([], CLOUD)):
+            gateway = oblix.Gateway(oblix.Settings.parse([*flags, "--alias=n=" + spec], {"K": "k"}))
+            self.addCleanup(gateway.close)
+            [target] = gateway.meaning_of("n")
+            self.assertEqual((target.side, target.endpoint.key), (side, "k"))
+        here = oblix.Gateway(oblix.Settings.parse(["--alias=n=openai:a@http://127.0.0.1:1/v1"], {}))
+        self.addCleanup(here.close)
+        self.assertEqual(here.meaning_of("n")[0].side, LOCAL)
+
+    def test_the_list_has_the_aliases_that_are_names(self):
+        with self.three("small=local", "gpt-4*=auto", "far={far}") as (server, local, cloud, _):
+            listed = [model["id"] for model in fetch(server, "GET", "/v1/models").json["data"]]
+            self.assertEqual(listed[:7], ["auto", "local", "cloud", "small", "far", local.target, cloud.target])
+            for name, owner in (("small", "oblix"), ("gpt-4o", "oblix"), (cloud.target, "openai")):
+                told = fetch(server, "GET", "/v1/models/" + name)
+                self.assertEqual((told.status, told.json["id"], told.json["owned_by"]), (200, name, owner))
+
+    def test_a_name_that_nothing_has_is_told_with_the_nearest_ones(self):
+        with self.three("small-one=local") as (server, *_):
+            for name, near in (("llama3.1", "llama3.2"), ("gpt-tset", "gpt-test"), ("smal-one", "small-one"),
+                               ("ollma:llama3.2", "ollama:llama3.2"), ("hf.co/org/tiny", "hf.co/org/tiny:Q4")):
+                with self.subTest(name):
+                    self.refused(ask(server, name), 404, code="model_not_found", param="model")
+                    message = ask(server, name).error["message"]
+                    self.assertRegex(message, "Do you mean ([^?]* or )?%s( or [^?]*)?[?] Choose one of auto," % near)
+            self.assertNotIn("Do you mean", ask(server, "\u4f60" * 256).error["message"])
+
+    def test_a_header_overrides_where_a_request_goes(self):
+        with self.three("gpt-4o=cloud") as (server, local, cloud, _):
+            for route, model, side in (("local", "cloud", "local"), ("local", "gpt-4o", "local"),
+                                       ("cloud", "auto", "cloud"), ("auto", cloud.target, "local"),
+                                       ("local", "nobody", "local")):
+                with self.subTest(route=route, model=model):
+                    reply = self.routed(server, route, model)
+                    self.answered(reply, side)
+            asked = len(local.requests), len(cloud.requests)
+            for route in ("", "Local", "local, local", "ollama:llama3.2", "cloud;q=1", "auto auto"):
+                with self.subTest(route):
+                    self.refused(self.routed(server, route), 400, "x-oblix-route must be one of auto, local, cloud",
+                                 param="x-oblix-route")
+            self.assertEqual((len(local.requests), len(cloud.requests)), asked)
+            local.close()
+            self.refused(self.routed(server, "local", "gpt-4o"), 503, local.target)
+            self.assertEqual(len(cloud.requests), asked[1])
+
+    def routed(self, server, route, model="auto"):
+        """The answer to a request with this header."""
+        return fetch(server, "POST", "/v1/chat/completions", json.dumps(chat(model)),
+                     {"Content-Type": "application/json", "x-oblix-route": route})
+
+    def test_each_server_gets_its_own_key_on_both_sides(self):
+        with Upstream(OPENAI, answer(Text("local")), side="local", target="openai:smol@{url}/v1#LM_KEY") as local, \
+                Upstream(CLAUDE, answer(Text("cloud")), target="claude:big@{url}#CL_KEY") as cloud:
+            with running(local, cloud, env={"LM_KEY": "sk-lm", "CL_KEY": "sk-cl"}) as server:
+                for name, text in (("local", "local"), ("cloud", "cloud")):
+                    self.answered(ask(server, name), text)
+                for request in (*local.requests, *local.probes):
+                    self.assertEqual(request.headers["Authorization"], "Bearer sk-lm")
+                for request in (*cloud.requests, *cloud.probes):
+                    self.assertEqual(request.headers["x-api-key"], "sk-cl")
+                self.assertNotIn("sk-", json.dumps(health(server)))
+            seen = len(local.probes), len(cloud.probes)
+            with running(local, cloud, env={"LM_KEY": "", "ANTHROPIC_API_KEY": "sk-usual"}) as server:
+                self.assertEqual([(told["state"], told["reason"]) for told in health(server)["targets"]],
+                                 [("no key", "no key: set LM_KEY"), ("no key", "no key: set CL_KEY")])
+                self.assertIn("openai:smol no key: no key: set LM_KEY", oblix.findings(health(server))[-3])
+                self.refused(ask(server, "smol"), 401, "set LM_KEY")
+                self.refused(ask(server, "auto"), 503, "set CL_KEY")
+            self.assertEqual((len(local.probes), len(cloud.probes)), seen)
+
+
 class Replanned(Case):
     """A plan follows each change of what it is made from, at once."""
 
@@ -9404,7 +9590,7 @@ class Documented(Case):
 
     def test_each_number_is_the_codes(self):
         settings = oblix.Settings()
-        flags = {oblix.flag_of(field): getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        flags = {oblix.flag_of(field): getattr(settings, field.name) for field in oblix.declared(settings)}
         named = re.findall(r"(\d+) s \(`(--[\w-]+)`\)", README)
         self.assertEqual({flag for _, flag in named},
                          {"--patience-s", "--first-byte-timeout-s", "--request-timeout-s", "--local-first-s",
@@ -10661,6 +10847,17 @@ class Listed(Case):
                 self.answered(ask(self.server, name, stream=stream), "Hello", by)
         self.assertEqual(self.get("/v1/models/auto:latest"), {**self.get("/v1/models/auto"), "id": "auto:latest",
                                                               "name": "auto:latest", "display_name": "auto:latest"})
+
+    def test_an_alias_is_what_holds_for_all_that_it_means(self):
+        aliases = ["--alias=small=local", "--alias=gpt*=%s,%s" % (self.cloud.target, self.local.target)]
+        with running(self.local, self.cloud, flags=aliases) as server:
+            self.assertIn("small:latest", [model["name"] for model in self.get("/api/tags", server)["models"]])
+            for name, window, by in (("small", 32768, self.local), ("small:latest", 32768, self.local),
+                                     ("gpt-4o", 32768, self.cloud), ("gpt-4o:latest", 32768, self.cloud)):
+                self.answered(ask(server, name), "Hello", by.target)
+                self.assertEqual(self.get("/v1/models/" + name, server)["context_length"], window)
+            listed = [model["id"] for model in self.get("/v1/models", server)["data"]]
+            self.assertEqual(listed[:4], ["auto", "local", "cloud", "small"], "a pattern is no name to ask for")
 
     def test_errors_are_in_ollamas_shape(self):
         name = json.dumps({"model": "nobody"})
@@ -14089,14 +14286,22 @@ class Services(Case):
     """What keeps Oblix running: systemd, a container, launchd."""
 
     def test_each_flag_and_each_command_is_one_that_oblix_takes(self):
-        flags = {oblix.flag_of(field)[2:] for field in dataclasses.fields(oblix.Settings)}
+        flags = {oblix.flag_of(field)[2:] for field in oblix.declared(oblix.Settings)}
         named = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", README)) - {"version", "help"}
         self.assertEqual(named - flags, set(itertools.chain(*OTHERS_FLAGS.values())))
         commands = [*commands_of(README), plistlib.loads(block("launchd").encode())["ProgramArguments"][2:]]
         self.assertGreater(len(commands), 4)
         for command in commands:
             with self.subTest(command):
-                oblix.configured_targets(oblix.Settings.parse([part for part in command if part != "check"], {}))
+                settings = oblix.Settings.parse([part for part in command if part != "check"], {})
+                oblix.configured_aliases(settings, oblix.configured_targets(settings))
+
+    def test_the_lines_of_the_clouds_name_an_address_and_a_key(self):
+        lines = re.findall(r"^\| .* \| `(openai:NAME@(\S+)#(\S+))` \|$", README, re.M)
+        self.assertEqual(len(lines), 7)
+        for line, url, variable in lines:
+            [target] = oblix.configured_targets(oblix.Settings.parse(["--cloud-model=" + line], {variable: "k"}))
+            self.assertEqual(target[:2], (oblix.Endpoint("openai", url, "k", key_variable=variable), "NAME"))
 
     def test_the_units_command_has_time_to_drain(self):
         """Whoever stops Oblix waits longer than it takes at most: --drain, and a second for the last words."""
@@ -14128,7 +14333,7 @@ class Services(Case):
         self.assertEqual(told["ProgramArguments"][0].rsplit("/", 1)[1], "python")
         self.assertEqual(told["ProgramArguments"][1].rsplit("/", 1)[1], "oblix.py")
         self.assertEqual((told["RunAtLoad"], told["KeepAlive"]), (True, {"SuccessfulExit": False}))
-        variables = {oblix.variable_of(field) for field in dataclasses.fields(oblix.Settings)}
+        variables = {oblix.variable_of(field) for field in oblix.declared(oblix.Settings)}
         self.assertLessEqual(set(told["EnvironmentVariables"]), variables)
 
     def test_the_containers_health_check_tells_whether_it_answers(self):
@@ -15336,8 +15541,8 @@ FLAG_WORDS = ["", "-", "--", "--=", "=", "a", "5", "-5", "1e9", "nan", "inf", "1
               "http://", "https://ollama.com", "ollama:m@http://h/é", "openai:x@http://é.example:80", "\r", "\x1b[31m",
               "h:" + "9" * 5000, "http://[", "http://]:1", "[", "]:", "\"", "://", "ftp://a", "a b", "http://a:b@c:1",
               "::1:5"]
-NAMED_FLAGS = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(oblix.Settings)]
-VARIABLES = [oblix.variable_of(field) for field in dataclasses.fields(oblix.Settings)]
+NAMED_FLAGS = ["--" + field.name.replace("_", "-") for field in oblix.declared(oblix.Settings)]
+VARIABLES = [oblix.variable_of(field) for field in oblix.declared(oblix.Settings)]
 
 
 def make_request(chance):
