@@ -4037,6 +4037,27 @@ class Catalogue(Case):
                 (model, _), _ = self.listed(provider, {path: {"data": [{"id": "m", **item}, {"id": "other"}]}})
                 self.assertEqual((model.title, model.max_context, model.max_output, model.capabilities), expected)
 
+    def test_what_clients_may_plan_with_beside_the_window(self):
+        openai, claude, ollama = (oblix.PROVIDERS[name] for name in ("openai", "claude", "ollama"))
+        told = oblix.Model("m", parameters=("top_k", "tools"), capabilities=frozenset({"completion", "tools"}))
+        self.assertEqual(openai.planned(told, 0, None).parameters, told.parameters)    # its server knows best
+        tools = {"tools", "tool_choice", "parallel_tool_calls"}
+        for provider, has, lacks in ((ollama, {"seed", *tools}, {"reasoning", "n", "logit_bias"}),
+                                     (claude, {"max_tokens", *tools}, {"reasoning", "logprobs", "seed"})):
+            planned = provider.planned(oblix.Model("m", capabilities=told.capabilities), 0, None)
+            self.assertLessEqual(has, {*planned.parameters})
+            self.assertFalse(lacks & {*planned.parameters})
+            self.assertEqual(provider.planned(oblix.Model("m"), 0, None).parameters, ())
+        embedding = oblix.Model("m", max_context=512, capabilities=frozenset({"embedding"}))
+        self.assertEqual(ollama.planned(embedding, 0, None), dataclasses.replace(embedding, provider="ollama"))
+        luna = openai.planned(oblix.Model("gpt-6-luna"), 0, None)
+        self.assertEqual((luna.max_context, luna.max_output), (922000, 128000))
+
+    def test_times_that_are_none(self):
+        for seconds, expected in ((0, "1970-01-01T00:00:00Z"), (-5, "1970-01-01T00:00:00Z"),
+                                  (10**20, "9999-12-31T23:59:59Z"), (1795000000, "2026-11-18T11:06:40Z")):
+            self.assertEqual(oblix.rfc3339(seconds), expected)
+
     def test_what_holds_whoever_answers(self):
         def known(side, window=0, *can):
             return side, oblix.Model("m", max_context=window, capabilities=frozenset(can) or None, parameters=can)
@@ -10849,11 +10870,13 @@ class Listed(Case):
                                                               "name": "auto:latest", "display_name": "auto:latest"})
 
     def test_an_alias_is_what_holds_for_all_that_it_means(self):
-        aliases = ["--alias=small=local", "--alias=gpt*=%s,%s" % (self.cloud.target, self.local.target)]
+        both = "%s,%s" % (self.cloud.target, self.local.target)
+        aliases = ["--alias=small=local", "--alias=gpt*=" + both, "--alias=*=cloud"]
         with running(self.local, self.cloud, flags=aliases) as server:
             self.assertIn("small:latest", [model["name"] for model in self.get("/api/tags", server)["models"]])
             for name, window, by in (("small", 32768, self.local), ("small:latest", 32768, self.local),
-                                     ("gpt-4o", 32768, self.cloud), ("gpt-4o:latest", 32768, self.cloud)):
+                                     ("gpt-4o", 32768, self.cloud), ("gpt-4o:latest", 32768, self.cloud),
+                                     ("auto:latest", 32768, self.local), ("any", 200000, self.cloud)):
                 self.answered(ask(server, name), "Hello", by.target)
                 self.assertEqual(self.get("/v1/models/" + name, server)["context_length"], window)
             listed = [model["id"] for model in self.get("/v1/models", server)["data"]]
