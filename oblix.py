@@ -905,7 +905,7 @@ class Guard:
                              f"{head.fields['origin'][:100]} if they should.", status=403, code="origin_not_allowed")
         if self.key and not head.is_preflight and not (self.is_public(head) or self._knows_key(head)):
             raise BadRequest("The key of this Oblix is missing or wrong: send the one of --api-key or OBLIX_API_KEY "
-                             "as `Authorization: Bearer …`.", status=401, type="authentication_error",
+                             "as `Authorization: Bearer …` or `x-api-key: …`.", status=401, type="authentication_error",
                              code="invalid_api_key", retry=False)
 
     def _is_own(self, host: str) -> bool:

@@ -17134,8 +17134,8 @@ def make_http(chance):
     """(whether the server has a key, the pieces that are sent, whether the client leaves at once)"""
     data = chance.choice(SOUND_REQUESTS)[0]
     if chance.random() < 0.2:
-        body = make_request(chance)
-        data = POST_HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        path, body = make_request(chance)
+        data = POST_HEAD.replace(b"/chat/completions", path.encode()) + b"Content-Length: %d\r\n\r\n" % len(body) + body
     else:
         data = mangled(data, chance, HTTP_WORDS, [good for good, *_ in SOUND_REQUESTS])
     if chance.random() < 0.6:
