@@ -17051,7 +17051,7 @@ OUR_FIELDS = set("""access-control-allow-headers access-control-allow-methods ac
     connection     content-length content-security-policy content-type
     date retry-after server transfer-encoding vary www-authenticate
     x-accel-buffering x-content-type-options x-oblix-attempts x-oblix-model x-oblix-reason x-oblix-side x-request-id
-    x-should-retry referrer-policy x-frame-options""".split())
+    x-oblix-left-out request-id x-should-retry referrer-policy x-frame-options""".split())
 REPLY_HEAD = re.compile(rb"HTTP/1\.1 (\d{3}) [ -~]+\r\n((?:[!-9;-~]+: [ -~]*\r\n)*)\r\n")
 
 
@@ -17116,16 +17116,16 @@ def sound_reply(reply):
         raise AssertionError("a reply of status %d: %r" % (status, body[:300]))
     if status >= 400 and body:
         error = json.loads(body)["error"]
-        Case().shaped(error)
+        Case().shaped({"param": None, "code": None, **error})    # which Anthropic's have not
         if fields["content-type"] != "application/json" or "failed internally" in error["message"]:
             raise AssertionError("an error in another shape: %r" % body[:300])
     if fields.get("content-type", "").startswith("text/event-stream"):
         events = body.decode("ascii").split("\n\n")
         last = events[-2] if len(events) > 1 else ""
-        if not short and last != "data: [DONE]" and '"error"' not in last:
+        if not short and not re.search(r'data: \[DONE\]|"error"|"message_stop"', last):
             raise AssertionError("a stream ends in %r" % last)
         for event in events[:-1]:
-            event.startswith(":") or event == "data: [DONE]" or json.loads(event[len("data: "):])
+            event.startswith(":") or event == "data: [DONE]" or json.loads(event.partition("data: ")[2])
     elif status == 200 and fields.get("content-type") == "application/json" and body:
         json.loads(body)
 
