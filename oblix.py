@@ -6327,7 +6327,8 @@ _BLOCK_FIELDS: dict[str, dict[str, Any]] = {
 _SOURCE_FIELDS = {"base64": ("media_type", "data"), "url": ("url",), "file": ("file_id",), "text": ("data",)}
 # What Claude Code says anew in each request, so that no server's cache of the prompt would fit any more: the first
 # block of the system (llama.cpp's pull request 20623), and what is left of its budget (omlx#2881, ollama's 17918).
-_CHANGING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?|\s*<total_tokens>\s*\d+ tokens left\s*</total_tokens>")
+_BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n?")
+_COUNTDOWN = re.compile(r"<total_tokens>\s*\d+ tokens left\s*</total_tokens>")
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _STOPS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 _ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
@@ -6406,8 +6407,10 @@ def _blocks_in(content: Any, where: str, is_system: bool = False) -> list[Json]:
         need(kind != "None", place, "must be an object with a type")
         for name, types in _BLOCK_FIELDS.get(kind, {}).items():
             need(isinstance(block.get(name), types), f"{place}.{name}", f"is missing or of a wrong type ({kind} block)")
-        text = _CHANGING.sub("", block["text"]) if kind == "text" else ""
-        if text.strip() or kind != "text" and kind in _BLOCK_FIELDS and not is_system:
+        text = block["text"] if kind == "text" else ""
+        billing = _BILLING.match(text)
+        text = _COUNTDOWN.sub("", text[billing.end() if billing else 0:]).strip()
+        if text or kind != "text" and kind in _BLOCK_FIELDS and not is_system:
             kept.append({**block, "text": text} if is_system else block)
     return kept
 
