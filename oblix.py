@@ -6843,7 +6843,7 @@ function targets(list) {
     cell("num", one.in_flight && `${one.in_flight}`, "in flight"), cell("num", fixed(one.rest_s, 0, " s"), "rests")));
 }
 function requests(list) {
-  const why = one => [one.reason, ...one.fallbacks.map(failed => failed.join(": "))].filter(Boolean).join("; after ");
+  const why = one => [one.reason, ...(one.fallbacks ?? []).map(of => of.join(": "))].filter(Boolean).join("; after ");
   const end = one => [one.status, ...one.outcome === "ok" ? [] : [one.outcome, one.error]].filter(Boolean).join(" ");
   return list.map(one => el("tr", {}, cell("top", clock(one.time)), cell("top",
     [one.asked, el("small", {}, one.front === "chat" ? "" : " " + one.front)]),
@@ -6877,6 +6877,9 @@ function show({version, plan, reasons, thresholds, requests: last, targets: all,
   put("model", models, ["auto", ...SIDES, ...all.map(target => target.id)]);
   $("now").className = "card wide " + (reasons ? "" : "by-" + side);
   document.title = (reasons ? "nobody" : side) + " – Oblix";
+  $("key").hidden = true;
+  live("ok", "live");
+  seen = `; below is how it was at ${clock(Date.now() / 1000)}`;
 }
 
 // --- Looking again and again, while somebody sees it
@@ -6887,19 +6890,18 @@ function live(style, text) {
 const headers = () => key ? {Authorization: "Bearer " + key} : {};
 async function look() {
   clearTimeout(timer);
+  let status;
   try {
     const reply = await fetch("/status", {headers: headers(), cache: "no-store", signal: AbortSignal.timeout(10000)});
     if (reply.status === 401) return wantKey();
-    show(await reply.json());
-    seen = `; below is how it was at ${clock(Date.now() / 1000)}`;
-    $("key").hidden = true;
-    live("ok", "live");
+    status = await reply.json();
   } catch {
     live("bad", `no answer from the server${seen}; asking again`);
     document.title = "✕ Oblix";
   }
   clearTimeout(timer);
   if (!document.hidden) timer = setTimeout(look, EVERY_MS);
+  if (status) show(status);
 }
 function wantKey() {
   $("wrong").textContent = key && "That is not its key.";
