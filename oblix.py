@@ -6694,12 +6694,13 @@ PAGE = r"""<!doctype html>
 p { margin: 0 } h1 { font-size: 1.15rem; margin: 0 } h2 { font-size: .95rem; margin: 0 0 .6rem }
 body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
   overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
-header, main { max-width: 84rem; margin: auto; padding: .8rem } i { font-style: normal } .wide { grid-column: 1 / -1 }
+header, main { max-width: 84rem; margin: auto; padding: .8rem } i { font-style: normal }
 header, #sides, .row { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: baseline } .ok i { color: var(--ok) }
 header { padding-bottom: 0 } small, .dim { color: var(--dim); font-size: .86rem; font-weight: 400 }
 code { font: .95em ui-monospace, monospace } .gone > :not(#key) { opacity: .55; filter: grayscale(1) }
-main { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)) }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; min-width: 0 }
+main { display: flex; flex-wrap: wrap; gap: .8rem } .scroll { max-height: 26rem; overflow: auto }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem;
+  flex: 1 1 21rem; min-width: 0; max-width: 100% } .wide { flex-basis: 100% }
 .row { justify-content: space-between; gap: 0 .7rem } #now { border-left: 5px solid var(--bad) }
 #now.by-local { border-color: var(--local) } #now.by-cloud { border-color: var(--cloud) } .track { fill: var(--track) }
 #plan { font-size: 1.3rem; line-height: 1.35 } #plan small { display: block } .ok .fill { fill: var(--ok) }
@@ -6712,18 +6713,18 @@ rect.cloud { fill: var(--cloud) } .limit { stroke: var(--warn); stroke-dasharray
 .tick { stroke: var(--ink); stroke-width: 1.5 } .meter > :last-child { text-align: right } :disabled { opacity: .5 }
 .link + .link { margin-top: .8rem } #lanes { display: grid; grid-template-columns: auto 1fr; gap: 0 .8rem }
 .meter { display: grid; grid-template-columns: 7rem 1fr 5rem; gap: .7rem; align-items: center; margin-bottom: .4rem }
-.scroll { max-height: 26rem; overflow: auto } .num { text-align: right; white-space: nowrap }
-table { border-collapse: collapse; width: 100%; overflow-wrap: break-word }
+.num, .time { white-space: nowrap } .num { text-align: right }
+table { border-collapse: collapse; width: 100% }
 th { text-align: left; color: var(--dim); font-weight: 400; position: sticky; top: 0; background: var(--card) }
 td, th { padding: .25rem .8rem .25rem 0; vertical-align: top } td { border-top: 1px solid var(--line) }
-.all { overflow-wrap: anywhere; min-width: 9rem } #model { flex: 1; min-width: 0; width: 6rem }
+.all { min-width: 9rem } #model { flex: 1; min-width: 0; width: 6rem }
 input, select, textarea, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--dim);
   border-radius: 6px; padding: .3rem .7rem; max-width: 100% }
 textarea { width: 100%; display: block; margin: .2rem 0 .5rem; resize: vertical }
 .main { background: var(--ink); color: var(--card) }
 :focus-visible { outline: 3px solid var(--cloud); outline-offset: 2px }
 #answer { white-space: pre-wrap; max-height: 20rem; overflow: auto }
-@media (max-width: 640px) { thead { position: absolute; clip-path: inset(50%) } #plan { font-size: 1.1rem }
+@media (max-width: 700px) { thead { position: absolute; clip-path: inset(50%) } #plan { font-size: 1.1rem }
   tr { display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .4rem 0; border-top: 1px solid var(--line) }
   td { border: 0; padding: 0 } .all { flex: 1 0 100% } .top { order: -1; min-width: 0 } td:empty { display: none }
   td[data-is]::before { content: attr(data-is) " "; color: var(--dim) } }
@@ -6757,8 +6758,8 @@ autocomplete="current-password"></label> <button class="main">Show</button>
 <script>
 "use strict";
 const EVERY_MS = 2000, SIDES = ["local", "cloud"], MARKS = {ok: "●", warn: "▲", bad: "✕", "": "○"};
-const LEVELS = {available: "ok", constrained: "warn", critical: "bad",
-  optimal: "ok", degraded: "warn", disconnected: "bad"};
+const LEVELS = {available: "ok", optimal: "ok", constrained: "warn", degraded: "warn", critical: "bad",
+  disconnected: "bad"};
 const METERS = [["cpu_percent", "CPU", "%"], ["memory_percent", "Memory", "%"], ["load_per_core", "Load per core", ""],
   ["gpu_percent", "GPU", "%"], ["gpu_memory_percent", "GPU memory", "%"], ["battery_percent", "Battery", "%"],
   ["temperature_c", "Temperature", " °C"]];
@@ -6789,12 +6790,12 @@ const minutes = seconds => seconds < 90 ? `${Math.round(seconds)} s` : `${Math.r
 
 function sentence({order: [first, ...others], reason}, side, why) {
   const auto = el("b", {}, "auto"), then = others.length ? `If that fails: ${others.join(", then ")}.` : "";
-  if (why) return [auto, ` reaches nobody now: ${reason}.`, el("small", {}, why.join("; "))];
+  if (why || !first) return [auto, ` reaches nobody now: ${reason}.`, el("small", {}, why?.join("; "))];
   return [auto, " would ask ", el("span", {class: side}, el("b", {}, first)), ` (${side}) now: ${reason}.`,
     el("small", {}, then)];
 }
 function sides(reports, configured) {
-  return reports.map(({level, reason}, at) => el("span", {class: SIDES[at]}, el("b", {}, SIDES[at]), " ",
+  return reports.map(([level, reason], at) => el("span", {class: SIDES[at]}, el("b", {}, SIDES[at]), " ",
     configured.includes(SIDES[at]) ? state(level) : state("", "none"), " ", el("small", {}, reason)));
 }
 function meter([fact, label, unit], value, {constrained, critical}, spared) {
@@ -6845,7 +6846,7 @@ function targets(list) {
 function requests(list) {
   const why = one => [one.reason, ...(one.fallbacks ?? []).map(of => of.join(": "))].filter(Boolean).join("; after ");
   const end = one => [one.status, ...one.outcome === "ok" ? [] : [one.outcome, one.error]].filter(Boolean).join(" ");
-  return list.map(one => el("tr", {}, cell("top", clock(one.time)), cell("top",
+  return list.map(one => el("tr", {}, cell("top time", clock(one.time)), cell("top",
     [one.asked, el("small", {}, one.front === "chat" ? "" : " " + one.front)]),
     cell("all " + one.side, el("b", {}, one.served)), cell("all", el("small", {}, why(one))), times(one),
     cell(one.outcome === "ok" ? "top" : "top bad", end(one))));
@@ -6856,27 +6857,27 @@ function lanes(list) {
   return [el("div", {}, counts.map((text, at) => el("div", {class: names[at]}, el("b", {}, text)))),
     el("svg", {viewBox: "0 0 500 66", height: 66, preserveAspectRatio: "none", role: "img",
       "aria-label": counts.join(", ")}, old.map((one, at) =>
-      el("rect", {class: names[lane(one)], x: 10 * at + 1, y: 22 * lane(one) + 4, width: 8, height: 14},
-        el("title", {}, `${clock(one.time)} ${one.asked}: ${one.served ?? one.error}`)))),
-    el("span", {}), small(old[0] ? clock(old[0].time) : "No request yet.", old[1] ? clock(list[0].time) : "")];
+      el("rect", {class: names[lane(one)], x: 501 - 10 * (old.length - at), y: 22 * lane(one) + 4, width: 8,
+        height: 14}, el("title", {}, `${clock(one.time)} ${one.asked}: ${one.served ?? one.error}`)))),
+    el("span", {}), small("", old[0] ? `${clock(old[0].time)} – ${clock(list[0].time)}` : "No request yet.")];
 }
 function models(names) {
   const chosen = $("model").value || "auto";
   return names.map(name => el("option", name === chosen ? {selected: ""} : {}, name));
 }
 function show({version, plan, reasons, thresholds, requests: last, targets: all, network: links, ...of}) {
-  const side = all.find(target => target.id === plan.order[0])?.side, reports = SIDES.map(name => of[name]);
+  const side = !reasons && all.find(target => target.id === plan.order[0])?.side || "nobody";
   put("version", text => text, version);
   put("plan", sentence, plan, side, reasons);
-  put("sides", sides, reports.map(({level, reason}) => ({level, reason})), all.map(target => target.side));
+  put("sides", sides, SIDES.map(name => [of[name].level, of[name].reason]), all.map(target => target.side));
   put("device", device, of.local.facts, thresholds);
   put("network", network, links, thresholds);
   put("targets", targets, all);
   put("lanes", lanes, last);
   put("requests", requests, last);
   put("model", models, ["auto", ...SIDES, ...all.map(target => target.id)]);
-  $("now").className = "card wide " + (reasons ? "" : "by-" + side);
-  document.title = (reasons ? "nobody" : side) + " – Oblix";
+  $("now").className = "card wide " + "by-" + side;
+  document.title = side + " – Oblix";
   $("key").hidden = true;
   live("ok", "live");
   seen = `; below is how it was at ${clock(Date.now() / 1000)}`;
@@ -6948,19 +6949,14 @@ async function ask(model, content, signal) {
         + `${since(begun).toFixed(2)} s).`);
       first = performance.now();
     }
-    $("answer").append(thought ? el("span", {class: "dim"}, thought) : "", text ?? "");
+    const box = $("answer"), follows = box.scrollHeight - box.scrollTop - box.clientHeight < 30;
+    box.append(thought ? el("span", {class: "dim"}, thought) : "", text ?? "");
+    if (follows) box.scrollTop = box.scrollHeight;
   }
   if (tokens) $("who").append(` ${tokens} tokens, ${(tokens / since(first)).toFixed()} a second.`);
 }
-function say(style, ...what) {
-  $("who").className = style;
-  $("who").replaceChildren(...what);
-}
-function busy(is) {
-  $("send").disabled = is;
-  $("stop").disabled = !is;
-  $("answer").setAttribute("aria-busy", is);
-}
+const say = (style, ...what) => { $("who").className = style; $("who").replaceChildren(...what); };
+const busy = is => { $("send").disabled = is; $("stop").disabled = !is; $("answer").setAttribute("aria-busy", is); };
 async function send(event) {
   event.preventDefault();
   asking = new AbortController();

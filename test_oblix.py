@@ -12680,7 +12680,7 @@ class Page(Case):
         self.assertEqual(self.browser.errors(), [])
 
     def test_an_answer_can_be_stopped_and_its_errors_show(self):
-        with Upstream(OLLAMA) as local, running(local) as server, self.assertLogs("oblix", "WARNING"):    # of the cut one
+        with Upstream(OLLAMA) as local, running(local) as server, self.assertLogs("oblix", "WARNING"):
             self.opened(server)
             for script, id, text in (([*upto(OLLAMA, "Hel"), HANG], "answer", "Hel"), ([HANG], "who", "Asking auto")):
                 local.play(script)
@@ -12721,6 +12721,7 @@ class Page(Case):
         with running(self.local, flags=["--api-key=" + OUR_KEY], probed=False) as server:
             self.browser.open(server.url)
             self.see("live", "waits for the key")
+            self.assertEqual(self.browser.js("return document.getElementById('now').checkVisibility()"), False)
             for key, id, text in (("wrong", "wrong", "That is not its key."), (OUR_KEY, "plan", "auto")):
                 self.browser.fill("secret", key)
                 self.browser.js("document.getElementById('key').requestSubmit()")
