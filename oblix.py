@@ -43,7 +43,8 @@ Who owns which state
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
-  journal                sums over the requests that have ended, behind its lock; a deque of the last ones (8)
+  journal                sums over the requests that have ended, behind its lock; a deque of the last ones and a set of
+                         names, whose operations are atomic (8)
   lines of the log       a deque of its writer, whose operations are atomic (15)
   admission              a set of guests, whose operations are atomic; how much is asked at once, behind its lock (12)
   how busy a client is   attributes of its guest, written by its thread, and once more by a thread that makes room (12)
@@ -4860,8 +4861,8 @@ class Journal:
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.recent: collections.deque[Json] = collections.deque(maxlen=MAX_RECENT)    # whose append is atomic
-        self._targets: set[str] = set()
+        self.recent: collections.deque[Json] = collections.deque(maxlen=MAX_RECENT)
+        self._targets = {""}    # that are labels
         self._lock = threading.Lock()
         self._sums: dict[tuple[Any, ...], float] = {}    # guarded by _lock; (a metric, its labels' values, a bucket)
 
@@ -5033,6 +5034,8 @@ class Gateway:
         # file of weights are one to it.
         self._hidden: dict[tuple[Endpoint, str], frozenset[str]] = {}
         self._configured = configured_targets(settings)
+        for target in self._configured:    # before any that clients name
+            self.journal.name(target.id)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         self._ollama = self._default_endpoints["ollama"]
         # Ollama is watched in any case: whatever it has installed can be asked for by name

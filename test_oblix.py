@@ -12436,7 +12436,7 @@ class Remembered(Orchestrated):
     """What clients and upstreams may name without end is not remembered without end."""
 
     def test_models_that_clients_name(self):
-        with mock.patch.object(oblix, "MAX_REMEMBERED", 4), \
+        with mock.patch.object(oblix, "MAX_REMEMBERED", 4), mock.patch.object(oblix, "MAX_RECENT", 2), \
                 Upstream(OPENAI, whole(500, OPENAI.error("No."))) as cloud, running(cloud) as server:
             for number in range(12):
                 self.refused(ask(server, "openai:fleeting-%d" % number), range(500, 504))
@@ -12444,7 +12444,7 @@ class Remembered(Orchestrated):
             cloud.play(answer(Text("Hello")))
             for number in range(12):
                 ask(server, "openai:fleeting-%d" % number)
-            self.assertLessEqual(held(server.gateway, "fleeting"), 2 * 4)
+            self.assertLessEqual(held(server.gateway, "fleeting"), 2 * 4 + 4 + 2 * 2)    # records, labels, the last two
 
     def lists(self, server, name):
         return name in str(fetch(server, "GET", "/v1/models").json)
@@ -13591,11 +13591,12 @@ LOGGED = [  # name, request, what its line says: status, error (None: why it was
     ("health", sent("/health"), 200, None, None),
     ("health for all", sent("/health", key=""), 200, None, None),
     ("health for whom it is not", sent("/health", key=WRONG_KEY), 401, "invalid_api_key", None),
-    ("the page", sent("/"), 200, None, None),
+    ("the page", sent("/"), 200, None, None), ("metrics", sent("/metrics"), 200, None, None),
+    ("status", sent("/status"), 200, None, None),
     ("left", asks("openai:slow", "slow", stream=True), 200, "client hung up", "openai:slow"),
 ]
-QUIET = {"health", "health for all", "the page"}    # told at debug only
-ENDS = {"cut": "cut", "crashed": "cut", "failed": "error", "failed streaming": "cut", "left": "hung_up"}
+QUIET = {"health", "health for all", "the page", "metrics", "status"}    # told at debug only
+OUTCOMES = {"cut": "cut", "crashed": "cut", "failed": "error", "failed streaming": "cut", "left": "hung_up"}
 
 
 class Logs(Case):
@@ -13753,7 +13754,7 @@ class Logs(Case):
                 both = {*facts} & {*told} - {"time"}
                 self.assertEqual({name: told[name] for name in both}, {name: facts[name] for name in both})
                 self.assertEqual({fact for fact in told if told[fact] is not None} - both, {"time", "outcome"})
-                self.assertEqual(told["outcome"], ENDS.get(name, "rejected" if row[2] else "ok"), facts)
+                self.assertEqual(told["outcome"], OUTCOMES.get(name, "rejected" if row[2] else "ok"), facts)
                 at = datetime.datetime.fromisoformat(facts["time"].replace("Z", "+00:00")).timestamp()
                 self.assertAlmostEqual(told["time"] + told["seconds"], at, delta=5)
         self.each("json", check)
@@ -13921,14 +13922,33 @@ class Metrics(Case):
         self.assertLess(len(journal.sums()), 10 * oblix.MAX_REMEMBERED)
         self.assertEqual((len(journal.recent), len(journal.recent[-1]["asked"])), (oblix.MAX_RECENT, oblix.MAX_NAME))
 
+    def test_the_configured_targets_keep_their_names_whatever_clients_name(self):
+        with mock.patch.object(oblix, "MAX_REMEMBERED", 3), Upstream(OLLAMA) as local, cloudy() as cloud, \
+                running(local, cloud) as server:
+            for number in range(9):
+                self.answered(ask(server, "openai:m%d" % number), "cloud")
+            self.answered(ask(server, cloud.target), "cloud")
+            of = "chat", cloud.target, "cloud", "ok"
+            eventually(lambda: self.told(server).get(("oblix_requests_total", *of)) == 1)
+
+    def shown(self, *requests):
+        journal = oblix.Journal()
+        for facts in requests:
+            journal.add({**self.facts, **facts})
+        return samples(self, types.SimpleNamespace(status=200, headers=oblix.METRICS_HEADERS,
+                                                   body=oblix.exposition(journal.sums()).encode()))
+
+    def test_a_value_at_a_bound_is_within_it(self):
+        told = self.shown(*({"seconds": seconds} for seconds in (*oblix.BUCKETS, 0.0, 901.0)))
+        of = "oblix_request_duration_seconds_bucket", "ollama:a", "local"
+        for number, bound in enumerate(oblix.BUCKETS):
+            self.assertEqual(told[(*of, str(bound))], number + 2)
+        self.assertEqual(told[(*of, "+Inf")], len(oblix.BUCKETS) + 2)
+
     def test_any_text_is_a_label(self):
         for name in ('openai:a"b', "openai:a\\n", "openai:a\\", "openai:a\nb", "openai:{a=\"b\"} 1", "openai:\u3042"):
             with self.subTest(name):
-                journal = oblix.Journal()
-                journal.add({**self.facts, "served": name})
-                reply = types.SimpleNamespace(status=200, headers=oblix.METRICS_HEADERS,
-                                              body=oblix.exposition(journal.sums()).encode())
-                self.assertEqual(samples(self, reply)["oblix_requests_total", "chat", name, "local", "ok"], 1)
+                self.assertEqual(self.shown({"served": name})["oblix_requests_total", "chat", name, "local", "ok"], 1)
 
     def test_no_request_is_lost_between_threads(self):
         journal, interval = oblix.Journal(), sys.getswitchinterval()
