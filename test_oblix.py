@@ -12515,7 +12515,7 @@ class Browser:
              "--disable-component-update --disable-sync --disable-dev-shm-usage").split()
 
     def __init__(self):
-        driver, chromium = (binary(name, "chromium chromium-driver") for name in ("chromedriver", "chromium"))
+        driver, chromium = (binary(name, "chromium-driver") for name in ("chromedriver", "chromium"))
         self._profile, self._session = tempfile.mkdtemp(), ""
         self._driver = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                         text=True)
@@ -17454,7 +17454,7 @@ def tearDownModule():
 
 ALONE = OwnWork, Burner, RealModel    # they measure, or need, the whole machine
 LONGEST = (FaultMatrix, Siege, Deployed, Fuzz, Soak, Upstreams, Slow, Crowded, LeftBehind, Stopping, Logs, Hostile,
-           UnreadStreams, UnreadOverTls, TransportOverTls, CommandLine, LogWriter, Burner)
+           UnreadStreams, UnreadOverTls, TransportOverTls, CommandLine, LogWriter, Burner, Page)
 
 
 def load_tests(_loader, classes, _pattern):
