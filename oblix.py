@@ -6694,38 +6694,35 @@ PAGE = r"""<!doctype html>
 @media (prefers-color-scheme: dark) { :root { --bg: #101317; --card: #181c22; --ink: #e3e7ed; --dim: #98a2af;
   --line: #2a3039; --track: #2b323c; --local: #40c4b5; --cloud: #a99eff; --ok: #5fc583; --warn: #e5a443;
   --bad: #ff7d86 } } * { box-sizing: border-box } [hidden], .locked > :not(#key) { display: none !important }
-p { margin: 0 } h1 { font-size: 1.15rem; margin: 0 } h2 { font-size: .95rem; margin: 0 0 .6rem }
 body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
-  overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
-header, main { max-width: 84rem; margin: auto; padding: .8rem } i { font-style: normal }
-header, #sides, .row { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: baseline } .ok i { color: var(--ok) }
-header { padding-bottom: 0 } small, .dim { color: var(--dim); font-size: .86rem; font-weight: 400 }
-code { font: .95em ui-monospace, monospace } .gone > :not(#key) { opacity: .55; filter: grayscale(1) }
-main { display: flex; flex-wrap: wrap; gap: .8rem } .scroll { max-height: 26rem; overflow: auto }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem;
-  flex: 1 1 21rem; min-width: 0; max-width: 100% } .wide { flex-basis: 100% }
-.row { justify-content: space-between; gap: 0 .7rem } #now { border-left: 5px solid var(--bad) }
-#now.by-local { border-color: var(--local) } #now.by-cloud { border-color: var(--cloud) } .track { fill: var(--track) }
-#plan { font-size: 1.3rem; line-height: 1.35 } #plan small { display: block } .ok .fill { fill: var(--ok) }
-#sides, #who, #answer { margin-top: .5rem }
-.local b { color: var(--local) } .cloud b { color: var(--cloud) } .warn, .warn i { color: var(--warn) }
-.bad, .bad i { color: var(--bad) } svg { display: block; width: 100%; overflow: visible } .top { min-width: 5rem }
-line, path { vector-effect: non-scaling-stroke } path { fill: none; stroke: var(--cloud); stroke-width: 1.7 }
-.warn .fill { fill: var(--warn) } .bad .fill, rect.none { fill: var(--bad) } rect.local { fill: var(--local) }
-rect.cloud { fill: var(--cloud) } .limit { stroke: var(--warn); stroke-dasharray: 2 4 } #lanes div { line-height: 22px }
-.tick { stroke: var(--ink); stroke-width: 1.5 } .meter > :last-child { text-align: right } :disabled { opacity: .5 }
-.link + .link { margin-top: .8rem } #lanes { display: grid; grid-template-columns: auto 1fr; gap: 0 .8rem }
-.meter { display: grid; grid-template-columns: 7rem 1fr 5rem; gap: .7rem; align-items: center; margin-bottom: .4rem }
-.num, .time { white-space: nowrap } .num { text-align: right }
-table { border-collapse: collapse; width: 100% }
+  overflow-wrap: anywhere; font-variant-numeric: tabular-nums } h1 { font-size: 1.15rem; margin: 0 }
+h2 { font-size: .95rem; margin: 0 0 .6rem } header, main { max-width: 84rem; margin: auto; padding: .8rem }
+header, main, #sides, .row { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: baseline }
+small, .dim { color: var(--dim); font-size: .86rem; font-weight: 400 } .all { min-width: 9rem }
+main { gap: .8rem; align-items: stretch } .row { justify-content: space-between; gap: 0 .7rem }
+.card { flex: 1 1 21rem; min-width: 0; max-width: 100%; padding: .8rem 1rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px } .wide { flex-basis: 100% } i { font-style: normal }
+#now { border-left: 5px solid var(--bad) } #now.by-local { border-color: var(--local) }
+#now.by-cloud { border-color: var(--cloud) } header { padding-bottom: 0 }
+.gone > :not(#key) { opacity: .55; filter: grayscale(1) } #plan { font-size: 1.3rem; line-height: 1.35 }
+#plan small { display: block } #sides, #who, #answer { margin-top: .5rem } code { font: .95em ui-monospace, monospace }
+.local b { color: var(--local) } .cloud b { color: var(--cloud) } .ok i { color: var(--ok) }
+.warn, .warn i { color: var(--warn) } .bad, .bad i { color: var(--bad) } .track { fill: var(--track) }
+svg { display: block; width: 100%; overflow: visible } line, path { vector-effect: non-scaling-stroke; fill: none }
+path { stroke: var(--cloud); stroke-width: 1.7 } .ok .fill { fill: var(--ok) } .warn .fill { fill: var(--warn) }
+.bad .fill, rect.none { fill: var(--bad) } rect.local { fill: var(--local) } rect.cloud { fill: var(--cloud) }
+.tick { stroke: var(--ink); stroke-width: 1.5 } .limit { stroke: var(--warn); stroke-dasharray: 2 4 }
+.meter, #lanes { display: grid; grid-template-columns: 7rem 1fr 5rem; gap: .7rem; align-items: center }
+.meter { margin-bottom: .4rem } .meter > :last-child { text-align: right } .link + .link { margin-top: .8rem }
+#lanes { grid-template-columns: auto 1fr; gap: 0 .8rem } #lanes div { line-height: 22px }
+table { border-collapse: collapse; width: 100% } .scroll { max-height: 26rem; overflow: auto } .top { min-width: 5rem }
 th { text-align: left; color: var(--dim); font-weight: 400; position: sticky; top: 0; background: var(--card) }
 td, th { padding: .25rem .8rem .25rem 0; vertical-align: top } td { border-top: 1px solid var(--line) }
-.all { min-width: 9rem } #model { flex: 1; min-width: 0; width: 6rem }
+.num, .time { white-space: nowrap } .num { text-align: right } #model { flex: 1; min-width: 0; width: 6rem }
 input, select, textarea, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--dim);
-  border-radius: 6px; padding: .3rem .7rem; max-width: 100% }
-textarea { width: 100%; display: block; margin: .2rem 0 .5rem; resize: vertical }
-.main { background: var(--ink); color: var(--card) }
-:focus-visible { outline: 3px solid var(--cloud); outline-offset: 2px }
+  border-radius: 6px; padding: .3rem .7rem; max-width: 100% } .main { background: var(--ink); color: var(--card) }
+textarea { width: 100%; display: block; margin: .2rem 0 .5rem; resize: vertical } :disabled { opacity: .5 }
+p { margin: 0 } :focus-visible { outline: 3px solid var(--cloud); outline-offset: 2px }
 #answer { white-space: pre-wrap; max-height: 20rem; overflow: auto }
 @media (max-width: 700px) { thead { position: absolute; clip-path: inset(50%) } #plan { font-size: 1.1rem }
   tr { display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .4rem 0; border-top: 1px solid var(--line) }
@@ -6739,25 +6736,22 @@ textarea { width: 100%; display: block; margin: .2rem 0 .5rem; resize: vertical 
 <form id="key" class="card wide" hidden><label>This Oblix wants its key: <input id="secret" type="password" required
 autocomplete="current-password"></label> <button class="main">Show</button>
 <span id="wrong" class="bad" role="alert"></span></form>
-<section id="now" class="card wide" aria-label="Now"><p id="plan" aria-live="polite">…</p><div id="sides"></div>
-</section>
+<section id="now" class="card wide" aria-label="Now"><p id="plan" aria-live="polite">…</p>
+<div id="sides"></div></section>
 <section class="card"><h2>Device</h2><div id="device"></div></section>
 <section class="card"><h2>Network</h2><div id="network"></div></section>
-<section class="card"><h2>Try a prompt</h2><form id="try">
-<label for="prompt" class="dim">Prompt (Ctrl+Enter sends it)</label>
+<section class="card"><h2>Try a prompt</h2>
+<form id="try"><label for="prompt" class="dim">Prompt (Ctrl+Enter sends it)</label>
 <textarea id="prompt" rows="3" required>Say hello in one sentence.</textarea>
 <div class="row"><select id="model" aria-label="Model"></select><button id="send" class="main">Send</button>
 <button id="stop" type="button" disabled>Stop</button></div></form>
 <p id="who" role="status"></p><div id="answer" role="log" aria-label="Answer" tabindex="0"></div></section>
 <section class="card wide"><h2>Who answered</h2><div id="lanes"></div></section>
 <section class="card wide"><h2>Targets</h2><table><thead><tr><th>Target<th>State<th class="num">First token
-<th class="num">Tokens/s<th class="num">In flight<th class="num">Rests</thead><tbody id="targets"></tbody></table>
-</section>
-<section class="card wide"><h2>Last requests</h2>
-<div class="scroll" tabindex="0" role="region" aria-label="Last requests"><table><thead><tr>
-<th>Time<th>Asked<th>Served by<th>Why<th class="num">First token<th class="num">Tokens/s<th>Status</thead>
-<tbody id="requests"></tbody></table></div></section>
-</main>
+<th class="num">Tokens/s<th class="num">In flight<th class="num">Rests<tbody id="targets"></table></section>
+<section class="card wide"><h2>Last requests</h2><div class="scroll" tabindex="0" role="region" aria-label="Requests">
+<table><thead><tr><th>Time<th>Asked<th>Served by<th>Why<th class="num">First token<th class="num">Tokens/s<th>Status
+<tbody id="requests"></table></div></section></main>
 <script>
 "use strict";
 const EVERY_MS = 2000, SIDES = ["local", "cloud"], MARKS = {ok: "●", warn: "▲", bad: "✕", "": "○"};
@@ -6864,10 +6858,7 @@ function lanes(list) {
         height: 14}, el("title", {}, `${clock(one.time)} ${one.asked}: ${one.served ?? one.error}`)))),
     el("span", {}), small("", old[0] ? `${clock(old[0].time)} – ${clock(list[0].time)}` : "No request yet.")];
 }
-function models(names) {
-  const chosen = $("model").value || "auto";
-  return names.map(name => el("option", name === chosen ? {selected: ""} : {}, name));
-}
+const option = name => el("option", name === ($("model").value || "auto") ? {selected: ""} : {}, name);
 function show({version, plan, reasons, thresholds, requests: last, targets: all, network: links, ...of}) {
   const side = !reasons && all.find(target => target.id === plan.order[0])?.side || "nobody";
   put("version", text => text, version);
@@ -6878,15 +6869,13 @@ function show({version, plan, reasons, thresholds, requests: last, targets: all,
   put("targets", targets, all);
   put("lanes", lanes, last);
   put("requests", requests, last);
-  put("model", models, ["auto", ...SIDES, ...all.map(target => target.id)]);
-  $("now").className = "card wide " + "by-" + side;
+  put("model", names => names.map(option), ["auto", ...SIDES, ...all.map(target => target.id)]);
+  $("now").className = "card wide by-" + side;
   document.title = side + " – Oblix";
   $("key").hidden = true;
   live("ok", "live");
   seen = `; below is how it was at ${clock(Date.now() / 1000)}`;
 }
-
-// --- Looking again and again, while somebody sees it
 function live(style, text) {
   put("live", mark, style, text);
   $("main").className = {bad: "gone", warn: "locked"}[style] ?? "";
@@ -6911,7 +6900,6 @@ function wantKey() {
   $("wrong").textContent = key && "That is not its key.";
   $("key").hidden = false;
   live("warn", "waits for the key");
-  sessionStorage.removeItem("oblix-key");
   $("secret").select();
 }
 function takeKey(event) {
@@ -6920,8 +6908,6 @@ function takeKey(event) {
   sessionStorage.setItem("oblix-key", key);
   look();
 }
-
-// --- Trying a prompt
 async function* eventsOf(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (let held = "";;) {
@@ -6948,8 +6934,8 @@ async function ask(model, content, signal) {
     const {content: text, reasoning_content: thought} = choices?.[0]?.delta ?? {};
     tokens = usage?.completion_tokens ?? tokens;
     if (!first && (text || thought)) {
-      say(told("side"), el("b", {}, told("model") || model), ` answers: ${told("reason")} (first token after `
-        + `${since(begun).toFixed(2)} s).`);
+      say(told("side"), el("b", {}, told("model") || model), ` answers: ${told("reason")}`);
+      $("who").append(` (first token after ${since(begun).toFixed(2)} s).`);
       first = performance.now();
     }
     const box = $("answer"), follows = box.scrollHeight - box.scrollTop - box.clientHeight < 30;
