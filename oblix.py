@@ -7127,6 +7127,7 @@ def demo(settings: Settings) -> Iterator[Settings]:
 # === 15. Command line =================================================================================================
 # uses: 1 2 6 9 10 12 14
 # What does a person see at the start?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
+# And what can a person ask for in a terminal?
 
 LOG_S = 0.1       # in which the lines of the log are collected, to be written together
 LOG_END_S = 1.0   # for the last of them, and for what is printed
@@ -7472,7 +7473,7 @@ def show(text: str, stream: TextIO, colour: str = "") -> None:
     """Print a piece of text at once, on a terminal in colour."""
     plain = not (colour and stream.isatty()) or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     text = _OBEYED.sub("", text)
-    stream.write(text if plain else f"\x1b[{colour}m{text}\x1b[0m")
+    stream.write(text if plain or not text else f"\x1b[{colour}m{text}\x1b[0m")
     stream.flush()
 
 
@@ -7493,16 +7494,20 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         asked = {"model": self.model, "messages": self.messages, "stream": True,
                  "stream_options": {"include_usage": True}}
-        said, last, started, first = "", Json(), time.monotonic(), 0.0
+        said, thinks, last, started, first = "", False, Json(), time.monotonic(), 0.0
         try:
             with contextlib.closing(self.peer.ask("/v1/chat/completions", asked)) as response:
                 lines = (line.rstrip(b"\r\n") for line in response)
                 if response.status != 200:
                     told_by(response)
                 for last in PROVIDERS["openai"].decode(lines, ChatRequest("", {"messages": []}, True, True)):
-                    piece = "".join(choice["delta"].get("content") or "" for choice in last["choices"])
-                    first = first or (time.monotonic() if piece else 0.0)
+                    thought, piece = ("".join(choice["delta"].get(name) or "" for choice in last["choices"])
+                                      for name in ("reasoning_content", "content"))
+                    first = first or (time.monotonic() if has_content(last) else 0.0)
                     said += piece
+                    if sys.stderr.isatty() and (thought or piece and thinks):
+                        show(thought or "\n", sys.stderr, DIM)
+                    thinks = bool(thought)
                     show(piece, sys.stdout)
         finally:
             if said:
@@ -7577,7 +7582,7 @@ def run_models(settings: Settings, _: argparse.Namespace) -> int:
     with reached(dataclasses.replace(settings, warm_up="never"), 6.0) as peer:
         for path in ("/v1/models", "/health", "/api/tags"):
             with contextlib.closing(peer.ask(path)) as response:
-                told.append({} if response.status == 404 else told_by(response))
+                told.append(told_by(response))
     rows = [("MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"), *model_rows(*told)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
@@ -7587,19 +7592,18 @@ def run_models(settings: Settings, _: argparse.Namespace) -> int:
 def model_rows(listed: Json, health: Json, tags: Json) -> Iterator[tuple[str, ...]]:
     """Yield a row for each model that can be asked for, from what a server tells of them."""
     targets = {target["id"]: target for target in health["targets"]}
-    files = {"ollama:" + file["name"].removesuffix(":latest"): file for file in tags.get("models", [])}
+    files = {"ollama:" + file["name"].removesuffix(":latest"): file for file in tags["models"]}
     now = {"auto": ", ".join(health["plan"]["order"][:1]), **{side.value: health[side.value]["level"] for side in Side}}
     for model in listed["data"]:
         id, file = model["id"], files.get(model["id"], {})
-        here = "cloud" if is_remote(id) else "local"
         usual = {"side": "", "state": now.get(id, "alias")} if model["owned_by"] == "oblix" else {
-            "side": here, "state": "installed"}
-        target, can = targets.get(id, usual), {*file.get("capabilities", ())}
-        can |= {"tools"} & {*model.get("supported_parameters", ())}
-        can |= {"image", "file"} & {*model.get("architecture", {}).get("input_modalities", ())}
-        context = target.get("context") or model.get("context_length")
-        yield (id, target["side"], target["state"], f"{file['size'] / 1e9:.1f} GB" if file.get("size") else "",
-               f"{context:,}" if context else "", ", ".join(sorted(can - {"completion", "vision"})))
+            "side": "cloud" if is_remote(id) else "local", "state": "installed"}
+        target, size = targets.get(id, usual), file.get("size", 0)
+        contexts = dict.fromkeys(filter(None, (target.get("context"), model.get("context_length"))))    # now, at most
+        can = {*file.get("capabilities", ()), *model.get("architecture", {}).get("input_modalities", ()),
+               *({"tools"} & {*model.get("supported_parameters", ())})} - {"completion", "text", "vision"}
+        yield (id, target["side"], target["state"], f"{size / 1e9:.1f} GB" if size > 5e7 else "",
+               " of ".join(f"{context:,}" for context in contexts), ", ".join(sorted(can)))
 
 
 def run_env(settings: Settings, asked: argparse.Namespace) -> int:

@@ -14280,13 +14280,13 @@ class Commands(Case):
     @unittest.skipUnless(importlib.util.find_spec("termios"), IMPOSSIBLE + ": no terminals")
     def test_a_conversation_on_a_terminal(self):
         with self.served() as (_, local, cloud, port), Screen("chat", port) as terminal:
-            local.play(answer(Text("One."), Text("\x1b[31mTwo")), answer(Text("Three")), cut("Four", by=HANG),
-                       answer(Text("Five")), whole(500, OLLAMA.error("No.")))
+            local.play(answer(Text("One."), Text("\x1b[31mTwo")), answer(Think("Hm."), Text("Three")),
+                       cut("Four", by=HANG), answer(Text("Five")), whole(500, OLLAMA.error("No.")))
             terminal.type("first\n")
             terminal.until("One.[31mTwo\r\n")
             terminal.until("\x1b[2mollama:llama3.2 (local): local available, cloud optimal\r\n")
             terminal.type("second\n")
-            terminal.until("ollama:llama3.2 (local)\r\n")
+            terminal.until("\x1b[2mHm.\x1b[0m\x1b[2m\r\n\x1b[0mThree\r\n\x1b[2mollama:llama3.2 (local)\r\n")
             self.assertEqual([message["content"] for message in local.last.json["messages"]],
                              ["first", "One.\x1b[31mTwo", "second"])
             terminal.type("third\n")
@@ -14322,16 +14322,21 @@ class Commands(Case):
                     self.assertNotIn("\x1b[2m", terminal.seen)
 
     def test_models_tells_what_there_is_on_both_sides(self):
-        with self.served(["--alias=small=local"]) as (_, local, cloud, port), \
+        with self.served(["--alias=small=local"]) as (server, local, cloud, port), \
                 self.served(["--api-key=k"], probed=False) as (*_, keyed):
+            local.probe = whole(200, {"models": [{"name": "llama3.2:latest", "size": 2_019_393_189},
+                                                 {"name": "tiny:1b", "size": 9}, {"name": "big:1t-cloud"}]})
+            look(server)
             ran, refused = at_once(lambda flag: command("models", flag), [(port,), (keyed,)])
             self.assertEqual((ran.returncode, ran.stderr), (0, ""))
             rows = {line.split()[0]: line.split() for line in ran.stdout.splitlines()}
             self.assertEqual(rows["MODEL"], ["MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"])
-            self.assertEqual(rows["auto"][1:], [local.target])
-            for name, words in (("local", ["available"]), ("cloud", ["optimal"]), ("small", ["alias"]),
-                                (local.target, ["local", "ready"]), (cloud.target, ["cloud", "ready"]),
-                                ("ollama:hf.co/org/tiny:Q4", ["local", "installed"])):
+            able = ["131,072", "image,", "thinking,", "tools"]    # as /api/show says
+            for name, words in (("auto", [local.target, "131,072", "image,"]), ("local", ["available", "131,072"]),
+                                ("cloud", ["optimal"]), ("small", ["alias", "131,072"]),
+                                (local.target, ["local", "ready", "2.0", "GB", "4,096", "of", *able]),
+                                (cloud.target, ["cloud", "ready"]), ("ollama:tiny:1b", ["local", "installed", *able]),
+                                ("ollama:big:1t-cloud", ["cloud", "installed"])):
                 self.assertEqual(rows[name][1:1 + len(words)], words)
             self.assertEqual((refused.returncode, refused.stdout), (1, ""))
             self.assertRegex(refused.stderr, r"^oblix: [^\n]*401[^\n]*\n$")
@@ -14715,7 +14720,7 @@ def commands_of(text):
 OTHERS_FLAGS = {    # that the README names, and that are not Oblix's
     "docker": ["init", "name", "restart", "read-only", "cap-drop", "network", "pid", "stop-timeout", "start-period",
                "timeout", "no-cache-dir"],
-    "vllm": ["max-num-seqs"], "systemctl": ["now"], "unshare": ["pid"],
+    "chat": ["model", "show-metrics"], "vllm": ["max-num-seqs"], "systemctl": ["now"], "unshare": ["pid"],
 }
 
 
