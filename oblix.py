@@ -104,6 +104,7 @@ if TYPE_CHECKING:
 
 if __name__ == "__main__":
     sys.modules["ssl"] = None  # type: ignore[assignment]  # else http.server has it imported; this makes that fail
+import http.client
 import http.server
 
 if __name__ == "__main__":
@@ -721,19 +722,28 @@ def shown(field: dataclasses.Field[Any]) -> str:
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that raises UsageError for a mistake."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
 
 
+_HELP = """One OpenAI-compatible endpoint that answers from the local model while the device can and from the cloud
+when it cannot, and says which and why.
+
+  server      serve, as without a command
+  check       print what Oblix finds, what it would do and what to fix; the status is 0 if a request would be answered
+  chat        talk with the running server, or with one of its own; [--model NAME] [--show-metrics]; takes a pipe, too
+  models      print what there is on both sides
+  env CLIENT  print the lines for a shell that point a client here: claude, codex, aider, openai, ollama"""
+
+
 def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
     """Return the parser of the command line, made from the declarations."""
-    parser = _OneLineParser(
-        prog="oblix.py", usage="python oblix.py [check] [flags]", allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="One OpenAI-compatible endpoint that answers from the local model while the device can and from "
-                    "the cloud\nwhen it cannot, and says which and why.\n\n`check` prints what Oblix finds, what it "
-                    "would do and what to fix, and exits: 0 if a request\nwould be answered, 1 if not.",
+    parser = OneLineParser(
+        prog="oblix.py", usage="python oblix.py [COMMAND] [flags]", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter, description=_HELP,
         epilog="More variables:\n" + "\n".join(f"  {variable_of(field):<20} {field.metadata['help']}"
                                                for field in declared(cls) if not flag_of(field)))
     parser.add_argument("--version", action="version", version=f"oblix {__version__}")
@@ -7796,8 +7806,9 @@ def demo(settings: Settings) -> Iterator[Settings]:
 
 
 # === 15. Command line =================================================================================================
-# uses: 1 2 9 12 14
+# uses: 1 2 6 9 10 12 14
 # What does a person see at the start?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
+# And what can a person ask for in a terminal?
 
 LOG_S = 0.1       # in which the lines of the log are collected, to be written together
 LOG_END_S = 1.0   # for the last of them, and for what is printed
@@ -7811,11 +7822,16 @@ FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_pe
 SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
-def start_texts(settings: Settings, server: Server) -> Iterator[str]:
-    """Yield what a start prints: the address at once, and the rest when the monitors could say a first word."""
+def address_at(settings: Settings, port: int) -> str:
+    """Return the address by which clients reach a server with these settings."""
     host = settings.host.strip("[]")
     host = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    base = f"http://{host}:{server.port}/v1"
+    return f"http://{host}:{port}"
+
+
+def start_texts(settings: Settings, server: Server) -> Iterator[str]:
+    """Yield what a start prints: the address at once, and the rest when the monitors could say a first word."""
+    base = address_at(settings, server.port) + "/v1"
     yield f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else "")
     server.gateway.watch.settle(0.5)
     key = "the key of --api-key" if settings.api_key else "placeholder"
@@ -7865,26 +7881,39 @@ def advices(health: Json) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> int:
-    """Run `check`, or begin to serve, which ends the process later: see `run_server`.  Return the exit status."""
+    """Run a command; the server ends the process later: see `run_server`.  Return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    checks = argv[:1] == ["check"]
+    command = argv[0] if argv and argv[0] in COMMANDS else ""
     try:
-        settings = with_keys_from_files(Settings.parse(argv[checks:], os.environ if env is None else env))
-        start_log(settings)
+        own, flags = _command_words(command, argv[bool(command):])
+        settings = with_keys_from_files(Settings.parse(flags, os.environ if env is None else env))
+        is_quiet = command in ("chat", "models", "env") and settings.log_level == "info"
+        start_log(dataclasses.replace(settings, log_level="error") if is_quiet else settings)
         for line in odd_keys(settings):
             log.warning(line)
-        return run_check(settings) if checks else run_server(settings)
+        return COMMANDS[command or "server"](settings, own)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
         return _status_of(error)
 
 
+def _command_words(command: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return what a command takes for itself, and the flags that are settings.  Raise UsageError."""
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    if command == "chat":
+        parser.add_argument("--model", default="auto")
+        parser.add_argument("--show-metrics", action="store_true")
+    elif command == "env":
+        parser.add_argument("client", nargs="?", default="")
+    return parser.parse_known_args(argv)
+
+
 def _status_of(error: Exception) -> int:
     """Say what ended the program, a mistake in what was set in one line.  Return the exit status."""
-    mistake = isinstance(error, UsageError)
-    say(f"oblix: {error}" if mistake else traceback.format_exc(), "stderr")
-    return 2 if mistake else 1
+    is_told = isinstance(error, (UsageError, OblixError))
+    say(f"oblix: {error}" if is_told else traceback.format_exc(), "stderr")
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def say(text: str, stream: str = "stdout") -> None:
@@ -7976,7 +8005,7 @@ def start_log(settings: Settings) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
-def run_server(settings: Settings) -> int:
+def run_server(settings: Settings, _: argparse.Namespace) -> int:
     """Answer requests until a signal comes, then let them end, on a thread that ends the process.  Return 0 at once.
 
     Python keeps a script's syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
@@ -8050,7 +8079,7 @@ def raise_file_limit(wanted: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
-def run_check(settings: Settings) -> int:
+def run_check(settings: Settings, _: argparse.Namespace) -> int:
     """Print what is found and what `auto` would do.  Return 0 if it would answer, else 1.  Raise UsageError."""
     guard_of(settings)    # a start would refuse mistakes in the access settings, too
     with demo(settings) as settings, contextlib.closing(
@@ -8061,6 +8090,218 @@ def run_check(settings: Settings) -> int:
         health = gateway.health()
     say("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
     return 0 if health["status"] == "healthy" and health["plan"]["order"] else 1
+
+
+# --- 15. Commands that ask a server -----------------------------------------------------------------------------------
+
+PEER_S = 60.0           # for the next byte of an answer; a stream has a comment every KEEP_ALIVE_S
+DIM, RED = "2", "31"    # colours of a terminal
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")    # by a terminal
+# For each client the lines that point it here, after one that says how they are used.
+CLIENTS = {
+    "claude": '''export ANTHROPIC_BASE_URL=%(url)s ANTHROPIC_AUTH_TOKEN="%(key)s"
+export ANTHROPIC_MODEL=auto ANTHROPIC_SMALL_FAST_MODEL=auto ANTHROPIC_DEFAULT_HAIKU_MODEL=auto
+unset ANTHROPIC_API_KEY''',
+    "codex": '''codex() { command codex -c model=auto -c model_provider=oblix -c model_providers.oblix.name=Oblix \\
+  -c model_providers.oblix.base_url=%(url)s/v1 -c model_providers.oblix.wire_api=responses%(flag)s "$@"; }''',
+    "aider": 'export OPENAI_API_BASE=%(url)s/v1 OPENAI_API_KEY="%(key)s" AIDER_MODEL=openai/auto',
+    "openai": 'export OPENAI_BASE_URL=%(url)s/v1 OPENAI_API_KEY="%(key)s"',
+    "ollama": 'export OLLAMA_HOST=%(url)s OLLAMA_API_KEY="%(key)s"'}
+
+
+class Peer(NamedTuple):
+    """A running Oblix, and the key that it wants."""
+    host: str
+    port: int
+    key: str
+
+    def ask(self, path: str, body: Json | None = None) -> http.client.HTTPResponse:
+        """Return the answer to a GET, or to the POST of a body, unread.  Raise OSError, HTTPException."""
+        headers = {"Content-Type": "application/json", "Connection": "close",
+                   **present({"Authorization": self.key and f"Bearer {self.key}"})}
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=PEER_S)
+        connection.request("POST" if body else "GET", path, dumps(body) if body else None, headers)
+        return connection.getresponse()
+
+
+@contextlib.contextmanager
+def reached(settings: Settings, settle_s: float) -> Iterator[Peer]:
+    """Yield the Oblix that runs with these settings, or one that runs while the block does.  Raise UsageError."""
+    host, server = settings.host.strip("[]"), ""
+    host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    peer = Peer(host, settings.port, settings.api_key)
+    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(peer.ask("/health")) as response:
+        server = response.headers.get("Server", "unknown")
+    if server.startswith("oblix/"):
+        yield peer
+    elif server:
+        raise UsageError(f"another program answers at port {settings.port}: name Oblix's with --port")
+    else:
+        with demo(settings) as own, running(dataclasses.replace(own, host="127.0.0.1", port=0)) as started:
+            started.gateway.watch.settle(settle_s)
+            yield Peer("127.0.0.1", started.port, settings.api_key)
+
+
+def told_by(response: http.client.HTTPResponse) -> Json:
+    """Return the JSON object of a response.  Raise OblixError with the message of an error."""
+    found = object_in(response.read(MAX_BODY_BYTES)) or {"error": {"message": "the answer is not in Oblix's format"}}
+    if "error" in found:
+        raise OblixError(f"{found['error']['message']} ({response.status})")
+    return found
+
+
+def show(text: str, stream: TextIO, colour: str = "") -> None:
+    """Print a piece of text at once, on a terminal in colour."""
+    plain = not (colour and stream.isatty()) or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    text = _OBEYED.sub("", text)
+    stream.write(text if plain or not text else f"\x1b[{colour}m{text}\x1b[0m")
+    stream.flush()
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A conversation through a server: answers go to stdout, and all else to stderr."""
+    peer: Peer
+    model: str
+    shows_metrics: bool
+    messages: list[Json] = dataclasses.field(default_factory=list)
+    reason: str = ""    # of the last decision
+
+    def turn(self, text: str) -> None:
+        """Show the answer to a text as it comes, and who gave it.  Raise OblixError, OSError, HTTPException.
+
+        What has been said stays in the conversation, also of an answer that breaks off.
+        """
+        self.messages.append({"role": "user", "content": text})
+        asked = {"model": self.model, "messages": self.messages, "stream": True,
+                 "stream_options": {"include_usage": True}}
+        said, thinks, last, started, first = "", False, Json(), time.monotonic(), 0.0
+        try:
+            with contextlib.closing(self.peer.ask("/v1/chat/completions", asked)) as response:
+                lines = (line.rstrip(b"\r\n") for line in response)
+                if response.status != 200:
+                    told_by(response)
+                for last in PROVIDERS["openai"].decode(lines, ChatRequest("", {"messages": []}, True, True)):
+                    thought, piece = ("".join(choice["delta"].get(name) or "" for choice in last["choices"])
+                                      for name in ("reasoning_content", "content"))
+                    first = first or (time.monotonic() if has_content(last) else 0.0)
+                    said += piece
+                    if sys.stderr.isatty() and (thought or piece and thinks):
+                        show(thought or "\n", sys.stderr, DIM)
+                    thinks = bool(thought)
+                    show(piece, sys.stdout)
+        finally:
+            if said:
+                self.messages.append({"role": "assistant", "content": said})
+                show("\n", sys.stdout)
+            else:
+                self.messages.pop()
+        self._tell(response.headers, last, first - started, time.monotonic() - first)
+
+    def _tell(self, headers: http.client.HTTPMessage, last: Chunk, first_s: float, rest_s: float) -> None:
+        """Show who gave an answer, why if that has changed, and how fast if that is wanted."""
+        side, reason, tokens = headers.get("x-oblix-side"), headers.get("x-oblix-reason", ""), tokens_of(last)
+        told = f"{headers.get('x-oblix-model') or last.get('model')}" + (f" ({side})" if side else "")
+        told += f": {reason}" if reason != self.reason else ""
+        if self.shows_metrics and first_s > 0:
+            told += f"; first {first_s:.2f} s" + (f", {tokens / max(rest_s, 0.001):.1f} tokens/s" if tokens else "")
+        self.reason = reason
+        show(f"{told}\n", sys.stderr, DIM)
+
+    def answers(self, text: str) -> bool:
+        """Take a turn that Ctrl-C interrupts on a terminal.  Return False, and show why, if it fails."""
+        try:
+            self.turn(text)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            show("(interrupted)\n", sys.stderr, DIM)
+        except (OblixError, OSError, http.client.HTTPException) as error:
+            show(f"error: {error}\n", sys.stderr, RED)
+            return False
+        return True
+
+
+def run_chat(settings: Settings, asked: argparse.Namespace) -> int:
+    """Talk until the person ends it, or answer what comes through a pipe.  Return the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with reached(settings, 1.0) as peer:
+        talk = Conversation(peer, asked.model, asked.show_metrics)
+        if not sys.stdin.isatty():
+            text = sys.stdin.read().strip()
+            return int(bool(text) and not talk.answers(text))
+        with contextlib.suppress(ImportError):
+            __import__("readline")    # input() then knows the arrows
+        show("/model NAME asks for another model, /new begins a new conversation, exit ends.\n", sys.stderr, DIM)
+        while True:
+            text = _line_typed()
+            model = re.fullmatch(r"/model\s+(\S+)", text)
+            if text in ("exit", "/exit"):
+                return 0
+            if model:
+                talk.model = model[1]
+            elif text == "/new":
+                talk.messages.clear()
+            elif text:
+                talk.answers(text)
+
+
+def _line_typed() -> str:
+    """Return the line that a person types: "exit" for Ctrl-D, and "" for Ctrl-C."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt) as error:
+        show("\n", sys.stdout)
+        return "exit" if isinstance(error, EOFError) else ""
+
+
+def run_models(settings: Settings, _: argparse.Namespace) -> int:
+    """Print what there is on both sides.  Return the exit status."""
+    told = []
+    with reached(dataclasses.replace(settings, warm_up="never"), 6.0) as peer:
+        for path in ("/v1/models", "/health", "/api/tags"):
+            with contextlib.closing(peer.ask(path)) as response:
+                told.append(told_by(response))
+    rows = [("MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"), *model_rows(*told)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
+    return 0
+
+
+def model_rows(listed: Json, health: Json, tags: Json) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each model that can be asked for, from what a server tells of them."""
+    targets = {target["id"]: target for target in health["targets"]}
+    files = {"ollama:" + file["name"].removesuffix(":latest"): file for file in tags["models"]}
+    now = {"auto": ", ".join(health["plan"]["order"][:1]), **{side.value: health[side.value]["level"] for side in Side}}
+    for model in listed["data"]:
+        id, file = model["id"], files.get(model["id"], {})
+        usual = {"side": "", "state": now.get(id, "alias")} if model["owned_by"] == "oblix" else {
+            "side": "cloud" if is_remote(id) else "local", "state": "installed"}
+        target, size = targets.get(id, usual), file.get("size", 0)
+        contexts = dict.fromkeys(filter(None, (target.get("context"), model.get("context_length"))))    # now, at most
+        can = {*file.get("capabilities", ()), *model.get("architecture", {}).get("input_modalities", ()),
+               *({"tools"} & {*model.get("supported_parameters", ())})} - {"completion", "text", "vision"}
+        yield (id, target["side"], target["state"], f"{size / 1e9:.1f} GB" if size > 5e7 else "",
+               " of ".join(f"{context:,}" for context in contexts), ", ".join(sorted(can)))
+
+
+def run_env(settings: Settings, asked: argparse.Namespace) -> int:
+    """Print the lines for a shell that point a client here, with the key's variable and not the key."""
+    if asked.client not in CLIENTS or not settings.port:
+        raise UsageError(f"env needs the name of a client: {', '.join(CLIENTS)}; and with --port 0, the port")
+    told = {"url": address_at(settings, settings.port), "key": "oblix", "flag": ""}
+    if settings.api_key:
+        told.update(key="$OBLIX_API_KEY", flag=" -c model_providers.oblix.env_key=OBLIX_API_KEY")
+        say("# OBLIX_API_KEY must hold the key of --api-key.")
+    say(f'# eval "$(python oblix.py env {asked.client})" in the shell that starts the client, but not in the one that\n'
+        "# starts Oblix, which reads some of these variables as well.\n" + CLIENTS[asked.client] % told)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Settings, argparse.Namespace], int]] = {
+    "server": run_server, "check": run_check, "chat": run_chat, "models": run_models, "env": run_env}
 
 
 if __name__ == "__main__":

@@ -13917,6 +13917,60 @@ FLAGS = [  # flag, its default as --help shows it
     ("latency-degraded-ms", "1000"), ("local-first-s", "5"), ("local-whole-s", "30"), ("keep-alive", "auto"),
     ("loss-degraded-percent", "10"), ("log-level", ""),
 ]
+def piped(text, *flags, env=None):
+    """`python oblix.py FLAGS` with this text on its standard input."""
+    return subprocess.run([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env), timeout=60, input=text,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+class Screen:
+    """`python oblix.py FLAGS` on a terminal of its own: what is typed there, and what is seen."""
+
+    def __init__(self, *flags, env=None):
+        self._ours, theirs = os.openpty()
+        # The first terminal that a session's leader opens is the one that its Ctrl-C comes from.
+        shell = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(theirs), sys.executable, str(HERE / "oblix.py")]
+        self._process = subprocess.Popen([*shell, *flags], env=bare_env({"TERM": "xterm", **(env or {})}),
+                                         stdin=subprocess.DEVNULL, start_new_session=True)
+        self.seen, self._from = "", 0
+        self.until("> ")
+        os.close(theirs)
+
+    def until(self, text, within=30):
+        """Wait until this is seen behind what was waited for before."""
+        deadline = time.monotonic() + within
+        while text not in self.seen[self._from:]:
+            if time.monotonic() > deadline or not self._read():
+                raise AssertionError("no %r in %r" % (text, self.seen[self._from:]))
+        self._from = self.seen.index(text, self._from) + len(text)
+
+    def _read(self):
+        """Read what comes next, if it comes soon; False at the end."""
+        with contextlib.suppress(OSError):    # Linux's way to tell of a terminal that nobody has open any more
+            if select.select([self._ours], [], [], 0.1)[0]:
+                self.seen += os.read(self._ours, 4096).decode("utf-8", "replace")
+            return True
+        return False
+
+    def type(self, text):
+        os.write(self._ours, text.encode())
+
+    def end(self):
+        """The exit status, once it has ended."""
+        deadline = time.monotonic() + 30
+        while self._process.poll() is None and time.monotonic() < deadline:
+            self._read()
+        return self._process.poll()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.wait()
+        os.close(self._ours)
+
+
 MISTAKES = [  # flags, environment, what the one line names
     (["--nope"], {}, "--nope"), (["extra"], {}, "extra"), (["--port", "many"], {}, "many"),
     (["--port", "99999"], {}, "99999"), ([], {"OBLIX_PORT": "many"}, "OBLIX_PORT"),
@@ -14037,6 +14091,12 @@ class CommandLine(Case):
             ran = command("check", "--port=%d" % taken.getsockname()[1], *CALM, env=env_for(local))
             self.assertEqual((ran.returncode, local.loads), (0, []), ran.stdout)
             self.assertIn("llama3.2 is not loaded", ran.stdout)
+
+    def test_help_tells_the_commands_and_server_means_none(self):
+        told = re.findall(r"^  (\w+)(?: CLIENT)?  +\S", command("--help").stdout, re.M)
+        self.assertEqual(told[:len(oblix.COMMANDS)], [*oblix.COMMANDS])
+        with Process("server", "--demo", "--port=0") as server:
+            self.answered(ask(server), oblix.DEMO_TEXT.format("local", "Ollama", 1))
 
     def test_in_a_program_a_mistake_is_a_usage_error_of_one_line(self):
         for flags, env, names in MISTAKES:
@@ -15129,6 +15189,181 @@ class Outlet(io.StringIO):
         return super().write(text)
 
 
+class Commands(Case):
+    """`chat`, `models` and `env`, as a person runs them."""
+
+    @contextlib.contextmanager
+    def served(self, flags=(), **how):
+        """Oblix in front of two upstreams, and the flags by which a command finds it."""
+        with Upstream(OLLAMA, answer(Text("Hel"), Text("lo"))) as local, \
+                Upstream(OPENAI, answer(Text("cloud"))) as cloud, running(local, cloud, flags=flags, **how) as server:
+            yield server, local, cloud, "--port=%d" % server.port
+
+    def test_a_pipe_gets_the_answer_and_the_decision_is_told_beside_it(self):
+        first = "ollama:llama3.2 (local): local available, cloud optimal"
+        second = "openai:gpt-test (cloud): cloud optimal; kept to cloud"
+        with self.served(["--local-slots=9"]) as (_, local, cloud, port):
+            rows = [("hi\n", [], "Hello\n", first + "\n"), ("", [], "", ""), (" \n\n", [], "", ""),
+                    ("one\ntwo\n", ["--model", "cloud"], "cloud\n", second + "\n"),
+                    ("hi", ["--show-metrics"], "Hello\n", first + "; first N s, N tokens/s\n")]
+            for (_, flags, said, told), ran in zip(rows, at_once(
+                    lambda text, flags, *_: piped(text, "chat", port, *flags), rows)):
+                with self.subTest(flags=flags):
+                    self.assertEqual((ran.returncode, ran.stdout), (0, said), ran.stderr)
+                    self.assertEqual(re.sub(r"\d+\.\d+ ?(s|tokens)", r"N \1", ran.stderr), told)
+            self.assertEqual(cloud.last.json["messages"], [{"role": "user", "content": "one\ntwo"}])
+            self.assertEqual(len(local.requests), 2)
+
+    def test_a_failure_is_told_in_a_line_and_a_pipes_status_is_1(self):
+        with self.served() as (_, local, _, port), \
+                self.served(["--api-key=sk-one", "--local-slots=9"], probed=False) as (*_, keyed):
+            local.play(cut("Hello", by=RESET))
+            rows = [([port, "--model=local"], "", 1, "Hello\n", "error: "), ([port, "--model=nix"], "", 1, "", "404"),
+                    ([keyed], "", 1, "", "401"), ([keyed], "sk-two", 1, "", "401"),
+                    ([keyed], "sk-one", 0, "Hello\n", "ollama:llama3.2 (local)"),
+                    ([keyed, "--api-key=sk-one"], "", 0, "Hello\n", "ollama:llama3.2 (local)")]
+            for (flags, key, status, said, told), ran in zip(rows, at_once(
+                    lambda flags, key, *_: piped("hi", "chat", *flags, env={"OBLIX_API_KEY": key}), rows)):
+                with self.subTest(flags=flags, key=key):
+                    self.assertEqual((ran.returncode, ran.stdout), (status, said), ran.stderr)
+                    self.assertEqual(ran.stderr.count("\n"), 1, ran.stderr)
+                    self.assertIn(told, ran.stderr)
+                    self.assertNotIn("sk-", ran.stderr)
+
+    def test_without_a_server_a_command_runs_one_of_its_own(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            flags = ["--port=%d" % silent.getsockname()[1], *CALM]
+        with Upstream(OLLAMA, answer(Text("mine"))) as local:
+            said, listed = at_once(lambda name: piped("hi", name, *flags, env=env_for(local)), [("chat",), ("models",)])
+        self.assertEqual((said.returncode, said.stdout), (0, "mine\n"), said.stderr)
+        self.assertEqual((listed.returncode, listed.stderr), (0, ""))
+        self.assertIn("ollama:llama3.2", listed.stdout)
+
+    def test_another_program_at_the_port_is_a_mistake(self):
+        with Upstream(OPENAI) as other:
+            for ran in at_once(lambda name: piped("hi", name, "--port=%d" % other.port), [("chat",), ("models",)]):
+                self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
+                self.assertIn("another program answers at port %d" % other.port, ran.stderr)
+
+    @unittest.skipUnless(importlib.util.find_spec("termios"), IMPOSSIBLE + ": no terminals")
+    def test_a_conversation_on_a_terminal(self):
+        with self.served() as (_, local, cloud, port), Screen("chat", port) as terminal:
+            local.play(answer(Text("One."), Text("\x1b[31mTwo")), answer(Think("Hm."), Text("Three")),
+                       cut("Four", by=HANG), answer(Text("Five")), whole(500, OLLAMA.error("No.")))
+            terminal.type("first\n")
+            terminal.until("One.[31mTwo\r\n")
+            terminal.until("\x1b[2mollama:llama3.2 (local): local available, cloud optimal\r\n")
+            terminal.type("second\n")
+            terminal.until("\x1b[2mHm.\x1b[0m\x1b[2m\r\n\x1b[0mThree\r\n\x1b[2mollama:llama3.2 (local)\r\n")
+            self.assertEqual([message["content"] for message in local.last.json["messages"]],
+                             ["first", "One.\x1b[31mTwo", "second"])
+            terminal.type("third\n")
+            terminal.until("Four")
+            terminal.type("\x03")
+            terminal.until("(interrupted)")
+            terminal.type("/new\n/model local\nfifth\n")
+            terminal.until("Five")
+            self.assertEqual([message["content"] for message in local.last.json["messages"]], ["fifth"])
+            terminal.type("sixth\n")
+            terminal.until("\x1b[31merror: ")
+            terminal.type("/model cloud\nseventh\n")
+            terminal.until("openai:gpt-test (cloud)")
+            self.assertEqual([message["content"] for message in cloud.last.json["messages"]],
+                             ["fifth", "Five", "seventh"])
+            terminal.until("> ")
+            terminal.type("\x03")
+            terminal.type("\n")    # if Ctrl-C came just before Python waits for a key, it shows with the next one
+            terminal.until("> ")
+            terminal.type("exit\n")
+            self.assertEqual(terminal.end(), 0)
+
+    @unittest.skipUnless(importlib.util.find_spec("termios"), IMPOSSIBLE + ": no terminals")
+    def test_colour_is_left_out_where_it_is_not_wanted(self):
+        with self.served() as (_, _, _, port):
+            for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+                with Screen("chat", port, env=env) as terminal:
+                    terminal.type("hi\n")
+                    terminal.until("cloud optimal")
+                    terminal.until("> ")
+                    terminal.type("\x04")
+                    self.assertEqual(terminal.end(), 0)
+                    self.assertNotIn("\x1b[2m", terminal.seen)
+
+    def test_models_tells_what_there_is_on_both_sides(self):
+        with self.served(["--alias=small=local"]) as (server, local, cloud, port), \
+                self.served(["--api-key=k"], probed=False) as (*_, keyed):
+            local.probe = whole(200, {"models": [{"name": "llama3.2:latest", "size": 2_019_393_189},
+                                                 {"name": "tiny:1b", "size": 9}, {"name": "big:1t-cloud"}]})
+            look(server)
+            ran, refused = at_once(lambda flag: command("models", flag), [(port,), (keyed,)])
+            self.assertEqual((ran.returncode, ran.stderr), (0, ""))
+            rows = {line.split()[0]: line.split() for line in ran.stdout.splitlines()}
+            self.assertEqual(rows["MODEL"], ["MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"])
+            able = ["131,072", "image,", "thinking,", "tools"]    # as /api/show says
+            for name, words in (("auto", [local.target, "131,072", "image,"]), ("local", ["available", "131,072"]),
+                                ("cloud", ["optimal"]), ("small", ["alias", "131,072"]),
+                                (local.target, ["local", "ready", "2.0", "GB", "4,096", "of", *able]),
+                                (cloud.target, ["cloud", "ready"]), ("ollama:tiny:1b", ["local", "installed", *able]),
+                                ("ollama:big:1t-cloud", ["cloud", "installed"])):
+                self.assertEqual(rows[name][1:1 + len(words)], words)
+            self.assertEqual((refused.returncode, refused.stdout), (1, ""))
+            self.assertRegex(refused.stderr, r"^oblix: [^\n]*401[^\n]*\n$")
+            self.assertEqual([*local.requests, *local.loads, *cloud.requests], [], "it only looks")
+
+    def test_env_points_a_client_here(self):
+        url = "http://localhost:8080"
+        for client, told in (
+            ("claude", {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": "$KEY", "ANTHROPIC_MODEL": "auto",
+                        "ANTHROPIC_SMALL_FAST_MODEL": "auto", "ANTHROPIC_API_KEY": ""}),
+            ("aider", {"OPENAI_API_BASE": url + "/v1", "OPENAI_API_KEY": "$KEY", "AIDER_MODEL": "openai/auto"}),
+            ("openai", {"OPENAI_BASE_URL": url + "/v1", "OPENAI_API_KEY": "$KEY"}),
+            ("ollama", {"OLLAMA_HOST": url, "OLLAMA_API_KEY": "$KEY"}),
+        ):
+            for env, key in (({}, "oblix"), ({"OBLIX_API_KEY": "sk-one"}, "sk-one")):
+                with self.subTest(client, env=env):
+                    wanted = [value.replace("$KEY", key) for value in told.values()]
+                    self.assertEqual(self.evaluated(client, " ".join('"$%s"' % name for name in told), env), wanted)
+
+    def lines(self, client, *flags, env=None):
+        """What `python oblix.py env CLIENT FLAGS` prints."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            oblix.run_env(oblix.Settings.parse(flags, env or {}), argparse.Namespace(client=client))
+        return out.getvalue()
+
+    def evaluated(self, client, words, env):
+        """What these words are in a shell that has evaluated the lines for a client."""
+        need(shutil.which("sh"), IMPOSSIBLE + ": no sh")
+        script = """eval "$0"; printf '%%s\\n' %s""" % words
+        ran = subprocess.run(["sh", "-c", script, self.lines(client, "--port=8080", env=env)], text=True, timeout=60,
+                             env=bare_env({"ANTHROPIC_API_KEY": "sk-old", **env}), stdout=subprocess.PIPE)
+        self.assertEqual(ran.returncode, 0)
+        return ran.stdout.split("\n")[:-1]
+
+    def test_env_makes_codex_a_function_with_its_provider(self):
+        told = {"name": "Oblix", "base_url": "http://localhost:8080/v1", "wire_api": "responses"}
+        for env, more in (({}, {}), ({"OBLIX_API_KEY": "sk-one"}, {"env_key": "OBLIX_API_KEY"})):
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, "codex").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+                Path(folder, "codex").chmod(0o755)
+                env["PATH"] = "%s:%s" % (folder, os.environ["PATH"])
+                said = self.evaluated("codex", "x; codex exec 'a b'", env)
+            settings = ["model=auto", "model_provider=oblix",
+                        *("model_providers.oblix.%s=%s" % pair for pair in {**told, **more}.items())]
+            self.assertEqual(said, ["x", *(word for one in settings for word in ("-c", one)), "exec", "a b"])
+
+    def test_env_names_its_clients_and_never_prints_a_key(self):
+        rows = [["env"], ["env", "emacs"], ["env", "--port=1"], ["env", "claude", "--port=0"]]
+        for argv, ran in zip(rows, at_once(command, rows)):
+            with self.subTest(argv):
+                self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
+                self.assertIn(", ".join(oblix.CLIENTS), ran.stderr)
+        for client in oblix.CLIENTS:
+            told = self.lines(client, "--host=0.0.0.0", "--api-key=sk-one", "--port=81")
+            self.assertIn("http://%s:81" % socket.gethostname(), told)
+            self.assertNotIn("sk-one", told)
+        self.assertIn(", ".join(oblix.CLIENTS), oblix._parser(oblix.Settings).description)
+
+
 class LogWriter(Case):
     """Log lines are written by a thread of its own: in order, soon, to the last one, and nobody waits for it."""
 
@@ -15453,7 +15688,7 @@ def commands_of(text):
 OTHERS_FLAGS = {    # that the README names, and that are not Oblix's
     "docker": ["init", "name", "restart", "read-only", "cap-drop", "network", "pid", "stop-timeout", "start-period",
                "timeout", "no-cache-dir"],
-    "vllm": ["max-num-seqs"], "systemctl": ["now"], "unshare": ["pid"],
+    "chat": ["model", "show-metrics"], "vllm": ["max-num-seqs"], "systemctl": ["now"], "unshare": ["pid"],
 }
 
 
