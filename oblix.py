@@ -348,7 +348,7 @@ MAX_RETRY_AFTER_S = 600.0
 MOST_TOKENS = 1 << 32        # no window has so many
 MAX_LINE_BYTES = 32 << 20    # of an event in an answer: as much as a request may have; more is an attack
 MAX_BODY_BYTES = 64 << 20    # of a whole answer
-CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call")
+CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call", "block")
 
 
 class OblixError(Exception):
@@ -437,6 +437,11 @@ def is_empty(chunks: Iterable[Chunk]) -> bool:
     """Return True if an answer ended normally but has no content; `length` and `content_filter` count as content."""
     return not any(has_content(chunk) or choice.get("finish_reason") not in ("stop", None)
                    for chunk in chunks for choice in choices_of(chunk))
+
+
+def count_in(value: Any) -> int:
+    """Return a number of tokens as it was told, or 0 for what is none: two that are larger may have no sum in JSON."""
+    return int(value) if type(value) in (int, float) and 0 <= value < MOST_TOKENS else 0
 
 
 def text_of(message: Json) -> str:
@@ -2533,8 +2538,7 @@ _OPENAI_LIMITS = {"gpt-6-luna": (922_000, 128_000)}    # OpenAI's list does not 
 def tokens_in(item: Json, names: Iterable[str]) -> int:
     """Return the number of tokens that an item of a list has under the first of these names, 0 if under none."""
     places = [place for place in (item, item.get("meta"), item.get("top_provider")) if isinstance(place, dict)]
-    return next((number for name in names for place in places
-                 if type(number := place.get(name)) is int and 0 < number < MOST_TOKENS), 0)
+    return next((number for name in names for place in places if (number := count_in(place.get(name)))), 0)
 
 
 @functools.lru_cache(64)
@@ -2599,7 +2603,7 @@ _UNSUPPORTED = "|".join((
     r"unsupported|not support|unrecogni[sz]ed|deprecated|no longer|extra (input|field)|supported values|out of range",
     r"not (a |an )?(permitted|allowed|accepted|available|valid|known|recogni[sz]ed)|not one of|cannot both",
     r"(unknown|unexpected|invalid)[ _.](name|param|field|argument|keyword|key|propert|option|(enum )?value)",
-    r"(must|should|has to) be|may (only|not) be|only .{0,40}(is|are) allowed",
+    r"(must|should|has to) (be|start)|may (only|not) be|only .{0,40}(is|are) allowed",
 ))
 _SOMETIMES = r'invalid (enum )?value|value "|(must|should|has to|may only|may not) be|out of range|\b(when|if|both)\b'
 _MOST = r"max(imum)?[_ ]?(completion|new|output)?[_ ]?tokens|(completion|output) ?tokens"    # of an answer
@@ -2891,7 +2895,7 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
             choice["index"] = place if choice.get("index") is None else choice["index"]
             usage = choice.pop("usage", None) or usage    # Kimi
         if usage and isinstance(usage, dict):
-            prompt, completion, total = (usage.get(name) or 0 for name in _COUNTS)
+            prompt, completion, total = (count_in(usage.get(name)) for name in _COUNTS)
             counts = prompt, completion, total or prompt + completion    # MiniMax tells the total alone
             counted = {**chunk, "choices": [], "usage": {**usage, **dict(zip(_COUNTS, counts))}}
         chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
@@ -2912,7 +2916,8 @@ def is_in_order(answer: Json) -> bool:
     """Return True if a whole answer is as `in_order` and `fold` would make it, as most are: these two take 20 us."""
     usage = answer.get("usage")
     return (_ERRORS.isdisjoint(answer) and answer.get("object") == "chat.completion" and bool(answer.get("choices"))
-            and isinstance(usage, dict) and all(type(usage.get(name)) is int for name in _COUNTS) and all(
+            and isinstance(usage, dict) and all(
+                type(count) is int and count == count_in(count) for count in map(usage.get, _COUNTS)) and all(
                 type(choice.get("index")) is int and isinstance(message.get("content"), str)
                 and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
                 and choice.get("logprobs", 0) is None and "error" not in choice
@@ -3963,17 +3968,22 @@ class Claude(Provider):
         if stop.get("stop_reason") == "refusal" and explanation:
             yield chunk_of(refusal=explanation)
         yield chunk_of(finish_of(stop.get("stop_reason") or "stop"))
-        read, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
+        told, read, written = (count_in(usage.get(name)) for name in (
+            "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
         thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens")
-        yield {"usage": {"prompt_tokens": (usage.get("input_tokens") or 0) + read + written,
+        yield {"usage": {"prompt_tokens": told + read + written,
                          "completion_tokens": usage.get("output_tokens"),
                          "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
                          **present({"completion_tokens_details": present({"reasoning_tokens": thinking})})}}
 
 
 def _with_native(event: Json, said: Sequence[Chunk]) -> Iterator[Chunk]:
-    """Yield an event's chunks for a client of its own dialect: the first has the event, and the others nothing."""
-    for number, chunk in enumerate(said or ({},)):
+    """Yield an event's chunks for a client of its own dialect: the first has the event, and the others nothing.
+
+    A block that has no place in a chat, as of a tool that Claude runs itself, is content to this client.
+    """
+    kind = (event.get("content_block") or {}).get("type", "text")
+    for number, chunk in enumerate(said or ({} if kind in ("text", "thinking") else chunk_of(block=kind),)):
         yield {"choices": [], **chunk, "native": {} if number else event}
 
 
@@ -4037,7 +4047,7 @@ def claude_content(message: Json) -> list[Json]:
 def _claude_call(call: Json, used: set[str]) -> Json:
     """Return a tool call as a block, under an id of Claude's letters that the conversation has not used yet."""
     function = call["function"]
-    id = re.sub(r"[^A-Za-z0-9_-]", "_", call["id"]) or "call"
+    id = claude_id(call["id"])
     while id in used:
         id += "_"
     used.add(id)
@@ -4063,6 +4073,11 @@ def claude_tool(tool: Json) -> Json:
     schema.update({"required": [*map(claude_key, schema["required"])]} if "required" in schema else {})
     return {"name": claude_name(function["name"]), **present({"description": function.get("description")}),
             "input_schema": schema, **_mark_of(tool, function)}
+
+
+def claude_id(id: str) -> str:
+    """Return a tool call's id in the letters that Claude takes; Kimi's are like functions.find:0."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", id) or "call"
 
 
 def claude_name(name: str, more: str = "") -> str:
@@ -5914,7 +5929,7 @@ class Dispatch:
             with _in_its_format():
                 whole = PROVIDERS[target.endpoint.provider].whole(raw, request)
         said: Iterator[Chunk] = ({"choices": [{**choice, "delta": choice["message"]}]} for choice in whole["choices"])
-        if self._others and is_empty(said):
+        if self._others and is_empty(said) and not whole.get("native", {}).get("content"):
             raise UpstreamError("the answer was empty", code="empty_answer")
         self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
         return {**whole, **_envelope(whole, target.id), "object": "chat.completion"}
@@ -6116,8 +6131,7 @@ LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation 
 def tokens_of(answer: Json, kind: str = "completion_tokens") -> int:
     """Return the completion tokens, or those of another kind, that an answer or a chunk counts, or 0."""
     usage = answer.get("usage")
-    tokens = usage.get(kind) if isinstance(usage, dict) else 0
-    return tokens if isinstance(tokens, int) and 0 <= tokens < MOST_TOKENS else 0
+    return count_in(usage.get(kind)) if isinstance(usage, dict) else 0
 
 
 def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
@@ -6325,7 +6339,7 @@ class Chat(Front):
 
 _MESSAGES_FIELDS: dict[str, Rule] = {
     **{name: FIELDS[name] for name in ("model", "messages", "stream", "temperature", "top_p", "tools")},
-    "max_tokens": (lambda value: type(value) is int and 0 <= value < MOST_TOKENS, "must be an integer from 0"),
+    "max_tokens": _integer(0, MOST_TOKENS, " from 0"),
     "system": (lambda value: isinstance(value, (str, list)), "must be a string or a list of text blocks"),
     "stop_sequences": (lambda value: isinstance(value, list) and FIELDS["stop"][0](value), "must be a list of strings"),
     **dict.fromkeys(("tool_choice", "thinking", "output_config", "output_format"), FIELDS["stream_options"]),
@@ -6333,6 +6347,7 @@ _MESSAGES_FIELDS: dict[str, Rule] = {
 # The blocks that others than Claude can be asked with, and the types of their fields.
 _BLOCK_FIELDS: dict[str, dict[str, Any]] = {
     "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict}, "thinking": {"thinking": str},
+    "search_result": {"content": list}, "tool_reference": {"tool_name": str},
     "tool_use": {"id": str, "name": str, "input": dict},
     "tool_result": {"tool_use_id": str, "content": (str, list, type(None))}}
 _SOURCE_FIELDS = {"base64": ("media_type", "data"), "url": ("url",), "file": ("file_id",), "text": ("data",)}
@@ -6361,8 +6376,8 @@ def messages_body(body: Json) -> tuple[Json, tuple[str, ...]]:
     for number, tool in enumerate(own):
         need(isinstance(tool.get("name"), str) and isinstance(tool.get("input_schema"), dict), f"tools.{number}",
              'must be like {"name": …, "description": …, "input_schema": {…}}')
-    tools = [{"type": "function", "function": {"name": tool["name"], "description": tool.get("description"),
-                                               "parameters": tool["input_schema"]}} for tool in own]
+    tools = [{"type": "function", "function": {"name": claude_name(tool["name"]), "parameters": tool["input_schema"],
+                                               "description": tool.get("description")}} for tool in own]
     config, choice = body.get("output_config") or {}, body.get("tool_choice") or {"type": "auto"}
     form = config.get("format") or body.get("output_format")
     schema = form.get("schema") if isinstance(form, dict) else None
@@ -6372,8 +6387,9 @@ def messages_body(body: Json) -> tuple[Json, tuple[str, ...]]:
     told: Json = {name: body.get(name) for name in ("model", "temperature", "top_p", "stream")}
     told.update(
         messages=_chat_messages(body), tools=tools, stop=body.get("stop_sequences"),
-        max_tokens=body.get("max_tokens") or None, stream_options={"include_usage": True},
-        tool_choice=_TOOL_CHOICES.get(kind, {"type": "function", "function": {"name": name}}),
+        stream_options={"include_usage": True},    # and 0 tokens only fill Claude's cache:
+        max_tokens=None if body.get("max_tokens") is None else max(1, body["max_tokens"]),
+        tool_choice=_TOOL_CHOICES.get(kind, {"type": "function", "function": {"name": claude_name(str(name))}}),
         parallel_tool_calls=False if choice.get("disable_parallel_tool_use") else None,
         reasoning_effort=_effort_meant(body.get("thinking") or {}, config),
         response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
@@ -6381,12 +6397,18 @@ def messages_body(body: Json) -> tuple[Json, tuple[str, ...]]:
     return told, tuple([str(tool["type"]) for tool in body.get("tools") or () if tool not in own])
 
 
+def _own_names(body: Json) -> dict[str, str]:
+    """Return the client's names of its tools by those that others are told: OpenAI takes 64 characters, Claude 128."""
+    names = [tool["name"] for tool in body.get("tools") or () if isinstance(tool.get("name"), str)]
+    return {claude_name(name): name for name in names}
+
+
 def _effort_meant(thinking: Json, config: Json) -> str | None:
     """Return the reasoning_effort that Anthropic's fields mean, or None for the model's own."""
     kind, budget = thinking.get("type"), thinking.get("budget_tokens")
     if kind == "disabled":
         return "none"
-    if isinstance(config.get("effort"), str):
+    if config.get("effort") in EFFORTS:
         return config["effort"]  # type: ignore[no-any-return]
     return ("low" if budget <= 2048 else "medium" if budget < 8192 else "high") if isinstance(budget, int) else None
 
@@ -6428,16 +6450,22 @@ def _blocks_in(content: Any, where: str, is_system: bool = False) -> list[Json]:
 
 def _parts_of_block(block: Json) -> list[Json]:
     """Return the parts of a chat's content that say what a block says.  Raises BadRequest."""
-    kind, source = block["type"], block.get("source") or {}
-    form, needed = source.get("type"), _SOURCE_FIELDS.get(str(source.get("type")), ())
+    kind = block["type"]
+    if kind == "tool_reference":    # what Claude Code's search among tools has found
+        return _text_blocks(f"You can call the tool {block['tool_name']} now.")
+    if kind == "search_result":
+        told = "\n".join(str(block[name]) for name in ("title", "source") if block.get(name))
+        return [*_text_blocks(told), *_parts_within(block["content"], "search_result.content")]
     if kind not in ("image", "document"):    # of the others only a text can stand here
-        return [{"type": "text", "text": block["text"]}] if kind == "text" else []
+        return _text_blocks(block.get("text", ""))
+    source, form = block["source"], str(block["source"].get("type"))
     if form == "content":
         return _parts_within(source.get("content"), f"{kind}.source.content")
+    needed = _SOURCE_FIELDS.get(form, ())
     need(needed and all(isinstance(source.get(name), str) for name in needed), f"{kind}.source",
          f"must be of a type among {', '.join(_SOURCE_FIELDS)}, and complete")
     if form == "text":
-        return [{"type": "text", "text": source["data"]}]
+        return _text_blocks(source["data"])
     url = source.get("url") or f"data:{source.get('media_type')};base64,{source.get('data')}"
     if kind == "image" and form != "file":
         return [{"type": "image_url", "image_url": {"url": url}}]
@@ -6456,7 +6484,7 @@ def _assistant_message(blocks: Sequence[Json]) -> list[Json]:
         if block["type"] == "thinking" and not block.get("signature"):
             thought += block["thinking"]
         if block["type"] == "tool_use":
-            function = {"name": block["name"], "arguments": dumps(block["input"]).decode()}
+            function = {"name": claude_name(block["name"]), "arguments": dumps(block["input"]).decode()}
             calls.append({"id": block["id"], "type": "function", "function": function})
     more = present({"tool_calls": calls, "reasoning_content": thought})
     return [{"role": "assistant", "content": text or None, **more}] if text or calls else []
@@ -6480,12 +6508,14 @@ def _user_messages(blocks: Sequence[Json]) -> list[Json]:
     return [*results, *([{"role": "user", "content": content}] if rest else [])]
 
 
-def _signed(message: Json) -> Json:
-    """Return a message for Claude, which refuses thoughts that it has not signed: they are another model's."""
-    blocks = message["content"]
-    kept = blocks if isinstance(blocks, str) else [
-        block for block in blocks if block["type"] != "thinking" or block.get("signature")]
-    return {**message, "content": kept}
+def _for_claude(message: Json) -> Json:
+    """Return a message without what Claude refuses of other models: thoughts that it has not signed, their ids."""
+    if isinstance(message["content"], str):
+        return message
+    kept = [block for block in message["content"] if block["type"] != "thinking" or block.get("signature")]
+    return {**message, "content": [{**block, **{
+        name: claude_id(block[name]) for name in ("id", "tool_use_id") if isinstance(block.get(name), str)}}
+        for block in kept]}
 
 
 def _anthropic_message(answer: Json, content: list[Json], stop: str | None, usage: Json) -> Json:
@@ -6498,7 +6528,7 @@ def _anthropic_usage(usage: Json, request: ChatRequest) -> Json:
     details = usage.get("prompt_tokens_details")
     found = [usage.get("prompt_tokens"), usage.get("completion_tokens"), *(
         details.get(name) if isinstance(details, dict) else 0 for name in ("cached_tokens", "cache_write_tokens"))]
-    prompt, said, read, written = [count if type(count) is int else 0 for count in found]
+    prompt, said, read, written = map(count_in, found)
     return {"input_tokens": max(0, prompt - read - written) if usage else prompt_tokens(request),
             "cache_creation_input_tokens": written, "cache_read_input_tokens": read, "output_tokens": said}
 
@@ -6536,7 +6566,7 @@ class _Block:
 
 class _MessagesWriter(Writer):
     def __init__(self, request: ChatRequest) -> None:
-        self._request = request
+        self._request, self._names = request, _own_names(request.origin)
         self._begun = self._ended = False
         self._blocks: list[_Block] = []    # the first one is open; one of them may be at a time
         self._index = -1                   # of the block that was opened last
@@ -6555,7 +6585,8 @@ class _MessagesWriter(Writer):
                 events += self._say(kind, delta[name]) if delta.get(name) else b""
             for call in delta.get("tool_calls") or ():
                 inner = call.get("function") or {}
-                start = {"type": "tool_use", "id": call.get("id"), "name": inner.get("name"), "input": {}}
+                own = self._names.get(str(inner.get("name")), inner.get("name"))
+                start = {"type": "tool_use", "id": call.get("id"), "name": own, "input": {}}
                 events += self._say(call["index"], inner.get("arguments") or "", start)
         return events
 
@@ -6639,7 +6670,7 @@ class Messages(Front):
         check_fields(body, _MESSAGES_FIELDS, needed)
         told, left_out = messages_body(body)
         path = f"/v1{head.path}{'?beta=true' if 'beta=true' in head.target.partition('?')[2].split('&') else ''}"
-        messages = [message for message in map(_signed, body["messages"]) if message["content"] != []]
+        messages = [message for message in map(_for_claude, body["messages"]) if message["content"] != []]
         native = Native("claude", path, {**body, "messages": messages}, tuple([
             (name, head.fields[name]) for name in ("anthropic-version", "anthropic-beta") if name in head.fields]))
         return dataclasses.replace(parse_request(told), origin=body, native=native, left_out=left_out)
@@ -6647,14 +6678,15 @@ class Messages(Front):
     def whole(self, answer: Json, request: ChatRequest) -> Json:
         if "native" in answer:
             return answer["native"]  # type: ignore[no-any-return]
-        choice, content = answer["choices"][0], list[Json]()
+        choice, content, names = answer["choices"][0], list[Json](), _own_names(request.origin)
         message = choice["message"]
         if message.get("reasoning_content"):
             content.append({"type": "thinking", "thinking": message["reasoning_content"], "signature": ""})
         content += [{"type": "text", "text": message[name]} for name in ("content", "refusal") if message.get(name)]
         for call in message.get("tool_calls") or ():
             called = function_in(call)
-            content.append({"type": "tool_use", "id": call["id"], "name": called["name"], "input": called["arguments"]})
+            content.append({"type": "tool_use", "id": call["id"], "name": names.get(called["name"], called["name"]),
+                            "input": called["arguments"]})
         return _anthropic_message(answer, content, _STOPS.get(choice["finish_reason"], "end_turn"),
                                   _anthropic_usage(answer.get("usage") or {}, request))
 
@@ -7071,9 +7103,8 @@ class Handler(socketserver.BaseRequestHandler):
             return self.reply(204, b"", {"Allow": ", ".join([*(methods or ("GET", "HEAD", "POST")), "OPTIONS"])})
         if answer is None:
             asked = head.target.partition("?")[0][:100]
-            raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST "
-                             "/v1/chat/completions, GET /v1/models and GET /health; use the chat completions API.",
-                             status=404, code="unknown_url")
+            raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST /v1"
+                             f"{', /v1'.join(FRONTS)}, GET /v1/models and GET /health.", status=404, code="unknown_url")
         if head.method not in methods:
             self._common["Allow"] = ", ".join(methods)    # RFC 9110, 15.5.6
             raise BadRequest(f"{path[:100]} takes {' or '.join(methods)}, not {head.method[:20]}.",
