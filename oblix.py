@@ -3836,6 +3836,11 @@ class Claude(Provider):
             payload.update({name: min(1.0, max(0.0, body[name])) for name in asked})
         return payload
 
+    def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
+        # Bedrock, Vertex and Azure do not know all of the betas that Claude Code names (new-api#2975, litellm#20021).
+        about_beta = error.fault is Fault.REFUSED and re.search(r"anthropic.beta|\bbeta (flag|header)", error.message)
+        return "anthropic-beta" if about_beta else super().refused_parameter(error, payload)
+
     @staticmethod
     def _tools(body: Json, choice: str | Json, turns: Sequence[Json]) -> Json:
         """Return the fields for tools and for the choice among them."""
@@ -3890,16 +3895,16 @@ class Claude(Provider):
         return json_wanted(request.body) != {}
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        return self._chunks(lines, {}, True) if request.native_to(self.name) else super().decode(lines, request)
+        return self._chunks(lines, {}, request) if request.native_to(self.name) else super().decode(lines, request)
 
     def whole(self, raw: bytes, request: ChatRequest) -> Json:
         if not request.native_to(self.name):
             return super().whole(raw, request)
         answer, message = fold(super().decode(raw.splitlines(), request)), object_in(raw)
-        return {**answer, "native": message} if message else answer
+        return {**answer, "native": {**message, "content": [*message["content"]]}} if message else answer
 
-    def _chunks(self, lines: Lines, own: dict[str, Json], is_native: bool = False) -> Iterator[Any]:
-        """Yield what the events say; native ones are passed on, each within its first chunk."""
+    def _chunks(self, lines: Lines, own: dict[str, Json], native: ChatRequest | None = None) -> Iterator[Any]:
+        """Yield what the events say; those for a native request are passed on, each within its first chunk."""
         usage, stop = Json(), Json()
         blocks: dict[int, Json] = {}
         for data in sse_data(lines):
@@ -3921,7 +3926,10 @@ class Claude(Provider):
                 usage.update({name: count for name, count in (event.get("usage") or {}).items() if count is not None})
             is_end = kind in ("message", "message_stop")
             said.extend(self._end(stop, usage) if is_end else ())
-            yield from _with_native(event, said) if is_native else said
+            if native and kind == "message":    # a relay that does not stream
+                yield from in_order(said, native)
+            else:
+                yield from _with_native(event, said) if native else said
             if is_end:
                 return
         raise cut()
@@ -6003,8 +6011,11 @@ class Dispatch:
         encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
         changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
         while True:
-            payload = provider.adapt(encoded, self.ledger.record(target).refused.union(changed))
-            answer = self._gateway.transport.open(url, headers, dumps(payload), limits, self._look)
+            unwanted = self.ledger.record(target).refused.union(changed)
+            payload = provider.adapt(encoded, unwanted)
+            answer = self._gateway.transport.open(url, {
+                name: value for name, value in headers.items() if name not in unwanted}, dumps(payload), limits,
+                self._look)
             if answer.status < 300 and answer.content_type != "text/html":
                 for refused, error in changed.items():
                     if is_permanent(refused, error):

@@ -10927,6 +10927,18 @@ class Messages(Case):
         self.asks({**body, "model": OLLAMA_ID})
         self.assertEqual(self.ollama.last.json["messages"][-1]["tool_call_id"], "functions.find:0")
 
+    def test_betas_that_a_relay_of_claude_does_not_know_are_left_out_from_then_on(self):
+        for words in ("Unexpected value(s) `x-1` for the `anthropic-beta` header. Please consult our documentation or "
+                      "try again without the header.", "invalid beta flag"):
+            def script(_, request, words=words):
+                return whole(400, claude_refuses(words)) if "anthropic-beta" in request.headers else answer(Text("a"))(
+                    CLAUDE, request)
+            with Upstream(CLAUDE, script) as relay, running(relay) as server:
+                for _ in range(2):
+                    reply = self.asks(messages(CLAUDE_ID), server=server, **{"anthropic-beta": "x-1"})
+                    self.assertEqual(reply.status, 200)
+                self.assertEqual(len(relay.requests), 3)
+
     def test_a_tool_is_called_by_the_client_s_name(self):
         for stream, dialect in itertools.product((False, True), (OLLAMA, OPENAI)):
             with Upstream(dialect, answer(Call("c", SHORT_NAME, {}))) as upstream, running(upstream) as server:
@@ -10973,6 +10985,19 @@ class Messages(Case):
                    "stop_reason": "stop_sequence", "stop_sequence": "X", "usage": {"input_tokens": 5}, "x": {}}
         self.claude.play(whole(200, message))
         self.assertEqual(self.asks(messages(CLAUDE_ID)).json, message)
+        self.claude.play(answer(Text("Hello")))
+
+    def test_a_whole_message_becomes_a_stream_and_a_stream_a_whole_message(self):
+        """Some relays never stream, or always."""
+        saying, read = Saying((Think("hm"), Text("Hello"), FIND), "tool_calls", 9, 7), MessagesKeepTheContract()
+        self.claude.play(lambda _, request: whole(200, CLAUDE.whole(saying)) if request.json["stream"] else streamed(
+            CLAUDE, CLAUDE.events(saying)))
+        for stream in (False, True):
+            reply = self.asks(messages(CLAUDE_ID, stream=stream, tools=CLAUDE_TOOLS))
+            told = read.of_stream(reply.body) if stream else read.of_whole(reply.json)
+            self.assertEqual(told, Seen("Hello", "hm", [[FIND.name, FIND.arguments]], "tool_calls", (9, 7)))
+        self.claude.play(whole(200, {"type": "message"}))
+        self.assertEqual(self.asks(messages(CLAUDE_ID)).status, 502)
         self.claude.play(answer(Text("Hello")))
 
     def test_a_message_that_begins_again_or_breaks_off_is_an_error(self):
