@@ -6521,12 +6521,11 @@ def _user_messages(blocks: Sequence[Json]) -> list[Json]:
 
 def _for_claude(message: Json) -> Json:
     """Return a message without what Claude refuses of other models: thoughts that it has not signed, their ids."""
-    if isinstance(message["content"], str):
-        return message
-    kept = [block for block in message["content"] if block["type"] != "thinking" or block.get("signature")]
-    return {**message, "content": [{**block, **{
-        name: claude_id(block[name]) for name in ("id", "tool_use_id") if isinstance(block.get(name), str)}}
-        for block in kept]}
+    blocks = message["content"]
+    return message if isinstance(blocks, str) else {**message, "content": [
+        {name: claude_id(value) if name in ("id", "tool_use_id") and isinstance(value, str) else value
+         for name, value in block.items()}
+        for block in blocks if block["type"] != "thinking" or block.get("signature")]}
 
 
 def _anthropic_message(answer: Json, content: list[Json], stop: str | None, usage: Json) -> Json:
@@ -6536,12 +6535,11 @@ def _anthropic_message(answer: Json, content: list[Json], stop: str | None, usag
 
 def _anthropic_usage(usage: Json, request: ChatRequest) -> Json:
     """Return the counts of an answer, or an estimate of its prompt where no server tells any."""
-    details = usage.get("prompt_tokens_details")
-    found = [usage.get("prompt_tokens"), usage.get("completion_tokens"), *(
-        details.get(name) if isinstance(details, dict) else 0 for name in ("cached_tokens", "cache_write_tokens"))]
-    prompt, said, read, written = map(count_in, found)
-    return {"input_tokens": max(0, prompt - read - written) if usage else prompt_tokens(request),
-            "cache_creation_input_tokens": written, "cache_read_input_tokens": read, "output_tokens": said}
+    told, details = {"usage": usage}, {"usage": usage.get("prompt_tokens_details")}
+    read, written = tokens_of(details, "cached_tokens"), tokens_of(details, "cache_write_tokens")
+    new = max(0, tokens_of(told, "prompt_tokens") - read - written)
+    return {"input_tokens": new if usage else prompt_tokens(request), "cache_creation_input_tokens": written,
+            "cache_read_input_tokens": read, "output_tokens": tokens_of(told)}
 
 
 def _long_prompt(message: str) -> str:
