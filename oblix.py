@@ -5675,7 +5675,7 @@ def error_headers(error: OblixError) -> dict[str, str]:
 
 
 # === 11. Fronts =======================================================================================================
-# uses: 1 3 10; pure
+# uses: 1 3 6 10; pure
 # Which APIs do clients speak?  A front is the mirror image of a provider: it makes a ChatRequest of a client's body,
 # and that API's answer, events and errors of what is said inside.  Nothing between the two knows which front was asked.
 # To add one: subclass Front, and Writer for its streams, and name it in FRONTS.
@@ -5775,6 +5775,8 @@ class Chat(Front):
     name = "chat"
 
     def request(self, body: Json, head: Head) -> ChatRequest:
+        if "messages" not in body and "input" in body:    # as Cursor asks here, in agent mode
+            body = {**RESPONSES.chat(body)[0], "stream_options": body.get("stream_options")}
         return parse_request(body)
 
     def whole(self, answer: Json, request: ChatRequest) -> Json:
@@ -5784,8 +5786,465 @@ class Chat(Front):
         return _ChatWriter(request)
 
 
-CHAT = Chat()
-FRONTS: dict[str, Front] = {"/chat/completions": CHAT}    # by path, without /v1
+# --- 11. OpenAI's Responses: what is asked ----------------------------------------------------------------------------
+
+class _Tool(NamedTuple):
+    """A tool of a client's."""
+    kind: str           # of the items that call it; "" for a tool that only OpenAI can run
+    name: str
+    namespace: str = ""
+    function: Json = {}    # for models, but for the name
+
+
+_NOT_KEPT = ("previous_response_id", "conversation", "background", "prompt")
+_AS_IN_CHAT = frozenset(("model stream temperature top_p top_logprobs parallel_tool_calls user safety_identifier "
+                         "prompt_cache_key prompt_cache_options prompt_cache_retention service_tier seed stop "
+                         "presence_penalty frequency_penalty options keep_alive think").split())
+_RESPONSES_FIELDS: dict[str, Rule] = {
+    "input": (lambda value: isinstance(value, (str, list)), "must be a string or a list of items"),
+    "include": (lambda value: isinstance(value, list), "must be a list of strings"),
+    "tool_choice": FIELDS["tool_choice"], "max_output_tokens": FIELDS["max_tokens"],
+    "instructions": FIELDS["service_tier"], **dict.fromkeys(("text", "reasoning", "metadata"), FIELDS["options"]),
+}
+_CALLS = {"function_call": "arguments", "custom_tool_call": "input"}    # kind of item -> its text
+_OUTPUTS = ("function_call_output", "custom_tool_call_output")
+_SYSTEM = ("system", "developer")
+_TEXT_PARTS = {**dict.fromkeys(("input_text", "output_text", "text", "summary_text", "reasoning_text"), "text"),
+               "refusal": "refusal"}
+
+
+def flat_name(namespace: Any, name: str) -> str:
+    """Return the name by which models know a tool: they have no namespaces.  OpenAI's names have 64 letters at most."""
+    if not namespace or namespace == "functions":    # Codex's word for none
+        return name
+    return re.sub("[^A-Za-z0-9_-]", "_", f"{str(namespace).rstrip('_')}__{name}")[-64:]
+
+
+def tools_of(body: Json) -> dict[str, _Tool]:
+    """Return the tools in a body by the names that models know.  Raise BadRequest."""
+    # Codex has the tools in an item where the model is one of OpenAI's newest.
+    items = body["input"] if isinstance(body.get("input"), list) else []
+    lists = [("tools", body.get("tools") or []), *(
+        (f"input[{number}].tools", item.get("tools")) for number, item in enumerate(items)
+        if isinstance(item, dict) and item.get("type") == "additional_tools")]
+    return {flat_name(tool.namespace, tool.name): tool for where, tools in lists for tool in _flat_tools(tools, where)}
+
+
+def _flat_tools(tools: Any, where: str, namespace: str = "") -> Iterator[_Tool]:
+    """Yield the tools of a list, and of the namespaces in it.  Raise BadRequest."""
+    need(isinstance(tools, list), where, "must be a list of tools")
+    for number, tool in enumerate(tools):
+        here = f"{where}[{number}]"
+        need(isinstance(tool, dict), here, "must be an object")
+        kind = tool.get("type") or "function"
+        if kind not in ("function", "custom", "namespace"):
+            yield _Tool("", str(kind)[:64])
+            continue
+        tool = tool["function"] if isinstance(tool.get("function"), dict) else tool    # Cursor mixes both forms
+        need(tool.get("name") and isinstance(tool["name"], str), f"{here}.name", "must be a string")
+        if kind == "namespace":
+            yield from _flat_tools(tool.get("tools"), f"{here}.tools", tool["name"])
+            continue
+        need(isinstance(tool.get("parameters") or {}, dict), f"{here}.parameters", "must be a JSON schema")
+        need(isinstance(tool.get("description") or "", str), f"{here}.description", "must be a string")
+        told = _custom_function(tool) if kind == "custom" else {
+            name: tool[name] for name in ("description", "parameters", "strict") if tool.get(name) is not None}
+        yield _Tool("custom_tool_call" if kind == "custom" else "function_call", tool["name"], namespace, told)
+
+
+def _custom_function(tool: Json) -> Json:
+    """Return the function that stands for a tool whose input is a text."""
+    form = tool["format"] if isinstance(tool.get("format"), dict) else {}
+    grammar = f"Its input must fit this {form.get('syntax')} grammar:\n{form['definition']}" if (
+        "definition" in form) else ""
+    return {"description": "\n\n".join(filter(None, (tool.get("description"), grammar))),
+            "parameters": {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}}
+
+
+def _choice_of(choice: Any, tools: dict[str, _Tool]) -> Any:
+    """Return a choice among the tools as chat has it, or None for one that only OpenAI can run."""
+    if not isinstance(choice, dict):
+        return choice
+    if choice.get("type") == "allowed_tools":
+        need(isinstance(choice.get("tools"), list), "tool_choice.tools", "must be a list of tools")
+        allowed = [_choice_of(tool, tools) for tool in choice["tools"] if isinstance(tool, dict)]
+        return {"type": "allowed_tools", "allowed_tools": {
+            "mode": choice.get("mode") or "auto", "tools": [*filter(None, allowed)]}}
+    inner = choice["function"] if isinstance(choice.get("function"), dict) else choice
+    name = flat_name(inner.get("namespace"), str(inner.get("name")))
+    return {"type": "function", "function": {"name": name}} if name in tools and tools[name].kind else None
+
+
+def _part_of(where: str, part: Any) -> Json:
+    """Return a content part as chat has it.  Raise BadRequest."""
+    need(isinstance(part, dict), where, "must be an object")
+    kind = str(part.get("type"))
+    if kind in _TEXT_PARTS:
+        text = part.get(_TEXT_PARTS[kind])
+        need(isinstance(text, str), f"{where}.{_TEXT_PARTS[kind]}", "must be a string")
+        return {"type": "text", "text": text}
+    if kind == "input_image":
+        url = part.get("image_url")
+        need(isinstance(url, str), f"{where}.image_url", "must be a URL: Oblix keeps no files")
+        return {"type": "image_url", "image_url": without_nulls({"url": url, "detail": part.get("detail")})}
+    need(kind == "input_file" and isinstance(part.get("file_data"), str), where,
+         "must be an input_text, an input_image, or an input_file with file_data: Oblix keeps no files")
+    return {"type": "file", "file": without_nulls({name: part.get(name) for name in ("filename", "file_data")})}
+
+
+def _content_of(where: str, content: Any) -> str | list[Json]:
+    """Return a content as chat has it: one text as a string, which every server takes.  Raise BadRequest."""
+    if isinstance(content, str):
+        return content
+    need(isinstance(content, list), where, "must be a string or a list of parts")
+    parts = [_part_of(f"{where}[{number}]", part) for number, part in enumerate(content)]
+    return str(parts[0]["text"]) if len(parts) == 1 and "text" in parts[0] else parts or ""
+
+
+def messages_of(items: Sequence[Any]) -> tuple[list[Json], list[str]]:
+    """Return the messages in input items, and the kinds of items that only OpenAI can read.  Raise BadRequest.
+
+    What an assistant thinks, says and calls in a row is one message: servers want the outputs of all its calls next.
+    """
+    known, left_out, messages = list[tuple[str, str, Json]](), list[str](), list[Json]()
+    for number, item in enumerate(items):
+        need(isinstance(item, dict), f"input[{number}]", "must be an object")
+        kind = str(item.get("type") or "message")
+        is_said = kind in ("reasoning", *_CALLS) or kind == "message" and item.get("role") == "assistant"
+        role = "assistant" if is_said else "tool" if kind in _OUTPUTS else "user" if kind == "message" else ""
+        known += [(role, f"input[{number}]", item)] if role else []
+        left_out += [kind[:64]] if not role and kind != "additional_tools" else []
+    for role, group in itertools.groupby(known, lambda entry: entry[0]):
+        entries = [entry[1:] for entry in group]
+        if role == "assistant":
+            messages += _turn_of(entries)
+        elif role == "user":
+            messages += [_message_of(*entry) for entry in entries]
+        else:    # most servers take texts alone as outputs
+            outputs = [_output_of(*entry) for entry in entries]
+            rest = [part for output in outputs for part in parts_of(output) if part["type"] != "text"]
+            messages += [{**output, "content": text_of(output)} for output in outputs]
+            messages += [{"role": "user", "content": rest}] if rest else []
+    return messages, left_out
+
+
+def _message_of(where: str, item: Json) -> Json:
+    """Return the message in an item.  Raise BadRequest."""
+    need(item.get("role") in ("user", *_SYSTEM), f"{where}.role", "must be user, assistant, system or developer")
+    return {"role": item["role"], "content": _content_of(f"{where}.content", item.get("content"))}
+
+
+def _output_of(where: str, item: Json) -> Json:
+    """Return the message with the output of a call.  Raise BadRequest."""
+    need(isinstance(item.get("call_id"), str), f"{where}.call_id", "must be a string")
+    return {"role": "tool", "tool_call_id": item["call_id"],
+            "content": _content_of(f"{where}.output", item.get("output"))}
+
+
+def _turn_of(entries: Iterable[tuple[str, Json]]) -> list[Json]:
+    """Return the one message of an assistant's items, or none for thoughts alone.  Raise BadRequest."""
+    texts, thoughts, calls = list[str](), list[str](), list[Json]()
+    for where, item in entries:
+        field = _CALLS.get(str(item.get("type")))
+        if field:
+            for name in ("call_id", "name", field):
+                need(isinstance(item.get(name), str), f"{where}.{name}", "must be a string")
+            text = item[field] if field == "arguments" else dumps({"input": item[field]}).decode()
+            called = {"name": flat_name(item.get("namespace"), item["name"]), "arguments": text}
+            calls.append({"id": item["call_id"], "type": "function", "function": called})
+            continue
+        is_thought = item.get("type") == "reasoning"
+        place = "summary" if is_thought and not item.get("content") else "content"
+        said = text_of({"content": _content_of(f"{where}.{place}", item.get(place) or "")})
+        (thoughts if is_thought else texts).append(said)
+    text, thought = ("\n\n".join(filter(None, some)) for some in (texts, thoughts))
+    turn = {"role": "assistant", "content": text, **present({"reasoning_content": thought, "tool_calls": calls})}
+    return [turn] if text or calls else []
+
+
+def _system_first(instructions: str, messages: Sequence[Json]) -> list[Json]:
+    """Return the messages with at most one system message, the first: chat templates, as Qwen's, fail at any other.
+
+    What a client says in that role later is told as the user's.  At the front it would change the beginning of the
+    prompt, which the model's server has read before.
+    """
+    head = [*itertools.takewhile(lambda message: message["role"] in _SYSTEM, messages)]
+    text = "\n\n".join(filter(None, [instructions, *map(text_of, head)]))
+    rest = [{**message, "role": "user"} if message["role"] in _SYSTEM else message for message in messages[len(head):]]
+    # Clients send an empty input to see whether a model answers.
+    return [*([{"role": "system", "content": text}] if text else []), *(rest or [{"role": "user", "content": "."}])]
+
+
+def chat_of(body: Json, items: Sequence[Any]) -> tuple[Json, tuple[str, ...]]:
+    """Return a body and its input items as chat's body, and what is left out of it.  Raise BadRequest."""
+    tools, choice, text = tools_of(body), body.get("tool_choice"), body.get("text") or {}
+    messages, left_out = messages_of(items)
+    form, effort = text.get("format"), (body.get("reasoning") or {}).get("effort")
+    if form is not None:
+        need(isinstance(form, dict) and isinstance(form.get("type"), str), "text.format", "must have a type")
+        inner = {name: value for name, value in form.items() if name != "type" and value is not None}
+        form = {"type": form["type"], **({form["type"]: inner} if inner else {})}
+    chosen = _choice_of(choice, tools)
+    left_out = [tool.name for tool in tools.values() if not tool.kind] + left_out + (
+        ["tool_choice"] if choice and not chosen else []) + (["truncation"] if body.get("truncation") == "auto" else [])
+    return {
+        **{name: value for name, value in body.items() if name in _AS_IN_CHAT},
+        "messages": _system_first(body.get("instructions") or "", messages),
+        "tools": [{"type": "function", "function": {"name": name, **tool.function}}
+                  for name, tool in tools.items() if tool.kind],
+        "tool_choice": chosen, "response_format": form, "verbosity": text.get("verbosity"), "reasoning_effort": effort,
+        "max_completion_tokens": body.get("max_output_tokens"),
+        "logprobs": bool(body.get("top_logprobs")) or "message.output_text.logprobs" in (body.get("include") or ()),
+    }, tuple(dict.fromkeys(left_out))
+
+
+# --- 11. OpenAI's Responses: what is answered -------------------------------------------------------------------------
+
+class _Kind(NamedTuple):
+    """A kind of output item, and its events."""
+    prefix: str             # of its id
+    item: Json
+    events: str             # before .delta and .done
+    text: str               # the field that has the text: in the item, or in its one part
+    parts: str = ""         # the field that has the parts
+    part: Json = {}
+    part_events: str = ""   # before .added and .done
+    place: Json = {}        # of the part
+
+
+_MESSAGE: Json = {"type": "message", "role": "assistant"}
+_KINDS = {    # by the field of a delta, and by the kind of a call
+    "reasoning_content": _Kind("rs", {"type": "reasoning"}, "response.reasoning_summary_text", "text", "summary",
+                               {"type": "summary_text"}, "response.reasoning_summary_part", {"summary_index": 0}),
+    "content": _Kind("msg", _MESSAGE, "response.output_text", "text", "content", {"type": "output_text",
+                     "annotations": [], "logprobs": []}, "response.content_part", {"content_index": 0}),
+    "refusal": _Kind("msg", _MESSAGE, "response.refusal", "refusal", "content", {"type": "refusal"},
+                     "response.content_part", {"content_index": 0}),
+    "function_call": _Kind("fc", {"type": "function_call"}, "response.function_call_arguments", "arguments"),
+    "custom_tool_call": _Kind("ctc", {"type": "custom_tool_call"}, "response.custom_tool_call_input", "input"),
+}
+_SAID = ("reasoning_content", "content", "refusal")
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+_NO_LOGPROBS = b',"logprobs":[]'
+_ALWAYS = {"object": "response", "background": False, "error": None, "incomplete_details": None,
+           "previous_response_id": None, "store": False, "truncation": "disabled"}
+_ECHOED: Json = {"instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
+           "reasoning": {"effort": None, "summary": None}, "temperature": None, "text": {"format": {"type": "text"}},
+           "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": None, "user": None}
+_KEPT_ITEMS, _KEPT_BYTES = 256, 64 << 10
+
+
+class _Item:
+    """An output item, as far as it has come."""
+
+    def __init__(self, kind: _Kind, index: int, answer_id: str, more: Json) -> None:
+        self.kind, self.more, self.id = kind, more, f"{kind.prefix}_{answer_id}_{index}"
+        self.where = {"item_id": self.id, "output_index": index, **kind.place}
+        self.texts, self.logprobs = list[bytes](), list[Json]()    # pieces, as JSON has them between its quotes
+        self.frame = b""    # around a piece in an event, once the item has begun
+
+    def text(self) -> str:
+        """Return the text of all pieces."""
+        return str(json.loads('"%s"' % b"".join(self.texts).decode("utf-8", "replace")))
+
+    def may_end(self) -> bool:
+        """Return True if another item may begin: a call is only complete when its arguments are."""
+        return bool(self.kind.parts) or object_in(self.text()) is not None
+
+    def json(self, status: str) -> Json:
+        """Return the item as the API has it."""
+        kind, text = self.kind, self.text() if status != "in_progress" else ""
+        part = {**kind.part, **({"logprobs": self.logprobs} if self.logprobs else {}),
+                kind.text: _input_in(text) if kind.text == "input" else text}
+        inner = {kind.parts: [part] if status != "in_progress" else []} if kind.parts else part
+        return {"id": self.id, **kind.item, "status": status, **self.more, **inner}
+
+
+def _input_in(arguments: str) -> str:
+    """Return the text that a model gave to a custom tool, by whatever name."""
+    text = next(iter((object_in(arguments) or {}).values()), None)
+    return text if isinstance(text, str) else arguments
+
+
+def _inner(call: Json) -> Json:
+    """Return what a tool call, or a piece of one, says of a function or a custom tool."""
+    return call.get("function") or call.get("custom") or {}
+
+
+def _usage_of(usage: Json) -> Json:
+    """Return chat's usage as this API has it."""
+    read, written = (details if isinstance(details, dict) else {} for details in map(usage.get, (
+        "prompt_tokens_details", "completion_tokens_details")))
+    return {"input_tokens": usage.get("prompt_tokens"), "input_tokens_details": {
+                name: read.get(name) or 0 for name in ("cached_tokens", "cache_write_tokens")},
+            "output_tokens": usage.get("completion_tokens"), "output_tokens_details": {
+                "reasoning_tokens": written.get("reasoning_tokens") or 0}, "total_tokens": usage.get("total_tokens")}
+
+
+class _ResponsesWriter(Writer):
+    """Tells one item after the other: what comes while a call is open waits for the end, as that call may go on."""
+
+    def __init__(self, request: ChatRequest, front: Responses) -> None:
+        self._request, self._front, self._tools = request, front, tools_of(request.origin)
+        self.response, self._id, self._finish = Json(), "", ""
+        self._number = 0                    # of the next event
+        self._output = list[Json]()         # the items that are complete
+        self._open: dict[Any, _Item] = {}   # by the field of the delta, or by the index of the call
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            return self._say("content", chunk)
+        events = b"" if self.response else self._begin(chunk)
+        if isinstance(chunk.get("usage"), dict):
+            self.response["usage"] = _usage_of(chunk["usage"])
+        for choice in chunk["choices"][:1]:
+            delta, logprobs = choice["delta"], (choice.get("logprobs") or {}).get("content")
+            self._finish = choice.get("finish_reason") or self._finish
+            for field in filter(delta.get, _SAID):
+                events += self._say(field, [dumps(delta[field])[1:-1]], logprobs if field == "content" else None)
+            for call in delta.get("tool_calls") or ():
+                text = _inner(call).get("arguments") or _inner(call).get("input") or ""
+                events += self._say(call["index"], [dumps(text)[1:-1]] if text else [], None, call)
+        return events
+
+    def end(self) -> bytes:
+        reason = _INCOMPLETE.get(self._finish)
+        status = "incomplete" if reason else "completed"
+        events = self._close(status)
+        self._front.keep(self._request, self._output)
+        return events + self._state(status, incomplete_details={"reason": reason} if reason else None)
+
+    def broken(self, error: OblixError) -> bytes:
+        # The SDKs raise the first event, and only if it has an error object; Codex reads the second, and not the first.
+        told = error_body(error)["error"]
+        events = b"" if self.response else self._begin({})
+        return events + self._event("error", **{**told, "type": "error", "error": told}) + self._state(
+            "failed", error={"code": error.code or error.type, "message": told["message"]})
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        if not self._request.stream:
+            return b""
+        self._number += 1
+        return b"event: %b\n%b" % (kind.encode(), sse({"type": kind, "sequence_number": self._number - 1, **fields}))
+
+    def _state(self, state: str, **fields: Any) -> bytes:
+        """Return the event that tells how the whole answer is."""
+        self.response.update(status=state, output=self._output, **fields)
+        return self._event(f"response.{state}", response=self.response)
+
+    def _begin(self, first: Json) -> bytes:
+        """Return the events for the first chunk of an answer."""
+        asked = self._request.origin
+        self._id = re.sub("[^A-Za-z0-9]", "", str(first.get("id")).removeprefix("chatcmpl-"))[-64:]
+        self.response = {
+            "id": f"resp_{self._id}", "created_at": first.get("created", 0), **_ALWAYS, "usage": None,
+            "model": first.get("model", self._request.model), "service_tier": first.get("service_tier") or "default",
+            **{name: usual if asked.get(name) is None else asked[name] for name, usual in _ECHOED.items()}}
+        self.response.update(status="in_progress", output=[])
+        return self._event("response.created", response=self.response) + self._event(
+            "response.in_progress", response=self.response)
+
+    def _say(self, key: Any, texts: Sequence[bytes], logprobs: Any = None, call: Json | None = None) -> bytes:
+        """Return the events for pieces of a text, by the field of the delta or by the index of the call."""
+        item, events = self._open.get(key), b""
+        if not item:
+            if call and not _inner(call).get("name"):    # blanks after a call that is complete
+                return b""
+            if len(self._open) == 1 and next(iter(self._open.values())).may_end():
+                events = self._close("completed")
+            item = self._open[key] = self._item(key, call)
+            events += self._begin_item(item) if len(self._open) == 1 else b""
+        item.texts.append(b"".join(texts))
+        item.logprobs += logprobs or ()
+        return events + self._deltas(item, texts, logprobs) if item.frame and item.kind.text != "input" else events
+
+    def _item(self, key: Any, call: Json | None) -> _Item:
+        """Return a new item."""
+        more, index = Json(), len(self._output) + len(self._open)
+        if call:
+            name = str(_inner(call).get("name"))
+            tool = self._tools.get(name) or _Tool("", name)
+            key, more = tool.kind or "function_call", {"call_id": call.get("id"), "name": tool.name}
+            more.update({"namespace": tool.namespace} if tool.namespace else {})
+        return _Item(_KINDS[key], index, self._id, more)
+
+    def _begin_item(self, item: _Item) -> bytes:
+        kind, name, whole = item.kind, f"{item.kind.events}.delta", item.json("in_progress")
+        more = _NO_LOGPROBS if "logprobs" in kind.part else b""
+        item.frame = b"event: %b\n%b" % (name.encode(), sse({"type": name, **item.where}).rstrip()[:-1]) + (
+            b',"delta":"%b"' + more + b',"sequence_number":%d}\n\n')
+        part = {**kind.part, kind.text: ""}
+        events = self._event("response.output_item.added", output_index=item.where["output_index"], item=whole)
+        return events + (self._event(f"{kind.part_events}.added", **item.where, part=part) if kind.parts else b"")
+
+    def _deltas(self, item: _Item, texts: Sequence[bytes], logprobs: Any = None) -> bytes:
+        first, self._number, frame = self._number, self._number + len(texts), item.frame
+        events = b"".join([frame % (text, number) for number, text in enumerate(texts, first)])
+        return events.replace(_NO_LOGPROBS, b',"logprobs":' + dumps(logprobs)) if logprobs else events
+
+    def _close(self, status: str) -> bytes:
+        """Return the events that complete what is open; the last item ends with this status."""
+        events, items, self._open = b"", [*self._open.values()], {}
+        for item in items:
+            kind, whole = item.kind, item.json(status if item is items[-1] else "completed")
+            part = whole[kind.parts][0] if kind.parts else whole
+            waited = not item.frame
+            events += self._begin_item(item) if waited else b""
+            events += self._deltas(item, [dumps(part[kind.text])[1:-1]]) if waited or kind.text == "input" else b""
+            told = {name: part[name] for name in (kind.text, "logprobs") if name in part}
+            events += self._event(f"{kind.events}.done", **item.where, **told)
+            events += self._event(f"{kind.part_events}.done", **item.where, part=part) if kind.parts else b""
+            events += self._event("response.output_item.done", output_index=item.where["output_index"], item=whole)
+            self._output.append(whole)
+        return events
+
+
+class Responses(Front):
+    """OpenAI's Responses without what it stores, but for the newest items, as some clients only refer to them."""
+    name = "responses"
+
+    def __init__(self) -> None:
+        self._kept: collections.deque[Json] = collections.deque(maxlen=_KEPT_ITEMS)
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        asked, left_out = self.chat(body)
+        request = parse_request({**asked, "stream_options": {"include_usage": True}})
+        return dataclasses.replace(request, origin=body, left_out=left_out)
+
+    def chat(self, body: Json) -> tuple[Json, tuple[str, ...]]:
+        """Return a body as chat's, and what is left out of it.  Raise BadRequest."""
+        check_fields(body, _RESPONSES_FIELDS, ())
+        for name in _NOT_KEPT:
+            need(not body.get(name), name, "is not supported: Oblix stores no responses and no prompts. Send the whole "
+                 "input with each request", "unsupported_parameter")
+        asked, kept = body.get("input") or [], {item["id"]: item for item in tuple(self._kept)}
+        items = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
+        for number, item in enumerate(items):
+            if isinstance(item, dict) and item.get("type") == "item_reference":
+                items[number] = kept.get(str(item.get("id")))
+                need(items[number], f"input[{number}]", f"refers to an item that is gone: Oblix has the newest "
+                     f"{_KEPT_ITEMS} in its memory. Send whole items: set store to false (Vercel AI SDK: "
+                     "providerOptions: {openai: {store: false}})", "unsupported_parameter")
+        return chat_of(body, items)
+
+    def keep(self, request: ChatRequest, output: Iterable[Json]) -> None:
+        """Keep items for clients that refer to them, as the Vercel AI SDK does unless its `store` is false."""
+        if request.origin.get("store") is not False:
+            self._kept.extend(item for item in output if len(dumps(item)) <= _KEPT_BYTES)
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        choice, writer = answer["choices"][0], _ResponsesWriter(request, self)
+        calls = [{"index": index, **call} for index, call in enumerate(choice["message"].get("tool_calls") or ())]
+        writer.take({**answer, "choices": [{**choice, "delta": {**choice["message"], "tool_calls": calls}}]})
+        writer.end()
+        return writer.response
+
+    def stream(self, request: ChatRequest) -> Writer:
+        return _ResponsesWriter(request, self)
+
+
+CHAT, RESPONSES = Chat(), Responses()
+FRONTS: dict[str, Front] = {"/chat/completions": CHAT, "/responses": RESPONSES}    # by path, without /v1
 
 
 def front_of(head: Head) -> Front:
