@@ -5803,7 +5803,8 @@ _AS_IN_CHAT = frozenset(("model stream temperature top_p top_logprobs parallel_t
 _RESPONSES_FIELDS: dict[str, Rule] = {
     "input": (lambda value: isinstance(value, (str, list)), "must be a string or a list of items"),
     "include": (lambda value: isinstance(value, list), "must be a list of strings"),
-    "tool_choice": FIELDS["tool_choice"], "max_output_tokens": FIELDS["max_tokens"],
+    "tool_choice": (lambda value: isinstance(value, (str, dict)), FIELDS["tool_choice"][1]),
+    "max_output_tokens": FIELDS["max_tokens"],
     "instructions": FIELDS["service_tier"], **dict.fromkeys(("text", "reasoning", "metadata"), FIELDS["options"]),
 }
 _CALLS = {"function_call": "arguments", "custom_tool_call": "input"}    # kind of item -> its text
@@ -6081,15 +6082,24 @@ def _usage_of(usage: Json) -> Json:
                 "reasoning_tokens": written.get("reasoning_tokens") or 0}, "total_tokens": usage.get("total_tokens")}
 
 
+def echo_of(body: Json) -> Json:
+    """Return what a response repeats of its request."""
+    return {name: usual if body.get(name) is None else body[name] for name, usual in _ECHOED.items()}
+
+
 class _ResponsesWriter(Writer):
     """Tells one item after the other: what comes while a call is open waits for the end, as that call may go on."""
 
     def __init__(self, request: ChatRequest, front: Responses) -> None:
-        self._request, self._front, self._tools = request, front, tools_of(request.origin)
-        self.response, self._id, self._finish = Json(), "", ""
+        self._request, self._front, self._finish = request, front, ""
+        self.response, self._echo = Json(), b""    # the fields that are told of each answer, and what is echoed
         self._number = 0                    # of the next event
         self._output = list[Json]()         # the items that are complete
         self._open: dict[Any, _Item] = {}   # by the field of the delta, or by the index of the call
+
+    @functools.cached_property
+    def _tools(self) -> dict[str, _Tool]:
+        return tools_of(self._request.origin)
 
     def take(self, chunk: Any) -> bytes:
         if isinstance(chunk, Texts):
@@ -6112,37 +6122,39 @@ class _ResponsesWriter(Writer):
         status = "incomplete" if reason else "completed"
         events = self._close(status)
         self._front.keep(self._request, self._output)
-        return events + self._state(status, incomplete_details={"reason": reason} if reason else None)
+        return events + self._states(status, status=status, incomplete_details={"reason": reason} if reason else None)
 
     def broken(self, error: OblixError) -> bytes:
         # The SDKs raise the first event, and only if it has an error object; Codex reads the second, and not the first.
         told = error_body(error)["error"]
         events = b"" if self.response else self._begin({})
-        return events + self._event("error", **{**told, "type": "error", "error": told}) + self._state(
-            "failed", error={"code": error.code or error.type, "message": told["message"]})
+        return events + self._event("error", **{**told, "error": told}) + self._states(
+            "failed", status="failed", error={"code": error.code or error.type, "message": told["message"]})
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         if not self._request.stream:
             return b""
         self._number += 1
-        return b"event: %b\n%b" % (kind.encode(), sse({"type": kind, "sequence_number": self._number - 1, **fields}))
+        return b"event: %b\n%b" % (kind.encode(), sse({**fields, "type": kind, "sequence_number": self._number - 1}))
 
-    def _state(self, state: str, **fields: Any) -> bytes:
-        """Return the event that tells how the whole answer is."""
-        self.response.update(status=state, output=self._output, **fields)
-        return self._event(f"response.{state}", response=self.response)
+    def _states(self, *states: str, **fields: Any) -> bytes:
+        """Return the events that tell how the whole answer is."""
+        self.response.update(output=self._output, **fields)
+        if not self._request.stream:
+            return b""
+        told, events = dumps(self.response)[:-1] + b"," + self._echo, b""
+        for state in states:    # the tools alone may have 30 KB: they are encoded once
+            events += self._event(f"response.{state}")[:-3] + b',"response":%b}\n\n' % told
+        return events
 
     def _begin(self, first: Json) -> bytes:
         """Return the events for the first chunk of an answer."""
-        asked = self._request.origin
-        self._id = re.sub("[^A-Za-z0-9]", "", str(first.get("id")).removeprefix("chatcmpl-"))[-64:]
+        self._id = self._front.new_id(str(first.get("id")).removeprefix("chatcmpl-"))
         self.response = {
             "id": f"resp_{self._id}", "created_at": first.get("created", 0), **_ALWAYS, "usage": None,
-            "model": first.get("model", self._request.model), "service_tier": first.get("service_tier") or "default",
-            **{name: usual if asked.get(name) is None else asked[name] for name, usual in _ECHOED.items()}}
-        self.response.update(status="in_progress", output=[])
-        return self._event("response.created", response=self.response) + self._event(
-            "response.in_progress", response=self.response)
+            "model": first.get("model", self._request.model), "service_tier": first.get("service_tier") or "default"}
+        self._echo = dumps(echo_of(self._request.origin))[1:] if self._request.stream else b""
+        return self._states("created", "in_progress", status="in_progress")
 
     def _say(self, key: Any, texts: Sequence[bytes], logprobs: Any = None, call: Json | None = None) -> bytes:
         """Return the events for pieces of a text, by the field of the delta or by the index of the call."""
@@ -6163,7 +6175,7 @@ class _ResponsesWriter(Writer):
         more, index = Json(), len(self._output) + len(self._open)
         if call:
             name = str(_inner(call).get("name"))
-            tool = self._tools.get(name) or _Tool("", name)
+            tool = self._tools.get(name) or _Tool("", name)    # one that the model has made up
             key, more = tool.kind or "function_call", {"call_id": call.get("id"), "name": tool.name}
             more.update({"namespace": tool.namespace} if tool.namespace else {})
         return _Item(_KINDS[key], index, self._id, more)
@@ -6205,6 +6217,11 @@ class Responses(Front):
 
     def __init__(self) -> None:
         self._kept: collections.deque[Json] = collections.deque(maxlen=_KEPT_ITEMS)
+        self._numbers = itertools.count()    # of answers: some servers give them all one id
+
+    def new_id(self, id: str) -> str:
+        """Return an id for an answer that its server calls so."""
+        return f"{re.sub('[^A-Za-z0-9]', '', id)[-40:]}x{next(self._numbers):x}"
 
     def request(self, body: Json, head: Head) -> ChatRequest:
         asked, left_out = self.chat(body)
@@ -6237,7 +6254,7 @@ class Responses(Front):
         calls = [{"index": index, **call} for index, call in enumerate(choice["message"].get("tool_calls") or ())]
         writer.take({**answer, "choices": [{**choice, "delta": {**choice["message"], "tool_calls": calls}}]})
         writer.end()
-        return writer.response
+        return {**writer.response, **echo_of(request.origin)}
 
     def stream(self, request: ChatRequest) -> Writer:
         return _ResponsesWriter(request, self)
