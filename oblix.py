@@ -42,6 +42,7 @@ Who owns which state
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
+  items of answers       a deque of the Responses front, whose operations are atomic, as its counter's are (11)
   lines of the log       a deque of its writer, whose operations are atomic (15)
   admission              a set of guests, whose operations are atomic; how much is asked at once, behind its lock (12)
   how busy a client is   attributes of its guest, written by its thread, and once more by a thread that makes room (12)
@@ -1052,6 +1053,8 @@ def parse_request(body: Json) -> ChatRequest:
 def _tool(where: str, tool: Json) -> Json:
     """Return a tool, checked, with its type and without its nulls.  Raises BadRequest."""
     tool = {"type": "function", **without_nulls(tool, tool.get("type") or "function")}
+    if tool["type"] == "function" and "function" not in tool and "name" in tool:    # as Responses has it, and Cursor
+        tool = {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
     fits = tool["type"] != "function" or _has(tool.get("function"), _FUNCTION) and tool["function"]["name"]
     need(fits, where, 'must be like {"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}')
     return tool
@@ -5789,11 +5792,11 @@ class Chat(Front):
 # --- 11. OpenAI's Responses: what is asked ----------------------------------------------------------------------------
 
 class _Tool(NamedTuple):
-    """A tool of a client's."""
-    kind: str           # of the items that call it; "" for a tool that only OpenAI can run
+    """A client's tool."""
+    kind: str              # of the items that call it; "" for a tool that only OpenAI can run
     name: str
     namespace: str = ""
-    function: Json = {}    # for models, but for the name
+    function: Json = {}    # as models are told of it, but for the name
 
 
 _NOT_KEPT = ("previous_response_id", "conversation", "background", "prompt")
@@ -5823,12 +5826,13 @@ def flat_name(namespace: Any, name: str) -> str:
 
 def tools_of(body: Json) -> dict[str, _Tool]:
     """Return the tools in a body by the names that models know.  Raise BadRequest."""
-    # Codex has the tools in an item where the model is one of OpenAI's newest.
+    # For OpenAI's newest models Codex has its tools in an item.
     items = body["input"] if isinstance(body.get("input"), list) else []
     lists = [("tools", body.get("tools") or []), *(
         (f"input[{number}].tools", item.get("tools")) for number, item in enumerate(items)
         if isinstance(item, dict) and item.get("type") == "additional_tools")]
-    return {flat_name(tool.namespace, tool.name): tool for where, tools in lists for tool in _flat_tools(tools, where)}
+    return {flat_name(tool.namespace, tool.name) if tool.kind else f"({tool.name})": tool
+            for where, tools in lists for tool in _flat_tools(tools, where)}
 
 
 def _flat_tools(tools: Any, where: str, namespace: str = "") -> Iterator[_Tool]:
@@ -5846,8 +5850,6 @@ def _flat_tools(tools: Any, where: str, namespace: str = "") -> Iterator[_Tool]:
         if kind == "namespace":
             yield from _flat_tools(tool.get("tools"), f"{here}.tools", tool["name"])
             continue
-        need(isinstance(tool.get("parameters") or {}, dict), f"{here}.parameters", "must be a JSON schema")
-        need(isinstance(tool.get("description") or "", str), f"{here}.description", "must be a string")
         told = _custom_function(tool) if kind == "custom" else {
             name: tool[name] for name in ("description", "parameters", "strict") if tool.get(name) is not None}
         yield _Tool("custom_tool_call" if kind == "custom" else "function_call", tool["name"], namespace, told)
@@ -5855,10 +5857,10 @@ def _flat_tools(tools: Any, where: str, namespace: str = "") -> Iterator[_Tool]:
 
 def _custom_function(tool: Json) -> Json:
     """Return the function that stands for a tool whose input is a text."""
-    form = tool["format"] if isinstance(tool.get("format"), dict) else {}
-    grammar = f"Its input must fit this {form.get('syntax')} grammar:\n{form['definition']}" if (
-        "definition" in form) else ""
-    return {"description": "\n\n".join(filter(None, (tool.get("description"), grammar))),
+    form, told = tool.get("format"), str(tool.get("description") or "")
+    if isinstance(form, dict) and "definition" in form:
+        told += f"\n\nThe input must fit this {form.get('syntax')} grammar:\n{form['definition']}"
+    return {"description": told,
             "parameters": {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}}
 
 
@@ -5884,8 +5886,8 @@ def _part_of(where: str, part: Any) -> Json:
         text = part.get(_TEXT_PARTS[kind])
         need(isinstance(text, str), f"{where}.{_TEXT_PARTS[kind]}", "must be a string")
         return {"type": "text", "text": text}
-    if kind == "input_image":
-        url = part.get("image_url")
+    if kind in ("input_image", "image_url"):
+        url = part["image_url"].get("url") if isinstance(part.get("image_url"), dict) else part.get("image_url")
         need(isinstance(url, str), f"{where}.image_url", "must be a URL: Oblix keeps no files")
         return {"type": "image_url", "image_url": without_nulls({"url": url, "detail": part.get("detail")})}
     need(kind == "input_file" and isinstance(part.get("file_data"), str), where,
@@ -5969,7 +5971,8 @@ def _system_first(instructions: str, messages: Sequence[Json]) -> list[Json]:
     What a client says in that role later is told as the user's.  At the front it would change the beginning of the
     prompt, which the model's server has read before.
     """
-    head = [*itertools.takewhile(lambda message: message["role"] in _SYSTEM, messages)]
+    head = [*itertools.takewhile(lambda message: message["role"] in _SYSTEM and all(
+        part["type"] == "text" for part in parts_of(message)), messages)]
     text = "\n\n".join(filter(None, [instructions, *map(text_of, head)]))
     rest = [{**message, "role": "user"} if message["role"] in _SYSTEM else message for message in messages[len(head):]]
     # Clients send an empty input to see whether a model answers.
@@ -6029,9 +6032,10 @@ _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"
 _NO_LOGPROBS = b',"logprobs":[]'
 _ALWAYS = {"object": "response", "background": False, "error": None, "incomplete_details": None,
            "previous_response_id": None, "store": False, "truncation": "disabled"}
-_ECHOED: Json = {"instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
-           "reasoning": {"effort": None, "summary": None}, "temperature": None, "text": {"format": {"type": "text"}},
-           "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": None, "user": None}
+_ECHOED: Json = {
+    "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "top_logprobs": 0,
+    "reasoning": {"effort": None, "summary": None}, "temperature": None, "text": {"format": {"type": "text"}},
+    "tool_choice": "auto", "tools": [], "top_p": None, "user": None}
 _KEPT_ITEMS, _KEPT_BYTES = 256, 64 << 10
 
 
@@ -6234,14 +6238,16 @@ class Responses(Front):
         for name in _NOT_KEPT:
             need(not body.get(name), name, "is not supported: Oblix stores no responses and no prompts. Send the whole "
                  "input with each request", "unsupported_parameter")
-        asked, kept = body.get("input") or [], {item["id"]: item for item in tuple(self._kept)}
+        asked = body.get("input") or []
         items = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
-        for number, item in enumerate(items):
-            if isinstance(item, dict) and item.get("type") == "item_reference":
-                items[number] = kept.get(str(item.get("id")))
-                need(items[number], f"input[{number}]", f"refers to an item that is gone: Oblix has the newest "
-                     f"{_KEPT_ITEMS} in its memory. Send whole items: set store to false (Vercel AI SDK: "
-                     "providerOptions: {openai: {store: false}})", "unsupported_parameter")
+        referring = [number for number, item in enumerate(items)
+                     if isinstance(item, dict) and item.get("type") == "item_reference"]
+        kept = {item["id"]: item for item in tuple(self._kept)} if referring else {}
+        for number in referring:
+            items[number] = kept.get(str(items[number].get("id")))
+            need(items[number], f"input[{number}]", "refers to an item that Oblix does not have: it keeps the newest "
+                 f"{_KEPT_ITEMS} in its memory. Send whole items: set store to false (Vercel AI SDK: providerOptions: "
+                 "{openai: {store: false}})", "unsupported_parameter")
         return chat_of(body, items)
 
     def keep(self, request: ChatRequest, output: Iterable[Json]) -> None:
