@@ -6585,13 +6585,15 @@ class _ResponsesWriter(Writer):
         if isinstance(chunk.get("usage"), dict):
             self.response["usage"] = _usage_of(chunk["usage"])
         for choice in chunk["choices"][:1]:
-            delta, logprobs = choice["delta"], (choice.get("logprobs") or {}).get("content")
+            delta, logprobs = choice["delta"], choice.get("logprobs")
+            logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
             self._finish = choice.get("finish_reason") or self._finish
             for field in filter(delta.get, _SAID):
-                events += self._say(field, [dumps(delta[field])[1:-1]], logprobs if field == "content" else None)
+                events += self._say(field, [dumps(delta[field])[1:-1]], logprobs if (
+                    field == "content" and isinstance(logprobs, list)) else ())
             for call in delta.get("tool_calls") or ():
                 text = _inner(call).get("arguments") or _inner(call).get("input") or ""
-                events += self._say(call["index"], [dumps(text)[1:-1]] if text else [], None, call)
+                events += self._say(call["index"], [dumps(text)[1:-1]] if text else [], (), call)
         return events
 
     def end(self) -> bytes:
@@ -6633,7 +6635,7 @@ class _ResponsesWriter(Writer):
         self._echo = dumps(echo_of(self._request.origin))[1:] if self._request.stream else b""
         return self._states("created", "in_progress", status="in_progress")
 
-    def _say(self, key: Any, texts: Sequence[bytes], logprobs: Any = None, call: Json | None = None) -> bytes:
+    def _say(self, key: Any, texts: Sequence[bytes], logprobs: Sequence[Json] = (), call: Json | None = None) -> bytes:
         """Return the events for pieces of a text, by the field of the delta or by the index of the call."""
         item, events = self._open.get(key), b""
         if not item:
@@ -6644,7 +6646,7 @@ class _ResponsesWriter(Writer):
             item = self._open[key] = self._item(key, call)
             events += self._begin_item(item) if len(self._open) == 1 else b""
         item.texts.append(b"".join(texts))
-        item.logprobs += logprobs or ()
+        item.logprobs += logprobs
         return events + self._deltas(item, texts, logprobs) if item.frame and item.kind.text != "input" else events
 
     def _item(self, key: Any, call: Json | None) -> _Item:
@@ -6666,7 +6668,7 @@ class _ResponsesWriter(Writer):
         events = self._event("response.output_item.added", output_index=item.where["output_index"], item=whole)
         return events + (self._event(f"{kind.part_events}.added", **item.where, part=part) if kind.parts else b"")
 
-    def _deltas(self, item: _Item, texts: Sequence[bytes], logprobs: Any = None) -> bytes:
+    def _deltas(self, item: _Item, texts: Sequence[bytes], logprobs: Sequence[Json] = ()) -> bytes:
         first, self._number, frame = self._number, self._number + len(texts), item.frame
         events = b"".join([frame % (text, number) for number, text in enumerate(texts, first)])
         return events.replace(_NO_LOGPROBS, b',"logprobs":' + dumps(logprobs)) if logprobs else events
