@@ -6509,7 +6509,7 @@ _ECHOED: Json = {
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "top_logprobs": 0,
     "reasoning": {"effort": None, "summary": None}, "temperature": None, "text": {"format": {"type": "text"}},
     "tool_choice": "auto", "tools": [], "top_p": None, "user": None}
-_KEPT_ITEMS, _KEPT_BYTES = 256, 64 << 10
+MAX_KEPT, MAX_KEPT_BYTES = 256, 64 << 10    # items, and of each of them
 
 
 class _Item:
@@ -6567,8 +6567,9 @@ def echo_of(body: Json) -> Json:
 class _ResponsesWriter(Writer):
     """Tells one item after the other: what comes while a call is open waits for the end, as that call may go on."""
 
-    def __init__(self, request: ChatRequest, front: Responses) -> None:
-        self._request, self._front, self._finish = request, front, ""
+    def __init__(self, request: ChatRequest, number: int, kept: collections.deque[Json]) -> None:
+        """`number` tells the answer from others, as some servers give them all one id; `kept` gets the items."""
+        self._request, self._answer, self._kept, self._finish = request, number, kept, ""
         self.response, self._echo = Json(), b""    # the fields that are told of each answer, and what is echoed
         self._number = 0                    # of the next event
         self._output = list[Json]()         # the items that are complete
@@ -6599,9 +6600,8 @@ class _ResponsesWriter(Writer):
     def end(self) -> bytes:
         reason = _INCOMPLETE.get(self._finish)
         status = "incomplete" if reason else "completed"
-        events = self._close(status)
-        self._front.keep(self._request, self._output)
-        return events + self._states(status, status=status, incomplete_details={"reason": reason} if reason else None)
+        return self._close(status) + self._states(
+            status, status=status, incomplete_details={"reason": reason} if reason else None)
 
     def broken(self, error: OblixError) -> bytes:
         # The SDKs raise the first event, and only if it has an error object; Codex reads the second, and not the first.
@@ -6628,7 +6628,8 @@ class _ResponsesWriter(Writer):
 
     def _begin(self, first: Json) -> bytes:
         """Return the events for the first chunk of an answer."""
-        self._id = self._front.new_id(str(first.get("id")).removeprefix("chatcmpl-"))
+        id = re.sub("[^A-Za-z0-9]", "", str(first.get("id")).removeprefix("chatcmpl-"))
+        self._id = f"{id[-40:]}x{self._answer:x}"
         self.response = {
             "id": f"resp_{self._id}", "created_at": first.get("created", 0), **_ALWAYS, "usage": None,
             "model": first.get("model", self._request.model), "service_tier": first.get("service_tier") or "default"}
@@ -6687,6 +6688,8 @@ class _ResponsesWriter(Writer):
             events += self._event(f"{kind.part_events}.done", **item.where, part=part) if kind.parts else b""
             events += self._event("response.output_item.done", output_index=item.where["output_index"], item=whole)
             self._output.append(whole)
+            if self._request.origin.get("store") is not False and sum(map(len, item.texts)) <= MAX_KEPT_BYTES:
+                self._kept.append(whole)
         return events
 
 
@@ -6695,12 +6698,8 @@ class Responses(Front):
     name = "responses"
 
     def __init__(self) -> None:
-        self._kept: collections.deque[Json] = collections.deque(maxlen=_KEPT_ITEMS)
-        self._numbers = itertools.count()    # of answers: some servers give them all one id
-
-    def new_id(self, id: str) -> str:
-        """Return an id for an answer that its server calls so."""
-        return f"{re.sub('[^A-Za-z0-9]', '', id)[-40:]}x{next(self._numbers):x}"
+        self._kept: collections.deque[Json] = collections.deque(maxlen=MAX_KEPT)
+        self._numbers = itertools.count()    # of answers
 
     def request(self, body: Json, head: Head) -> ChatRequest:
         asked, left_out = self.chat(body)
@@ -6721,24 +6720,19 @@ class Responses(Front):
         for number in referring:
             items[number] = kept.get(str(items[number].get("id")))
             need(items[number], f"input[{number}]", "refers to an item that Oblix does not have: it keeps the newest "
-                 f"{_KEPT_ITEMS} in its memory. Send whole items: set store to false (Vercel AI SDK: providerOptions: "
+                 f"{MAX_KEPT} in its memory. Send whole items: set store to false (Vercel AI SDK: providerOptions: "
                  "{openai: {store: false}})", "unsupported_parameter")
         return chat_of(body, items)
 
-    def keep(self, request: ChatRequest, output: Iterable[Json]) -> None:
-        """Keep items for clients that refer to them, as the Vercel AI SDK does unless its `store` is false."""
-        if request.origin.get("store") is not False:
-            self._kept.extend(item for item in output if len(dumps(item)) <= _KEPT_BYTES)
-
     def whole(self, answer: Json, request: ChatRequest) -> Json:
-        choice, writer = answer["choices"][0], _ResponsesWriter(request, self)
+        choice, writer = answer["choices"][0], self.stream(request)
         calls = [{"index": index, **call} for index, call in enumerate(choice["message"].get("tool_calls") or ())]
         writer.take({**answer, "choices": [{**choice, "delta": {**choice["message"], "tool_calls": calls}}]})
         writer.end()
         return {**writer.response, **echo_of(request.origin)}
 
-    def stream(self, request: ChatRequest) -> Writer:
-        return _ResponsesWriter(request, self)
+    def stream(self, request: ChatRequest) -> _ResponsesWriter:
+        return _ResponsesWriter(request, next(self._numbers), self._kept)
 
 
 # --- 11. Ollama's lists of models -------------------------------------------------------------------------------------
