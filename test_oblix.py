@@ -10419,7 +10419,7 @@ class Server(Case):
                 self.assertEqual(reply.headers.get("Allow", ""), "".join(allowed))
 
     def test_what_is_not_there_is_told_as_it_was_asked_for(self):
-        for path in ("/v1/v1/responses", "/v1//nope", "//v1/chat/completions/x"):
+        for path in ("/v1/v1/audio", "/v1//nope", "//v1/chat/completions/x"):
             reply = fetch(self.server, "POST", path + "?key=secret", b"{}")
             self.refused(reply, 404, "POST %s." % path)
             self.assertNotIn(b"secret", reply.body)
