@@ -901,7 +901,8 @@ class Guard:
         if "origin" in head.fields and not self.welcomes(head):
             raise BadRequest("Pages of this origin may not use this server. Start Oblix with --allow-origin "
                              f"{head.fields['origin'][:100]} if they should.", status=403, code="origin_not_allowed")
-        if self.key and not head.is_preflight and not (self.is_public(head) or self._knows_key(head)):
+        is_page = head.method in ("GET", "HEAD") and head.path == "/"    # it holds no facts, and sends the key for them
+        if self.key and not (head.is_preflight or is_page or self.is_public(head) or self._knows_key(head)):
             raise BadRequest("The key of this Oblix is missing or wrong: send the one of --api-key or OBLIX_API_KEY "
                              "as `Authorization: Bearer …`.", status=401, type="authentication_error",
                              code="invalid_api_key", retry=False)
@@ -7143,7 +7144,7 @@ class Handler(socketserver.BaseRequestHandler):
         return answer(self)
 
     def _page(self) -> None:
-        self.reply(200, PAGE.encode(), PAGE_HEADERS)
+        self.reply(200, *page())
 
     def _metrics(self) -> None:
         self.reply(200, self.server.gateway.metrics().encode("utf-8", "replace"), METRICS_HEADERS)
@@ -7490,39 +7491,308 @@ def running(settings: Settings) -> Iterator[Server]:
 
 # === 13. Page =========================================================================================================
 # uses: nothing; pure
-# What does a browser show at the address?  /health, in words; the page asks for nothing else.
+# What does a browser show at the address?  What /status tells, again and again, and a box to try a prompt.
 
-PAGE_HEADERS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
-                "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-                "frame-ancestors 'none'"}
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+PAGE_POLICY = ("default-src 'none'; script-src '{}'; style-src '{}'; img-src data:; connect-src 'self'; "
+               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'")
+
+
+@functools.lru_cache(1)
+def page() -> tuple[bytes, dict[str, str]]:
+    """Return the page and its headers, whose policy lets in its own script and style, by their hashes, and no other."""
+    import hashlib  # loads libcrypto, as hmac does: only where somebody looks
+    parts = [PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode() for tag in ("script", "style")]
+    hashes = [f"sha256-{base64.b64encode(hashlib.sha256(part).digest()).decode()}" for part in parts]
+    return PAGE.encode(), {"Content-Type": "text/html; charset=utf-8", "X-Content-Type-Options": "nosniff",
+                           "Referrer-Policy": "no-referrer", "Content-Security-Policy": PAGE_POLICY.format(*hashes)}
+
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Oblix</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'><path d=
+'M4 0a4 4 0 000 8z' fill='teal'/><path d='M4 0a4 4 0 010 8z' fill='slateblue'/></svg>">
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; width: 100% } td, th { text-align: left; padding: .2rem 1rem .2rem 0 }
-code { background: #8882; padding: .1rem .3rem } @media (prefers-color-scheme: dark) { :root { color-scheme: dark } }
+:root { color-scheme: light dark; --bg: #f4f5f7; --card: #fff; --ink: #1b2028; --dim: #59626f; --line: #dde1e7;
+  --track: #e3e7ec; --local: #08776e; --cloud: #5b4bd1; --ok: #2a7d46; --warn: #9a5b00; --bad: #c0283a }
+@media (prefers-color-scheme: dark) { :root { --bg: #101317; --card: #181c22; --ink: #e3e7ed; --dim: #98a2af;
+  --line: #2a3039; --track: #2b323c; --local: #40c4b5; --cloud: #a99eff; --ok: #5fc583; --warn: #e5a443;
+  --bad: #ff7d86 } } * { box-sizing: border-box } [hidden], .locked > :not(#key) { display: none !important }
+body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+  overflow-wrap: anywhere; font-variant-numeric: tabular-nums } h1 { font-size: 1.15rem; margin: 0 }
+h2 { font-size: .95rem; margin: 0 0 .6rem } header, main { max-width: 84rem; margin: auto; padding: .8rem }
+header, main, #sides, .row { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: baseline }
+small, .dim { color: var(--dim); font-size: .86rem; font-weight: 400 } .all { min-width: 9rem }
+main { gap: .8rem; align-items: stretch } .row { justify-content: space-between; gap: 0 .7rem }
+.card { flex: 1 1 21rem; min-width: 0; max-width: 100%; padding: .8rem 1rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px } .wide { flex-basis: 100% } i { font-style: normal }
+#now { border-left: 5px solid var(--bad) } #now.by-local { border-color: var(--local) }
+#now.by-cloud { border-color: var(--cloud) } header { padding-bottom: 0 }
+.gone > :not(#key) { opacity: .55; filter: grayscale(1) } #plan { font-size: 1.3rem; line-height: 1.35 }
+#plan small { display: block } #sides, #who, #answer { margin-top: .5rem } code { font: .95em ui-monospace, monospace }
+.local b { color: var(--local) } .cloud b { color: var(--cloud) } .ok i { color: var(--ok) }
+.warn, .warn i { color: var(--warn) } .bad, .bad i { color: var(--bad) } .track { fill: var(--track) }
+svg { display: block; width: 100%; overflow: visible } line, path { vector-effect: non-scaling-stroke; fill: none }
+path { stroke: var(--cloud); stroke-width: 1.7 } .ok .fill { fill: var(--ok) } .warn .fill { fill: var(--warn) }
+.bad .fill, rect.none { fill: var(--bad) } rect.local { fill: var(--local) } rect.cloud { fill: var(--cloud) }
+.tick { stroke: var(--ink); stroke-width: 1.5 } .limit { stroke: var(--warn); stroke-dasharray: 2 4 }
+.meter, #lanes { display: grid; grid-template-columns: 7rem 1fr 5rem; gap: .7rem; align-items: center }
+.meter { margin-bottom: .4rem } .meter > :last-child { text-align: right } .link + .link { margin-top: .8rem }
+#lanes { grid-template-columns: auto 1fr; gap: 0 .8rem } #lanes div { line-height: 22px }
+table { border-collapse: collapse; width: 100% } .scroll { max-height: 26rem; overflow: auto } .top { min-width: 5rem }
+th { text-align: left; color: var(--dim); font-weight: 400; position: sticky; top: 0; background: var(--card) }
+td, th { padding: .25rem .8rem .25rem 0; vertical-align: top } td { border-top: 1px solid var(--line) }
+.num, .time { white-space: nowrap } .num { text-align: right } #model { flex: 1; min-width: 0; width: 6rem }
+input, select, textarea, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--dim);
+  border-radius: 6px; padding: .3rem .7rem; max-width: 100% } .main { background: var(--ink); color: var(--card) }
+textarea { width: 100%; display: block; margin: .2rem 0 .5rem; resize: vertical } :disabled { opacity: .5 }
+p { margin: 0 } :focus-visible { outline: 3px solid var(--cloud); outline-offset: 2px }
+#answer { white-space: pre-wrap; max-height: 20rem; overflow: auto }
+@media (max-width: 700px) { thead { position: absolute; clip-path: inset(50%) } #plan { font-size: 1.1rem }
+  tr { display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .4rem 0; border-top: 1px solid var(--line) }
+  td { border: 0; padding: 0 } .all { flex: 1 0 100% } .top { order: -1; min-width: 0 } td:empty { display: none }
+  td[data-is]::before { content: attr(data-is) " "; color: var(--dim) } }
 </style>
-<h1>Oblix</h1>
-<p>OpenAI-compatible API at <code id="base"></code>; the model is <code>auto</code>.</p>
-<p id="plan">…</p>
-<table id="sides"></table>
-<h2>Models</h2>
-<table id="targets"></table>
+<header><h1>Oblix <small id="version"></small></h1><p id="live" role="status">connecting …</p>
+<p class="dim">API at <code id="base"></code>, model <code>auto</code></p></header>
+<noscript>This page needs JavaScript. GET /status has the same facts.</noscript>
+<main id="main">
+<form id="key" class="card wide" hidden><label>This Oblix wants its key: <input id="secret" type="password" required
+autocomplete="current-password"></label> <button class="main">Show</button>
+<span id="wrong" class="bad" role="alert"></span></form>
+<section id="now" class="card wide" aria-label="Now"><p id="plan" aria-live="polite">…</p>
+<div id="sides"></div></section>
+<section class="card"><h2>Device</h2><div id="device"></div></section>
+<section class="card"><h2>Network</h2><div id="network"></div></section>
+<section class="card"><h2>Try a prompt</h2>
+<form id="try"><label for="prompt" class="dim">Prompt (Ctrl+Enter sends it)</label>
+<textarea id="prompt" rows="3" required>Say hello in one sentence.</textarea>
+<div class="row"><select id="model" aria-label="Model"></select><button id="send" class="main">Send</button>
+<button id="stop" type="button" disabled>Stop</button></div></form>
+<p id="who" role="status"></p><div id="answer" role="log" aria-label="Answer" tabindex="0"></div></section>
+<section class="card wide"><h2>Who answered</h2><div id="lanes"></div></section>
+<section class="card wide"><h2>Targets</h2><table><thead><tr><th>Target<th>State<th class="num">First token
+<th class="num">Tokens/s<th class="num">In flight<th class="num">Rests<tbody id="targets"></table></section>
+<section class="card wide"><h2>Last requests</h2><div class="scroll" tabindex="0" role="region" aria-label="Requests">
+<table><thead><tr><th>Time<th>Asked<th>Served by<th>Why<th class="num">First token<th class="num">Tokens/s<th>Status
+<tbody id="requests"></table></div></section></main>
 <script>
-const row = (...cells) => {
-  const line = document.createElement("tr");
-  for (const cell of cells) line.appendChild(document.createElement("td")).textContent = cell ?? "";
-  return line;
-};
-async function show() {
-  const health = await (await fetch("/health")).json();
-  base.textContent = location.origin + "/v1";
-  plan.textContent = "auto now: " + (health.plan.order.join(", then ") || "nothing") + " (" + health.plan.reason + ")";
-  sides.replaceChildren(...["local", "cloud"].map(side => row(side, health[side].level, health[side].reason)));
-  targets.replaceChildren(...health.targets.map(t => row(t.id, t.side, t.state, t.reason)));
+"use strict";
+const EVERY_MS = 2000, SIDES = ["local", "cloud"], MARKS = {ok: "●", warn: "▲", bad: "✕", "": "○"};
+const LEVELS = {available: "ok", optimal: "ok", constrained: "warn", degraded: "warn", critical: "bad",
+  disconnected: "bad"};
+const METERS = [["cpu_percent", "CPU", "%"], ["memory_percent", "Memory", "%"], ["load_per_core", "Load per core", ""],
+  ["gpu_percent", "GPU", "%"], ["gpu_memory_percent", "GPU memory", "%"], ["battery_percent", "Battery", "%"],
+  ["temperature_c", "Temperature", " °C"]];
+const $ = id => document.getElementById(id), drawn = {};
+let key = sessionStorage.getItem("oblix-key") ?? "", seen = "", timer, asking;
+
+// What the server says goes into the page by el alone, which takes it as text: clients choose names.
+function el(name, attributes, ...children) {
+  const svg = ["svg", "rect", "line", "path", "title"].includes(name);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", name) : document.createElement(name);
+  for (const [attribute, value] of Object.entries(attributes)) node.setAttribute(attribute, value);
+  node.append(...children.flat(2).map(child => child ?? ""));
+  return node;
 }
-show(); setInterval(show, 3000);
+// Only what has changed is made anew, so that a selection stays, and nothing is read out twice.
+function put(id, make, ...values) {
+  const text = JSON.stringify(values);
+  if (drawn[id] !== text) $(id).replaceChildren(...[make(...values)].flat());
+  drawn[id] = text;
+}
+const css = level => LEVELS[level] ?? "";
+const mark = (style, text) => el("span", {class: style}, el("i", {}, MARKS[style]), " " + text);
+const state = (level, word) => mark(css(level), word ?? level);
+const small = (...texts) => el("small", {class: "row"}, texts.map(text => el("span", {}, text)));
+const fixed = (value, digits, unit = "") => value ? value.toFixed(digits) + unit : "";
+const clock = time => new Date(time * 1000).toLocaleTimeString([], {hourCycle: "h23"});
+const minutes = seconds => seconds < 90 ? `${Math.round(seconds)} s` : `${Math.round(seconds / 60)} min`;
+
+function sentence({order: [first, ...others], reason}, side, why) {
+  const auto = el("b", {}, "auto"), then = others.length ? `If that fails: ${others.join(", then ")}.` : "";
+  if (why || !first) return [auto, ` reaches nobody now: ${reason}.`, el("small", {}, why?.join("; "))];
+  return [auto, " would ask ", el("span", {class: side}, el("b", {}, first)), ` (${side}) now: ${reason}.`,
+    el("small", {}, then)];
+}
+function sides(reports, configured) {
+  return reports.map(([level, reason], at) => el("span", {class: SIDES[at]}, el("b", {}, SIDES[at]), " ",
+    configured.includes(SIDES[at]) ? state(level) : state("", "none"), " ", el("small", {}, reason)));
+}
+function meter([fact, label, unit], value, {constrained, critical}, spared) {
+  const low = fact === "battery_percent", past = limit => !spared && (low ? value <= limit : value >= limit);
+  const level = css(past(critical) ? "critical" : past(constrained) ? "constrained" : "available"), text = value + unit;
+  const most = unit === "%" ? 100 : 1.25 * critical, x = number => Math.min(100 * number / most, 100);
+  const told = `${text}; limits ${constrained} and ${critical}${spared ? ", which do not count now" : ""}`;
+  return el("div", {class: "meter " + level, role: "meter", "aria-label": label, "aria-valuenow": Math.min(value, most),
+    "aria-valuemin": 0, "aria-valuemax": most, "aria-valuetext": told, title: told}, el("span", {}, label),
+    el("svg", {viewBox: "0 0 100 10", height: 10, preserveAspectRatio: "none"},
+      el("rect", {class: "track", width: 100, height: 10}), el("rect", {class: "fill", width: x(value), height: 10}),
+      [constrained, critical].map(x).map(at => el("line", {class: "tick", x1: at, x2: at, y1: -2, y2: 12}))),
+    el("span", {}, level === "ok" ? "" : MARKS[level] + " ", text, low && spared ? " ⚡" : ""));
+}
+function device(facts, limits) {
+  const known = METERS.filter(([fact]) => fact in limits && fact in facts);
+  const missing = METERS.filter(one => !known.includes(one)).map(([, label]) => label);
+  const spared = {battery_percent: facts.battery_plugged !== false, load_per_core: facts.cpu_percent < 50};
+  return [...known.map(one => meter(one, facts[one[0]], limits[one[0]], spared[one[0]])), small(known[0] ?
+    missing[0] && `Not seen here: ${missing.join(", ")}.` : "Not watched: no local model runs on it.")];
+}
+function curve(points, limit) {
+  const begun = points[0][0], span = points.at(-1)[0] - begun || 1, x = time => 300 * (time - begun) / span;
+  const most = 1.05 * Math.max(limit, ...points.map(([, ms]) => ms)), y = ms => 40 - 40 * ms / most;
+  const line = points.map(([time, ms], at) => ms == null ? "" :    // h.1 shows a point alone, too
+    `${points[at - 1]?.[1] == null ? "M" : "L"}${x(time).toFixed(1)} ${y(ms).toFixed(1)}h.1`).join("");
+  return el("svg", {viewBox: "0 0 300 40", height: 40, preserveAspectRatio: "none", "aria-hidden": true},
+    el("line", {class: "limit", x2: 300, y1: y(limit), y2: y(limit)}), el("path", {d: line}),
+    points.filter(([, ms]) => ms == null).map(([time]) =>
+      el("rect", {class: "none", x: x(time) - 1, width: 2, height: 40})));
+}
+function network(links, {latency_ms: {degraded}}) {
+  if (!links[0]) return small("No server is configured.");
+  return links.map(({url, side, level, latencies: points, ...one}) => el("div", {class: "link " + side},
+    el("div", {class: "row"}, el("b", {}, url.replace(/^https?:\/\//, "")), state(level)),
+    side === "cloud" && points[1] ? curve(points, degraded) : "",
+    small(one.error ?? (one.latency_ms?.toFixed() ?? "?") + " ms" + (side === "cloud" ? ` of ${degraded}` : ""),
+      points[1] ? "last " + minutes(points.at(-1)[0] - points[0][0]) : "", `${one.loss_percent ?? 0}% lost`)));
+}
+const cell = (style, what, is) => el("td", is ? {class: style, "data-is": is} : {class: style}, what || "");
+const times = one => [cell("num", fixed(one.first_token_s, 2, " s"), "first token"),
+  cell("num", fixed(one.tokens_per_s, 1), "tokens/s")];
+function targets(list) {
+  return list.map(one => el("tr", {}, cell("all " + one.side, el("b", {}, one.id)), cell("all",
+    [state(one.state === "cold" ? "" : one.level, one.state), " ", el("small", {}, one.reason)]), times(one),
+    cell("num", one.in_flight && `${one.in_flight}`, "in flight"), cell("num", fixed(one.rest_s, 0, " s"), "rests")));
+}
+function requests(list) {
+  const why = one => [one.reason, ...(one.fallbacks ?? []).map(of => of.join(": "))].filter(Boolean).join("; after ");
+  const end = one => [one.status, ...one.outcome === "ok" ? [] : [one.outcome, one.error]].filter(Boolean).join(" ");
+  return list.map(one => el("tr", {}, cell("top time", clock(one.time)), cell("top",
+    [one.asked, el("small", {}, one.front === "chat" ? "" : " " + one.front)]),
+    cell("all " + one.side, el("b", {}, one.served)), cell("all", el("small", {}, why(one))), times(one),
+    cell(one.outcome === "ok" ? "top" : "top bad", end(one))));
+}
+function lanes(list) {
+  const names = [...SIDES, "none"], lane = one => names.indexOf(one.side ?? "none"), old = [...list].reverse();
+  const counts = names.map((name, at) => `${name} ${list.filter(one => lane(one) === at).length}`);
+  return [el("div", {}, counts.map((text, at) => el("div", {class: names[at]}, el("b", {}, text)))),
+    el("svg", {viewBox: "0 0 500 66", height: 66, preserveAspectRatio: "none", role: "img",
+      "aria-label": counts.join(", ")}, old.map((one, at) =>
+      el("rect", {class: names[lane(one)], x: 501 - 10 * (old.length - at), y: 22 * lane(one) + 4, width: 8,
+        height: 14}, el("title", {}, `${clock(one.time)} ${one.asked}: ${one.served ?? one.error}`)))),
+    el("span", {}), small("", old[0] ? `${clock(old[0].time)} – ${clock(list[0].time)}` : "No request yet.")];
+}
+const option = name => el("option", name === ($("model").value || "auto") ? {selected: ""} : {}, name);
+function show({version, plan, reasons, thresholds, requests: last, targets: all, network: links, ...of}) {
+  const side = !reasons && all.find(target => target.id === plan.order[0])?.side || "nobody";
+  put("version", text => text, version);
+  put("plan", sentence, plan, side, reasons);
+  put("sides", sides, SIDES.map(name => [of[name].level, of[name].reason]), all.map(target => target.side));
+  put("device", device, of.local.facts, thresholds);
+  put("network", network, links, thresholds);
+  put("targets", targets, all);
+  put("lanes", lanes, last);
+  put("requests", requests, last);
+  put("model", names => names.map(option), ["auto", ...SIDES, ...all.map(target => target.id)]);
+  $("now").className = "card wide by-" + side;
+  document.title = side + " – Oblix";
+  $("key").hidden = true;
+  live("ok", "live");
+  seen = `; below is how it was at ${clock(Date.now() / 1000)}`;
+}
+function live(style, text) {
+  put("live", mark, style, text);
+  $("main").className = {bad: "gone", warn: "locked"}[style] ?? "";
+}
+const headers = () => key ? {Authorization: "Bearer " + key} : {};
+async function look() {
+  clearTimeout(timer);
+  let status;
+  try {
+    const reply = await fetch("/status", {headers: headers(), cache: "no-store", signal: AbortSignal.timeout(10000)});
+    if (reply.status === 401) return wantKey();
+    status = await reply.json();
+  } catch {
+    live("bad", `no answer from the server${seen}; asking again`);
+    document.title = "✕ Oblix";
+  }
+  clearTimeout(timer);
+  if (!document.hidden) timer = setTimeout(look, EVERY_MS);
+  if (status) show(status);
+}
+function wantKey() {
+  $("wrong").textContent = key && "That is not its key.";
+  $("key").hidden = false;
+  live("warn", "waits for the key");
+  $("secret").select();
+}
+function takeKey(event) {
+  event.preventDefault();
+  key = $("secret").value.replace(/[^!-~]/g, "");
+  sessionStorage.setItem("oblix-key", key);
+  look();
+}
+async function* eventsOf(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let held = "";;) {
+    const {done, value} = await reader.read();
+    if (done) throw new Error("The answer was cut off before its end.");
+    const events = (held + value).split("\n\n");
+    held = events.pop();
+    for (const event of events.filter(event => event.startsWith("data: "))) {
+      if (event === "data: [DONE]") return;
+      yield JSON.parse(event.slice(6));
+    }
+  }
+}
+async function ask(model, content, signal) {
+  const begun = performance.now(), since = from => (performance.now() - from) / 1000;
+  const body = {model, messages: [{role: "user", content}], stream: true, stream_options: {include_usage: true}};
+  const reply = await fetch("/v1/chat/completions", {method: "POST", signal, body: JSON.stringify(body),
+    headers: {...headers(), "Content-Type": "application/json"}});
+  if (!reply.ok) throw new Error((await reply.json()).error.message);
+  const told = name => reply.headers.get("x-oblix-" + name) ?? "";
+  let first = 0, tokens = 0;
+  for await (const {error, model, usage, choices} of eventsOf(reply.body)) {
+    if (error) throw new Error(error.message);
+    const {content: text, reasoning_content: thought} = choices?.[0]?.delta ?? {};
+    tokens = usage?.completion_tokens ?? tokens;
+    if (!first && (text || thought)) {
+      say(told("side"), el("b", {}, told("model") || model), ` answers: ${told("reason")}`);
+      $("who").append(` (first token after ${since(begun).toFixed(2)} s).`);
+      first = performance.now();
+    }
+    const box = $("answer"), follows = box.scrollHeight - box.scrollTop - box.clientHeight < 30;
+    box.append(thought ? el("span", {class: "dim"}, thought) : "", text ?? "");
+    if (follows) box.scrollTop = box.scrollHeight;
+  }
+  if (tokens) $("who").append(` ${tokens} tokens, ${(tokens / since(first)).toFixed()} a second.`);
+}
+const say = (style, ...what) => { $("who").className = style; $("who").replaceChildren(...what); };
+const busy = is => { $("send").disabled = is; $("stop").disabled = !is; $("answer").setAttribute("aria-busy", is); };
+async function send(event) {
+  event.preventDefault();
+  asking = new AbortController();
+  busy(true);
+  $("answer").replaceChildren();
+  say("dim", `Asking ${$("model").value} …`);
+  try {
+    await ask($("model").value, $("prompt").value, asking.signal);
+  } catch (error) {
+    $("who").append(el("span", {class: "bad"}, asking.signal.aborted ? " Stopped." : ` ✕ ${error.message}`));
+  }
+  busy(false);
+  look();
+}
+$("try").addEventListener("submit", send);
+$("key").addEventListener("submit", takeKey);
+$("stop").addEventListener("click", () => asking.abort());
+$("prompt").addEventListener("keydown", event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("send").disabled) $("try").requestSubmit();
+});
+document.addEventListener("visibilitychange", () => document.hidden ? clearTimeout(timer) : look());
+$("base").textContent = location.origin + "/v1";
+look();
 </script>
 """
 

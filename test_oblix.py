@@ -31,6 +31,7 @@ import email.utils
 import errno
 import functools
 import gc
+import hashlib
 import http.client
 import importlib.util
 import inspect
@@ -11124,14 +11125,14 @@ class Guard(Case):
 
     # --- the key ---
 
-    def test_every_route_wants_the_key(self):
+    def test_every_route_but_the_page_wants_the_key(self):
         for (method, path, status, *_), key in itertools.product(ROUTES, ({}, {"api-key": "no"}, WITH_KEY)):
             if method == "GET" and "health" in path and not key:
                 continue    # says two things to everybody, below
             with self.subTest(method, path=path, key=key):
                 reply = fetch(self.keyed, method, path, None if method == "GET" else b"{}", {**JSON, **key})
-                if key is WITH_KEY:
-                    self.assertEqual(reply.status, status, reply.body)
+                if key is WITH_KEY or method == "GET" and path in ("/", "//", "/v1/v1"):
+                    self.assertEqual(reply.status, status, reply.body[:200])
                 else:
                     self.refused(reply, 401, code="invalid_api_key")
                 if method == "GET":
@@ -12937,6 +12938,251 @@ class LeftBehind(Case):
             self.answered(ask(server, upstream.target), "Hello")
 
 
+# === 13. Page ========================================================================================================
+# What a person sees, in headless Chromium, which chromedriver drives by the WebDriver protocol (W3C) over plain HTTP.
+
+class Browser:
+    """A browser with one tab and an empty profile."""
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+             "--disable-component-update --disable-sync --disable-dev-shm-usage").split()
+
+    def __init__(self):
+        driver, chromium = (binary(name, "chromium-driver") for name in ("chromedriver", "chromium"))
+        self._profile, self._session = tempfile.mkdtemp(), ""
+        self._driver = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                        text=True)
+        started = next(filter(None, (re.search(r"on port (\d+)\.", line) for line in self._driver.stdout)))
+        self._connection = http.client.HTTPConnection("127.0.0.1", int(started[1]), timeout=60)
+        options = {"binary": chromium, "args": [*self.flags, "--user-data-dir=" + self._profile]}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        session = self._do("POST", "/session", capabilities={"alwaysMatch": wanted})["sessionId"]
+        self._session = "/session/" + session
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.closing(self._connection), self._driver, self._driver.stdout:
+            self._do("DELETE", "")
+            self._driver.terminate()
+        shutil.rmtree(self._profile, ignore_errors=True)
+
+    def _do(self, method, path, **body):
+        self._connection.request(method, self._session + path, json.dumps(body) if method == "POST" else None)
+        with contextlib.closing(self._connection.getresponse()) as response:
+            value = json.load(response)["value"]
+        if response.status != 200:
+            raise AssertionError(value["message"])
+        return value
+
+    def open(self, url, width=1280):
+        """Show a page in a new tab's state: nothing is kept from the one before, nor of its console."""
+        self._do("POST", "/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride",
+                 params={"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500})
+        self._do("POST", "/url", url="about:blank")
+        self.errors()
+        self._do("POST", "/url", url=url)
+
+    def js(self, code, *args):
+        """What this body of an async function returns in the page."""
+        return self._do("POST", "/execute/sync", script=code, args=args)
+
+    def errors(self):
+        """What the console has told of as an error, since it was last asked."""
+        return [entry["message"] for entry in self._do("POST", "/se/log", type="browser") if entry["level"] == "SEVERE"]
+
+    def text(self, id):
+        return self.js("return document.getElementById(arguments[0]).innerText", id)
+
+    def fill(self, id, text):
+        self.js("document.getElementById(arguments[0]).value = arguments[1]", id, text)
+
+    def click(self, id):
+        self.js("document.getElementById(arguments[0]).click()", id)
+
+    def names(self):
+        """(role, name) of all that the keyboard reaches, as a screen reader is told of it."""
+        nodes = self._do("POST", "/goog/cdp/execute", cmd="Accessibility.getFullAXTree", params={})["nodes"]
+        return [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes
+                if any(one["name"] == "focusable" for one in node.get("properties", ()))]
+
+
+EVIL = "<img src=x onerror=document.title=1><b id=evil>"    # a name that a client or a server may choose
+
+
+class PageServed(Case):
+    def test_its_policy_lets_in_its_own_script_and_style_and_nothing_else(self):
+        with running(probed=False) as server:
+            reply = fetch(server, "GET", "/")
+        policy = dict(part.split(" ", 1) for part in reply.headers["Content-Security-Policy"].split("; "))
+        for kind in ("script", "style"):
+            [part] = re.findall(f"<{kind}>(.*?)</{kind}>", reply.body.decode(), re.S)
+            digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+            self.assertEqual(policy.pop(kind + "-src"), f"'sha256-{digest}'")
+        self.assertEqual(policy.pop("connect-src"), "'self'")
+        self.assertEqual(policy.pop("img-src"), "data:")    # its icon
+        self.assertEqual(policy.pop("require-trusted-types-for"), "'script'")    # no text becomes markup
+        self.assertEqual(policy, dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'"))
+
+
+class Page(Case):
+    @classmethod
+    def setUpClass(cls):
+        cls.browser = cls.keep(Browser())
+        cls.local, cls.cloud = cls.keep(Upstream(OLLAMA)), cls.keep(Upstream(OPENAI))
+
+    def setUp(self):
+        self.local.play(answer(Text("Hello")))
+
+    def see(self, id, text, within=30):
+        """Wait until this part of the page has this text."""
+        said = [""]
+
+        def shown():
+            said[0] = self.browser.text(id)
+            return text in said[0]
+        try:
+            eventually(shown, within)
+        except AssertionError:
+            self.fail(f"{text!r} is not in #{id}: {said[0]!r}")
+
+    def opened(self, server, **how):
+        self.browser.open(server.url, **how)
+        self.see("live", "live")
+
+    def test_it_shows_everything_without_an_error(self):
+        facts = {"cpu_percent": 97.5, "memory_percent": 41.0, "load_per_core": 0.4, "gpu_percent": 12.0,
+                 "battery_percent": 5.0, "battery_plugged": False, "temperature_c": 61.5, "temperature_high_c": 80.0,
+                 "temperature_critical_c": 90.0}
+        with running(self.local, self.cloud, flags=["--cpu-critical-percent=95"]) as server:
+            ask(server, "auto", stream=True)
+            with mock.patch.object(oblix.ResourceMonitor, "sample", lambda _: facts):
+                eventually(lambda: health(server)["local"]["level"] == "critical")
+                self.opened(server)
+                for id, text in (("plan", "auto would ask openai:gpt-test (cloud) now: local critical (cpu 98%"),
+                                 ("sides", "local ✕ critical"), ("sides", "cloud ● optimal"), ("device", "✕ 97.5%"),
+                                 ("device", "Temperature\n61.5 °C"), ("device", "Not seen here: GPU memory."),
+                                 ("network", f"127.0.0.1:{self.cloud.port}/v1"), ("targets", "ollama:llama3.2"),
+                                 ("lanes", "local 1\ncloud 0\nnone 0"), ("requests", "local available")):
+                    with self.subTest(id=id):
+                        self.see(id, text)
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_what_the_keyboard_reaches_has_a_name(self):
+        with running(self.local) as server:
+            self.opened(server)
+            found = [(role, name) for role, name in self.browser.names() if role != "RootWebArea"]
+        self.assertEqual({role for role, _ in found}, {"textbox", "combobox", "button", "log", "region"} | {
+            role for role, _ in found if role in ("option", "MenuListOption")})
+        self.assertEqual([one for one in found if not one[1]], [])
+
+    def test_a_change_of_level_shows_within_five_seconds(self):
+        memory = {"memory_percent": 10.0}
+        with mock.patch.object(oblix.ResourceMonitor, "sample", lambda _: {**memory}), running(
+                self.local, self.cloud, flags=["--memory-critical-percent=95"]) as server:
+            self.opened(server)
+            self.see("plan", "auto would ask ollama:llama3.2 (local) now: local available")
+            memory["memory_percent"] = 99.0    # two samples, a second apart, make a level worse
+            self.see("plan", "auto would ask openai:gpt-test (cloud) now: local critical")
+        self.assertLessEqual(self.browser.js("return EVERY_MS"), 3000)
+
+    def test_a_prompt_is_answered_as_it_is_written(self):
+        go_on = threading.Event()
+        rest = streamed(OLLAMA, OLLAMA.events(Saying((Text("lo <b>"),), "stop", 9, 7)))[1:]
+        self.local.play([*upto(OLLAMA, "Hel"), go_on, *rest])
+        with running(self.local) as server:
+            self.opened(server)
+            self.browser.fill("prompt", "A secret prompt")
+            self.browser.click("send")
+            self.see("answer", "Hel")
+            self.see("who", "ollama:llama3.2 answers: local available")
+            go_on.set()
+            self.see("answer", "Hello <b>")
+            self.see("who", "7 tokens")
+            self.see("requests", "ollama:llama3.2")
+            self.assertEqual(self.local.last.json["messages"][0]["content"], "A secret prompt")
+            self.assertNotIn("secret", self.browser.text("requests"))
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_an_answer_can_be_stopped_and_its_errors_show(self):
+        with Upstream(OLLAMA) as local, running(local) as server, self.assertLogs("oblix", "WARNING"):
+            self.opened(server)
+            for script, id, text in (([*upto(OLLAMA, "Hel"), HANG], "answer", "Hel"), ([HANG], "who", "Asking auto")):
+                local.play(script)
+                self.browser.click("send")
+                request = local.next_request()
+                self.see(id, text)
+                self.browser.click("stop")
+                self.see("who", "Stopped.")
+                self.assertTrue(request.hung_up.wait(30))
+            for script, text in (([*upto(OLLAMA, "Hel"), CLOSE], "✕"), (failing(400), "✕ ")):
+                local.play(script)
+                self.browser.click("send")
+                self.see("who", text)
+                self.assertFalse(self.browser.js("return document.getElementById('send').disabled"))
+
+    def test_names_are_shown_as_text(self):
+        with running(self.local, flags=["--cloud-model=openai:" + EVIL], env=env_for(self.cloud)) as server:
+            self.assertEqual(ask(server, EVIL + "?").status, 404)
+            self.local.play(answer(Text(EVIL)))
+            self.opened(server)
+            self.see("requests", EVIL + "?")
+            self.see("targets", EVIL)
+            self.browser.click("send")
+            self.see("answer", EVIL)
+            self.assertEqual(self.browser.js("return document.querySelectorAll('img, #evil').length"), 0)
+            self.assertIn("Oblix", self.browser.js("return document.title"))
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_it_fits_a_phone(self):
+        name = "a-model-with-a-name-of-sixty-characters-and-not-a-blank-in-it"
+        with running(self.local, flags=["--cloud-model=openai:" + name], env=env_for(self.cloud)) as server:
+            ask(server, name * 2)
+            self.opened(server, width=360)
+            self.see("requests", name)
+            self.assertEqual(self.browser.js("return [innerWidth, document.documentElement.scrollWidth]"), [360, 360])
+
+    def test_it_asks_for_the_key(self):
+        with running(self.local, flags=["--api-key=" + OUR_KEY], probed=False) as server:
+            self.browser.open(server.url)
+            self.see("live", "waits for the key")
+            self.assertEqual(self.browser.js("return document.getElementById('now').checkVisibility()"), False)
+            for key, id, text in (("wrong", "wrong", "That is not its key."), (OUR_KEY, "plan", "auto")):
+                self.browser.fill("secret", key)
+                self.browser.js("document.getElementById('key').requestSubmit()")
+                self.see(id, text)
+            self.see("live", "live")
+            self.browser.click("send")
+            self.see("answer", "Hello")
+            self.browser.js("location.reload()")
+            self.see("live", "live")
+
+    def test_it_says_when_the_server_is_gone_and_goes_on_when_it_is_back(self):
+        with running(self.local) as server:
+            self.opened(server)
+        self.see("live", "no answer from the server; below is how it was at")
+        self.see("plan", "ollama:llama3.2")
+        self.assertEqual(self.browser.js("return document.getElementById('main').className"), "gone")
+        with running(self.local, flags=["--port=%d" % server.port]):
+            self.see("live", "live")
+            self.assertEqual(self.browser.js("return document.getElementById('main').className"), "")
+
+    def test_it_rests_while_nobody_sees_it(self):
+        with running(self.local) as server:
+            self.opened(server)
+            self.browser.js("""
+                window.hidden = true;
+                Object.defineProperty(document, "hidden", {get: () => hidden});
+                document.dispatchEvent(new Event("visibilitychange"));
+                window.timers = 0;
+                const usual = window.setTimeout;
+                window.setTimeout = (...args) => (timers += 1, usual(...args));
+                return look().then(look)""")
+            self.assertEqual(self.browser.js("return timers"), 0)
+            self.browser.js("hidden = false; document.dispatchEvent(new Event('visibilitychange'))")
+            eventually(lambda: self.browser.js("return timers"))
+
+
 # === 14. Command line ================================================================================================
 
 FLAGS = [  # flag, its default as --help shows it
@@ -14576,12 +14822,12 @@ class Services(Case):
                 self.assertEqual(process._process.returncode, 0, process.said())
 
 
-def binary(name):
+def binary(name, packages=""):
     """Where a program is that the tests run; skips the test if it is nowhere."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
     found = os.environ.get("OBLIX_TEST_" + name.upper()) or shutil.which(name, path=path)
     can_install = shutil.which("apt-get") and os.geteuid() == 0
-    return need(found, "no %s: apt-get install it" % name if can_install else "%s: no %s" % (IMPOSSIBLE, name))
+    return need(found, f"no {name}: apt-get install {packages or 'it'}" if can_install else f"{IMPOSSIBLE}: no {name}")
 
 
 def free_ports(count):
@@ -17639,9 +17885,9 @@ def tearDownModule():
         raise AssertionError("left behind: " + "; ".join(LOST))
 
 
-ALONE = OwnWork, Burner, RealModel    # they measure, or need, the whole machine
+ALONE = OwnWork, Burner, RealModel, Page    # they measure, or need, the whole machine
 LONGEST = (FaultMatrix, Siege, Deployed, Fuzz, Soak, Upstreams, Slow, Crowded, LeftBehind, Stopping, Logs, Hostile,
-           UnreadStreams, UnreadOverTls, TransportOverTls, CommandLine, LogWriter, Burner)
+           UnreadStreams, UnreadOverTls, TransportOverTls, CommandLine, LogWriter, Burner, Page)
 
 
 def load_tests(_loader, classes, _pattern):
