@@ -6324,18 +6324,15 @@ def _flat_tools(tools: Any, where: str, namespace: str = "") -> Iterator[_Tool]:
         if kind == "namespace":
             yield from _flat_tools(tool.get("tools"), f"{here}.tools", tool["name"])
             continue
-        told = _custom_function(tool) if kind == "custom" else {
-            name: tool[name] for name in ("description", "parameters", "strict") if tool.get(name) is not None}
-        yield _Tool("custom_tool_call" if kind == "custom" else "function_call", tool["name"], namespace, told)
-
-
-def _custom_function(tool: Json) -> Json:
-    """Return the function that stands for a tool whose input is a text."""
-    form, told = tool.get("format"), str(tool.get("description") or "")
-    if isinstance(form, dict) and "definition" in form:
-        told += f"\n\nThe input must fit this {form.get('syntax')} grammar:\n{form['definition']}"
-    return {"description": told,
-            "parameters": {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}}
+        if kind == "function":
+            told = {name: tool[name] for name in ("description", "parameters", "strict") if tool.get(name) is not None}
+            yield _Tool("function_call", tool["name"], namespace, told)
+            continue
+        form, words = tool.get("format"), str(tool.get("description") or "")
+        if isinstance(form, dict) and "definition" in form:
+            words += f"\n\nThe input must fit this {form.get('syntax')} grammar:\n{form['definition']}"
+        schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+        yield _Tool("custom_tool_call", tool["name"], namespace, {"description": words, "parameters": schema})
 
 
 def _choice_of(choice: Any, tools: dict[str, _Tool]) -> Any:
@@ -6385,37 +6382,29 @@ def messages_of(items: Sequence[Any]) -> tuple[list[Json], list[str]]:
     """
     known, left_out, messages = list[tuple[str, str, Json]](), list[str](), list[Json]()
     for number, item in enumerate(items):
-        need(isinstance(item, dict), f"input[{number}]", "must be an object")
-        kind = str(item.get("type") or "message")
-        is_said = kind in ("reasoning", *_CALLS) or kind == "message" and item.get("role") == "assistant"
-        role = "assistant" if is_said else "tool" if kind in _OUTPUTS else "user" if kind == "message" else ""
-        known += [(role, f"input[{number}]", item)] if role else []
-        left_out += [kind[:64]] if not role and kind != "additional_tools" else []
+        where = f"input[{number}]"
+        need(isinstance(item, dict), where, "must be an object")
+        kind, role = str(item.get("type") or "message"), item.get("role")
+        if kind in ("reasoning", *_CALLS) or kind == "message" and role == "assistant":
+            known.append(("assistant", where, item))
+        elif kind == "message":
+            need(role in ("user", *_SYSTEM), f"{where}.role", "must be user, assistant, system or developer")
+            content = _content_of(f"{where}.content", item.get("content"))
+            known.append(("user", where, {"role": role, "content": content}))
+        elif kind in _OUTPUTS:
+            need(isinstance(item.get("call_id"), str), f"{where}.call_id", "must be a string")
+            content = _content_of(f"{where}.output", item.get("output"))
+            known.append(("tool", where, {"role": "tool", "tool_call_id": item["call_id"], "content": content}))
+        elif kind != "additional_tools":
+            left_out.append(kind[:64])
     for role, group in itertools.groupby(known, lambda entry: entry[0]):
         entries = [entry[1:] for entry in group]
-        if role == "assistant":
-            messages += _turn_of(entries)
-        elif role == "user":
-            messages += [_message_of(*entry) for entry in entries]
-        else:    # most servers take texts alone as outputs
-            outputs = [_output_of(*entry) for entry in entries]
-            rest = [part for output in outputs for part in parts_of(output) if part["type"] != "text"]
-            messages += [{**output, "content": text_of(output)} for output in outputs]
-            messages += [{"role": "user", "content": rest}] if rest else []
+        told = _turn_of(entries) if role == "assistant" else [message for _, message in entries]
+        rest = [part for message in told for part in parts_of(message) if role == "tool" and part["type"] != "text"]
+        # most servers take texts alone as outputs
+        messages += [{**message, "content": text_of(message)} for message in told] if role == "tool" else told
+        messages += [{"role": "user", "content": rest}] if rest else []
     return messages, left_out
-
-
-def _message_of(where: str, item: Json) -> Json:
-    """Return the message in an item.  Raise BadRequest."""
-    need(item.get("role") in ("user", *_SYSTEM), f"{where}.role", "must be user, assistant, system or developer")
-    return {"role": item["role"], "content": _content_of(f"{where}.content", item.get("content"))}
-
-
-def _output_of(where: str, item: Json) -> Json:
-    """Return the message with the output of a call.  Raise BadRequest."""
-    need(isinstance(item.get("call_id"), str), f"{where}.call_id", "must be a string")
-    return {"role": "tool", "tool_call_id": item["call_id"],
-            "content": _content_of(f"{where}.output", item.get("output"))}
 
 
 def _turn_of(entries: Iterable[tuple[str, Json]]) -> list[Json]:
