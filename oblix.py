@@ -6346,7 +6346,7 @@ def _choice_of(choice: Any, tools: dict[str, _Tool]) -> Any:
             "mode": choice.get("mode") or "auto", "tools": [*filter(None, allowed)]}}
     inner = choice["function"] if isinstance(choice.get("function"), dict) else choice
     name = flat_name(inner.get("namespace"), str(inner.get("name")))
-    return {"type": "function", "function": {"name": name}} if name in tools and tools[name].kind else None
+    return {"type": "function", "function": {"name": name}} if name in tools else None
 
 
 def _part_of(where: str, part: Any) -> Json:
