@@ -6358,9 +6358,10 @@ def _part_of(where: str, part: Any) -> Json:
         need(isinstance(text, str), f"{where}.{_TEXT_PARTS[kind]}", "must be a string")
         return {"type": "text", "text": text}
     if kind in ("input_image", "image_url"):
-        url = part["image_url"].get("url") if isinstance(part.get("image_url"), dict) else part.get("image_url")
-        need(isinstance(url, str), f"{where}.image_url", "must be a URL: Oblix keeps no files")
-        return {"type": "image_url", "image_url": without_nulls({"url": url, "detail": part.get("detail")})}
+        image = part.get("image_url")
+        image = image if isinstance(image, dict) else {"url": image, "detail": part.get("detail")}
+        need(isinstance(image.get("url"), str), f"{where}.image_url", "must be a URL: Oblix keeps no files")
+        return {"type": "image_url", "image_url": without_nulls(image)}
     need(kind == "input_file" and isinstance(part.get("file_data"), str), where,
          "must be an input_text, an input_image, or an input_file with file_data: Oblix keeps no files")
     return {"type": "file", "file": without_nulls({name: part.get(name) for name in ("filename", "file_data")})}
