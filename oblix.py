@@ -17,8 +17,8 @@ The life of a request
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
 `chat.completion.chunk` objects, so there is no third vocabulary.  Fronts translate between it and the API that a client
 speaks, providers between it and the API that a server speaks.  Two providers translate (Ollama, Claude) and are always
-streamed.  Whichever server answers, `in_order` makes OpenAI's reference of what it says, and `fold` a whole
-answer of a stream.  All answers, whole or not, take this one way.
+streamed; Claude gets its own clients' requests as they came.  Whichever server answers, `in_order` makes OpenAI's
+reference of what it says, and `fold` a whole answer of a stream.  All answers, whole or not, take this one way.
 
 Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
@@ -105,6 +105,7 @@ if TYPE_CHECKING:
 
 if __name__ == "__main__":
     sys.modules["ssl"] = None  # type: ignore[assignment]  # else http.server has it imported; this makes that fail
+import http.client
 import http.server
 
 if __name__ == "__main__":
@@ -355,6 +356,7 @@ class OblixError(Exception):
     """An error for the client, in OpenAI's shape; each subclass knows its status and type."""
     status, type = 500, "server_error"
     code: str | None = None
+    request_id = ""                             # of the client's request, once it is answered with this
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None,
                  status: int | None = None, type: str | None = None, retry: bool | None = None,
@@ -721,19 +723,28 @@ def shown(field: dataclasses.Field[Any]) -> str:
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that raises UsageError for a mistake."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
 
 
+_HELP = """One OpenAI-compatible endpoint that answers from the local model while the device can and from the cloud
+when it cannot, and says which and why.
+
+  server      serve, as without a command
+  check       print what Oblix finds, what it would do and what to fix; the status is 0 if a request would be answered
+  chat        talk with the running server, or with one of its own; [--model NAME] [--show-metrics]; takes a pipe, too
+  models      print what there is on both sides
+  env CLIENT  print the lines for a shell that point a client here: claude, codex, aider, openai, ollama"""
+
+
 def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
     """Return the parser of the command line, made from the declarations."""
-    parser = _OneLineParser(
-        prog="oblix.py", usage="python oblix.py [check] [flags]", allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="One OpenAI-compatible endpoint that answers from the local model while the device can and from "
-                    "the cloud\nwhen it cannot, and says which and why.\n\n`check` prints what Oblix finds, what it "
-                    "would do and what to fix, and exits: 0 if a request\nwould be answered, 1 if not.",
+    parser = OneLineParser(
+        prog="oblix.py", usage="python oblix.py [COMMAND] [flags]", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter, description=_HELP,
         epilog="More variables:\n" + "\n".join(f"  {variable_of(field):<20} {field.metadata['help']}"
                                                for field in declared(cls) if not flag_of(field)))
     parser.add_argument("--version", action="version", version=f"oblix {__version__}")
@@ -872,7 +883,9 @@ def check_body_kind(head: Head) -> None:
 # --- 3. Access --------------------------------------------------------------------------------------------------------
 
 EXPOSED = ("x-oblix-model, x-oblix-side, x-oblix-reason, x-oblix-attempts, x-oblix-left-out, x-request-id, "
-           "x-should-retry, retry-after")
+           "request-id, x-should-retry, retry-after")
+
+_KEY_FIELDS = ("api-key", "x-api-key")    # of Azure's clients, of Anthropic's
 
 # Schemes of pages that are part of an installed program; a page from elsewhere has http:, https: or null.  `file:` and
 # browsers' extensions are left out: a download is from elsewhere, and an extension runs beside every page.
@@ -904,7 +917,7 @@ class Guard:
         is_page = head.method in ("GET", "HEAD") and head.path == "/"    # it holds no facts, and sends the key for them
         if self.key and not (head.is_preflight or is_page or self.is_public(head) or self._knows_key(head)):
             raise BadRequest("The key of this Oblix is missing or wrong: send the one of --api-key or OBLIX_API_KEY "
-                             "as `Authorization: Bearer …`.", status=401, type="authentication_error",
+                             "as `Authorization: Bearer …` or `x-api-key: …`.", status=401, type="authentication_error",
                              code="invalid_api_key", retry=False)
 
     def _is_own(self, host: str) -> bool:
@@ -922,12 +935,13 @@ class Guard:
     def is_public(self, head: Head) -> bool:
         """Return True for GET /health without the key that is set: its answer has only status and version."""
         return bool(self.key) and head.method in ("GET", "HEAD") and head.path == "/health" and not (
-            {"authorization", "api-key"} & head.fields.keys())
+            {"authorization", *_KEY_FIELDS} & head.fields.keys())
 
     def _knows_key(self, head: Head) -> bool:
         import hmac  # which loads libcrypto: see the imports
         scheme, _, token = head.fields.get("authorization", "").partition(" ")
-        given = [token.strip() if scheme.lower() == "bearer" else "", head.fields.get("api-key", "")]
+        given = [token.strip() if scheme.lower() == "bearer" else "",
+                 *(head.fields.get(name, "") for name in _KEY_FIELDS)]
         key = self.key.encode()    # in constant time, so that nobody finds it letter by letter
         return any(hmac.compare_digest(key, one.encode("latin-1")) for one in given)
 
@@ -3750,6 +3764,9 @@ def _claude_model(name: str) -> _ClaudeModel:
     return next(model for pattern, model in _CLAUDE_MODELS if re.fullmatch(pattern, base, re.S))
 
 
+_CLAUDE_TEXTS = (("content", "text"), ("reasoning_content", "thinking"))    # in a chunk, in a block or its delta
+
+
 class Claude(Provider):
     """Anthropic's Messages API, in both directions."""
     name, label = "claude", "Claude"
@@ -3790,6 +3807,8 @@ class Claude(Provider):
         return super().refuse_part(part)
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
+        if request.native_to(self.name):
+            return {**request.native_to(self.name).body, "model": target.model}  # type: ignore[union-attr]
         body, model = request.body, _claude_model(target.model)
         system, turns = claude_conversation(without_deprecated(request.messages), model.prefill)
         choice, schema = chosen_tools(body)[1], json_wanted(body)
@@ -3868,7 +3887,17 @@ class Claude(Provider):
     def passes_text(self, request: ChatRequest) -> bool:
         return json_wanted(request.body) != {}
 
-    def _chunks(self, lines: Lines, own: dict[str, Json]) -> Iterator[Any]:
+    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+        return self._chunks(lines, {}, True) if request.native_to(self.name) else super().decode(lines, request)
+
+    def whole(self, raw: bytes, request: ChatRequest) -> Json:
+        if not request.native_to(self.name):
+            return super().whole(raw, request)
+        answer, message = fold(super().decode(raw.splitlines(), request)), object_in(raw)
+        return {**answer, "native": message} if message else answer
+
+    def _chunks(self, lines: Lines, own: dict[str, Json], is_native: bool = False) -> Iterator[Any]:
+        """Yield what the events say; native ones are passed on, each within its first chunk."""
         usage, stop = Json(), Json()
         blocks: dict[int, Json] = {}
         for data in sse_data(lines):
@@ -3876,25 +3905,31 @@ class Claude(Provider):
                 yield data
                 continue
             event = event_of(data)
-            kind = str(event.get("type"))
+            kind, said = str(event.get("type")), list[Chunk]()
             if kind.startswith("content_block_"):
-                yield from self._said(event, blocks, own)
+                said.extend(self._said(event, blocks, own))
             elif kind in ("message", "message_start"):    # whole, or streamed
                 if blocks:    # a relay that failed and started over
                     raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
                 stop = event if kind == "message" else event.get("message") or {}
                 usage.update(stop.get("usage") or {})
-                yield chunk_of(content="")
-                for index, end in itertools.product(range(len(event.get("content") or ())), ("start", "stop")):
-                    part = {"type": f"content_block_{end}", "index": index, "content_block": event["content"][index]}
-                    yield from self._said(part, blocks, own)
+                said.extend(self._begun(event, blocks, own))
             elif kind == "message_delta":
                 stop = {**stop, **(event.get("delta") or {})}
                 usage.update({name: count for name, count in (event.get("usage") or {}).items() if count is not None})
-            if kind in ("message", "message_stop"):
-                yield from self._end(stop, usage)
+            is_end = kind in ("message", "message_stop")
+            said.extend(self._end(stop, usage) if is_end else ())
+            yield from _with_native(event, said) if is_native else said
+            if is_end:
                 return
         raise cut()
+
+    def _begun(self, event: Json, blocks: dict[int, Json], own: dict[str, Json]) -> Iterator[Chunk]:
+        """Yield what a message says as it begins: all, if it is whole."""
+        yield chunk_of(content="")
+        for index, end in itertools.product(range(len(event.get("content") or ())), ("start", "stop")):
+            part = {"type": f"content_block_{end}", "index": index, "content_block": event["content"][index]}
+            yield from self._said(part, blocks, own)
 
     @staticmethod
     def _said(event: Json, blocks: dict[int, Json], own: dict[str, Json]) -> Iterator[Chunk]:
@@ -3905,7 +3940,8 @@ class Claude(Provider):
         index, kind, piece = event.get("index") or 0, event["type"], event.get("delta") or {}
         block = blocks.setdefault(index, {})
         if kind == "content_block_start":
-            block = blocks[index] = piece = event["content_block"]    # its text is mostly empty
+            piece = event["content_block"]    # its text is mostly empty
+            block = blocks[index] = {**piece}
             if block["type"] == "tool_use":
                 function = own.get(str(block.get("name"))) or block
                 block.update(json=[], keys={claude_key(name): name for name in tool_schema(function)["properties"]
@@ -3920,7 +3956,7 @@ class Claude(Provider):
             if block["keys"] and isinstance(whole, dict):
                 whole = {block["keys"].get(name, name): value for name, value in whole.items()}
             yield from [] if text and not block["keys"] else [tool_chunk(index, whole or text or {})]
-        said = present({"content": piece.get("text"), "reasoning_content": piece.get("thinking")})
+        said = present({name: text_in(piece.get(field) or "") for name, field in _CLAUDE_TEXTS})
         if said:
             yield chunk_of(**said)
 
@@ -3936,6 +3972,12 @@ class Claude(Provider):
                          "completion_tokens": usage.get("output_tokens"),
                          "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
                          **present({"completion_tokens_details": present({"reasoning_tokens": thinking})})}}
+
+
+def _with_native(event: Json, said: Sequence[Chunk]) -> Iterator[Chunk]:
+    """Yield an event's chunks for a client of its own dialect: the first has the event, and the others nothing."""
+    for number, chunk in enumerate(said or ({},)):
+        yield {"choices": [], **chunk, "native": {} if number else event}
 
 
 def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[Json], list[Json]]:
@@ -5348,6 +5390,8 @@ class Gateway:
                                           or its == "ollama" and full_name(model) == full_name(target.model)):
                 return target
         spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
+        if not (provider or spelt) and model.startswith("claude-") and not self._default_endpoints["claude"].lacks_key:
+            provider = "claude"    # Anthropic's clients name its models so
         if not model or not (provider or spelt):
             raise self._unknown(name, snapshot)
         endpoint = self._default_endpoints[provider or "ollama"]
@@ -5449,6 +5493,21 @@ class Gateway:
         What is returned has content; whatever happens later is told in its chunks' UpstreamError.
         """
         return Dispatch(self, request, look).run()
+
+    def counted(self, request: ChatRequest) -> int | None:
+        """Return how many tokens the server of a named target counts, or None if it does not at once."""
+        names = self.meaning_of(request.model)
+        with contextlib.suppress(OblixError, *NOT_IN_ITS_FORMAT):
+            if len(names) > 1 or names[0] in OWN_NAMES:    # nobody knows who will answer
+                return None
+            target = self.resolve(names[0], self.snapshot())
+            native, provider = request.native_to(target.endpoint.provider), PROVIDERS[target.endpoint.provider]
+            if native and not target.endpoint.lacks_key:
+                headers = {**provider.headers(target.endpoint), **dict(native.headers)}
+                with contextlib.closing(self.transport.open(target.endpoint.base_url + native.path, headers, dumps(
+                        provider.encode(request, target)), PROBE_LIMITS)) as answer:
+                    return int(loads(answer.body(within_first_byte=True))["input_tokens"])
+        return None
 
     def note(self, target: Target, error: UpstreamError | None) -> None:
         """Learn from an attempt that has failed, or with None succeeded."""
@@ -6081,7 +6140,7 @@ def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | 
             body[name] -= tokens
             if body[name] < 1:
                 return None
-    return dataclasses.replace(request, body=body)
+    return dataclasses.replace(request, body=body, native=None)
 
 
 def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iterator[Chunk]:
@@ -6194,6 +6253,10 @@ class Front:
     def error(self, error: OblixError) -> Json:
         """Return the body of an error."""
         return error_body(error)
+
+    def headers(self, request_id: str) -> dict[str, str]:
+        """Return the headers of each reply that this API has besides those of all replies."""
+        return {}
 
 
 # --- 11. OpenAI's chat completions ------------------------------------------------------------------------------------
@@ -6726,6 +6789,356 @@ class Responses(Front):
         return _ResponsesWriter(request, next(self._numbers), self._kept)
 
 
+# --- 11. Anthropic's Messages -----------------------------------------------------------------------------------------
+
+_MESSAGES_FIELDS: dict[str, Rule] = {
+    **{name: FIELDS[name] for name in ("model", "messages", "stream", "temperature", "top_p", "tools")},
+    "max_tokens": (lambda value: type(value) is int and 0 <= value < MOST_TOKENS, "must be an integer from 0"),
+    "system": (lambda value: isinstance(value, (str, list)), "must be a string or a list of text blocks"),
+    "stop_sequences": (lambda value: isinstance(value, list) and FIELDS["stop"][0](value), "must be a list of strings"),
+    **dict.fromkeys(("tool_choice", "thinking", "output_config", "output_format"), FIELDS["stream_options"]),
+}
+# The blocks that others than Claude can be asked with, and the types of their fields.
+_BLOCK_FIELDS: dict[str, dict[str, Any]] = {
+    "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict}, "thinking": {"thinking": str},
+    "tool_use": {"id": str, "name": str, "input": dict},
+    "tool_result": {"tool_use_id": str, "content": (str, list, type(None))}}
+_SOURCE_FIELDS = {"base64": ("media_type", "data"), "url": ("url",), "file": ("file_id",), "text": ("data",)}
+# What Claude Code says anew in each request, so that no server's cache of the prompt would fit any more: the first
+# block of the system (llama.cpp's pull request 20623), and what is left of its budget (omlx#2881, ollama's 17918).
+_BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n?")
+_COUNTDOWN = re.compile(r"<total_tokens>\s*\d+ tokens left\s*</total_tokens>")
+_TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_STOPS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
+_ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
+                409: "conflict_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+                504: "timeout_error", 529: "overloaded_error"}
+_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking")}    # of blocks; of calls:
+_CALL_DELTA = ("input_json_delta", "partial_json")
+BYTES_A_TOKEN = 3.5    # as Anthropic's glossary has it for Claude; other tokenizers have 3 to 4 bytes
+
+
+def prompt_tokens(request: ChatRequest) -> int:
+    """Return about how many tokens a prompt has, by its size."""
+    return math.ceil(request.size / BYTES_A_TOKEN)
+
+
+def messages_body(body: Json) -> tuple[Json, tuple[str, ...]]:
+    """Return a Messages body as a chat body, and the tools that it leaves out.  Raises BadRequest."""
+    own = [tool for tool in body.get("tools") or () if tool.get("type") in (None, "custom")]
+    for number, tool in enumerate(own):
+        need(isinstance(tool.get("name"), str) and isinstance(tool.get("input_schema"), dict), f"tools.{number}",
+             'must be like {"name": …, "description": …, "input_schema": {…}}')
+    tools = [{"type": "function", "function": {"name": tool["name"], "description": tool.get("description"),
+                                               "parameters": tool["input_schema"]}} for tool in own]
+    config, choice = body.get("output_config") or {}, body.get("tool_choice") or {"type": "auto"}
+    form = config.get("format") or body.get("output_format")
+    schema = form.get("schema") if isinstance(form, dict) else None
+    kind, name = str(choice.get("type")), choice.get("name")
+    need(kind in _TOOL_CHOICES or isinstance(name, str), "tool_choice",
+         'must have the type auto, any or none, or name a tool: {"type": "tool", "name": …}')
+    told: Json = {name: body.get(name) for name in ("model", "temperature", "top_p", "stream")}
+    told.update(
+        messages=_chat_messages(body), tools=tools, stop=body.get("stop_sequences"),
+        max_tokens=body.get("max_tokens") or None, stream_options={"include_usage": True},
+        tool_choice=_TOOL_CHOICES.get(kind, {"type": "function", "function": {"name": name}}),
+        parallel_tool_calls=False if choice.get("disable_parallel_tool_use") else None,
+        reasoning_effort=_effort_meant(body.get("thinking") or {}, config),
+        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        if isinstance(schema, dict) else None)
+    return told, tuple([str(tool["type"]) for tool in body.get("tools") or () if tool not in own])
+
+
+def _effort_meant(thinking: Json, config: Json) -> str | None:
+    """Return the reasoning_effort that Anthropic's fields mean, or None for the model's own."""
+    kind, budget = thinking.get("type"), thinking.get("budget_tokens")
+    if kind == "disabled":
+        return "none"
+    if isinstance(config.get("effort"), str):
+        return config["effort"]  # type: ignore[no-any-return]
+    return ("low" if budget <= 2048 else "medium" if budget < 8192 else "high") if isinstance(budget, int) else None
+
+
+def _chat_messages(body: Json) -> list[Json]:
+    """Return the system and the messages of a Messages body as a chat's.  Raises BadRequest."""
+    system = "\n".join(block["text"] for block in _blocks_in(body.get("system") or "", "system", True))
+    said, turns = [{"role": "system", "content": system}] if system else [], list[tuple[bool, list[Json]]]()
+    for number, message in enumerate(body["messages"]):
+        role = message.get("role") if isinstance(message, dict) else None
+        need(role in ("user", "assistant", "system"), f"messages.{number}", 'must have the role "user" or "assistant"')
+        blocks = _blocks_in(message.get("content"), f"messages.{number}.content", role == "system")
+        if role == "system":    # in between some templates refuse it, and Ollama takes it to the front of its cache
+            blocks = [{**one, "text": f"<system-reminder>\n{one['text']}\n</system-reminder>"} for one in blocks]
+        turns.append((role == "assistant", blocks))
+    for is_assistant, group in itertools.groupby(turns, lambda turn: turn[0]):    # some templates want to alternate
+        blocks = [block for _, some in group for block in some]
+        said.extend(_assistant_message(blocks) if is_assistant else _user_messages(blocks))
+    return said
+
+
+def _blocks_in(content: Any, where: str, is_system: bool = False) -> list[Json]:
+    """Return the blocks of a content that others than Claude can be asked with.  Raises BadRequest."""
+    need(isinstance(content, (str, list)), where, "must be a string or a list of blocks")
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    kept = []
+    for number, block in enumerate(blocks):
+        place, kind = f"{where}.{number}", str(block.get("type") if isinstance(block, dict) else None)
+        need(kind != "None", place, "must be an object with a type")
+        for name, types in _BLOCK_FIELDS.get(kind, {}).items():
+            need(isinstance(block.get(name), types), f"{place}.{name}", f"is missing or of a wrong type ({kind} block)")
+        text = block["text"] if kind == "text" else ""
+        billing = _BILLING.match(text)
+        text = _COUNTDOWN.sub("", text[billing.end() if billing else 0:]).strip()
+        if text or kind != "text" and kind in _BLOCK_FIELDS and not is_system:
+            kept.append({**block, "text": text} if is_system else block)
+    return kept
+
+
+def _parts_of_block(block: Json) -> list[Json]:
+    """Return the parts of a chat's content that say what a block says.  Raises BadRequest."""
+    kind, source = block["type"], block.get("source") or {}
+    form, needed = source.get("type"), _SOURCE_FIELDS.get(str(source.get("type")), ())
+    if kind not in ("image", "document"):    # of the others only a text can stand here
+        return [{"type": "text", "text": block["text"]}] if kind == "text" else []
+    if form == "content":
+        return _parts_within(source.get("content"), f"{kind}.source.content")
+    need(needed and all(isinstance(source.get(name), str) for name in needed), f"{kind}.source",
+         f"must be of a type among {', '.join(_SOURCE_FIELDS)}, and complete")
+    if form == "text":
+        return [{"type": "text", "text": source["data"]}]
+    url = source.get("url") or f"data:{source.get('media_type')};base64,{source.get('data')}"
+    if kind == "image" and form != "file":
+        return [{"type": "image_url", "image_url": {"url": url}}]
+    where = {"file_id": source["file_id"]} if form == "file" else {"file_url" if form == "url" else "file_data": url}
+    return [{"type": "file", "file": {"filename": str(block.get("title") or "document.pdf"), **where}}]
+
+
+def _parts_within(content: Any, where: str) -> list[Json]:
+    return [part for block in _blocks_in(content, where) for part in _parts_of_block(block)]
+
+
+def _assistant_message(blocks: Sequence[Json]) -> list[Json]:
+    """Return what the assistant said; of thoughts only those without a signature, which are not Claude's."""
+    text, thought, calls = "\n".join(block["text"] for block in blocks if block["type"] == "text"), "", list[Json]()
+    for block in blocks:
+        if block["type"] == "thinking" and not block.get("signature"):
+            thought += block["thinking"]
+        if block["type"] == "tool_use":
+            function = {"name": block["name"], "arguments": dumps(block["input"]).decode()}
+            calls.append({"id": block["id"], "type": "function", "function": function})
+    more = present({"tool_calls": calls, "reasoning_content": thought})
+    return [{"role": "assistant", "content": text or None, **more}] if text or calls else []
+
+
+def _user_messages(blocks: Sequence[Json]) -> list[Json]:
+    """Return the results of tools, which have to follow their calls, and then what else the user says."""
+    results, rest = list[Json](), list[Json]()
+    for block in blocks:
+        if block["type"] != "tool_result":
+            rest.extend(_parts_of_block(block))
+            continue
+        parts = _parts_within(block.get("content") or "", "tool_result.content")
+        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        if block.get("is_error") and "error" not in text[:100].lower():    # there is no field for it
+            text = f"Error: {text}"
+        results.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": text})
+        rest.extend(part for part in parts if part["type"] != "text")    # a tool's message takes texts alone
+    texts = [part["text"] for part in rest if part["type"] == "text"]
+    content = "\n".join(texts) if len(texts) == len(rest) else rest    # some servers take no list
+    return [*results, *([{"role": "user", "content": content}] if rest else [])]
+
+
+def _signed(message: Json) -> Json:
+    """Return a message for Claude, which refuses thoughts that it has not signed: they are another model's."""
+    blocks = message["content"]
+    kept = blocks if isinstance(blocks, str) else [
+        block for block in blocks if block["type"] != "thinking" or block.get("signature")]
+    return {**message, "content": kept}
+
+
+def _anthropic_message(answer: Json, content: list[Json], stop: str | None, usage: Json) -> Json:
+    return {"id": f"msg_{answer['id'].removeprefix('chatcmpl-')}", "type": "message", "role": "assistant", "model":
+            answer["model"], "content": content, "stop_reason": stop, "stop_sequence": None, "usage": usage}
+
+
+def _anthropic_usage(usage: Json, request: ChatRequest) -> Json:
+    """Return the counts of an answer, or an estimate of its prompt where no server tells any."""
+    details = usage.get("prompt_tokens_details")
+    found = [usage.get("prompt_tokens"), usage.get("completion_tokens"), *(
+        details.get(name) if isinstance(details, dict) else 0 for name in ("cached_tokens", "cache_write_tokens"))]
+    prompt, said, read, written = [count if type(count) is int else 0 for count in found]
+    return {"input_tokens": max(0, prompt - read - written) if usage else prompt_tokens(request),
+            "cache_creation_input_tokens": written, "cache_read_input_tokens": read, "output_tokens": said}
+
+
+def _long_prompt(message: str) -> str:
+    """Return the text of an error in the words by which agents know that they have to shorten the conversation."""
+    if re.search(r"prompt is too long: \d+ tokens > \d+ maximum", message):    # Claude's own
+        return message
+    plain = re.sub(r"(?<=\d),(?=\d{3})", "", message)
+    limits = re.findall(r"(?i)(?:length|limit|window|size|n_ctx|maximum|>)\D{0,40}?(\d{1,9})\b", plain)
+    most = max(map(int, limits), default=0)
+    asked = max(map(int, re.findall(r"(?<![\w.:-])\d{1,9}\b(?![-.]\w)", plain)), default=0)    # not of a model's name
+    told = f"{asked} tokens > {most}" if asked > most else f"over {most} tokens > {most}"
+    return f"prompt is too long: {told} maximum ({message})" if most else f"prompt is too long: {message}"
+
+
+def _framed(event: Json) -> bytes:
+    """Return an event as Anthropic's clients read it, or nothing for one without a name."""
+    name = str(event.get("type"))
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), dumps(event)) if name.isidentifier() and name.isascii() else b""
+
+
+class _Block:
+    """A block of an answer: it is open, or waits for the one before."""
+
+    def __init__(self, key: Any, start: Json) -> None:
+        self.key, self.start = key, start    # the key: its type, or the number of a call
+        self.is_open, self.held, self.said = False, list[str](), list[str]()
+
+    def may_end(self) -> bool:
+        """Return True if the block can be closed before another one: a call when its arguments are complete."""
+        ends = self.said[-1:] and self.said[-1].rstrip().endswith("}")
+        return self.key in _DELTAS or bool(ends) and object_in("".join(self.said)) is not None
+
+
+class _MessagesWriter(Writer):
+    def __init__(self, request: ChatRequest) -> None:
+        self._request = request
+        self._begun = self._ended = False
+        self._blocks: list[_Block] = []    # the first one is open; one of them may be at a time
+        self._index = -1                   # of the block that was opened last
+        self._finish, self._usage = "stop", Json()
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            return self._texts(chunk)
+        if chunk.get("native") is not None:
+            return self._native(chunk["native"])
+        events = b"" if self._begun else self._start(chunk)
+        self._usage = chunk.get("usage") or self._usage
+        for choice in chunk["choices"]:
+            delta, self._finish = choice["delta"], choice["finish_reason"] or self._finish
+            for kind, name in (("thinking", "reasoning_content"), ("text", "content"), ("text", "refusal")):
+                events += self._say(kind, delta[name]) if delta.get(name) else b""
+            for call in delta.get("tool_calls") or ():
+                inner = call.get("function") or {}
+                start = {"type": "tool_use", "id": call.get("id"), "name": inner.get("name"), "input": {}}
+                events += self._say(call["index"], inner.get("arguments") or "", start)
+        return events
+
+    def _start(self, chunk: Chunk) -> bytes:
+        self._begun = True    # what the server counts comes at the end
+        message = _anthropic_message(chunk, [], None, _anthropic_usage({}, self._request))
+        return _framed({"type": "message_start", "message": message}) + MESSAGES.keep_alive
+
+    def _native(self, event: Json) -> bytes:
+        """Return an event of Claude's as it came, and note which block is open."""
+        kind, self._begun = event.get("type"), True
+        if kind == "content_block_start":
+            self._index = event["index"] if type(event.get("index")) is int else self._index + 1
+            self._blocks = [_Block(str(event["content_block"]["type"]), event["content_block"])]
+            self._blocks[0].is_open = True
+        self._blocks = [] if kind == "content_block_stop" else self._blocks
+        self._ended = self._ended or kind == "message_stop"
+        return _framed(event) if event else b""
+
+    def _texts(self, texts: Texts) -> bytes:
+        events = b""
+        if [block.key for block in self._blocks] != ["text"]:
+            events = self._say("text", "")
+            if self._blocks[0].key != "text":    # it waits for the end of a call
+                return events + b"".join(self._say("text", str(loads(b'"%b"' % text))) for text in texts)
+        before = (b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":'
+                  b'{"type":"text_delta","text":"' % self._index)
+        return events + before + (b'"}}\n\n' + before).join(texts) + b'"}}\n\n'
+
+    def _say(self, key: Any, piece: str, start: Json | None = None) -> bytes:
+        """Return the events for a piece of a text, a thought or a call, as soon as its block is open."""
+        others = self._blocks if start else self._blocks[-1:]
+        block = next((block for block in others if block.key == key), None)
+        if block is None:
+            if start and not start["name"]:    # blanks behind a call that has ended
+                return b""
+            block = _Block(key, start or {"type": key, key: "", **({"signature": ""} if key == "thinking" else {})})
+            self._blocks.append(block)
+        block.held.append(piece)
+        return self._flow()
+
+    def _flow(self, is_end: bool = False) -> bytes:
+        """Return the events for what is held of the open block, and of each next one where that can be closed."""
+        events = b""
+        while self._blocks:
+            block = self._blocks[0]
+            if not block.is_open:
+                self._index, block.is_open = self._index + 1, True
+                events += _framed({"type": "content_block_start", "index": self._index, "content_block": block.start})
+            kind, field = _DELTAS.get(block.key, _CALL_DELTA)
+            for piece in filter(None, block.held):
+                delta = {"type": kind, field: piece}
+                events += _framed({"type": "content_block_delta", "index": self._index, "delta": delta})
+            block.said.extend(() if block.key in _DELTAS else block.held)
+            block.held.clear()
+            if not is_end and (len(self._blocks) == 1 or not block.may_end()):
+                break
+            events += _framed({"type": "content_block_stop", "index": self._index})
+            del self._blocks[0]
+        return events
+
+    def end(self) -> bytes:
+        if self._ended:
+            return b""
+        last = {"stop_reason": _STOPS.get(self._finish, "end_turn"), "stop_sequence": None}
+        usage = _anthropic_usage(self._usage, self._request)
+        return self._flow(True) + _framed({"type": "message_delta", "delta": last, "usage": usage}) + _framed(
+            {"type": "message_stop"})
+
+    def broken(self, error: OblixError) -> bytes:
+        return _framed(MESSAGES.error(error))
+
+
+class Messages(Front):
+    """Anthropic's Messages.  Claude gets a request as it came, and its answer goes back as it comes."""
+    name = "messages"
+    keep_alive = _framed({"type": "ping"})
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        needed = ("model", "messages") if head.path.endswith("/count_tokens") else ("model", "messages", "max_tokens")
+        check_fields(body, _MESSAGES_FIELDS, needed)
+        told, left_out = messages_body(body)
+        path = f"/v1{head.path}{'?beta=true' if 'beta=true' in head.target.partition('?')[2].split('&') else ''}"
+        messages = [message for message in map(_signed, body["messages"]) if message["content"] != []]
+        native = Native("claude", path, {**body, "messages": messages}, tuple([
+            (name, head.fields[name]) for name in ("anthropic-version", "anthropic-beta") if name in head.fields]))
+        return dataclasses.replace(parse_request(told), origin=body, native=native, left_out=left_out)
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        if "native" in answer:
+            return answer["native"]  # type: ignore[no-any-return]
+        choice, content = answer["choices"][0], list[Json]()
+        message = choice["message"]
+        if message.get("reasoning_content"):
+            content.append({"type": "thinking", "thinking": message["reasoning_content"], "signature": ""})
+        content += [{"type": "text", "text": message[name]} for name in ("content", "refusal") if message.get(name)]
+        for call in message.get("tool_calls") or ():
+            called = function_in(call)
+            content.append({"type": "tool_use", "id": call["id"], "name": called["name"], "input": called["arguments"]})
+        return _anthropic_message(answer, content, _STOPS.get(choice["finish_reason"], "end_turn"),
+                                  _anthropic_usage(answer.get("usage") or {}, request))
+
+    def stream(self, request: ChatRequest) -> Writer:
+        return _MessagesWriter(request)
+
+    def error(self, error: OblixError) -> Json:
+        kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+        text = _long_prompt(error.message) if error.code == "context_length_exceeded" else error.message
+        told = {"type": kind, "message": text or type(error).__name__}
+        return {"type": "error", "error": told, "request_id": error.request_id}
+
+    def headers(self, request_id: str) -> dict[str, str]:
+        return {"request-id": request_id}
+
+
 # --- 11. Ollama's lists of models -------------------------------------------------------------------------------------
 
 # The first version with all the APIs that Oblix has: /v1/responses came with 0.13.4 (Codex asks for it), /v1/messages
@@ -6767,13 +7180,16 @@ def ollama_loaded(models: Iterable[Model]) -> Json:
     return {"models": [*{str(model.loaded["name"]): model.loaded for model in models if model.loaded}.values()]}
 
 
-CHAT, RESPONSES, OLLAMA = Chat(), Responses(), OllamaApi()
-FRONTS: dict[str, Front] = {"/chat/completions": CHAT, "/responses": RESPONSES}    # by path, without /v1
+CHAT, RESPONSES, MESSAGES, OLLAMA = Chat(), Responses(), Messages(), OllamaApi()
+FRONTS: dict[str, Front] = {    # by path, without /v1
+    "/chat/completions": CHAT, "/responses": RESPONSES, "/messages": MESSAGES}
+_BELOW = {"/messages/": MESSAGES, "/api/": OLLAMA}    # how the path begins of what else these APIs have
 
 
 def front_of(head: Head) -> Front:
     """Return the front in whose shape a request is answered, whatever is wrong with it."""
-    return FRONTS.get(head.path) or (OLLAMA if head.path.startswith("/api/") else CHAT)
+    path = head.path
+    return FRONTS.get(path) or next((front for start, front in _BELOW.items() if path.startswith(start)), CHAT)
 
 
 # === 12. Server =======================================================================================================
@@ -6987,7 +7403,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.close_connection = not self.head.keeps_open
         if self.head.path in FRONTS:
             self.told["front"] = FRONTS[self.head.path].name
-        self._common = self.guard.cors_headers(self.head)
+        self._common = {**self.guard.cors_headers(self.head), **front_of(self.head).headers(self.id)}
         self.guard.check(self.head)
 
     def _fields(self) -> Iterator[bytes]:
@@ -7060,7 +7476,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _refuse(self, error: OblixError) -> None:
         """Answer with an error, or end with it the stream that has begun."""
-        self.told["error"] = error.code or error.type
+        self.told["error"], error.request_id = error.code or error.type, self.id
         with contextlib.suppress(ClientGone):    # the log tells of the error
             if "status" in self.told:
                 self.close_connection = True    # which breaks off: the framing, too, must not look complete
@@ -7192,7 +7608,7 @@ class Handler(socketserver.BaseRequestHandler):
                          fallbacks=served.fallbacks)
         headers = {"x-oblix-model": model, "x-oblix-side": side, "x-oblix-reason": served.reason,
                    "x-oblix-attempts": str(served.attempts)}
-        if request.left_out:
+        if request.left_out and not request.native_to(served.target.endpoint.provider):
             headers["x-oblix-left-out"] = ", ".join(request.left_out)[:1000]
         if served.whole is not None:
             self._count(served.whole)
@@ -7201,6 +7617,11 @@ class Handler(socketserver.BaseRequestHandler):
         self._event_headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
             self._stream(served)
+
+    def _count_tokens(self) -> None:
+        """Answer how many tokens a prompt has: as Claude counts them if it is named, or by their size."""
+        request = routed(MESSAGES.request(parse_body(self.body()), self.head), self.head)
+        self.json(200, {"input_tokens": self.server.gateway.counted(request) or prompt_tokens(request)})
 
     def _look(self) -> None:
         """See to the client before each wait and at each tick.  Raise ClientGone if it has left, Busy if Oblix ends."""
@@ -7265,6 +7686,7 @@ _READ = ("GET", "HEAD")
 # Path without /v1 -> methods, and what answers them; OPTIONS goes everywhere.
 ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Handler], None] | None]] = {
     **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), "/": (_READ, Handler._page),
+    "/messages/count_tokens": (("POST",), Handler._count_tokens),
     "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models),
     "/metrics": (_READ, Handler._metrics), "/status": (_READ, Handler._status),
     "/api/version": (_READ, lambda handler: handler.json(200, {"version": OLLAMA_VERSION})),
@@ -7853,8 +8275,9 @@ def demo(settings: Settings) -> Iterator[Settings]:
 
 
 # === 15. Command line =================================================================================================
-# uses: 1 2 9 12 14
+# uses: 1 2 6 9 10 12 14
 # What does a person see at the start?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
+# And what can a person ask for in a terminal?
 
 LOG_S = 0.1       # in which the lines of the log are collected, to be written together
 LOG_END_S = 1.0   # for the last of them, and for what is printed
@@ -7868,11 +8291,16 @@ FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_pe
 SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
-def start_texts(settings: Settings, server: Server) -> Iterator[str]:
-    """Yield what a start prints: the address at once, and the rest when the monitors could say a first word."""
+def address_at(settings: Settings, port: int) -> str:
+    """Return the address by which clients reach a server with these settings."""
     host = settings.host.strip("[]")
     host = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    base = f"http://{host}:{server.port}/v1"
+    return f"http://{host}:{port}"
+
+
+def start_texts(settings: Settings, server: Server) -> Iterator[str]:
+    """Yield what a start prints: the address at once, and the rest when the monitors could say a first word."""
+    base = address_at(settings, server.port) + "/v1"
     yield f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else "")
     server.gateway.watch.settle(0.5)
     key = "the key of --api-key" if settings.api_key else "placeholder"
@@ -7922,26 +8350,39 @@ def advices(health: Json) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> int:
-    """Run `check`, or begin to serve, which ends the process later: see `run_server`.  Return the exit status."""
+    """Run a command; the server ends the process later: see `run_server`.  Return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    checks = argv[:1] == ["check"]
+    command = argv[0] if argv and argv[0] in COMMANDS else ""
     try:
-        settings = with_keys_from_files(Settings.parse(argv[checks:], os.environ if env is None else env))
-        start_log(settings)
+        own, flags = _command_words(command, argv[bool(command):])
+        settings = with_keys_from_files(Settings.parse(flags, os.environ if env is None else env))
+        is_quiet = command in ("chat", "models", "env") and settings.log_level == "info"
+        start_log(dataclasses.replace(settings, log_level="error") if is_quiet else settings)
         for line in odd_keys(settings):
             log.warning(line)
-        return run_check(settings) if checks else run_server(settings)
+        return COMMANDS[command or "server"](settings, own)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
         return _status_of(error)
 
 
+def _command_words(command: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return what a command takes for itself, and the flags that are settings.  Raise UsageError."""
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    if command == "chat":
+        parser.add_argument("--model", default="auto")
+        parser.add_argument("--show-metrics", action="store_true")
+    elif command == "env":
+        parser.add_argument("client", nargs="?", default="")
+    return parser.parse_known_args(argv)
+
+
 def _status_of(error: Exception) -> int:
     """Say what ended the program, a mistake in what was set in one line.  Return the exit status."""
-    mistake = isinstance(error, UsageError)
-    say(f"oblix: {error}" if mistake else traceback.format_exc(), "stderr")
-    return 2 if mistake else 1
+    is_told = isinstance(error, (UsageError, OblixError))
+    say(f"oblix: {error}" if is_told else traceback.format_exc(), "stderr")
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def say(text: str, stream: str = "stdout") -> None:
@@ -8033,7 +8474,7 @@ def start_log(settings: Settings) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
-def run_server(settings: Settings) -> int:
+def run_server(settings: Settings, _: argparse.Namespace) -> int:
     """Answer requests until a signal comes, then let them end, on a thread that ends the process.  Return 0 at once.
 
     Python keeps a script's syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
@@ -8107,7 +8548,7 @@ def raise_file_limit(wanted: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
-def run_check(settings: Settings) -> int:
+def run_check(settings: Settings, _: argparse.Namespace) -> int:
     """Print what is found and what `auto` would do.  Return 0 if it would answer, else 1.  Raise UsageError."""
     guard_of(settings)    # a start would refuse mistakes in the access settings, too
     with demo(settings) as settings, contextlib.closing(
@@ -8118,6 +8559,218 @@ def run_check(settings: Settings) -> int:
         health = gateway.health()
     say("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
     return 0 if health["status"] == "healthy" and health["plan"]["order"] else 1
+
+
+# --- 15. Commands that ask a server -----------------------------------------------------------------------------------
+
+PEER_S = 60.0           # for the next byte of an answer; a stream has a comment every KEEP_ALIVE_S
+DIM, RED = "2", "31"    # colours of a terminal
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")    # by a terminal
+# For each client the lines that point it here, after one that says how they are used.
+CLIENTS = {
+    "claude": '''export ANTHROPIC_BASE_URL=%(url)s ANTHROPIC_AUTH_TOKEN="%(key)s"
+export ANTHROPIC_MODEL=auto ANTHROPIC_SMALL_FAST_MODEL=auto ANTHROPIC_DEFAULT_HAIKU_MODEL=auto
+unset ANTHROPIC_API_KEY''',
+    "codex": '''codex() { command codex -c model=auto -c model_provider=oblix -c model_providers.oblix.name=Oblix \\
+  -c model_providers.oblix.base_url=%(url)s/v1 -c model_providers.oblix.wire_api=responses%(flag)s "$@"; }''',
+    "aider": 'export OPENAI_API_BASE=%(url)s/v1 OPENAI_API_KEY="%(key)s" AIDER_MODEL=openai/auto',
+    "openai": 'export OPENAI_BASE_URL=%(url)s/v1 OPENAI_API_KEY="%(key)s"',
+    "ollama": 'export OLLAMA_HOST=%(url)s OLLAMA_API_KEY="%(key)s"'}
+
+
+class Peer(NamedTuple):
+    """A running Oblix, and the key that it wants."""
+    host: str
+    port: int
+    key: str
+
+    def ask(self, path: str, body: Json | None = None) -> http.client.HTTPResponse:
+        """Return the answer to a GET, or to the POST of a body, unread.  Raise OSError, HTTPException."""
+        headers = {"Content-Type": "application/json", "Connection": "close",
+                   **present({"Authorization": self.key and f"Bearer {self.key}"})}
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=PEER_S)
+        connection.request("POST" if body else "GET", path, dumps(body) if body else None, headers)
+        return connection.getresponse()
+
+
+@contextlib.contextmanager
+def reached(settings: Settings, settle_s: float) -> Iterator[Peer]:
+    """Yield the Oblix that runs with these settings, or one that runs while the block does.  Raise UsageError."""
+    host, server = settings.host.strip("[]"), ""
+    host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    peer = Peer(host, settings.port, settings.api_key)
+    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(peer.ask("/health")) as response:
+        server = response.headers.get("Server", "unknown")
+    if server.startswith("oblix/"):
+        yield peer
+    elif server:
+        raise UsageError(f"another program answers at port {settings.port}: name Oblix's with --port")
+    else:
+        with demo(settings) as own, running(dataclasses.replace(own, host="127.0.0.1", port=0)) as started:
+            started.gateway.watch.settle(settle_s)
+            yield Peer("127.0.0.1", started.port, settings.api_key)
+
+
+def told_by(response: http.client.HTTPResponse) -> Json:
+    """Return the JSON object of a response.  Raise OblixError with the message of an error."""
+    found = object_in(response.read(MAX_BODY_BYTES)) or {"error": {"message": "the answer is not in Oblix's format"}}
+    if "error" in found:
+        raise OblixError(f"{found['error']['message']} ({response.status})")
+    return found
+
+
+def show(text: str, stream: TextIO, colour: str = "") -> None:
+    """Print a piece of text at once, on a terminal in colour."""
+    plain = not (colour and stream.isatty()) or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    text = _OBEYED.sub("", text)
+    stream.write(text if plain or not text else f"\x1b[{colour}m{text}\x1b[0m")
+    stream.flush()
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A conversation through a server: answers go to stdout, and all else to stderr."""
+    peer: Peer
+    model: str
+    shows_metrics: bool
+    messages: list[Json] = dataclasses.field(default_factory=list)
+    reason: str = ""    # of the last decision
+
+    def turn(self, text: str) -> None:
+        """Show the answer to a text as it comes, and who gave it.  Raise OblixError, OSError, HTTPException.
+
+        What has been said stays in the conversation, also of an answer that breaks off.
+        """
+        self.messages.append({"role": "user", "content": text})
+        asked = {"model": self.model, "messages": self.messages, "stream": True,
+                 "stream_options": {"include_usage": True}}
+        said, thinks, last, started, first = "", False, Json(), time.monotonic(), 0.0
+        try:
+            with contextlib.closing(self.peer.ask("/v1/chat/completions", asked)) as response:
+                lines = (line.rstrip(b"\r\n") for line in response)
+                if response.status != 200:
+                    told_by(response)
+                for last in PROVIDERS["openai"].decode(lines, ChatRequest("", {"messages": []}, True, True)):
+                    thought, piece = ("".join(choice["delta"].get(name) or "" for choice in last["choices"])
+                                      for name in ("reasoning_content", "content"))
+                    first = first or (time.monotonic() if has_content(last) else 0.0)
+                    said += piece
+                    if sys.stderr.isatty() and (thought or piece and thinks):
+                        show(thought or "\n", sys.stderr, DIM)
+                    thinks = bool(thought)
+                    show(piece, sys.stdout)
+        finally:
+            if said:
+                self.messages.append({"role": "assistant", "content": said})
+                show("\n", sys.stdout)
+            else:
+                self.messages.pop()
+        self._tell(response.headers, last, first - started, time.monotonic() - first)
+
+    def _tell(self, headers: http.client.HTTPMessage, last: Chunk, first_s: float, rest_s: float) -> None:
+        """Show who gave an answer, why if that has changed, and how fast if that is wanted."""
+        side, reason, tokens = headers.get("x-oblix-side"), headers.get("x-oblix-reason", ""), tokens_of(last)
+        told = f"{headers.get('x-oblix-model') or last.get('model')}" + (f" ({side})" if side else "")
+        told += f": {reason}" if reason != self.reason else ""
+        if self.shows_metrics and first_s > 0:
+            told += f"; first {first_s:.2f} s" + (f", {tokens / max(rest_s, 0.001):.1f} tokens/s" if tokens else "")
+        self.reason = reason
+        show(f"{told}\n", sys.stderr, DIM)
+
+    def answers(self, text: str) -> bool:
+        """Take a turn that Ctrl-C interrupts on a terminal.  Return False, and show why, if it fails."""
+        try:
+            self.turn(text)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            show("(interrupted)\n", sys.stderr, DIM)
+        except (OblixError, OSError, http.client.HTTPException) as error:
+            show(f"error: {error}\n", sys.stderr, RED)
+            return False
+        return True
+
+
+def run_chat(settings: Settings, asked: argparse.Namespace) -> int:
+    """Talk until the person ends it, or answer what comes through a pipe.  Return the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with reached(settings, 1.0) as peer:
+        talk = Conversation(peer, asked.model, asked.show_metrics)
+        if not sys.stdin.isatty():
+            text = sys.stdin.read().strip()
+            return int(bool(text) and not talk.answers(text))
+        with contextlib.suppress(ImportError):
+            __import__("readline")    # input() then knows the arrows
+        show("/model NAME asks for another model, /new begins a new conversation, exit ends.\n", sys.stderr, DIM)
+        while True:
+            text = _line_typed()
+            model = re.fullmatch(r"/model\s+(\S+)", text)
+            if text in ("exit", "/exit"):
+                return 0
+            if model:
+                talk.model = model[1]
+            elif text == "/new":
+                talk.messages.clear()
+            elif text:
+                talk.answers(text)
+
+
+def _line_typed() -> str:
+    """Return the line that a person types: "exit" for Ctrl-D, and "" for Ctrl-C."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt) as error:
+        show("\n", sys.stdout)
+        return "exit" if isinstance(error, EOFError) else ""
+
+
+def run_models(settings: Settings, _: argparse.Namespace) -> int:
+    """Print what there is on both sides.  Return the exit status."""
+    told = []
+    with reached(dataclasses.replace(settings, warm_up="never"), 6.0) as peer:
+        for path in ("/v1/models", "/health", "/api/tags"):
+            with contextlib.closing(peer.ask(path)) as response:
+                told.append(told_by(response))
+    rows = [("MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"), *model_rows(*told)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
+    return 0
+
+
+def model_rows(listed: Json, health: Json, tags: Json) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each model that can be asked for, from what a server tells of them."""
+    targets = {target["id"]: target for target in health["targets"]}
+    files = {"ollama:" + file["name"].removesuffix(":latest"): file for file in tags["models"]}
+    now = {"auto": ", ".join(health["plan"]["order"][:1]), **{side.value: health[side.value]["level"] for side in Side}}
+    for model in listed["data"]:
+        id, file = model["id"], files.get(model["id"], {})
+        usual = {"side": "", "state": now.get(id, "alias")} if model["owned_by"] == "oblix" else {
+            "side": "cloud" if is_remote(id) else "local", "state": "installed"}
+        target, size = targets.get(id, usual), file.get("size", 0)
+        contexts = dict.fromkeys(filter(None, (target.get("context"), model.get("context_length"))))    # now, at most
+        can = {*file.get("capabilities", ()), *model.get("architecture", {}).get("input_modalities", ()),
+               *({"tools"} & {*model.get("supported_parameters", ())})} - {"completion", "text", "vision"}
+        yield (id, target["side"], target["state"], f"{size / 1e9:.1f} GB" if size > 5e7 else "",
+               " of ".join(f"{context:,}" for context in contexts), ", ".join(sorted(can)))
+
+
+def run_env(settings: Settings, asked: argparse.Namespace) -> int:
+    """Print the lines for a shell that point a client here, with the key's variable and not the key."""
+    if asked.client not in CLIENTS or not settings.port:
+        raise UsageError(f"env needs the name of a client: {', '.join(CLIENTS)}; and with --port 0, the port")
+    told = {"url": address_at(settings, settings.port), "key": "oblix", "flag": ""}
+    if settings.api_key:
+        told.update(key="$OBLIX_API_KEY", flag=" -c model_providers.oblix.env_key=OBLIX_API_KEY")
+        say("# OBLIX_API_KEY must hold the key of --api-key.")
+    say(f'# eval "$(python oblix.py env {asked.client})" in the shell that starts the client, but not in the one that\n'
+        "# starts Oblix, which reads some of these variables as well.\n" + CLIENTS[asked.client] % told)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Settings, argparse.Namespace], int]] = {
+    "server": run_server, "check": run_check, "chat": run_chat, "models": run_models, "env": run_env}
 
 
 if __name__ == "__main__":

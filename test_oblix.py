@@ -331,6 +331,21 @@ class ClaudeDialect:
     def event(self, name, **data):
         return data_event({"type": name, **data}, name)
 
+    def whole(self, saying):
+        content = []
+        for event in self._blocks(saying.pieces):
+            event = json.loads(event.partition(b"data: ")[2])
+            if event["type"] == "content_block_start":
+                content.append({**event["content_block"], "json": ""})
+            for name, value in event.get("delta", {}).items():
+                place = {"partial_json": "json"}.get(name, name)
+                if name != "type":
+                    content[-1][place] = content[-1][place] + value if place != "signature" else value
+        for block in content:
+            said = block.pop("json")
+            block.update({"input": json.loads(said or "{}")} if block["type"] == "tool_use" else {})
+        return {**self._message(saying), "content": content}
+
     def _message(self, saying):
         cached = saying.prompt_tokens // 2  # input_tokens leaves out what came from the cache
         usage = {"input_tokens": saying.prompt_tokens - cached, "cache_read_input_tokens": cached,
@@ -918,11 +933,13 @@ class Shape(Case):
         self.assertEqual(list(violations(seeded)),
                          [(1, "socket", "impure"), (2, "_own", "private"), (3, "shared", "not listed")])
 
-    def test_every_provider_and_monitor_is_registered(self):
+    def test_every_provider_and_monitor_is_registered_and_every_front_keeps_the_contract(self):
         providers = {type(provider) for provider in oblix.PROVIDERS.values()}
         self.assertEqual(providers, set(oblix.Provider.__subclasses__()))
         monitors = {kind for kind in vars(oblix).values() if isinstance(kind, type) and issubclass(kind, oblix.Monitor)}
         self.assertEqual(set(oblix.MONITORS), {kind for kind in monitors if kind.name})
+        self.assertEqual({front.name for front in oblix.FRONTS.values()},
+                         {contract.front for contract in FrontContract.__subclasses__()})
 
     def test_nothing_but_the_stdlib_and_psutil_is_imported(self):
         nodes = list(ast.walk(ast.parse(self.source)))
@@ -10358,6 +10375,1236 @@ LIMITS = [  # what the README's table of limits says, and the numbers in it
 ]
 
 
+# === 11. Fronts: the contract every one keeps =========================================================================
+# One run for all of them: the same answer must look the same to the clients of every API, whoever gives it.
+# A front's class says how that API is spoken: a request, a whole answer and a stream as a `Seen`, an error.
+
+class Seen(NamedTuple):
+    """What a client was told."""
+    text: str
+    thought: str
+    calls: list     # [name, arguments], in their order
+    finish: str     # stop | length | tool_calls
+    usage: tuple    # tokens of the prompt, of the answer
+
+
+class FrontContract:
+    """What holds for each front.  A subclass speaks its API: the methods below that raise, and `whole_body`."""
+    path = front = ""
+
+    def body(self, model, stream=False, tools=(), **fields):
+        """A request that says "Hi", may call these tools of TOOLS, and asks for the usage."""
+        raise NotImplementedError
+
+    def of_whole(self, body):
+        """What a whole answer tells."""
+        raise NotImplementedError
+
+    def of_stream(self, data):
+        """What a stream's bytes tell, once they are asserted to be in the API's own order, up to where they end."""
+        raise NotImplementedError
+
+    def is_complete(self, data):
+        """True if the API's clients take a stream of these bytes for a whole one."""
+        raise NotImplementedError
+
+    def error_in(self, body):
+        """The message in an error's body, once it is asserted to have the API's shape."""
+        raise NotImplementedError
+
+    def error_events(self, data):
+        """The bodies of the errors within a stream."""
+        raise NotImplementedError
+
+    def full(self):
+        """A request with every field that the front reads, to be damaged."""
+        raise NotImplementedError
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = [cls.keep(Upstream(dialect)) for dialect in DIALECTS]
+        cls.server = cls.keep(running(*cls.upstreams))
+
+    def asks(self, model="auto", stream=False, server=None, headers=(), **fields):
+        return self.sends(json.dumps(self.body(model, stream, **fields)), server, headers)
+
+    def sends(self, data, server=None, headers=(), path="", method="POST"):
+        return fetch(server or self.server, method, path or self.path, data,
+                     {"Content-Type": "application/json", **dict(headers)})
+
+    def play(self, *scripts):
+        for upstream in self.upstreams:
+            upstream.play(*scripts)
+
+    def told(self, reply):
+        """What a good answer tells."""
+        self.assertEqual((reply.status, reply.cut), (200, False), reply.body)
+        kind = reply.headers["Content-Type"].split(";")[0]
+        if kind == "application/json":
+            return self.of_whole(reply.json)
+        self.assertEqual(kind, oblix.FRONTS[self.path.replace("/v1", "")].events.split(";")[0])
+        self.assertTrue(self.is_complete(reply.body), reply.body)
+        return self.of_stream(reply.body)
+
+    def failed(self, reply, statuses, says=""):
+        """A refusal, in the API's shape."""
+        self.assertIn(reply.status, statuses if isinstance(statuses, (set, range)) else {statuses}, reply.body)
+        self.assertEqual(reply.headers["Content-Type"].split(";")[0], "application/json")
+        self.assertIn(says.lower(), self.error_in(reply.json).lower())
+        return reply
+
+    def test_a_whole_answer_is_the_fold_of_the_stream_whoever_gives_it(self):
+        self.play(answer(*RICH, usage=(9, 7)))
+        wanted = Seen(text_of(Saying(RICH, "", 0, 0)), "hm, well", [[FIND.name, FIND.arguments], [NOW.name, {}]],
+                      "tool_calls", (9, 7))
+        for upstream, stream in itertools.product(self.upstreams, (False, True)):
+            with self.subTest(upstream.target, stream=stream):
+                reply = self.asks(upstream.target, stream, tools=TOOLS)
+                self.assertEqual(self.told(reply), wanted)
+                self.assertEqual(reply.headers["x-oblix-model"], upstream.target)
+
+    def test_bytes_may_be_cut_anywhere(self):
+        for upstream, size, stream in itertools.product(self.upstreams, (1, 7), (False, True)):
+            upstream.play(answer(*RICH, split=size))
+            with self.subTest(upstream.target, size=size, stream=stream):
+                told = self.told(self.asks(upstream.target, stream, tools=TOOLS))
+                self.assertEqual((told.text, told.thought), (text_of(Saying(RICH, "", 0, 0)), "hm, well"))
+
+    def test_many_texts_that_pass_unread_are_the_same_text(self):
+        words = ["Grüße ", "\"a\\b\" ", "x\ny "] * 9
+        for upstream in self.upstreams:
+            upstream.play(answer(Think("hm"), *map(Text, words), split=4096))
+            told = self.told(self.asks(upstream.target, True))
+            self.assertEqual((told.text, told.thought, told.finish), ("".join(words), "hm", "stop"))
+
+    def test_calls_whose_pieces_interleave_come_apart(self):
+        pieces = [(0, "find", '{"q": '), (1, "now", '{"a": '), (0, None, '"x"}'), (1, None, "1"), (0, None, " "),
+                  (1, None, "}")]
+        deltas = [{"tool_calls": [{"index": index, **({"id": f"call_{index}", "type": "function"} if name else {}),
+                                   "function": {**({"name": name} if name else {}), "arguments": text}}]}
+                  for index, name, text in pieces]
+        chunks = [OPENAI.chunk([{"index": 0, "delta": delta, "finish_reason": None}]) for delta in deltas]
+        chunks.append(OPENAI.chunk([{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]))
+        self.upstreams[1].play(streamed(OPENAI, [*map(data_event, chunks), b"data: [DONE]\n\n"]))
+        told = self.told(self.asks(self.upstreams[1].target, True, tools=TOOLS))
+        self.assertEqual((told.calls, told.finish), ([["find", {"q": "x"}], ["now", {"a": 1}]], "tool_calls"))
+
+    def test_why_an_answer_ended_is_told(self):
+        for finish, stream in itertools.product(("stop", "length"), (False, True)):
+            self.play(answer(Text("Hello, wor"), finish=finish))
+            for upstream in self.upstreams:
+                told = self.told(self.asks(upstream.target, stream))
+                self.assertEqual((told.text, told.finish), ("Hello, wor", finish))
+
+    def test_the_next_target_answers_in_one_stream_with_one_beginning(self):
+        for failing_first in ([self.upstreams[0]], self.upstreams[:2]):
+            self.play(answer(Text("Hello")))
+            for upstream in failing_first:
+                upstream.play(lambda dialect, _: whole(503, dialect.error("overheated")))
+            for stream in (False, True):
+                with running(*self.upstreams) as server:
+                    reply = self.asks("auto", stream, server)
+                self.assertEqual(self.told(reply)[:4], ("Hello", "", [], "stop"))
+                self.assertNotEqual(reply.headers["x-oblix-model"], self.upstreams[0].target)
+        self.play(answer(Text("Hello")))
+
+    def test_a_cut_answer_never_looks_complete(self):
+        for upstream, end in itertools.product(self.upstreams, (CLOSE, RESET, "error")):
+            upstream.play(lambda dialect, _, end=end: [*upto(dialect, "Hello"), *(
+                [chunk(dialect.error_event("overheated")), CLOSE] if end == "error" else [end])])
+            with self.subTest(upstream.target, end=end):
+                with self.assertLogs("oblix", "WARNING"):
+                    reply = self.asks(upstream.target, True)
+                self.assertEqual(reply.status, 200)
+                self.assertFalse(self.is_complete(reply.body), reply.body)
+                self.assertTrue(reply.cut)
+                [error] = self.error_events(reply.body)
+                self.assertTrue(self.error_in(error))
+                self.assertEqual(self.of_stream(reply.body).text, "Hello")
+            upstream.play(answer(Text("Hello")))
+
+    def test_every_status_of_an_upstream_has_the_api_s_shape(self):
+        for (status, seen, _), upstream in itertools.product(STATUSES, self.upstreams):
+            upstream.play(failing(status))
+            for stream in (False, True):
+                with self.subTest(upstream.target, status=status, stream=stream), mock.patch.object(oblix.log, "error"):
+                    self.failed(self.asks(upstream.target, stream), seen, "the reason why")
+        self.play(answer(Text("Hello")))
+
+    def test_what_oblix_refuses_has_the_api_s_shape(self):
+        self.failed(self.asks("no-such-model"), 404, "no-such-model")
+        self.failed(self.sends(b"{"), 400, "json")
+        self.failed(self.sends(b"[]"), 400, "json")
+        self.failed(self.sends(b"{}"), 400, "missing")
+        self.failed(self.sends(None, method="DELETE"), 405)
+        self.failed(self.sends(b"{}", headers={"Content-Encoding": "gzip"}), 415)
+        with running(*self.upstreams, flags=["--api-key=k", "--max-body-mib=1"], probed=False) as server:
+            self.failed(self.asks(server=server), 401, "key")
+            for name, key in (("Authorization", "Bearer k"), ("api-key", "k"), ("x-api-key", "k")):
+                self.assertEqual(self.asks(server=server, headers={name: key}).status, 200)
+            self.failed(self.sends(b" " * (1 << 21), server, {"api-key": "k"}), 413)
+
+    def test_no_body_makes_a_500(self):
+        chance, full = random.Random(3), self.full()
+        bodies = [{**full, name: wrong} for name, wrong in itertools.product(full, WRONG)]
+        for _ in range(200):
+            body = full
+            for _ in range(chance.choice((1, 1, 2))):
+                body = changed(body, chance.choice(places(body)[1:]), chance.choice(WRONG))
+            bodies.append(body)
+        for body, reply in zip(bodies, at_once(self.sends, [(json.dumps(body),) for body in bodies])):
+            with self.subTest(body=str(body)[:999]):
+                if reply.status == 200:
+                    self.told(reply)
+                else:
+                    self.failed(reply, range(400, 500))
+
+    def test_the_log_names_the_front_and_counts_tokens(self):
+        for upstream, stream in itertools.product(self.upstreams, (False, True)):
+            with self.subTest(upstream.target, stream=stream), self.assertLogs("oblix", "INFO") as logs:
+                self.asks(upstream.target, stream)
+                eventually(lambda: any(hasattr(record, "facts") for record in logs.records))
+            facts = next(record.facts for record in logs.records if hasattr(record, "facts"))
+            self.assertEqual([facts.get(name) for name in ("front", "asked", "served", "tokens", "prompt_tokens")],
+                             [self.front, upstream.target, upstream.target, 7, 9])
+
+
+class ChatKeepsTheContract(FrontContract, Case):
+    path, front = "/v1/chat/completions", "chat"
+
+    def body(self, model, stream=False, tools=(), **fields):
+        usage = {"stream_options": {"include_usage": True}} if stream else {}
+        return chat(model, stream=stream, **usage, **({"tools": tools} if tools else {}), **fields)
+
+    def of_whole(self, body):
+        [choice] = body["choices"]
+        return self.of_message(choice["message"], choice["finish_reason"], body["usage"])
+
+    def of_message(self, message, finish, usage):
+        calls = [call["function"] for call in message.get("tool_calls") or []]
+        return Seen(message.get("content") or "", message.get("reasoning_content") or "",
+                    [[call["name"], json.loads(call["arguments"])] for call in calls], finish,
+                    (usage.get("prompt_tokens"), usage.get("completion_tokens")))
+
+    def events(self, data):
+        return [event[len("data: "):] for event in data.decode().split("\n\n") if event.startswith("data: ")]
+
+    def of_stream(self, data):
+        chunks = [json.loads(event) for event in self.events(data) if event != "[DONE]"]
+        choices = [choice for part in chunks for choice in part.get("choices", [])]
+        finish = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
+        usage = [part["usage"] for part in chunks if part.get("usage")]
+        return self.of_message(joined([choice["delta"] for choice in choices]), *finish or [None], *usage or [{}])
+
+    def is_complete(self, data):
+        return self.events(data)[-1] == "[DONE]"
+
+    def error_in(self, body):
+        self.assertEqual(list(body), ["error"])
+        self.shaped(body["error"])
+        return body["error"]["message"]
+
+    def error_events(self, data):
+        bodies = [json.loads(event) for event in self.events(data) if event != "[DONE]"]
+        return [body for body in bodies if "error" in body]
+
+    def full(self):
+        return {**FULL, "model": "ollama:llama3.2"}
+
+
+# --- 11. OpenAI's Responses -------------------------------------------------------------------------------------------
+
+def respond(model="auto", *items, **fields):
+    """The body of a request for OpenAI's Responses."""
+    return {"model": model, "input": list(items) or "Hi", **fields}
+
+
+def response_events(data):
+    """The events of a stream, each under the name of its type."""
+    events = []
+    for lines in data.decode().split("\n\n")[:-1]:
+        if not lines.startswith(":"):
+            name, said = lines.split("\n")
+            events.append(json.loads(said[len("data: "):]))
+            assert name == "event: " + events[-1]["type"], lines
+    return events
+
+
+PARTED = {"message": "content", "reasoning": "summary"}    # kind of item -> where its parts are
+ITEM_TEXTS = {"function_call": "arguments", "custom_tool_call": "input"}
+
+
+def response_in(case, data):
+    """The response of a stream, whose events must come in the order that the SDKs and LangChain count on.
+
+    They are numbered; one item is open at a time; what is done is what its pieces say, and what the response has.
+    """
+    events = response_events(data)
+    case.assertEqual([event["sequence_number"] for event in events], list(range(len(events))))
+    case.assertEqual([event["type"] for event in events[:2]], ["response.created", "response.in_progress"])
+    case.assertEqual(events[0]["response"]["output"], [])
+    done, item, said, last = [], None, "", dict(events[0]["response"])
+    for event in events[2:]:
+        kind = event["type"].split(".")[1:]
+        if "item" in event:
+            case.assertEqual(event["output_index"], len(done))
+        if kind == ["output_item", "added"]:
+            case.assertIsNone(item)
+            item, said = event["item"], ""
+            text = item.get(PARTED.get(item["type"], ITEM_TEXTS.get(item["type"])))
+            case.assertEqual((item["status"], text), ("in_progress", [] if item["type"] in PARTED else ""))
+        elif kind == ["output_item", "done"]:
+            case.assertEqual(event["item"]["id"], item["id"])
+            parts = event["item"].get(PARTED.get(item["type"])) or [{"text": event["item"].get(
+                ITEM_TEXTS.get(item["type"]))}]
+            case.assertEqual([part.get("text", part.get("refusal")) for part in parts], [said])
+            done.append(event["item"])
+            item = None
+        elif "item_id" in event:
+            case.assertEqual((event["item_id"], event["output_index"]), (item["id"], len(done)))
+            said += event.get("delta", "")
+            if kind[-1] == "done":
+                case.assertIn(said, [*event.values(), *event.get("part", {}).values()])
+        else:
+            last = event.get("response", last)
+            if event["type"] != "error":
+                case.assertEqual((event["type"], last["output"]), ("response." + last["status"], done))
+    if item:    # it broke off
+        part = {"type": "output_text", "text": said}
+        done.append({**item, PARTED.get(item["type"], "text"): [part]})
+    return {**last, "output": done}
+
+
+def seen_in(case, body):
+    """What a response tells, which must have what the SDKs read."""
+    case.assertEqual((body["object"], body["store"], body["previous_response_id"]), ("response", False, None))
+    case.assertTrue(body["id"].startswith("resp_"))
+    case.assertLessEqual({"created_at", "model", "tools", "tool_choice", "text", "reasoning", "metadata", "error",
+                          "instructions", "temperature", "top_p", "parallel_tool_calls", "truncation"}, set(body))
+    ids = [item["id"] for item in body["output"]]
+    case.assertEqual(len(set(ids)), len(ids))
+    texts = {"message": "", "reasoning": ""}
+    for item in body["output"]:
+        for part in item.get(PARTED.get(item["type"])) or ():
+            texts[item["type"]] += part.get("text", part.get("refusal"))
+    calls = [[item["name"], json.loads(item["arguments"])] for item in body["output"]
+             if item["type"] == "function_call"]
+    reason = (body["incomplete_details"] or {}).get("reason")
+    finish = {"max_output_tokens": "length", "content_filter": "content_filter"}.get(reason)
+    usage = body["usage"] or {}
+    if body["status"] == "completed":
+        finish = "tool_calls" if calls else "stop"
+    return Seen(texts["message"], texts["reasoning"], calls, finish,
+                      (usage.get("input_tokens"), usage.get("output_tokens")))
+
+
+NAMESPACE = {"type": "namespace", "name": "mcp__notes__", "description": "Notes.", "tools": [
+    {"type": "function", "name": "find", "description": "In notes.", "parameters": TOOLS[0]["function"]["parameters"]}]}
+PATCH = {"type": "custom", "name": "apply_patch", "description": "Patches.",
+         "format": {"type": "grammar", "syntax": "lark", "definition": "start: x"}}
+FLAT = [{"type": "function", **tool["function"]} for tool in TOOLS]
+CALLED = {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "find", "arguments": '{"q":"a"}'}
+ASKED_OF_RESPONSES = respond(
+    "auto", {"role": "developer", "content": "Be kind."},
+    {"type": "message", "role": "user", "content": [
+        {"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": PNG_URL, "detail": "low"}]},
+    {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}], "encrypted_content": None},
+    {"type": "message", "role": "assistant", "id": "msg_1", "content": [
+        {"type": "output_text", "text": "b", "annotations": []}, {"type": "refusal", "refusal": "no"}]},
+    CALLED, {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "c"}]},
+    {"type": "custom_tool_call", "call_id": "c2", "name": "apply_patch", "input": "*** Begin"},
+    {"type": "custom_tool_call_output", "call_id": "c2", "output": "done"},
+    {"type": "additional_tools", "role": "developer", "tools": [NAMESPACE]}, {"type": "web_search_call", "id": "w"},
+    instructions="Be brief.", tools=[*FLAT, NAMESPACE, PATCH, {"type": "web_search"}], tool_choice="auto",
+    parallel_tool_calls=True, max_output_tokens=50, temperature=0.5, top_p=1, top_logprobs=0, stream=False,
+    text={"format": {"type": "json_schema", "name": "a", "schema": SCHEMA, "strict": True}, "verbosity": "low"},
+    reasoning={"effort": "low", "summary": "auto"}, include=["reasoning.encrypted_content"], store=False, user="u",
+    metadata={"a": "b"}, truncation="auto", prompt_cache_key="k", service_tier="auto", client_metadata={"a": "b"})
+
+
+def user_says(*content):
+    return [{"role": "user", "content": content[0] if len(content) == 1 else list(content)}]
+
+
+def called_with(*calls, content="", **more):
+    """A message of chat's with these calls: id, name, arguments."""
+    calls = [{"id": id, "type": "function", "function": {"name": name, "arguments": text}} for id, name, text in calls]
+    return {"role": "assistant", "content": content, **more, "tool_calls": calls}
+
+
+OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "3"}
+PNG_PART, PDF_PART = image(PNG_URL), {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF_URL}}
+MEANT_TO_OPENAI = [  # what it is, the fields of Responses, those of chat
+    ("a text", {"input": "Hi"}, {"messages": user_says("Hi")}),
+    ("a probe", {"input": [], "max_output_tokens": 1}, {"messages": user_says("."), "max_completion_tokens": 1}),
+    ("nothing at all", {"input": None}, {"messages": user_says(".")}),
+    ("instructions", {"input": "Hi", "instructions": "Be kind."}, {"messages": [system("Be kind."), *user_says("Hi")]}),
+    ("one system message, the first", {"instructions": "A", "input": [
+        {"role": "developer", "content": [{"type": "input_text", "text": "B"}, {"type": "input_text", "text": "C"}]},
+        {"role": "system", "content": "D"}, {"role": "user", "content": "a"}, {"role": "developer", "content": "E"}]},
+     {"messages": [system("A\n\nB\nC\n\nD"), *user_says("a"), *user_says("E")]}),
+    ("parts", {"input": [{"role": "user", "content": [
+        {"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": PNG_URL, "detail": "low"},
+        {"type": "input_file", "filename": "a.pdf", "file_data": PDF_URL}]}]},
+     {"messages": user_says(part("a"), PNG_PART, PDF_PART)}),
+    ("a turn of an assistant", {"input": [
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": text} for text in "hm"]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]}, CALLED,
+        {"type": "web_search_call", "id": "w"}, {**CALLED, "call_id": "c2", "name": "now", "arguments": ""}, OUTPUT,
+        {**OUTPUT, "call_id": "c2"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]},
+     {"messages": [called_with(("c1", "find", '{"q":"a"}'), ("c2", "now", ""), content="b", reasoning_content="h\nm"),
+                   result("c1", "3"), result("c2", "3"), assistant("c"), *user_says("d")]}),
+    ("thoughts alone", {"input": [{"role": "user", "content": "a"}, {"type": "reasoning", "summary": [], "content": [
+        {"type": "reasoning_text", "text": "hm"}]}]}, {"messages": user_says("a")}),
+    ("outputs with pictures", {"input": [CALLED, {**CALLED, "call_id": "c2"}, {**OUTPUT, "output": [
+        {"type": "input_text", "text": "b"}, {"type": "input_image", "image_url": PNG_URL, "detail": "low"}]},
+        {**OUTPUT, "call_id": "c2"}]},
+     {"messages": [called_with(*((id, "find", '{"q":"a"}') for id in ("c1", "c2"))), result("c1", "b"),
+                   result("c2", "3"), {"role": "user", "content": [PNG_PART]}]}),
+    ("calls by their names in Codex", {"input": [
+        {**CALLED, "namespace": "mcp__notes__"}, {**CALLED, "namespace": "functions"}, {**CALLED, "namespace": None},
+        {"type": "custom_tool_call", "call_id": "c2", "name": "apply_patch", "input": 'a "b"'}]},
+     {"messages": [called_with(
+         ("c1", "mcp__notes__find", '{"q":"a"}'), *[("c1", "find", '{"q":"a"}')] * 2,
+         ("c2", "apply_patch", '{"input":"a \\"b\\""}'))]}),
+    ("a function of a hosted tool's name", {"tools": [{**FLAT[0], "name": "web_search"}, {"type": "web_search"}]},
+     {"tools": [{"type": "function", "function": {**FIND_TOOL, "name": "web_search"}}]}),
+    ("tools in an item, as Codex has them for OpenAI's newest models", {"input": [
+        {"type": "additional_tools", "role": "developer", "tools": [{**NAMESPACE, "name": "functions", "tools": FLAT}]},
+        {"role": "user", "content": "Hi"}]}, {"tools": TOOLS}),
+    ("parts in chat's form, and a system's picture", {"input": [{"role": role, "content": [
+        {"type": "text", "text": "a"}, PNG_PART]} for role in ("system", "user")]},
+     {"messages": user_says(part("a"), PNG_PART) * 2}),
+    ("a form", {"text": {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA, "strict": True,
+                                    "description": None}, "verbosity": "low"}},
+     {"response_format": JSON_SCHEMA, "verbosity": "low"}),
+    ("any JSON", {"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
+    ("a text as form", {"text": {"format": {"type": "text"}}}, {}),
+    ("numbers", {"max_output_tokens": 5, "temperature": 0.5, "top_p": 1, "top_logprobs": 2,
+                 "reasoning": {"effort": "low", "summary": "auto"}},
+     {"max_completion_tokens": 5, "temperature": 0.5, "top_p": 1, "top_logprobs": 2, "logprobs": True,
+      "reasoning_effort": "low"}),
+    ("log probabilities", {"include": ["message.output_text.logprobs"]}, {"logprobs": True}),
+    ("hints", {"user": "u", "prompt_cache_key": "k", "service_tier": "flex", "keep_alive": "5m"},
+     {"user": "u", "prompt_cache_key": "k", "service_tier": "flex", "keep_alive": "5m"}),
+    ("what is not for chat", {"store": True, "metadata": {"a": "b"}, "include": ["reasoning.encrypted_content"],
+                              "client_metadata": {"a": "b"}, "reasoning": None, "text": None, "max_tool_calls": 5}, {}),
+    ("tools", {"tools": FLAT, "tool_choice": "required", "parallel_tool_calls": False},
+     {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}),
+    ("tools in chat's form", {"tools": TOOLS}, {"tools": TOOLS}),
+    ("one tool", {"tools": FLAT, "tool_choice": {"type": "function", "name": "now"}},
+     {"tools": TOOLS, "tool_choice": ONLY_NOW}),
+    ("some tools", {"tools": FLAT, "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [
+        {"type": "function", "name": "now"}, {"type": "mcp", "server_label": "x"}]}},
+     {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+         "mode": "required", "tools": [ONLY_NOW]}}}),
+]
+LEFT_OUT = [  # fields, what is told as left out
+    ({"tools": [{"type": kind} for kind in ("web_search", "image_generation", "mcp", "local_shell", "tomorrow's")]},
+     ("web_search", "image_generation", "mcp", "local_shell", "tomorrow's")),
+    ({"tools": FLAT, "tool_choice": {"type": "web_search"}}, ("tool_choice",)),
+    ({"input": [{"type": "web_search_call", "id": "w"}] * 2, "truncation": "auto"}, ("web_search_call", "truncation")),
+]
+NOT_TAKEN = [  # fields, of them the param of the error, its code, what it says
+    ({"previous_response_id": "resp_1"}, "previous_response_id", "unsupported_parameter", "whole input"),
+    ({"conversation": "conv_1"}, "conversation", "unsupported_parameter", "whole input"),
+    ({"background": True}, "background", "unsupported_parameter", "not supported"),
+    ({"prompt": {"id": "pmpt_1"}}, "prompt", "unsupported_parameter", "not supported"),
+    ({"input": [{"type": "item_reference", "id": "msg_9"}]}, "input[0]", "unsupported_parameter", "store: false"),
+    ({"input": 5}, "input", "invalid_value", "string or a list"), ({"input": ["a"]}, "input[0]", "invalid_value", ""),
+    ({"input": [{"role": "tool", "content": "a"}]}, "input[0].role", "invalid_value", "developer"),
+    ({"input": [{"role": "user"}]}, "input[0].content", "invalid_value", "parts"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
+     "input[0].content[0].image_url", "invalid_value", "keeps no files"),
+    ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
+     "input[0].content[0]", "invalid_value", "keeps no files"),
+    ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id", "invalid_value", ""),
+    ({"input": [{"type": "function_call_output", "call_id": "c", "output": {"a": 1}}]}, "input[0].output",
+     "invalid_value", "parts"),
+    ({"instructions": ["a"]}, "instructions", "invalid_value", "string"),
+    ({"tools": {"a": 1}}, "tools", "invalid_value", "list"),
+    ({"tools": [{"type": "function"}]}, "tools[0].name", "invalid_value", "string"),
+    ({"tools": [{"type": "namespace", "name": "a", "tools": [{"type": "function", "name": 5}]}]},
+     "tools[0].tools[0].name", "invalid_value", "string"),
+    ({"text": {"format": {"name": "a"}}}, "text.format", "invalid_value", "type"),
+    ({"max_output_tokens": "5"}, "max_output_tokens", "invalid_value", "integer"),
+    ({"temperature": "hot"}, "temperature", "invalid_value", "number"),
+    ({"model": None}, "model", "missing_required_parameter", "auto"),
+]
+
+
+class ResponsesIn(Case):
+    """What a body of Responses means, and what of it is refused."""
+
+    def test_bodies_mean_what_they_mean_to_openai(self):
+        usual = {"messages": user_says("Hi")}
+        for name, fields, wanted in MEANT_TO_OPENAI:
+            with self.subTest(name):
+                request = oblix.RESPONSES.request({"model": "auto", "input": "Hi", **fields}, None)
+                self.assertEqual(request.body, {**usual, **wanted})
+                self.assertEqual(request.left_out, ("web_search_call",) if "turn" in name else
+                                 ("web_search",) if "hosted" in name else ())
+
+    def test_a_stream_asks_for_its_usage(self):
+        request = oblix.RESPONSES.request(respond(stream=True), None)
+        self.assertEqual((request.stream, request.body["stream_options"]), (True, {"include_usage": True}))
+
+    def test_tools_become_functions_or_are_left_out(self):
+        request = oblix.RESPONSES.request(respond(tools=[NAMESPACE, PATCH, {"type": "web_search"}]), None)
+        found, patch = [tool["function"] for tool in request.body["tools"]]
+        self.assertEqual(found, {"name": "mcp__notes__find", "description": "In notes.",
+                                 "parameters": FLAT[0]["parameters"]})
+        self.assertEqual((patch["name"], patch["parameters"]["required"]), ("apply_patch", ["input"]))
+        self.assertIn("lark grammar:\nstart: x", patch["description"])
+        self.assertEqual(request.left_out, ("web_search",))
+        for fields, left_out in LEFT_OUT:
+            request = oblix.RESPONSES.request(respond(**fields), None)
+            self.assertEqual(request.left_out, left_out)
+            self.assertNotIn("tool_choice", request.body)
+
+    def test_long_names_are_cut_where_they_differ_least(self):
+        space = {**NAMESPACE, "name": "mcp__" + "long/" * 20}
+        [name] = oblix.tools_of({"tools": [space]})
+        self.assertRegex(name, "^[A-Za-z0-9_-]{64}$")
+        self.assertTrue(name.endswith("__find"))
+
+    def test_what_cannot_be_kept_is_refused_and_says_what_to_do(self):
+        for fields, param, code, says in NOT_TAKEN:
+            with self.subTest(**fields), self.assertRaises(oblix.BadRequest) as caught:
+                oblix.RESPONSES.request({"model": "auto", "input": "Hi", **fields}, None)
+            error = caught.exception
+            self.assertEqual((error.status, error.param, error.code), (400, param, code))
+            self.assertIn(says, error.message)
+
+    def test_the_work_is_linear(self):
+        item = {"type": "message", "role": "assistant", "content": "abcdefgh"}
+        def took(count):
+            started = time.thread_time()
+            oblix.RESPONSES.request(respond("auto", *[item] * count), None)
+            return time.thread_time() - started
+        took(100)
+        self.assertLess(took(64_000), 64 * 16 * max(took(1000), 1e-4))
+
+
+class ResponsesFront(Case):
+    """What clients get, by bytes and by OpenAI's SDK."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = {dialect.name: cls.keep(Upstream(dialect)) for dialect in DIALECTS}
+        cls.server = cls.keep(running(*cls.upstreams.values()))
+
+    def asks(self, *items, model="openai:gpt-test", server=None, **fields):
+        return fetch(server or self.server, "POST", "/v1/responses", json.dumps(respond(model, *items, **fields)),
+                     {"Content-Type": "application/json"})
+
+    def both(self, *items, **fields):
+        """The response of a whole answer and of a stream, which must be the same but for its ids and times."""
+        whole, reply = self.asks(*items, **fields), self.asks(*items, stream=True, **fields)
+        self.assertEqual((whole.status, reply.status, reply.cut), (200, 200, False), whole.body)
+        told = [whole.json, response_in(self, reply.body)]
+        for response in told:
+            response.update(id="", created_at=0, output=[{**item, "id": ""} for item in response["output"]])
+        self.assertEqual(*told)
+        self.assertEqual(whole.headers["x-oblix-left-out"], reply.headers["x-oblix-left-out"])
+        return {**told[0], "left_out": whole.headers["x-oblix-left-out"]}
+
+    def test_calls_come_back_as_the_client_has_its_tools(self):
+        asked = {"input": "*** Begin Patch\n\"a\""}
+        for dialect in DIALECTS:
+            self.upstreams[dialect.name].play(answer(
+                Call("c1", "mcp__notes__find", {"q": "a"}), Call("c2", "apply_patch", asked), Call("c3", "now", {})))
+            response = self.both(model=f"{dialect.name}:{dialect.model}", tools=[
+                NAMESPACE, PATCH, {"type": "web_search"}, FLAT[1]])
+            calls = [{name: value for name, value in item.items() if name not in ("id", "status")}
+                     for item in response["output"]]
+            arguments = calls[0].pop("arguments")
+            self.assertEqual(json.loads(arguments), {"q": "a"})
+            self.assertEqual(calls, [
+                {"type": "function_call", "call_id": "c1", "name": "find", "namespace": "mcp__notes__"},
+                {"type": "custom_tool_call", "call_id": "c2", "name": "apply_patch", "input": asked["input"]},
+                {"type": "function_call", "call_id": "c3", "name": "now", "arguments": "{}"}])
+            self.assertEqual(response["left_out"], "web_search")
+
+    def test_an_answer_that_is_not_whole_says_why(self):
+        for finish, reason in (("length", "max_output_tokens"), ("content_filter", "content_filter")):
+            self.upstreams["openai"].play(answer(Think("hm"), Text("Hel"), finish=finish))
+            response = self.both()
+            self.assertEqual((response["status"], response["incomplete_details"]), ("incomplete", {"reason": reason}))
+            self.assertEqual([item["status"] for item in response["output"]], ["completed", "incomplete"])
+
+    def test_refusals_and_log_probabilities_are_told(self):
+        token = {"token": "No", "bytes": [78, 111], "logprob": -0.1, "top_logprobs": []}
+        self.upstreams["openai"].play(answer(Text("No"), rewrite=lambda event: event.replace(
+            b'"content": "No"', b'"refusal": "No"')))
+        events = response_events(self.asks(stream=True).body)
+        self.assertIn(("response.refusal.delta", "No"), [(event["type"], event.get("delta")) for event in events])
+        self.assertEqual(events[-1]["response"]["output"][0]["content"], [{"type": "refusal", "refusal": "No"}])
+        self.upstreams["openai"].play(answer(Text("No"), rewrite=lambda event: event.replace(
+            b'"content": "No"}, "logprobs": null',
+            b'"content": "No"}, "logprobs": ' + json.dumps({"content": [token], "refusal": None}).encode())))
+        events = response_events(self.asks(stream=True, top_logprobs=1).body)
+        self.assertEqual([event["logprobs"] for event in events if "logprobs" in event], [[token]] * 2)
+        self.assertEqual(events[-1]["response"]["output"][0]["content"][0]["logprobs"], [token])
+        self.assertEqual(self.upstreams["openai"].last.json["logprobs"], True)
+
+    def test_what_was_asked_is_echoed_but_for_what_is_not_done(self):
+        self.upstreams["openai"].play(answer(Text("b")))
+        asked = {"instructions": "A", "metadata": {"a": "b"}, "temperature": 0.5, "top_p": 0.5, "tools": FLAT,
+                 "tool_choice": "auto", "parallel_tool_calls": False, "max_output_tokens": 50, "user": "u",
+                 "reasoning": {"effort": "low"}, "text": {"verbosity": "low"}}
+        response = self.both(store=True, truncation="auto", **asked)
+        self.assertEqual({name: response[name] for name in asked}, asked)
+        self.assertEqual((response["store"], response["truncation"], response["left_out"]),
+                         (False, "disabled", "truncation"))
+        self.assertEqual(response["usage"], {
+            "input_tokens": 9, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 16})
+
+    def test_items_can_be_referred_to_unless_they_were_not_to_be_stored(self):
+        """As the Vercel AI SDK does in a second turn."""
+        with running(self.upstreams["openai"]) as server:
+            for stored, stream in itertools.product((None, True, False), (False, True)):
+                self.upstreams["openai"].play(answer(Think("hm"), Text("Once.")))
+                reply = self.asks(server=server, stream=stream, store=stored)
+                items = (response_in(self, reply.body) if stream else reply.json)["output"]
+                second = self.asks(*({"type": "item_reference", "id": item["id"]} for item in items),
+                                   {"role": "user", "content": "And?"}, server=server)
+                if stored is False:
+                    self.assertEqual((second.status, second.error["code"]), (400, "unsupported_parameter"))
+                    continue
+                self.assertEqual(second.status, 200, second.body)
+                self.assertEqual(self.upstreams["openai"].last.json["messages"], [
+                    {"role": "assistant", "content": "Once.", "reasoning_content": "hm"}, *user_says("And?")])
+
+    def test_only_the_newest_items_are_kept_and_no_large_ones(self):
+        front, ids = oblix.Responses(), []
+        def answered(text):
+            writer = front.stream(front.request(respond(stream=True), None))
+            data = writer.take({"id": "1", "created": 1, "model": "m", "choices": [
+                {"index": 0, "delta": {"content": text}, "finish_reason": "stop", "logprobs": None}]}) + writer.end()
+            [item] = response_in(self, data)["output"]
+            ids.append(item["id"])
+        for _ in range(oblix.MAX_KEPT + 1):
+            answered("a")
+        answered("a" * (oblix.MAX_KEPT_BYTES + 1))
+        for id, kept in ((ids[0], False), (ids[1], True), (ids[-2], True), (ids[-1], False)):
+            body = respond("auto", {"type": "item_reference", "id": id})
+            with self.subTest(id), contextlib.nullcontext() if kept else self.assertRaises(oblix.BadRequest):
+                front.request(body, None)
+
+    def writer(self, **fields):
+        """A writer, and the function that makes it tell a delta."""
+        writer = oblix.RESPONSES.stream(oblix.RESPONSES.request(respond(stream=True, **fields), None))
+        return writer, lambda delta: writer.take({"id": "chatcmpl-1", "created": 1, "model": "m", "choices": [
+            {"index": 0, "delta": delta, "finish_reason": None, "logprobs": None}]})
+
+    def test_a_call_that_is_complete_is_told_before_the_next_one_is(self):
+        writer, take = self.writer(tools=FLAT)
+        def call(index, text, **name):
+            return take({"tool_calls": [{"index": index, "id": f"c{index}", "function": {**name, "arguments": text}}]})
+        data = call(0, '{"q": ', name="find") + call(0, "1}") + call(1, "{", name="now")
+        self.assertEqual([event["type"] for event in response_events(data)][-2:],
+                         ["response.output_item.added", "response.function_call_arguments.delta"])
+        data += call(0, " ") + take({"content": "a"}) + call(1, "}")    # a blank, and what waits for the second call
+        response = response_in(self, data + writer.end())
+        self.assertEqual([item.get("arguments") or item["content"][0]["text"] for item in response["output"]],
+                         ['{"q": 1}', "{}", "a"])
+
+    def test_texts_cost_no_json_each(self):
+        writer, take = self.writer()
+        data = take({"content": "a"})
+        with mock.patch.object(oblix, "dumps", side_effect=AssertionError):
+            data += writer.take(oblix.Texts([b"%s", b'\\"', "ü".encode()] * 100))
+        response = response_in(self, data + writer.end())
+        self.assertEqual(response["output"][0]["content"][0]["text"], "a" + '%s"ü' * 100)
+
+    def test_a_broken_answer_is_an_error_for_sdks_and_failed_for_codex(self):
+        self.upstreams["openai"].play(lambda dialect, _: [
+            *upto(dialect, "Hello"), chunk(dialect.error_event("why")), CLOSE])
+        with self.assertLogs("oblix", "WARNING"):
+            reply = self.asks(stream=True)
+        self.assertTrue(reply.cut)
+        error, failed = response_events(reply.body)[-2:]
+        self.assertEqual((error["type"], error["error"]["message"], error["message"]), ("error", "why", "why"))
+        self.assertEqual((failed["type"], failed["response"]["status"]), ("response.failed", "failed"))
+        self.assertEqual(failed["response"]["error"], {"code": "upstream_error", "message": "why"})
+        self.assertNotIn("response.completed", reply.body.decode())
+
+    def test_too_long_a_prompt_has_the_code_by_which_codex_compacts(self):
+        self.upstreams["openai"].play(lambda dialect, _: whole(400, dialect.error(
+            "This model's maximum context length is 10 tokens", "invalid_request_error", "context_length_exceeded")))
+        for stream in (False, True):
+            self.refused(self.asks(stream=stream), 400, code="context_length_exceeded")
+
+    def test_cursor_may_ask_at_chat_completions_and_gets_chat(self):
+        self.upstreams["openai"].play(answer(Text("Hello")))
+        for stream in (False, True):
+            said = {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}
+            body = respond(OPENAI_ID, said, stream=stream, tools=[*FLAT, *TOOLS, PATCH], reasoning={"effort": "low"})
+            self.answered(fetch(self.server, "POST", "/v1/chat/completions", json.dumps(body),
+                                {"Content-Type": "application/json"}), "Hello")
+            self.assertEqual(self.upstreams["openai"].last.json["messages"], user_says("Hi"))
+            self.answered(ask(self.server, OPENAI_ID, stream=stream, tools=[FLAT[0], TOOLS[1]]), "Hello")
+            self.assertEqual(self.upstreams["openai"].last.json["tools"], TOOLS)
+
+    # --- by OpenAI's SDK ---
+
+    def sdk_client(self):
+        openai = sdk()
+        client = openai.OpenAI(base_url=self.server.url + "/v1", api_key="placeholder", max_retries=0)
+        self.addCleanup(client.close)
+        return openai, client.responses
+
+    def test_the_sdk_reads_answers_whole_streamed_and_accumulated(self):
+        _, responses = self.sdk_client()
+        for dialect in DIALECTS:
+            self.upstreams[dialect.name].play(answer(*RICH))
+            asked = {"model": f"{dialect.name}:{dialect.model}", "input": "Hi", "tools": FLAT}
+            told = [responses.create(**asked)]
+            told += [event.response for event in responses.create(stream=True, **asked)
+                     if event.type == "response.completed"]
+            with responses.stream(**asked) as stream:
+                deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+                told.append(stream.get_final_response())
+            self.assertEqual("".join(deltas), text_of(Saying(RICH, "", 0, 0)))
+            for response in told:
+                self.assertEqual(response.output_text, "".join(deltas))
+                self.assertEqual(response.usage.total_tokens, 16)
+                self.assertEqual([[item.name, json.loads(item.arguments)] for item in response.output
+                                  if item.type == "function_call"], [["find", FIND.arguments], ["now", {}]])
+
+    def test_the_sdk_parses_structured_output(self):
+        _, responses = self.sdk_client()
+        pydantic = importlib.import_module("pydantic")
+        person = pydantic.create_model("Person", name=(str, ...), age=(int, ...))
+        for dialect in DIALECTS:
+            self.upstreams[dialect.name].play(answer(Text(json.dumps(ADA))))
+            model = f"{dialect.name}:{dialect.model}"
+            parsed = responses.parse(model=model, input="Hi", text_format=person).output_parsed
+            self.assertEqual(parsed.model_dump(), ADA)
+            self.assertIn('"age"', self.upstreams[dialect.name].last.body.decode())
+
+    def test_the_sdk_sends_an_answer_back_with_the_outputs_of_its_calls(self):
+        _, responses = self.sdk_client()
+        for dialect in DIALECTS:
+            self.upstreams[dialect.name].play(CALLS, answer(Text("Two.")))
+            asked = {"model": f"{dialect.name}:{dialect.model}", "tools": FLAT}
+            first = responses.create(input="Hi", **asked)
+            outputs = [{"type": "function_call_output", "call_id": item.call_id, "output": "3 hits"}
+                       for item in first.output if item.type == "function_call"]
+            second = responses.create(input=[*user_says("Hi"), *first.output, *outputs], **asked)
+            self.assertEqual(second.output_text, "Two.")
+            for sent in ("Let me look.", "3 hits", "call_1", "call_2"):
+                self.assertIn(sent, self.upstreams[dialect.name].last.body.decode())
+
+    def test_the_sdk_raises_what_is_refused_and_what_breaks_off(self):
+        openai, responses = self.sdk_client()
+        with self.assertRaises(openai.BadRequestError) as caught:
+            responses.create(model="auto", input="Hi", previous_response_id="resp_1")
+        self.assertEqual(caught.exception.param, "previous_response_id")
+        self.upstreams["openai"].play(lambda dialect, _: [*upto(dialect, "Hello"), CLOSE])
+        with self.assertLogs("oblix", "WARNING"):
+            with self.assertRaisesRegex(openai.APIError, "before the answer was complete"):
+                list(responses.create(model=OPENAI_ID, input="Hi", stream=True))
+            with self.assertRaisesRegex(openai.APIError, "before the answer was complete"):
+                with responses.stream(model=OPENAI_ID, input="Hi") as stream:
+                    list(stream)
+
+
+class ResponsesKeepTheContract(FrontContract, Case):
+    path, front = "/v1/responses", "responses"
+
+    def body(self, model, stream=False, tools=(), **fields):
+        own = [tool for tool in FLAT if tool["name"] in [one["function"]["name"] for one in tools]]
+        return respond(model, stream=stream, tools=own, **fields)
+
+    def of_whole(self, body):
+        return seen_in(self, body)
+
+    def of_stream(self, data):
+        return seen_in(self, response_in(self, data))
+
+    def is_complete(self, data):
+        return response_events(data)[-1]["type"] in ("response.completed", "response.incomplete")
+
+    def error_in(self, body):
+        self.shaped(body["error"])
+        return body["error"]["message"]
+
+    def error_events(self, data):
+        return [event for event in response_events(data) if event["type"] == "error"]
+
+    def full(self):
+        return {**ASKED_OF_RESPONSES, "model": "ollama:llama3.2"}
+
+
+# --- 11. Anthropic's Messages -----------------------------------------------------------------------------------------
+
+def say(*texts):
+    """Blocks of text."""
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def said_by(role, *blocks):
+    return {"role": role, "content": list(blocks)}
+
+
+def messages(model="auto", *said, **fields):
+    """The body of a request for Anthropic's Messages."""
+    return {"model": model, "max_tokens": 50, "messages": list(said) or [HI], **fields}
+
+
+PNG_SOURCE = {"type": "base64", "media_type": "image/png", "data": PNG}
+PDF_SOURCE = {"type": "base64", "media_type": "application/pdf", "data": PDF}
+CLAUDE_TOOLS = [{"name": tool["function"]["name"], "description": "Does it.",
+                 "input_schema": tool["function"]["parameters"]} for tool in TOOLS]
+USE = {"type": "tool_use", "id": "toolu_1", "name": "find", "input": {"q": "a"}}
+BILLING = "x-anthropic-billing-header: cc_version=2.1.37.0d9; cc_entrypoint=cli; cch=fa690;"
+
+
+class MessagesKeepTheContract(FrontContract, Case):
+    path, front = "/v1/messages", "messages"
+
+    def body(self, model, stream=False, tools=(), **fields):
+        names = [tool["function"]["name"] for tool in tools]
+        own = [tool for tool in CLAUDE_TOOLS if tool["name"] in names]
+        return messages(model, stream=stream, **({"tools": own} if own else {}), **fields)
+
+    def of_whole(self, body):
+        self.assertEqual((body["type"], body["role"], body["stop_sequence"]), ("message", "assistant", None))
+        self.assertIsInstance(body["id"], str)
+        kinds = {kind: [block for block in body["content"] if block["type"] == kind]
+                 for kind in ("text", "thinking", "tool_use")}
+        self.assertEqual(sum(map(len, kinds.values())), len(body["content"]))
+        for block in kinds["thinking"]:
+            self.assertIsInstance(block["signature"], str)
+        usage, stops = body["usage"], {"end_turn": "stop", "max_tokens": "length", "tool_use": "tool_calls", None: None}
+        return Seen("".join(block["text"] for block in kinds["text"]),
+                    "".join(block["thinking"] for block in kinds["thinking"]),
+                    [[block["name"], block["input"]] for block in kinds["tool_use"]], stops[body["stop_reason"]],
+                    (usage["input_tokens"] + usage["cache_read_input_tokens"], usage["output_tokens"]))
+
+    def events(self, data):
+        """The events, each of the name that its type has."""
+        events = []
+        for lines in data.decode().split("\n\n")[:-1]:
+            name, said = lines.split("\n")
+            events.append(json.loads(said[len("data: "):]))
+            self.assertEqual(name, "event: " + events[-1]["type"])
+        return events
+
+    def of_stream(self, data):
+        """The message, put together as the SDK does it: one block is open at a time, and they are numbered from 0."""
+        events = [event for event in self.events(data) if event["type"] not in ("ping", "error")]
+        self.assertEqual(events[0]["type"], "message_start")
+        message, is_open = events[0]["message"], False
+        self.assertEqual(message["content"], [])
+        for event in events[1:]:
+            kind = event["type"]
+            if kind == "content_block_start":
+                self.assertEqual((is_open, event["index"]), (False, len(message["content"])))
+                message["content"].append({**event["content_block"], "json": ""})
+                is_open = True
+            elif kind in ("content_block_delta", "content_block_stop"):
+                self.assertEqual((is_open, event["index"]), (True, len(message["content"]) - 1))
+                is_open = kind == "content_block_delta"
+                self.add(message["content"][-1], event.get("delta", {}))
+            elif kind == "message_delta":
+                self.assertFalse(is_open)
+                message.update(event["delta"])
+                message["usage"].update(event["usage"])
+        for block in message["content"]:
+            if block["type"] == "tool_use":
+                self.assertEqual(block["input"], {})
+                block["input"] = json.loads(block["json"] or "{}")
+        return self.of_whole(message)
+
+    def add(self, block, delta):
+        for kind, name, field in (("text_delta", "text", "text"), ("thinking_delta", "thinking", "thinking"),
+                                  ("input_json_delta", "partial_json", "json")):
+            if delta.get("type") == kind:
+                block[field] += delta[name]
+
+    def is_complete(self, data):
+        return self.events(data)[-1]["type"] == "message_stop"
+
+    def error_in(self, body):
+        self.assertEqual((list(body), body["type"]), (["type", "error", "request_id"], "error"))
+        self.assertEqual(list(body["error"]), ["type", "message"])
+        self.assertTrue(body["request_id"].startswith("req_"))
+        return body["error"]["message"]
+
+    def error_events(self, data):
+        return [event for event in self.events(data) if event["type"] == "error"]
+
+    def full(self):
+        return messages(
+            "ollama:llama3.2", said_by("user", *say("a"), {"type": "image", "source": PNG_SOURCE}),
+            said_by("assistant", {"type": "thinking", "thinking": "hm", "signature": ""}, *say("b"), USE),
+            said_by("user", {"type": "tool_result", "tool_use_id": "toolu_1", "content": say("c"), "is_error": True},
+                    {"type": "document", "title": None, "source": {"type": "text", "data": "d"}}),
+            said_by("system", *say("e")), system=say(BILLING, "Be kind."), tools=CLAUDE_TOOLS, stream=False,
+            tool_choice={"type": "auto", "disable_parallel_tool_use": True}, stop_sequences=["X"], temperature=0.5,
+            top_p=0.5, top_k=5, metadata={"user_id": "u"}, thinking={"type": "enabled", "budget_tokens": 1024},
+            output_config={"effort": "low", "format": {"type": "json_schema", "schema": SCHEMA}}, service_tier="auto",
+            context_management={"edits": []})
+
+
+def tool_result(content, **fields):
+    return {"type": "tool_result", "tool_use_id": "toolu_1", "content": content, **fields}
+
+
+def head_of(target="/v1/messages", **fields):
+    return oblix.Head("POST", target, "HTTP/1.1", fields)
+
+
+PLAIN = Saying((Text("Hel"), Text("lo")), "stop", 9, 7)
+REMINDER, ENDED = "<system-reminder>\n", "</system-reminder>"
+COUNTDOWN = "<total_tokens>14999436 tokens left</total_tokens>"
+FOUND = {"role": "tool", "tool_call_id": "toolu_1"}
+AS_CALL = {"id": "toolu_1", "type": "function", "function": {"name": "find", "arguments": '{"q":"a"}'}}
+SENT_IMAGE = {"type": "image_url", "image_url": {"url": PNG_URL}}
+SAID_IN_CHAT = [    # what it is about, messages and fields of a request, what the chat request must hold
+    ("a text", [user("a")], {}, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 50, "stop": ABSENT,
+                                 "tools": ABSENT, "temperature": ABSENT, "reasoning_effort": ABSENT}),
+    ("texts", [said_by("user", *say("a", "b"))], {}, {"messages": [{"role": "user", "content": "a\nb"}]}),
+    ("a system", [HI], {"system": "s"}, {"messages": [{"role": "system", "content": "s"}, HI]}),
+    ("blocks of a system, without what is new in each request", [HI],
+     {"system": [*say(BILLING), {**say("s")[0], "cache_control": {"type": "ephemeral"}}, *say(f"t\n\n{COUNTDOWN}")]},
+     {"messages": [{"role": "system", "content": "s\nt"}, HI]}),
+    ("a system in one text", [HI], {"system": f"{BILLING}\ns\n{COUNTDOWN}\n{COUNTDOWN}"},
+     {"messages": [{"role": "system", "content": "s"}, HI]}),
+    ("a system of nothing else", [HI], {"system": BILLING}, {"messages": [HI]}),
+    ("a system in between", [HI, said_by("assistant", *say("b")), {"role": "system", "content": COUNTDOWN},
+                             said_by("system", *say("c", COUNTDOWN))], {},
+     {"messages": [HI, {"role": "assistant", "content": "b"}, {"role": "user", "content": f"{REMINDER}c\n{ENDED}"}]}),
+    ("a system's message after the user's, as Claude Code has it", [HI, said_by("system", *say("c"))], {},
+     {"messages": [{"role": "user", "content": f"Hi\n{REMINDER}c\n{ENDED}"}]}),
+    ("turns of the same role", [HI, HI, said_by("assistant", *say("b")), said_by("assistant", *say("c"))], {},
+     {"messages": [{"role": "user", "content": "Hi\nHi"}, {"role": "assistant", "content": "b\nc"}]}),
+    ("a reminder among a user's texts", [said_by("user", *say("a", COUNTDOWN, f"what is {COUNTDOWN}"))], {},
+     {"messages": [{"role": "user", "content": f"a\nwhat is {COUNTDOWN}"}]}),
+    ("images", [said_by("user", *say("a"), {"type": "image", "source": PNG_SOURCE}, {
+        "type": "image", "source": {"type": "url", "url": WEB_IMAGE}})], {},
+     {"messages": [user(part("a"), SENT_IMAGE, {"type": "image_url", "image_url": {"url": WEB_IMAGE}})]}),
+    ("documents", [said_by("user", {"type": "document", "source": PDF_SOURCE, "title": "T"}, {
+        "type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "d"}}, {
+        "type": "document", "source": {"type": "content", "content": say("e")}})], {},
+     {"messages": [user({"type": "file", "file": {"filename": "T", "file_data": PDF_URL}}, part("d"), part("e"))]}),
+    ("files that only Anthropic has", [said_by("user", {
+        "type": "image", "source": {"type": "file", "file_id": "f"}})], {},
+     {"messages": [user({"type": "file", "file": {"filename": "document.pdf", "file_id": "f"}})]}),
+    ("blocks that nobody else knows", [said_by("user", *say("a"), {"type": "container_upload", "file_id": "f"})], {},
+     {"messages": [{"role": "user", "content": "a"}]}),
+    ("a call and its result, then the user", [HI, said_by("assistant", *say("b"), USE), said_by(
+        "user", *say("c"), tool_result("3"))], {},
+     {"messages": [HI, {"role": "assistant", "content": "b", "tool_calls": [AS_CALL]}, {**FOUND, "content": "3"},
+                   {"role": "user", "content": "c"}]}),
+    ("results of every kind", [said_by("user", tool_result(None), tool_result(say("a", "b")), tool_result(
+        [*say("c"), {"type": "image", "source": PNG_SOURCE}]))], {},
+     {"messages": [{**FOUND, "content": ""}, {**FOUND, "content": "a\nb"}, {**FOUND, "content": "c"},
+                   user(SENT_IMAGE)]}),
+    ("results of calls that failed", [said_by("user", tool_result("gone", is_error=True), tool_result(
+        "Error: no", is_error=True), tool_result("fine", is_error=False))], {},
+     {"messages": [{**FOUND, "content": text} for text in ("Error: gone", "Error: no", "fine")]}),
+    ("thoughts, of which the signed ones are another model's", [HI, said_by(
+        "assistant", {"type": "thinking", "thinking": "mine", "signature": ""}, {
+            "type": "thinking", "thinking": "Claude's", "signature": "Zm9v"}, {
+            "type": "redacted_thinking", "data": "x"}, *say("b"))], {},
+     {"messages": [HI, {"role": "assistant", "content": "b", "reasoning_content": "mine"}]}),
+    ("a turn that is only a thought", [HI, said_by("assistant", {"type": "redacted_thinking", "data": "x"}),
+                                       said_by("assistant", *say("b")), HI], {},
+     {"messages": [HI, {"role": "assistant", "content": "b"}, HI]}),
+    ("tools", [HI], {"tools": [{**CLAUDE_TOOLS[0], "type": "custom", "cache_control": {"type": "ephemeral"}}]},
+     {"tools": [TOOLS[0]], "tool_choice": "auto", "parallel_tool_calls": ABSENT}),
+    ("any tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
+     {"tool_choice": "required", "parallel_tool_calls": False}),
+    ("no tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "none"}}, {"tool_choice": "none"}),
+    ("one tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "tool", "name": "now"}},
+     {"tool_choice": {"type": "function", "function": {"name": "now"}}}),
+    ("a choice without tools", [HI], {"tool_choice": {"type": "any"}}, {"tool_choice": ABSENT, "tools": ABSENT}),
+    ("numbers", [HI], {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "stop_sequences": ["X"], "max_tokens": 9},
+     {"temperature": 0.5, "top_p": 0.25, "top_k": ABSENT, "stop": ["X"], "max_tokens": 9}),
+    ("fields that others have no place for", [HI], {"metadata": {"user_id": "u"}, "context_management": {"edits": []},
+     "service_tier": "auto", "container": "c", "x": 1}, {"metadata": ABSENT, "x": ABSENT, "service_tier": ABSENT}),
+    ("an effort", [HI], {"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}},
+     {"reasoning_effort": "max"}),
+    ("thinking by itself", [HI], {"thinking": {"type": "adaptive"}}, {"reasoning_effort": ABSENT}),
+    ("no thinking", [HI], {"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}},
+     {"reasoning_effort": "none"}),
+    *[(f"a budget of {budget}", [HI], {"thinking": {"type": "enabled", "budget_tokens": budget}},
+       {"reasoning_effort": effort}) for budget, effort in ((1024, "low"), (4096, "medium"), (31999, "high"))],
+    ("JSON", [HI], {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+     {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}}),
+    ("JSON, as it was spelt before", [HI], {"output_format": {"type": "json_schema", "schema": SCHEMA}},
+     {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}),
+    ("nothing", [HI], dict.fromkeys(["system", "tools", "tool_choice", "thinking", "output_config", "stop_sequences",
+                                     "temperature", "stream"]), {"messages": [HI], "tools": ABSENT}),
+]
+NOT_MESSAGES = [    # a body that is refused, the words of why
+    ({"max_tokens": None}, "max_tokens is missing"), ({"messages": []}, "messages must be"),
+    ({"messages": ["a"]}, "messages.0 must have the role"), ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
+    ({"messages": [said_by("user", "a")]}, "messages.0.content.0 must be an object"),
+    ({"messages": [said_by("user", {"type": "text"})]}, "messages.0.content.0.text is missing"),
+    ({"messages": [said_by("user", {"type": "image", "source": {"type": "base64", "data": "x"}})]}, "image.source"),
+    ({"messages": [said_by("user", {"type": "image", "source": {"type": []}})]}, "image.source"),
+    ({"messages": [said_by("assistant", {**USE, "input": "x"})]}, "messages.0.content.0.input"),
+    ({"messages": [said_by("user", {"type": "tool_result"})]}, "tool_use_id"),
+    ({"tools": [{"name": "a"}]}, "tools.0 must be like"), ({"tools": ["a"]}, "tools must be a list"),
+    ({"tool_choice": {"type": "tool"}}, "tool_choice must"), ({"tool_choice": {"type": []}}, "tool_choice must"),
+    ({"system": 5}, "system must be"), ({"max_tokens": -1}, "max_tokens must be"), ({"stop_sequences": "a"}, "list"),
+    ({"temperature": "a"}, "temperature must be"), ({"thinking": []}, "thinking must be"),
+    ({"model": ""}, "model must"),
+]
+LONG_PROMPTS = [    # an error's text, what agents are told
+    ("prompt is too long: 205668 tokens > 200000 maximum", "prompt is too long: 205668 tokens > 200000 maximum"),
+    ("This model's maximum context length is 128000 tokens. However, your messages resulted in 130,001 tokens.",
+     "prompt is too long: 130001 tokens > 128000 maximum (This"),
+    ("No model can take this request: ollama:qwen3:1.7b: its maximum context length is 8192 tokens, and the prompt has "
+     "over 9000; claude:claude-haiku-4-5-20251001: no key", "prompt is too long: 9000 tokens > 8192 maximum (No"),
+    ("the request exceeds the available context size (4096 tokens), try increasing it",
+     "prompt is too long: over 4096 tokens > 4096 maximum (the"),
+    ("input length too long", "prompt is too long: input length too long"),
+]
+
+
+class Messages(Case):
+    """What Anthropic's clients send, and what becomes of it."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.ollama, cls.claude = [cls.keep(Upstream(dialect)) for dialect in (OLLAMA, CLAUDE)]
+        cls.server = cls.keep(running(cls.ollama, cls.claude))
+
+    def asks(self, body, query="", path="/v1/messages", server=None, **headers):
+        return fetch(server or self.server, "POST", path + query, json.dumps(body), {
+            "Content-Type": "application/json", **headers})
+
+    def test_a_request_for_others_says_the_same_in_a_chat(self):
+        for what, said, fields, wanted in SAID_IN_CHAT:
+            with self.subTest(what):
+                body = messages("m", *said, **fields)
+                request = oblix.MESSAGES.request(json.loads(json.dumps(body)), head_of())
+                self.assertEqual(differences(wanted, request.body), [])
+                self.assertEqual((request.model, request.origin), ("m", body))
+
+    def test_a_wrong_body_is_told_what_is_wrong(self):
+        for fields, says in NOT_MESSAGES:
+            with self.subTest(str(fields)):
+                with self.assertRaises(oblix.BadRequest) as raised:
+                    oblix.MESSAGES.request(messages(**fields), head_of())
+                self.assertIn(says, raised.exception.message)
+
+    def test_claude_gets_a_request_as_it_came_but_for_the_model(self):
+        tools = [{**CLAUDE_TOOLS[0], "cache_control": {"type": "ephemeral"}},
+                 {"type": "web_search_20250305", "name": "web_search"}]
+        thought = {"type": "thinking", "thinking": "hm", "signature": "Zm9v"}
+        body = messages(CLAUDE_ID, HI, said_by("assistant", thought, *say("b")), said_by("user", *say("c")),
+                        system=say(BILLING, "s"), tools=tools, top_k=5, context_management={"edits": []}, x=[1, None])
+        for stream in (False, True):
+            reply = self.asks({**body, "stream": stream}, "?beta=true", **{
+                "anthropic-beta": "a-1,b-2", "anthropic-version": "2026-10-21", "x-api-key": "of-the-client"})
+            self.assertEqual(reply.status, 200)
+            self.assertIsNone(reply.headers["x-oblix-left-out"])
+            sent = self.claude.last
+            self.assertEqual(sent.json, {**body, "stream": stream, "model": "claude-test"})
+            self.assertEqual(sent.path, "/v1/messages?beta=true")
+            self.assertEqual([sent.headers[name] for name in ("anthropic-beta", "anthropic-version", "x-api-key")],
+                             ["a-1,b-2", "2026-10-21", CLAUDE.key])
+        self.asks(body)
+        self.assertEqual((self.claude.last.path, self.claude.last.headers["anthropic-version"]),
+                         ("/v1/messages", "2023-06-01"))
+
+    def test_claude_does_not_get_thoughts_of_other_models(self):
+        """It refuses those without its signature, which a conversation has that a local model began."""
+        mine = {"type": "thinking", "thinking": "hm", "signature": ""}
+        self.asks(messages(CLAUDE_ID, HI, said_by("assistant", mine, *say("b")), said_by("assistant", mine), HI))
+        self.assertEqual(self.claude.last.json["messages"], [HI, said_by("assistant", *say("b")), HI])
+
+    def test_claude_s_answer_goes_back_as_it_comes(self):
+        events = [CLAUDE.event("message_start", message={"id": "msg_9", "model": "claude-test-2", "content": [], "x": 1,
+                                                         "usage": {"input_tokens": 5, "cache_read_input_tokens": 4}}),
+                  CLAUDE.event("content_block_start", index=0, content_block={"type": "server_tool_use", "id": "s"}),
+                  CLAUDE.event("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": "{"}),
+                  CLAUDE.event("content_block_stop", index=0), *CLAUDE._blocks([FIND, NOW]),
+                  CLAUDE.event("content_block_start", index=1, content_block={"type": "text", "text": "", "x": []}),
+                  *[CLAUDE.event("content_block_delta", index=1, delta={"type": "text_delta", "text": text})
+                    for text in ("Grüße, ", "\"a\"", "b")],
+                  CLAUDE.event("content_block_delta", index=1, delta={"type": "citations_delta", "citation": {}}),
+                  CLAUDE.event("of_next_year", y=[None]), CLAUDE.event("content_block_stop", index=1),
+                  CLAUDE.event("message_delta", delta={"stop_reason": "pause_turn"}, usage={"output_tokens": 7}),
+                  CLAUDE.event("message_stop")]
+        read = functools.partial(MessagesKeepTheContract.events, self)
+        for size in (None, 7, 4096):
+            self.claude.play(lambda _, __, size=size: streamed(CLAUDE, events, size))
+            reply = self.asks(messages(CLAUDE_ID, stream=True))
+            self.assertEqual(read(reply.body), read(b"".join(events)))
+        message = {"id": "msg_9", "type": "message", "content": [{"type": "text", "text": "a", "citations": None}],
+                   "stop_reason": "stop_sequence", "stop_sequence": "X", "usage": {"input_tokens": 5}, "x": {}}
+        self.claude.play(whole(200, message))
+        self.assertEqual(self.asks(messages(CLAUDE_ID)).json, message)
+        self.claude.play(answer(Text("Hello")))
+
+    def test_a_message_that_begins_again_or_breaks_off_is_an_error(self):
+        start, *rest = CLAUDE.events(Saying((Text("Hello"),), "stop", 9, 7))
+        for events in ([start, *rest[:3], start, *rest], [start, *rest[:3]], [start, *rest[:-2], b"data: [1]\n\n"]):
+            self.claude.play(lambda _, __, events=events: streamed(CLAUDE, events))
+            with self.assertLogs("oblix", "WARNING"):
+                reply = self.asks(messages(CLAUDE_ID, stream=True))
+            self.assertNotIn(b"message_stop", reply.body)
+            self.assertEqual(reply.body.count(b"event: message_start"), 1)
+            self.assertTrue(reply.body.rpartition(b"event: ")[2].startswith(b"error\n"), reply.body)
+        self.claude.play(answer(Text("Hello")))
+
+    def test_a_plain_name_of_claude_s_means_claude_where_it_has_a_key(self):
+        for name in ("claude-test", "claude-sonnet-9"):
+            self.assertEqual(self.asks(messages(name)).headers["x-oblix-model"], f"claude:{name}")
+        with running(self.ollama) as server:
+            reply = self.asks(messages("claude-sonnet-9"), server=server)
+        self.assertEqual((reply.status, reply.json["error"]["type"]), (404, "not_found_error"))
+
+    def test_what_no_other_target_can_have_is_told(self):
+        body = messages(OLLAMA_ID, tools=[*CLAUDE_TOOLS, {"type": "bash_20250124", "name": "bash"},
+                                          {"type": "web_search_20250305", "name": "web_search"}])
+        for stream in (False, True):
+            reply = self.asks({**body, "stream": stream})
+            self.assertEqual(reply.headers["x-oblix-left-out"], "bash_20250124, web_search_20250305")
+            self.assertEqual(len(self.ollama.last.json["tools"]), 2)
+
+    def test_a_prompt_that_is_too_long_is_told_in_the_words_that_agents_know(self):
+        for text, told in LONG_PROMPTS:
+            error = oblix.UpstreamError(text, oblix.Fault.TOO_LONG, code="context_length_exceeded", status=400)
+            body = oblix.MESSAGES.error(error)
+            self.assertEqual(body["error"]["type"], "invalid_request_error")
+            self.assertTrue(body["error"]["message"].startswith(told), body)
+        with Upstream(OLLAMA, details={**OLLAMA.show(), "model_info": {
+                "general.architecture": "llama", "llama.context_length": 4096}}) as small_, running(small_) as server:
+            reply = self.asks(messages("auto", {"role": "user", "content": "word " * 20000}), server=server)
+        self.assertEqual((reply.status, reply.json["error"]["type"]), (400, "invalid_request_error"))
+        self.assertRegex(reply.json["error"]["message"], r"^prompt is too long: 12\d\d\d tokens > 4096 maximum")
+
+    def test_errors_have_anthropic_s_types_and_the_request_s_id(self):
+        for status, kind in ((400, "invalid_request_error"), (401, "authentication_error"), (402, "billing_error"),
+                             (403, "permission_error"), (404, "not_found_error"), (409, "conflict_error"),
+                             (413, "request_too_large"), (429, "rate_limit_error"), (500, "api_error"),
+                             (503, "overloaded_error")):
+            self.claude.play(failing(status))
+            with mock.patch.object(oblix.log, "error"):
+                reply = self.asks(messages(CLAUDE_ID))
+            self.assertEqual((reply.status, reply.json["error"]["type"]), (status, kind))
+            self.assertEqual(reply.json["request_id"], reply.headers["request-id"])
+            self.assertEqual(reply.headers["request-id"], reply.headers["x-request-id"])
+        self.claude.play(answer(Text("Hello")))
+        reply = self.asks({}, path="/v1/messages/batches")
+        self.assertEqual((reply.status, reply.json["error"]["type"]), (404, "not_found_error"))
+
+    def counts(self, body):
+        reply = self.asks(body, "?beta=true", "/v1/messages/count_tokens")
+        self.assertEqual((reply.status, list(reply.json)), (200, ["input_tokens"]))
+        return reply.json["input_tokens"]
+
+    def test_tokens_are_counted_at_once_and_for_nothing(self):
+        for text, least in (("a" * 350, 100), ("a" * 3500, 1000)):
+            said = {"messages": [{"role": "user", "content": text}], "system": "s"}
+            for model in ("auto", "cloud", OLLAMA_ID, "no-such-model"):
+                asked = len(self.claude.requests) + len(self.ollama.requests)
+                self.assertTrue(least <= self.counts({"model": model, **said}) <= least + 10)
+                self.assertEqual(len(self.claude.requests) + len(self.ollama.requests), asked)
+        self.assertEqual(self.asks({}, path="/v1/messages/count_tokens").json["error"]["type"], "invalid_request_error")
+
+    def test_a_prompt_that_may_not_go_to_claude_is_not_counted_there(self):
+        asked, body = len(self.claude.requests), {"model": "claude-haiku-5", "messages": [HI]}
+        aliases = ["--alias=claude-*haiku*=local", f"--alias=both={CLAUDE_ID},{OLLAMA_ID}"]
+        with running(self.ollama, self.claude, flags=aliases) as server:
+            for model, headers in (("claude-haiku-5", {}), ("both", {}), (CLAUDE_ID, {"x-oblix-route": "local"})):
+                reply = self.asks({**body, "model": model}, "", "/v1/messages/count_tokens", server, **headers)
+                self.assertEqual(reply.status, 200)
+        self.assertEqual(len(self.claude.requests), asked)
+
+    def test_claude_counts_its_own_tokens(self):
+        body = {"model": CLAUDE_ID, "messages": [HI], "tools": CLAUDE_TOOLS, "thinking": {"type": "adaptive"}}
+        for script, counted in ((whole(200, {"input_tokens": 4321}), 4321), (failing(500), None),
+                                (whole(200, {"input_tokens": "x"}), None), ([CLOSE], None)):
+            self.claude.play(script)
+            told = self.counts(body)
+            self.assertTrue(told == counted if counted else 50 < told < 200, told)
+            self.assertEqual(self.claude.last.path, "/v1/messages/count_tokens?beta=true")
+            self.assertEqual(self.claude.last.json, {**body, "model": "claude-test"})
+        self.claude.play(answer(Text("Hello")))
+
+    def test_arguments_that_are_no_json_do_not_fail_a_whole_answer(self):
+        call = {"id": "c", "type": "function", "function": {"name": "find", "arguments": '{"q": '}}
+        said = {"role": "assistant", "content": "Hm.", "refusal": None, "tool_calls": [call]}
+        choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": "tool_calls"}
+        body = {**OPENAI.whole(Saying((), "stop", 9, 7)), "choices": [choice]}
+        with Upstream(OPENAI, whole(200, body)) as upstream, running(upstream) as server:
+            body = self.asks(messages(OPENAI_ID, tools=CLAUDE_TOOLS), server=server).json
+        self.assertEqual(body["content"], [*say("Hm."), {
+            "type": "tool_use", "id": "c", "name": "find", "input": {"_raw": '{"q": '}}])
+
+    def test_counts_are_apart_from_what_the_cache_had(self):
+        usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107,
+                 "prompt_tokens_details": {"cached_tokens": 60}}
+        body = {**OPENAI.whole(Saying((Text("a"),), "stop", 9, 7)), "usage": usage}
+        with Upstream(OPENAI, whole(200, body)) as cloud, running(cloud) as server:
+            told = self.asks(messages(OPENAI_ID), server=server).json["usage"]
+        self.assertEqual(told, {"input_tokens": 40, "cache_read_input_tokens": 60, "cache_creation_input_tokens": 0,
+                                "output_tokens": 7})
+
+    def test_claude_and_others_stand_in_for_each_other(self):
+        scripts = {"refused": failing(529), "cut before content": lambda dialect, _: [
+            dialect.head, *map(chunk, CLAUDE.events(PLAIN, {})[:3]), CLOSE]}
+        for what, stream in itertools.product(scripts, (False, True)):
+            with self.subTest(what, stream=stream), running(
+                    self.ollama, self.claude, flags=["--prefer=cloud"]) as server:
+                self.claude.play(scripts[what])
+                reply = self.asks(messages("auto", stream=stream), server=server)
+                self.assertEqual(reply.headers["x-oblix-model"], OLLAMA_ID)
+                read = MessagesKeepTheContract()
+                told = read.of_stream(reply.body) if stream else read.of_whole(reply.json)
+                self.assertEqual((told.text, told.finish), ("Hello", "stop"))
+        self.claude.play(answer(Text("Hello")))
+
+    def test_a_silence_is_filled_with_pings(self):
+        with mock.patch.multiple(oblix, KEEP_ALIVE_S=0.1, TICK_S=0.03), Upstream(
+                OLLAMA, delayed(0.5, by=answer(Text("Hello")))) as upstream, running(upstream) as server:
+            reply = self.asks(messages(stream=True), server=server)
+        events = MessagesKeepTheContract.events(self, reply.body)
+        self.assertEqual([event["type"] for event in events[:3]], ["ping"] * 3)
+        self.assertEqual(events[-1], {"type": "message_stop"})
+
+    def test_a_text_within_a_call_waits_for_its_end(self):
+        writer = oblix.MESSAGES.stream(oblix.MESSAGES.request(messages("m"), head_of()))
+        pieces = [{**oblix.tool_chunk(0, '{"q": ', "c", "find"), "id": "1", "model": "m"},
+                  oblix.Texts([b"a \\\"b", b"\\n"]), oblix.tool_chunk(0, '"x"}'), oblix.Texts([b"c"])]
+        data = b"".join(map(writer.take, pieces)) + writer.end()
+        told = MessagesKeepTheContract().of_stream(data)
+        self.assertEqual((told.text, told.calls), ('a "b\nc', [["find", {"q": "x"}]]))
+
+    def test_an_answer_that_breaks_off_is_continued_by_claude(self):
+        with running(self.ollama, self.claude, flags=CONTINUE) as server:
+            self.ollama.play(cut("Hello, ", "wor"))
+            self.claude.play(answer(Text("ld!")))
+            with self.assertLogs("oblix", "WARNING"):
+                reply = self.asks(messages("auto", stream=True), server=server)
+            self.claude.play(answer(Text("Hello")))
+            self.ollama.play(answer(Text("Hello")))
+        self.assertEqual(MessagesKeepTheContract().of_stream(reply.body).text, "Hello, world!")
+        self.assertIn("Hello, wor", self.claude.last.body.decode())
+
+    def test_an_answer_of_claude_s_that_breaks_off_is_continued_in_the_same_block(self):
+        with running(self.ollama, self.claude, flags=[*CONTINUE, "--prefer=cloud"]) as server:
+            self.claude.play(cut("Hello, ", "wor"))
+            self.ollama.play(answer(Text("ld!")))
+            with self.assertLogs("oblix", "WARNING"):
+                reply = self.asks(messages("auto", stream=True), server=server)
+            self.claude.play(answer(Text("Hello")))
+            self.ollama.play(answer(Text("Hello")))
+        told = MessagesKeepTheContract.of_stream(MessagesKeepTheContract(), reply.body)
+        self.assertEqual((told.text, told.finish, reply.cut), ("Hello, world!", "stop", False))
+
+
 # === 11. Server ======================================================================================================
 
 ROUTES = [  # method, path, status, a word of Allow
@@ -10964,7 +12211,7 @@ PAGE_HERE = "http://localhost:3000"
 KEYS_GIVEN = [  # a request's headers, whether they hold the key
     ({"Authorization": "Bearer " + OUR_KEY}, True), ({"Authorization": "bearer " + OUR_KEY}, True),
     ({"authorization": "BEARER " + OUR_KEY}, True), ({"AUTHORIZATION": "bEaReR " + OUR_KEY}, True),
-    ({"api-key": OUR_KEY}, True), ({"API-KEY": OUR_KEY}, True),
+    ({"api-key": OUR_KEY}, True), ({"API-KEY": OUR_KEY}, True), ({"x-api-key": OUR_KEY}, True),
     ({}, False), ({"Authorization": ""}, False), ({"Authorization": OUR_KEY}, False),
     ({"Authorization": "Bearer"}, False), ({"Authorization": "Bearer" + OUR_KEY}, False),
     ({"Authorization": "Basic " + OUR_KEY}, False), ({"Authorization": "Token " + OUR_KEY}, False),
@@ -10973,7 +12220,8 @@ KEYS_GIVEN = [  # a request's headers, whether they hold the key
     ({"Authorization": "Bearer %s, Bearer x" % OUR_KEY}, False),
     ({"Authorization": "Bearer " + OUR_KEY.upper()}, False),
     ({"Authorization": 'Bearer "%s"' % OUR_KEY}, False), ({"Authorization": "Bearer \xfc\xe9"}, False),
-    ({"api-key": ""}, False), ({"api-key": "wrong"}, False), ({"api-key": "Bearer " + OUR_KEY}, False),
+    ({"api-key": ""}, False), ({"x-api-key": "wrong"}, False), ({"api-key": "wrong"}, False),
+    ({"api-key": "Bearer " + OUR_KEY}, False),
     ({"api-key": "\xff"}, False), ({"api_key": OUR_KEY}, False), ({"Cookie": "api-key=" + OUR_KEY}, False),
     ({"Proxy-Authorization": "Bearer " + OUR_KEY}, False), ({"X-Forwarded-For": "127.0.0.1"}, False),
 ]
@@ -11047,8 +12295,8 @@ KINDS = [  # Content-Type, whether it is JSON; None is no such header
 SIMPLE_KINDS = [  # the content types that a page may send anywhere without a preflight; None is that of a bare Blob
     "text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
     None]
-EXPOSED = {"x-oblix-model", "x-oblix-side", "x-oblix-reason", "x-oblix-attempts", "x-request-id", "retry-after",
-           "x-should-retry"}
+EXPOSED = {"x-oblix-model", "x-oblix-side", "x-oblix-reason", "x-oblix-attempts", "x-oblix-left-out", "x-request-id",
+           "request-id", "retry-after", "x-should-retry"}
 OPEN_HOSTS = [  # of --host: reached by others, whatever they look like
     "0.0.0.0", "::", "[::]", "", "192.168.1.7", "8.8.8.8", "128.0.0.1", "box.lan", "127.0.0.1.evil.example",
     "localhost.evil.example", "notlocalhost", "fe80::1"]
@@ -11169,7 +12417,8 @@ class Guard(Case):
             self.assertEqual((reply.status, reply.json),
                              (200, {"status": whole.json["status"], "version": oblix.__version__}))
             self.assertEqual((fetch(self.keyed, "HEAD", path).status, fetch(self.keyed, "HEAD", path).body), (200, b""))
-            for wrong in ({"api-key": "no"}, {"Authorization": "Bearer no"}, {"Authorization": "Basic eDp5"}):
+            for wrong in ({"api-key": "no"}, {"x-api-key": "no"}, {"Authorization": "Bearer no"},
+                          {"Authorization": "Basic eDp5"}):
                 self.refused(fetch(self.keyed, "GET", path, None, wrong), 401, code="invalid_api_key")
         self.refused(fetch(self.keyed, "POST", "/health", b"{}", JSON), 401, code="invalid_api_key")
         self.assertLess({"status", "version", "targets", "plan"}, {*fetch(self.open, "GET", "/health").json})
@@ -13195,6 +14444,60 @@ FLAGS = [  # flag, its default as --help shows it
     ("latency-degraded-ms", "1000"), ("local-first-s", "5"), ("local-whole-s", "30"), ("keep-alive", "auto"),
     ("loss-degraded-percent", "10"), ("log-level", ""),
 ]
+def piped(text, *flags, env=None):
+    """`python oblix.py FLAGS` with this text on its standard input."""
+    return subprocess.run([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env), timeout=60, input=text,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+class Screen:
+    """`python oblix.py FLAGS` on a terminal of its own: what is typed there, and what is seen."""
+
+    def __init__(self, *flags, env=None):
+        self._ours, theirs = os.openpty()
+        # The first terminal that a session's leader opens is the one that its Ctrl-C comes from.
+        shell = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(theirs), sys.executable, str(HERE / "oblix.py")]
+        self._process = subprocess.Popen([*shell, *flags], env=bare_env({"TERM": "xterm", **(env or {})}),
+                                         stdin=subprocess.DEVNULL, start_new_session=True)
+        self.seen, self._from = "", 0
+        self.until("> ")
+        os.close(theirs)
+
+    def until(self, text, within=30):
+        """Wait until this is seen behind what was waited for before."""
+        deadline = time.monotonic() + within
+        while text not in self.seen[self._from:]:
+            if time.monotonic() > deadline or not self._read():
+                raise AssertionError("no %r in %r" % (text, self.seen[self._from:]))
+        self._from = self.seen.index(text, self._from) + len(text)
+
+    def _read(self):
+        """Read what comes next, if it comes soon; False at the end."""
+        with contextlib.suppress(OSError):    # Linux's way to tell of a terminal that nobody has open any more
+            if select.select([self._ours], [], [], 0.1)[0]:
+                self.seen += os.read(self._ours, 4096).decode("utf-8", "replace")
+            return True
+        return False
+
+    def type(self, text):
+        os.write(self._ours, text.encode())
+
+    def end(self):
+        """The exit status, once it has ended."""
+        deadline = time.monotonic() + 30
+        while self._process.poll() is None and time.monotonic() < deadline:
+            self._read()
+        return self._process.poll()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.wait()
+        os.close(self._ours)
+
+
 MISTAKES = [  # flags, environment, what the one line names
     (["--nope"], {}, "--nope"), (["extra"], {}, "extra"), (["--port", "many"], {}, "many"),
     (["--port", "99999"], {}, "99999"), ([], {"OBLIX_PORT": "many"}, "OBLIX_PORT"),
@@ -13315,6 +14618,12 @@ class CommandLine(Case):
             ran = command("check", "--port=%d" % taken.getsockname()[1], *CALM, env=env_for(local))
             self.assertEqual((ran.returncode, local.loads), (0, []), ran.stdout)
             self.assertIn("llama3.2 is not loaded", ran.stdout)
+
+    def test_help_tells_the_commands_and_server_means_none(self):
+        told = re.findall(r"^  (\w+)(?: CLIENT)?  +\S", command("--help").stdout, re.M)
+        self.assertEqual(told[:len(oblix.COMMANDS)], [*oblix.COMMANDS])
+        with Process("server", "--demo", "--port=0") as server:
+            self.answered(ask(server), oblix.DEMO_TEXT.format("local", "Ollama", 1))
 
     def test_in_a_program_a_mistake_is_a_usage_error_of_one_line(self):
         for flags, env, names in MISTAKES:
@@ -14407,6 +15716,181 @@ class Outlet(io.StringIO):
         return super().write(text)
 
 
+class Commands(Case):
+    """`chat`, `models` and `env`, as a person runs them."""
+
+    @contextlib.contextmanager
+    def served(self, flags=(), **how):
+        """Oblix in front of two upstreams, and the flags by which a command finds it."""
+        with Upstream(OLLAMA, answer(Text("Hel"), Text("lo"))) as local, \
+                Upstream(OPENAI, answer(Text("cloud"))) as cloud, running(local, cloud, flags=flags, **how) as server:
+            yield server, local, cloud, "--port=%d" % server.port
+
+    def test_a_pipe_gets_the_answer_and_the_decision_is_told_beside_it(self):
+        first = "ollama:llama3.2 (local): local available, cloud optimal"
+        second = "openai:gpt-test (cloud): cloud optimal; kept to cloud"
+        with self.served(["--local-slots=9"]) as (_, local, cloud, port):
+            rows = [("hi\n", [], "Hello\n", first + "\n"), ("", [], "", ""), (" \n\n", [], "", ""),
+                    ("one\ntwo\n", ["--model", "cloud"], "cloud\n", second + "\n"),
+                    ("hi", ["--show-metrics"], "Hello\n", first + "; first N s, N tokens/s\n")]
+            for (_, flags, said, told), ran in zip(rows, at_once(
+                    lambda text, flags, *_: piped(text, "chat", port, *flags), rows)):
+                with self.subTest(flags=flags):
+                    self.assertEqual((ran.returncode, ran.stdout), (0, said), ran.stderr)
+                    self.assertEqual(re.sub(r"\d+\.\d+ ?(s|tokens)", r"N \1", ran.stderr), told)
+            self.assertEqual(cloud.last.json["messages"], [{"role": "user", "content": "one\ntwo"}])
+            self.assertEqual(len(local.requests), 2)
+
+    def test_a_failure_is_told_in_a_line_and_a_pipes_status_is_1(self):
+        with self.served() as (_, local, _, port), \
+                self.served(["--api-key=sk-one", "--local-slots=9"], probed=False) as (*_, keyed):
+            local.play(cut("Hello", by=RESET))
+            rows = [([port, "--model=local"], "", 1, "Hello\n", "error: "), ([port, "--model=nix"], "", 1, "", "404"),
+                    ([keyed], "", 1, "", "401"), ([keyed], "sk-two", 1, "", "401"),
+                    ([keyed], "sk-one", 0, "Hello\n", "ollama:llama3.2 (local)"),
+                    ([keyed, "--api-key=sk-one"], "", 0, "Hello\n", "ollama:llama3.2 (local)")]
+            for (flags, key, status, said, told), ran in zip(rows, at_once(
+                    lambda flags, key, *_: piped("hi", "chat", *flags, env={"OBLIX_API_KEY": key}), rows)):
+                with self.subTest(flags=flags, key=key):
+                    self.assertEqual((ran.returncode, ran.stdout), (status, said), ran.stderr)
+                    self.assertEqual(ran.stderr.count("\n"), 1, ran.stderr)
+                    self.assertIn(told, ran.stderr)
+                    self.assertNotIn("sk-", ran.stderr)
+
+    def test_without_a_server_a_command_runs_one_of_its_own(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            flags = ["--port=%d" % silent.getsockname()[1], *CALM]
+        with Upstream(OLLAMA, answer(Text("mine"))) as local:
+            said, listed = at_once(lambda name: piped("hi", name, *flags, env=env_for(local)), [("chat",), ("models",)])
+        self.assertEqual((said.returncode, said.stdout), (0, "mine\n"), said.stderr)
+        self.assertEqual((listed.returncode, listed.stderr), (0, ""))
+        self.assertIn("ollama:llama3.2", listed.stdout)
+
+    def test_another_program_at_the_port_is_a_mistake(self):
+        with Upstream(OPENAI) as other:
+            for ran in at_once(lambda name: piped("hi", name, "--port=%d" % other.port), [("chat",), ("models",)]):
+                self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
+                self.assertIn("another program answers at port %d" % other.port, ran.stderr)
+
+    @unittest.skipUnless(importlib.util.find_spec("termios"), IMPOSSIBLE + ": no terminals")
+    def test_a_conversation_on_a_terminal(self):
+        with self.served() as (_, local, cloud, port), Screen("chat", port) as terminal:
+            local.play(answer(Text("One."), Text("\x1b[31mTwo")), answer(Think("Hm."), Text("Three")),
+                       cut("Four", by=HANG), answer(Text("Five")), whole(500, OLLAMA.error("No.")))
+            terminal.type("first\n")
+            terminal.until("One.[31mTwo\r\n")
+            terminal.until("\x1b[2mollama:llama3.2 (local): local available, cloud optimal\r\n")
+            terminal.type("second\n")
+            terminal.until("\x1b[2mHm.\x1b[0m\x1b[2m\r\n\x1b[0mThree\r\n\x1b[2mollama:llama3.2 (local)\r\n")
+            self.assertEqual([message["content"] for message in local.last.json["messages"]],
+                             ["first", "One.\x1b[31mTwo", "second"])
+            terminal.type("third\n")
+            terminal.until("Four")
+            terminal.type("\x03")
+            terminal.until("(interrupted)")
+            terminal.type("/new\n/model local\nfifth\n")
+            terminal.until("Five")
+            self.assertEqual([message["content"] for message in local.last.json["messages"]], ["fifth"])
+            terminal.type("sixth\n")
+            terminal.until("\x1b[31merror: ")
+            terminal.type("/model cloud\nseventh\n")
+            terminal.until("openai:gpt-test (cloud)")
+            self.assertEqual([message["content"] for message in cloud.last.json["messages"]],
+                             ["fifth", "Five", "seventh"])
+            terminal.until("> ")
+            terminal.type("\x03")
+            terminal.type("\n")    # if Ctrl-C came just before Python waits for a key, it shows with the next one
+            terminal.until("> ")
+            terminal.type("exit\n")
+            self.assertEqual(terminal.end(), 0)
+
+    @unittest.skipUnless(importlib.util.find_spec("termios"), IMPOSSIBLE + ": no terminals")
+    def test_colour_is_left_out_where_it_is_not_wanted(self):
+        with self.served() as (_, _, _, port):
+            for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+                with Screen("chat", port, env=env) as terminal:
+                    terminal.type("hi\n")
+                    terminal.until("cloud optimal")
+                    terminal.until("> ")
+                    terminal.type("\x04")
+                    self.assertEqual(terminal.end(), 0)
+                    self.assertNotIn("\x1b[2m", terminal.seen)
+
+    def test_models_tells_what_there_is_on_both_sides(self):
+        with self.served(["--alias=small=local"]) as (server, local, cloud, port), \
+                self.served(["--api-key=k"], probed=False) as (*_, keyed):
+            local.probe = whole(200, {"models": [{"name": "llama3.2:latest", "size": 2_019_393_189},
+                                                 {"name": "tiny:1b", "size": 9}, {"name": "big:1t-cloud"}]})
+            look(server)
+            ran, refused = at_once(lambda flag: command("models", flag), [(port,), (keyed,)])
+            self.assertEqual((ran.returncode, ran.stderr), (0, ""))
+            rows = {line.split()[0]: line.split() for line in ran.stdout.splitlines()}
+            self.assertEqual(rows["MODEL"], ["MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"])
+            able = ["131,072", "image,", "thinking,", "tools"]    # as /api/show says
+            for name, words in (("auto", [local.target, "131,072", "image,"]), ("local", ["available", "131,072"]),
+                                ("cloud", ["optimal"]), ("small", ["alias", "131,072"]),
+                                (local.target, ["local", "ready", "2.0", "GB", "4,096", "of", *able]),
+                                (cloud.target, ["cloud", "ready"]), ("ollama:tiny:1b", ["local", "installed", *able]),
+                                ("ollama:big:1t-cloud", ["cloud", "installed"])):
+                self.assertEqual(rows[name][1:1 + len(words)], words)
+            self.assertEqual((refused.returncode, refused.stdout), (1, ""))
+            self.assertRegex(refused.stderr, r"^oblix: [^\n]*401[^\n]*\n$")
+            self.assertEqual([*local.requests, *local.loads, *cloud.requests], [], "it only looks")
+
+    def test_env_points_a_client_here(self):
+        url = "http://localhost:8080"
+        for client, told in (
+            ("claude", {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": "$KEY", "ANTHROPIC_MODEL": "auto",
+                        "ANTHROPIC_SMALL_FAST_MODEL": "auto", "ANTHROPIC_API_KEY": ""}),
+            ("aider", {"OPENAI_API_BASE": url + "/v1", "OPENAI_API_KEY": "$KEY", "AIDER_MODEL": "openai/auto"}),
+            ("openai", {"OPENAI_BASE_URL": url + "/v1", "OPENAI_API_KEY": "$KEY"}),
+            ("ollama", {"OLLAMA_HOST": url, "OLLAMA_API_KEY": "$KEY"}),
+        ):
+            for env, key in (({}, "oblix"), ({"OBLIX_API_KEY": "sk-one"}, "sk-one")):
+                with self.subTest(client, env=env):
+                    wanted = [value.replace("$KEY", key) for value in told.values()]
+                    self.assertEqual(self.evaluated(client, " ".join('"$%s"' % name for name in told), env), wanted)
+
+    def lines(self, client, *flags, env=None):
+        """What `python oblix.py env CLIENT FLAGS` prints."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            oblix.run_env(oblix.Settings.parse(flags, env or {}), argparse.Namespace(client=client))
+        return out.getvalue()
+
+    def evaluated(self, client, words, env):
+        """What these words are in a shell that has evaluated the lines for a client."""
+        need(shutil.which("sh"), IMPOSSIBLE + ": no sh")
+        script = """eval "$0"; printf '%%s\\n' %s""" % words
+        ran = subprocess.run(["sh", "-c", script, self.lines(client, "--port=8080", env=env)], text=True, timeout=60,
+                             env=bare_env({"ANTHROPIC_API_KEY": "sk-old", **env}), stdout=subprocess.PIPE)
+        self.assertEqual(ran.returncode, 0)
+        return ran.stdout.split("\n")[:-1]
+
+    def test_env_makes_codex_a_function_with_its_provider(self):
+        told = {"name": "Oblix", "base_url": "http://localhost:8080/v1", "wire_api": "responses"}
+        for env, more in (({}, {}), ({"OBLIX_API_KEY": "sk-one"}, {"env_key": "OBLIX_API_KEY"})):
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, "codex").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+                Path(folder, "codex").chmod(0o755)
+                env["PATH"] = "%s:%s" % (folder, os.environ["PATH"])
+                said = self.evaluated("codex", "x; codex exec 'a b'", env)
+            settings = ["model=auto", "model_provider=oblix",
+                        *("model_providers.oblix.%s=%s" % pair for pair in {**told, **more}.items())]
+            self.assertEqual(said, ["x", *(word for one in settings for word in ("-c", one)), "exec", "a b"])
+
+    def test_env_names_its_clients_and_never_prints_a_key(self):
+        rows = [["env"], ["env", "emacs"], ["env", "--port=1"], ["env", "claude", "--port=0"]]
+        for argv, ran in zip(rows, at_once(command, rows)):
+            with self.subTest(argv):
+                self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
+                self.assertIn(", ".join(oblix.CLIENTS), ran.stderr)
+        for client in oblix.CLIENTS:
+            told = self.lines(client, "--host=0.0.0.0", "--api-key=sk-one", "--port=81")
+            self.assertIn("http://%s:81" % socket.gethostname(), told)
+            self.assertNotIn("sk-one", told)
+        self.assertIn(", ".join(oblix.CLIENTS), oblix._parser(oblix.Settings).description)
+
+
 class LogWriter(Case):
     """Log lines are written by a thread of its own: in order, soon, to the last one, and nobody waits for it."""
 
@@ -14731,7 +16215,7 @@ def commands_of(text):
 OTHERS_FLAGS = {    # that the README names, and that are not Oblix's
     "docker": ["init", "name", "restart", "read-only", "cap-drop", "network", "pid", "stop-timeout", "start-period",
                "timeout", "no-cache-dir"],
-    "vllm": ["max-num-seqs"], "systemctl": ["now"], "unshare": ["pid"],
+    "chat": ["model", "show-metrics"], "vllm": ["max-num-seqs"], "systemctl": ["now"], "unshare": ["pid"],
 }
 
 
@@ -15753,6 +17237,98 @@ class NodeClient(ClientContract, Case):
         return json.loads(self.node.stdout.readline() or '{"error": "Node ended"}')
 
 
+class AnthropicClient(Case):
+    """What users of Anthropic's SDK for Python see, whoever answers."""
+
+    @classmethod
+    def setUpClass(cls):
+        need(importlib.util.find_spec("anthropic"), "no Anthropic SDK: python -m pip install anthropic")
+        cls.sdk = importlib.import_module("anthropic")
+        cls.upstreams = {name: cls.keep(Upstream(d)) for name, d in zip(EXPLICIT, DIALECTS)}
+        cls.server = cls.keep(running(*cls.upstreams.values()))
+        cls.client = cls.sdk.Anthropic(base_url=cls.server.url, auth_token="k", max_retries=0, timeout=10)
+        cls.addClassCleanup(cls.client.close)
+
+    def play(self, *scripts):
+        for upstream in self.upstreams.values():
+            upstream.play(*scripts)
+
+    def said(self, job, **fields):
+        """The message that a job of the client gives."""
+        if job == "whole":
+            return self.client.messages.create(**fields)
+        if job == "beta":
+            return self.client.beta.messages.create(betas=["context-management-2025-06-27"], **fields)
+        with self.client.messages.stream(**fields) as stream:
+            text = "".join(stream.text_stream)
+            message = stream.get_final_message()
+        self.assertEqual(text, "".join(block.text for block in message.content if block.type == "text"))
+        return message
+
+    def test_every_model_answers_every_job(self):
+        self.play(CALLS)
+        for (model, by), job in itertools.product(ANSWERED_BY.items(), ("whole", "streamed", "beta")):
+            with self.subTest(model, job=job):
+                message = self.said(job, **messages(model, tools=CLAUDE_TOOLS))
+                told = {kind: [block for block in message.content if block.type == kind]
+                        for kind in ("thinking", "text", "tool_use")}
+                self.assertEqual([block.thinking for block in told["thinking"]], ["hm"])
+                self.assertEqual([block.text for block in told["text"]], ["Let me look."])
+                self.assertEqual([(block.id, block.name, block.input) for block in told["tool_use"]],
+                                 [("call_1", "find", ADA), ("call_2", "find", ADA)])
+                self.assertEqual(message.stop_reason, "tool_use")
+                self.assertEqual(message.usage.output_tokens, 7)
+                self.assertEqual(message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0), 9)
+                self.assertIn(message.model, (by, CLAUDE.model))
+                self.assertTrue(job == "streamed" or message._request_id)
+
+    def test_an_answer_goes_back_with_the_results_of_its_tools(self):
+        """Also to another model than the one that gave it, which a conversation with `auto` does."""
+        for first, then in itertools.product(EXPLICIT, EXPLICIT):
+            self.play(CALLS)
+            message = self.said("streamed", **messages(first, tools=CLAUDE_TOOLS))
+            results = [{"type": "tool_result", "tool_use_id": block.id, "content": "3 hits"}
+                       for block in message.content if block.type == "tool_use"]
+            self.play(answer(Text("Two.")))
+            turns = [HI, {"role": "assistant", "content": message.content}, said_by("user", *results, *say("And?"))]
+            again = self.said("whole", **messages(then, *turns, tools=CLAUDE_TOOLS))
+            self.assertEqual([block.text for block in again.content], ["Two."])
+            sent = self.upstreams[then].last.body.decode()
+            for words in ("3 hits", "call_1", "call_2", "And?"):
+                self.assertIn(words, sent)
+            self.assertEqual("signature" in sent, first == then == CLAUDE_ID, sent)
+
+    def test_every_status_raises_its_class(self):
+        names = {402: "PaymentRequiredError", 413: "ContentTooLargeError", 503: "ServiceUnavailableError"}
+        for (status, seen, name), model in itertools.product(STATUSES, EXPLICIT):
+            self.play(failing(status))
+            with self.subTest(model, status=status), mock.patch.object(oblix.log, "error"), \
+                    self.assertRaises(self.sdk.APIStatusError) as raised:
+                self.said("whole", **messages(model))
+            self.assertIn(type(raised.exception).__name__, {name, names.get(seen)})
+            self.assertEqual(raised.exception.status_code, seen)
+            self.assertIn("the reason why", str(raised.exception))
+            self.assertTrue(raised.exception.request_id)
+
+    def test_an_error_in_mid_stream_is_raised(self):
+        for model in EXPLICIT:
+            self.play(lambda dialect, _: [*upto(dialect, "Hello"), CLOSE])
+            with self.assertLogs("oblix", "WARNING"), self.assertRaises(self.sdk.APIError) as raised:
+                self.said("streamed", **messages(model))
+            self.assertIn("before the answer was complete", str(raised.exception))
+
+    def test_tokens_are_counted_and_a_key_is_sent_either_way(self):
+        count = self.client.messages.count_tokens(model="auto", messages=[HI], tools=CLAUDE_TOOLS)
+        self.assertGreater(count.input_tokens, 10)
+        with running(self.upstreams[OLLAMA_ID], flags=["--api-key=k"], probed=False) as server:
+            for key in ({"api_key": "k"}, {"auth_token": "k"}):
+                with self.sdk.Anthropic(base_url=server.url, **key) as client:
+                    self.assertEqual(client.messages.count_tokens(model="auto", messages=[HI]).input_tokens > 0, True)
+            with self.sdk.Anthropic(base_url=server.url, api_key="x") as client, \
+                    self.assertRaises(self.sdk.AuthenticationError):
+                client.messages.count_tokens(model="auto", messages=[HI])
+
+
 # --- A real model ---
 
 MODEL_SERVER = """
@@ -15999,8 +17575,16 @@ NAMED_FLAGS = ["--" + field.name.replace("_", "-") for field in oblix.declared(o
 VARIABLES = [oblix.variable_of(field) for field in oblix.declared(oblix.Settings)]
 
 
+FRONT_BODIES = {    # path -> bodies of its front
+    "/chat/completions": BODIES,
+    "/responses": [ASKED_OF_RESPONSES, respond(), respond("auto", CALLED, OUTPUT, tools=[PATCH], stream=True)],
+    "/messages": [MessagesKeepTheContract().full(), messages("claude-haiku-5-5", stream=True, tools=CLAUDE_TOOLS)],
+}
+
+
 def make_request(chance):
-    return either(chance.choice(BODIES), chance, BODIES)
+    path = chance.choice([*FRONT_BODIES])
+    return path, either(chance.choice(FRONT_BODIES[path]), chance, FRONT_BODIES[path])
 
 
 REQUEST_TARGETS = [oblix.Target(oblix.Endpoint(name, "http://127.0.0.1:1/v1", "k"), model, oblix.Side.CLOUD) for name,
@@ -16010,12 +17594,13 @@ REQUEST_TARGETS = [oblix.Target(oblix.Endpoint(name, "http://127.0.0.1:1/v1", "k
 BIG_MODEL = oblix.Model("m", max_context=131072, token_bytes=4, size=5)
 
 
-def check_request(raw):
-    """Behind parse_request nothing is of a wrong type: each provider can say it, or refuses it."""
+def check_request(case):
+    """Behind a front nothing is of a wrong type: each provider can say it, or refuses it."""
+    (path, raw), front = case, oblix.FRONTS[case[0]]
     try:
-        request = oblix.parse_request(oblix.parse_body(raw))
+        request = front.request(oblix.parse_body(raw), oblix.Head("POST", "/v1" + path, "HTTP/1.1", {}))
     except oblix.BadRequest as error:
-        return oblix.dumps(oblix.error_body(error))
+        return oblix.dumps(front.error(error))
     oblix.conversation_of(request), oblix.needs_of(request), request.max_output_tokens(5)
     oblix.continuation(request, "a", 3)
     for target in REQUEST_TARGETS:
@@ -16109,7 +17694,7 @@ def make_stream(chance):
         data = b"".join(events)
     else:
         data = mangled(b"".join(events), chance, STREAM_WORDS + JSON_WORDS)
-    request = chance.choice([{}, {"response_format": {"type": "json_object"}}, {"n": 2}])
+    request = chance.choice([{}, {"response_format": {"type": "json_object"}}, {"n": 2}, None])
     return dialect.name, data, request
 
 
@@ -16117,7 +17702,9 @@ def check_stream(case):
     """A decoder raises what the gateway takes for the upstream's fault, and nothing trips over what it yields."""
     name, data, body = case
     provider, chunks = oblix.PROVIDERS[name], []
-    request = oblix.ChatRequest("m", {**body, "messages": [{"role": "user", "content": "Hi"}]})
+    native = None if body is not None else oblix.Native(name, "/", {})    # of a client that speaks the same
+    request = oblix.ChatRequest("m", {**(body or {}), "messages": [{"role": "user", "content": "Hi"}]}, native=native)
+    is_native = native and name == "claude"
     try:
         for piece in provider.decode(data.splitlines(), request):
             chunks.append({"id": "1", "created": 1, "object": "chat.completion.chunk", **piece, "model": "m"})
@@ -16131,7 +17718,12 @@ def check_stream(case):
     text = oblix.continuable_text(request, chunks)
     list(oblix.continued(json.loads(json.dumps(chunks)), {"id": "0", "created": 0, "model": "m"}, text or "x" * 300,
                          "m"))
-    if provider.translates and chunks and ended:
+    for front in [oblix.MESSAGES] if is_native else {*oblix.FRONTS.values()}:
+        writer = front.stream(request)
+        for piece in chunks:
+            writer.take({**json.loads(json.dumps(piece)), "id": "1"})
+        (chunks and writer.end(), writer.broken(oblix.cut()))
+    if provider.translates and chunks and ended and not is_native:
         oblix.sse(oblix.fold(chunks))
 
 
@@ -16509,7 +18101,7 @@ OUR_FIELDS = set("""access-control-allow-headers access-control-allow-methods ac
     connection     content-length content-security-policy content-type
     date retry-after server transfer-encoding vary www-authenticate
     x-accel-buffering x-content-type-options x-oblix-attempts x-oblix-model x-oblix-reason x-oblix-side x-request-id
-    x-should-retry referrer-policy x-frame-options""".split())
+    x-oblix-left-out request-id x-should-retry referrer-policy x-frame-options""".split())
 REPLY_HEAD = re.compile(rb"HTTP/1\.1 (\d{3}) [ -~]+\r\n((?:[!-9;-~]+: [ -~]*\r\n)*)\r\n")
 
 
@@ -16574,16 +18166,16 @@ def sound_reply(reply):
         raise AssertionError("a reply of status %d: %r" % (status, body[:300]))
     if status >= 400 and body:
         error = json.loads(body)["error"]
-        Case().shaped(error)
+        Case().shaped({"param": None, "code": None, **error})    # which Anthropic's have not
         if fields["content-type"] != "application/json" or "failed internally" in error["message"]:
             raise AssertionError("an error in another shape: %r" % body[:300])
     if fields.get("content-type", "").startswith("text/event-stream"):
         events = body.decode("ascii").split("\n\n")
         last = events[-2] if len(events) > 1 else ""
-        if not short and last != "data: [DONE]" and '"error"' not in last:
+        if not short and not re.search(r'data: \[DONE\]|"error"|"message_stop"', last):
             raise AssertionError("a stream ends in %r" % last)
         for event in events[:-1]:
-            event.startswith(":") or event == "data: [DONE]" or json.loads(event[len("data: "):])
+            event.startswith(":") or event == "data: [DONE]" or json.loads(event.partition("data: ")[2])
     elif status == 200 and fields.get("content-type") == "application/json" and body:
         json.loads(body)
 
@@ -16592,8 +18184,8 @@ def make_http(chance):
     """(whether the server has a key, the pieces that are sent, whether the client leaves at once)"""
     data = chance.choice(SOUND_REQUESTS)[0]
     if chance.random() < 0.2:
-        body = make_request(chance)
-        data = POST_HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        path, body = make_request(chance)
+        data = POST_HEAD.replace(b"/chat/completions", path.encode()) + b"Content-Length: %d\r\n\r\n" % len(body) + body
     else:
         data = mangled(data, chance, HTTP_WORDS, [good for good, *_ in SOUND_REQUESTS])
     if chance.random() < 0.6:
