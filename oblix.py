@@ -2378,6 +2378,10 @@ class Provider:
         """Return True if the client of this request may get the events of text alone as they are."""
         return True
 
+    def text_event_of(self, request: ChatRequest) -> TextEvent:
+        """Return the form of the events of text alone in the answer to this request."""
+        return self.text_event
+
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
         """Return the window to load the model for, in tokens, or 0 to leave it as it is.  Raises Unsupported.
 
@@ -2782,9 +2786,10 @@ _OPENAI_TEXT = re.compile(
     rb'data: ?\{(?:' + _OF_EVENT + rb', ?)*"choices": ?\[\{(?:' + _OF_CHOICE
     + rb', ?)*"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?' + _TEXT + rb'\}(?:, ?' + _OF_CHOICE
     + rb')*\}\](?:, ?' + _OF_EVENT + rb')*\}\n\n')
-_OLLAMA_TEXT = re.compile(
-    rb'\{"model": ?' + _WORD + rb', ?"created_at": ?' + _WORD + rb', ?"message": ?\{"role": ?"assistant", ?"content": ?'
-    + _TEXT + rb'\}, ?"done": ?false\}\n')
+_OLLAMA_TEXT, _GENERATED_TEXT = [re.compile(
+    rb'\{"model": ?' + _WORD + rb', ?"created_at": ?' + _WORD + rb', ?' + before + _TEXT + after
+    + rb', ?"done": ?false\}\n') for before, after in (
+        (rb'"message": ?\{"role": ?"assistant", ?"content": ?', rb'\}'), (rb'"response": ?', rb''))]
 _CLAUDE_TEXT = re.compile(
     rb'event: ?content_block_delta\ndata: ?\{"type": ?"content_block_delta", ?"index": ?[0-9]+, ?"delta": ?\{"type": ?'
     rb'"text_delta", ?"text": ?' + _TEXT + rb'\} *\}\n\n')
@@ -3443,11 +3448,15 @@ class Ollama(Provider):
         return super().refuse_part(part)
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
-        body = request.body
+        body, native = request.body, request.native_to(self.name)
         options = {"num_predict" if "max" in name else name: body[name] for name in self._options if name in body}
+        options.update({**present({"num_ctx": context}), **(native or request).body.get("options", {})})
         if "stop" in options:
             options["stop"] = as_list(options["stop"])
-        options.update({**present({"num_ctx": context}), **body.get("options", {})})
+        usual: Json = {"truncate": False}    # without it the oldest messages are forgotten silently
+        usual.update({} if keep_alive is None else {"keep_alive": keep_alive})
+        if native:
+            return {**usual, **native.body, **present({"options": options}), "model": target.model, "stream": True}
         messages, forced = self._messages(without_deprecated(request.messages)), forced_tools(body)
         if forced:    # it has no tool_choice, and holds an answer to a schema only without tools; no model sees either
             first = [messages.pop(0)["content"], ""] if messages[0]["role"] == "system" else []
@@ -3459,12 +3468,9 @@ class Ollama(Provider):
         tools = [{**tool, "function": {**tool["function"], "parameters": tool_schema(tool["function"])}}
                  for tool in chosen_tools(body)[0]]    # it refuses what it can't read, and skips anyOf at the top
         payload = {
-            "model": target.model, "messages": messages, "stream": True,
-            "truncate": False,    # without it the oldest messages are forgotten silently
+            "model": target.model, "messages": messages, "stream": True, **usual,
             **present({"options": options, "tools": [] if forced else tools,
                        "format": "json" if schema == {} else schema})}
-        if keep_alive is not None:
-            payload["keep_alive"] = keep_alive
         if effort_of(body):
             payload["think"] = self._think.get(body["reasoning_effort"], body["reasoning_effort"])
         payload.update({name: body[name] for name in self._as_they_are if name in body})
@@ -3495,6 +3501,10 @@ class Ollama(Provider):
     def passes_text(self, request: ChatRequest) -> bool:
         return not forced_tools(request.body)
 
+    def text_event_of(self, request: ChatRequest) -> TextEvent:
+        native = request.native_to(self.name)
+        return TextEvent(_GENERATED_TEXT, b"\n") if native and native.path == GENERATE_PATH else self.text_event
+
     def _said(self, lines: Lines, parallel: bool) -> Iterator[Any]:
         yield chunk_of(content="")
         numbers = itertools.count()    # of calls: each comes whole, and the server's index is always 0
@@ -3503,11 +3513,11 @@ class Ollama(Provider):
                 yield line
                 continue
             event = event_of(line)
-            message, logprobs = event.get("message") or {}, event.get("logprobs")
+            message, logprobs = event.get("message") or event, event.get("logprobs")    # in itself: /api/generate
             calls = [{**call, "index": next(numbers)} for call in message.get("tool_calls") or ()]
             calls = calls if parallel else [call for call in calls if call["index"] == 0]    # it has no such field
-            said = present({"reasoning_content": message.get("thinking"), "content": message.get("content"),
-                            "tool_calls": calls})
+            said = present({"reasoning_content": message.get("thinking"),
+                            "content": message.get("content") or message.get("response"), "tool_calls": calls})
             if said or logprobs:
                 yield chunk_of(None, {"content": logprobs} if logprobs else None, **said)
             if event.get("done"):
@@ -3540,7 +3550,8 @@ class Ollama(Provider):
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
         # The steps are few, and a window once asked for is asked for again: each change reloads the model.
-        if "num_ctx" in request.body.get("options", {}) or not model.max_context:
+        native = request.native_to(self.name)
+        if "num_ctx" in (native or request).body.get("options", {}) or not model.max_context:
             return 0
         size = request.size
         if size // MOST_BYTES > model.max_context:
@@ -3582,6 +3593,7 @@ class Ollama(Provider):
         return dataclasses.replace(model, max_context=most, max_output=min(MOST_ANSWER, most // 2))
 
 
+GENERATE_PATH = "/api/generate"
 MOST_ANSWER = 4096        # tokens, for which a window is made large enough; a longer answer may find it full
 DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -5508,6 +5520,7 @@ class Dispatch:
         envelope: Json = {}
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
+        is_foreign = provider.translates and not request.native_to(provider.name)    # its client can't read its timings
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
             with self._exchange(request, target) as (answer, started):
@@ -5515,14 +5528,14 @@ class Dispatch:
                     if isinstance(chunk, Texts):
                         yield chunk
                         continue
-                    timings = (chunk.pop if provider.translates else chunk.get)("timings", timings)
+                    timings = (chunk.pop if is_foreign else chunk.get)("timings", timings)
                     envelope = envelope or _envelope(chunk, target.id)
                     told = {**envelope, **chunk, **envelope}
                     if not begun and has_content(chunk):
                         begun = time.monotonic()
                         answer.begin()
                         is_first = [choice["index"] for choice in choices_of(told)] == [0]
-                        answer.text_event = provider.text_event if may_pass and is_first else None
+                        answer.text_event = provider.text_event_of(request) if may_pass and is_first else None
                     tokens = tokens_of(chunk) or tokens
                     yield told
                 answer.ended = True
@@ -5746,7 +5759,7 @@ def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
     """Return the text of a stream that broke off, or "" unless it is plain text."""
     deltas = [choice["delta"] for chunk in said for choice in chunk["choices"]]
     plain = all(name in ("role", "content", "refusal") for delta in deltas for name in delta if delta[name])
-    plain = plain and not _NOT_CONTINUED & request.body.keys()
+    plain = plain and not _NOT_CONTINUED & request.body.keys() and not (request.native and request.native.only)
     return "".join(delta.get("content", "") for delta in deltas) if plain else ""
 
 
@@ -5759,7 +5772,7 @@ def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | 
             body[name] -= tokens
             if body[name] < 1:
                 return None
-    return dataclasses.replace(request, body=body)
+    return dataclasses.replace(request, body=body, native=None)
 
 
 def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iterator[Chunk]:
@@ -5835,6 +5848,9 @@ def error_headers(error: OblixError) -> dict[str, str]:
 # and that API's answer, events and errors of what is said inside.  Nothing between the two knows which front was asked.
 # To add one: subclass Front, and Writer for its streams, and name it in FRONTS.
 
+Frame = tuple[bytes, bytes]    # what is around the text of a stream's events that say nothing else
+
+
 class Writer:
     """The client's side of one streamed answer."""
 
@@ -5869,9 +5885,25 @@ class Front:
         """Return the writer of a streamed answer."""
         raise NotImplementedError
 
+    def at_once(self, request: ChatRequest, now: int) -> Json | None:
+        """Return the answer to a request that needs no model's words, or None; `now` is in unix seconds."""
+        return None
+
     def error(self, error: OblixError) -> Json:
         """Return the body of an error."""
         return error_body(error)
+
+
+def around_text(event: bytes, begin: bytes) -> Frame:
+    """Return what is around the text of an event, which is a NUL there, and which `begin` precedes."""
+    before, after = event.split(begin + rb'\u0000"', 1)    # no string can hold such quotes
+    return before + begin, b'"' + after
+
+
+def framed(texts: Texts, frame: Frame | None) -> bytes:
+    """Return the events that say these texts."""
+    before, after = frame or (b"", b"")    # the first text of a stream is in a chunk
+    return before + (after + before).join(texts) + after
 
 
 # --- 11. OpenAI's chat completions ------------------------------------------------------------------------------------
@@ -5887,16 +5919,14 @@ def sse(event: Json) -> bytes:
     return b"data: " + dumps(event) + b"\n\n"
 
 
-def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
+def text_frame(chunk: Chunk) -> Frame | None:
     """Return what is around the text of this stream's events that say nothing else; None for another choice's."""
     if [choice["index"] for choice in chunk["choices"]] != [0]:
         return None
     choice = {name: None if name in ("logprobs", "finish_reason") else value
               for name, value in chunk["choices"][0].items() if name in AROUND_TEXT}
     kept = {name: value for name, value in chunk.items() if name in AROUND_TEXT}
-    told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
-    before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
-    return before + mark[:-len(rb'\u0000"')], b'"' + after
+    return around_text(sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]}), b'"delta":{"content":"')
 
 
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
@@ -5907,12 +5937,11 @@ def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
 class _ChatWriter(Writer):
     def __init__(self, request: ChatRequest) -> None:
         self._include_usage = request.include_usage
-        self._frame: tuple[bytes, bytes] | None = None    # around the texts of events that say nothing else
+        self._frame: Frame | None = None    # around the texts of events that say nothing else
 
     def take(self, chunk: Any) -> bytes:
         if isinstance(chunk, Texts):
-            before, after = self._frame or (b"", b"")
-            return before + (after + before).join(chunk) + after
+            return framed(chunk, self._frame)
         if not self._frame and has_content(chunk):
             self._frame = text_frame(chunk)
         shown = for_client(chunk, self._include_usage)
@@ -5980,8 +6009,257 @@ def ollama_loaded(models: Iterable[Model]) -> Json:
     return {"models": [*{model.loaded["name"]: model.loaded for model in models if model.loaded}.values()]}
 
 
-CHAT, OLLAMA = Chat(), OllamaApi()
-FRONTS: dict[str, Front] = {"/chat/completions": CHAT}    # by path, without /v1
+# --- 11. Ollama's API -------------------------------------------------------------------------------------------------
+
+_A_TEXT, _WHOLE = FIELDS["reasoning_effort"], FIELDS["seed"]
+_SHARED = ("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty")    # with OpenAI
+_AS_IN_OPENAI = ("model", "tools", "logprobs", "top_logprobs")
+_DURATIONS = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")    # in ns
+_SAID = ("content", "reasoning_content", "refusal")    # what of a delta is told at once
+_ONLY_OLLAMA = ("raw", "template", "context", "suffix")    # knows what these make of a prompt
+OLLAMA_FIELDS: dict[str, Rule] = {
+    **{name: FIELDS[name] for name in ("model", "stream", "tools", "options", "logprobs", "top_logprobs")},
+    **dict.fromkeys(("prompt", "system", "suffix", "template"), _A_TEXT), "raw": FIELDS["stream"],
+    "messages": (lambda value: isinstance(value, list), "must be a list of messages"),
+    "format": (lambda value: isinstance(value, dict) or value in ("", "json"), 'must be "json" or a JSON schema'),
+    "think": (lambda value: isinstance(value, (bool, str)), 'must be true, false, "low", "medium" or "high"'),
+    "keep_alive": (lambda value: type(value) in (int, float, str), 'must be seconds, or a time such as "5m"'),
+    "context": (lambda value: isinstance(value, list), "must be a list of numbers"),
+    "images": (lambda value: isinstance(value, list) and all(isinstance(image, str) for image in value),
+               "must be a list of images in base64"),
+}
+OLLAMA_MESSAGE: dict[str, Rule] = {
+    **dict.fromkeys(("role", "content", "thinking", "tool_name", "tool_call_id"), _A_TEXT),
+    "images": OLLAMA_FIELDS["images"],
+    "tool_calls": (lambda value: MESSAGE_FIELDS["tool_calls"][0](value) and all(map(called_in, value)),
+                   'must be a list of {"function": {"name": …, "arguments": {}}}'),
+}
+OLLAMA_OPTIONS: dict[str, Rule] = {    # for a wrong type Ollama has a 500
+    **{name: FIELDS[name] for name in _SHARED}, **dict.fromkeys(("num_predict", "num_ctx"), _WHOLE)}
+
+
+class OllamaChat(OllamaApi):
+    """Ollama's /api/chat.  Ollama itself gets a request as it came, others get it in OpenAI's words."""
+    name, events = "ollama", "application/x-ndjson"
+    path, before_text = "/api/chat", b'"content":"'
+    keep_alive = (b'{"model":"","created_at":"1970-01-01T00:00:00Z","message":{"role":"assistant","content":""},'
+                  b'"done":false}\n')    # its clients read each line as JSON
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        check_fields(body, OLLAMA_FIELDS, ("model",))
+        body = without_nulls(body, "options")
+        options, messages = body.get("options", {}), self.messages(body)
+        check_fields(options, OLLAMA_OPTIONS, (), "options.")
+        if not messages:
+            return ChatRequest(body["model"], {"messages": []}, origin=body)
+        effort: Any = body.get("think")
+        request = parse_request({
+            **{name: options.get(name) for name in _SHARED}, **{name: body.get(name) for name in _AS_IN_OPENAI},
+            "messages": [*map(_with_calls, without_deprecated(messages))], "stream": body.get("stream", True),
+            "stream_options": {"include_usage": True}, "response_format": _format(body.get("format")),
+            "max_tokens": max(options.get("num_predict", 0), 0) or None,    # -1 is no limit, -2 the window's
+            "reasoning_effort": {True: "medium", False: "none"}.get(effort, effort)})
+        only = next((name for name in _ONLY_OLLAMA if body.get(name)), "")
+        return dataclasses.replace(request, origin=body, native=Native("ollama", self.path, body, only=only))
+
+    def messages(self, body: Json) -> list[Json]:
+        """Return the messages in OpenAI's words, but for their calls.  Raise BadRequest."""
+        return [_from_ollama(f"messages[{number}]", message) for number, message in enumerate(body.get("messages", []))]
+
+    def at_once(self, request: ChatRequest, now: int) -> Json | None:
+        if request.messages:
+            return None
+        reason = "unload" if request.origin.get("keep_alive") in (0, "0", "0s", "0m") else "load"
+        return {**self.piece({"model": request.model, "created": now}, {}), "done": True, "done_reason": reason}
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        choice = answer["choices"][0]
+        return {**self.piece(answer, choice, _ollama_calls(choice)), **self.ended(answer)}
+
+    def stream(self, request: ChatRequest) -> Writer:
+        return _OllamaWriter(self)
+
+    def piece(self, answer: Json, choice: Json, calls: Sequence[Json] = ()) -> Json:
+        """Return the piece of an answer that says what a choice and calls say."""
+        said, logprobs = choice.get("message") or choice.get("delta") or {}, choice.get("logprobs") or {}
+        text = said.get("content") or said.get("refusal") or ""
+        more = present({"thinking": said.get("reasoning_content"), "tool_calls": calls})
+        return {"model": answer["model"], "created_at": rfc3339(answer["created"]), **self.said(text, more),
+                **present({"logprobs": logprobs.get("content")}), "done": False}
+
+    def said(self, text: str, more: Json) -> Json:
+        """Return the fields of a piece that have its text, and what it says besides."""
+        return {"message": {"role": "assistant", "content": text, **more}}
+
+    def ended(self, answer: Json) -> Json:
+        """Return the fields of the last piece of an answer."""
+        usage, timings = answer.get("usage") or {}, answer.get("timings") or {}    # Ollama's own alone
+        finish = answer["choices"][0]["finish_reason"]
+        return {"done": True, "done_reason": "length" if finish == "length" else "stop",
+                **{name: timings.get(name) or 0 for name in _DURATIONS},
+                "prompt_eval_count": usage.get("prompt_tokens") or 0, "eval_count": usage.get("completion_tokens") or 0,
+                **present({"context": timings.get("context")})}
+
+
+class OllamaGenerate(OllamaChat):
+    """Ollama's /api/generate: one prompt."""
+    path, before_text = GENERATE_PATH, b'"response":"'
+    keep_alive = b'{"model":"","created_at":"1970-01-01T00:00:00Z","response":"","done":false}\n'
+
+    def messages(self, body: Json) -> list[Json]:
+        asked = {"role": "user", "content": body.get("prompt", ""), "images": body.get("images")}
+        system = {"role": "system", "content": body.get("system", "")}
+        asks = asked["content"] or asked["images"]
+        return [_from_ollama("", one) for one in (system, asked) if one["content"] or one is asked] if asks else []
+
+    def said(self, text: str, more: Json) -> Json:
+        return {"response": text, **more}
+
+
+class _OllamaWriter(Writer):
+    def __init__(self, front: OllamaChat) -> None:
+        self._front = front
+        self._frame: Frame | None = None
+        self._last: list[Chunk] = []    # what is said at the end: calls, which its clients get whole, reason, usage
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            return framed(chunk, self._frame)
+        self._frame = self._frame or around_text(
+            ndjson(self._front.piece(chunk, {"delta": {"content": "\0"}})), self._front.before_text)
+        lines = list[bytes]()
+        for choice in chunk["choices"]:
+            if any(map(choice["delta"].get, _SAID)) or choice.get("logprobs"):
+                lines.append(ndjson(self._front.piece(chunk, choice)))
+        kept = [{**choice, "delta": present({"tool_calls": [*choice["delta"].get("tool_calls", ())]})}
+                for choice in chunk["choices"]]
+        if "usage" in chunk or any(choice["delta"] or choice["finish_reason"] for choice in kept):
+            self._last.append({**chunk, "choices": kept})
+        return b"".join(lines)
+
+    def end(self) -> bytes:
+        answer = fold(self._last)
+        calls = _ollama_calls(answer["choices"][0])
+        told = ndjson(self._front.piece(answer, {}, calls)) if calls else b""
+        return told + ndjson({**self._front.piece(answer, {}), **self._front.ended(answer)})
+
+    def broken(self, error: OblixError) -> bytes:
+        return ndjson(self._front.error(error))
+
+
+def ndjson(value: Json) -> bytes:
+    """Return a line of newline-delimited JSON."""
+    return dumps(value) + b"\n"
+
+
+def _from_ollama(where: str, message: Any) -> Json:
+    """Return a message of Ollama's in OpenAI's words, but for its calls.  Raise BadRequest."""
+    need(isinstance(message, dict), where, "must be an object")
+    check_fields(message, OLLAMA_MESSAGE, ("role",), f"{where}.")
+    text = message.get("content") or ""
+    images = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}    # or what its bytes say
+              for image in message.get("images") or ()]
+    texts = [{"type": "text", "text": text}] if text else []
+    return {"role": message["role"], "content": [*texts, *images] if images else text, **present({
+        "tool_calls": message.get("tool_calls"), "tool_call_id": message.get("tool_call_id"),
+        "name": message.get("tool_name"), "reasoning_content": message.get("thinking")})}
+
+
+def _with_calls(message: Json) -> Json:
+    """Return one of the messages of `without_deprecated` in OpenAI's words: arguments are a text there."""
+    calls = [{**call, "type": "function", "function": {
+        **call["function"], "arguments": dumps(call["function"]["arguments"]).decode()}}
+        for call in message["tool_calls"]]
+    return {**{name: value for name, value in message.items() if value or name == "content"}, "tool_calls": calls}
+
+
+def _ollama_calls(choice: Json) -> list[Json]:
+    """Return the tool calls of a whole choice as Ollama has them: arguments are an object there."""
+    return [{"id": call["id"], "function": {"index": index, **function_in(call)}}
+            for index, call in enumerate(choice["message"].get("tool_calls") or ())]
+
+
+def _format(asked: str | Json | None) -> Json | None:
+    """Return OpenAI's response_format for Ollama's format."""
+    if isinstance(asked, dict):
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": asked}}
+    return {"type": "json_object"} if asked else None
+
+
+# --- 11. Legacy completions -------------------------------------------------------------------------------------------
+
+COMPLETION_FIELDS: dict[str, Rule] = {
+    "prompt": (lambda value: len(value) == 1 and bool(value[0]) and isinstance(value[0], str)
+               if isinstance(value, list) else value and isinstance(value, str),
+               "must be one text that is not empty: Oblix takes no tokens, and one prompt in a request"),
+    "suffix": _A_TEXT, "echo": FIELDS["stream"],
+    "best_of": (lambda value: value == 1, "must be 1: each answer that is made is given, see n"),
+    "logprobs": (lambda value: value is False, "is not supported here: ask for it at /v1/chat/completions"),
+}
+_NOT_OF_CHAT = {*COMPLETION_FIELDS, "messages", "tools", "functions", "top_logprobs"}
+
+
+class Completions(Front):
+    """OpenAI's legacy completions: the prompt is a user's message, without a limit of tokens unless one is given.
+
+    OpenAI's limit was 16.  Ollama and llama.cpp, for which most of today's clients are made, have none.
+    """
+    name = "completions"
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        check_fields(body, COMPLETION_FIELDS, ("prompt",))
+        prompt, suffix = "".join(body["prompt"]), body.get("suffix")
+        kept = {name: value for name, value in body.items() if name not in _NOT_OF_CHAT}
+        request = parse_request({**kept, "messages": [{"role": "user", "content": prompt}]})
+        native = Native("ollama", GENERATE_PATH, {"prompt": prompt, "suffix": suffix}, only="suffix")
+        return dataclasses.replace(request, origin={"echo": prompt if body.get("echo") else ""},
+                                   native=native if suffix else None)
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        return self.piece(answer, [(choice, request.origin["echo"]) for choice in answer["choices"]])
+
+    def stream(self, request: ChatRequest) -> Writer:
+        return _CompletionWriter(self, request)
+
+    def piece(self, answer: Json, choices: Iterable[tuple[Json, str]]) -> Json:
+        """Return what choices say, each behind a text, as an answer or a piece of one."""
+        said = [(choice, choice.get("message") or choice["delta"], before) for choice, before in choices]
+        told = [{"index": choice["index"], "text": before + (words.get("content") or words.get("refusal") or ""),
+                 "logprobs": None, "finish_reason": choice["finish_reason"]} for choice, words, before in said]
+        return {"id": answer["id"].replace("chatcmpl-", "cmpl-", 1), "object": "text_completion",
+                "created": answer["created"], "model": answer["model"], "choices": told,
+                **present({"usage": answer.get("usage")})}
+
+
+class _CompletionWriter(Writer):
+    def __init__(self, front: Completions, request: ChatRequest) -> None:
+        self._front, self._include_usage = front, request.include_usage
+        self._echo: dict[int, Any] = dict.fromkeys(range(request.body.get("n", 1)), request.origin["echo"])
+        self._frame: Frame | None = None
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            return framed(chunk, self._frame)
+        if not self._frame:
+            choice = {"index": 0, "delta": {"content": "\0"}, "finish_reason": None}
+            self._frame = around_text(sse(self._front.piece(chunk, [(choice, "")])), b'"text":"')
+        told = self._front.piece(chunk, [(choice, self._echo.pop(choice["index"], "")) for choice in chunk["choices"]])
+        told["choices"] = [choice for choice in told["choices"] if choice["text"] or choice["finish_reason"]]
+        return sse(told) if told["choices"] or self._include_usage and "usage" in told else b""
+
+    def end(self) -> bytes:
+        return DONE
+
+    def broken(self, error: OblixError) -> bytes:
+        return sse(error_body(error))
+
+
+# --- 11. All of them --------------------------------------------------------------------------------------------------
+
+CHAT, OLLAMA, OLLAMA_CHAT, OLLAMA_GENERATE = Chat(), OllamaApi(), OllamaChat(), OllamaGenerate()
+FRONTS: dict[str, Front] = {    # by path, without /v1
+    "/chat/completions": CHAT, "/completions": Completions(), OLLAMA_CHAT.path: OLLAMA_CHAT,
+    OLLAMA_GENERATE.path: OLLAMA_GENERATE}
 
 
 def front_of(head: Head) -> Front:
@@ -6383,6 +6661,10 @@ class Handler(socketserver.BaseRequestHandler):
         self._front = front = FRONTS[self.head.path]
         request = front.request(parse_body(self.body()), self.head)
         self.told.update(front=front.name, asked=request.model)
+        told = front.at_once(request, int(time.time()))
+        if told is not None:
+            self.server.gateway.plan(request)    # there is a model of this name, and one that can answer
+            return self.json(200, told)
         self.admission.take(1, 0)
         self.guest.busy = True
         self._events, self._event_headers = b"", {"Content-Type": front.events, **EVENT_HEADERS}

@@ -203,8 +203,16 @@ class OllamaDialect:
     def wants_stream(self, body):
         return body.get("stream", True)
 
-    def events(self, saying, _body=None):
-        return [self.line(line) for line in [*map(self._line, saying.pieces), self._last(saying)]]
+    def events(self, saying, body=None):
+        said = self._generated if "prompt" in (body or {}) else dict
+        return [self.line(said(line)) for line in [*map(self._line, saying.pieces), self._last(saying)]]
+
+    def _generated(self, line):
+        """What /api/generate says where /api/chat says this."""
+        message = line.pop("message")
+        return {**{name: line.pop(name) for name in ("model", "created_at")}, "response": message["content"],
+                **{name: message[name] for name in ("thinking",) if name in message}, **line,
+                **({"context": [1, 2, 3]} if line["done"] else {})}
 
     def error(self, message, kind=None):
         return {"error": message}
@@ -506,7 +514,7 @@ class Upstream:
         if request.method == "GET":
             self.probes.append(request)
             return self.probe
-        if self.dialect is OLLAMA and request.json["messages"] == []:
+        if self.dialect is OLLAMA and request.json.get("messages") == []:
             self.loads.append(request)
             return self._loading(request.json)
         self.requests.append(request)
@@ -9385,6 +9393,12 @@ class Form(NamedTuple):
     dialect: object
     before: bytes
     after: bytes
+    native: str = ""    # the path of a request in the provider's own dialect
+
+    @property
+    def request(self):
+        native = oblix.Native(self.dialect.name, self.native, {}) if self.native else None
+        return dataclasses.replace(PASSED_FOR, native=native)
 
     def said(self, *texts):
         """Events that say these texts, as bytes of JSON."""
@@ -9394,7 +9408,7 @@ class Form(NamedTuple):
     def texts(self, data):
         """(the texts that pass unread when this has come at an event's beginning, what is left to be read)"""
         answer = oblix.Answer(None, oblix.Limits(1, 1, 1), oblix.no_look, list)
-        answer.text_event = oblix.PROVIDERS[self.dialect.name].text_event
+        answer.text_event = oblix.PROVIDERS[self.dialect.name].text_event_of(self.request)
         whole, rest = answer._whole(data, True)
         texts = answer._texts(whole)
         return (texts, rest) if texts else ([], data)
@@ -9402,7 +9416,7 @@ class Form(NamedTuple):
     def read(self, event):
         """The deltas that are made of an event that is read, in a stream that has begun; None of what is no event."""
         provider = oblix.PROVIDERS[self.dialect.name]
-        chunks = provider.decode([*self.said(b"first").split(b"\n"), *event.split(b"\n")], PASSED_FOR)
+        chunks = provider.decode([*self.said(b"first").split(b"\n"), *event.split(b"\n")], self.request)
         deltas = []
         try:
             for piece in chunks:
@@ -9420,6 +9434,8 @@ FORMS = [
          b'"}, "finish_reason": null}], "usage": null, "obfuscation": "aB%d"}\n\n'),
     Form("ollama", OLLAMA, b'{"model":"m","created_at":"2026-11-24T10:00:00.%d+01:00","message":{"role":"assistant",'
          b'"content":"', b'"},"done":false}\n'),
+    Form("ollama, generate", OLLAMA, b'{"model":"m","created_at":"2026-11-24T10:00:00.%d+01:00","response":"',
+         b'","done":false}\n', oblix.GENERATE_PATH),
     Form("claude", CLAUDE, b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":'
          b'{"type":"text_delta","text":"', b'"}}\n\n'),
 ]
@@ -9527,7 +9543,7 @@ class Passing(Case):
 
     def test_what_says_more_than_a_text_is_read(self):
         for form in FORMS:
-            for old, new in SAYS_MORE[form.dialect] if "padded" not in form.name else ():
+            for old, new in SAYS_MORE[form.dialect] if "," not in form.name else ():
                 event = form.said(b"a").replace(old, new, 1)
                 with self.subTest(form.name, event=event):
                     self.assertNotEqual(event, form.said(b"a"))
@@ -10089,6 +10105,332 @@ LIMITS = [  # what the README's table of limits says, and the numbers in it
     ("| %s | the others are left out |", oblix.MAX_MODELS), ("| %s each | the oldest", oblix.MAX_REMEMBERED),
     ("| %s, for %s s each |", oblix.MAX_IDLE, oblix.IDLE_S),
 ]
+
+
+# === 11. Fronts: Ollama's API and legacy completions =================================================================
+
+def lines_of(reply):
+    """The objects of an NDJSON body: every line is one."""
+    return [json.loads(line) for line in reply.body.decode().split("\n")[:-1]]
+
+
+def posted(server, path, model="auto", **fields):
+    """A request to one of the fronts, and what its client gets."""
+    return fetch(server, "POST", path, json.dumps({"model": model, **fields}), JSON)
+
+
+HI_THERE = [{"role": "user", "content": "Hi"}]
+FIND_CALL = {"function": {"name": "find", "arguments": {"q": "é"}}}
+NOW_CALL = {"function": {"name": "now", "arguments": {}}}
+THEN_OPENAI = [    # the calls of FIND_CALL and NOW_CALL in OpenAI's words, and their results
+    {"role": "assistant", "content": "", "tool_calls": [
+        {"id": "call_1_0", "type": "function", "function": {"name": "find", "arguments": "{\"q\":\"\\u00e9\"}"}},
+        {"id": "call_1_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]}]
+FROM_OLLAMA = [  # what a client sends to /api/chat beside a message, what OpenAI gets of it; Ollama gets it as it is
+    ("no limit", {"options": {"num_predict": -1}}, none_of("max_tokens", "options", "num_predict")),
+    ("options", {"options": {"num_predict": 5, "temperature": 0.5, "top_p": 1, "seed": 7, "stop": ["X"], "top_k": 3,
+                             "num_ctx": 8192, "presence_penalty": 0.1, "frequency_penalty": None}},
+     {"max_completion_tokens": lambda tokens: tokens in (5, ABSENT), "temperature": 0.5, "top_p": 1, "seed": 7,
+      "stop": ["X"], "presence_penalty": 0.1, **none_of("frequency_penalty", "top_k", "num_ctx", "options")}),
+    ("one stop", {"options": {"stop": "X"}}, {"stop": "X"}),
+    ("Home Assistant's nulls", {"think": None, "format": None, "tools": None, "keep_alive": "300s", "options": None},
+     none_of("reasoning_effort", "response_format", "tools", "keep_alive", "think", "format")),
+    ("for ever", {"keep_alive": -1}, none_of("keep_alive")),
+    ("it thinks", {"think": True}, {"reasoning_effort": "medium", **none_of("think")}),
+    ("it does not think", {"think": False}, {"reasoning_effort": "none"}),
+    ("it thinks hard", {"think": "high"}, {"reasoning_effort": "high"}),
+    ("JSON", {"format": "json"}, {"response_format": {"type": "json_object"}, **none_of("format")}),
+    ("a schema", {"format": SCHEMA}, {"response_format": {
+        "type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}}),
+    ("tools", {"tools": TOOLS}, {"tools": TOOLS}),
+    ("what nobody else knows", {"truncate": True, "shift": False, "debug": 1},
+     none_of("truncate", "shift", "debug", "options")),
+    ("pictures", {"messages": [{"role": "user", "content": "a", "images": [PNG, "/9j/AAAA"]}]}, talk(user(
+        part("a"), {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}},
+        {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,/9j/AAAA"}}))),
+    ("a picture alone", {"messages": [{"role": "user", "content": None, "images": [PNG]}]}, talk(
+        user({"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}}))),
+    ("no results' names or ids: by their order", {"messages": [
+        *HI_THERE, {"role": "assistant", "content": "", "tool_calls": [FIND_CALL, NOW_CALL]},
+        {"role": "tool", "content": "3"}, {"role": "tool", "content": "noon"}]}, {"messages": [
+            *HI_THERE, *THEN_OPENAI, {**result("call_1_0", "3"), "name": "find"},
+            {**result("call_1_1", "noon"), "name": "now"}]}),
+    ("results' names: by these", {"messages": [
+        *HI_THERE, {"role": "assistant", "tool_calls": [FIND_CALL, NOW_CALL], "thinking": "hm"},
+        {"role": "tool", "tool_name": "now", "content": "noon"}, {"role": "tool", "tool_name": "find", "content": "3"},
+        ]}, {"messages": [*HI_THERE, {**THEN_OPENAI[0], "reasoning_content": "hm"}, result("call_1_1", "noon"),
+                          result("call_1_0", "3")]}),
+    ("results' ids", {"messages": [
+        *HI_THERE, {"role": "assistant", "content": "", "tool_calls": [{"id": "a", **FIND_CALL}]},
+        {"role": "tool", "tool_call_id": "a", "content": "3"}]},
+     {"messages": [user("Hi"), {"tool_calls": [{"id": "a"}]}, result("a", "3")]}),
+]
+BAD_FOR_OLLAMA = [  # path, what is wrong with a request, a word of the error
+    *(("/api/chat", fields, word) for fields, word in (
+        ({"model": None}, "model"), ({"model": ""}, "model"), ({"model": 5}, "model"), ({"messages": {}}, "messages"),
+        ({"messages": "Hi"}, "messages"), ({"messages": [5]}, "messages[0]"), ({"messages": [{}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [part("a")]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "images": "a"}]}, "messages[0].images"),
+        ({"messages": [{"role": "user", "images": [{}]}]}, "messages[0].images"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": [], **FIND_CALL}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"type": "x"}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "tool", "content": "3", "tool_name": 5}]}, "messages[0].tool_name"),
+        ({"stream": "no"}, "stream"), ({"format": "yaml"}, "format"), ({"format": 5}, "format"),
+        ({"think": 5}, "think"), ({"keep_alive": []}, "keep_alive"), ({"tools": {}}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"), ({"options": []}, "options"),
+        ({"options": {"num_ctx": "8k"}}, "options.num_ctx"), ({"options": {"stop": 5}}, "options.stop"),
+        ({"options": {"num_predict": 0.5}}, "options.num_predict"), ({"options": {"seed": True}}, "options.seed"))),
+    *(("/api/generate", fields, word) for fields, word in (
+        ({"prompt": ["a"]}, "prompt"), ({"system": 5}, "system"), ({"images": [5]}, "images"), ({"raw": 1}, "raw"),
+        ({"context": "a"}, "context"), ({"suffix": []}, "suffix"), ({"template": {}}, "template"))),
+]
+
+
+class OllamasApi(Case):
+    """POST /api/chat and /api/generate: clients of Ollama talk to whoever answers."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = cls.ollama, cls.openai, _ = [cls.keep(Upstream(dialect)) for dialect in DIALECTS]
+        cls.server = cls.keep(running(*cls.upstreams))
+
+    def tearDown(self):
+        for upstream in self.upstreams:
+            upstream.play(answer(Text("Hello")))
+
+    def chats(self, model="auto", **fields):
+        return posted(self.server, "/api/chat", model, **{"messages": HI_THERE, "stream": False, **fields})
+
+    def generates(self, model="auto", **fields):
+        return posted(self.server, "/api/generate", model, **{"prompt": "Hi", "stream": False, **fields})
+
+    def refuses(self, reply, status, word=""):
+        self.assertEqual((reply.status, list(reply.json)), (status, ["error"]), reply.body)
+        self.assertIn(word, reply.json["error"])
+
+    def test_others_get_a_request_in_openai_s_words_and_ollama_as_it_came(self):
+        for name, fields, wanted in FROM_OLLAMA:
+            with self.subTest(name):
+                self.assertEqual(self.chats(self.openai.target, **fields).status, 200)
+                self.assertEqual(differences({"model": "gpt-test", **wanted}, self.openai.last.json), [])
+                self.assertEqual(self.chats(self.ollama.target, **fields).status, 200)
+                own = {key: value for key, value in {"messages": HI_THERE, **fields}.items() if value is not None}
+                if "options" in own:
+                    own["options"] = {key: value for key, value in own["options"].items() if value is not None}
+                    own["options"].update({"stop": ["X"]} if "stop" in own["options"] else {})
+                self.assertEqual({"truncate": False, "keep_alive": 1800, **own, "model": "llama3.2", "stream": True},
+                                 self.ollama.last.json)
+
+    def test_every_provider_s_answer_comes_in_ollama_s_words(self):
+        call = Call("call_7", "find", {"q": ["é", 1]})
+        said = (Think("hm"), Text("a "), Text("b"), call, Call("call_8", "now", {}))
+        for upstream, finish in itertools.product(self.upstreams, ("tool_calls", "length")):
+            upstream.play(answer(*said, finish=finish))
+            for stream in (True, False):
+                with self.subTest(upstream.target, stream=stream, finish=finish):
+                    reply = self.chats(upstream.target, stream=stream, tools=TOOLS)
+                    lines = lines_of(reply) if stream else [reply.json]
+                    self.assertEqual(reply.headers["Content-Type"], f"application/{'x-ndjson' if stream else 'json'}")
+                    self.assertEqual([line["done"] for line in lines], [False] * (len(lines) - 1) + [True])
+                    for line in lines:
+                        self.assertRegex(line["created_at"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+                        self.assertEqual((line["model"], line["message"]["role"]), (upstream.target, "assistant"))
+                    message = joined([{key: value for key, value in line["message"].items() if key != "tool_calls"}
+                                      for line in lines])
+                    self.assertEqual((message["content"], message["thinking"]), ("a b", "hm"))
+                    calls = [one for line in lines for one in line["message"].get("tool_calls", [])]
+                    self.assertEqual([one["function"]["arguments"] for one in calls], [call.arguments, {}])
+                    self.assertEqual([one["id"] for one in calls], ["call_7", "call_8"])
+                    last = lines[-1]
+                    self.assertEqual(last["done_reason"], "length" if finish == "length" else "stop")
+                    self.assertEqual((last["prompt_eval_count"], last["eval_count"]), (9, 7))
+                    self.assertEqual(last["total_duration"], 912000000 if upstream is self.ollama else 0)
+                    self.assertEqual(reply.headers["x-oblix-model"], upstream.target)
+
+    def test_streaming_is_usual(self):
+        for path, fields in (("/api/chat", {"messages": HI_THERE}), ("/api/generate", {"prompt": "Hi"})):
+            lines = lines_of(posted(self.server, path, **fields))
+            self.assertEqual([line["done"] for line in lines], [False, True])
+
+    def test_generate_makes_messages_of_a_prompt_and_a_response_of_the_answer(self):
+        asked = {"prompt": "a", "system": "Be kind.", "images": [PNG], "options": {"num_predict": 3}}
+        for upstream, stream in itertools.product(self.upstreams, (True, False)):
+            upstream.play(answer(Think("hm"), *map(Text, "Hello")))
+            with self.subTest(upstream.target, stream=stream):
+                reply = self.generates(upstream.target, stream=stream, **asked)
+                lines = lines_of(reply) if stream else [reply.json]
+                self.assertEqual("".join(line["response"] for line in lines), "Hello")
+                self.assertEqual("".join(line.get("thinking", "") for line in lines), "hm")
+                self.assertNotIn("message", lines[-1])
+                self.assertEqual(lines[-1]["done"], True)
+        self.assertEqual(lines[-1].get("context"), None)
+        self.assertEqual(self.generates(self.ollama.target).json["context"], [1, 2, 3])
+        self.generates(self.ollama.target, **asked)
+        self.assertEqual(self.ollama.last.path, "/api/generate")
+        self.assertEqual({**asked, "model": "llama3.2", "stream": True, "truncate": False, "keep_alive": 1800},
+                         self.ollama.last.json)
+        self.generates(self.openai.target, **asked)
+        self.assertEqual(self.openai.last.json["messages"], [system("Be kind."), user(
+            part("a"), {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}})])
+
+    def test_what_only_ollama_can_do_goes_to_no_other(self):
+        for name, value in (("raw", True), ("template", "{{ .Prompt }}"), ("context", [1]), ("suffix", "}")):
+            with self.subTest(name):
+                self.refuses(self.generates(self.openai.target, **{name: value}), 400, name)
+                self.refuses(self.generates("cloud", **{name: value}), 400, name)
+                self.assertEqual(self.generates("auto", **{name: value}).json["response"], "Hello")
+                self.assertEqual(self.ollama.last.json[name], value)
+                for nothing in (None, type(value)()):
+                    self.assertEqual(self.generates(self.openai.target, **{name: nothing}).status, 200)
+
+    def test_a_request_without_a_prompt_asks_no_model(self):
+        before = [len(upstream.requests) + len(upstream.loads) for upstream in self.upstreams]
+        for path, fields in (("/api/chat", {}), ("/api/chat", {"messages": []}), ("/api/generate", {"prompt": ""}),
+                             ("/api/generate", {"system": "a"}), ("/api/generate", {})):
+            for keep_alive, reason in ((None, "load"), ("5m", "load"), (-1, "load"), (0, "unload"), ("0", "unload")):
+                reply = posted(self.server, path, keep_alive=keep_alive, **fields).json
+                self.assertEqual((reply["done"], reply["done_reason"], reply["model"]), (True, reason, "auto"))
+                self.assertEqual(reply.get("response", reply.get("message", {}).get("content")), "")
+        self.refuses(posted(self.server, "/api/chat", "no-such"), 404, "no-such")
+        self.assertEqual(before, [len(upstream.requests) + len(upstream.loads) for upstream in self.upstreams])
+
+    def test_a_wrong_body_is_told_in_ollama_s_shape(self):
+        for path, fields, word in BAD_FOR_OLLAMA:
+            with self.subTest(path, fields=fields):
+                reply = posted(self.server, path, **{"messages": HI_THERE, "prompt": "a", **fields})
+                self.refuses(reply, 400, f"{word} ")
+
+    def test_the_context_that_a_client_wants_is_not_changed(self):
+        with small() as local, running(local) as server:
+            posted(server, "/api/chat", messages=HI_THERE, options={"num_ctx": 2048})
+            self.assertEqual(local.last.json["options"], {"num_ctx": 2048})
+            posted(server, "/api/chat", messages=[{"role": "user", "content": "a " * 30000}])
+            self.assertGreater(local.last.json["options"]["num_ctx"], 2048)
+
+    def test_every_line_of_a_silent_stream_is_json(self):
+        for path, fields in (("/api/chat", {"messages": HI_THERE}), ("/api/generate", {"prompt": "Hi"})):
+            with mock.patch.multiple(oblix, KEEP_ALIVE_S=0.1, TICK_S=0.03), small(delayed(0.5)) as local, \
+                    running(local) as server:
+                lines = lines_of(posted(server, path, **fields))
+                self.assertGreater(len(lines), 4)
+                said = [line.get("response", line.get("message", {}).get("content")) for line in lines]
+                self.assertEqual((said[:2], "".join(said)), (["", ""], "local"))
+
+    def test_a_model_that_does_not_think_is_asked_without(self):
+        no = 'registry.ollama.ai/library/llama3.2 does not support thinking'
+        with small(lambda dialect, request: whole(400, dialect.error(no)) if "think" in request.json else
+                   answer(Text("Hello"))(dialect, request)) as local, running(local) as server:
+            reply = posted(server, "/api/chat", local.target, messages=HI_THERE, think=True, stream=False)
+            self.assertEqual(reply.json["message"]["content"], "Hello")
+
+    def test_log_probabilities_come_where_ollama_has_them(self):
+        token = {"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": []}
+        line = {"model": "m", "created_at": "x", "message": {"role": "assistant", "content": "Hi"}, "done": False,
+                "logprobs": [token]}
+        events = [OLLAMA.line(line), OLLAMA.line({**line, "logprobs": None, "done": True, "message": {"content": ""}})]
+        self.ollama.play(streamed(OLLAMA, events))
+        self.assertEqual(self.chats(self.ollama.target, logprobs=True).json["logprobs"], [token])
+        self.assertEqual(lines_of(self.chats(self.ollama.target, logprobs=True, stream=True))[0]["logprobs"], [token])
+
+
+NOT_COMPLETED = [  # fields of a request for a completion, the one that is refused
+    *(({"prompt": wrong}, "prompt") for wrong in (None, "", [], [""], ["a", "b"], [1, 2], [[1]], 5, {}, [None])),
+    ({"best_of": 2}, "best_of"), ({"logprobs": 0}, "logprobs"), ({"logprobs": 5}, "logprobs"), ({"echo": 1}, "echo"),
+    ({"suffix": 5}, "suffix"), ({"n": 0}, "n"), ({"max_tokens": "a"}, "max_tokens"), ({"model": None}, "model"),
+    ({"stop": 5}, "stop"), ({"stream": "a"}, "stream"), ({"temperature": "a"}, "temperature"),
+]
+
+
+class LegacyCompletions(Case):
+    """POST /v1/completions."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = cls.ollama, cls.openai, _ = [cls.keep(Upstream(dialect)) for dialect in DIALECTS]
+        cls.server = cls.keep(running(*cls.upstreams))
+
+    def completes(self, model="auto", **fields):
+        return posted(self.server, "/v1/completions", model, **{"prompt": "Once", **fields})
+
+    def said(self, reply):
+        """The texts by choice, once the answer is asserted to have the API's shape."""
+        self.assertEqual(reply.status, 200, reply.body)
+        texts, ends = collections.defaultdict(str), {}
+        for part in reply.chunks if reply.streamed else [reply.json]:
+            self.assertEqual(part["object"], "text_completion")
+            self.assertRegex(part["id"], "^cmpl-")
+            for choice in part["choices"]:
+                self.assertEqual(set(choice), {"index", "text", "logprobs", "finish_reason"})
+                texts[choice["index"]] += choice["text"]
+                ends[choice["index"]] = choice["finish_reason"] or ends.get(choice["index"])
+        self.assertEqual(set(ends.values()), {"stop"})
+        if reply.streamed:
+            self.assertEqual(reply.events[-1], "[DONE]")
+        return [text for _, text in sorted(texts.items())]
+
+    def test_a_prompt_is_answered_whole_and_streamed(self):
+        for upstream in self.upstreams:
+            upstream.play(answer(Think("hm"), *map(Text, "Hello")))
+            for fields in ({}, {"prompt": ["Once"]}, {"stream": True}, {"stream": True, "user": "u"}):
+                with self.subTest(upstream.target, fields=fields):
+                    reply = self.completes(upstream.target, **fields)
+                    self.assertEqual(self.said(reply), ["Hello"])
+                    self.assertEqual(reply.headers["x-oblix-model"], upstream.target)
+                    self.assertIn("Once", str(upstream.last.json["messages"]))
+            self.assertEqual(self.completes(upstream.target).json["usage"]["total_tokens"], 16)
+            reply = self.completes(upstream.target, stream=True, stream_options={"include_usage": True})
+            self.assertEqual((reply.chunks[-1]["choices"], reply.chunks[-1]["usage"]["total_tokens"]), ([], 16))
+            self.assertNotIn("usage", self.completes(upstream.target, stream=True).chunks[-1])
+
+    def test_there_is_no_limit_but_the_one_that_is_given(self):
+        self.completes(self.openai.target)
+        self.assertEqual(differences(none_of("max_tokens", "max_completion_tokens", "prompt", "echo", "best_of"),
+                                     self.openai.last.json), [])
+        self.completes(self.openai.target, max_tokens=5, stop="X", seed=1, best_of=1, logprobs=None, top_k=3)
+        self.assertEqual(differences({"stop": "X", "seed": 1, "top_k": 3, **none_of("prompt", "echo", "best_of")},
+                                     self.openai.last.json), [])
+        self.assertIn(5, self.openai.last.json.values())
+
+    def test_an_echo_stands_before_each_choice(self):
+        def two(dialect, request):
+            choices = [{"index": number, "delta": {"content": text}, "finish_reason": "stop"}
+                       for number, text in enumerate("ab")]
+            events = [data_event(dialect.chunk([choice])) for choice in choices]
+            return streamed(dialect, [*events, b"data: [DONE]\n\n"])
+        for stream in (True, False):
+            self.openai.play(answer(Text("Hello")))
+            self.assertEqual(self.said(self.completes(self.openai.target, echo=True, stream=stream)), ["OnceHello"])
+            self.openai.play(two)
+            self.assertEqual(self.said(self.completes(self.openai.target, echo=True, n=2, stream=stream)),
+                             ["Oncea", "Onceb"])
+
+    def test_a_suffix_is_filled_up_to_by_ollama_alone(self):
+        for stream in (True, False):
+            self.ollama.play(answer(*map(Text, "Hello")))
+            fields = {"suffix": " end", "stop": "X", "max_tokens": 5, "stream": stream}
+            self.assertEqual(self.said(self.completes("auto", **fields)), ["Hello"])
+            self.assertEqual(self.ollama.last.path, "/api/generate")
+            self.assertEqual({"model": "llama3.2", "prompt": "Once", "suffix": " end", "stream": True,
+                              "truncate": False, "keep_alive": 1800, "options": {"stop": ["X"], "num_predict": 5}},
+                             self.ollama.last.json)
+        self.refused(self.completes("cloud", suffix=" end"), 400, "suffix", param="suffix")
+        self.refused(self.completes(self.openai.target, suffix=" end"), 400, "ollama", param="suffix")
+        self.openai.play(answer(Text("Hello")))
+        self.assertEqual(self.said(self.completes(self.openai.target, suffix="")), ["Hello"])
+
+    def test_a_cut_suffix_is_not_continued_by_a_model_that_does_not_know_it(self):
+        with small(cut("Hel")) as local, cloudy() as cloud, \
+                running(local, cloud, flags=["--on-cut=continue"]) as server, self.assertLogs("oblix", "WARNING"):
+            reply = posted(server, "/v1/completions", prompt="a", suffix="b", stream=True)
+            self.assertTrue(reply.cut)
+            self.assertIn("error", reply.chunks[-1])
+            self.assertEqual(cloud.requests, [])
+
+    def test_what_can_not_be_done_is_a_400(self):
+        for fields, param in NOT_COMPLETED:
+            with self.subTest(fields):
+                self.refused(self.completes(**fields), 400, param, param=param)
 
 
 # === 11. Server ======================================================================================================
