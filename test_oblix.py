@@ -10419,13 +10419,13 @@ class LegacyCompletions(Case):
         self.openai.play(answer(Text("Hello")))
         self.assertEqual(self.said(self.completes(self.openai.target, suffix="")), ["Hello"])
 
-    def test_a_cut_suffix_is_not_continued_by_a_model_that_does_not_know_it(self):
-        with small(cut("Hel")) as local, cloudy() as cloud, \
-                running(local, cloud, flags=["--on-cut=continue"]) as server, self.assertLogs("oblix", "WARNING"):
+    def test_a_cut_suffix_is_not_continued_as_a_chat(self):
+        with small(cut("Hel"), target="ollama:llama3.2@{url}") as local, small(target="ollama:tiny@{url}") as other, \
+                running(local, other, flags=["--on-cut=continue"]) as server, self.assertLogs("oblix", "WARNING"):
             reply = posted(server, "/v1/completions", prompt="a", suffix="b", stream=True)
             self.assertTrue(reply.cut)
             self.assertIn("error", reply.chunks[-1])
-            self.assertEqual(cloud.requests, [])
+            self.assertEqual(other.requests, [])
 
     def test_what_can_not_be_done_is_a_400(self):
         for fields, param in NOT_COMPLETED:
