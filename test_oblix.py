@@ -10420,7 +10420,8 @@ class LegacyCompletions(Case):
         self.assertEqual(self.said(self.completes(self.openai.target, suffix="")), ["Hello"])
 
     def test_a_cut_suffix_is_not_continued_as_a_chat(self):
-        with small(cut("Hel"), target="ollama:llama3.2@{url}") as local, small(target="ollama:tiny@{url}") as other, \
+        with small(cut("Hel"), target="ollama:llama3.2@{url}") as local, \
+                small(target="ollama:hf.co/org/tiny:Q4@{url}") as other, \
                 running(local, other, flags=["--on-cut=continue"]) as server, self.assertLogs("oblix", "WARNING"):
             reply = posted(server, "/v1/completions", prompt="a", suffix="b", stream=True)
             self.assertTrue(reply.cut)
