@@ -40,6 +40,7 @@ Who owns which state
   loads and look-ups     a dict for each of the two kinds of errands, whose setdefault and del are atomic (7)
   what readings mean     caches of pure functions (lru_cache); two threads that miss at once put in the same (5, 9)
   what loads showed      two dicts of the gateway, whose entries loads replace and monitors remove, atomically (9)
+  the embedding model    an attribute of the gateway, set once; of two that set it at once both found the same (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
@@ -226,7 +227,12 @@ class Model:
     @property
     def is_chat_model(self) -> bool:
         """False for embedding models."""
-        return "completion" in self.capabilities if self.capabilities else "embed" not in self.name.lower()
+        return "completion" in self.capabilities if self.capabilities else not self.embeds
+
+    @property
+    def embeds(self) -> bool:
+        """True for embedding models."""
+        return "embedding" in self.capabilities if self.capabilities else "embed" in self.name.lower()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)    # each is one of a kind: what follows from it is remembered by it
@@ -302,6 +308,16 @@ class ChatRequest:
             if not isinstance(message.get("content"), str):
                 for p, part in enumerate(parts_of(message)):
                     yield f"messages[{m}].content[{p}]", part
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingRequest:
+    """A checked request for the vectors of texts, or of lists of tokens."""
+    model: str
+    inputs: Sequence[Any]
+    in_base64: bool = False    # the vectors, as little-endian float32
+    body: Json = dataclasses.field(default_factory=dict)      # more of OpenAI's fields
+    native: Json = dataclasses.field(default_factory=dict)    # more of Ollama's
 
 
 class Eligibility(enum.Enum):
@@ -559,6 +575,8 @@ class Settings:
         "cheap model of each provider with a key")
     cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags: prefer the file", secret=True)
     cloud_api_key_file: str = setting("", "file that holds it")
+    embedding_model: str = setting("", "model of all embeddings, provider:name or openai:name@http://host:port/v1; "
+        "default: the newest that Ollama has, else OpenAI's small one if there is its key")
     host: str = setting("localhost", "address to listen on; one that the network reaches needs --api-key")
     port: int = setting(62549, "port to listen on; 0 picks a free one", 0, 65535)
     api_key: str = setting("", "key that clients must send; `ps` shows flags: prefer the file", secret=True)
@@ -2339,6 +2357,7 @@ class Provider:
     spelt: ClassVar[dict[str, str]] = {}    # word of an error -> the parameter that it means
     takes: ClassVar[tuple[str, ...]] = ()   # parameters that all of its models take
     text_event: ClassVar[TextEvent]
+    embed_path: ClassVar[str] = ""          # makes embeddings; "" where nothing does
 
     def endpoint(self, settings: Settings) -> Endpoint:
         """Return the provider's usual endpoint, with the key that belongs there."""
@@ -2402,6 +2421,21 @@ class Provider:
         return dataclasses.replace(
             model, provider=self.name, max_context=model.max_context or window, max_output=model.max_output or answer,
             parameters=model.parameters or (tuple(sorted(known)) if abilities else ()))
+
+    def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
+        """Return the body of the upstream request for the vectors of some of the inputs.  Raises Unsupported."""
+        raise Unsupported(f"{self.label} has no embeddings: ask another provider's model for them.", param="model")
+
+    def most_inputs(self, request: EmbeddingRequest, endpoint: Endpoint) -> int:
+        """Return how many inputs are sent at once: some servers take no more than 32 (TEI)."""
+        return 32
+
+    def vectors(self, answer: Json) -> tuple[list[Any], int]:
+        """Return the vectors in an answer, in the order of the inputs, and the prompt's tokens.
+
+        Raises NOT_IN_ITS_FORMAT.
+        """
+        raise NotImplementedError
 
     def passes_text(self, request: ChatRequest) -> bool:
         """Return True if the client of this request may get the events of text alone as they are."""
@@ -2542,7 +2576,7 @@ def is_permanent(param: str, error: UpstreamError) -> bool:
 # What may not be dropped to please a model: without it the answer would be to another question.
 ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_format", "format", "output_config", "n",
                        "stream", "system", "max_tokens", "max_completion_tokens", "modalities", "functions",
-                       "function_call", "audio"})
+                       "function_call", "audio", "input", "dimensions"})
 
 # What errors say of a parameter, in lower case, and what of one of its values, or of it beside another one.
 _UNSUPPORTED = "|".join((
@@ -3363,6 +3397,7 @@ class OpenAI(Provider):
     vendor, chat_path, models_path = "api.openai.com", "/chat/completions", "/models"
     translates = False
     text_event = TextEvent(_OPENAI_TEXT, b"\n\n")
+    embed_path = "/embeddings"
     renames = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 
     def endpoint(self, settings: Settings) -> Endpoint:
@@ -3420,6 +3455,19 @@ class OpenAI(Provider):
     def passes_text(self, request: ChatRequest) -> bool:
         return bool(request.body.get("n", 1) == 1)
 
+    def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
+        return {"model": target.model, "input": inputs, "encoding_format": "base64" if request.in_base64 else "float",
+                **request.body}
+
+    def most_inputs(self, request: EmbeddingRequest, endpoint: Endpoint) -> int:
+        if not is_at(endpoint.base_url, self.vendor):
+            return super().most_inputs(request, endpoint)
+        return 2048 if request.in_base64 else 256    # its own limit; as many numbers as JSON may have here (3072 each)
+
+    def vectors(self, answer: Json) -> tuple[list[Any], int]:
+        found = sorted(answer["data"], key=lambda item: item["index"])
+        return [item["embedding"] for item in found], (answer.get("usage") or {}).get("prompt_tokens") or 0
+
 
 def _with_short_ids(message: Json) -> Json:
     """Return a message with ids of tool calls of nine letters and digits, each id always as the same one."""
@@ -3462,6 +3510,7 @@ class Ollama(Provider):
                "function_call": "it is deprecated, send tool_choice"}
     spelt = {"thinking": "think"}
     text_event = TextEvent(_OLLAMA_TEXT, b"\n")
+    embed_path = "/api/embed"
     _options = ("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "max_tokens",
                 "max_completion_tokens")
     _as_they_are = ("logprobs", "top_logprobs", "keep_alive", "think")    # the last two by extra_body of the SDKs
@@ -3555,6 +3604,16 @@ class Ollama(Provider):
                                  "completion_tokens": event.get("eval_count")}, "timings": event}
                 return
         raise cut()    # a runaway repetition ends without done: true as well
+
+    def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
+        if not all(isinstance(one, str) for one in inputs):
+            raise Unsupported("Ollama takes texts and no tokens (LangChain sends texts with "
+                              "check_embedding_ctx_length=False).", param="input")
+        body = {name: value for name, value in request.body.items() if name == "dimensions"}
+        return {"model": target.model, "input": inputs, **body, **request.native}
+
+    def vectors(self, answer: Json) -> tuple[list[Any], int]:
+        return answer["embeddings"], answer.get("prompt_eval_count") or 0
 
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
@@ -4070,6 +4129,44 @@ def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
         raise UsageError(f"{flag}: a cloud answers this model; name it with --cloud-model, or say where it runs, like "
                          f"{provider}:NAME@http://127.0.0.1:8080/v1")
     return Target(endpoint, model, side)
+
+
+def embedding_targets(settings: Settings) -> tuple[Target, ...]:
+    """Return the target of --embedding-model, if there is one.  Raises UsageError."""
+    if not settings.embedding_model:
+        return ()
+    target = _target(settings, settings.embedding_model, Side.CLOUD, "")
+    here = target.endpoint.on_device or target.endpoint.provider == "ollama" and may_be_local(*target[:2])
+    return (target._replace(side=Side.LOCAL if here else Side.CLOUD),)
+
+
+def batches(inputs: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+    """Yield the inputs of an embedding in as few requests as its server takes, as far as is known."""
+    start = size = 0
+    for place, one in enumerate(inputs):
+        if place > start and (place - start == most or size + len(one) > MAX_BATCH):
+            yield inputs[start:place]
+            start, size = place, 0
+        size += len(one)
+    if inputs:
+        yield inputs[start:]
+
+
+MAX_BATCH = 200_000    # characters, or tokens: OpenAI takes 300,000 tokens, and a character is seldom more than one
+
+
+def vector(told: Any, in_base64: bool) -> Any:
+    """Return a server's vector in the form that is wanted, whichever it came in.  Raises NOT_IN_ITS_FORMAT."""
+    numbers, raw = told, base64.b64decode(told, validate=True) if isinstance(told, str) else b""
+    if raw:
+        if len(raw) % 4:
+            raise ValueError("no float32s")
+        numbers = struct.unpack(f"<{len(raw) // 4}f", raw)
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ValueError("no vector")
+    if not in_base64:
+        return numbers
+    return told if raw else base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
 
 
 def may_be_local(endpoint: Endpoint, model: str) -> bool:
@@ -5128,6 +5225,7 @@ class Gateway:
         self._configured = configured_targets(settings)
         for target in self._configured:    # before any that clients name
             self.journal.name(target.id)
+        self._embedders: tuple[Target, ...] = embedding_targets(settings)    # one at most
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         self._ollama = self._default_endpoints["ollama"]
         self.ollama_url = self._ollama.base_url
@@ -5278,9 +5376,7 @@ class Gateway:
         refused = PROVIDERS[target.endpoint.provider].refusal(request)
         if refused:
             raise refused
-        if target.endpoint.lacks_key:
-            raise OblixError(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
-                             status=401, type="authentication_error", code="no_api_key", retry=False)
+        check_key(target)
         return Plan((target,), "the request named the model")
 
     def _refusal(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> Unsupported | None:
@@ -5329,6 +5425,94 @@ class Gateway:
         What is returned has content; whatever happens later is told in its chunks' UpstreamError.
         """
         return Dispatch(self, request, look).run()
+
+    def open(self, target: Target, path: str, encoded: Json, limits: Limits, look: Look,
+             more: Iterable[tuple[str, str]] = ()) -> Answer:
+        """Return a target's answer of status 2xx to a body, with these headers more.  Raise as `Transport.open`.
+
+        The parameters that the model refuses are left out one by one; what it never accepts is remembered.
+        """
+        provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
+        url, headers = endpoint.base_url + path, {**provider.headers(endpoint), **dict(more)}
+        changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
+        while True:
+            payload = provider.adapt(encoded, self.ledger.record(target).refused.union(changed))
+            answer = self.transport.open(url, headers, dumps(payload), limits, look)
+            if answer.status < 300 and answer.content_type != "text/html":
+                for refused, error in changed.items():
+                    if is_permanent(refused, error):
+                        self.ledger.learn_refusal(target, refused)
+                return answer
+            with contextlib.closing(answer):
+                if answer.status < 300:
+                    raise UpstreamError(f"a web page answered instead of {provider.label} (a login page?)",
+                                        code="bad_upstream_answer")
+                text = answer.body().decode("utf-8", "replace")
+            error = classify(answer.status, text, answer.retry_after_s, endpoint)
+            param = provider.refused_parameter(error, payload)
+            if not param or param.partition("<=")[0] in [known.partition("<=")[0] for known in changed]:
+                raise error
+            log.info("%s refuses %s: asked without", target.id, param.replace("<=", " above "))
+            changed[param] = error
+
+    def embed(self, request: EmbeddingRequest, route: str, look: Look = no_look) -> tuple[Target, list[Any], int]:
+        """Return who made the vectors of a request, these, and the tokens of its inputs.
+
+        `route` is auto, local or cloud.  Raise OblixError, and what the look raises.  Vectors of two models have
+        nothing in common: there is one model for all, or the one that is named, and none in another's place.
+        """
+        target, until = self._embedder(request, route, look), time.monotonic() + self.settings.request_timeout_s
+        provider, vectors, tokens = PROVIDERS[target.endpoint.provider], list[Any](), 0
+        try:
+            with self.ledger.flight(target), _without_key(target.endpoint):
+                for inputs in batches(request.inputs, provider.most_inputs(request, target.endpoint)):
+                    encoded = provider.embed(inputs, request, target)
+                    answer = self.open(target, provider.embed_path, encoded, self.limits._replace(until=until), look)
+                    with contextlib.closing(answer), _in_its_format():
+                        found, count = provider.vectors(loads(answer.body()))
+                        if len(found) != len(inputs):
+                            raise ValueError("a vector is missing")
+                        vectors, tokens = vectors + [vector(one, request.in_base64) for one in found], tokens + count
+        except UpstreamError as error:
+            self.note(target, error)
+            if error.fault not in (Fault.REFUSED, Fault.TOO_LONG, Fault.CLIENT):
+                error.message = (f"{target.id}: {error.message.rstrip('.')}. No other model is asked in its place: "
+                                 "vectors of two models have nothing in common.")
+            raise
+        if vectors:
+            self.note(target, None)
+        return target, vectors, tokens
+
+    def _embedder(self, request: EmbeddingRequest, route: str, look: Look) -> Target:
+        """Return the one target for embeddings that a model's name stands for.  Raise OblixError."""
+        wait_for(self.heard, PROBE_LIMITS.first_byte_s, look)
+        snapshot, usual = self.snapshot(), self._usual_embedder()
+        name = self.meaning_of(request.model)[0]
+        if name not in OWN_NAMES:
+            target = self.resolve(name, dataclasses.replace(snapshot, targets=(*usual, *snapshot.targets)))
+        elif usual:
+            target = usual[0]
+        else:
+            raise NoTarget("There is no model for embeddings: pull one (`ollama pull nomic-embed-text`), set "
+                           "OPENAI_API_KEY, or name one with --embedding-model.", retry=False)
+        for side in ({name, route} - {target.side.value}) & {"local", "cloud"}:
+            raise BadRequest(f"No embeddings are made {side}: the model for them is {target.id}, and another one's "
+                             "vectors have nothing in common with its own.", status=404, code="model_not_found")
+        check_key(target)
+        return target
+
+    def _usual_embedder(self) -> tuple[Target, ...]:
+        """Return the model of all embeddings, or none.  It stays the same for as long as Oblix runs."""
+        if not self._embedders:
+            found = [f"ollama:{model.name}" for model in installed(self._ollama, self.watch.readings)
+                     if not model.remote and model.embeds]
+            openai = self._default_endpoints["openai"]
+            if openai.key and openai.key_variable:    # it is OpenAI's own
+                found.append("openai:text-embedding-3-small")
+            if found:
+                self._embedders = (self.resolve(found[0], self.snapshot()),)
+                log.info("%s makes the embeddings; to keep it, start Oblix with --embedding-model", found[0])
+        return self._embedders
 
     def note(self, target: Target, error: UpstreamError | None) -> None:
         """Learn from an attempt that has failed, or with None succeeded."""
@@ -5431,6 +5615,13 @@ def in_common(models: Sequence[tuple[Side, Model]]) -> Model:
     return Model("", capabilities=shared("capabilities", lambda sets: frozenset.intersection(*sets)),
                  max_context=shared("max_context", min) or 0, max_output=shared("max_output", min) or 0,
                  parameters=tuple(sorted(shared("parameters", lambda lists: set.intersection(*map(set, lists))) or ())))
+
+
+def check_key(target: Target) -> None:
+    """Raise OblixError for a target that needs a key and has none."""
+    if target.endpoint.lacks_key:
+        raise OblixError(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
+                         status=401, type="authentication_error", code="no_api_key", retry=False)
 
 
 @functools.lru_cache(4)
@@ -5794,45 +5985,17 @@ class Dispatch:
             if counted_on and number > self._settings.local_slots and self._plan.conditions[target].state != "busy":
                 raise _Overtaken
             started = time.monotonic()
-            try:
-                with contextlib.closing(self._open(request, target, context, limits)) as answer:
-                    yield answer, started
-            except UpstreamError as error:
-                for name in ("message", "code", "type", "param"):
-                    if getattr(error, name):
-                        setattr(error, name, redact(getattr(error, name), target.endpoint.key))
-                raise
+            with _without_key(target.endpoint), \
+                    contextlib.closing(self._open(request, target, context, limits)) as answer:
+                yield answer, started
 
     def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
-        """Return the upstream's answer of status 2xx.  Raise UpstreamError, ClientGone.
-
-        The parameters that the model refuses are left out one by one; what it never accepts is remembered.
-        """
-        provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
+        """Return the upstream's answer of status 2xx.  Raise UpstreamError, ClientGone."""
+        provider, keep_alive = PROVIDERS[target.endpoint.provider], self._gateway.keep_alive(target)
         native = request.native_to(provider.name)
-        url = endpoint.base_url + (native.path if native else provider.chat_path)
-        headers = {**provider.headers(endpoint), **dict(native.headers if native else ())}
-        encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
-        changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
-        while True:
-            payload = provider.adapt(encoded, self.ledger.record(target).refused.union(changed))
-            answer = self._gateway.transport.open(url, headers, dumps(payload), limits, self._look)
-            if answer.status < 300 and answer.content_type != "text/html":
-                for refused, error in changed.items():
-                    if is_permanent(refused, error):
-                        self.ledger.learn_refusal(target, refused)
-                return answer
-            with contextlib.closing(answer):
-                if answer.status < 300:
-                    raise UpstreamError(f"a web page answered instead of {provider.label} (a login page?)",
-                                        code="bad_upstream_answer")
-                text = answer.body().decode("utf-8", "replace")
-            error = classify(answer.status, text, answer.retry_after_s, endpoint)
-            param = provider.refused_parameter(error, payload)
-            if not param or param.partition("<=")[0] in [known.partition("<=")[0] for known in changed]:
-                raise error
-            log.info("%s refuses %s: asked without", target.id, param.replace("<=", " above "))
-            changed[param] = error
+        path, headers = (native.path, native.headers) if native else (provider.chat_path, ())
+        encoded = provider.encode(request, target, context, keep_alive)
+        return self._gateway.open(target, path, encoded, limits, self._look, headers)
 
     def _noted(self, target: Target, held: Sequence[Chunk], stream: Stream) -> Stream:
         """Yield the held chunks and the rest of a stream.  Tell the ledger how it ends; close the upstream."""
@@ -5875,6 +6038,18 @@ class Dispatch:
                 log.info("%s could not continue: %s", target.id, error.brief)
                 self._gateway.note(target, error)
         return None
+
+
+@contextlib.contextmanager
+def _without_key(endpoint: Endpoint) -> Iterator[None]:
+    """Take the endpoint's key out of the texts of a block's faults."""
+    try:
+        yield
+    except UpstreamError as error:
+        for name in ("message", "code", "type", "param"):
+            if getattr(error, name):
+                setattr(error, name, redact(getattr(error, name), endpoint.key))
+        raise
 
 
 @contextlib.contextmanager
@@ -6446,6 +6621,78 @@ class _CompletionWriter(Writer):
         return sse(error_body(error))
 
 
+# --- 11. Embeddings ---------------------------------------------------------------------------------------------------
+
+def _inputs(value: Any) -> list[Any]:
+    """Return the texts, or the lists of tokens, of an OpenAI input; [] if that is not one."""
+    items = value if isinstance(value, list) else [value]
+    if _are_tokens(value):
+        items = [value]
+    return items if all(one and isinstance(one, str) for one in items) or all(map(_are_tokens, items)) else []
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(type(one) is int for one in value)
+
+
+class Embeddings:
+    """OpenAI's /v1/embeddings."""
+    rules: ClassVar[dict[str, Rule]] = {
+        "model": FIELDS["model"], "user": _A_TEXT, "input": (_inputs, "must be a text, a list of texts, or of lists of "
+                                                             "tokens, of which none is empty"),
+        "encoding_format": (lambda value: value in ("float", "base64"), "must be float or base64"),
+        "dimensions": (lambda value: type(value) is int and 0 < value < 1 << 16, "must be an integer from 1 to 65535")}
+    needed: ClassVar[tuple[str, ...]] = ("model", "input")
+
+    def request(self, body: Json) -> EmbeddingRequest:
+        """Return the request in a client's body.  Raise BadRequest."""
+        check_fields(body, self.rules, self.needed)
+        return self.asked(without_nulls(body))
+
+    def asked(self, body: Json) -> EmbeddingRequest:
+        """Return the request in a body that is checked."""
+        kept: Json = {name: body[name] for name in ("dimensions", "user") if name in body}
+        return EmbeddingRequest(body["model"], _inputs(body["input"]), body.get("encoding_format") == "base64", kept,
+                                {"truncate": False})    # as OpenAI: too long a text is an error
+
+    def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
+        """Return the client's answer."""
+        data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(vectors)]
+        return {"object": "list", "data": data, "model": model, "usage": {"prompt_tokens": tokens,
+                                                                          "total_tokens": tokens}}
+
+
+class OllamaEmbed(Embeddings):
+    """Ollama's /api/embed."""
+    rules: ClassVar[dict[str, Rule]] = {
+        **{name: Embeddings.rules[name] for name in ("model", "dimensions")},
+        **{name: OLLAMA_FIELDS[name] for name in ("options", "keep_alive")}, "truncate": FIELDS["stream"],
+        "input": FIELDS["stop"], "prompt": _A_TEXT}
+    needed = ("model",)
+    field: ClassVar[str] = "input"
+
+    def asked(self, body: Json) -> EmbeddingRequest:
+        own: Json = {name: body[name] for name in ("options", "keep_alive", "truncate") if name in body}
+        kept: Json = {name: body[name] for name in ("dimensions",) if name in body}
+        return EmbeddingRequest(body["model"], as_list(body.get(self.field) or []), False, kept, own)
+
+    def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
+        return {"model": model, "embeddings": vectors, "total_duration": int(seconds * 1e9), "load_duration": 0,
+                "prompt_eval_count": tokens}
+
+
+class OllamaEmbeddings(OllamaEmbed):
+    """Ollama's /api/embeddings, of old: one prompt."""
+    field = "prompt"
+
+    def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
+        return {"embedding": vectors[0] if vectors else []}
+
+
+EMBEDDINGS: dict[str, Embeddings] = {    # by path, without /v1
+    "/embeddings": Embeddings(), "/api/embed": OllamaEmbed(), "/api/embeddings": OllamaEmbeddings()}
+
+
 # --- 11. All of them --------------------------------------------------------------------------------------------------
 
 CHAT, OLLAMA, OLLAMA_CHAT, OLLAMA_GENERATE = Chat(), OllamaApi(), OllamaChat(), OllamaGenerate()
@@ -6867,18 +7114,11 @@ class Handler(socketserver.BaseRequestHandler):
         if told is not None:
             self.server.gateway.plan(request)    # there is a model of this name, and one that can answer
             return self.json(200, told)
-        self.admission.take(1, 0)
-        self.guest.busy = True
-        self._events, self._event_headers = b"", {"Content-Type": front.events, **EVENT_HEADERS}
-        self._looked = self._sent = time.monotonic()
-        self._keep_alive_s = KEEP_ALIVE_S if request.stream else math.inf
-        self._writer = front.stream(request)
+        self._begin(KEEP_ALIVE_S if request.stream else math.inf)
+        self._event_headers, self._writer = {"Content-Type": front.events, **EVENT_HEADERS}, front.stream(request)
         served = self.server.gateway.answer(request, self._look)
-        model, side = served.target.id, served.target.side.value
-        self.told.update(served=model, side=side, attempts=served.attempts, reason=served.reason,
-                         fallbacks=served.fallbacks)
-        headers = {"x-oblix-model": model, "x-oblix-side": side, "x-oblix-reason": served.reason,
-                   "x-oblix-attempts": str(served.attempts)}
+        self.told["fallbacks"] = served.fallbacks
+        headers = self._served(served.target, served.reason, served.attempts)
         if request.left_out:
             headers["x-oblix-left-out"] = ", ".join(request.left_out)[:1000]
         if served.whole is not None:
@@ -6888,6 +7128,33 @@ class Handler(socketserver.BaseRequestHandler):
         self._event_headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
             self._stream(served)
+
+    def _embed(self) -> None:
+        """Answer a request for embeddings.  Raise OblixError, ClientGone."""
+        api, route = EMBEDDINGS[self.head.path], self.head.fields.get("x-oblix-route", "auto")
+        self.told["front"] = "embeddings"
+        request = api.request(parse_body(self.body()))
+        need(route in OWN_NAMES, "x-oblix-route", f"must be one of {', '.join(OWN_NAMES)}")
+        self.told["asked"] = request.model
+        self._begin(math.inf)
+        target, vectors, tokens = self.server.gateway.embed(request, route, self._look)
+        self.told["prompt_tokens"] = tokens
+        headers = self._served(target, "the model of embeddings", 1)
+        self.json(200, api.answer(target.id, vectors, tokens, time.monotonic() - self.started), headers)
+
+    def _begin(self, keep_alive_s: float) -> None:
+        """Count a request for a model's work from now on, and see to its client.  Raise Busy."""
+        self.admission.take(1, 0)
+        self.guest.busy = True
+        self._events, self._keep_alive_s = b"", keep_alive_s
+        self._looked = self._sent = time.monotonic()
+
+    def _served(self, target: Target, reason: str, attempts: int) -> dict[str, str]:
+        """Note who has answered, and return the headers that say so."""
+        told = {"served": target.id, "side": target.side.value, "reason": reason, "attempts": attempts}
+        self.told.update(told)
+        return {"x-oblix-model": target.id, **{f"x-oblix-{name}": str(value) for name, value in told.items()
+                                               if name != "served"}}
 
     def _look(self) -> None:
         """See to the client before each wait and at each tick.  Raise ClientGone if it has left, Busy if Oblix ends."""
@@ -6951,7 +7218,8 @@ class Handler(socketserver.BaseRequestHandler):
 _READ = ("GET", "HEAD")
 # Path without /v1 -> methods, and what answers them; OPTIONS goes everywhere.
 ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Handler], None] | None]] = {
-    **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), "/": (_READ, Handler._page),
+    **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), **dict.fromkeys(EMBEDDINGS, (("POST",), Handler._embed)),
+    "/": (_READ, Handler._page),
     "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models),
     "/metrics": (_READ, Handler._metrics), "/status": (_READ, Handler._status),
     "/api/version": (_READ, lambda handler: handler.json(200, {"version": OLLAMA_VERSION})),

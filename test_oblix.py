@@ -10313,7 +10313,6 @@ class OllamasApi(Case):
             with mock.patch.multiple(oblix, KEEP_ALIVE_S=0.1, TICK_S=0.03), small(delayed(0.5)) as local, \
                     running(local) as server:
                 lines = lines_of(posted(server, path, **fields))
-                self.assertGreater(len(lines), 4)
                 said = [line.get("response", line.get("message", {}).get("content")) for line in lines]
                 self.assertEqual((said[:2], "".join(said)), (["", ""], "local"))
 
@@ -10432,6 +10431,269 @@ class LegacyCompletions(Case):
         for fields, param in NOT_COMPLETED:
             with self.subTest(fields):
                 self.refused(self.completes(**fields), 400, param, param=param)
+
+
+# --- 11. Embeddings --------------------------------------------------------------------------------------------------
+
+def vector_for(one):
+    """The vector of a text or a list of tokens, of numbers that float32 has exactly."""
+    return [len(one) / 4, -0.5, 1.25]
+
+
+def embedding(as_asked=True, rewrite=None, **body):
+    """The script of a server that makes vectors: an OpenAI as numbers or base64, `as_asked` or the other way round."""
+    def script(dialect, request):
+        inputs = request.json["input"]
+        vectors = [vector_for(one) for one in inputs]
+        if dialect is OLLAMA:
+            told = {"model": request.json["model"], "embeddings": vectors, "prompt_eval_count": len(inputs)}
+        else:
+            if as_asked == (request.json["encoding_format"] == "base64"):
+                vectors = [base64.b64encode(struct.pack("<3f", *one)).decode() for one in vectors]
+            data = [{"object": "embedding", "index": number, "embedding": one} for number, one in enumerate(vectors)]
+            told = {"object": "list", "data": data[::-1], "model": request.json["model"],
+                    "usage": {"prompt_tokens": len(inputs), "total_tokens": len(inputs)}}
+        return whole(200, {**(rewrite(told) if rewrite else told), **body})
+    return script
+
+
+def with_embedders(*names, script=None, **how):
+    """An Ollama that has a model for chats and these for embeddings, the newest first."""
+    listed = OLLAMA.probe()["models"]
+    entries = [{**listed[0], "name": name, "digest": "of " + name, "capabilities": [kind], "size": 1 << 20,
+                "modified_at": f"2026-11-{28 - number:02d}T10:00:00Z"} for number, (name, kind) in enumerate(
+                    [*((name, "embedding") for name in names), ("llama3.2:latest", "completion")])]
+    return Upstream(OLLAMA, script or embedding(), probe=whole(200, {"models": entries}),
+                    details={"model_info": {}, "details": {}}, **how)
+
+
+def embed(server, model="auto", path="/v1/embeddings", headers=(), **fields):
+    """A request for embeddings, and what its client gets."""
+    return fetch(server, "POST", path, json.dumps({"model": model, **fields}), {**JSON, **dict(headers)})
+
+
+NOT_EMBEDDED = [  # path, fields of a request, the one that is refused
+    *(("/v1/embeddings", {"input": wrong}, "input") for wrong in (
+        None, "", [], [""], ["a", ""], ["a", 5], [[]], [[1], []], [1, True], [1.5], [[1], "a"], 5, {}, [None])),
+    ("/v1/embeddings", {"model": None}, "model"), ("/v1/embeddings", {"model": ""}, "model"),
+    ("/v1/embeddings", {"encoding_format": "int8"}, "encoding_format"), ("/v1/embeddings", {"user": 5}, "user"),
+    ("/v1/embeddings", {"encoding_format": []}, "encoding_format"),
+    *(("/v1/embeddings", {"dimensions": wrong}, "dimensions") for wrong in (0, -1, 1.5, "5", True, 10**400)),
+    *(("/api/embed", {"input": wrong}, "input") for wrong in (5, {}, [5], [["a"]], [None], [1])),
+    ("/api/embed", {"options": 5}, "options"), ("/api/embed", {"keep_alive": {}}, "keep_alive"),
+    ("/api/embed", {"truncate": "no"}, "truncate"), ("/api/embed", {"model": 5}, "model"),
+    ("/api/embeddings", {"prompt": ["a"]}, "prompt"), ("/api/embeddings", {"model": None}, "model"),
+]
+NO_VECTORS = [  # what makes of an answer's vectors no answer
+    lambda vectors: vectors[1:], lambda vectors: [], lambda vectors: None, lambda vectors: [[] for _ in vectors],
+    lambda vectors: [["a"] for _ in vectors], lambda vectors: [None for _ in vectors],
+    lambda vectors: ["AAA=" for _ in vectors], lambda vectors: ["!!!!" for _ in vectors],
+    lambda vectors: [base64.b64encode(struct.pack("<f", math.nan)).decode() for _ in vectors],
+    lambda vectors: [[10**400] for _ in vectors], lambda vectors: [{} for _ in vectors], lambda vectors: 5,
+]
+
+
+class Embedding(Case):
+    """POST /v1/embeddings, /api/embed, /api/embeddings: one model makes all vectors, and no other in its place."""
+
+    def vectors(self, reply):
+        """The vectors of a good answer, as numbers."""
+        self.assertEqual(reply.status, 200, reply.body)
+        if "data" not in reply.json:
+            return reply.json["embeddings"]
+        self.assertEqual([item["index"] for item in reply.json["data"]], [*range(len(reply.json["data"]))])
+        kinds = {reply.json["object"], *(item["object"] for item in reply.json["data"])}
+        self.assertEqual(kinds, {"list", "embedding"})
+        vectors = [item["embedding"] for item in reply.json["data"]]
+        return [[*struct.unpack(f"<{len(raw) // 4}f", raw)] if raw else one for one in vectors
+                for raw in [base64.b64decode(one) if isinstance(one, str) else b""]]
+
+    def test_texts_become_vectors_in_the_form_that_is_asked_for(self):
+        for dialect, as_asked in ((OLLAMA, True), (OPENAI, True), (OPENAI, False)):
+            target = {OLLAMA: "ollama:e", OPENAI: "openai:e@{url}/v1"}[dialect]
+            with Upstream(dialect, embedding(as_asked), target=target) as upstream, \
+                    running(upstream, flags=["--embedding-model=" + upstream.target]) as server:
+                for inputs, form in itertools.product(("Hi", ["Hi"], ["a", "bcd", "é"]), (None, "float", "base64")):
+                    with self.subTest(dialect.name, inputs=inputs, form=form):
+                        reply = embed(server, input=inputs, encoding_format=form)
+                        texts = [inputs] if isinstance(inputs, str) else inputs
+                        self.assertEqual(self.vectors(reply), [*map(vector_for, texts)])
+                        kind = str if form == "base64" else list
+                        self.assertEqual({type(item["embedding"]) for item in reply.json["data"]}, {kind})
+                        self.assertEqual(reply.json["usage"], {name: len(texts) for name in (
+                            "prompt_tokens", "total_tokens")})
+                        self.assertEqual(reply.json["model"], reply.headers["x-oblix-model"])
+                        self.assertEqual(reply.headers["x-oblix-side"], "local")    # it is on this device
+
+    def test_each_server_gets_what_it_knows(self):
+        with Upstream(OPENAI, embedding()) as cloud, with_embedders("e:latest") as local, \
+                running(local, cloud) as server:
+            embed(server, cloud.target, input=["a"], dimensions=3, user="u", truncate=True, encoding_format="base64")
+            self.assertEqual(cloud.last.json, {"model": "gpt-test", "input": ["a"], "encoding_format": "base64",
+                                               "dimensions": 3, "user": "u"})
+            self.assertEqual((cloud.last.path, cloud.last.headers["Authorization"]),
+                             ("/v1/embeddings", "Bearer " + OPENAI.key))
+            self.assertEqual(self.vectors(embed(server, cloud.target, input=[1, 2])), [vector_for([1, 2])])
+            self.assertEqual(cloud.last.json["input"], [[1, 2]])
+            self.assertEqual(self.vectors(embed(server, cloud.target, input=[[1], [2, 3]])),
+                             [vector_for([1]), vector_for([2, 3])])
+            embed(server, "ollama:e", input="a", dimensions=3, user="u")
+            self.assertEqual((local.last.path, local.last.json), ("/api/embed", {
+                "model": "e", "input": ["a"], "dimensions": 3, "truncate": False}))
+            for tokens in ([1, 2], [[1], [2]]):
+                self.refused(embed(server, "ollama:e", input=tokens), 400, "tokens", param="input")
+            embed(server, "ollama:e", "/api/embed", input=["a"], options={"num_ctx": 9}, keep_alive="5m", truncate=None)
+            self.assertEqual(local.last.json, {
+                "model": "e", "input": ["a"], "options": {"num_ctx": 9}, "keep_alive": "5m"})
+
+    def test_ollama_s_own_paths(self):
+        with with_embedders("e:latest") as local, running(local) as server:
+            for inputs in ("Hi", ["Hi", "a"]):
+                reply = embed(server, "auto", "/api/embed", input=inputs)
+                self.assertEqual(self.vectors(reply), [*map(vector_for, oblix.as_list(inputs))])
+                self.assertEqual((reply.json["model"], reply.json["prompt_eval_count"]),
+                                 ("ollama:e", len(oblix.as_list(inputs))))
+                self.assertGreater(reply.json["total_duration"], 0)
+            self.assertEqual(embed(server, "e", "/api/embeddings", prompt="Hi").json, {"embedding": vector_for("Hi")})
+            asked = len(local.requests)
+            for nothing in (None, "", []):
+                self.assertEqual(embed(server, "auto", "/api/embed", input=nothing).json["embeddings"], [])
+            self.assertEqual(embed(server, "auto", "/api/embeddings").json, {"embedding": []})
+            self.assertEqual(len(local.requests), asked)
+
+    def test_many_inputs_are_sent_in_parts_and_put_together(self):
+        with Upstream(OPENAI, embedding()) as upstream, running(upstream) as server, \
+                mock.patch.object(oblix, "MAX_BATCH", 1000):
+            texts = ["x" * (number % 7 + 1) for number in range(100)]
+            for inputs, sizes in ((texts, [32, 32, 32, 4]), (["x" * 400] * 5, [2, 2, 1]), (["x" * 2000] * 2, [1, 1]),
+                                  ([[1] * 600] * 3, [1, 1, 1])):
+                del upstream.requests[:]
+                reply = embed(server, upstream.target, input=inputs, encoding_format="base64")
+                self.assertEqual(self.vectors(reply), [*map(vector_for, inputs)])
+                self.assertEqual([len(request.json["input"]) for request in upstream.requests], sizes)
+                self.assertEqual(reply.json["usage"]["prompt_tokens"], len(inputs))
+        ours = oblix.Endpoint("openai", "https://api.openai.com/v1")
+        for in_base64, most in ((True, 2048), (False, 256)):
+            request = oblix.EmbeddingRequest("m", [], in_base64)
+            self.assertEqual(oblix.PROVIDERS["openai"].most_inputs(request, ours), most)
+
+    def test_the_newest_local_model_is_the_usual_one_and_it_stays(self):
+        with with_embedders("new:latest", "old:latest") as local, cloudy(embedding()) as cloud, \
+                running(local, cloud) as server:
+            for name in ("auto", "local", "new", "new:latest", "ollama:new", "auto:latest"):
+                self.assertEqual(embed(server, name, input="a").headers["x-oblix-model"], "ollama:new", name)
+            with with_embedders("newer:latest", "new:latest") as other:
+                local.probe = other.probe
+            look(server)
+            eventually(lambda: "ollama:newer" in fetch(server, "GET", "/v1/models").body.decode())
+            self.assertEqual(embed(server, input="a").headers["x-oblix-model"], "ollama:new")
+            self.assertEqual(embed(server, "newer", input="a").headers["x-oblix-model"], "ollama:newer")
+            self.assertEqual(embed(server, "ollama:old", input="a").headers["x-oblix-model"], "ollama:old")
+
+    def test_openai_s_small_one_is_the_usual_one_where_ollama_has_none(self):
+        with mock.patch.object(oblix.OpenAI, "vendor", "127.0.0.1"), Upstream(OPENAI, embedding()) as cloud, \
+                running(cloud) as server:
+            for name in ("auto", "cloud", "text-embedding-3-small"):
+                reply = embed(server, name, input="a")
+                self.assertEqual((reply.headers["x-oblix-model"], reply.headers["x-oblix-side"]),
+                                 ("openai:text-embedding-3-small", "cloud"))
+            self.refused(embed(server, "text-embedding-ada-002", input="a"), 404, "text-embedding-3-small")
+        with small() as local, cloudy() as cloud, running(local, cloud) as server:    # another server has no such one
+            self.refused(embed(server, input="a"), 503, "--embedding-model")
+            self.assertEqual(local.requests + cloud.requests, [])
+
+    def test_no_name_means_another_model(self):
+        with with_embedders("e:latest") as local, cloudy(embedding()) as cloud, Upstream(CLAUDE) as claude, \
+                running(local, cloud, claude) as server:
+            for name in ("text-embedding-3-small", "text-embedding-ada-002", "gpt", "e2"):
+                self.refused(embed(server, name, input="a"), 404, "ollama:e", param="model")
+            self.refused(embed(server, "cloud", input="a"), 404, "ollama:e")
+            self.refused(embed(server, "e", input="a", headers={"x-oblix-route": "cloud"}), 404, "ollama:e")
+            self.refused(embed(server, cloud.target, input="a", headers={"x-oblix-route": "local"}), 404, cloud.target)
+            self.refused(embed(server, "e", input="a", headers={"x-oblix-route": "x"}), 400, "x-oblix-route")
+            self.refused(embed(server, claude.target, input="a"), 400, "Claude")
+            self.assertEqual(local.requests + cloud.requests + claude.requests, [])
+            self.assertEqual(embed(server, "e", input="a", headers={"x-oblix-route": "local"}).status, 200)
+            self.assertEqual(embed(server, cloud.target, input="a").headers["x-oblix-model"], cloud.target)
+
+    def test_no_other_model_is_asked_where_it_fails(self):
+        rows = [(error(500), 500, True), (error(429), 429, True), (error(404, "no such model"), 404, True),
+                (error(400, "the input length exceeds the context length"), 400, False),
+                (error(400, "this model does not support embeddings"), 400, False)]
+        for script, status, told in rows:
+            with with_embedders("e:latest", "f:latest", script=script) as local, cloudy(embedding()) as cloud, \
+                    running(local, cloud) as server:
+                reply = embed(server, input="a")
+                self.refused(reply, status, "ollama:e: " if told else "")
+                self.assertEqual("vectors of two models" in reply.json["error"]["message"], told)
+                self.assertEqual((len(local.requests), cloud.requests), (1, []))
+                self.assertEqual(list(embed(server, "auto", "/api/embed", input="a").json), ["error"])
+                record = server.gateway.ledger.record(oblix.Target(server.gateway._ollama, "e", oblix.Side.LOCAL))
+                self.assertEqual(record.breaker.failures > 0, told)
+
+    def test_what_is_no_vector_is_no_answer(self):
+        for dialect, spoil in itertools.product((OLLAMA, OPENAI), NO_VECTORS):
+            def changed_answer(told, spoil=spoil):
+                if "embeddings" in told:
+                    return {**told, "embeddings": spoil(told["embeddings"])}
+                made = spoil([item["embedding"] for item in told["data"]])
+                return {**told, "data": [{"index": number, "embedding": one} for number, one in enumerate(made)]
+                        if isinstance(made, list) else made}
+            with Upstream(dialect, embedding(rewrite=changed_answer)) as upstream, running(upstream) as server:
+                self.refused(embed(server, upstream.target, input=["a", "b"]), 502, code="bad_upstream_answer")
+        for raw_body in (b"{}", b"[]", b"5", b"", b"<html>", b'{"embeddings":[[NaN],[1]]}', b'{"data":[{}]}'):
+            with Upstream(OPENAI, whole(200, raw_body)) as upstream, running(upstream) as server:
+                self.assertEqual(embed(server, upstream.target, input=["a", "b"]).status, 502)
+
+    def test_a_server_that_knows_no_forms_is_asked_without(self):
+        def script(dialect, request):
+            if "encoding_format" in request.json:
+                return whole(400, dialect.error("Unknown parameter: 'encoding_format'.", "invalid_request_error"))
+            body = {**request.json, "encoding_format": "float"}
+            return embedding()(dialect, types.SimpleNamespace(json=body))
+        with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+            for _ in range(2):
+                reply = embed(server, upstream.target, input="Hi", encoding_format="base64")
+                self.assertEqual(self.vectors(reply), [vector_for("Hi")])
+            self.assertEqual(len(upstream.requests), 3)    # it is known by then
+
+    def test_dimensions_are_never_left_out(self):
+        with Upstream(OPENAI, error(400, "Unknown parameter: 'dimensions'.")) as upstream, running(upstream) as server:
+            self.refused(embed(server, upstream.target, input="a", dimensions=3), 400, "dimensions")
+            self.assertEqual(len(upstream.requests), 1)
+
+    def test_a_client_that_leaves_ends_it(self):
+        with with_embedders("e:latest", script=[HANG]) as local, running(local) as server:
+            with contextlib.suppress(OSError):
+                fetch(server, "POST", "/v1/embeddings", json.dumps({"model": "auto", "input": "a"}), JSON, timeout=0.2)
+            self.assertTrue(local.next_request().hung_up.wait(5))
+
+    def test_a_wrong_body_is_a_400_in_the_api_s_shape(self):
+        with with_embedders("e:latest") as local, running(local) as server:
+            for path, fields, param in NOT_EMBEDDED:
+                with self.subTest(path, fields=str(fields)[:99]):
+                    reply = embed(server, path=path, **{"input": "a", "prompt": "a", **fields})
+                    self.assertEqual(reply.status, 400, reply.body)
+                    told = reply.json["error"]
+                    self.assertIn(param, told if path.startswith("/api/") else told["message"])
+            for path in ("/v1/embeddings", "/api/embed", "/api/embeddings"):
+                for data in NO_JSON:
+                    self.assertEqual(fetch(server, "POST", path, data, JSON).status, 400)
+                self.assertEqual(fetch(server, "GET", path).status, 405)
+            self.assertEqual(local.requests, [])
+
+    def test_a_setting_that_names_no_model_is_told(self):
+        for spec in ("nomic", "openai:", "ollama:e@host:80", "xyz:e"):
+            with self.assertRaises(oblix.UsageError):
+                oblix.embedding_targets(oblix.Settings.parse(["--embedding-model=" + spec], {}))
+
+    def test_the_openai_sdk_gets_its_vectors(self):
+        openai = sdk()
+        with with_embedders("e:latest") as local, running(local) as server, \
+                openai.OpenAI(base_url=server.url + "/v1", api_key="placeholder", max_retries=0) as client:
+            for how in ({}, {"encoding_format": "float"}):
+                found = client.embeddings.create(model="auto", input=["a", "bcd"], **how)
+                self.assertEqual([item.embedding for item in found.data], [vector_for("a"), vector_for("bcd")])
 
 
 # === 11. Server ======================================================================================================
