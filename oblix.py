@@ -24,8 +24,8 @@ Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
   2. A cut answer is never reported as complete: a stream ends by its protocol's end mark, never by EOF.
   3. The same readings always give the same decision, and the response says why.
-  4. A prompt goes to a cloud only when it may: `auto`, `cloud` or a cloud model was asked for, with its key set if it
-     needs one.
+  4. A prompt goes to a cloud only when it may: `auto`, `cloud` or a cloud model was asked for, by its name or by an
+     alias, with its key set if it needs one.
   5. No thread waits for another, or for the network, while it holds something shared.
   6. /health and /v1/models never wait for the network.
   7. Nothing non-finite ever appears in JSON.
@@ -551,10 +551,13 @@ def is_loopback(host: str) -> bool:
 # The declaration of a setting yields its flag, its variable, --help and the README's table.  Secrets never print.
 
 def setting(default: Any, help: str, low: float = 0, high: float = 1e6, *, env: str = "", secret: bool = False,
-            choices: Any = None, form: str = "(?s).*") -> Any:
-    """Declare a setting: a number from `low` to `high`, or a text of this form.  `env`: a variable without a flag."""
+            choices: Any = None, form: str = "(?s).*", between: str = ",") -> Any:
+    """Declare a setting: a number from `low` to `high`, or a text of this form.
+
+    `env`: a variable without a flag; `between`: what separates the values of a list in its variable.
+    """
     return dataclasses.field(default=default, repr=not secret, metadata={
-        "help": help, "low": low, "high": high, "env": env, "choices": choices, "form": form})
+        "help": help, "low": low, "high": high, "env": env, "choices": choices, "form": form, "between": between})
 
 
 NUMBER = r"[+-]?\d+(\.\d*)?"
@@ -563,6 +566,7 @@ _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "fals
 # What copying leaves around a value: blanks, a byte order mark, quotes (`docker run --env-file` keeps them).
 _AROUND = " \t\r\n\xa0\ufeff\u200b\"'`\u201c\u201d\u2018\u2019"
 _BEFORE_KEY = re.compile(r"(?:export\s+)?[A-Z][A-Z0-9_]*(?:KEY|TOKEN)=(?=[^=])|(?i:authorization:\s*)?(?i:bearer)\s+")
+KEY_VARIABLE = "[A-Z_][A-Z0-9_]*"    # no vendor's key looks so: one that stands in its variable's place is not taken
 _ODD_KEY = re.compile(r"(?i)[$<{%]|.*(?:\s|\.\.\.)|(?:bearer|none|null|undefined|your.*key.*)$")    # of a template
 
 
@@ -571,10 +575,12 @@ class Settings:
     """Everything that a person can set.  A flag overrides its variable, and that the default."""
     local_model: tuple[str, ...] = setting((), "local model, provider:name or openai:name@http://host:port/v1; repeat "
         "in order of preference; default: the newest model of Ollama")
-    cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name; repeat in order of preference; default: a "
-        "cheap model of each provider with a key")
+    cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name or openai:name@https://host/v1#VARIABLE, "
+        "which holds the key; repeat in order of preference; default: a cheap model of each provider with a key")
     cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags: prefer the file", secret=True)
     cloud_api_key_file: str = setting("", "file that holds it")
+    alias: tuple[str, ...] = setting((), "further name of a model, NAME=TARGET[,TARGET…]: auto, local, cloud or "
+        "provider:name; NAME may have * and ?, and the first that fits counts; repeat", between=";")
     embedding_model: str = setting("", "model of all embeddings, provider:name or openai:name@http://host:port/v1; "
         "default: the newest that Ollama has, else OpenAI's small one if there is its key")
     host: str = setting("localhost", "address to listen on; one that the network reaches needs --api-key")
@@ -633,13 +639,14 @@ class Settings:
     openai_project_id: str = setting("", "OpenAI project", env="OPENAI_PROJECT_ID", secret=True)
     anthropic_api_key: str = setting("", "key for Claude", env="ANTHROPIC_API_KEY", secret=True)
     anthropic_base_url: str = setting("", "another server that speaks Anthropic's API", env="ANTHROPIC_BASE_URL")
+    endpoint_keys: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)    # of each #VARIABLE
 
     @classmethod
     def parse(cls, argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         """Return the settings of flags and variables.  Raise UsageError; SystemExit(0) after --help and --version."""
         parser = _parser(cls)
         found = vars(parser.parse_args(argv))
-        for field in dataclasses.fields(cls):
+        for field in declared(cls):
             text = env.get(variable_of(field), "").strip(_AROUND)
             if text and field.name not in found:
                 found.update(_from_variable(parser, field, text))
@@ -652,7 +659,14 @@ class Settings:
                 found[field.name] = key_in(value, variable_of(field))
             elif field.name.endswith("_base_url"):
                 found[field.name] = base_url_in(value)
-        return cls(**found)
+        named = re.findall(f"#({KEY_VARIABLE})", " ".join(itertools.chain.from_iterable(
+            as_list(found.get(name, [])) for name in ("local_model", "cloud_model", "alias", "embedding_model"))))
+        return cls(**found, endpoint_keys=tuple([(name, key_in(env.get(name, ""), name)) for name in named]))
+
+
+def declared(cls: Any) -> list[dataclasses.Field[Any]]:
+    """Return the settings that a flag or a variable sets."""
+    return [field for field in dataclasses.fields(cls) if field.metadata]
 
 
 def key_in(text: str, place: str) -> str:
@@ -673,9 +687,9 @@ def base_url_in(text: str) -> str:
 
 def odd_keys(settings: Settings) -> list[str]:
     """Return a line for each key that looks like no key, without the key."""
-    return [f"{variable_of(field)} does not look like a key: it has blanks inside, or is a placeholder"
-            for field in dataclasses.fields(settings)
-            if not field.repr and _ODD_KEY.match(getattr(settings, field.name))]
+    keys = [(variable_of(field), getattr(settings, field.name)) for field in declared(settings) if not field.repr]
+    return [f"{variable} does not look like a key: it has blanks inside, or is a placeholder"
+            for variable, key in dict.fromkeys((*keys, *settings.endpoint_keys)) if _ODD_KEY.match(key)]
 
 
 def variable_of(field: dataclasses.Field[Any]) -> str:
@@ -689,14 +703,15 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
 
 
 def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], text: str) -> Json:
-    """Return what a variable's text sets, read as the flag's would be, lists by commas.  Raise UsageError."""
+    """Return what a variable's text sets, read as the flag's would be.  Raise UsageError."""
     if not flag_of(field):
         return {field.name: text}
     if isinstance(field.default, bool):
         if text.lower() not in _BOOLEANS:
             raise UsageError(f"{variable_of(field)}: {text!r} is neither true nor false")
         return {field.name: _BOOLEANS[text.lower()]}
-    values = [part.strip(_AROUND) for part in text.split(",")] if isinstance(field.default, tuple) else [text]
+    parts = text.split(field.metadata["between"]) if isinstance(field.default, tuple) else [text]
+    values = [part.strip(_AROUND) for part in parts]
     try:
         return vars(parser.parse_args([f"{flag_of(field)}={value}" for value in values if value]))
     except UsageError as error:
@@ -737,9 +752,9 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
                     "the cloud\nwhen it cannot, and says which and why.\n\n`check` prints what Oblix finds, what it "
                     "would do and what to fix, and exits: 0 if a request\nwould be answered, 1 if not.",
         epilog="More variables:\n" + "\n".join(f"  {variable_of(field):<20} {field.metadata['help']}"
-                                               for field in dataclasses.fields(cls) if not flag_of(field)))
+                                               for field in declared(cls) if not flag_of(field)))
     parser.add_argument("--version", action="version", version=f"oblix {__version__}")
-    for field in filter(flag_of, dataclasses.fields(cls)):
+    for field in filter(flag_of, declared(cls)):
         text = f"{field.metadata['help']} [{variable_of(field)}" + (
             "]" if field.default in ("", (), False) else f", default {shown(field)}]")
         how: Json = {"help": text.replace("%", "%%")}
@@ -1116,6 +1131,19 @@ def _part(where: str, part: Any) -> Json:
         url = f"data:image/{image.lastgroup}{image.string[image.end(1):]}"
         part = {**part, "image_url": {**part["image_url"], "url": url}}
     return without_nulls(part, kind)
+
+
+def route_of(head: Head) -> str:
+    """Return where the header x-oblix-route sends a request, "" without it.  Raises BadRequest."""
+    route = head.fields.get("x-oblix-route")
+    need(route in (None, *OWN_NAMES), "x-oblix-route", f"must be one of {', '.join(OWN_NAMES)}")
+    return route or ""
+
+
+def routed(request: ChatRequest, head: Head) -> ChatRequest:
+    """Return the request, for what its header x-oblix-route names instead of its model.  Raises BadRequest."""
+    route = route_of(head)
+    return dataclasses.replace(request, model=route) if route else request
 
 
 def without_nulls(fields: Json, inner: Any = None) -> Json:
@@ -2298,6 +2326,23 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
     plan = Plan(tuple(order), _reason(sides_are, only, [(target, seconds[target]) for target in order if fast]),
                 tuple(last_resort), tuple(excluded.items()), conditions)
     return in_time(plan, snapshot, work) if snapshot.prefer == "local" and not only else plan
+
+
+def rank_one(target: Target, snapshot: Snapshot, refusals: Mapping[Target, str], work: Work) -> Plan:
+    """Return the plan as `rank` would if there were this target alone."""
+    plan = rank(dataclasses.replace(snapshot, targets=(target,)), refusals, None, work)
+    return dataclasses.replace(plan, reason=f"{target.id} {plan.conditions[target].describe(target.side)}")
+
+
+def in_turn(plans: Sequence[Plan]) -> Plan:
+    """Return the plan that follows these one after the other, and then their last resorts."""
+    if len(plans) == 1:
+        return plans[0]
+    order = dict.fromkeys(target for plan in plans for target in plan.order)
+    hopes = dict.fromkeys(target for plan in plans for target in plan.last_resort if target not in order)
+    excluded = {target: why for plan in plans for target, why in plan.excluded if target not in (*order, *hopes)}
+    return Plan(tuple(order), "; ".join(dict.fromkeys(plan.reason for plan in plans)), tuple(hopes),
+                tuple(excluded.items()), {target: found for plan in plans for target, found in plan.conditions.items()})
 
 
 def _why_not(target: Target, found: Condition, refusals: Mapping[Target, str], only: Side | None) -> str:
@@ -3673,11 +3718,12 @@ class Ollama(Provider):
 
     def planned(self, model: Model, asked: int, free: float | None) -> Model:
         model = super().planned(model, asked, free)
-        if not model.max_context or not model.is_chat_model:
+        if not model.is_chat_model:
             return model
         now, own = self._windows(model, asked)
         steps = [max(now, own, min(step, model.max_context)) for step in CONTEXTS]
-        most = min(max([now, *(step for step in steps if self._fits(model, step, free))]), model.max_context)
+        most = max([now, *(step for step in steps if self._fits(model, step, free))])
+        most = min(most, model.max_context) if model.max_context else model.context    # which `context_for` leaves
         return dataclasses.replace(model, max_context=most, max_output=min(MOST_ANSWER, most // 2))
 
 
@@ -4095,49 +4141,113 @@ def configured_targets(settings: Settings) -> tuple[Target, ...]:
     """Return the targets that flags and variables name, local ones (of --local-model) first.  Raises UsageError."""
     if settings.cloud_api_key and not settings.cloud_model:
         raise UsageError("--cloud-api-key needs the --cloud-model that it is for")
-    local = [_target(settings, spec, Side.LOCAL, "") for spec in settings.local_model]
-    cloud = [_target(settings, spec, Side.CLOUD, "" if number else settings.cloud_api_key)
+    local = [_local_target(settings, spec) for spec in settings.local_model]
+    cloud = [_target(settings, "--cloud-model", spec, "" if number else settings.cloud_api_key)
              for number, spec in enumerate(settings.cloud_model)]
     if not cloud:
-        usual = [_target(settings, f"{provider.name}:{provider.default_model}", Side.CLOUD, "")
+        usual = [_target(settings, "", f"{provider.name}:{provider.default_model}")
                  for provider in PROVIDERS.values() if provider.default_model]
         cloud = [target for target in usual if not target.endpoint.lacks_key]
     return tuple(dict.fromkeys(local + cloud))
 
 
-def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
-    """Return the target of `provider:model` or `provider:model@http://host:port/v1`.  Raises UsageError."""
-    flag = f"--{side.value}-model {spec}"
+def _local_target(settings: Settings, spec: str) -> Target:
+    """Return the target of a --local-model.  Raises UsageError."""
+    target = _target(settings, "--local-model", spec)
+    if not may_be_local(target.endpoint, target.model):
+        raise UsageError(f"--local-model {spec}: a cloud answers this model; name it with --cloud-model, or say where "
+                         f"it runs, like {target.endpoint.provider}:NAME@http://127.0.0.1:8080/v1")
+    return target._replace(side=Side.LOCAL)
+
+
+def _target(settings: Settings, option: str, spec: str, key: str = "") -> Target:
+    """Return the cloud target of `provider:model`, which `@http://host:port/v1` and `#VARIABLE` may follow.
+
+    Raises UsageError, which names the option, and repeats nothing that may be a key.
+    """
+    flag = f"{option} {spec.partition('#')[0]}"
     provider, rest = split_id(spec)
     if not provider:
         raise UsageError(f"{flag}: start with one of {', '.join(name + ':' for name in PROVIDERS)}")
     model, at, url = rest.rpartition("@")
     if "://" not in url:    # a name may have an @ itself: LM Studio's name@4bit, Cloudflare's @cf/meta/name
-        if re.search(r":\d{2,5}(/|$)", url if at else ""):
-            raise UsageError(f"{flag}: write the address as http://{url}")
+        if re.search(r":\d{2,5}([/#]|$)", url if at else ""):
+            raise UsageError(f"{flag}: write the address as http://{url.partition('#')[0]}")
         model, at, url = rest, "", ""
-    if "://" in model:    # the flag is not repeated: what stands before an @ may be a password
-        raise UsageError(f"--{side.value}-model: an address can't contain an @; a key goes into --cloud-api-key")
+    if "://" in model:    # what stands before an @ may be a password
+        raise UsageError(f"{option}: an address can't contain an @; a key goes into the variable that a #NAME behind "
+                         "the address names, or into --cloud-api-key")
     if not model or not model.isprintable():
         raise UsageError(f"{flag}: name a model, like {provider}:NAME or {provider}:NAME@http://host:port/v1")
+    url, mark, variable = url.partition("#")
+    if mark and (key or not re.fullmatch(KEY_VARIABLE, variable)):
+        raise UsageError(f"{flag}: behind # stands the name of the variable that holds the key, like #MY_KEY; "
+                         "there is one key for a model")
     usual = PROVIDERS[provider].endpoint(settings)
     # The usual key is not meant for another server.
-    endpoint = Endpoint(provider, url.rstrip("/"), key) if at else usual._replace(key=key or usual.key)
+    endpoint = Endpoint(provider, url.rstrip("/"), key or dict(settings.endpoint_keys).get(variable, ""),
+                        key_variable=variable) if at else usual._replace(key=key or usual.key)
     if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[!-~]*)?", endpoint.base_url):
         raise UsageError(f"{endpoint.base_url} is not an address like https://host/v1")
-    if side is Side.LOCAL and not may_be_local(endpoint, model):
-        raise UsageError(f"{flag}: a cloud answers this model; name it with --cloud-model, or say where it runs, like "
-                         f"{provider}:NAME@http://127.0.0.1:8080/v1")
-    return Target(endpoint, model, side)
+    return Target(endpoint, model, Side.CLOUD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Alias:
+    """A further name, which may have wildcards, and what it means in turn: targets' names, or targets themselves."""
+    name: str
+    targets: tuple[str | Target, ...]
+
+    def __str__(self) -> str:
+        told = [target.id if isinstance(target, Target) else target for target in self.targets]
+        return f"alias {self.name}={','.join(told)}"
+
+    @property
+    def is_pattern(self) -> bool:
+        """True if it has wildcards, and so is not a name to ask for."""
+        return any(mark in self.name for mark in "*?[")
+
+
+def configured_aliases(settings: Settings, known: Sequence[Target]) -> tuple[Alias, ...]:
+    """Return the aliases in their order, where an address of a known target means that one.  Raises UsageError."""
+    aliases = []
+    for text in settings.alias:
+        name, _, told = text.partition("=")
+        name, specs = name.strip(), [spec.strip() for spec in told.split(",")]
+        if not (name and name.isprintable() and all(specs)):
+            raise UsageError(f"--alias {text.partition('#')[0]}: write NAME=TARGET, or NAME=TARGET,TARGET")
+        if name in OWN_NAMES:
+            raise UsageError(f"--alias {name}=: that is one of Oblix's own names, {', '.join(OWN_NAMES)}")
+        aliases.append(Alias(name, tuple([_alias_target(settings, spec, known) for spec in specs])))
+    return tuple(aliases)
+
+
+def _alias_target(settings: Settings, spec: str, known: Sequence[Target]) -> str | Target:
+    """Return what an alias means by a target: a name, or the target itself if it has an address.  Raises UsageError."""
+    if spec in OWN_NAMES:
+        return spec
+    if not split_id(spec)[0]:
+        raise UsageError(f"--alias …={spec.partition('#')[0]}: a target is {', '.join(OWN_NAMES)} or begins with "
+                         f"{', '.join(name + ':' for name in PROVIDERS)}")
+    found = _target(settings, "--alias", spec)
+    if "://" not in spec:
+        return found.id
+    same = [target for target in known if target[:2] == found[:2]]
+    return same[0] if same else _placed(found)
+
+
+def _placed(target: Target) -> Target:
+    """Return a target with the side on which it is, as far as its address tells."""
+    here = may_be_local(target.endpoint, target.model) and (
+        target.endpoint.on_device or target.endpoint.provider == "ollama")
+    return target._replace(side=Side.LOCAL if here else Side.CLOUD)
 
 
 def embedding_targets(settings: Settings) -> tuple[Target, ...]:
     """Return the target of --embedding-model, if there is one.  Raises UsageError."""
     if not settings.embedding_model:
         return ()
-    target = _target(settings, settings.embedding_model, Side.CLOUD, "")
-    here = target.endpoint.on_device or target.endpoint.provider == "ollama" and may_be_local(*target[:2])
-    return (target._replace(side=Side.LOCAL if here else Side.CLOUD),)
+    return (_placed(_target(settings, "--embedding-model", settings.embedding_model)),)
 
 
 def batches(inputs: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
@@ -5135,6 +5245,7 @@ def _buckets(counts: Mapping[tuple[Any, ...], float]) -> Iterator[tuple[str, tup
 # until one has content, and tell why.  It knows nothing of the client's HTTP but the socket to watch.
 
 PROBE_LIMITS = Limits(connect_s=math.inf, first_byte_s=5.0, stall_s=5.0)
+MAX_NEAR = 500               # names that are compared with one that nothing has: each takes some 0.1 ms
 SECOND_TRY_S = 0.5           # sooner nothing will have changed
 PAUSE_S, MAX_PAUSE_S = 0.5, 2.0    # before a cloud that has failed is asked again: at least, and less than,
 SLOW_S = 15.0                # where the local model would take longer than this
@@ -5229,8 +5340,10 @@ class Gateway:
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         self._ollama = self._default_endpoints["ollama"]
         self.ollama_url = self._ollama.base_url
+        self.aliases = configured_aliases(settings, self._configured)
         # Ollama is watched in any case: whatever it has installed can be asked for by name
-        watched = (Target(self._ollama, "", Side.LOCAL), *self._configured)
+        watched = (Target(self._ollama, "", Side.LOCAL), *self._configured, *(
+            target for alias in self.aliases for target in alias.targets if isinstance(target, Target)))
         self._prober = Prober(self.transport)
         self.watch = Watch(monitors_for(settings, watched, self._probe), sampled=self._stand_by)
         self.heard = self.watch.first(self._ollama)    # set when it has told what it has, or has not answered
@@ -5328,14 +5441,21 @@ class Gateway:
             return KEPT_ON_BATTERY_S if plugged is False and target.endpoint.on_device else KEPT_S
         return float(said) if re.fullmatch(NUMBER, said) else said    # Ollama reads "300" as no duration
 
-    @staticmethod
-    def meaning_of(name: str) -> tuple[str, ...]:
-        """Return what a model's name means."""
+    def alias_of(self, name: str) -> Alias | None:
+        """Return the first alias that a name fits; none for Oblix's own names."""
         plain = name.removesuffix(":latest")    # which Ollama's clients add
-        return (plain if plain in OWN_NAMES else name,)
+        return None if plain in OWN_NAMES else next((alias for alias in self.aliases if any(
+            fnmatch.fnmatchcase(one, alias.name) for one in (name, plain))), None)
 
-    def resolve(self, name: str, snapshot: Snapshot) -> Target:
-        """Return the one target that a model's name stands for.  Raises BadRequest (404)."""
+    def meaning_of(self, name: str) -> tuple[str | Target, ...]:
+        """Return what a model's name means: itself, or its alias's targets."""
+        alias, plain = self.alias_of(name), name.removesuffix(":latest")
+        return alias.targets if alias else (plain if plain in OWN_NAMES else name,)
+
+    def resolve(self, name: str | Target, snapshot: Snapshot) -> Target:
+        """Return the one target that a name, which is not an alias, stands for.  Raises BadRequest (404)."""
+        if isinstance(name, Target):
+            return name
         provider, model = split_id(name)
         for target in snapshot.targets:
             its = target.endpoint.provider
@@ -5344,35 +5464,52 @@ class Gateway:
                 return target
         spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
         if not model or not (provider or spelt):
-            examples = ", ".join(["auto", "local", "cloud", *(target.id for target in snapshot.targets)])
-            raise BadRequest(f"There is no model {name!r}. Choose one of {examples}, or any other as provider:name "
-                             f"with {', '.join(PROVIDERS)} as the provider; see GET /v1/models.", param="model",
-                             status=404, code="model_not_found")
+            raise self._unknown(name, snapshot)
         endpoint = self._default_endpoints[provider or "ollama"]
         local = endpoint.provider == "ollama" and may_be_local(endpoint, model) and not any(
             one.remote for one in spelt)
         model = spelt[0].name.removesuffix(":latest") if spelt else model    # one target for all spellings
         return Target(endpoint, model, Side.LOCAL if local else Side.CLOUD)
 
+    def _unknown(self, name: str, snapshot: Snapshot) -> BadRequest:
+        """Return the error for a name that nothing has, with the nearest names."""
+        import difflib
+        ids = [*self.catalogue()][len(OWN_NAMES):MAX_NEAR]
+        near = difflib.get_close_matches(name, dict.fromkeys([*ids, *(split_id(id)[1] for id in ids)]))
+        return BadRequest(
+            f"There is no model {name!r}." + (f" Do you mean {' or '.join(near)}?" if near else "") +
+            f" Choose one of {', '.join([*OWN_NAMES, *(target.id for target in snapshot.targets)])}, or any other as "
+            f"provider:name with {', '.join(PROVIDERS)} as the provider; see GET /v1/models.", param="model",
+            status=404, code="model_not_found")
+
     def plan(self, request: ChatRequest) -> Plan:
         """Return what to try for a request.  Raises OblixError: an unknown model, no key, nothing that can answer."""
-        snapshot = self.snapshot()
-        meant, = self.meaning_of(request.model)
-        if meant not in OWN_NAMES:
-            return self._plan_of_one(request, snapshot)
-        only = None if meant == "auto" else Side(meant)
-        refusals = {target: refused for target in snapshot.targets
-                    if (refused := self._refusal(request, target, snapshot))}
-        plan = rank(snapshot, {target: refused.message for target, refused in refusals.items()}, only,
-                    work_of(request) if len(snapshot.targets) > 1 else USUAL_WORK)
+        snapshot, alias = self.snapshot(), self.alias_of(request.model)
+        asked = [name if name in OWN_NAMES else self.resolve(name, snapshot)
+                 for name in self.meaning_of(request.model)]
+        if len(asked) == 1 and isinstance(asked[0], Target):
+            plan = self._plan_of_one(request, asked[0])
+        else:
+            plan = self._plan_of_all(request, asked, snapshot)
+        return dataclasses.replace(plan, reason=f"{alias}: {plan.reason}") if alias else plan
+
+    def _plan_of_all(self, request: ChatRequest, asked: Sequence[str | Target], snapshot: Snapshot) -> Plan:
+        """Return the plan for Oblix's own names, and for targets, one after the other.  Raises OblixError."""
+        more = [one for one in asked if isinstance(one, Target) and one not in snapshot.targets]
+        targets = (*snapshot.targets, *more)
+        refusals = {target: refused for target in targets if (refused := self._refusal(request, target, snapshot))}
+        told = {target: refused.message for target, refused in refusals.items()}
+        work = work_of(request) if len(targets) > 1 else USUAL_WORK
+        plan = in_turn([rank_one(one, snapshot, told, work) if isinstance(one, Target) else
+                        rank(snapshot, told, None if one == "auto" else Side(one), work) for one in asked])
         if not plan.order and not plan.last_resort:
-            raise self._nothing_left(plan, refusals, snapshot, [target for target in snapshot.targets
-                                                                if only in (None, target.side)])
+            raise self._nothing_left(plan, refusals, snapshot, [
+                target for target in targets if any(one in ("auto", target.side, target) for one in asked)])
         return plan
 
-    def _plan_of_one(self, request: ChatRequest, snapshot: Snapshot) -> Plan:
-        """Return the plan for a model that was named: it alone, whatever is known of it."""
-        target = self.resolve(request.model, snapshot)
+    @staticmethod
+    def _plan_of_one(request: ChatRequest, target: Target) -> Plan:
+        """Return the plan for a model that was named: it alone, whatever is known of it.  Raises OblixError."""
         refused = PROVIDERS[target.endpoint.provider].refusal(request)
         if refused:
             raise refused
@@ -5458,8 +5595,8 @@ class Gateway:
     def embed(self, request: EmbeddingRequest, route: str, look: Look = no_look) -> tuple[Target, list[Any], int]:
         """Return who made the vectors of a request, these, and the tokens of its inputs.
 
-        `route` is auto, local or cloud.  Raise OblixError, and what the look raises.  Vectors of two models have
-        nothing in common: there is one model for all, or the one that is named, and none in another's place.
+        Vectors of two models have nothing in common: one model makes all, or the one that is named, and none in its
+        place.  A `route` of local or cloud excludes the other side.  Raise OblixError, and what the look raises.
         """
         target, until = self._embedder(request, route, look), time.monotonic() + self.settings.request_timeout_s
         provider, vectors, tokens = PROVIDERS[target.endpoint.provider], list[Any](), 0
@@ -5571,19 +5708,16 @@ class Gateway:
 
     def catalogue(self) -> dict[str, Model]:
         """Return what is known of each name that can be asked for.  Does not wait."""
-        snapshot = self.snapshot()
-        found = {name: self._meant(name, snapshot) for name in OWN_NAMES}
+        snapshot, aliases = self.snapshot(), [alias.name for alias in self.aliases if not alias.is_pattern]
+        found = {name: self.known(name, snapshot) for name in (*OWN_NAMES, *aliases)}
         found.update({target.id: self._planned(target, snapshot) for target in snapshot.targets})
         for model in installed(self._ollama, snapshot.readings):
             target = Target(self._ollama, model.name.removesuffix(":latest"), Side.LOCAL)
             found[target.id] = self._planned(target, snapshot, model)
         return found
 
-    def known(self, name: str) -> Model:
-        """Return what is known of a name, listed or not.  Does not wait.  Raises BadRequest (404)."""
-        return self._meant(name, self.snapshot())
-
-    def _meant(self, name: str, snapshot: Snapshot) -> Model:
+    def known(self, name: str, snapshot: Snapshot) -> Model:
+        """Return what is known of a name, listed or not.  Raises BadRequest (404)."""
         meant = self.meaning_of(name)
         found = [(target.side, self._planned(target, snapshot)) for one in meant for target in (
             self._answering(one, snapshot) if one in OWN_NAMES else [self.resolve(one, snapshot)])]
@@ -5708,9 +5842,10 @@ class Dispatch:
         self._gateway, self._request, self._look = gateway, request, look
         self._settings, self.ledger = gateway.settings, gateway.ledger
         self._until = time.monotonic() + self._settings.request_timeout_s
-        self._heard = request.model == "cloud" or gateway.heard.is_set()
+        self._meant = gateway.meaning_of(request.model)
+        self._heard = self._meant == ("cloud",) or gateway.heard.is_set()
         self._plan = self._first_plan()
-        self._named = request.model not in ("auto", "local", "cloud")
+        self._named = len(self._meant) == 1 and self._meant[0] not in OWN_NAMES
         self._failed: list[_Failure] = []
         self._fallbacks: list[tuple[str, str]] = []
         self._overtaken: list[Target] = []
@@ -5741,7 +5876,7 @@ class Dispatch:
         The request may be the first one after a start.  Then wait until somebody is known to be there, if not for long.
         """
         gateway, until = self._gateway, time.monotonic() + PROBE_LIMITS.first_byte_s
-        while not self._heard and self._request.model == "auto" and time.monotonic() < until and not any(
+        while not self._heard and "auto" in self._meant and time.monotonic() < until and not any(
                 one.endpoint and one.known and one.level < Level.OUT for one in gateway.watch.readings):
             self._heard = self._wait(gateway.heard, TICK_S)
         try:
@@ -5864,7 +5999,7 @@ class Dispatch:
         if target.endpoint.provider != "ollama":
             return 0
         context, loader = 0, self._gateway.loader
-        if self._request.model == "local":    # for `auto` a cloud is as good
+        if self._meant == ("local",):    # for `auto` a cloud is as good
             self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.first_byte_s)
         for _ in range(2):    # the load that was joined may have been for a smaller context
             load, snapshot = loader.under_way.get(target), self._gateway.snapshot()
@@ -6373,7 +6508,7 @@ def ollama_details(id: str, model: Model) -> Json:
 
 def ollama_loaded(models: Iterable[Model]) -> Json:
     """Return the answer of /api/ps: what Ollama has in memory, as it says it."""
-    return {"models": [*{model.loaded["name"]: model.loaded for model in models if model.loaded}.values()]}
+    return {"models": [*{str(model.loaded["name"]): model.loaded for model in models if model.loaded}.values()]}
 
 
 # --- 11. Ollama's API -------------------------------------------------------------------------------------------------
@@ -7081,7 +7216,7 @@ class Handler(socketserver.BaseRequestHandler):
         gateway, wanted = self.server.gateway, urllib.parse.unquote(self.head.path[len("/models/"):])
         if not wanted:
             return self.json(200, model_list(gateway.models()))
-        model = gateway.known(wanted)
+        model = gateway.known(wanted, gateway.snapshot())
         check_fields({"model": wanted}, FIELDS, ())
         self.json(200, model_item(wanted, model))
 
@@ -7094,9 +7229,9 @@ class Handler(socketserver.BaseRequestHandler):
     def _ollama_model(self) -> None:
         body, gateway = parse_body(self.body()), self.server.gateway
         name: Any = body.get("model") or body.get("name")
-        check_fields({"model": name}, FIELDS, ())
+        check_fields({"model": name}, FIELDS, ("model",))
         with contextlib.suppress(BadRequest):
-            model = gateway.known(name)
+            model = gateway.known(name, gateway.snapshot())
             if model.entry or model.provider != "ollama" or name in gateway.catalogue():
                 return self.json(200, ollama_details(name, model))
         raise BadRequest(f"model '{name}' not found", status=404, code="model_not_found")
@@ -7108,7 +7243,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _chat(self) -> None:
         """Answer a request for a model's words.  Raise OblixError, ClientGone."""
         self._front = front = FRONTS[self.head.path]
-        request = front.request(parse_body(self.body()), self.head)
+        request = routed(front.request(parse_body(self.body()), self.head), self.head)
         self.told["asked"] = request.model
         told = front.at_once(request, int(time.time()))
         if told is not None:
@@ -7131,10 +7266,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _embed(self) -> None:
         """Answer a request for embeddings.  Raise OblixError, ClientGone."""
-        api, route = EMBEDDINGS[self.head.path], self.head.fields.get("x-oblix-route", "auto")
-        self.told["front"] = "embeddings"
-        request = api.request(parse_body(self.body()))
-        need(route in OWN_NAMES, "x-oblix-route", f"must be one of {', '.join(OWN_NAMES)}")
+        api, self.told["front"] = EMBEDDINGS[self.head.path], "embeddings"
+        request, route = api.request(parse_body(self.body())), route_of(self.head)
         self.told["asked"] = request.model
         self._begin(math.inf)
         target, vectors, tokens = self.server.gateway.embed(request, route, self._look)
