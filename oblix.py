@@ -370,6 +370,7 @@ class OblixError(Exception):
     """An error for the client, in OpenAI's shape; each subclass knows its status and type."""
     status, type = 500, "server_error"
     code: str | None = None
+    request_id = ""                             # of the client's request, once it is answered with this
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None,
                  status: int | None = None, type: str | None = None, retry: bool | None = None,
@@ -889,7 +890,9 @@ def check_body_kind(head: Head) -> None:
 # --- 3. Access --------------------------------------------------------------------------------------------------------
 
 EXPOSED = ("x-oblix-model, x-oblix-side, x-oblix-reason, x-oblix-attempts, x-oblix-left-out, x-request-id, "
-           "x-should-retry, retry-after")
+           "request-id, x-should-retry, retry-after")
+
+_KEY_FIELDS = ("api-key", "x-api-key")    # of Azure's clients, of Anthropic's
 
 # Schemes of pages that are part of an installed program; a page from elsewhere has http:, https: or null.  `file:` and
 # browsers' extensions are left out: a download is from elsewhere, and an extension runs beside every page.
@@ -938,12 +941,13 @@ class Guard:
     def is_public(self, head: Head) -> bool:
         """Return True for GET /health without the key that is set: its answer has only status and version."""
         return bool(self.key) and head.method in ("GET", "HEAD") and head.path == "/health" and not (
-            {"authorization", "api-key"} & head.fields.keys())
+            {"authorization", *_KEY_FIELDS} & head.fields.keys())
 
     def _knows_key(self, head: Head) -> bool:
         import hmac  # which loads libcrypto: see the imports
         scheme, _, token = head.fields.get("authorization", "").partition(" ")
-        given = [token.strip() if scheme.lower() == "bearer" else "", head.fields.get("api-key", "")]
+        given = [token.strip() if scheme.lower() == "bearer" else "",
+                 *(head.fields.get(name, "") for name in _KEY_FIELDS)]
         key = self.key.encode()    # in constant time, so that nobody finds it letter by letter
         return any(hmac.compare_digest(key, one.encode("latin-1")) for one in given)
 
@@ -3823,6 +3827,9 @@ def _claude_model(name: str) -> _ClaudeModel:
     return next(model for pattern, model in _CLAUDE_MODELS if re.fullmatch(pattern, base, re.S))
 
 
+_CLAUDE_TEXTS = (("content", "text"), ("reasoning_content", "thinking"))    # in a chunk, in a block or its delta
+
+
 class Claude(Provider):
     """Anthropic's Messages API, in both directions."""
     name, label = "claude", "Claude"
@@ -3863,6 +3870,8 @@ class Claude(Provider):
         return super().refuse_part(part)
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
+        if request.native_to(self.name):
+            return {**request.native_to(self.name).body, "model": target.model}  # type: ignore[union-attr]
         body, model = request.body, _claude_model(target.model)
         system, turns = claude_conversation(without_deprecated(request.messages), model.prefill)
         choice, schema = chosen_tools(body)[1], json_wanted(body)
@@ -3941,7 +3950,17 @@ class Claude(Provider):
     def passes_text(self, request: ChatRequest) -> bool:
         return json_wanted(request.body) != {}
 
-    def _chunks(self, lines: Lines, own: dict[str, Json]) -> Iterator[Any]:
+    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+        return self._chunks(lines, {}, True) if request.native_to(self.name) else super().decode(lines, request)
+
+    def whole(self, raw: bytes, request: ChatRequest) -> Json:
+        if not request.native_to(self.name):
+            return super().whole(raw, request)
+        answer, message = fold(super().decode(raw.splitlines(), request)), object_in(raw)
+        return {**answer, "native": message} if message else answer
+
+    def _chunks(self, lines: Lines, own: dict[str, Json], is_native: bool = False) -> Iterator[Any]:
+        """Yield what the events say; native ones are passed on, each within its first chunk."""
         usage, stop = Json(), Json()
         blocks: dict[int, Json] = {}
         for data in sse_data(lines):
@@ -3949,25 +3968,31 @@ class Claude(Provider):
                 yield data
                 continue
             event = event_of(data)
-            kind = str(event.get("type"))
+            kind, said = str(event.get("type")), list[Chunk]()
             if kind.startswith("content_block_"):
-                yield from self._said(event, blocks, own)
+                said.extend(self._said(event, blocks, own))
             elif kind in ("message", "message_start"):    # whole, or streamed
                 if blocks:    # a relay that failed and started over
                     raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
                 stop = event if kind == "message" else event.get("message") or {}
                 usage.update(stop.get("usage") or {})
-                yield chunk_of(content="")
-                for index, end in itertools.product(range(len(event.get("content") or ())), ("start", "stop")):
-                    part = {"type": f"content_block_{end}", "index": index, "content_block": event["content"][index]}
-                    yield from self._said(part, blocks, own)
+                said.extend(self._begun(event, blocks, own))
             elif kind == "message_delta":
                 stop = {**stop, **(event.get("delta") or {})}
                 usage.update({name: count for name, count in (event.get("usage") or {}).items() if count is not None})
-            if kind in ("message", "message_stop"):
-                yield from self._end(stop, usage)
+            is_end = kind in ("message", "message_stop")
+            said.extend(self._end(stop, usage) if is_end else ())
+            yield from _with_native(event, said) if is_native else said
+            if is_end:
                 return
         raise cut()
+
+    def _begun(self, event: Json, blocks: dict[int, Json], own: dict[str, Json]) -> Iterator[Chunk]:
+        """Yield what a message says as it begins: all, if it is whole."""
+        yield chunk_of(content="")
+        for index, end in itertools.product(range(len(event.get("content") or ())), ("start", "stop")):
+            part = {"type": f"content_block_{end}", "index": index, "content_block": event["content"][index]}
+            yield from self._said(part, blocks, own)
 
     @staticmethod
     def _said(event: Json, blocks: dict[int, Json], own: dict[str, Json]) -> Iterator[Chunk]:
@@ -3978,7 +4003,8 @@ class Claude(Provider):
         index, kind, piece = event.get("index") or 0, event["type"], event.get("delta") or {}
         block = blocks.setdefault(index, {})
         if kind == "content_block_start":
-            block = blocks[index] = piece = event["content_block"]    # its text is mostly empty
+            piece = event["content_block"]    # its text is mostly empty
+            block = blocks[index] = {**piece}
             if block["type"] == "tool_use":
                 function = own.get(str(block.get("name"))) or block
                 block.update(json=[], keys={claude_key(name): name for name in tool_schema(function)["properties"]
@@ -3993,7 +4019,7 @@ class Claude(Provider):
             if block["keys"] and isinstance(whole, dict):
                 whole = {block["keys"].get(name, name): value for name, value in whole.items()}
             yield from [] if text and not block["keys"] else [tool_chunk(index, whole or text or {})]
-        said = present({"content": piece.get("text"), "reasoning_content": piece.get("thinking")})
+        said = present({name: text_in(piece.get(field) or "") for name, field in _CLAUDE_TEXTS})
         if said:
             yield chunk_of(**said)
 
@@ -4009,6 +4035,12 @@ class Claude(Provider):
                          "completion_tokens": usage.get("output_tokens"),
                          "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
                          **present({"completion_tokens_details": present({"reasoning_tokens": thinking})})}}
+
+
+def _with_native(event: Json, said: Sequence[Chunk]) -> Iterator[Chunk]:
+    """Yield an event's chunks for a client of its own dialect: the first has the event, and the others nothing."""
+    for number, chunk in enumerate(said or ({},)):
+        yield {"choices": [], **chunk, "native": {} if number else event}
 
 
 def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[Json], list[Json]]:
@@ -5463,6 +5495,8 @@ class Gateway:
                                           or its == "ollama" and full_name(model) == full_name(target.model)):
                 return target
         spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
+        if not (provider or spelt) and model.startswith("claude-") and not self._default_endpoints["claude"].lacks_key:
+            provider = "claude"    # Anthropic's clients name its models so
         if not model or not (provider or spelt):
             raise self._unknown(name, snapshot)
         endpoint = self._default_endpoints[provider or "ollama"]
@@ -5650,6 +5684,21 @@ class Gateway:
                 self._embedders = (self.resolve(found[0], self.snapshot()),)
                 log.info("%s makes the embeddings; to keep it, start Oblix with --embedding-model", found[0])
         return self._embedders
+
+    def counted(self, request: ChatRequest) -> int | None:
+        """Return how many tokens the server of a named target counts, or None if it does not at once."""
+        names = self.meaning_of(request.model)
+        with contextlib.suppress(OblixError, *NOT_IN_ITS_FORMAT):
+            if len(names) > 1 or names[0] in OWN_NAMES:    # nobody knows who will answer
+                return None
+            target = self.resolve(names[0], self.snapshot())
+            native, provider = request.native_to(target.endpoint.provider), PROVIDERS[target.endpoint.provider]
+            if native and not target.endpoint.lacks_key:
+                headers = {**provider.headers(target.endpoint), **dict(native.headers)}
+                with contextlib.closing(self.transport.open(target.endpoint.base_url + native.path, headers, dumps(
+                        provider.encode(request, target)), PROBE_LIMITS)) as answer:
+                    return int(loads(answer.body(within_first_byte=True))["input_tokens"])
+        return None
 
     def note(self, target: Target, error: UpstreamError | None) -> None:
         """Learn from an attempt that has failed, or with None succeeded."""
@@ -6395,6 +6444,10 @@ class Front:
         """Return the body of an error."""
         return error_body(error)
 
+    def headers(self, request_id: str) -> dict[str, str]:
+        """Return the headers of each reply that this API has besides those of all replies."""
+        return {}
+
 
 def around_text(event: bytes, begin: bytes) -> Frame:
     """Return what is around the text of an event, which is a NUL there, and which `begin` precedes."""
@@ -6468,6 +6521,353 @@ class Chat(Front):
 
     def stream(self, request: ChatRequest) -> Writer:
         return _ChatWriter(request)
+
+
+# --- 11. Anthropic's Messages -----------------------------------------------------------------------------------------
+
+_MESSAGES_FIELDS: dict[str, Rule] = {
+    **{name: FIELDS[name] for name in ("model", "messages", "stream", "temperature", "top_p", "tools")},
+    "max_tokens": (lambda value: type(value) is int and 0 <= value < MOST_TOKENS, "must be an integer from 0"),
+    "system": (lambda value: isinstance(value, (str, list)), "must be a string or a list of text blocks"),
+    "stop_sequences": (lambda value: isinstance(value, list) and FIELDS["stop"][0](value), "must be a list of strings"),
+    **dict.fromkeys(("tool_choice", "thinking", "output_config", "output_format"), FIELDS["stream_options"]),
+}
+# The blocks that others than Claude can be asked with, and the types of their fields.
+_BLOCK_FIELDS: dict[str, dict[str, Any]] = {
+    "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict}, "thinking": {"thinking": str},
+    "tool_use": {"id": str, "name": str, "input": dict},
+    "tool_result": {"tool_use_id": str, "content": (str, list, type(None))}}
+_SOURCE_FIELDS = {"base64": ("media_type", "data"), "url": ("url",), "file": ("file_id",), "text": ("data",)}
+# What Claude Code says anew in each request, so that no server's cache of the prompt would fit any more: the first
+# block of the system (llama.cpp's pull request 20623), and what is left of its budget (omlx#2881, ollama's 17918).
+_CHANGING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?|\s*<total_tokens>\s*\d+ tokens left\s*</total_tokens>")
+_TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_STOPS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
+_ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
+                409: "conflict_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+                504: "timeout_error", 529: "overloaded_error"}
+_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking")}    # of blocks; of calls:
+_CALL_DELTA = ("input_json_delta", "partial_json")
+BYTES_A_TOKEN = 3.5    # as Anthropic's glossary has it for Claude; other tokenizers have 3 to 4 bytes
+
+
+def prompt_tokens(request: ChatRequest) -> int:
+    """Return about how many tokens a prompt has, by its size."""
+    return math.ceil(request.size / BYTES_A_TOKEN)
+
+
+def messages_body(body: Json) -> tuple[Json, tuple[str, ...]]:
+    """Return a Messages body as a chat body, and the tools that it leaves out.  Raises BadRequest."""
+    own = [tool for tool in body.get("tools") or () if tool.get("type") in (None, "custom")]
+    for number, tool in enumerate(own):
+        need(isinstance(tool.get("name"), str) and isinstance(tool.get("input_schema"), dict), f"tools.{number}",
+             'must be like {"name": …, "description": …, "input_schema": {…}}')
+    tools = [{"type": "function", "function": {"name": tool["name"], "description": tool.get("description"),
+                                               "parameters": tool["input_schema"]}} for tool in own]
+    config, choice = body.get("output_config") or {}, body.get("tool_choice") or {"type": "auto"}
+    form = config.get("format") or body.get("output_format")
+    schema = form.get("schema") if isinstance(form, dict) else None
+    kind, name = str(choice.get("type")), choice.get("name")
+    need(kind in _TOOL_CHOICES or isinstance(name, str), "tool_choice",
+         'must have the type auto, any or none, or name a tool: {"type": "tool", "name": …}')
+    told: Json = {name: body.get(name) for name in ("model", "temperature", "top_p", "stream")}
+    told.update(
+        messages=_chat_messages(body), tools=tools, stop=body.get("stop_sequences"),
+        max_tokens=body.get("max_tokens") or None, stream_options={"include_usage": True},
+        tool_choice=_TOOL_CHOICES.get(kind, {"type": "function", "function": {"name": name}}),
+        parallel_tool_calls=False if choice.get("disable_parallel_tool_use") else None,
+        reasoning_effort=_effort_meant(body.get("thinking") or {}, config),
+        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        if isinstance(schema, dict) else None)
+    return told, tuple([str(tool["type"]) for tool in body.get("tools") or () if tool not in own])
+
+
+def _effort_meant(thinking: Json, config: Json) -> str | None:
+    """Return the reasoning_effort that Anthropic's fields mean, or None for the model's own."""
+    kind, budget = thinking.get("type"), thinking.get("budget_tokens")
+    if kind == "disabled":
+        return "none"
+    if isinstance(config.get("effort"), str):
+        return config["effort"]  # type: ignore[no-any-return]
+    return ("low" if budget <= 2048 else "medium" if budget < 8192 else "high") if isinstance(budget, int) else None
+
+
+def _chat_messages(body: Json) -> list[Json]:
+    """Return the system and the messages of a Messages body as a chat's.  Raises BadRequest."""
+    system = "\n".join(block["text"] for block in _blocks_in(body.get("system") or "", "system", True))
+    said, turns = [{"role": "system", "content": system}] if system else [], list[tuple[bool, list[Json]]]()
+    for number, message in enumerate(body["messages"]):
+        role = message.get("role") if isinstance(message, dict) else None
+        need(role in ("user", "assistant", "system"), f"messages.{number}", 'must have the role "user" or "assistant"')
+        blocks = _blocks_in(message.get("content"), f"messages.{number}.content", role == "system")
+        if role == "system":    # in between some templates refuse it, and Ollama takes it to the front of its cache
+            blocks = [{**one, "text": f"<system-reminder>\n{one['text']}\n</system-reminder>"} for one in blocks]
+        turns.append((role == "assistant", blocks))
+    for is_assistant, group in itertools.groupby(turns, lambda turn: turn[0]):    # some templates want to alternate
+        blocks = [block for _, some in group for block in some]
+        said.extend(_assistant_message(blocks) if is_assistant else _user_messages(blocks))
+    return said
+
+
+def _blocks_in(content: Any, where: str, is_system: bool = False) -> list[Json]:
+    """Return the blocks of a content that others than Claude can be asked with.  Raises BadRequest."""
+    need(isinstance(content, (str, list)), where, "must be a string or a list of blocks")
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    kept = []
+    for number, block in enumerate(blocks):
+        place, kind = f"{where}.{number}", str(block.get("type") if isinstance(block, dict) else None)
+        need(kind != "None", place, "must be an object with a type")
+        for name, types in _BLOCK_FIELDS.get(kind, {}).items():
+            need(isinstance(block.get(name), types), f"{place}.{name}", f"is missing or of a wrong type ({kind} block)")
+        text = _CHANGING.sub("", block["text"]) if kind == "text" else ""
+        if text.strip() or kind != "text" and kind in _BLOCK_FIELDS and not is_system:
+            kept.append({**block, "text": text} if is_system else block)
+    return kept
+
+
+def _parts_of_block(block: Json) -> list[Json]:
+    """Return the parts of a chat's content that say what a block says.  Raises BadRequest."""
+    kind, source = block["type"], block.get("source") or {}
+    form, needed = source.get("type"), _SOURCE_FIELDS.get(str(source.get("type")), ())
+    if kind not in ("image", "document"):    # of the others only a text can stand here
+        return [{"type": "text", "text": block["text"]}] if kind == "text" else []
+    if form == "content":
+        return _parts_within(source.get("content"), f"{kind}.source.content")
+    need(needed and all(isinstance(source.get(name), str) for name in needed), f"{kind}.source",
+         f"must be of a type among {', '.join(_SOURCE_FIELDS)}, and complete")
+    if form == "text":
+        return [{"type": "text", "text": source["data"]}]
+    url = source.get("url") or f"data:{source.get('media_type')};base64,{source.get('data')}"
+    if kind == "image" and form != "file":
+        return [{"type": "image_url", "image_url": {"url": url}}]
+    where = {"file_id": source["file_id"]} if form == "file" else {"file_url" if form == "url" else "file_data": url}
+    return [{"type": "file", "file": {"filename": str(block.get("title") or "document.pdf"), **where}}]
+
+
+def _parts_within(content: Any, where: str) -> list[Json]:
+    return [part for block in _blocks_in(content, where) for part in _parts_of_block(block)]
+
+
+def _assistant_message(blocks: Sequence[Json]) -> list[Json]:
+    """Return what the assistant said; of thoughts only those without a signature, which are not Claude's."""
+    text, thought, calls = "\n".join(block["text"] for block in blocks if block["type"] == "text"), "", list[Json]()
+    for block in blocks:
+        if block["type"] == "thinking" and not block.get("signature"):
+            thought += block["thinking"]
+        if block["type"] == "tool_use":
+            function = {"name": block["name"], "arguments": dumps(block["input"]).decode()}
+            calls.append({"id": block["id"], "type": "function", "function": function})
+    more = present({"tool_calls": calls, "reasoning_content": thought})
+    return [{"role": "assistant", "content": text or None, **more}] if text or calls else []
+
+
+def _user_messages(blocks: Sequence[Json]) -> list[Json]:
+    """Return the results of tools, which have to follow their calls, and then what else the user says."""
+    results, rest = list[Json](), list[Json]()
+    for block in blocks:
+        if block["type"] != "tool_result":
+            rest.extend(_parts_of_block(block))
+            continue
+        parts = _parts_within(block.get("content") or "", "tool_result.content")
+        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        if block.get("is_error") and "error" not in text[:100].lower():    # there is no field for it
+            text = f"Error: {text}"
+        results.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": text})
+        rest.extend(part for part in parts if part["type"] != "text")    # a tool's message takes texts alone
+    texts = [part["text"] for part in rest if part["type"] == "text"]
+    content = "\n".join(texts) if len(texts) == len(rest) else rest    # some servers take no list
+    return [*results, *([{"role": "user", "content": content}] if rest else [])]
+
+
+def _signed(message: Json) -> Json:
+    """Return a message for Claude, which refuses thoughts that it has not signed: they are another model's."""
+    blocks = message["content"]
+    kept = blocks if isinstance(blocks, str) else [
+        block for block in blocks if block["type"] != "thinking" or block.get("signature")]
+    return {**message, "content": kept}
+
+
+def _anthropic_message(answer: Json, content: list[Json], stop: str | None, usage: Json) -> Json:
+    return {"id": f"msg_{answer['id'].removeprefix('chatcmpl-')}", "type": "message", "role": "assistant", "model":
+            answer["model"], "content": content, "stop_reason": stop, "stop_sequence": None, "usage": usage}
+
+
+def _anthropic_usage(usage: Json, request: ChatRequest) -> Json:
+    """Return the counts of an answer, or an estimate of its prompt where no server tells any."""
+    details = usage.get("prompt_tokens_details")
+    found = [usage.get("prompt_tokens"), usage.get("completion_tokens"), *(
+        details.get(name) if isinstance(details, dict) else 0 for name in ("cached_tokens", "cache_write_tokens"))]
+    prompt, said, read, written = [count if type(count) is int else 0 for count in found]
+    return {"input_tokens": max(0, prompt - read - written) if usage else prompt_tokens(request),
+            "cache_creation_input_tokens": written, "cache_read_input_tokens": read, "output_tokens": said}
+
+
+def _long_prompt(message: str) -> str:
+    """Return the text of an error in the words by which agents know that they have to shorten the conversation."""
+    if re.search(r"prompt is too long: \d+ tokens > \d+ maximum", message):    # Claude's own
+        return message
+    plain = re.sub(r"(?<=\d),(?=\d{3})", "", message)
+    limits = re.findall(r"(?i)(?:length|limit|window|size|n_ctx|maximum|>)\D{0,40}?(\d{1,9})\b", plain)
+    most = max(map(int, limits), default=0)
+    asked = max(map(int, re.findall(r"(?<![\w.:-])\d{1,9}\b(?![-.]\w)", plain)), default=0)    # not of a model's name
+    told = f"{asked} tokens > {most}" if asked > most else f"over {most} tokens > {most}"
+    return f"prompt is too long: {told} maximum ({message})" if most else f"prompt is too long: {message}"
+
+
+def _framed(event: Json) -> bytes:
+    """Return an event as Anthropic's clients read it, or nothing for one without a name."""
+    name = str(event.get("type"))
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), dumps(event)) if name.isidentifier() and name.isascii() else b""
+
+
+class _Block:
+    """A block of an answer: it is open, or waits for the one before."""
+
+    def __init__(self, key: Any, start: Json) -> None:
+        self.key, self.start = key, start    # the key: its type, or the number of a call
+        self.is_open, self.held, self.said = False, list[str](), list[str]()
+
+    def may_end(self) -> bool:
+        """Return True if the block can be closed before another one: a call when its arguments are complete."""
+        ends = self.said[-1:] and self.said[-1].rstrip().endswith("}")
+        return self.key in _DELTAS or bool(ends) and object_in("".join(self.said)) is not None
+
+
+class _MessagesWriter(Writer):
+    def __init__(self, request: ChatRequest) -> None:
+        self._request = request
+        self._begun = self._ended = False
+        self._blocks: list[_Block] = []    # the first one is open; one of them may be at a time
+        self._index = -1                   # of the block that was opened last
+        self._finish, self._usage = "stop", Json()
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            return self._texts(chunk)
+        if chunk.get("native") is not None:
+            return self._native(chunk["native"])
+        events = b"" if self._begun else self._start(chunk)
+        self._usage = chunk.get("usage") or self._usage
+        for choice in chunk["choices"]:
+            delta, self._finish = choice["delta"], choice["finish_reason"] or self._finish
+            for kind, name in (("thinking", "reasoning_content"), ("text", "content"), ("text", "refusal")):
+                events += self._say(kind, delta[name]) if delta.get(name) else b""
+            for call in delta.get("tool_calls") or ():
+                inner = call.get("function") or {}
+                start = {"type": "tool_use", "id": call.get("id"), "name": inner.get("name"), "input": {}}
+                events += self._say(call["index"], inner.get("arguments") or "", start)
+        return events
+
+    def _start(self, chunk: Chunk) -> bytes:
+        self._begun = True    # what the server counts comes at the end
+        message = _anthropic_message(chunk, [], None, _anthropic_usage({}, self._request))
+        return _framed({"type": "message_start", "message": message}) + MESSAGES.keep_alive
+
+    def _native(self, event: Json) -> bytes:
+        """Return an event of Claude's as it came, and note which block is open."""
+        kind, self._begun = event.get("type"), True
+        if kind == "content_block_start":
+            self._index = event["index"] if type(event.get("index")) is int else self._index + 1
+            self._blocks = [_Block(str(event["content_block"]["type"]), event["content_block"])]
+            self._blocks[0].is_open = True
+        self._blocks = [] if kind == "content_block_stop" else self._blocks
+        self._ended = self._ended or kind == "message_stop"
+        return _framed(event) if event else b""
+
+    def _texts(self, texts: Texts) -> bytes:
+        events = b""
+        if [block.key for block in self._blocks] != ["text"]:
+            events = self._say("text", "")
+            if self._blocks[0].key != "text":    # it waits for the end of a call
+                return events + b"".join(self._say("text", str(loads(b'"%b"' % text))) for text in texts)
+        before = (b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":'
+                  b'{"type":"text_delta","text":"' % self._index)
+        return events + before + (b'"}}\n\n' + before).join(texts) + b'"}}\n\n'
+
+    def _say(self, key: Any, piece: str, start: Json | None = None) -> bytes:
+        """Return the events for a piece of a text, a thought or a call, as soon as its block is open."""
+        others = self._blocks if start else self._blocks[-1:]
+        block = next((block for block in others if block.key == key), None)
+        if block is None:
+            if start and not start["name"]:    # blanks behind a call that has ended
+                return b""
+            block = _Block(key, start or {"type": key, key: "", **({"signature": ""} if key == "thinking" else {})})
+            self._blocks.append(block)
+        block.held.append(piece)
+        return self._flow()
+
+    def _flow(self, is_end: bool = False) -> bytes:
+        """Return the events for what is held of the open block, and of each next one where that can be closed."""
+        events = b""
+        while self._blocks:
+            block = self._blocks[0]
+            if not block.is_open:
+                self._index, block.is_open = self._index + 1, True
+                events += _framed({"type": "content_block_start", "index": self._index, "content_block": block.start})
+            kind, field = _DELTAS.get(block.key, _CALL_DELTA)
+            for piece in filter(None, block.held):
+                delta = {"type": kind, field: piece}
+                events += _framed({"type": "content_block_delta", "index": self._index, "delta": delta})
+            block.said.extend(() if block.key in _DELTAS else block.held)
+            block.held.clear()
+            if not is_end and (len(self._blocks) == 1 or not block.may_end()):
+                break
+            events += _framed({"type": "content_block_stop", "index": self._index})
+            del self._blocks[0]
+        return events
+
+    def end(self) -> bytes:
+        if self._ended:
+            return b""
+        last = {"stop_reason": _STOPS.get(self._finish, "end_turn"), "stop_sequence": None}
+        usage = _anthropic_usage(self._usage, self._request)
+        return self._flow(True) + _framed({"type": "message_delta", "delta": last, "usage": usage}) + _framed(
+            {"type": "message_stop"})
+
+    def broken(self, error: OblixError) -> bytes:
+        return _framed(MESSAGES.error(error))
+
+
+class Messages(Front):
+    """Anthropic's Messages.  Claude gets a request as it came, and its answer goes back as it comes."""
+    name = "messages"
+    keep_alive = _framed({"type": "ping"})
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        needed = ("model", "messages") if head.path.endswith("/count_tokens") else ("model", "messages", "max_tokens")
+        check_fields(body, _MESSAGES_FIELDS, needed)
+        told, left_out = messages_body(body)
+        path = f"/v1{head.path}{'?beta=true' if 'beta=true' in head.target.partition('?')[2].split('&') else ''}"
+        messages = [message for message in map(_signed, body["messages"]) if message["content"] != []]
+        native = Native("claude", path, {**body, "messages": messages}, tuple([
+            (name, head.fields[name]) for name in ("anthropic-version", "anthropic-beta") if name in head.fields]))
+        return dataclasses.replace(parse_request(told), origin=body, native=native, left_out=left_out)
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        if "native" in answer:
+            return answer["native"]  # type: ignore[no-any-return]
+        choice, content = answer["choices"][0], list[Json]()
+        message = choice["message"]
+        if message.get("reasoning_content"):
+            content.append({"type": "thinking", "thinking": message["reasoning_content"], "signature": ""})
+        content += [{"type": "text", "text": message[name]} for name in ("content", "refusal") if message.get(name)]
+        for call in message.get("tool_calls") or ():
+            called = function_in(call)
+            content.append({"type": "tool_use", "id": call["id"], "name": called["name"], "input": called["arguments"]})
+        return _anthropic_message(answer, content, _STOPS.get(choice["finish_reason"], "end_turn"),
+                                  _anthropic_usage(answer.get("usage") or {}, request))
+
+    def stream(self, request: ChatRequest) -> Writer:
+        return _MessagesWriter(request)
+
+    def error(self, error: OblixError) -> Json:
+        kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+        text = _long_prompt(error.message) if error.code == "context_length_exceeded" else error.message
+        told = {"type": kind, "message": text or type(error).__name__}
+        return {"type": "error", "error": told, "request_id": error.request_id}
+
+    def headers(self, request_id: str) -> dict[str, str]:
+        return {"request-id": request_id}
 
 
 # --- 11. Ollama's lists of models -------------------------------------------------------------------------------------
@@ -6830,15 +7230,18 @@ EMBEDDINGS: dict[str, Embeddings] = {    # by path, without /v1
 
 # --- 11. All of them --------------------------------------------------------------------------------------------------
 
-CHAT, OLLAMA, OLLAMA_CHAT, OLLAMA_GENERATE = Chat(), OllamaApi(), OllamaChat(), OllamaGenerate()
+CHAT, MESSAGES, OLLAMA, OLLAMA_CHAT, OLLAMA_GENERATE = (
+    Chat(), Messages(), OllamaApi(), OllamaChat(), OllamaGenerate())
 FRONTS: dict[str, Front] = {    # by path, without /v1
-    "/chat/completions": CHAT, "/completions": Completions(), OLLAMA_CHAT.path: OLLAMA_CHAT,
+    "/chat/completions": CHAT, "/messages": MESSAGES, "/completions": Completions(), OLLAMA_CHAT.path: OLLAMA_CHAT,
     OLLAMA_GENERATE.path: OLLAMA_GENERATE}
+_BELOW = {"/messages/": MESSAGES, "/api/": OLLAMA}    # how the path begins of what else these APIs have
 
 
 def front_of(head: Head) -> Front:
     """Return the front in whose shape a request is answered, whatever is wrong with it."""
-    return FRONTS.get(head.path) or (OLLAMA if head.path.startswith("/api/") else CHAT)
+    path = head.path
+    return FRONTS.get(path) or next((front for start, front in _BELOW.items() if path.startswith(start)), CHAT)
 
 
 # === 12. Server =======================================================================================================
@@ -7052,7 +7455,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.close_connection = not self.head.keeps_open
         if self.head.path in FRONTS:
             self.told["front"] = FRONTS[self.head.path].name
-        self._common = self.guard.cors_headers(self.head)
+        self._common = {**self.guard.cors_headers(self.head), **front_of(self.head).headers(self.id)}
         self.guard.check(self.head)
 
     def _fields(self) -> Iterator[bytes]:
@@ -7125,7 +7528,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _refuse(self, error: OblixError) -> None:
         """Answer with an error, or end with it the stream that has begun."""
-        self.told["error"] = error.code or error.type
+        self.told["error"], error.request_id = error.code or error.type, self.id
         with contextlib.suppress(ClientGone):    # the log tells of the error
             if "status" in self.told:
                 self.close_connection = True    # which breaks off: the framing, too, must not look complete
@@ -7254,7 +7657,7 @@ class Handler(socketserver.BaseRequestHandler):
         served = self.server.gateway.answer(request, self._look)
         self.told["fallbacks"] = served.fallbacks
         headers = self._served(served.target, served.reason, served.attempts)
-        if request.left_out:
+        if request.left_out and not request.native_to(served.target.endpoint.provider):
             headers["x-oblix-left-out"] = ", ".join(request.left_out)[:1000]
         if served.whole is not None:
             self._count(served.whole)
@@ -7263,6 +7666,11 @@ class Handler(socketserver.BaseRequestHandler):
         self._event_headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
             self._stream(served)
+
+    def _count_tokens(self) -> None:
+        """Answer how many tokens a prompt has: as Claude counts them if it is named, or by their size."""
+        request = routed(MESSAGES.request(parse_body(self.body()), self.head), self.head)
+        self.json(200, {"input_tokens": self.server.gateway.counted(request) or prompt_tokens(request)})
 
     def _embed(self) -> None:
         """Answer a request for embeddings.  Raise OblixError, ClientGone."""
@@ -7353,6 +7761,7 @@ _READ = ("GET", "HEAD")
 ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Handler], None] | None]] = {
     **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), **dict.fromkeys(EMBEDDINGS, (("POST",), Handler._embed)),
     "/": (_READ, Handler._page),
+    "/messages/count_tokens": (("POST",), Handler._count_tokens),
     "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models),
     "/metrics": (_READ, Handler._metrics), "/status": (_READ, Handler._status),
     "/api/version": (_READ, lambda handler: handler.json(200, {"version": OLLAMA_VERSION})),
