@@ -3514,7 +3514,7 @@ class OpenAI(Provider):
         return 2048 if request.in_base64 else 256    # its own limit; as many numbers as JSON may have here (3072 each)
 
     def vectors(self, answer: Json) -> tuple[list[Any], int]:
-        found = sorted(answer["data"], key=lambda item: item["index"])
+        found = sorted(answer["data"], key=lambda item: item.get("index", 0))
         return [item["embedding"] for item in found], (answer.get("usage") or {}).get("prompt_tokens") or 0
 
 
@@ -6995,8 +6995,8 @@ class OllamaChat(OllamaApi):
 
     def ended(self, answer: Json) -> Json:
         """Return the fields of the last piece of an answer."""
-        usage, timings = answer.get("usage") or {}, answer.get("timings") or {}    # Ollama's own alone
-        finish = answer["choices"][0]["finish_reason"]
+        usage, finish = answer.get("usage") or {}, answer["choices"][0]["finish_reason"]
+        timings = answer["timings"] if isinstance(answer.get("timings"), dict) else {}    # Ollama's, or others' own
         return {"done": True, "done_reason": "length" if finish == "length" else "stop",
                 **{name: timings.get(name) or 0 for name in _DURATIONS},
                 "prompt_eval_count": usage.get("prompt_tokens") or 0, "eval_count": usage.get("completion_tokens") or 0,

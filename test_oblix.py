@@ -11193,6 +11193,18 @@ class OllamasApi(Case):
                     self.assertEqual(last["total_duration"], 912000000 if upstream is self.ollama else 0)
                     self.assertEqual(reply.headers["x-oblix-model"], upstream.target)
 
+    def test_timings_in_other_words_are_no_durations(self):
+        for timings, stream in itertools.product(("x", 5, [1], {"prompt_ms": 5.5}), (True, False)):
+            def script(dialect, request, timings=timings):
+                if not request.json.get("stream"):
+                    return whole(200, {**dialect.whole(Saying((Text("a"),), "stop", 9, 7)), "timings": timings})
+                said = dialect.chunk([{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop"}])
+                return streamed(dialect, [data_event({**said, "timings": timings}), b"data: [DONE]\n\n"])
+            self.openai.play(script)
+            reply = self.chats(self.openai.target, stream=stream)
+            last = lines_of(reply)[-1] if stream else reply.json
+            self.assertEqual((last["done"], last["total_duration"]), (True, 0))
+
     def test_streaming_is_usual(self):
         for path, fields in (("/api/chat", {"messages": HI_THERE}), ("/api/generate", {"prompt": "Hi"})):
             lines = lines_of(posted(self.server, path, **fields))
