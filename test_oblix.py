@@ -11262,7 +11262,10 @@ class OllamasApi(Case):
         with small() as local, running(local) as server:
             posted(server, "/api/chat", messages=HI_THERE, options={"num_ctx": 2048})
             self.assertEqual(local.last.json["options"], {"num_ctx": 2048})
-            posted(server, "/api/chat", messages=[{"role": "user", "content": "a " * 30000}])
+            long = [{"role": "user", "content": "a " * 30000}]
+            posted(server, "/api/chat", messages=long, options={"num_ctx": 65536})
+            self.assertEqual((local.last.json["options"], local.loads), ({"num_ctx": 65536}, []))
+            posted(server, "/api/chat", messages=long)
             self.assertGreater(local.last.json["options"]["num_ctx"], 2048)
 
     def test_every_line_of_a_silent_stream_is_json(self):
