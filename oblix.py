@@ -7035,7 +7035,7 @@ class _OllamaWriter(Writer):
                 lines.append(ndjson(self._front.piece(chunk, choice)))
         kept = [{**choice, "delta": present({"tool_calls": [*choice["delta"].get("tool_calls", ())]})}
                 for choice in chunk["choices"]]
-        if "usage" in chunk or any(choice["delta"] or choice["finish_reason"] for choice in kept):
+        if not self._last or "usage" in chunk or any(choice["delta"] or choice["finish_reason"] for choice in kept):
             self._last.append({**chunk, "choices": kept})
         return b"".join(lines)
 
@@ -7114,14 +7114,18 @@ class Completions(Front):
         kept = {name: value for name, value in body.items() if name not in _NOT_OF_CHAT}
         request = parse_request({**kept, "messages": [{"role": "user", "content": prompt}]})
         native = Native("ollama", GENERATE_PATH, {"prompt": prompt, "suffix": suffix}, only="suffix")
-        return dataclasses.replace(request, origin={"echo": prompt if body.get("echo") else ""},
-                                   native=native if suffix else None)
+        return dataclasses.replace(request, origin=body, native=native if suffix else None)
 
     def whole(self, answer: Json, request: ChatRequest) -> Json:
-        return self.piece(answer, [(choice, request.origin["echo"]) for choice in answer["choices"]])
+        return self.piece(answer, [(choice, self.echo(request)) for choice in answer["choices"]])
 
     def stream(self, request: ChatRequest) -> Writer:
         return _CompletionWriter(self, request)
+
+    @staticmethod
+    def echo(request: ChatRequest) -> str:
+        """Return what stands before each choice."""
+        return "".join(request.origin["prompt"]) if request.origin.get("echo") else ""
 
     def piece(self, answer: Json, choices: Iterable[tuple[Json, str]]) -> Json:
         """Return what choices say, each behind a text, as an answer or a piece of one."""
@@ -7136,7 +7140,7 @@ class Completions(Front):
 class _CompletionWriter(Writer):
     def __init__(self, front: Completions, request: ChatRequest) -> None:
         self._front, self._include_usage = front, request.include_usage
-        self._echo: dict[int, Any] = dict.fromkeys(range(request.body.get("n", 1)), request.origin["echo"])
+        self._echo: dict[int, Any] = dict.fromkeys(range(request.body.get("n", 1)), front.echo(request))
         self._frame: Frame | None = None
 
     def take(self, chunk: Any) -> bytes:

@@ -17260,6 +17260,8 @@ VARIABLES = [oblix.variable_of(field) for field in oblix.declared(oblix.Settings
 FRONT_BODIES = {    # path -> bodies of its front
     "/chat/completions": BODIES,
     "/messages": [MessagesKeepTheContract().full(), messages("claude-haiku-5-5", stream=True, tools=CLAUDE_TOOLS)],
+    "/api/chat": [OllamaKeepsTheFrontsContract().full()], "/api/generate": [GenerateKeepsTheFrontsContract().full()],
+    "/completions": [CompletionsKeepTheFrontsContract().full()],
 }
 
 
@@ -17402,7 +17404,7 @@ def check_stream(case):
     for front in [oblix.MESSAGES] if is_native else {*oblix.FRONTS.values()}:
         writer = front.stream(request)
         for piece in chunks:
-            writer.take({**json.loads(json.dumps(piece)), "id": "1"})
+            writer.take({**json.loads(json.dumps(piece)), "id": "1", "created": 1})    # the gateway's own
         (chunks and writer.end(), writer.broken(oblix.cut()))
     if provider.translates and chunks and ended and not is_native:
         oblix.sse(oblix.fold(chunks))
@@ -17774,8 +17776,8 @@ SOUND_REQUESTS = [    # requests, the statuses of their replies by a server with
      [204], [204]),
     (b"GET http://localhost/v1/models?a=b#c HTTP/1.1\r\nHost: x.example\r\nConnection: close\r\n\r\n", [200], [401]),
     (b"PUT /v1/models HTTP/1.1\r\n" + KEYED + b"Content-Length: 5\r\n\r\nabcde", [403], [405]),
-    (b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\napi-key: fuzz-key\r\nContent-Length: 2\r\n\r\n{}", [404],
-     [404]),
+    (b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\napi-key: fuzz-key\r\nContent-Length: 2\r\n\r\n{}", [400],
+     [400]),
 ]
 OUR_FIELDS = set("""access-control-allow-headers access-control-allow-methods access-control-allow-origin
     access-control-allow-private-network access-control-expose-headers access-control-max-age allow cache-control
