@@ -923,7 +923,7 @@ class Guard:
                              f"{head.fields['origin'][:100]} if they should.", status=403, code="origin_not_allowed")
         if self.key and not head.is_preflight and not (self.is_public(head) or self._knows_key(head)):
             raise BadRequest("The key of this Oblix is missing or wrong: send the one of --api-key or OBLIX_API_KEY "
-                             "as `Authorization: Bearer …`.", status=401, type="authentication_error",
+                             "as `Authorization: Bearer …` or `x-api-key: …`.", status=401, type="authentication_error",
                              code="invalid_api_key", retry=False)
 
     def _is_own(self, host: str) -> bool:
@@ -6540,7 +6540,8 @@ _BLOCK_FIELDS: dict[str, dict[str, Any]] = {
 _SOURCE_FIELDS = {"base64": ("media_type", "data"), "url": ("url",), "file": ("file_id",), "text": ("data",)}
 # What Claude Code says anew in each request, so that no server's cache of the prompt would fit any more: the first
 # block of the system (llama.cpp's pull request 20623), and what is left of its budget (omlx#2881, ollama's 17918).
-_CHANGING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?|\s*<total_tokens>\s*\d+ tokens left\s*</total_tokens>")
+_BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n?")
+_COUNTDOWN = re.compile(r"<total_tokens>\s*\d+ tokens left\s*</total_tokens>")
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _STOPS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 _ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
@@ -6619,8 +6620,10 @@ def _blocks_in(content: Any, where: str, is_system: bool = False) -> list[Json]:
         need(kind != "None", place, "must be an object with a type")
         for name, types in _BLOCK_FIELDS.get(kind, {}).items():
             need(isinstance(block.get(name), types), f"{place}.{name}", f"is missing or of a wrong type ({kind} block)")
-        text = _CHANGING.sub("", block["text"]) if kind == "text" else ""
-        if text.strip() or kind != "text" and kind in _BLOCK_FIELDS and not is_system:
+        text = block["text"] if kind == "text" else ""
+        billing = _BILLING.match(text)
+        text = _COUNTDOWN.sub("", text[billing.end() if billing else 0:]).strip()
+        if text or kind != "text" and kind in _BLOCK_FIELDS and not is_system:
             kept.append({**block, "text": text} if is_system else block)
     return kept
 
@@ -6983,11 +6986,11 @@ class OllamaChat(OllamaApi):
 
     def piece(self, answer: Json, choice: Json, calls: Sequence[Json] = ()) -> Json:
         """Return the piece of an answer that says what a choice and calls say."""
-        said, logprobs = choice.get("message") or choice.get("delta") or {}, choice.get("logprobs") or {}
+        said, told = choice.get("message") or choice.get("delta") or {}, choice.get("logprobs")
         text = said.get("content") or said.get("refusal") or ""
         more = present({"thinking": said.get("reasoning_content"), "tool_calls": calls})
         return {"model": answer["model"], "created_at": rfc3339(answer["created"]), **self.said(text, more),
-                **present({"logprobs": logprobs.get("content")}), "done": False}
+                **present({"logprobs": told.get("content") if isinstance(told, dict) else None}), "done": False}
 
     def said(self, text: str, more: Json) -> Json:
         """Return the fields of a piece that have its text, and what it says besides."""

@@ -940,11 +940,13 @@ class Shape(Case):
         self.assertEqual(list(violations(seeded)),
                          [(1, "socket", "impure"), (2, "_own", "private"), (3, "shared", "not listed")])
 
-    def test_every_provider_and_monitor_is_registered(self):
+    def test_every_provider_and_monitor_is_registered_and_every_front_keeps_the_contract(self):
         providers = {type(provider) for provider in oblix.PROVIDERS.values()}
         self.assertEqual(providers, set(oblix.Provider.__subclasses__()))
         monitors = {kind for kind in vars(oblix).values() if isinstance(kind, type) and issubclass(kind, oblix.Monitor)}
         self.assertEqual(set(oblix.MONITORS), {kind for kind in monitors if kind.name})
+        self.assertEqual({front.name for front in oblix.FRONTS.values()},
+                         {contract.front for contract in FrontContract.__subclasses__()})
 
     def test_nothing_but_the_stdlib_and_psutil_is_imported(self):
         nodes = list(ast.walk(ast.parse(self.source)))
@@ -10742,6 +10744,7 @@ def head_of(target="/v1/messages", **fields):
     return oblix.Head("POST", target, "HTTP/1.1", fields)
 
 
+PLAIN = Saying((Text("Hel"), Text("lo")), "stop", 9, 7)
 REMINDER, ENDED = "<system-reminder>\n", "</system-reminder>"
 COUNTDOWN = "<total_tokens>14999436 tokens left</total_tokens>"
 FOUND = {"role": "tool", "tool_call_id": "toolu_1"}
@@ -11033,6 +11036,20 @@ class Messages(Case):
             told = self.asks(messages(OPENAI_ID), server=server).json["usage"]
         self.assertEqual(told, {"input_tokens": 40, "cache_read_input_tokens": 60, "cache_creation_input_tokens": 0,
                                 "output_tokens": 7})
+
+    def test_claude_and_others_stand_in_for_each_other(self):
+        scripts = {"refused": failing(529), "cut before content": lambda dialect, _: [
+            dialect.head, *map(chunk, CLAUDE.events(PLAIN, {})[:3]), CLOSE]}
+        for what, stream in itertools.product(scripts, (False, True)):
+            with self.subTest(what, stream=stream), running(
+                    self.ollama, self.claude, flags=["--prefer=cloud"]) as server:
+                self.claude.play(scripts[what])
+                reply = self.asks(messages("auto", stream=stream), server=server)
+                self.assertEqual(reply.headers["x-oblix-model"], OLLAMA_ID)
+                read = MessagesKeepTheContract()
+                told = read.of_stream(reply.body) if stream else read.of_whole(reply.json)
+                self.assertEqual((told.text, told.finish), ("Hello", "stop"))
+        self.claude.play(answer(Text("Hello")))
 
     def test_a_silence_is_filled_with_pings(self):
         with mock.patch.multiple(oblix, KEEP_ALIVE_S=0.1, TICK_S=0.03), Upstream(
@@ -12375,7 +12392,7 @@ PAGE_HERE = "http://localhost:3000"
 KEYS_GIVEN = [  # a request's headers, whether they hold the key
     ({"Authorization": "Bearer " + OUR_KEY}, True), ({"Authorization": "bearer " + OUR_KEY}, True),
     ({"authorization": "BEARER " + OUR_KEY}, True), ({"AUTHORIZATION": "bEaReR " + OUR_KEY}, True),
-    ({"api-key": OUR_KEY}, True), ({"API-KEY": OUR_KEY}, True),
+    ({"api-key": OUR_KEY}, True), ({"API-KEY": OUR_KEY}, True), ({"x-api-key": OUR_KEY}, True),
     ({}, False), ({"Authorization": ""}, False), ({"Authorization": OUR_KEY}, False),
     ({"Authorization": "Bearer"}, False), ({"Authorization": "Bearer" + OUR_KEY}, False),
     ({"Authorization": "Basic " + OUR_KEY}, False), ({"Authorization": "Token " + OUR_KEY}, False),
@@ -12384,7 +12401,8 @@ KEYS_GIVEN = [  # a request's headers, whether they hold the key
     ({"Authorization": "Bearer %s, Bearer x" % OUR_KEY}, False),
     ({"Authorization": "Bearer " + OUR_KEY.upper()}, False),
     ({"Authorization": 'Bearer "%s"' % OUR_KEY}, False), ({"Authorization": "Bearer \xfc\xe9"}, False),
-    ({"api-key": ""}, False), ({"api-key": "wrong"}, False), ({"api-key": "Bearer " + OUR_KEY}, False),
+    ({"api-key": ""}, False), ({"x-api-key": "wrong"}, False), ({"api-key": "wrong"}, False),
+    ({"api-key": "Bearer " + OUR_KEY}, False),
     ({"api-key": "\xff"}, False), ({"api_key": OUR_KEY}, False), ({"Cookie": "api-key=" + OUR_KEY}, False),
     ({"Proxy-Authorization": "Bearer " + OUR_KEY}, False), ({"X-Forwarded-For": "127.0.0.1"}, False),
 ]
@@ -12458,8 +12476,8 @@ KINDS = [  # Content-Type, whether it is JSON; None is no such header
 SIMPLE_KINDS = [  # the content types that a page may send anywhere without a preflight; None is that of a bare Blob
     "text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
     None]
-EXPOSED = {"x-oblix-model", "x-oblix-side", "x-oblix-reason", "x-oblix-attempts", "x-request-id", "retry-after",
-           "x-should-retry"}
+EXPOSED = {"x-oblix-model", "x-oblix-side", "x-oblix-reason", "x-oblix-attempts", "x-oblix-left-out", "x-request-id",
+           "request-id", "retry-after", "x-should-retry"}
 OPEN_HOSTS = [  # of --host: reached by others, whatever they look like
     "0.0.0.0", "::", "[::]", "", "192.168.1.7", "8.8.8.8", "128.0.0.1", "box.lan", "127.0.0.1.evil.example",
     "localhost.evil.example", "notlocalhost", "fe80::1"]
@@ -12580,7 +12598,8 @@ class Guard(Case):
             self.assertEqual((reply.status, reply.json),
                              (200, {"status": whole.json["status"], "version": oblix.__version__}))
             self.assertEqual((fetch(self.keyed, "HEAD", path).status, fetch(self.keyed, "HEAD", path).body), (200, b""))
-            for wrong in ({"api-key": "no"}, {"Authorization": "Bearer no"}, {"Authorization": "Basic eDp5"}):
+            for wrong in ({"api-key": "no"}, {"x-api-key": "no"}, {"Authorization": "Bearer no"},
+                          {"Authorization": "Basic eDp5"}):
                 self.refused(fetch(self.keyed, "GET", path, None, wrong), 401, code="invalid_api_key")
         self.refused(fetch(self.keyed, "POST", "/health", b"{}", JSON), 401, code="invalid_api_key")
         self.assertLess({"status", "version", "targets", "plan"}, {*fetch(self.open, "GET", "/health").json})
@@ -17784,7 +17803,7 @@ OUR_FIELDS = set("""access-control-allow-headers access-control-allow-methods ac
     connection     content-length content-security-policy content-type
     date retry-after server transfer-encoding vary www-authenticate
     x-accel-buffering x-content-type-options x-oblix-attempts x-oblix-model x-oblix-reason x-oblix-side x-request-id
-    x-should-retry referrer-policy x-frame-options""".split())
+    x-oblix-left-out request-id x-should-retry referrer-policy x-frame-options""".split())
 REPLY_HEAD = re.compile(rb"HTTP/1\.1 (\d{3}) [ -~]+\r\n((?:[!-9;-~]+: [ -~]*\r\n)*)\r\n")
 
 
@@ -17849,16 +17868,17 @@ def sound_reply(reply):
         raise AssertionError("a reply of status %d: %r" % (status, body[:300]))
     if status >= 400 and body:
         error = json.loads(body)["error"]
-        Case().shaped(error)
+        error = {"message": error, "type": "Ollama's"} if isinstance(error, str) else error
+        Case().shaped({"param": None, "code": None, **error})    # which Anthropic's have not
         if fields["content-type"] != "application/json" or "failed internally" in error["message"]:
             raise AssertionError("an error in another shape: %r" % body[:300])
     if fields.get("content-type", "").startswith("text/event-stream"):
         events = body.decode("ascii").split("\n\n")
         last = events[-2] if len(events) > 1 else ""
-        if not short and last != "data: [DONE]" and '"error"' not in last:
+        if not short and not re.search(r'data: \[DONE\]|"error"|"message_stop"', last):
             raise AssertionError("a stream ends in %r" % last)
         for event in events[:-1]:
-            event.startswith(":") or event == "data: [DONE]" or json.loads(event[len("data: "):])
+            event.startswith(":") or event == "data: [DONE]" or json.loads(event.partition("data: ")[2])
     elif status == 200 and fields.get("content-type") == "application/json" and body:
         json.loads(body)
 
@@ -17867,8 +17887,8 @@ def make_http(chance):
     """(whether the server has a key, the pieces that are sent, whether the client leaves at once)"""
     data = chance.choice(SOUND_REQUESTS)[0]
     if chance.random() < 0.2:
-        body = make_request(chance)
-        data = POST_HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        path, body = make_request(chance)
+        data = POST_HEAD.replace(b"/chat/completions", path.encode()) + b"Content-Length: %d\r\n\r\n" % len(body) + body
     else:
         data = mangled(data, chance, HTTP_WORDS, [good for good, *_ in SOUND_REQUESTS])
     if chance.random() < 0.6:
