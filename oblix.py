@@ -6455,6 +6455,17 @@ def around_text(event: bytes, begin: bytes) -> Frame:
     return before + begin, b'"' + after
 
 
+def texts_in(chunk: Any) -> Texts | None:
+    """Return the Texts that a chunk of one choice could be, as it says a text and nothing else, or None."""
+    if isinstance(chunk, Texts):
+        return chunk
+    choice: Json = chunk["choices"][0] if len(chunk["choices"]) == 1 else {"index": 1}
+    says_more = choice["index"] or choice["finish_reason"] or choice.get("logprobs")
+    if says_more or choice["delta"].keys() != {"content"}:
+        return None
+    return Texts([dumps(choice["delta"]["content"])[1:-1]])
+
+
 def framed(texts: Texts, frame: Frame | None) -> bytes:
     """Return the events that say these texts."""
     before, after = frame or (b"", b"")    # the first text of a stream is in a chunk
@@ -7028,8 +7039,9 @@ class _OllamaWriter(Writer):
         self._last: list[Chunk] = []    # what is said at the end: calls, which its clients get whole, reason, usage
 
     def take(self, chunk: Any) -> bytes:
-        if isinstance(chunk, Texts):
-            return framed(chunk, self._frame)
+        texts = texts_in(chunk) if self._frame else None
+        if texts:
+            return framed(texts, self._frame)
         self._frame = self._frame or around_text(
             ndjson(self._front.piece(chunk, {"delta": {"content": "\0"}})), self._front.before_text)
         lines = list[bytes]()
@@ -7147,8 +7159,9 @@ class _CompletionWriter(Writer):
         self._frame: Frame | None = None
 
     def take(self, chunk: Any) -> bytes:
-        if isinstance(chunk, Texts):
-            return framed(chunk, self._frame)
+        texts = texts_in(chunk) if self._frame else None
+        if texts:
+            return framed(texts, self._frame)
         if not self._frame:
             choice = {"index": 0, "delta": {"content": "\0"}, "finish_reason": None}
             self._frame = around_text(sse(self._front.piece(chunk, [(choice, "")])), b'"text":"')

@@ -11760,7 +11760,7 @@ class GenerateKeepsTheFrontsContract(OllamaKeepsTheFrontsContract):
                 "context": [1, 2], **kept}
 
 
-class CompletionsKeepTheFrontsContract(ChatKeepsTheContract):
+class CompletionsKeepTheFrontsContract(ChatKeepsTheContract, FrontContract):
     path, front = "/v1/completions", "completions"
     # it has no tools, and no place for thoughts
     test_a_whole_answer_is_the_fold_of_the_stream_whoever_gives_it = None
