@@ -7192,6 +7192,7 @@ def _are_tokens(value: Any) -> bool:
 
 class Embeddings:
     """OpenAI's /v1/embeddings."""
+    name = "embeddings"
     rules: ClassVar[dict[str, Rule]] = {
         "model": FIELDS["model"], "user": _A_TEXT, "input": (_inputs, "must be a text, a list of texts, or of lists of "
                                                              "tokens, of which none is empty"),
@@ -7473,8 +7474,9 @@ class Handler(socketserver.BaseRequestHandler):
         self.head = parse_head(first, self._fields())
         self._unread = self.head.body_size != 0
         self.close_connection = not self.head.keeps_open
-        if self.head.path in FRONTS:
-            self.told["front"] = FRONTS[self.head.path].name
+        front = FRONTS.get(self.head.path) or EMBEDDINGS.get(self.head.path)
+        if front:
+            self.told["front"] = front.name
         self._common = {**self.guard.cors_headers(self.head), **front_of(self.head).headers(self.id)}
         self.guard.check(self.head)
 
@@ -7694,7 +7696,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _embed(self) -> None:
         """Answer a request for embeddings.  Raise OblixError, ClientGone."""
-        api, self.told["front"] = EMBEDDINGS[self.head.path], "embeddings"
+        api = EMBEDDINGS[self.head.path]
         request, route = api.request(parse_body(self.body())), route_of(self.head)
         self.told["asked"] = request.model
         self._begin(math.inf)

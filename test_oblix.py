@@ -11680,6 +11680,20 @@ class Embedding(Case):
                 self.assertTrue(reply.status == 200 or 400 <= reply.status < 500, (path, name, wrong, reply.body))
                 self.assertIsInstance(reply.json.get("error", {}), str if path < "/v" and reply.status > 200 else dict)
 
+    def test_it_is_told_in_the_log_and_counted(self):
+        with with_embedders("e:latest") as local, running(local) as server:
+            with self.assertLogs("oblix", "INFO") as logs:
+                embed(server, input=["a", "b"])
+                embed(server, path="/api/embed", input=5)
+                eventually(lambda: [record for record in logs.records if "400" in record.getMessage()])
+            facts = [record.facts for record in logs.records if hasattr(record, "facts")]
+            self.assertEqual([(fact["front"], fact["status"]) for fact in facts],
+                             [("embeddings", 200), ("embeddings", 400)])
+            self.assertEqual({name: facts[0][name] for name in ("asked", "served", "side", "prompt_tokens")},
+                             {"asked": "auto", "served": "ollama:e", "side": "local", "prompt_tokens": 2})
+            self.assertIn('oblix_requests_total{front="embeddings",target="ollama:e",side="local",outcome="ok"} 1',
+                          fetch(server, "GET", "/metrics").body.decode())
+
     def test_a_setting_that_names_no_model_is_told(self):
         for spec in ("nomic", "openai:", "ollama:e@host:80", "xyz:e"):
             with self.assertRaises(oblix.UsageError):
