@@ -17,8 +17,8 @@ The life of a request
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
 `chat.completion.chunk` objects, so there is no third vocabulary.  Fronts translate between it and the API that a client
 speaks, providers between it and the API that a server speaks.  Two providers translate (Ollama, Claude) and are always
-streamed.  Whichever server answers, `in_order` makes OpenAI's reference of what it says, and `fold` a whole
-answer of a stream.  All answers, whole or not, take this one way.
+streamed; Claude gets its own clients' requests as they came.  Whichever server answers, `in_order` makes OpenAI's
+reference of what it says, and `fold` a whole answer of a stream.  All answers, whole or not, take this one way.
 
 Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.

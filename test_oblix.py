@@ -10574,11 +10574,14 @@ class FrontContract:
                 else:
                     self.failed(reply, range(400, 500))
 
-    def test_the_log_names_the_front(self):
-        with self.assertLogs("oblix", "INFO") as logs:
-            self.asks()
-            eventually(lambda: logs.records)
-        self.assertIn(self.front, [getattr(record, "facts", {}).get("front") for record in logs.records])
+    def test_the_log_names_the_front_and_counts_tokens(self):
+        for upstream, stream in itertools.product(self.upstreams, (False, True)):
+            with self.subTest(upstream.target, stream=stream), self.assertLogs("oblix", "INFO") as logs:
+                self.asks(upstream.target, stream)
+                eventually(lambda: any(hasattr(record, "facts") for record in logs.records))
+            facts = next(record.facts for record in logs.records if hasattr(record, "facts"))
+            self.assertEqual([facts.get(name) for name in ("front", "asked", "served", "tokens", "prompt_tokens")],
+                             [self.front, upstream.target, upstream.target, 7, 9])
 
 
 class ChatKeepsTheContract(FrontContract, Case):
@@ -10912,7 +10915,7 @@ class Messages(Case):
                                                          "usage": {"input_tokens": 5, "cache_read_input_tokens": 4}}),
                   CLAUDE.event("content_block_start", index=0, content_block={"type": "server_tool_use", "id": "s"}),
                   CLAUDE.event("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": "{"}),
-                  CLAUDE.event("content_block_stop", index=0),
+                  CLAUDE.event("content_block_stop", index=0), *CLAUDE._blocks([FIND, NOW]),
                   CLAUDE.event("content_block_start", index=1, content_block={"type": "text", "text": "", "x": []}),
                   *[CLAUDE.event("content_block_delta", index=1, delta={"type": "text_delta", "text": text})
                     for text in ("Grüße, ", "\"a\"", "b")],
@@ -11000,11 +11003,11 @@ class Messages(Case):
 
     def test_a_prompt_that_may_not_go_to_claude_is_not_counted_there(self):
         asked, body = len(self.claude.requests), {"model": "claude-haiku-5", "messages": [HI]}
-        with running(self.ollama, self.claude, flags=["--alias=claude-*haiku*=local"]) as server:
-            for headers in ({}, {"x-oblix-route": "local"}):
-                self.assertEqual(self.asks(body, "", "/v1/messages/count_tokens", server, **headers).status, 200)
-        self.assertEqual(self.asks({**body, "model": CLAUDE_ID}, "", "/v1/messages/count_tokens", **{
-            "x-oblix-route": "local"}).status, 200)
+        aliases = ["--alias=claude-*haiku*=local", f"--alias=both={CLAUDE_ID},{OLLAMA_ID}"]
+        with running(self.ollama, self.claude, flags=aliases) as server:
+            for model, headers in (("claude-haiku-5", {}), ("both", {}), (CLAUDE_ID, {"x-oblix-route": "local"})):
+                reply = self.asks({**body, "model": model}, "", "/v1/messages/count_tokens", server, **headers)
+                self.assertEqual(reply.status, 200)
         self.assertEqual(len(self.claude.requests), asked)
 
     def test_claude_counts_its_own_tokens(self):
@@ -11058,6 +11061,25 @@ class Messages(Case):
         events = MessagesKeepTheContract.events(self, reply.body)
         self.assertEqual([event["type"] for event in events[:3]], ["ping"] * 3)
         self.assertEqual(events[-1], {"type": "message_stop"})
+
+    def test_a_text_within_a_call_waits_for_its_end(self):
+        writer = oblix.MESSAGES.stream(oblix.MESSAGES.request(messages("m"), head_of()))
+        pieces = [{**oblix.tool_chunk(0, '{"q": ', "c", "find"), "id": "1", "model": "m"},
+                  oblix.Texts([b"a \\\"b", b"\\n"]), oblix.tool_chunk(0, '"x"}'), oblix.Texts([b"c"])]
+        data = b"".join(map(writer.take, pieces)) + writer.end()
+        told = MessagesKeepTheContract().of_stream(data)
+        self.assertEqual((told.text, told.calls), ('a "b\nc', [["find", {"q": "x"}]]))
+
+    def test_an_answer_that_breaks_off_is_continued_by_claude(self):
+        with running(self.ollama, self.claude, flags=CONTINUE) as server:
+            self.ollama.play(cut("Hello, ", "wor"))
+            self.claude.play(answer(Text("ld!")))
+            with self.assertLogs("oblix", "WARNING"):
+                reply = self.asks(messages("auto", stream=True), server=server)
+            self.claude.play(answer(Text("Hello")))
+            self.ollama.play(answer(Text("Hello")))
+        self.assertEqual(MessagesKeepTheContract().of_stream(reply.body).text, "Hello, world!")
+        self.assertIn("Hello, wor", self.claude.last.body.decode())
 
     def test_an_answer_of_claude_s_that_breaks_off_is_continued_in_the_same_block(self):
         with running(self.ollama, self.claude, flags=[*CONTINUE, "--prefer=cloud"]) as server:
