@@ -11805,17 +11805,20 @@ class CompletionsKeepTheFrontsContract(ChatKeepsTheContract, FrontContract):
     test_many_texts_that_pass_unread_are_the_same_text = None
 
     def body(self, model, stream=False, tools=(), **fields):
-        return {"model": model, "prompt": "Hi", "stream": stream, **fields}
+        usage = {"stream_options": {"include_usage": True}} if stream else {}
+        return {"model": model, "prompt": "Hi", "stream": stream, **usage, **fields}
 
     def of_whole(self, body):
         [choice] = body["choices"]
         return self.of_message({"content": choice["text"]}, choice["finish_reason"], body["usage"])
 
     def of_stream(self, data):
-        choices = [choice for event in self.events(data) if event != "[DONE]"
-                   for choice in json.loads(event).get("choices", [])]
+        parts = [json.loads(event) for event in self.events(data) if event != "[DONE]"]
+        choices = [choice for part in parts for choice in part.get("choices", [])]
         finish = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
-        return self.of_message({"content": "".join(choice["text"] for choice in choices)}, *finish or [None], {})
+        usage = [part["usage"] for part in parts if part.get("usage")]
+        text = "".join(choice["text"] for choice in choices)
+        return self.of_message({"content": text}, *finish or [None], *usage or [{}])
 
     def full(self):
         kept = {name: value for name, value in super().full().items() if name not in ("messages", "n", "logprobs")}
