@@ -105,6 +105,7 @@ if TYPE_CHECKING:
 
 if __name__ == "__main__":
     sys.modules["ssl"] = None  # type: ignore[assignment]  # else http.server has it imported; this makes that fail
+import http.client
 import http.server
 
 if __name__ == "__main__":
@@ -739,19 +740,28 @@ def shown(field: dataclasses.Field[Any]) -> str:
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that raises UsageError for a mistake."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
 
 
+_HELP = """One OpenAI-compatible endpoint that answers from the local model while the device can and from the cloud
+when it cannot, and says which and why.
+
+  server      serve, as without a command
+  check       print what Oblix finds, what it would do and what to fix; the status is 0 if a request would be answered
+  chat        talk with the running server, or with one of its own; [--model NAME] [--show-metrics]; takes a pipe, too
+  models      print what there is on both sides
+  env CLIENT  print the lines for a shell that point a client here: claude, codex, aider, openai, ollama"""
+
+
 def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
     """Return the parser of the command line, made from the declarations."""
-    parser = _OneLineParser(
-        prog="oblix.py", usage="python oblix.py [check] [flags]", allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="One OpenAI-compatible endpoint that answers from the local model while the device can and from "
-                    "the cloud\nwhen it cannot, and says which and why.\n\n`check` prints what Oblix finds, what it "
-                    "would do and what to fix, and exits: 0 if a request\nwould be answered, 1 if not.",
+    parser = OneLineParser(
+        prog="oblix.py", usage="python oblix.py [COMMAND] [flags]", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter, description=_HELP,
         epilog="More variables:\n" + "\n".join(f"  {variable_of(field):<20} {field.metadata['help']}"
                                                for field in declared(cls) if not flag_of(field)))
     parser.add_argument("--version", action="version", version=f"oblix {__version__}")
@@ -921,7 +931,8 @@ class Guard:
         if "origin" in head.fields and not self.welcomes(head):
             raise BadRequest("Pages of this origin may not use this server. Start Oblix with --allow-origin "
                              f"{head.fields['origin'][:100]} if they should.", status=403, code="origin_not_allowed")
-        if self.key and not head.is_preflight and not (self.is_public(head) or self._knows_key(head)):
+        is_page = head.method in ("GET", "HEAD") and head.path == "/"    # it holds no facts, and sends the key for them
+        if self.key and not (head.is_preflight or is_page or self.is_public(head) or self._knows_key(head)):
             raise BadRequest("The key of this Oblix is missing or wrong: send the one of --api-key or OBLIX_API_KEY "
                              "as `Authorization: Bearer …` or `x-api-key: …`.", status=401, type="authentication_error",
                              code="invalid_api_key", retry=False)
@@ -7624,7 +7635,7 @@ class Handler(socketserver.BaseRequestHandler):
         return answer(self)
 
     def _page(self) -> None:
-        self.reply(200, PAGE.encode(), PAGE_HEADERS)
+        self.reply(200, *page())
 
     def _metrics(self) -> None:
         self.reply(200, self.server.gateway.metrics().encode("utf-8", "replace"), METRICS_HEADERS)
@@ -8000,39 +8011,308 @@ def running(settings: Settings) -> Iterator[Server]:
 
 # === 13. Page =========================================================================================================
 # uses: nothing; pure
-# What does a browser show at the address?  /health, in words; the page asks for nothing else.
+# What does a browser show at the address?  What /status tells, again and again, and a box to try a prompt.
 
-PAGE_HEADERS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
-                "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-                "frame-ancestors 'none'"}
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+PAGE_POLICY = ("default-src 'none'; script-src '{}'; style-src '{}'; img-src data:; connect-src 'self'; "
+               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'")
+
+
+@functools.lru_cache(1)
+def page() -> tuple[bytes, dict[str, str]]:
+    """Return the page and its headers, whose policy lets in its own script and style, by their hashes, and no other."""
+    import hashlib  # loads libcrypto, as hmac does: only where somebody looks
+    parts = [PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode() for tag in ("script", "style")]
+    hashes = [f"sha256-{base64.b64encode(hashlib.sha256(part).digest()).decode()}" for part in parts]
+    return PAGE.encode(), {"Content-Type": "text/html; charset=utf-8", "X-Content-Type-Options": "nosniff",
+                           "Referrer-Policy": "no-referrer", "Content-Security-Policy": PAGE_POLICY.format(*hashes)}
+
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Oblix</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'><path d=
+'M4 0a4 4 0 000 8z' fill='teal'/><path d='M4 0a4 4 0 010 8z' fill='slateblue'/></svg>">
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; width: 100% } td, th { text-align: left; padding: .2rem 1rem .2rem 0 }
-code { background: #8882; padding: .1rem .3rem } @media (prefers-color-scheme: dark) { :root { color-scheme: dark } }
+:root { color-scheme: light dark; --bg: #f4f5f7; --card: #fff; --ink: #1b2028; --dim: #59626f; --line: #dde1e7;
+  --track: #e3e7ec; --local: #08776e; --cloud: #5b4bd1; --ok: #2a7d46; --warn: #9a5b00; --bad: #c0283a }
+@media (prefers-color-scheme: dark) { :root { --bg: #101317; --card: #181c22; --ink: #e3e7ed; --dim: #98a2af;
+  --line: #2a3039; --track: #2b323c; --local: #40c4b5; --cloud: #a99eff; --ok: #5fc583; --warn: #e5a443;
+  --bad: #ff7d86 } } * { box-sizing: border-box } [hidden], .locked > :not(#key) { display: none !important }
+body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+  overflow-wrap: anywhere; font-variant-numeric: tabular-nums } h1 { font-size: 1.15rem; margin: 0 }
+h2 { font-size: .95rem; margin: 0 0 .6rem } header, main { max-width: 84rem; margin: auto; padding: .8rem }
+header, main, #sides, .row { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: baseline }
+small, .dim { color: var(--dim); font-size: .86rem; font-weight: 400 } .all { min-width: 9rem }
+main { gap: .8rem; align-items: stretch } .row { justify-content: space-between; gap: 0 .7rem }
+.card { flex: 1 1 21rem; min-width: 0; max-width: 100%; padding: .8rem 1rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px } .wide { flex-basis: 100% } i { font-style: normal }
+#now { border-left: 5px solid var(--bad) } #now.by-local { border-color: var(--local) }
+#now.by-cloud { border-color: var(--cloud) } header { padding-bottom: 0 }
+.gone > :not(#key) { opacity: .55; filter: grayscale(1) } #plan { font-size: 1.3rem; line-height: 1.35 }
+#plan small { display: block } #sides, #who, #answer { margin-top: .5rem } code { font: .95em ui-monospace, monospace }
+.local b { color: var(--local) } .cloud b { color: var(--cloud) } .ok i { color: var(--ok) }
+.warn, .warn i { color: var(--warn) } .bad, .bad i { color: var(--bad) } .track { fill: var(--track) }
+svg { display: block; width: 100%; overflow: visible } line, path { vector-effect: non-scaling-stroke; fill: none }
+path { stroke: var(--cloud); stroke-width: 1.7 } .ok .fill { fill: var(--ok) } .warn .fill { fill: var(--warn) }
+.bad .fill, rect.none { fill: var(--bad) } rect.local { fill: var(--local) } rect.cloud { fill: var(--cloud) }
+.tick { stroke: var(--ink); stroke-width: 1.5 } .limit { stroke: var(--warn); stroke-dasharray: 2 4 }
+.meter, #lanes { display: grid; grid-template-columns: 7rem 1fr 5rem; gap: .7rem; align-items: center }
+.meter { margin-bottom: .4rem } .meter > :last-child { text-align: right } .link + .link { margin-top: .8rem }
+#lanes { grid-template-columns: auto 1fr; gap: 0 .8rem } #lanes div { line-height: 22px }
+table { border-collapse: collapse; width: 100% } .scroll { max-height: 26rem; overflow: auto } .top { min-width: 5rem }
+th { text-align: left; color: var(--dim); font-weight: 400; position: sticky; top: 0; background: var(--card) }
+td, th { padding: .25rem .8rem .25rem 0; vertical-align: top } td { border-top: 1px solid var(--line) }
+.num, .time { white-space: nowrap } .num { text-align: right } #model { flex: 1; min-width: 0; width: 6rem }
+input, select, textarea, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--dim);
+  border-radius: 6px; padding: .3rem .7rem; max-width: 100% } .main { background: var(--ink); color: var(--card) }
+textarea { width: 100%; display: block; margin: .2rem 0 .5rem; resize: vertical } :disabled { opacity: .5 }
+p { margin: 0 } :focus-visible { outline: 3px solid var(--cloud); outline-offset: 2px }
+#answer { white-space: pre-wrap; max-height: 20rem; overflow: auto }
+@media (max-width: 700px) { thead { position: absolute; clip-path: inset(50%) } #plan { font-size: 1.1rem }
+  tr { display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .4rem 0; border-top: 1px solid var(--line) }
+  td { border: 0; padding: 0 } .all { flex: 1 0 100% } .top { order: -1; min-width: 0 } td:empty { display: none }
+  td[data-is]::before { content: attr(data-is) " "; color: var(--dim) } }
 </style>
-<h1>Oblix</h1>
-<p>OpenAI-compatible API at <code id="base"></code>; the model is <code>auto</code>.</p>
-<p id="plan">…</p>
-<table id="sides"></table>
-<h2>Models</h2>
-<table id="targets"></table>
+<header><h1>Oblix <small id="version"></small></h1><p id="live" role="status">connecting …</p>
+<p class="dim">API at <code id="base"></code>, model <code>auto</code></p></header>
+<noscript>This page needs JavaScript. GET /status has the same facts.</noscript>
+<main id="main">
+<form id="key" class="card wide" hidden><label>This Oblix wants its key: <input id="secret" type="password" required
+autocomplete="current-password"></label> <button class="main">Show</button>
+<span id="wrong" class="bad" role="alert"></span></form>
+<section id="now" class="card wide" aria-label="Now"><p id="plan" aria-live="polite">…</p>
+<div id="sides"></div></section>
+<section class="card"><h2>Device</h2><div id="device"></div></section>
+<section class="card"><h2>Network</h2><div id="network"></div></section>
+<section class="card"><h2>Try a prompt</h2>
+<form id="try"><label for="prompt" class="dim">Prompt (Ctrl+Enter sends it)</label>
+<textarea id="prompt" rows="3" required>Say hello in one sentence.</textarea>
+<div class="row"><select id="model" aria-label="Model"></select><button id="send" class="main">Send</button>
+<button id="stop" type="button" disabled>Stop</button></div></form>
+<p id="who" role="status"></p><div id="answer" role="log" aria-label="Answer" tabindex="0"></div></section>
+<section class="card wide"><h2>Who answered</h2><div id="lanes"></div></section>
+<section class="card wide"><h2>Targets</h2><table><thead><tr><th>Target<th>State<th class="num">First token
+<th class="num">Tokens/s<th class="num">In flight<th class="num">Rests<tbody id="targets"></table></section>
+<section class="card wide"><h2>Last requests</h2><div class="scroll" tabindex="0" role="region" aria-label="Requests">
+<table><thead><tr><th>Time<th>Asked<th>Served by<th>Why<th class="num">First token<th class="num">Tokens/s<th>Status
+<tbody id="requests"></table></div></section></main>
 <script>
-const row = (...cells) => {
-  const line = document.createElement("tr");
-  for (const cell of cells) line.appendChild(document.createElement("td")).textContent = cell ?? "";
-  return line;
-};
-async function show() {
-  const health = await (await fetch("/health")).json();
-  base.textContent = location.origin + "/v1";
-  plan.textContent = "auto now: " + (health.plan.order.join(", then ") || "nothing") + " (" + health.plan.reason + ")";
-  sides.replaceChildren(...["local", "cloud"].map(side => row(side, health[side].level, health[side].reason)));
-  targets.replaceChildren(...health.targets.map(t => row(t.id, t.side, t.state, t.reason)));
+"use strict";
+const EVERY_MS = 2000, SIDES = ["local", "cloud"], MARKS = {ok: "●", warn: "▲", bad: "✕", "": "○"};
+const LEVELS = {available: "ok", optimal: "ok", constrained: "warn", degraded: "warn", critical: "bad",
+  disconnected: "bad"};
+const METERS = [["cpu_percent", "CPU", "%"], ["memory_percent", "Memory", "%"], ["load_per_core", "Load per core", ""],
+  ["gpu_percent", "GPU", "%"], ["gpu_memory_percent", "GPU memory", "%"], ["battery_percent", "Battery", "%"],
+  ["temperature_c", "Temperature", " °C"]];
+const $ = id => document.getElementById(id), drawn = {};
+let key = sessionStorage.getItem("oblix-key") ?? "", seen = "", timer, asking;
+
+// What the server says goes into the page by el alone, which takes it as text: clients choose names.
+function el(name, attributes, ...children) {
+  const svg = ["svg", "rect", "line", "path", "title"].includes(name);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", name) : document.createElement(name);
+  for (const [attribute, value] of Object.entries(attributes)) node.setAttribute(attribute, value);
+  node.append(...children.flat(2).map(child => child ?? ""));
+  return node;
 }
-show(); setInterval(show, 3000);
+// Only what has changed is made anew, so that a selection stays, and nothing is read out twice.
+function put(id, make, ...values) {
+  const text = JSON.stringify(values);
+  if (drawn[id] !== text) $(id).replaceChildren(...[make(...values)].flat());
+  drawn[id] = text;
+}
+const css = level => LEVELS[level] ?? "";
+const mark = (style, text) => el("span", {class: style}, el("i", {}, MARKS[style]), " " + text);
+const state = (level, word) => mark(css(level), word ?? level);
+const small = (...texts) => el("small", {class: "row"}, texts.map(text => el("span", {}, text)));
+const fixed = (value, digits, unit = "") => value ? value.toFixed(digits) + unit : "";
+const clock = time => new Date(time * 1000).toLocaleTimeString([], {hourCycle: "h23"});
+const minutes = seconds => seconds < 90 ? `${Math.round(seconds)} s` : `${Math.round(seconds / 60)} min`;
+
+function sentence({order: [first, ...others], reason}, side, why) {
+  const auto = el("b", {}, "auto"), then = others.length ? `If that fails: ${others.join(", then ")}.` : "";
+  if (why || !first) return [auto, ` reaches nobody now: ${reason}.`, el("small", {}, why?.join("; "))];
+  return [auto, " would ask ", el("span", {class: side}, el("b", {}, first)), ` (${side}) now: ${reason}.`,
+    el("small", {}, then)];
+}
+function sides(reports, configured) {
+  return reports.map(([level, reason], at) => el("span", {class: SIDES[at]}, el("b", {}, SIDES[at]), " ",
+    configured.includes(SIDES[at]) ? state(level) : state("", "none"), " ", el("small", {}, reason)));
+}
+function meter([fact, label, unit], value, {constrained, critical}, spared) {
+  const low = fact === "battery_percent", past = limit => !spared && (low ? value <= limit : value >= limit);
+  const level = css(past(critical) ? "critical" : past(constrained) ? "constrained" : "available"), text = value + unit;
+  const most = unit === "%" ? 100 : 1.25 * critical, x = number => Math.min(100 * number / most, 100);
+  const told = `${text}; limits ${constrained} and ${critical}${spared ? ", which do not count now" : ""}`;
+  return el("div", {class: "meter " + level, role: "meter", "aria-label": label, "aria-valuenow": Math.min(value, most),
+    "aria-valuemin": 0, "aria-valuemax": most, "aria-valuetext": told, title: told}, el("span", {}, label),
+    el("svg", {viewBox: "0 0 100 10", height: 10, preserveAspectRatio: "none"},
+      el("rect", {class: "track", width: 100, height: 10}), el("rect", {class: "fill", width: x(value), height: 10}),
+      [constrained, critical].map(x).map(at => el("line", {class: "tick", x1: at, x2: at, y1: -2, y2: 12}))),
+    el("span", {}, level === "ok" ? "" : MARKS[level] + " ", text, low && spared ? " ⚡" : ""));
+}
+function device(facts, limits) {
+  const known = METERS.filter(([fact]) => fact in limits && fact in facts);
+  const missing = METERS.filter(one => !known.includes(one)).map(([, label]) => label);
+  const spared = {battery_percent: facts.battery_plugged !== false, load_per_core: facts.cpu_percent < 50};
+  return [...known.map(one => meter(one, facts[one[0]], limits[one[0]], spared[one[0]])), small(known[0] ?
+    missing[0] && `Not seen here: ${missing.join(", ")}.` : "Not watched: no local model runs on it.")];
+}
+function curve(points, limit) {
+  const begun = points[0][0], span = points.at(-1)[0] - begun || 1, x = time => 300 * (time - begun) / span;
+  const most = 1.05 * Math.max(limit, ...points.map(([, ms]) => ms)), y = ms => 40 - 40 * ms / most;
+  const line = points.map(([time, ms], at) => ms == null ? "" :    // h.1 shows a point alone, too
+    `${points[at - 1]?.[1] == null ? "M" : "L"}${x(time).toFixed(1)} ${y(ms).toFixed(1)}h.1`).join("");
+  return el("svg", {viewBox: "0 0 300 40", height: 40, preserveAspectRatio: "none", "aria-hidden": true},
+    el("line", {class: "limit", x2: 300, y1: y(limit), y2: y(limit)}), el("path", {d: line}),
+    points.filter(([, ms]) => ms == null).map(([time]) =>
+      el("rect", {class: "none", x: x(time) - 1, width: 2, height: 40})));
+}
+function network(links, {latency_ms: {degraded}}) {
+  if (!links[0]) return small("No server is configured.");
+  return links.map(({url, side, level, latencies: points, ...one}) => el("div", {class: "link " + side},
+    el("div", {class: "row"}, el("b", {}, url.replace(/^https?:\/\//, "")), state(level)),
+    side === "cloud" && points[1] ? curve(points, degraded) : "",
+    small(one.error ?? (one.latency_ms?.toFixed() ?? "?") + " ms" + (side === "cloud" ? ` of ${degraded}` : ""),
+      points[1] ? "last " + minutes(points.at(-1)[0] - points[0][0]) : "", `${one.loss_percent ?? 0}% lost`)));
+}
+const cell = (style, what, is) => el("td", is ? {class: style, "data-is": is} : {class: style}, what || "");
+const times = one => [cell("num", fixed(one.first_token_s, 2, " s"), "first token"),
+  cell("num", fixed(one.tokens_per_s, 1), "tokens/s")];
+function targets(list) {
+  return list.map(one => el("tr", {}, cell("all " + one.side, el("b", {}, one.id)), cell("all",
+    [state(one.state === "cold" ? "" : one.level, one.state), " ", el("small", {}, one.reason)]), times(one),
+    cell("num", one.in_flight && `${one.in_flight}`, "in flight"), cell("num", fixed(one.rest_s, 0, " s"), "rests")));
+}
+function requests(list) {
+  const why = one => [one.reason, ...(one.fallbacks ?? []).map(of => of.join(": "))].filter(Boolean).join("; after ");
+  const end = one => [one.status, ...one.outcome === "ok" ? [] : [one.outcome, one.error]].filter(Boolean).join(" ");
+  return list.map(one => el("tr", {}, cell("top time", clock(one.time)), cell("top",
+    [one.asked, el("small", {}, one.front === "chat" ? "" : " " + one.front)]),
+    cell("all " + one.side, el("b", {}, one.served)), cell("all", el("small", {}, why(one))), times(one),
+    cell(one.outcome === "ok" ? "top" : "top bad", end(one))));
+}
+function lanes(list) {
+  const names = [...SIDES, "none"], lane = one => names.indexOf(one.side ?? "none"), old = [...list].reverse();
+  const counts = names.map((name, at) => `${name} ${list.filter(one => lane(one) === at).length}`);
+  return [el("div", {}, counts.map((text, at) => el("div", {class: names[at]}, el("b", {}, text)))),
+    el("svg", {viewBox: "0 0 500 66", height: 66, preserveAspectRatio: "none", role: "img",
+      "aria-label": counts.join(", ")}, old.map((one, at) =>
+      el("rect", {class: names[lane(one)], x: 501 - 10 * (old.length - at), y: 22 * lane(one) + 4, width: 8,
+        height: 14}, el("title", {}, `${clock(one.time)} ${one.asked}: ${one.served ?? one.error}`)))),
+    el("span", {}), small("", old[0] ? `${clock(old[0].time)} – ${clock(list[0].time)}` : "No request yet.")];
+}
+const option = name => el("option", name === ($("model").value || "auto") ? {selected: ""} : {}, name);
+function show({version, plan, reasons, thresholds, requests: last, targets: all, network: links, ...of}) {
+  const side = !reasons && all.find(target => target.id === plan.order[0])?.side || "nobody";
+  put("version", text => text, version);
+  put("plan", sentence, plan, side, reasons);
+  put("sides", sides, SIDES.map(name => [of[name].level, of[name].reason]), all.map(target => target.side));
+  put("device", device, of.local.facts, thresholds);
+  put("network", network, links, thresholds);
+  put("targets", targets, all);
+  put("lanes", lanes, last);
+  put("requests", requests, last);
+  put("model", names => names.map(option), ["auto", ...SIDES, ...all.map(target => target.id)]);
+  $("now").className = "card wide by-" + side;
+  document.title = side + " – Oblix";
+  $("key").hidden = true;
+  live("ok", "live");
+  seen = `; below is how it was at ${clock(Date.now() / 1000)}`;
+}
+function live(style, text) {
+  put("live", mark, style, text);
+  $("main").className = {bad: "gone", warn: "locked"}[style] ?? "";
+}
+const headers = () => key ? {Authorization: "Bearer " + key} : {};
+async function look() {
+  clearTimeout(timer);
+  let status;
+  try {
+    const reply = await fetch("/status", {headers: headers(), cache: "no-store", signal: AbortSignal.timeout(10000)});
+    if (reply.status === 401) return wantKey();
+    status = await reply.json();
+  } catch {
+    live("bad", `no answer from the server${seen}; asking again`);
+    document.title = "✕ Oblix";
+  }
+  clearTimeout(timer);
+  if (!document.hidden) timer = setTimeout(look, EVERY_MS);
+  if (status) show(status);
+}
+function wantKey() {
+  $("wrong").textContent = key && "That is not its key.";
+  $("key").hidden = false;
+  live("warn", "waits for the key");
+  $("secret").select();
+}
+function takeKey(event) {
+  event.preventDefault();
+  key = $("secret").value.replace(/[^!-~]/g, "");
+  sessionStorage.setItem("oblix-key", key);
+  look();
+}
+async function* eventsOf(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let held = "";;) {
+    const {done, value} = await reader.read();
+    if (done) throw new Error("The answer was cut off before its end.");
+    const events = (held + value).split("\n\n");
+    held = events.pop();
+    for (const event of events.filter(event => event.startsWith("data: "))) {
+      if (event === "data: [DONE]") return;
+      yield JSON.parse(event.slice(6));
+    }
+  }
+}
+async function ask(model, content, signal) {
+  const begun = performance.now(), since = from => (performance.now() - from) / 1000;
+  const body = {model, messages: [{role: "user", content}], stream: true, stream_options: {include_usage: true}};
+  const reply = await fetch("/v1/chat/completions", {method: "POST", signal, body: JSON.stringify(body),
+    headers: {...headers(), "Content-Type": "application/json"}});
+  if (!reply.ok) throw new Error((await reply.json()).error.message);
+  const told = name => reply.headers.get("x-oblix-" + name) ?? "";
+  let first = 0, tokens = 0;
+  for await (const {error, model, usage, choices} of eventsOf(reply.body)) {
+    if (error) throw new Error(error.message);
+    const {content: text, reasoning_content: thought} = choices?.[0]?.delta ?? {};
+    tokens = usage?.completion_tokens ?? tokens;
+    if (!first && (text || thought)) {
+      say(told("side"), el("b", {}, told("model") || model), ` answers: ${told("reason")}`);
+      $("who").append(` (first token after ${since(begun).toFixed(2)} s).`);
+      first = performance.now();
+    }
+    const box = $("answer"), follows = box.scrollHeight - box.scrollTop - box.clientHeight < 30;
+    box.append(thought ? el("span", {class: "dim"}, thought) : "", text ?? "");
+    if (follows) box.scrollTop = box.scrollHeight;
+  }
+  if (tokens) $("who").append(` ${tokens} tokens, ${(tokens / since(first)).toFixed()} a second.`);
+}
+const say = (style, ...what) => { $("who").className = style; $("who").replaceChildren(...what); };
+const busy = is => { $("send").disabled = is; $("stop").disabled = !is; $("answer").setAttribute("aria-busy", is); };
+async function send(event) {
+  event.preventDefault();
+  asking = new AbortController();
+  busy(true);
+  $("answer").replaceChildren();
+  say("dim", `Asking ${$("model").value} …`);
+  try {
+    await ask($("model").value, $("prompt").value, asking.signal);
+  } catch (error) {
+    $("who").append(el("span", {class: "bad"}, asking.signal.aborted ? " Stopped." : ` ✕ ${error.message}`));
+  }
+  busy(false);
+  look();
+}
+$("try").addEventListener("submit", send);
+$("key").addEventListener("submit", takeKey);
+$("stop").addEventListener("click", () => asking.abort());
+$("prompt").addEventListener("keydown", event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("send").disabled) $("try").requestSubmit();
+});
+document.addEventListener("visibilitychange", () => document.hidden ? clearTimeout(timer) : look());
+$("base").textContent = location.origin + "/v1";
+look();
 </script>
 """
 
@@ -8103,8 +8383,9 @@ def demo(settings: Settings) -> Iterator[Settings]:
 
 
 # === 15. Command line =================================================================================================
-# uses: 1 2 9 12 14
+# uses: 1 2 6 9 10 12 14
 # What does a person see at the start?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
+# And what can a person ask for in a terminal?
 
 LOG_S = 0.1       # in which the lines of the log are collected, to be written together
 LOG_END_S = 1.0   # for the last of them, and for what is printed
@@ -8118,11 +8399,16 @@ FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_pe
 SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
-def start_texts(settings: Settings, server: Server) -> Iterator[str]:
-    """Yield what a start prints: the address at once, and the rest when the monitors could say a first word."""
+def address_at(settings: Settings, port: int) -> str:
+    """Return the address by which clients reach a server with these settings."""
     host = settings.host.strip("[]")
     host = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    base = f"http://{host}:{server.port}/v1"
+    return f"http://{host}:{port}"
+
+
+def start_texts(settings: Settings, server: Server) -> Iterator[str]:
+    """Yield what a start prints: the address at once, and the rest when the monitors could say a first word."""
+    base = address_at(settings, server.port) + "/v1"
     yield f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else "")
     server.gateway.watch.settle(0.5)
     key = "the key of --api-key" if settings.api_key else "placeholder"
@@ -8172,26 +8458,39 @@ def advices(health: Json) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> int:
-    """Run `check`, or begin to serve, which ends the process later: see `run_server`.  Return the exit status."""
+    """Run a command; the server ends the process later: see `run_server`.  Return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    checks = argv[:1] == ["check"]
+    command = argv[0] if argv and argv[0] in COMMANDS else ""
     try:
-        settings = with_keys_from_files(Settings.parse(argv[checks:], os.environ if env is None else env))
-        start_log(settings)
+        own, flags = _command_words(command, argv[bool(command):])
+        settings = with_keys_from_files(Settings.parse(flags, os.environ if env is None else env))
+        is_quiet = command in ("chat", "models", "env") and settings.log_level == "info"
+        start_log(dataclasses.replace(settings, log_level="error") if is_quiet else settings)
         for line in odd_keys(settings):
             log.warning(line)
-        return run_check(settings) if checks else run_server(settings)
+        return COMMANDS[command or "server"](settings, own)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
         return _status_of(error)
 
 
+def _command_words(command: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return what a command takes for itself, and the flags that are settings.  Raise UsageError."""
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    if command == "chat":
+        parser.add_argument("--model", default="auto")
+        parser.add_argument("--show-metrics", action="store_true")
+    elif command == "env":
+        parser.add_argument("client", nargs="?", default="")
+    return parser.parse_known_args(argv)
+
+
 def _status_of(error: Exception) -> int:
     """Say what ended the program, a mistake in what was set in one line.  Return the exit status."""
-    mistake = isinstance(error, UsageError)
-    say(f"oblix: {error}" if mistake else traceback.format_exc(), "stderr")
-    return 2 if mistake else 1
+    is_told = isinstance(error, (UsageError, OblixError))
+    say(f"oblix: {error}" if is_told else traceback.format_exc(), "stderr")
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def say(text: str, stream: str = "stdout") -> None:
@@ -8283,7 +8582,7 @@ def start_log(settings: Settings) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
-def run_server(settings: Settings) -> int:
+def run_server(settings: Settings, _: argparse.Namespace) -> int:
     """Answer requests until a signal comes, then let them end, on a thread that ends the process.  Return 0 at once.
 
     Python keeps a script's syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
@@ -8357,7 +8656,7 @@ def raise_file_limit(wanted: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
-def run_check(settings: Settings) -> int:
+def run_check(settings: Settings, _: argparse.Namespace) -> int:
     """Print what is found and what `auto` would do.  Return 0 if it would answer, else 1.  Raise UsageError."""
     guard_of(settings)    # a start would refuse mistakes in the access settings, too
     with demo(settings) as settings, contextlib.closing(
@@ -8368,6 +8667,218 @@ def run_check(settings: Settings) -> int:
         health = gateway.health()
     say("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
     return 0 if health["status"] == "healthy" and health["plan"]["order"] else 1
+
+
+# --- 15. Commands that ask a server -----------------------------------------------------------------------------------
+
+PEER_S = 60.0           # for the next byte of an answer; a stream has a comment every KEEP_ALIVE_S
+DIM, RED = "2", "31"    # colours of a terminal
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")    # by a terminal
+# For each client the lines that point it here, after one that says how they are used.
+CLIENTS = {
+    "claude": '''export ANTHROPIC_BASE_URL=%(url)s ANTHROPIC_AUTH_TOKEN="%(key)s"
+export ANTHROPIC_MODEL=auto ANTHROPIC_SMALL_FAST_MODEL=auto ANTHROPIC_DEFAULT_HAIKU_MODEL=auto
+unset ANTHROPIC_API_KEY''',
+    "codex": '''codex() { command codex -c model=auto -c model_provider=oblix -c model_providers.oblix.name=Oblix \\
+  -c model_providers.oblix.base_url=%(url)s/v1 -c model_providers.oblix.wire_api=responses%(flag)s "$@"; }''',
+    "aider": 'export OPENAI_API_BASE=%(url)s/v1 OPENAI_API_KEY="%(key)s" AIDER_MODEL=openai/auto',
+    "openai": 'export OPENAI_BASE_URL=%(url)s/v1 OPENAI_API_KEY="%(key)s"',
+    "ollama": 'export OLLAMA_HOST=%(url)s OLLAMA_API_KEY="%(key)s"'}
+
+
+class Peer(NamedTuple):
+    """A running Oblix, and the key that it wants."""
+    host: str
+    port: int
+    key: str
+
+    def ask(self, path: str, body: Json | None = None) -> http.client.HTTPResponse:
+        """Return the answer to a GET, or to the POST of a body, unread.  Raise OSError, HTTPException."""
+        headers = {"Content-Type": "application/json", "Connection": "close",
+                   **present({"Authorization": self.key and f"Bearer {self.key}"})}
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=PEER_S)
+        connection.request("POST" if body else "GET", path, dumps(body) if body else None, headers)
+        return connection.getresponse()
+
+
+@contextlib.contextmanager
+def reached(settings: Settings, settle_s: float) -> Iterator[Peer]:
+    """Yield the Oblix that runs with these settings, or one that runs while the block does.  Raise UsageError."""
+    host, server = settings.host.strip("[]"), ""
+    host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    peer = Peer(host, settings.port, settings.api_key)
+    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(peer.ask("/health")) as response:
+        server = response.headers.get("Server", "unknown")
+    if server.startswith("oblix/"):
+        yield peer
+    elif server:
+        raise UsageError(f"another program answers at port {settings.port}: name Oblix's with --port")
+    else:
+        with demo(settings) as own, running(dataclasses.replace(own, host="127.0.0.1", port=0)) as started:
+            started.gateway.watch.settle(settle_s)
+            yield Peer("127.0.0.1", started.port, settings.api_key)
+
+
+def told_by(response: http.client.HTTPResponse) -> Json:
+    """Return the JSON object of a response.  Raise OblixError with the message of an error."""
+    found = object_in(response.read(MAX_BODY_BYTES)) or {"error": {"message": "the answer is not in Oblix's format"}}
+    if "error" in found:
+        raise OblixError(f"{found['error']['message']} ({response.status})")
+    return found
+
+
+def show(text: str, stream: TextIO, colour: str = "") -> None:
+    """Print a piece of text at once, on a terminal in colour."""
+    plain = not (colour and stream.isatty()) or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    text = _OBEYED.sub("", text)
+    stream.write(text if plain or not text else f"\x1b[{colour}m{text}\x1b[0m")
+    stream.flush()
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A conversation through a server: answers go to stdout, and all else to stderr."""
+    peer: Peer
+    model: str
+    shows_metrics: bool
+    messages: list[Json] = dataclasses.field(default_factory=list)
+    reason: str = ""    # of the last decision
+
+    def turn(self, text: str) -> None:
+        """Show the answer to a text as it comes, and who gave it.  Raise OblixError, OSError, HTTPException.
+
+        What has been said stays in the conversation, also of an answer that breaks off.
+        """
+        self.messages.append({"role": "user", "content": text})
+        asked = {"model": self.model, "messages": self.messages, "stream": True,
+                 "stream_options": {"include_usage": True}}
+        said, thinks, last, started, first = "", False, Json(), time.monotonic(), 0.0
+        try:
+            with contextlib.closing(self.peer.ask("/v1/chat/completions", asked)) as response:
+                lines = (line.rstrip(b"\r\n") for line in response)
+                if response.status != 200:
+                    told_by(response)
+                for last in PROVIDERS["openai"].decode(lines, ChatRequest("", {"messages": []}, True, True)):
+                    thought, piece = ("".join(choice["delta"].get(name) or "" for choice in last["choices"])
+                                      for name in ("reasoning_content", "content"))
+                    first = first or (time.monotonic() if has_content(last) else 0.0)
+                    said += piece
+                    if sys.stderr.isatty() and (thought or piece and thinks):
+                        show(thought or "\n", sys.stderr, DIM)
+                    thinks = bool(thought)
+                    show(piece, sys.stdout)
+        finally:
+            if said:
+                self.messages.append({"role": "assistant", "content": said})
+                show("\n", sys.stdout)
+            else:
+                self.messages.pop()
+        self._tell(response.headers, last, first - started, time.monotonic() - first)
+
+    def _tell(self, headers: http.client.HTTPMessage, last: Chunk, first_s: float, rest_s: float) -> None:
+        """Show who gave an answer, why if that has changed, and how fast if that is wanted."""
+        side, reason, tokens = headers.get("x-oblix-side"), headers.get("x-oblix-reason", ""), tokens_of(last)
+        told = f"{headers.get('x-oblix-model') or last.get('model')}" + (f" ({side})" if side else "")
+        told += f": {reason}" if reason != self.reason else ""
+        if self.shows_metrics and first_s > 0:
+            told += f"; first {first_s:.2f} s" + (f", {tokens / max(rest_s, 0.001):.1f} tokens/s" if tokens else "")
+        self.reason = reason
+        show(f"{told}\n", sys.stderr, DIM)
+
+    def answers(self, text: str) -> bool:
+        """Take a turn that Ctrl-C interrupts on a terminal.  Return False, and show why, if it fails."""
+        try:
+            self.turn(text)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            show("(interrupted)\n", sys.stderr, DIM)
+        except (OblixError, OSError, http.client.HTTPException) as error:
+            show(f"error: {error}\n", sys.stderr, RED)
+            return False
+        return True
+
+
+def run_chat(settings: Settings, asked: argparse.Namespace) -> int:
+    """Talk until the person ends it, or answer what comes through a pipe.  Return the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with reached(settings, 1.0) as peer:
+        talk = Conversation(peer, asked.model, asked.show_metrics)
+        if not sys.stdin.isatty():
+            text = sys.stdin.read().strip()
+            return int(bool(text) and not talk.answers(text))
+        with contextlib.suppress(ImportError):
+            __import__("readline")    # input() then knows the arrows
+        show("/model NAME asks for another model, /new begins a new conversation, exit ends.\n", sys.stderr, DIM)
+        while True:
+            text = _line_typed()
+            model = re.fullmatch(r"/model\s+(\S+)", text)
+            if text in ("exit", "/exit"):
+                return 0
+            if model:
+                talk.model = model[1]
+            elif text == "/new":
+                talk.messages.clear()
+            elif text:
+                talk.answers(text)
+
+
+def _line_typed() -> str:
+    """Return the line that a person types: "exit" for Ctrl-D, and "" for Ctrl-C."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt) as error:
+        show("\n", sys.stdout)
+        return "exit" if isinstance(error, EOFError) else ""
+
+
+def run_models(settings: Settings, _: argparse.Namespace) -> int:
+    """Print what there is on both sides.  Return the exit status."""
+    told = []
+    with reached(dataclasses.replace(settings, warm_up="never"), 6.0) as peer:
+        for path in ("/v1/models", "/health", "/api/tags"):
+            with contextlib.closing(peer.ask(path)) as response:
+                told.append(told_by(response))
+    rows = [("MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"), *model_rows(*told)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
+    return 0
+
+
+def model_rows(listed: Json, health: Json, tags: Json) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each model that can be asked for, from what a server tells of them."""
+    targets = {target["id"]: target for target in health["targets"]}
+    files = {"ollama:" + file["name"].removesuffix(":latest"): file for file in tags["models"]}
+    now = {"auto": ", ".join(health["plan"]["order"][:1]), **{side.value: health[side.value]["level"] for side in Side}}
+    for model in listed["data"]:
+        id, file = model["id"], files.get(model["id"], {})
+        usual = {"side": "", "state": now.get(id, "alias")} if model["owned_by"] == "oblix" else {
+            "side": "cloud" if is_remote(id) else "local", "state": "installed"}
+        target, size = targets.get(id, usual), file.get("size", 0)
+        contexts = dict.fromkeys(filter(None, (target.get("context"), model.get("context_length"))))    # now, at most
+        can = {*file.get("capabilities", ()), *model.get("architecture", {}).get("input_modalities", ()),
+               *({"tools"} & {*model.get("supported_parameters", ())})} - {"completion", "text", "vision"}
+        yield (id, target["side"], target["state"], f"{size / 1e9:.1f} GB" if size > 5e7 else "",
+               " of ".join(f"{context:,}" for context in contexts), ", ".join(sorted(can)))
+
+
+def run_env(settings: Settings, asked: argparse.Namespace) -> int:
+    """Print the lines for a shell that point a client here, with the key's variable and not the key."""
+    if asked.client not in CLIENTS or not settings.port:
+        raise UsageError(f"env needs the name of a client: {', '.join(CLIENTS)}; and with --port 0, the port")
+    told = {"url": address_at(settings, settings.port), "key": "oblix", "flag": ""}
+    if settings.api_key:
+        told.update(key="$OBLIX_API_KEY", flag=" -c model_providers.oblix.env_key=OBLIX_API_KEY")
+        say("# OBLIX_API_KEY must hold the key of --api-key.")
+    say(f'# eval "$(python oblix.py env {asked.client})" in the shell that starts the client, but not in the one that\n'
+        "# starts Oblix, which reads some of these variables as well.\n" + CLIENTS[asked.client] % told)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Settings, argparse.Namespace], int]] = {
+    "server": run_server, "check": run_check, "chat": run_chat, "models": run_models, "env": run_env}
 
 
 if __name__ == "__main__":

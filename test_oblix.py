@@ -31,6 +31,7 @@ import email.utils
 import errno
 import functools
 import gc
+import hashlib
 import http.client
 import importlib.util
 import inspect
@@ -12593,14 +12594,14 @@ class Guard(Case):
 
     # --- the key ---
 
-    def test_every_route_wants_the_key(self):
+    def test_every_route_but_the_page_wants_the_key(self):
         for (method, path, status, *_), key in itertools.product(ROUTES, ({}, {"api-key": "no"}, WITH_KEY)):
             if method == "GET" and "health" in path and not key:
                 continue    # says two things to everybody, below
             with self.subTest(method, path=path, key=key):
                 reply = fetch(self.keyed, method, path, None if method == "GET" else b"{}", {**JSON, **key})
-                if key is WITH_KEY:
-                    self.assertEqual(reply.status, status, reply.body)
+                if key is WITH_KEY or method == "GET" and path in ("/", "//", "/v1/v1"):
+                    self.assertEqual(reply.status, status, reply.body[:200])
                 else:
                     self.refused(reply, 401, code="invalid_api_key")
                 if method == "GET":
@@ -14407,6 +14408,251 @@ class LeftBehind(Case):
             self.answered(ask(server, upstream.target), "Hello")
 
 
+# === 13. Page ========================================================================================================
+# What a person sees, in headless Chromium, which chromedriver drives by the WebDriver protocol (W3C) over plain HTTP.
+
+class Browser:
+    """A browser with one tab and an empty profile."""
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+             "--disable-component-update --disable-sync --disable-dev-shm-usage").split()
+
+    def __init__(self):
+        driver, chromium = (binary(name, "chromium-driver") for name in ("chromedriver", "chromium"))
+        self._profile, self._session = tempfile.mkdtemp(), ""
+        self._driver = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                        text=True)
+        started = next(filter(None, (re.search(r"on port (\d+)\.", line) for line in self._driver.stdout)))
+        self._connection = http.client.HTTPConnection("127.0.0.1", int(started[1]), timeout=60)
+        options = {"binary": chromium, "args": [*self.flags, "--user-data-dir=" + self._profile]}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        session = self._do("POST", "/session", capabilities={"alwaysMatch": wanted})["sessionId"]
+        self._session = "/session/" + session
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.closing(self._connection), self._driver, self._driver.stdout:
+            self._do("DELETE", "")
+            self._driver.terminate()
+        shutil.rmtree(self._profile, ignore_errors=True)
+
+    def _do(self, method, path, **body):
+        self._connection.request(method, self._session + path, json.dumps(body) if method == "POST" else None)
+        with contextlib.closing(self._connection.getresponse()) as response:
+            value = json.load(response)["value"]
+        if response.status != 200:
+            raise AssertionError(value["message"])
+        return value
+
+    def open(self, url, width=1280):
+        """Show a page in a new tab's state: nothing is kept from the one before, nor of its console."""
+        self._do("POST", "/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride",
+                 params={"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500})
+        self._do("POST", "/url", url="about:blank")
+        self.errors()
+        self._do("POST", "/url", url=url)
+
+    def js(self, code, *args):
+        """What this body of an async function returns in the page."""
+        return self._do("POST", "/execute/sync", script=code, args=args)
+
+    def errors(self):
+        """What the console has told of as an error, since it was last asked."""
+        return [entry["message"] for entry in self._do("POST", "/se/log", type="browser") if entry["level"] == "SEVERE"]
+
+    def text(self, id):
+        return self.js("return document.getElementById(arguments[0]).innerText", id)
+
+    def fill(self, id, text):
+        self.js("document.getElementById(arguments[0]).value = arguments[1]", id, text)
+
+    def click(self, id):
+        self.js("document.getElementById(arguments[0]).click()", id)
+
+    def names(self):
+        """(role, name) of all that the keyboard reaches, as a screen reader is told of it."""
+        nodes = self._do("POST", "/goog/cdp/execute", cmd="Accessibility.getFullAXTree", params={})["nodes"]
+        return [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes
+                if any(one["name"] == "focusable" for one in node.get("properties", ()))]
+
+
+EVIL = "<img src=x onerror=document.title=1><b id=evil>"    # a name that a client or a server may choose
+
+
+class PageServed(Case):
+    def test_its_policy_lets_in_its_own_script_and_style_and_nothing_else(self):
+        with running(probed=False) as server:
+            reply = fetch(server, "GET", "/")
+        policy = dict(part.split(" ", 1) for part in reply.headers["Content-Security-Policy"].split("; "))
+        for kind in ("script", "style"):
+            [part] = re.findall(f"<{kind}>(.*?)</{kind}>", reply.body.decode(), re.S)
+            digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+            self.assertEqual(policy.pop(kind + "-src"), f"'sha256-{digest}'")
+        self.assertEqual(policy.pop("connect-src"), "'self'")
+        self.assertEqual(policy.pop("img-src"), "data:")    # its icon
+        self.assertEqual(policy.pop("require-trusted-types-for"), "'script'")    # no text becomes markup
+        self.assertEqual(policy, dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'"))
+
+
+class Page(Case):
+    @classmethod
+    def setUpClass(cls):
+        cls.browser = cls.keep(Browser())
+        cls.local, cls.cloud = cls.keep(Upstream(OLLAMA)), cls.keep(Upstream(OPENAI))
+
+    def setUp(self):
+        self.local.play(answer(Text("Hello")))
+
+    def see(self, id, text, within=30):
+        """Wait until this part of the page has this text."""
+        said = [""]
+
+        def shown():
+            said[0] = self.browser.text(id)
+            return text in said[0]
+        try:
+            eventually(shown, within)
+        except AssertionError:
+            self.fail(f"{text!r} is not in #{id}: {said[0]!r}")
+
+    def opened(self, server, **how):
+        self.browser.open(server.url, **how)
+        self.see("live", "live")
+
+    def test_it_shows_everything_without_an_error(self):
+        facts = {"cpu_percent": 97.5, "memory_percent": 41.0, "load_per_core": 0.4, "gpu_percent": 12.0,
+                 "battery_percent": 5.0, "battery_plugged": False, "temperature_c": 61.5, "temperature_high_c": 80.0,
+                 "temperature_critical_c": 90.0}
+        with running(self.local, self.cloud, flags=["--cpu-critical-percent=95"]) as server:
+            ask(server, "auto", stream=True)
+            with mock.patch.object(oblix.ResourceMonitor, "sample", lambda _: facts):
+                eventually(lambda: health(server)["local"]["level"] == "critical")
+                self.opened(server)
+                for id, text in (("plan", "auto would ask openai:gpt-test (cloud) now: local critical (cpu 98%"),
+                                 ("sides", "local ✕ critical"), ("sides", "cloud ● optimal"), ("device", "✕ 97.5%"),
+                                 ("device", "Temperature\n61.5 °C"), ("device", "Not seen here: GPU memory."),
+                                 ("network", f"127.0.0.1:{self.cloud.port}/v1"), ("targets", "ollama:llama3.2"),
+                                 ("lanes", "local 1\ncloud 0\nnone 0"), ("requests", "local available")):
+                    with self.subTest(id=id):
+                        self.see(id, text)
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_what_the_keyboard_reaches_has_a_name(self):
+        with running(self.local) as server:
+            self.opened(server)
+            found = [(role, name) for role, name in self.browser.names() if role != "RootWebArea"]
+        self.assertEqual({role for role, _ in found}, {"textbox", "combobox", "button", "log", "region"} | {
+            role for role, _ in found if role in ("option", "MenuListOption")})
+        self.assertEqual([one for one in found if not one[1]], [])
+
+    def test_a_change_of_level_shows_within_five_seconds(self):
+        memory = {"memory_percent": 10.0}
+        with mock.patch.object(oblix.ResourceMonitor, "sample", lambda _: {**memory}), running(
+                self.local, self.cloud, flags=["--memory-critical-percent=95"]) as server:
+            self.opened(server)
+            self.see("plan", "auto would ask ollama:llama3.2 (local) now: local available")
+            memory["memory_percent"] = 99.0    # two samples, a second apart, make a level worse
+            self.see("plan", "auto would ask openai:gpt-test (cloud) now: local critical")
+        self.assertLessEqual(self.browser.js("return EVERY_MS"), 3000)
+
+    def test_a_prompt_is_answered_as_it_is_written(self):
+        go_on = threading.Event()
+        rest = streamed(OLLAMA, OLLAMA.events(Saying((Text("lo <b>"),), "stop", 9, 7)))[1:]
+        self.local.play([*upto(OLLAMA, "Hel"), go_on, *rest])
+        with running(self.local) as server:
+            self.opened(server)
+            self.browser.fill("prompt", "A secret prompt")
+            self.browser.click("send")
+            self.see("answer", "Hel")
+            self.see("who", "ollama:llama3.2 answers: local available")
+            go_on.set()
+            self.see("answer", "Hello <b>")
+            self.see("who", "7 tokens")
+            self.see("requests", "ollama:llama3.2")
+            self.assertEqual(self.local.last.json["messages"][0]["content"], "A secret prompt")
+            self.assertNotIn("secret", self.browser.text("requests"))
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_an_answer_can_be_stopped_and_its_errors_show(self):
+        with Upstream(OLLAMA) as local, running(local) as server, self.assertLogs("oblix", "WARNING"):
+            self.opened(server)
+            for script, id, text in (([*upto(OLLAMA, "Hel"), HANG], "answer", "Hel"), ([HANG], "who", "Asking auto")):
+                local.play(script)
+                self.browser.click("send")
+                request = local.next_request()
+                self.see(id, text)
+                self.browser.click("stop")
+                self.see("who", "Stopped.")
+                self.assertTrue(request.hung_up.wait(30))
+            for script, text in (([*upto(OLLAMA, "Hel"), CLOSE], "✕"), (failing(400), "✕ ")):
+                local.play(script)
+                self.browser.click("send")
+                self.see("who", text)
+                self.assertFalse(self.browser.js("return document.getElementById('send').disabled"))
+
+    def test_names_are_shown_as_text(self):
+        with running(self.local, flags=["--cloud-model=openai:" + EVIL], env=env_for(self.cloud)) as server:
+            self.assertEqual(ask(server, EVIL + "?").status, 404)
+            self.local.play(answer(Text(EVIL)))
+            self.opened(server)
+            self.see("requests", EVIL + "?")
+            self.see("targets", EVIL)
+            self.browser.click("send")
+            self.see("answer", EVIL)
+            self.assertEqual(self.browser.js("return document.querySelectorAll('img, #evil').length"), 0)
+            self.assertIn("Oblix", self.browser.js("return document.title"))
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_it_fits_a_phone(self):
+        name = "a-model-with-a-name-of-sixty-characters-and-not-a-blank-in-it"
+        with running(self.local, flags=["--cloud-model=openai:" + name], env=env_for(self.cloud)) as server:
+            ask(server, name * 2)
+            self.opened(server, width=360)
+            self.see("requests", name)
+            self.assertEqual(self.browser.js("return [innerWidth, document.documentElement.scrollWidth]"), [360, 360])
+
+    def test_it_asks_for_the_key(self):
+        with running(self.local, flags=["--api-key=" + OUR_KEY], probed=False) as server:
+            self.browser.open(server.url)
+            self.see("live", "waits for the key")
+            self.assertEqual(self.browser.js("return document.getElementById('now').checkVisibility()"), False)
+            for key, id, text in (("wrong", "wrong", "That is not its key."), (OUR_KEY, "plan", "auto")):
+                self.browser.fill("secret", key)
+                self.browser.js("document.getElementById('key').requestSubmit()")
+                self.see(id, text)
+            self.see("live", "live")
+            self.browser.click("send")
+            self.see("answer", "Hello")
+            self.browser.js("location.reload()")
+            self.see("live", "live")
+
+    def test_it_says_when_the_server_is_gone_and_goes_on_when_it_is_back(self):
+        with running(self.local) as server:
+            self.opened(server)
+        self.see("live", "no answer from the server; below is how it was at")
+        self.see("plan", "ollama:llama3.2")
+        self.assertEqual(self.browser.js("return document.getElementById('main').className"), "gone")
+        with running(self.local, flags=["--port=%d" % server.port]):
+            self.see("live", "live")
+            self.assertEqual(self.browser.js("return document.getElementById('main').className"), "")
+
+    def test_it_rests_while_nobody_sees_it(self):
+        with running(self.local) as server:
+            self.opened(server)
+            self.browser.js("""
+                window.hidden = true;
+                Object.defineProperty(document, "hidden", {get: () => hidden});
+                document.dispatchEvent(new Event("visibilitychange"));
+                window.timers = 0;
+                const usual = window.setTimeout;
+                window.setTimeout = (...args) => (timers += 1, usual(...args));
+                return look().then(look)""")
+            self.assertEqual(self.browser.js("return timers"), 0)
+            self.browser.js("hidden = false; document.dispatchEvent(new Event('visibilitychange'))")
+            eventually(lambda: self.browser.js("return timers"))
+
+
 # === 14. Command line ================================================================================================
 
 FLAGS = [  # flag, its default as --help shows it
@@ -14419,6 +14665,60 @@ FLAGS = [  # flag, its default as --help shows it
     ("latency-degraded-ms", "1000"), ("local-first-s", "5"), ("local-whole-s", "30"), ("keep-alive", "auto"),
     ("loss-degraded-percent", "10"), ("log-level", ""),
 ]
+def piped(text, *flags, env=None):
+    """`python oblix.py FLAGS` with this text on its standard input."""
+    return subprocess.run([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env), timeout=60, input=text,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+class Screen:
+    """`python oblix.py FLAGS` on a terminal of its own: what is typed there, and what is seen."""
+
+    def __init__(self, *flags, env=None):
+        self._ours, theirs = os.openpty()
+        # The first terminal that a session's leader opens is the one that its Ctrl-C comes from.
+        shell = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(theirs), sys.executable, str(HERE / "oblix.py")]
+        self._process = subprocess.Popen([*shell, *flags], env=bare_env({"TERM": "xterm", **(env or {})}),
+                                         stdin=subprocess.DEVNULL, start_new_session=True)
+        self.seen, self._from = "", 0
+        self.until("> ")
+        os.close(theirs)
+
+    def until(self, text, within=30):
+        """Wait until this is seen behind what was waited for before."""
+        deadline = time.monotonic() + within
+        while text not in self.seen[self._from:]:
+            if time.monotonic() > deadline or not self._read():
+                raise AssertionError("no %r in %r" % (text, self.seen[self._from:]))
+        self._from = self.seen.index(text, self._from) + len(text)
+
+    def _read(self):
+        """Read what comes next, if it comes soon; False at the end."""
+        with contextlib.suppress(OSError):    # Linux's way to tell of a terminal that nobody has open any more
+            if select.select([self._ours], [], [], 0.1)[0]:
+                self.seen += os.read(self._ours, 4096).decode("utf-8", "replace")
+            return True
+        return False
+
+    def type(self, text):
+        os.write(self._ours, text.encode())
+
+    def end(self):
+        """The exit status, once it has ended."""
+        deadline = time.monotonic() + 30
+        while self._process.poll() is None and time.monotonic() < deadline:
+            self._read()
+        return self._process.poll()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.wait()
+        os.close(self._ours)
+
+
 MISTAKES = [  # flags, environment, what the one line names
     (["--nope"], {}, "--nope"), (["extra"], {}, "extra"), (["--port", "many"], {}, "many"),
     (["--port", "99999"], {}, "99999"), ([], {"OBLIX_PORT": "many"}, "OBLIX_PORT"),
@@ -14539,6 +14839,12 @@ class CommandLine(Case):
             ran = command("check", "--port=%d" % taken.getsockname()[1], *CALM, env=env_for(local))
             self.assertEqual((ran.returncode, local.loads), (0, []), ran.stdout)
             self.assertIn("llama3.2 is not loaded", ran.stdout)
+
+    def test_help_tells_the_commands_and_server_means_none(self):
+        told = re.findall(r"^  (\w+)(?: CLIENT)?  +\S", command("--help").stdout, re.M)
+        self.assertEqual(told[:len(oblix.COMMANDS)], [*oblix.COMMANDS])
+        with Process("server", "--demo", "--port=0") as server:
+            self.answered(ask(server), oblix.DEMO_TEXT.format("local", "Ollama", 1))
 
     def test_in_a_program_a_mistake_is_a_usage_error_of_one_line(self):
         for flags, env, names in MISTAKES:
@@ -15631,6 +15937,181 @@ class Outlet(io.StringIO):
         return super().write(text)
 
 
+class Commands(Case):
+    """`chat`, `models` and `env`, as a person runs them."""
+
+    @contextlib.contextmanager
+    def served(self, flags=(), **how):
+        """Oblix in front of two upstreams, and the flags by which a command finds it."""
+        with Upstream(OLLAMA, answer(Text("Hel"), Text("lo"))) as local, \
+                Upstream(OPENAI, answer(Text("cloud"))) as cloud, running(local, cloud, flags=flags, **how) as server:
+            yield server, local, cloud, "--port=%d" % server.port
+
+    def test_a_pipe_gets_the_answer_and_the_decision_is_told_beside_it(self):
+        first = "ollama:llama3.2 (local): local available, cloud optimal"
+        second = "openai:gpt-test (cloud): cloud optimal; kept to cloud"
+        with self.served(["--local-slots=9"]) as (_, local, cloud, port):
+            rows = [("hi\n", [], "Hello\n", first + "\n"), ("", [], "", ""), (" \n\n", [], "", ""),
+                    ("one\ntwo\n", ["--model", "cloud"], "cloud\n", second + "\n"),
+                    ("hi", ["--show-metrics"], "Hello\n", first + "; first N s, N tokens/s\n")]
+            for (_, flags, said, told), ran in zip(rows, at_once(
+                    lambda text, flags, *_: piped(text, "chat", port, *flags), rows)):
+                with self.subTest(flags=flags):
+                    self.assertEqual((ran.returncode, ran.stdout), (0, said), ran.stderr)
+                    self.assertEqual(re.sub(r"\d+\.\d+ ?(s|tokens)", r"N \1", ran.stderr), told)
+            self.assertEqual(cloud.last.json["messages"], [{"role": "user", "content": "one\ntwo"}])
+            self.assertEqual(len(local.requests), 2)
+
+    def test_a_failure_is_told_in_a_line_and_a_pipes_status_is_1(self):
+        with self.served() as (_, local, _, port), \
+                self.served(["--api-key=sk-one", "--local-slots=9"], probed=False) as (*_, keyed):
+            local.play(cut("Hello", by=RESET))
+            rows = [([port, "--model=local"], "", 1, "Hello\n", "error: "), ([port, "--model=nix"], "", 1, "", "404"),
+                    ([keyed], "", 1, "", "401"), ([keyed], "sk-two", 1, "", "401"),
+                    ([keyed], "sk-one", 0, "Hello\n", "ollama:llama3.2 (local)"),
+                    ([keyed, "--api-key=sk-one"], "", 0, "Hello\n", "ollama:llama3.2 (local)")]
+            for (flags, key, status, said, told), ran in zip(rows, at_once(
+                    lambda flags, key, *_: piped("hi", "chat", *flags, env={"OBLIX_API_KEY": key}), rows)):
+                with self.subTest(flags=flags, key=key):
+                    self.assertEqual((ran.returncode, ran.stdout), (status, said), ran.stderr)
+                    self.assertEqual(ran.stderr.count("\n"), 1, ran.stderr)
+                    self.assertIn(told, ran.stderr)
+                    self.assertNotIn("sk-", ran.stderr)
+
+    def test_without_a_server_a_command_runs_one_of_its_own(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            flags = ["--port=%d" % silent.getsockname()[1], *CALM]
+        with Upstream(OLLAMA, answer(Text("mine"))) as local:
+            said, listed = at_once(lambda name: piped("hi", name, *flags, env=env_for(local)), [("chat",), ("models",)])
+        self.assertEqual((said.returncode, said.stdout), (0, "mine\n"), said.stderr)
+        self.assertEqual((listed.returncode, listed.stderr), (0, ""))
+        self.assertIn("ollama:llama3.2", listed.stdout)
+
+    def test_another_program_at_the_port_is_a_mistake(self):
+        with Upstream(OPENAI) as other:
+            for ran in at_once(lambda name: piped("hi", name, "--port=%d" % other.port), [("chat",), ("models",)]):
+                self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
+                self.assertIn("another program answers at port %d" % other.port, ran.stderr)
+
+    @unittest.skipUnless(importlib.util.find_spec("termios"), IMPOSSIBLE + ": no terminals")
+    def test_a_conversation_on_a_terminal(self):
+        with self.served() as (_, local, cloud, port), Screen("chat", port) as terminal:
+            local.play(answer(Text("One."), Text("\x1b[31mTwo")), answer(Think("Hm."), Text("Three")),
+                       cut("Four", by=HANG), answer(Text("Five")), whole(500, OLLAMA.error("No.")))
+            terminal.type("first\n")
+            terminal.until("One.[31mTwo\r\n")
+            terminal.until("\x1b[2mollama:llama3.2 (local): local available, cloud optimal\r\n")
+            terminal.type("second\n")
+            terminal.until("\x1b[2mHm.\x1b[0m\x1b[2m\r\n\x1b[0mThree\r\n\x1b[2mollama:llama3.2 (local)\r\n")
+            self.assertEqual([message["content"] for message in local.last.json["messages"]],
+                             ["first", "One.\x1b[31mTwo", "second"])
+            terminal.type("third\n")
+            terminal.until("Four")
+            terminal.type("\x03")
+            terminal.until("(interrupted)")
+            terminal.type("/new\n/model local\nfifth\n")
+            terminal.until("Five")
+            self.assertEqual([message["content"] for message in local.last.json["messages"]], ["fifth"])
+            terminal.type("sixth\n")
+            terminal.until("\x1b[31merror: ")
+            terminal.type("/model cloud\nseventh\n")
+            terminal.until("openai:gpt-test (cloud)")
+            self.assertEqual([message["content"] for message in cloud.last.json["messages"]],
+                             ["fifth", "Five", "seventh"])
+            terminal.until("> ")
+            terminal.type("\x03")
+            terminal.type("\n")    # if Ctrl-C came just before Python waits for a key, it shows with the next one
+            terminal.until("> ")
+            terminal.type("exit\n")
+            self.assertEqual(terminal.end(), 0)
+
+    @unittest.skipUnless(importlib.util.find_spec("termios"), IMPOSSIBLE + ": no terminals")
+    def test_colour_is_left_out_where_it_is_not_wanted(self):
+        with self.served() as (_, _, _, port):
+            for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+                with Screen("chat", port, env=env) as terminal:
+                    terminal.type("hi\n")
+                    terminal.until("cloud optimal")
+                    terminal.until("> ")
+                    terminal.type("\x04")
+                    self.assertEqual(terminal.end(), 0)
+                    self.assertNotIn("\x1b[2m", terminal.seen)
+
+    def test_models_tells_what_there_is_on_both_sides(self):
+        with self.served(["--alias=small=local"]) as (server, local, cloud, port), \
+                self.served(["--api-key=k"], probed=False) as (*_, keyed):
+            local.probe = whole(200, {"models": [{"name": "llama3.2:latest", "size": 2_019_393_189},
+                                                 {"name": "tiny:1b", "size": 9}, {"name": "big:1t-cloud"}]})
+            look(server)
+            ran, refused = at_once(lambda flag: command("models", flag), [(port,), (keyed,)])
+            self.assertEqual((ran.returncode, ran.stderr), (0, ""))
+            rows = {line.split()[0]: line.split() for line in ran.stdout.splitlines()}
+            self.assertEqual(rows["MODEL"], ["MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"])
+            able = ["131,072", "image,", "thinking,", "tools"]    # as /api/show says
+            for name, words in (("auto", [local.target, "131,072", "image,"]), ("local", ["available", "131,072"]),
+                                ("cloud", ["optimal"]), ("small", ["alias", "131,072"]),
+                                (local.target, ["local", "ready", "2.0", "GB", "4,096", "of", *able]),
+                                (cloud.target, ["cloud", "ready"]), ("ollama:tiny:1b", ["local", "installed", *able]),
+                                ("ollama:big:1t-cloud", ["cloud", "installed"])):
+                self.assertEqual(rows[name][1:1 + len(words)], words)
+            self.assertEqual((refused.returncode, refused.stdout), (1, ""))
+            self.assertRegex(refused.stderr, r"^oblix: [^\n]*401[^\n]*\n$")
+            self.assertEqual([*local.requests, *local.loads, *cloud.requests], [], "it only looks")
+
+    def test_env_points_a_client_here(self):
+        url = "http://localhost:8080"
+        for client, told in (
+            ("claude", {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": "$KEY", "ANTHROPIC_MODEL": "auto",
+                        "ANTHROPIC_SMALL_FAST_MODEL": "auto", "ANTHROPIC_API_KEY": ""}),
+            ("aider", {"OPENAI_API_BASE": url + "/v1", "OPENAI_API_KEY": "$KEY", "AIDER_MODEL": "openai/auto"}),
+            ("openai", {"OPENAI_BASE_URL": url + "/v1", "OPENAI_API_KEY": "$KEY"}),
+            ("ollama", {"OLLAMA_HOST": url, "OLLAMA_API_KEY": "$KEY"}),
+        ):
+            for env, key in (({}, "oblix"), ({"OBLIX_API_KEY": "sk-one"}, "sk-one")):
+                with self.subTest(client, env=env):
+                    wanted = [value.replace("$KEY", key) for value in told.values()]
+                    self.assertEqual(self.evaluated(client, " ".join('"$%s"' % name for name in told), env), wanted)
+
+    def lines(self, client, *flags, env=None):
+        """What `python oblix.py env CLIENT FLAGS` prints."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            oblix.run_env(oblix.Settings.parse(flags, env or {}), argparse.Namespace(client=client))
+        return out.getvalue()
+
+    def evaluated(self, client, words, env):
+        """What these words are in a shell that has evaluated the lines for a client."""
+        need(shutil.which("sh"), IMPOSSIBLE + ": no sh")
+        script = """eval "$0"; printf '%%s\\n' %s""" % words
+        ran = subprocess.run(["sh", "-c", script, self.lines(client, "--port=8080", env=env)], text=True, timeout=60,
+                             env=bare_env({"ANTHROPIC_API_KEY": "sk-old", **env}), stdout=subprocess.PIPE)
+        self.assertEqual(ran.returncode, 0)
+        return ran.stdout.split("\n")[:-1]
+
+    def test_env_makes_codex_a_function_with_its_provider(self):
+        told = {"name": "Oblix", "base_url": "http://localhost:8080/v1", "wire_api": "responses"}
+        for env, more in (({}, {}), ({"OBLIX_API_KEY": "sk-one"}, {"env_key": "OBLIX_API_KEY"})):
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, "codex").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+                Path(folder, "codex").chmod(0o755)
+                env["PATH"] = "%s:%s" % (folder, os.environ["PATH"])
+                said = self.evaluated("codex", "x; codex exec 'a b'", env)
+            settings = ["model=auto", "model_provider=oblix",
+                        *("model_providers.oblix.%s=%s" % pair for pair in {**told, **more}.items())]
+            self.assertEqual(said, ["x", *(word for one in settings for word in ("-c", one)), "exec", "a b"])
+
+    def test_env_names_its_clients_and_never_prints_a_key(self):
+        rows = [["env"], ["env", "emacs"], ["env", "--port=1"], ["env", "claude", "--port=0"]]
+        for argv, ran in zip(rows, at_once(command, rows)):
+            with self.subTest(argv):
+                self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
+                self.assertIn(", ".join(oblix.CLIENTS), ran.stderr)
+        for client in oblix.CLIENTS:
+            told = self.lines(client, "--host=0.0.0.0", "--api-key=sk-one", "--port=81")
+            self.assertIn("http://%s:81" % socket.gethostname(), told)
+            self.assertNotIn("sk-one", told)
+        self.assertIn(", ".join(oblix.CLIENTS), oblix._parser(oblix.Settings).description)
+
+
 class LogWriter(Case):
     """Log lines are written by a thread of its own: in order, soon, to the last one, and nobody waits for it."""
 
@@ -15955,7 +16436,7 @@ def commands_of(text):
 OTHERS_FLAGS = {    # that the README names, and that are not Oblix's
     "docker": ["init", "name", "restart", "read-only", "cap-drop", "network", "pid", "stop-timeout", "start-period",
                "timeout", "no-cache-dir"],
-    "vllm": ["max-num-seqs"], "systemctl": ["now"], "unshare": ["pid"],
+    "chat": ["model", "show-metrics"], "vllm": ["max-num-seqs"], "systemctl": ["now"], "unshare": ["pid"],
 }
 
 
@@ -16046,12 +16527,12 @@ class Services(Case):
                 self.assertEqual(process._process.returncode, 0, process.said())
 
 
-def binary(name):
+def binary(name, packages=""):
     """Where a program is that the tests run; skips the test if it is nowhere."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
     found = os.environ.get("OBLIX_TEST_" + name.upper()) or shutil.which(name, path=path)
     can_install = shutil.which("apt-get") and os.geteuid() == 0
-    return need(found, "no %s: apt-get install it" % name if can_install else "%s: no %s" % (IMPOSSIBLE, name))
+    return need(found, f"no {name}: apt-get install {packages or 'it'}" if can_install else f"{IMPOSSIBLE}: no {name}")
 
 
 def free_ports(count):
@@ -19219,9 +19700,9 @@ def tearDownModule():
         raise AssertionError("left behind: " + "; ".join(LOST))
 
 
-ALONE = OwnWork, Burner, RealModel    # they measure, or need, the whole machine
+ALONE = OwnWork, Burner, RealModel, Page    # they measure, or need, the whole machine
 LONGEST = (FaultMatrix, Siege, Deployed, Fuzz, Soak, Upstreams, Slow, Crowded, LeftBehind, Stopping, Logs, Hostile,
-           UnreadStreams, UnreadOverTls, TransportOverTls, CommandLine, LogWriter, Burner)
+           UnreadStreams, UnreadOverTls, TransportOverTls, CommandLine, LogWriter, Burner, Page)
 
 
 def load_tests(_loader, classes, _pattern):
