@@ -19371,9 +19371,10 @@ class Way:
 
     def request(self, wish, text=GREETING, stream=None):
         """A request as bytes; `stream` where it matters."""
-        stream = self._stream if stream is None else stream
-        body = json.dumps({"model": self._model, "messages": [{"role": "user", "content": "[[%s]] %s" % (wish, text)}],
-                           "stream": stream, "max_tokens": 1000}).encode()
+        stream, text = self._stream if stream is None else stream, "[[%s]] %s" % (wish, text)
+        said = {"/v1/responses": {"input": text}, "/v1/completions": {"prompt": text},
+                "/api/generate": {"prompt": text}}.get(self._path, {"messages": [{"role": "user", "content": text}]})
+        body = json.dumps({"model": self._model, **said, "stream": stream, "max_tokens": 1000}).encode()
         return (b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n%s" % (self._path.encode(), len(body), body))
 
@@ -19591,6 +19592,7 @@ def bench():
             bench_streams(both, process)
             for dialect in (OLLAMA, CLAUDE):
                 bench_translated(dialect, ways(dialect, upstream, server), process)
+            bench_fronts(ways(OPENAI, upstream, server)[1], process)
             print(alone("memory after all this, MiB", memory_mib(process.pid), 1))
     return 0
 
@@ -19631,6 +19633,17 @@ def bench_translated(dialect, both, process):
     print(row("    first chunk, p50, ms", direct["p50"], through["p50"], 3))
     direct, through = in_turn(burst, both, process)
     print(row("    chunks/s of one stream without pauses", direct["rate"], through["rate"], 0))
+
+
+def bench_fronts(chat, process):
+    """What the same answer costs through each front, beside chat completions: CPU of Oblix."""
+    print("%-44s%12s%12s%12s%11s" % ("", "chat", "the front", "difference", "ratio"))
+    for path in ("/v1/responses", "/v1/messages", "/api/chat", "/v1/completions"):
+        both = chat, Way(chat.port, path, "cloud", False)
+        usual, front = in_turn(functools.partial(rates, 16, GREETING), both, process)
+        print(row("%s: µs of CPU an answer" % path, usual["cpu"], front["cpu"], 0))
+        usual, front = in_turn(streams, both, process, 1)
+        print(row("    a chunk, of %d streams" % STREAMS, usual["cpu"], front["cpu"], 0))
 
 
 def hang_ups(way, count, at_once_=50):
