@@ -5856,7 +5856,8 @@ def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json
     return {"id": target.id, "side": target.side.value, "level": found.word(target.side), "state": found.state,
             "reason": reason, "in_flight": snapshot.in_flight.get(target, 0), "failures": breaker.failures,
             "rest_s": round(breaker.rest_s(snapshot.now), 1), **memory,
-            "first_token_s": round(pace.first_s(0.5), 3) or None, "tokens_per_s": round(pace.tokens_per_s, 1) or None}
+            "first_token_s": round(pace.first_s(0.5), 3) if pace.firsts_s else None,
+            "tokens_per_s": round(pace.tokens_per_s, 1) or None}
 
 
 def _process_values() -> dict[tuple[Any, ...], float]:

@@ -16389,7 +16389,7 @@ class Metrics(Case):
         self.assertLess({"status", "version", "local", "cloud", "plan"}, {*told})
         self.assertEqual((told["thresholds"]["cpu_percent"], told["thresholds"]["latency_ms"]),
                          ({"constrained": 70, "critical": 90}, {"degraded": 500}))
-        self.assertGreater(told["targets"][0]["first_token_s"], 0)
+        self.assertGreaterEqual(told["targets"][0]["first_token_s"], 0)
         self.assertEqual(told["targets"][0]["level"], "available")
         self.assertTrue(0 <= told["uptime_s"] < 60)
 
