@@ -40,11 +40,13 @@ Who owns which state
   loads and look-ups     a dict for each of the two kinds of errands, whose setdefault and del are atomic (7)
   what readings mean     caches of pure functions (lru_cache); two threads that miss at once put in the same (5, 9)
   what loads showed      two dicts of the gateway, whose entries loads replace and monitors remove, atomically (9)
+  the embedding model    an attribute of the gateway, set once; of two that set it at once both found the same (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
   journal                sums over the requests that have ended, behind its lock; a deque of the last ones and a set of
                          names, whose operations are atomic (8)
+  items of answers       a deque of the Responses front, whose operations are atomic, as its counter's are (11)
   lines of the log       a deque of its writer, whose operations are atomic (15)
   admission              a set of guests, whose operations are atomic; how much is asked at once, behind its lock (12)
   how busy a client is   attributes of its guest, written by its thread, and once more by a thread that makes room (12)
@@ -227,7 +229,12 @@ class Model:
     @property
     def is_chat_model(self) -> bool:
         """False for embedding models."""
-        return "completion" in self.capabilities if self.capabilities else "embed" not in self.name.lower()
+        return "completion" in self.capabilities if self.capabilities else not self.embeds
+
+    @property
+    def embeds(self) -> bool:
+        """True for embedding models."""
+        return "embedding" in self.capabilities if self.capabilities else "embed" in self.name.lower()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)    # each is one of a kind: what follows from it is remembered by it
@@ -303,6 +310,16 @@ class ChatRequest:
             if not isinstance(message.get("content"), str):
                 for p, part in enumerate(parts_of(message)):
                     yield f"messages[{m}].content[{p}]", part
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingRequest:
+    """A checked request for the vectors of texts, or of lists of tokens."""
+    model: str
+    inputs: Sequence[Any]
+    in_base64: bool = False    # the vectors, as little-endian float32
+    body: Json = dataclasses.field(default_factory=dict)      # more of OpenAI's fields
+    native: Json = dataclasses.field(default_factory=dict)    # more of Ollama's
 
 
 class Eligibility(enum.Enum):
@@ -572,6 +589,8 @@ class Settings:
     cloud_api_key_file: str = setting("", "file that holds it")
     alias: tuple[str, ...] = setting((), "further name of a model, NAME=TARGET[,TARGET…]: auto, local, cloud or "
         "provider:name; NAME may have * and ?, and the first that fits counts; repeat", between=";")
+    embedding_model: str = setting("", "model of all embeddings, provider:name or openai:name@http://host:port/v1; "
+        "default: the newest that Ollama has, else OpenAI's small one if there is its key")
     host: str = setting("localhost", "address to listen on; one that the network reaches needs --api-key")
     port: int = setting(62549, "port to listen on; 0 picks a free one", 0, 65535)
     api_key: str = setting("", "key that clients must send; `ps` shows flags: prefer the file", secret=True)
@@ -649,7 +668,7 @@ class Settings:
             elif field.name.endswith("_base_url"):
                 found[field.name] = base_url_in(value)
         named = re.findall(f"#({KEY_VARIABLE})", " ".join(itertools.chain.from_iterable(
-            found.get(name, ()) for name in ("local_model", "cloud_model", "alias"))))
+            as_list(found.get(name, [])) for name in ("local_model", "cloud_model", "alias", "embedding_model"))))
         return cls(**found, endpoint_keys=tuple([(name, key_in(env.get(name, ""), name)) for name in named]))
 
 
@@ -1101,6 +1120,8 @@ def parse_request(body: Json) -> ChatRequest:
 def _tool(where: str, tool: Json) -> Json:
     """Return a tool, checked, with its type and without its nulls.  Raises BadRequest."""
     tool = {"type": "function", **without_nulls(tool, tool.get("type") or "function")}
+    if tool["type"] == "function" and "function" not in tool and "name" in tool:    # as Responses has it, and Cursor
+        tool = {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
     fits = tool["type"] != "function" or _has(tool.get("function"), _FUNCTION) and tool["function"]["name"]
     need(fits, where, 'must be like {"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}')
     return tool
@@ -1135,10 +1156,16 @@ def _part(where: str, part: Any) -> Json:
     return without_nulls(part, kind)
 
 
-def routed(request: ChatRequest, head: Head) -> ChatRequest:
-    """Return the request, for what its header x-oblix-route names instead of its model.  Raises BadRequest."""
+def route_of(head: Head) -> str:
+    """Return where the header x-oblix-route sends a request, "" without it.  Raises BadRequest."""
     route = head.fields.get("x-oblix-route")
     need(route in (None, *OWN_NAMES), "x-oblix-route", f"must be one of {', '.join(OWN_NAMES)}")
+    return route or ""
+
+
+def routed(request: ChatRequest, head: Head) -> ChatRequest:
+    """Return the request, for what its header x-oblix-route names instead of its model.  Raises BadRequest."""
+    route = route_of(head)
     return dataclasses.replace(request, model=route) if route else request
 
 
@@ -2398,6 +2425,7 @@ class Provider:
     spelt: ClassVar[dict[str, str]] = {}    # word of an error -> the parameter that it means
     takes: ClassVar[tuple[str, ...]] = ()   # parameters that all of its models take
     text_event: ClassVar[TextEvent]
+    embed_path: ClassVar[str] = ""          # makes embeddings; "" where nothing does
 
     def endpoint(self, settings: Settings) -> Endpoint:
         """Return the provider's usual endpoint, with the key that belongs there."""
@@ -2462,9 +2490,28 @@ class Provider:
             model, provider=self.name, max_context=model.max_context or window, max_output=model.max_output or answer,
             parameters=model.parameters or (tuple(sorted(known)) if abilities else ()))
 
+    def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
+        """Return the body of the upstream request for the vectors of some of the inputs.  Raises Unsupported."""
+        raise Unsupported(f"{self.label} has no embeddings: ask another provider's model for them.", param="model")
+
+    def most_inputs(self, request: EmbeddingRequest, endpoint: Endpoint) -> int:
+        """Return how many inputs are sent at once: some servers take no more than 32 (TEI)."""
+        return 32
+
+    def vectors(self, answer: Json) -> tuple[list[Any], int]:
+        """Return the vectors in an answer, in the order of the inputs, and the prompt's tokens.
+
+        Raises NOT_IN_ITS_FORMAT.
+        """
+        raise NotImplementedError
+
     def passes_text(self, request: ChatRequest) -> bool:
         """Return True if the client of this request may get the events of text alone as they are."""
         return True
+
+    def text_event_of(self, request: ChatRequest) -> TextEvent:
+        """Return the form of the events of text alone in the answer to this request."""
+        return self.text_event
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
         """Return the window to load the model for, in tokens, or 0 to leave it as it is.  Raises Unsupported.
@@ -2596,7 +2643,7 @@ def is_permanent(param: str, error: UpstreamError) -> bool:
 # What may not be dropped to please a model: without it the answer would be to another question.
 ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_format", "format", "output_config", "n",
                        "stream", "system", "max_tokens", "max_completion_tokens", "modalities", "functions",
-                       "function_call", "audio"})
+                       "function_call", "audio", "input", "dimensions"})
 
 # What errors say of a parameter, in lower case, and what of one of its values, or of it beside another one.
 _UNSUPPORTED = "|".join((
@@ -2869,9 +2916,10 @@ _OPENAI_TEXT = re.compile(
     rb'data: ?\{(?:' + _OF_EVENT + rb', ?)*"choices": ?\[\{(?:' + _OF_CHOICE
     + rb', ?)*"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?' + _TEXT + rb'\}(?:, ?' + _OF_CHOICE
     + rb')*\}\](?:, ?' + _OF_EVENT + rb')*\}\n\n')
-_OLLAMA_TEXT = re.compile(
-    rb'\{"model": ?' + _WORD + rb', ?"created_at": ?' + _WORD + rb', ?"message": ?\{"role": ?"assistant", ?"content": ?'
-    + _TEXT + rb'\}, ?"done": ?false\}\n')
+_OLLAMA_TEXT, _GENERATED_TEXT = [re.compile(
+    rb'\{"model": ?' + _WORD + rb', ?"created_at": ?' + _WORD + rb', ?' + before + _TEXT + after
+    + rb', ?"done": ?false\}\n') for before, after in (
+        (rb'"message": ?\{"role": ?"assistant", ?"content": ?', rb'\}'), (rb'"response": ?', rb''))]
 _CLAUDE_TEXT = re.compile(
     rb'event: ?content_block_delta\ndata: ?\{"type": ?"content_block_delta", ?"index": ?[0-9]+, ?"delta": ?\{"type": ?'
     rb'"text_delta", ?"text": ?' + _TEXT + rb'\} *\}\n\n')
@@ -3417,6 +3465,7 @@ class OpenAI(Provider):
     vendor, chat_path, models_path = "api.openai.com", "/chat/completions", "/models"
     translates = False
     text_event = TextEvent(_OPENAI_TEXT, b"\n\n")
+    embed_path = "/embeddings"
     renames = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 
     def endpoint(self, settings: Settings) -> Endpoint:
@@ -3474,6 +3523,19 @@ class OpenAI(Provider):
     def passes_text(self, request: ChatRequest) -> bool:
         return bool(request.body.get("n", 1) == 1)
 
+    def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
+        return {"model": target.model, "input": inputs, "encoding_format": "base64" if request.in_base64 else "float",
+                **request.body}
+
+    def most_inputs(self, request: EmbeddingRequest, endpoint: Endpoint) -> int:
+        if not is_at(endpoint.base_url, self.vendor):
+            return super().most_inputs(request, endpoint)
+        return 2048 if request.in_base64 else 256    # its own limit; as many numbers as JSON may have here (3072 each)
+
+    def vectors(self, answer: Json) -> tuple[list[Any], int]:
+        found = sorted(answer["data"], key=lambda item: item.get("index", 0))
+        return [item["embedding"] for item in found], (answer.get("usage") or {}).get("prompt_tokens") or 0
+
 
 def _with_short_ids(message: Json) -> Json:
     """Return a message with ids of tool calls of nine letters and digits, each id always as the same one."""
@@ -3516,6 +3578,7 @@ class Ollama(Provider):
                "function_call": "it is deprecated, send tool_choice"}
     spelt = {"thinking": "think"}
     text_event = TextEvent(_OLLAMA_TEXT, b"\n")
+    embed_path = "/api/embed"
     _options = ("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "max_tokens",
                 "max_completion_tokens")
     _as_they_are = ("logprobs", "top_logprobs", "keep_alive", "think")    # the last two by extra_body of the SDKs
@@ -3531,11 +3594,15 @@ class Ollama(Provider):
         return super().refuse_part(part)
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
-        body = request.body
+        body, native = request.body, request.native_to(self.name)
         options = {"num_predict" if "max" in name else name: body[name] for name in self._options if name in body}
+        options.update({**present({"num_ctx": context}), **(native or request).body.get("options", {})})
         if "stop" in options:
             options["stop"] = as_list(options["stop"])
-        options.update({**present({"num_ctx": context}), **body.get("options", {})})
+        usual: Json = {"truncate": False}    # without it the oldest messages are forgotten silently
+        usual.update({} if keep_alive is None else {"keep_alive": keep_alive})
+        if native:
+            return {**usual, **native.body, **present({"options": options}), "model": target.model, "stream": True}
         messages, forced = self._messages(without_deprecated(request.messages)), forced_tools(body)
         if forced:    # it has no tool_choice, and holds an answer to a schema only without tools; no model sees either
             first = [messages.pop(0)["content"], ""] if messages[0]["role"] == "system" else []
@@ -3547,12 +3614,9 @@ class Ollama(Provider):
         tools = [{**tool, "function": {**tool["function"], "parameters": tool_schema(tool["function"])}}
                  for tool in chosen_tools(body)[0]]    # it refuses what it can't read, and skips anyOf at the top
         payload = {
-            "model": target.model, "messages": messages, "stream": True,
-            "truncate": False,    # without it the oldest messages are forgotten silently
+            "model": target.model, "messages": messages, "stream": True, **usual,
             **present({"options": options, "tools": [] if forced else tools,
                        "format": "json" if schema == {} else schema})}
-        if keep_alive is not None:
-            payload["keep_alive"] = keep_alive
         if effort_of(body):
             payload["think"] = self._think.get(body["reasoning_effort"], body["reasoning_effort"])
         payload.update({name: body[name] for name in self._as_they_are if name in body})
@@ -3583,6 +3647,10 @@ class Ollama(Provider):
     def passes_text(self, request: ChatRequest) -> bool:
         return not forced_tools(request.body)
 
+    def text_event_of(self, request: ChatRequest) -> TextEvent:
+        native = request.native_to(self.name)
+        return TextEvent(_GENERATED_TEXT, b"\n") if native and native.path == GENERATE_PATH else self.text_event
+
     def _said(self, lines: Lines, parallel: bool) -> Iterator[Any]:
         yield chunk_of(content="")
         numbers = itertools.count()    # of calls: each comes whole, and the server's index is always 0
@@ -3591,11 +3659,11 @@ class Ollama(Provider):
                 yield line
                 continue
             event = event_of(line)
-            message, logprobs = event.get("message") or {}, event.get("logprobs")
+            message, logprobs = event.get("message") or event, event.get("logprobs")    # in itself: /api/generate
             calls = [{**call, "index": next(numbers)} for call in message.get("tool_calls") or ()]
             calls = calls if parallel else [call for call in calls if call["index"] == 0]    # it has no such field
-            said = present({"reasoning_content": message.get("thinking"), "content": message.get("content"),
-                            "tool_calls": calls})
+            said = present({"reasoning_content": message.get("thinking"),
+                            "content": message.get("content") or message.get("response"), "tool_calls": calls})
             if said or logprobs:
                 yield chunk_of(None, {"content": logprobs} if logprobs else None, **said)
             if event.get("done"):
@@ -3604,6 +3672,16 @@ class Ollama(Provider):
                                  "completion_tokens": event.get("eval_count")}, "timings": event}
                 return
         raise cut()    # a runaway repetition ends without done: true as well
+
+    def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
+        if not all(isinstance(one, str) for one in inputs):
+            raise Unsupported("Ollama takes texts and no tokens (LangChain sends texts with "
+                              "check_embedding_ctx_length=False).", param="input")
+        body = {name: value for name, value in request.body.items() if name == "dimensions"}
+        return {"model": target.model, "input": inputs, **body, **request.native}
+
+    def vectors(self, answer: Json) -> tuple[list[Any], int]:
+        return answer["embeddings"], answer.get("prompt_eval_count") or 0
 
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
@@ -3628,7 +3706,8 @@ class Ollama(Provider):
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
         # The steps are few, and a window once asked for is asked for again: each change reloads the model.
-        if "num_ctx" in request.body.get("options", {}) or not model.max_context:
+        native = request.native_to(self.name)
+        if "num_ctx" in (native or request).body.get("options", {}) or not model.max_context:
             return 0
         size = request.size
         if size // MOST_BYTES > model.max_context:
@@ -3671,6 +3750,7 @@ class Ollama(Provider):
         return dataclasses.replace(model, max_context=most, max_output=min(MOST_ANSWER, most // 2))
 
 
+GENERATE_PATH = "/api/generate"
 MOST_ANSWER = 4096        # tokens, for which a window is made large enough; a longer answer may find it full
 DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -4221,10 +4301,51 @@ def _alias_target(settings: Settings, spec: str, known: Sequence[Target]) -> str
     found = _target(settings, "--alias", spec)
     if "://" not in spec:
         return found.id
-    here = may_be_local(found.endpoint, found.model) and (
-        found.endpoint.on_device or found.endpoint.provider == "ollama")
     same = [target for target in known if target[:2] == found[:2]]
-    return same[0] if same else found._replace(side=Side.LOCAL if here else Side.CLOUD)
+    return same[0] if same else _placed(found)
+
+
+def _placed(target: Target) -> Target:
+    """Return a target with the side on which it is, as far as its address tells."""
+    here = may_be_local(target.endpoint, target.model) and (
+        target.endpoint.on_device or target.endpoint.provider == "ollama")
+    return target._replace(side=Side.LOCAL if here else Side.CLOUD)
+
+
+def embedding_targets(settings: Settings) -> tuple[Target, ...]:
+    """Return the target of --embedding-model, if there is one.  Raises UsageError."""
+    if not settings.embedding_model:
+        return ()
+    return (_placed(_target(settings, "--embedding-model", settings.embedding_model)),)
+
+
+def batches(inputs: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+    """Yield the inputs of an embedding in as few requests as its server takes, as far as is known."""
+    start = size = 0
+    for place, one in enumerate(inputs):
+        if place > start and (place - start == most or size + len(one) > MAX_BATCH):
+            yield inputs[start:place]
+            start, size = place, 0
+        size += len(one)
+    if inputs:
+        yield inputs[start:]
+
+
+MAX_BATCH = 200_000    # characters, or tokens: OpenAI takes 300,000 tokens, and a character is seldom more than one
+
+
+def vector(told: Any, in_base64: bool) -> Any:
+    """Return a server's vector in the form that is wanted, whichever it came in.  Raises NOT_IN_ITS_FORMAT."""
+    numbers, raw = told, base64.b64decode(told, validate=True) if isinstance(told, str) else b""
+    if raw:
+        if len(raw) % 4:
+            raise ValueError("no float32s")
+        numbers = struct.unpack(f"<{len(raw) // 4}f", raw)
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ValueError("no vector")
+    if not in_base64:
+        return numbers
+    return told if raw else base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
 
 
 def may_be_local(endpoint: Endpoint, model: str) -> bool:
@@ -5284,6 +5405,7 @@ class Gateway:
         self._configured = configured_targets(settings)
         for target in self._configured:    # before any that clients name
             self.journal.name(target.id)
+        self._embedders: tuple[Target, ...] = embedding_targets(settings)    # one at most
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         self._ollama = self._default_endpoints["ollama"]
         self.ollama_url = self._ollama.base_url
@@ -5462,9 +5584,7 @@ class Gateway:
         refused = PROVIDERS[target.endpoint.provider].refusal(request)
         if refused:
             raise refused
-        if target.endpoint.lacks_key:
-            raise OblixError(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
-                             status=401, type="authentication_error", code="no_api_key", retry=False)
+        check_key(target)
         return Plan((target,), "the request named the model")
 
     def _refusal(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> Unsupported | None:
@@ -5513,6 +5633,96 @@ class Gateway:
         What is returned has content; whatever happens later is told in its chunks' UpstreamError.
         """
         return Dispatch(self, request, look).run()
+
+    def open(self, target: Target, path: str, encoded: Json, limits: Limits, look: Look,
+             more: Iterable[tuple[str, str]] = ()) -> Answer:
+        """Return a target's answer of status 2xx to a body, with these headers more.  Raise as `Transport.open`.
+
+        The parameters that the model refuses are left out one by one; what it never accepts is remembered.
+        """
+        provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
+        url, headers = endpoint.base_url + path, {**provider.headers(endpoint), **dict(more)}
+        changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
+        while True:
+            unwanted = self.ledger.record(target).refused.union(changed)
+            payload = provider.adapt(encoded, unwanted)
+            answer = self.transport.open(url, {name: value for name, value in headers.items() if name not in unwanted},
+                                         dumps(payload), limits, look)
+            if answer.status < 300 and answer.content_type != "text/html":
+                for refused, error in changed.items():
+                    if is_permanent(refused, error):
+                        self.ledger.learn_refusal(target, refused)
+                return answer
+            with contextlib.closing(answer):
+                if answer.status < 300:
+                    raise UpstreamError(f"a web page answered instead of {provider.label} (a login page?)",
+                                        code="bad_upstream_answer")
+                text = answer.body().decode("utf-8", "replace")
+            error = classify(answer.status, text, answer.retry_after_s, endpoint)
+            param = provider.refused_parameter(error, payload)
+            if not param or param.partition("<=")[0] in [known.partition("<=")[0] for known in changed]:
+                raise error
+            log.info("%s refuses %s: asked without", target.id, param.replace("<=", " above "))
+            changed[param] = error
+
+    def embed(self, request: EmbeddingRequest, route: str, look: Look = no_look) -> tuple[Target, list[Any], int]:
+        """Return who made the vectors of a request, these, and the tokens of its inputs.
+
+        Vectors of two models have nothing in common: one model makes all, or the one that is named, and none in its
+        place.  A `route` of local or cloud excludes the other side.  Raise OblixError, and what the look raises.
+        """
+        target, until = self._embedder(request, route, look), time.monotonic() + self.settings.request_timeout_s
+        provider, vectors, tokens = PROVIDERS[target.endpoint.provider], list[Any](), 0
+        try:
+            with self.ledger.flight(target), _without_key(target.endpoint):
+                for inputs in batches(request.inputs, provider.most_inputs(request, target.endpoint)):
+                    encoded = provider.embed(inputs, request, target)
+                    answer = self.open(target, provider.embed_path, encoded, self.limits._replace(until=until), look)
+                    with contextlib.closing(answer), _in_its_format():
+                        found, count = provider.vectors(loads(answer.body()))
+                        if len(found) != len(inputs):
+                            raise ValueError("a vector is missing")
+                        vectors, tokens = vectors + [vector(one, request.in_base64) for one in found], tokens + count
+        except UpstreamError as error:
+            self.note(target, error)
+            if error.fault not in (Fault.REFUSED, Fault.TOO_LONG, Fault.CLIENT):
+                error.message = (f"{target.id}: {error.message.rstrip('.')}. No other model is asked in its place: "
+                                 "vectors of two models have nothing in common.")
+            raise
+        if vectors:
+            self.note(target, None)
+        return target, vectors, tokens
+
+    def _embedder(self, request: EmbeddingRequest, route: str, look: Look) -> Target:
+        """Return the one target for embeddings that a model's name stands for.  Raise OblixError."""
+        wait_for(self.heard, PROBE_LIMITS.first_byte_s, look)
+        snapshot, usual = self.snapshot(), self._usual_embedder()
+        name = self.meaning_of(request.model)[0]
+        if name not in OWN_NAMES:
+            target = self.resolve(name, dataclasses.replace(snapshot, targets=(*usual, *snapshot.targets)))
+        elif usual:
+            target = usual[0]
+        else:
+            raise NoTarget("There is no model for embeddings: pull one (`ollama pull nomic-embed-text`), set "
+                           "OPENAI_API_KEY, or name one with --embedding-model.", retry=False)
+        for side in ({name, route} - {target.side.value}) & {"local", "cloud"}:
+            raise BadRequest(f"No embeddings are made {side}: the model for them is {target.id}, and another one's "
+                             "vectors have nothing in common with its own.", status=404, code="model_not_found")
+        check_key(target)
+        return target
+
+    def _usual_embedder(self) -> tuple[Target, ...]:
+        """Return the model of all embeddings, or none.  It stays the same for as long as Oblix runs."""
+        if not self._embedders:
+            found = [f"ollama:{model.name}" for model in installed(self._ollama, self.watch.readings)
+                     if not model.remote and model.embeds]
+            openai = self._default_endpoints["openai"]
+            if openai.key and openai.key_variable:    # it is OpenAI's own
+                found.append("openai:text-embedding-3-small")
+            if found:
+                self._embedders = (self.resolve(found[0], self.snapshot()),)
+                log.info("%s makes the embeddings; to keep it, start Oblix with --embedding-model", found[0])
+        return self._embedders
 
     def counted(self, request: ChatRequest) -> int | None:
         """Return how many tokens the server of a named target counts, or None if it does not at once."""
@@ -5629,6 +5839,13 @@ def in_common(models: Sequence[tuple[Side, Model]]) -> Model:
                  parameters=tuple(sorted(shared("parameters", lambda lists: set.intersection(*map(set, lists))) or ())))
 
 
+def check_key(target: Target) -> None:
+    """Raise OblixError for a target that needs a key and has none."""
+    if target.endpoint.lacks_key:
+        raise OblixError(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
+                         status=401, type="authentication_error", code="no_api_key", retry=False)
+
+
 @functools.lru_cache(4)
 def installed(ollama: Endpoint, readings: tuple[Reading, ...]) -> tuple[Model, ...]:
     """Return the models that Ollama lists, newest first; none while it has not listed them."""
@@ -5664,7 +5881,8 @@ def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json
     return {"id": target.id, "side": target.side.value, "level": found.word(target.side), "state": found.state,
             "reason": reason, "in_flight": snapshot.in_flight.get(target, 0), "failures": breaker.failures,
             "rest_s": round(breaker.rest_s(snapshot.now), 1), **memory,
-            "first_token_s": round(pace.first_s(0.5), 3) or None, "tokens_per_s": round(pace.tokens_per_s, 1) or None}
+            "first_token_s": round(pace.first_s(0.5), 3) if pace.firsts_s else None,
+            "tokens_per_s": round(pace.tokens_per_s, 1) or None}
 
 
 def _process_values() -> dict[tuple[Any, ...], float]:
@@ -5908,6 +6126,7 @@ class Dispatch:
         envelope: Json = {}
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
+        is_foreign = provider.translates and not request.native_to(provider.name)    # its client can't read its timings
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
             with self._exchange(request, target) as (answer, started):
@@ -5915,14 +6134,14 @@ class Dispatch:
                     if isinstance(chunk, Texts):
                         yield chunk
                         continue
-                    timings = (chunk.pop if provider.translates else chunk.get)("timings", timings)
+                    timings = (chunk.pop if is_foreign else chunk.get)("timings", timings)
                     envelope = envelope or _envelope(chunk, target.id)
                     told = {**envelope, **chunk, **envelope}
                     if not begun and has_content(chunk):
                         begun = time.monotonic()
                         answer.begin()
                         is_first = [choice["index"] for choice in choices_of(told)] == [0]
-                        answer.text_event = provider.text_event if may_pass and is_first else None
+                        answer.text_event = provider.text_event_of(request) if may_pass and is_first else None
                     tokens = tokens_of(chunk) or tokens
                     yield told
                 answer.ended = True
@@ -5990,48 +6209,17 @@ class Dispatch:
             if counted_on and number > self._settings.local_slots and self._plan.conditions[target].state != "busy":
                 raise _Overtaken
             started = time.monotonic()
-            try:
-                with contextlib.closing(self._open(request, target, context, limits)) as answer:
-                    yield answer, started
-            except UpstreamError as error:
-                for name in ("message", "code", "type", "param"):
-                    if getattr(error, name):
-                        setattr(error, name, redact(getattr(error, name), target.endpoint.key))
-                raise
+            with _without_key(target.endpoint), \
+                    contextlib.closing(self._open(request, target, context, limits)) as answer:
+                yield answer, started
 
     def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
-        """Return the upstream's answer of status 2xx.  Raise UpstreamError, ClientGone.
-
-        The parameters that the model refuses are left out one by one; what it never accepts is remembered.
-        """
-        provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
+        """Return the upstream's answer of status 2xx.  Raise UpstreamError, ClientGone."""
+        provider, keep_alive = PROVIDERS[target.endpoint.provider], self._gateway.keep_alive(target)
         native = request.native_to(provider.name)
-        url = endpoint.base_url + (native.path if native else provider.chat_path)
-        headers = {**provider.headers(endpoint), **dict(native.headers if native else ())}
-        encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
-        changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
-        while True:
-            unwanted = self.ledger.record(target).refused.union(changed)
-            payload = provider.adapt(encoded, unwanted)
-            answer = self._gateway.transport.open(url, {
-                name: value for name, value in headers.items() if name not in unwanted}, dumps(payload), limits,
-                self._look)
-            if answer.status < 300 and answer.content_type != "text/html":
-                for refused, error in changed.items():
-                    if is_permanent(refused, error):
-                        self.ledger.learn_refusal(target, refused)
-                return answer
-            with contextlib.closing(answer):
-                if answer.status < 300:
-                    raise UpstreamError(f"a web page answered instead of {provider.label} (a login page?)",
-                                        code="bad_upstream_answer")
-                text = answer.body().decode("utf-8", "replace")
-            error = classify(answer.status, text, answer.retry_after_s, endpoint)
-            param = provider.refused_parameter(error, payload)
-            if not param or param.partition("<=")[0] in [known.partition("<=")[0] for known in changed]:
-                raise error
-            log.info("%s refuses %s: asked without", target.id, param.replace("<=", " above "))
-            changed[param] = error
+        path, headers = (native.path, native.headers) if native else (provider.chat_path, ())
+        encoded = provider.encode(request, target, context, keep_alive)
+        return self._gateway.open(target, path, encoded, limits, self._look, headers)
 
     def _noted(self, target: Target, held: Sequence[Chunk], stream: Stream) -> Stream:
         """Yield the held chunks and the rest of a stream.  Tell the ledger how it ends; close the upstream."""
@@ -6074,6 +6262,18 @@ class Dispatch:
                 log.info("%s could not continue: %s", target.id, error.brief)
                 self._gateway.note(target, error)
         return None
+
+
+@contextlib.contextmanager
+def _without_key(endpoint: Endpoint) -> Iterator[None]:
+    """Take the endpoint's key out of the texts of a block's faults."""
+    try:
+        yield
+    except UpstreamError as error:
+        for name in ("message", "code", "type", "param"):
+            if getattr(error, name):
+                setattr(error, name, redact(getattr(error, name), endpoint.key))
+        raise
 
 
 @contextlib.contextmanager
@@ -6149,7 +6349,7 @@ def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
     """Return the text of a stream that broke off, or "" unless it is plain text."""
     deltas = [choice["delta"] for chunk in said for choice in chunk["choices"]]
     plain = all(name in ("role", "content", "refusal") for delta in deltas for name in delta if delta[name])
-    plain = plain and not _NOT_CONTINUED & request.body.keys()
+    plain = plain and not _NOT_CONTINUED & request.body.keys() and not (request.native and request.native.only)
     return "".join(delta.get("content", "") for delta in deltas) if plain else ""
 
 
@@ -6238,6 +6438,9 @@ def error_headers(error: OblixError) -> dict[str, str]:
 # and that API's answer, events and errors of what is said inside.  Nothing between the two knows which front was asked.
 # To add one: subclass Front, and Writer for its streams, and name it in FRONTS.
 
+Frame = tuple[bytes, bytes]    # what is around the text of a stream's events that say nothing else
+
+
 class Writer:
     """The client's side of one streamed answer."""
 
@@ -6272,6 +6475,10 @@ class Front:
         """Return the writer of a streamed answer."""
         raise NotImplementedError
 
+    def at_once(self, request: ChatRequest, now: int) -> Json | None:
+        """Return the answer to a request that needs no model's words, or None; `now` is in unix seconds."""
+        return None
+
     def error(self, error: OblixError) -> Json:
         """Return the body of an error."""
         return error_body(error)
@@ -6279,6 +6486,29 @@ class Front:
     def headers(self, request_id: str) -> dict[str, str]:
         """Return the headers of each reply that this API has besides those of all replies."""
         return {}
+
+
+def around_text(event: bytes, begin: bytes) -> Frame:
+    """Return what is around the text of an event, which is a NUL there, and which `begin` precedes."""
+    before, after = event.split(begin + rb'\u0000"', 1)    # no string can hold such quotes
+    return before + begin, b'"' + after
+
+
+def texts_in(chunk: Any) -> Texts | None:
+    """Return the Texts that a chunk of one choice could be, as it says a text and nothing else, or None."""
+    if isinstance(chunk, Texts):
+        return chunk
+    choice: Json = chunk["choices"][0] if len(chunk["choices"]) == 1 else {"index": 1}
+    says_more = choice["index"] or choice["finish_reason"] or choice.get("logprobs")
+    if says_more or choice["delta"].keys() != {"content"}:
+        return None
+    return Texts([dumps(choice["delta"]["content"])[1:-1]])
+
+
+def framed(texts: Texts, frame: Frame | None) -> bytes:
+    """Return the events that say these texts."""
+    before, after = frame or (b"", b"")    # the first text of a stream is in a chunk
+    return before + (after + before).join(texts) + after
 
 
 # --- 11. OpenAI's chat completions ------------------------------------------------------------------------------------
@@ -6294,16 +6524,14 @@ def sse(event: Json) -> bytes:
     return b"data: " + dumps(event) + b"\n\n"
 
 
-def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
+def text_frame(chunk: Chunk) -> Frame | None:
     """Return what is around the text of this stream's events that say nothing else; None for another choice's."""
     if [choice["index"] for choice in chunk["choices"]] != [0]:
         return None
     choice = {name: None if name in ("logprobs", "finish_reason") else value
               for name, value in chunk["choices"][0].items() if name in AROUND_TEXT}
     kept = {name: value for name, value in chunk.items() if name in AROUND_TEXT}
-    told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
-    before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
-    return before + mark[:-len(rb'\u0000"')], b'"' + after
+    return around_text(sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]}), b'"delta":{"content":"')
 
 
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
@@ -6314,12 +6542,11 @@ def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
 class _ChatWriter(Writer):
     def __init__(self, request: ChatRequest) -> None:
         self._include_usage = request.include_usage
-        self._frame: tuple[bytes, bytes] | None = None    # around the texts of events that say nothing else
+        self._frame: Frame | None = None    # around the texts of events that say nothing else
 
     def take(self, chunk: Any) -> bytes:
         if isinstance(chunk, Texts):
-            before, after = self._frame or (b"", b"")
-            return before + (after + before).join(chunk) + after
+            return framed(chunk, self._frame)
         if not self._frame and has_content(chunk):
             self._frame = text_frame(chunk)
         shown = for_client(chunk, self._include_usage)
@@ -6337,6 +6564,8 @@ class Chat(Front):
     name = "chat"
 
     def request(self, body: Json, head: Head) -> ChatRequest:
+        if "messages" not in body and "input" in body:    # as Cursor asks here, in agent mode
+            body = {**RESPONSES.chat(body)[0], "stream_options": body.get("stream_options")}
         return parse_request(body)
 
     def whole(self, answer: Json, request: ChatRequest) -> Json:
@@ -6344,6 +6573,469 @@ class Chat(Front):
 
     def stream(self, request: ChatRequest) -> Writer:
         return _ChatWriter(request)
+
+
+# --- 11. OpenAI's Responses: what is asked ----------------------------------------------------------------------------
+
+class _Tool(NamedTuple):
+    """A client's tool."""
+    kind: str              # of the items that call it; "" for a tool that only OpenAI can run
+    name: str
+    namespace: str = ""
+    function: Json = {}    # as models are told of it, but for the name
+
+
+_NOT_KEPT = ("previous_response_id", "conversation", "background", "prompt")
+_AS_IN_CHAT = frozenset(("model stream temperature top_p top_logprobs parallel_tool_calls user safety_identifier "
+                         "prompt_cache_key prompt_cache_options prompt_cache_retention service_tier seed stop "
+                         "presence_penalty frequency_penalty options keep_alive think").split())
+_RESPONSES_FIELDS: dict[str, Rule] = {
+    "input": (lambda value: isinstance(value, (str, list)), "must be a string or a list of items"),
+    "include": (lambda value: isinstance(value, list), "must be a list of strings"),
+    "tool_choice": (lambda value: isinstance(value, (str, dict)), FIELDS["tool_choice"][1]),
+    "max_output_tokens": FIELDS["max_tokens"],
+    "instructions": FIELDS["service_tier"], **dict.fromkeys(("text", "reasoning", "metadata"), FIELDS["options"]),
+}
+_CALLS = {"function_call": "arguments", "custom_tool_call": "input"}    # kind of item -> its text
+_OUTPUTS = ("function_call_output", "custom_tool_call_output")
+_SYSTEM = ("system", "developer")
+_TEXT_PARTS = {**dict.fromkeys(("input_text", "output_text", "text", "summary_text", "reasoning_text"), "text"),
+               "refusal": "refusal"}
+
+
+def flat_name(namespace: Any, name: str) -> str:
+    """Return the name by which models know a tool: they have no namespaces.  OpenAI's names have 64 letters at most."""
+    if not namespace or namespace == "functions":    # Codex's word for none
+        return name
+    return re.sub("[^A-Za-z0-9_-]", "_", f"{str(namespace).rstrip('_')}__{name}")[-64:]
+
+
+def tools_of(body: Json) -> dict[str, _Tool]:
+    """Return the tools in a body by the names that models know.  Raise BadRequest."""
+    # For OpenAI's newest models Codex has its tools in an item.
+    items = body["input"] if isinstance(body.get("input"), list) else []
+    lists = [("tools", body.get("tools") or []), *(
+        (f"input[{number}].tools", item.get("tools")) for number, item in enumerate(items)
+        if isinstance(item, dict) and item.get("type") == "additional_tools")]
+    return {flat_name(tool.namespace, tool.name) if tool.kind else f"({tool.name})": tool
+            for where, tools in lists for tool in _flat_tools(tools, where)}
+
+
+def _flat_tools(tools: Any, where: str, namespace: str = "") -> Iterator[_Tool]:
+    """Yield the tools of a list, and of the namespaces in it.  Raise BadRequest."""
+    need(isinstance(tools, list), where, "must be a list of tools")
+    for number, tool in enumerate(tools):
+        here = f"{where}[{number}]"
+        need(isinstance(tool, dict), here, "must be an object")
+        kind = tool.get("type") or "function"
+        if kind not in ("function", "custom", "namespace"):
+            yield _Tool("", str(kind)[:64])
+            continue
+        tool = tool["function"] if isinstance(tool.get("function"), dict) else tool    # Cursor mixes both forms
+        need(tool.get("name") and isinstance(tool["name"], str), f"{here}.name", "must be a string")
+        if kind == "namespace":
+            yield from _flat_tools(tool.get("tools"), f"{here}.tools", tool["name"])
+            continue
+        if kind == "function":
+            told = {name: tool[name] for name in ("description", "parameters", "strict") if tool.get(name) is not None}
+            yield _Tool("function_call", tool["name"], namespace, told)
+            continue
+        form, words = tool.get("format"), str(tool.get("description") or "")
+        if isinstance(form, dict) and "definition" in form:
+            words += f"\n\nThe input must fit this {form.get('syntax')} grammar:\n{form['definition']}"
+        schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+        yield _Tool("custom_tool_call", tool["name"], namespace, {"description": words, "parameters": schema})
+
+
+def _choice_of(choice: Any, tools: dict[str, _Tool]) -> Any:
+    """Return a choice among the tools as chat has it, or None for one that only OpenAI can run."""
+    if not isinstance(choice, dict):
+        return choice
+    if choice.get("type") == "allowed_tools":
+        need(isinstance(choice.get("tools"), list), "tool_choice.tools", "must be a list of tools")
+        allowed = [_choice_of(tool, tools) for tool in choice["tools"] if isinstance(tool, dict)]
+        return {"type": "allowed_tools", "allowed_tools": {
+            "mode": choice.get("mode") or "auto", "tools": [*filter(None, allowed)]}}
+    inner = choice["function"] if isinstance(choice.get("function"), dict) else choice
+    name = flat_name(inner.get("namespace"), str(inner.get("name")))
+    return {"type": "function", "function": {"name": name}} if name in tools else None
+
+
+def _part_of(where: str, part: Any) -> Json:
+    """Return a content part as chat has it.  Raise BadRequest."""
+    need(isinstance(part, dict), where, "must be an object")
+    kind = str(part.get("type"))
+    if kind in _TEXT_PARTS:
+        text = part.get(_TEXT_PARTS[kind])
+        need(isinstance(text, str), f"{where}.{_TEXT_PARTS[kind]}", "must be a string")
+        return {"type": "text", "text": text}
+    if kind in ("input_image", "image_url"):
+        image = part.get("image_url")
+        image = image if isinstance(image, dict) else {"url": image, "detail": part.get("detail")}
+        need(isinstance(image.get("url"), str), f"{where}.image_url", "must be a URL: Oblix keeps no files")
+        return {"type": "image_url", "image_url": without_nulls(image)}
+    need(kind == "input_file" and isinstance(part.get("file_data"), str), where,
+         "must be an input_text, an input_image, or an input_file with file_data: Oblix keeps no files")
+    return {"type": "file", "file": without_nulls({name: part.get(name) for name in ("filename", "file_data")})}
+
+
+def _content_of(where: str, content: Any) -> str | list[Json]:
+    """Return a content as chat has it: one text as a string, which every server takes.  Raise BadRequest."""
+    if isinstance(content, str):
+        return content
+    need(isinstance(content, list), where, "must be a string or a list of parts")
+    parts = [_part_of(f"{where}[{number}]", part) for number, part in enumerate(content)]
+    return str(parts[0]["text"]) if len(parts) == 1 and "text" in parts[0] else parts or ""
+
+
+def messages_of(items: Sequence[Any]) -> tuple[list[Json], list[str]]:
+    """Return the messages in input items, and the kinds of items that only OpenAI can read.  Raise BadRequest.
+
+    What an assistant thinks, says and calls in a row is one message: servers want the outputs of all its calls next.
+    """
+    known, left_out, messages = list[tuple[str, str, Json]](), list[str](), list[Json]()
+    for number, item in enumerate(items):
+        where = f"input[{number}]"
+        need(isinstance(item, dict), where, "must be an object")
+        kind, role = str(item.get("type") or "message"), item.get("role")
+        if kind in ("reasoning", *_CALLS) or kind == "message" and role == "assistant":
+            known.append(("assistant", where, item))
+        elif kind == "message":
+            need(role in ("user", *_SYSTEM), f"{where}.role", "must be user, assistant, system or developer")
+            content = _content_of(f"{where}.content", item.get("content"))
+            known.append(("user", where, {"role": role, "content": content}))
+        elif kind in _OUTPUTS:
+            need(isinstance(item.get("call_id"), str), f"{where}.call_id", "must be a string")
+            content = _content_of(f"{where}.output", item.get("output"))
+            known.append(("tool", where, {"role": "tool", "tool_call_id": item["call_id"], "content": content}))
+        elif kind != "additional_tools":
+            left_out.append(kind[:64])
+    for role, group in itertools.groupby(known, lambda entry: entry[0]):
+        entries = [entry[1:] for entry in group]
+        told = _turn_of(entries) if role == "assistant" else [message for _, message in entries]
+        rest = [part for message in told for part in parts_of(message) if role == "tool" and part["type"] != "text"]
+        # most servers take texts alone as outputs
+        messages += [{**message, "content": text_of(message)} for message in told] if role == "tool" else told
+        messages += [{"role": "user", "content": rest}] if rest else []
+    return messages, left_out
+
+
+def _turn_of(entries: Iterable[tuple[str, Json]]) -> list[Json]:
+    """Return the one message of an assistant's items, or none for thoughts alone.  Raise BadRequest."""
+    texts, thoughts, calls = list[str](), list[str](), list[Json]()
+    for where, item in entries:
+        field = _CALLS.get(str(item.get("type")))
+        if field:
+            for name in ("call_id", "name", field):
+                need(isinstance(item.get(name), str), f"{where}.{name}", "must be a string")
+            text = item[field] if field == "arguments" else dumps({"input": item[field]}).decode()
+            called = {"name": flat_name(item.get("namespace"), item["name"]), "arguments": text}
+            calls.append({"id": item["call_id"], "type": "function", "function": called})
+            continue
+        is_thought = item.get("type") == "reasoning"
+        place = "summary" if is_thought and not item.get("content") else "content"
+        said = text_of({"content": _content_of(f"{where}.{place}", item.get(place) or "")})
+        (thoughts if is_thought else texts).append(said)
+    text, thought = ("\n\n".join(filter(None, some)) for some in (texts, thoughts))
+    turn = {"role": "assistant", "content": text, **present({"reasoning_content": thought, "tool_calls": calls})}
+    return [turn] if text or calls else []
+
+
+def _system_first(instructions: str, messages: Sequence[Json]) -> list[Json]:
+    """Return the messages with at most one system message, the first: chat templates, as Qwen's, fail at any other.
+
+    What a client says in that role later is told as the user's.  At the front it would change the beginning of the
+    prompt, which the model's server has read before.
+    """
+    head = [*itertools.takewhile(lambda message: message["role"] in _SYSTEM and all(
+        part["type"] == "text" for part in parts_of(message)), messages)]
+    text = "\n\n".join(filter(None, [instructions, *map(text_of, head)]))
+    rest = [{**message, "role": "user"} if message["role"] in _SYSTEM else message for message in messages[len(head):]]
+    # Clients send an empty input to see whether a model answers.
+    return [*([{"role": "system", "content": text}] if text else []), *(rest or [{"role": "user", "content": "."}])]
+
+
+def chat_of(body: Json, items: Sequence[Any]) -> tuple[Json, tuple[str, ...]]:
+    """Return a body and its input items as chat's body, and what is left out of it.  Raise BadRequest."""
+    tools, choice, text = tools_of(body), body.get("tool_choice"), body.get("text") or {}
+    messages, left_out = messages_of(items)
+    form, effort = text.get("format"), (body.get("reasoning") or {}).get("effort")
+    if form is not None:
+        need(isinstance(form, dict) and isinstance(form.get("type"), str), "text.format", "must have a type")
+        inner = {name: value for name, value in form.items() if name != "type" and value is not None}
+        form = {"type": form["type"], **({form["type"]: inner} if inner else {})}
+    chosen = _choice_of(choice, tools)
+    left_out = [tool.name for tool in tools.values() if not tool.kind] + left_out + (
+        ["tool_choice"] if choice and not chosen else []) + (["truncation"] if body.get("truncation") == "auto" else [])
+    return {
+        **{name: value for name, value in body.items() if name in _AS_IN_CHAT},
+        "messages": _system_first(body.get("instructions") or "", messages),
+        "tools": [{"type": "function", "function": {"name": name, **tool.function}}
+                  for name, tool in tools.items() if tool.kind],
+        "tool_choice": chosen, "response_format": form, "verbosity": text.get("verbosity"), "reasoning_effort": effort,
+        "max_completion_tokens": body.get("max_output_tokens"),
+        "logprobs": bool(body.get("top_logprobs")) or "message.output_text.logprobs" in (body.get("include") or ()),
+    }, tuple(dict.fromkeys(left_out))
+
+
+# --- 11. OpenAI's Responses: what is answered -------------------------------------------------------------------------
+
+class _Kind(NamedTuple):
+    """A kind of output item, and its events."""
+    prefix: str             # of its id
+    item: Json
+    events: str             # before .delta and .done
+    text: str               # the field that has the text: in the item, or in its one part
+    parts: str = ""         # the field that has the parts
+    part: Json = {}
+    part_events: str = ""   # before .added and .done
+    place: Json = {}        # of the part
+
+
+_MESSAGE: Json = {"type": "message", "role": "assistant"}
+_KINDS = {    # by the field of a delta, and by the kind of a call
+    "reasoning_content": _Kind("rs", {"type": "reasoning"}, "response.reasoning_summary_text", "text", "summary",
+                               {"type": "summary_text"}, "response.reasoning_summary_part", {"summary_index": 0}),
+    "content": _Kind("msg", _MESSAGE, "response.output_text", "text", "content", {"type": "output_text",
+                     "annotations": [], "logprobs": []}, "response.content_part", {"content_index": 0}),
+    "refusal": _Kind("msg", _MESSAGE, "response.refusal", "refusal", "content", {"type": "refusal"},
+                     "response.content_part", {"content_index": 0}),
+    "function_call": _Kind("fc", {"type": "function_call"}, "response.function_call_arguments", "arguments"),
+    "custom_tool_call": _Kind("ctc", {"type": "custom_tool_call"}, "response.custom_tool_call_input", "input"),
+}
+_TEXT_FIELDS = ("reasoning_content", "content", "refusal")
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+_NO_LOGPROBS = b',"logprobs":[]'
+_ALWAYS = {"object": "response", "background": False, "error": None, "incomplete_details": None,
+           "previous_response_id": None, "store": False, "truncation": "disabled"}
+_ECHOED: Json = {
+    "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "top_logprobs": 0,
+    "reasoning": {"effort": None, "summary": None}, "temperature": None, "text": {"format": {"type": "text"}},
+    "tool_choice": "auto", "tools": [], "top_p": None, "user": None}
+MAX_KEPT, MAX_KEPT_BYTES = 256, 64 << 10    # items, and of each of them
+
+
+class _Item:
+    """An output item, as far as it has come."""
+
+    def __init__(self, kind: _Kind, index: int, answer_id: str, more: Json) -> None:
+        self.kind, self.more, self.id = kind, more, f"{kind.prefix}_{answer_id}_{index}"
+        self.where = {"item_id": self.id, "output_index": index, **kind.place}
+        self.texts, self.logprobs = list[bytes](), list[Json]()    # pieces, as JSON has them between its quotes
+        self.frame = b""    # around a piece in an event, once the item has begun
+
+    def text(self) -> str:
+        """Return the text of all pieces."""
+        return str(json.loads('"%s"' % b"".join(self.texts).decode("utf-8", "replace")))
+
+    def may_end(self) -> bool:
+        """Return True if another item may begin: a call is only complete when its arguments are."""
+        return bool(self.kind.parts) or object_in(self.text()) is not None
+
+    def json(self, status: str) -> Json:
+        """Return the item as the API has it."""
+        kind, text = self.kind, self.text() if status != "in_progress" else ""
+        part = {**kind.part, **({"logprobs": self.logprobs} if self.logprobs else {}),
+                kind.text: _input_in(text) if kind.text == "input" else text}
+        inner = {kind.parts: [part] if status != "in_progress" else []} if kind.parts else part
+        return {"id": self.id, **kind.item, "status": status, **self.more, **inner}
+
+
+def _input_in(arguments: str) -> str:
+    """Return the text that a model gave to a custom tool, by whatever name."""
+    text = next(iter((object_in(arguments) or {}).values()), None)
+    return text if isinstance(text, str) else arguments
+
+
+def _inner(call: Json) -> Json:
+    """Return what a tool call, or a piece of one, says of a function or a custom tool."""
+    return call.get("function") or call.get("custom") or {}
+
+
+def _usage_of(usage: Json) -> Json:
+    """Return chat's usage as this API has it."""
+    read, written = (details if isinstance(details, dict) else {} for details in map(usage.get, (
+        "prompt_tokens_details", "completion_tokens_details")))
+    return {"input_tokens": usage.get("prompt_tokens"), "input_tokens_details": {
+                name: read.get(name) or 0 for name in ("cached_tokens", "cache_write_tokens")},
+            "output_tokens": usage.get("completion_tokens"), "output_tokens_details": {
+                "reasoning_tokens": written.get("reasoning_tokens") or 0}, "total_tokens": usage.get("total_tokens")}
+
+
+def echo_of(body: Json) -> Json:
+    """Return what a response repeats of its request."""
+    return {name: usual if body.get(name) is None else body[name] for name, usual in _ECHOED.items()}
+
+
+class _ResponsesWriter(Writer):
+    """Tells one item after the other: what comes while a call is open waits for the end, as that call may go on."""
+
+    def __init__(self, request: ChatRequest, number: int, kept: collections.deque[Json]) -> None:
+        """`number` tells the answer from others, as some servers give them all one id; `kept` gets the items."""
+        self._request, self._answer, self._kept, self._finish = request, number, kept, ""
+        self.response, self._echo = Json(), b""    # the fields that are told of each answer, and what is echoed
+        self._number = 0                    # of the next event
+        self._output = list[Json]()         # the items that are complete
+        self._open: dict[Any, _Item] = {}   # by the field of the delta, or by the index of the call
+
+    @functools.cached_property
+    def _tools(self) -> dict[str, _Tool]:
+        return tools_of(self._request.origin)
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            return self._say("content", chunk)
+        events = b"" if self.response else self._begin(chunk)
+        if isinstance(chunk.get("usage"), dict):
+            self.response["usage"] = _usage_of(chunk["usage"])
+        for choice in chunk["choices"][:1]:
+            delta, logprobs = choice["delta"], choice.get("logprobs")
+            logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
+            self._finish = choice.get("finish_reason") or self._finish
+            for field in filter(delta.get, _TEXT_FIELDS):
+                events += self._say(field, [dumps(delta[field])[1:-1]], logprobs if (
+                    field == "content" and isinstance(logprobs, list)) else ())
+            for call in delta.get("tool_calls") or ():
+                text = _inner(call).get("arguments") or _inner(call).get("input") or ""
+                events += self._say(call["index"], [dumps(text)[1:-1]] if text else [], (), call)
+        return events
+
+    def end(self) -> bytes:
+        reason = _INCOMPLETE.get(self._finish)
+        status = "incomplete" if reason else "completed"
+        return self._close(status) + self._states(
+            status, status=status, incomplete_details={"reason": reason} if reason else None)
+
+    def broken(self, error: OblixError) -> bytes:
+        # The SDKs raise the first event, and only if it has an error object; Codex reads the second, and not the first.
+        told = error_body(error)["error"]
+        events = b"" if self.response else self._begin({})
+        return events + self._event("error", **{**told, "error": told}) + self._states(
+            "failed", status="failed", error={"code": error.code or error.type, "message": told["message"]})
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        if not self._request.stream:
+            return b""
+        self._number += 1
+        return b"event: %b\n%b" % (kind.encode(), sse({**fields, "type": kind, "sequence_number": self._number - 1}))
+
+    def _states(self, *states: str, **fields: Any) -> bytes:
+        """Return the events that tell how the whole answer is."""
+        self.response.update(output=self._output, **fields)
+        if not self._request.stream:
+            return b""
+        told, events = dumps(self.response)[:-1] + b"," + self._echo, b""
+        for state in states:    # the tools alone may have 30 KB: they are encoded once
+            events += self._event(f"response.{state}")[:-3] + b',"response":%b}\n\n' % told
+        return events
+
+    def _begin(self, first: Json) -> bytes:
+        """Return the events for the first chunk of an answer."""
+        id = re.sub("[^A-Za-z0-9]", "", str(first.get("id")).removeprefix("chatcmpl-"))
+        self._id = f"{id[-40:]}x{self._answer:x}"
+        self.response = {
+            "id": f"resp_{self._id}", "created_at": first.get("created", 0), **_ALWAYS, "usage": None,
+            "model": first.get("model", self._request.model), "service_tier": first.get("service_tier") or "default"}
+        self._echo = dumps(echo_of(self._request.origin))[1:] if self._request.stream else b""
+        return self._states("created", "in_progress", status="in_progress")
+
+    def _say(self, key: Any, texts: Sequence[bytes], logprobs: Sequence[Json] = (), call: Json | None = None) -> bytes:
+        """Return the events for pieces of a text, by the field of the delta or by the index of the call."""
+        item, events = self._open.get(key), b""
+        if not item:
+            if call and not _inner(call).get("name"):    # blanks after a call that is complete
+                return b""
+            if len(self._open) == 1 and next(iter(self._open.values())).may_end():
+                events = self._close("completed")
+            item = self._open[key] = self._item(key, call)
+            events += self._begin_item(item) if len(self._open) == 1 else b""
+        item.texts.append(b"".join(texts))
+        item.logprobs += logprobs
+        return events + self._deltas(item, texts, logprobs) if item.frame and item.kind.text != "input" else events
+
+    def _item(self, key: Any, call: Json | None) -> _Item:
+        """Return a new item."""
+        more, index = Json(), len(self._output) + len(self._open)
+        if call:
+            name = str(_inner(call).get("name"))
+            tool = self._tools.get(name) or _Tool("", name)    # one that the model has made up
+            key, more = tool.kind or "function_call", {"call_id": call.get("id"), "name": tool.name}
+            more.update({"namespace": tool.namespace} if tool.namespace else {})
+        return _Item(_KINDS[key], index, self._id, more)
+
+    def _begin_item(self, item: _Item) -> bytes:
+        kind, name, whole = item.kind, f"{item.kind.events}.delta", item.json("in_progress")
+        more = _NO_LOGPROBS if "logprobs" in kind.part else b""
+        item.frame = b"event: %b\n%b" % (name.encode(), sse({"type": name, **item.where}).rstrip()[:-1]) + (
+            b',"delta":"%b"' + more + b',"sequence_number":%d}\n\n')
+        part = {**kind.part, kind.text: ""}
+        events = self._event("response.output_item.added", output_index=item.where["output_index"], item=whole)
+        return events + (self._event(f"{kind.part_events}.added", **item.where, part=part) if kind.parts else b"")
+
+    def _deltas(self, item: _Item, texts: Sequence[bytes], logprobs: Sequence[Json] = ()) -> bytes:
+        first, self._number, frame = self._number, self._number + len(texts), item.frame
+        events = b"".join([frame % (text, number) for number, text in enumerate(texts, first)])
+        return events.replace(_NO_LOGPROBS, b',"logprobs":' + dumps(logprobs)) if logprobs else events
+
+    def _close(self, status: str) -> bytes:
+        """Return the events that complete what is open; the last item ends with this status."""
+        events, items, self._open = b"", [*self._open.values()], {}
+        for item in items:
+            kind, whole = item.kind, item.json(status if item is items[-1] else "completed")
+            part = whole[kind.parts][0] if kind.parts else whole
+            waited = not item.frame
+            events += self._begin_item(item) if waited else b""
+            events += self._deltas(item, [dumps(part[kind.text])[1:-1]]) if waited or kind.text == "input" else b""
+            told = {name: part[name] for name in (kind.text, "logprobs") if name in part}
+            events += self._event(f"{kind.events}.done", **item.where, **told)
+            events += self._event(f"{kind.part_events}.done", **item.where, part=part) if kind.parts else b""
+            events += self._event("response.output_item.done", output_index=item.where["output_index"], item=whole)
+            self._output.append(whole)
+            if self._request.origin.get("store") is not False and sum(map(len, item.texts)) <= MAX_KEPT_BYTES:
+                self._kept.append(whole)
+        return events
+
+
+class Responses(Front):
+    """OpenAI's Responses without what it stores, but for the newest items, as some clients only refer to them."""
+    name = "responses"
+
+    def __init__(self) -> None:
+        self._kept: collections.deque[Json] = collections.deque(maxlen=MAX_KEPT)
+        self._numbers = itertools.count()    # of answers
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        asked, left_out = self.chat(body)
+        request = parse_request({**asked, "stream_options": {"include_usage": True}})
+        return dataclasses.replace(request, origin=body, left_out=left_out)
+
+    def chat(self, body: Json) -> tuple[Json, tuple[str, ...]]:
+        """Return a body as chat's, and what is left out of it.  Raise BadRequest."""
+        check_fields(body, _RESPONSES_FIELDS, ())
+        for name in _NOT_KEPT:
+            need(not body.get(name), name, "is not supported: Oblix stores no responses and no prompts. Send the whole "
+                 "input with each request", "unsupported_parameter")
+        asked = body.get("input") or []
+        items = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
+        referring = [number for number, item in enumerate(items)
+                     if isinstance(item, dict) and item.get("type") == "item_reference"]
+        kept = {item["id"]: item for item in tuple(self._kept)} if referring else {}
+        for number in referring:
+            items[number] = kept.get(str(items[number].get("id")))
+            need(items[number], f"input[{number}]", "refers to an item that Oblix does not have: it keeps the newest "
+                 f"{MAX_KEPT} in its memory. Send whole items: set store to false (Vercel AI SDK: providerOptions: "
+                 "{openai: {store: false}})", "unsupported_parameter")
+        return chat_of(body, items)
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        choice, writer = answer["choices"][0], self.stream(request)
+        calls = [{"index": index, **call} for index, call in enumerate(choice["message"].get("tool_calls") or ())]
+        writer.take({**answer, "choices": [{**choice, "delta": {**choice["message"], "tool_calls": calls}}]})
+        writer.end()
+        return {**writer.response, **echo_of(request.origin)}
+
+    def stream(self, request: ChatRequest) -> _ResponsesWriter:
+        return _ResponsesWriter(request, next(self._numbers), self._kept)
 
 
 # --- 11. Anthropic's Messages -----------------------------------------------------------------------------------------
@@ -6753,8 +7445,337 @@ def ollama_loaded(models: Iterable[Model]) -> Json:
     return {"models": [*{str(model.loaded["name"]): model.loaded for model in models if model.loaded}.values()]}
 
 
-CHAT, MESSAGES, OLLAMA = Chat(), Messages(), OllamaApi()
-FRONTS: dict[str, Front] = {"/chat/completions": CHAT, "/messages": MESSAGES}    # by path, without /v1
+# --- 11. Ollama's API -------------------------------------------------------------------------------------------------
+
+_A_TEXT, _WHOLE = FIELDS["reasoning_effort"], FIELDS["seed"]
+_SHARED = ("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty")    # with OpenAI
+_AS_IN_OPENAI = ("model", "tools", "logprobs", "top_logprobs")
+_DURATIONS = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")    # in ns
+_SAID = ("content", "reasoning_content", "refusal")    # what of a delta is told at once
+_ONLY_OLLAMA = ("raw", "template", "context", "suffix")    # knows what these make of a prompt
+OLLAMA_FIELDS: dict[str, Rule] = {
+    **{name: FIELDS[name] for name in ("model", "stream", "tools", "options", "logprobs", "top_logprobs")},
+    **dict.fromkeys(("prompt", "system", "suffix", "template"), _A_TEXT), "raw": FIELDS["stream"],
+    "messages": (lambda value: isinstance(value, list), "must be a list of messages"),
+    "format": (lambda value: isinstance(value, dict) or value in ("", "json"), 'must be "json" or a JSON schema'),
+    "think": (lambda value: isinstance(value, (bool, str)), 'must be true, false, "low", "medium" or "high"'),
+    "keep_alive": (lambda value: type(value) in (int, float, str), 'must be seconds, or a time such as "5m"'),
+    "context": (lambda value: isinstance(value, list), "must be a list of numbers"),
+    "images": (lambda value: isinstance(value, list) and all(isinstance(image, str) for image in value),
+               "must be a list of images in base64"),
+}
+OLLAMA_MESSAGE: dict[str, Rule] = {
+    **dict.fromkeys(("role", "content", "thinking", "tool_name", "tool_call_id"), _A_TEXT),
+    "images": OLLAMA_FIELDS["images"],
+    "tool_calls": (lambda value: MESSAGE_FIELDS["tool_calls"][0](value) and all(map(called_in, value)),
+                   'must be a list of {"function": {"name": …, "arguments": {}}}'),
+}
+OLLAMA_OPTIONS: dict[str, Rule] = {    # for a wrong type Ollama has a 500
+    **{name: FIELDS[name] for name in _SHARED}, **dict.fromkeys(("num_predict", "num_ctx"), _WHOLE)}
+
+
+class OllamaChat(OllamaApi):
+    """Ollama's /api/chat.  Ollama itself gets a request as it came, others get it in OpenAI's words."""
+    name, events = "ollama", "application/x-ndjson"
+    path, before_text = "/api/chat", b'"content":"'
+    keep_alive = (b'{"model":"","created_at":"1970-01-01T00:00:00Z","message":{"role":"assistant","content":""},'
+                  b'"done":false}\n')    # its clients read each line as JSON
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        check_fields(body, OLLAMA_FIELDS, ("model",))
+        body = without_nulls(body, "options")
+        options, messages = body.get("options", {}), self.messages(body)
+        check_fields(options, OLLAMA_OPTIONS, (), "options.")
+        if not messages:
+            return ChatRequest(body["model"], {"messages": []}, origin=body)
+        effort: Any = body.get("think")
+        request = parse_request({
+            **{name: options.get(name) for name in _SHARED}, **{name: body.get(name) for name in _AS_IN_OPENAI},
+            "messages": [*map(_with_calls, without_deprecated(messages))], "stream": body.get("stream", True),
+            "stream_options": {"include_usage": True}, "response_format": _format(body.get("format")),
+            "max_tokens": max(options.get("num_predict", 0), 0) or None,    # -1 is no limit, -2 the window's
+            "reasoning_effort": {True: "medium", False: "none"}.get(effort, effort)})
+        only = next((name for name in _ONLY_OLLAMA if body.get(name)), "")
+        return dataclasses.replace(request, origin=body, native=Native("ollama", self.path, body, only=only))
+
+    def messages(self, body: Json) -> list[Json]:
+        """Return the messages in OpenAI's words, but for their calls.  Raise BadRequest."""
+        return [_from_ollama(f"messages[{number}]", message) for number, message in enumerate(body.get("messages", []))]
+
+    def at_once(self, request: ChatRequest, now: int) -> Json | None:
+        if request.messages:
+            return None
+        reason = "unload" if request.origin.get("keep_alive") in (0, "0", "0s", "0m") else "load"
+        return {**self.piece({"model": request.model, "created": now}, {}), "done": True, "done_reason": reason}
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        choice = answer["choices"][0]
+        return {**self.piece(answer, choice, _ollama_calls(choice)), **self.ended(answer)}
+
+    def stream(self, request: ChatRequest) -> Writer:
+        return _OllamaWriter(self)
+
+    def piece(self, answer: Json, choice: Json, calls: Sequence[Json] = ()) -> Json:
+        """Return the piece of an answer that says what a choice and calls say."""
+        said, told = choice.get("message") or choice.get("delta") or {}, choice.get("logprobs")
+        text = said.get("content") or said.get("refusal") or ""
+        more = present({"thinking": said.get("reasoning_content"), "tool_calls": calls})
+        return {"model": answer["model"], "created_at": rfc3339(answer["created"]), **self.said(text, more),
+                **present({"logprobs": told.get("content") if isinstance(told, dict) else None}), "done": False}
+
+    def said(self, text: str, more: Json) -> Json:
+        """Return the fields of a piece that have its text, and what it says besides."""
+        return {"message": {"role": "assistant", "content": text, **more}}
+
+    def ended(self, answer: Json) -> Json:
+        """Return the fields of the last piece of an answer."""
+        usage, finish = answer.get("usage") or {}, answer["choices"][0]["finish_reason"]
+        timings = answer["timings"] if isinstance(answer.get("timings"), dict) else {}    # Ollama's, or others' own
+        return {"done": True, "done_reason": "length" if finish == "length" else "stop",
+                **{name: timings.get(name) or 0 for name in _DURATIONS},
+                "prompt_eval_count": usage.get("prompt_tokens") or 0, "eval_count": usage.get("completion_tokens") or 0,
+                **present({"context": timings.get("context")})}
+
+
+class OllamaGenerate(OllamaChat):
+    """Ollama's /api/generate: one prompt."""
+    path, before_text = GENERATE_PATH, b'"response":"'
+    keep_alive = b'{"model":"","created_at":"1970-01-01T00:00:00Z","response":"","done":false}\n'
+
+    def messages(self, body: Json) -> list[Json]:
+        asked = {"role": "user", "content": body.get("prompt", ""), "images": body.get("images")}
+        system = {"role": "system", "content": body.get("system", "")}
+        asks = asked["content"] or asked["images"]
+        return [_from_ollama("", one) for one in (system, asked) if one["content"] or one is asked] if asks else []
+
+    def said(self, text: str, more: Json) -> Json:
+        return {"response": text, **more}
+
+
+class _OllamaWriter(Writer):
+    def __init__(self, front: OllamaChat) -> None:
+        self._front = front
+        self._frame: Frame | None = None
+        self._last: list[Chunk] = []    # what is said at the end: calls, which its clients get whole, reason, usage
+
+    def take(self, chunk: Any) -> bytes:
+        texts = texts_in(chunk) if self._frame else None
+        if texts:
+            return framed(texts, self._frame)
+        self._frame = self._frame or around_text(
+            ndjson(self._front.piece(chunk, {"delta": {"content": "\0"}})), self._front.before_text)
+        lines = list[bytes]()
+        for choice in chunk["choices"]:
+            if any(map(choice["delta"].get, _SAID)) or choice.get("logprobs"):
+                lines.append(ndjson(self._front.piece(chunk, choice)))
+        kept = [{**choice, "delta": present({"tool_calls": [*choice["delta"].get("tool_calls", ())]})}
+                for choice in chunk["choices"]]
+        if not self._last or "usage" in chunk or any(choice["delta"] or choice["finish_reason"] for choice in kept):
+            self._last.append({**chunk, "choices": kept})
+        return b"".join(lines)
+
+    def end(self) -> bytes:
+        answer = fold(self._last)
+        calls = _ollama_calls(answer["choices"][0])
+        told = ndjson(self._front.piece(answer, {}, calls)) if calls else b""
+        return told + ndjson({**self._front.piece(answer, {}), **self._front.ended(answer)})
+
+    def broken(self, error: OblixError) -> bytes:
+        return ndjson(self._front.error(error))
+
+
+def ndjson(value: Json) -> bytes:
+    """Return a line of newline-delimited JSON."""
+    return dumps(value) + b"\n"
+
+
+def _from_ollama(where: str, message: Any) -> Json:
+    """Return a message of Ollama's in OpenAI's words, but for its calls.  Raise BadRequest."""
+    need(isinstance(message, dict), where, "must be an object")
+    check_fields(message, OLLAMA_MESSAGE, ("role",), f"{where}.")
+    text = message.get("content") or ""
+    images = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}    # or what its bytes say
+              for image in message.get("images") or ()]
+    texts = [{"type": "text", "text": text}] if text else []
+    return {"role": message["role"], "content": [*texts, *images] if images else text, **present({
+        "tool_calls": message.get("tool_calls"), "tool_call_id": message.get("tool_call_id"),
+        "name": message.get("tool_name"), "reasoning_content": message.get("thinking")})}
+
+
+def _with_calls(message: Json) -> Json:
+    """Return one of the messages of `without_deprecated` in OpenAI's words: arguments are a text there."""
+    calls = [{**call, "type": "function", "function": {
+        **call["function"], "arguments": dumps(call["function"]["arguments"]).decode()}}
+        for call in message["tool_calls"]]
+    return {**{name: value for name, value in message.items() if value or name == "content"}, "tool_calls": calls}
+
+
+def _ollama_calls(choice: Json) -> list[Json]:
+    """Return the tool calls of a whole choice as Ollama has them: arguments are an object there."""
+    return [{"id": call["id"], "function": {"index": index, **function_in(call)}}
+            for index, call in enumerate(choice["message"].get("tool_calls") or ())]
+
+
+def _format(asked: str | Json | None) -> Json | None:
+    """Return OpenAI's response_format for Ollama's format."""
+    if isinstance(asked, dict):
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": asked}}
+    return {"type": "json_object"} if asked else None
+
+
+# --- 11. Legacy completions -------------------------------------------------------------------------------------------
+
+COMPLETION_FIELDS: dict[str, Rule] = {
+    "prompt": (lambda value: len(value) == 1 and bool(value[0]) and isinstance(value[0], str)
+               if isinstance(value, list) else value and isinstance(value, str),
+               "must be one text that is not empty: Oblix takes no tokens, and one prompt in a request"),
+    "suffix": _A_TEXT, "echo": FIELDS["stream"],
+    "best_of": (lambda value: value == 1, "must be 1: each answer that is made is given, see n"),
+    "logprobs": (lambda value: value is False, "is not supported here: ask for it at /v1/chat/completions"),
+}
+_NOT_OF_CHAT = {*COMPLETION_FIELDS, "messages", "tools", "functions", "top_logprobs"}
+
+
+class Completions(Front):
+    """OpenAI's legacy completions: the prompt is a user's message, without a limit of tokens unless one is given.
+
+    OpenAI's limit was 16.  Ollama and llama.cpp, for which most of today's clients are made, have none.
+    """
+    name = "completions"
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        check_fields(body, COMPLETION_FIELDS, ("prompt",))
+        prompt, suffix = "".join(body["prompt"]), body.get("suffix")
+        kept = {name: value for name, value in body.items() if name not in _NOT_OF_CHAT}
+        request = parse_request({**kept, "messages": [{"role": "user", "content": prompt}]})
+        native = Native("ollama", GENERATE_PATH, {"prompt": prompt, "suffix": suffix}, only="suffix")
+        return dataclasses.replace(request, origin=body, native=native if suffix else None)
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        return self.piece(answer, [(choice, self.echo(request)) for choice in answer["choices"]])
+
+    def stream(self, request: ChatRequest) -> Writer:
+        return _CompletionWriter(self, request)
+
+    @staticmethod
+    def echo(request: ChatRequest) -> str:
+        """Return what stands before each choice."""
+        return "".join(request.origin["prompt"]) if request.origin.get("echo") else ""
+
+    def piece(self, answer: Json, choices: Iterable[tuple[Json, str]]) -> Json:
+        """Return what choices say, each behind a text, as an answer or a piece of one."""
+        said = [(choice, choice.get("message") or choice["delta"], before) for choice, before in choices]
+        told = [{"index": choice["index"], "text": before + (words.get("content") or words.get("refusal") or ""),
+                 "logprobs": None, "finish_reason": choice["finish_reason"]} for choice, words, before in said]
+        return {"id": answer["id"].replace("chatcmpl-", "cmpl-", 1), "object": "text_completion",
+                "created": answer["created"], "model": answer["model"], "choices": told,
+                **present({"usage": answer.get("usage")})}
+
+
+class _CompletionWriter(Writer):
+    def __init__(self, front: Completions, request: ChatRequest) -> None:
+        self._front, self._include_usage = front, request.include_usage
+        self._echo: dict[int, Any] = dict.fromkeys(range(request.body.get("n", 1)), front.echo(request))
+        self._frame: Frame | None = None
+
+    def take(self, chunk: Any) -> bytes:
+        texts = texts_in(chunk) if self._frame else None
+        if texts:
+            return framed(texts, self._frame)
+        if not self._frame:
+            choice = {"index": 0, "delta": {"content": "\0"}, "finish_reason": None}
+            self._frame = around_text(sse(self._front.piece(chunk, [(choice, "")])), b'"text":"')
+        told = self._front.piece(chunk, [(choice, self._echo.pop(choice["index"], "")) for choice in chunk["choices"]])
+        told["choices"] = [choice for choice in told["choices"] if choice["text"] or choice["finish_reason"]]
+        return sse(told) if told["choices"] or self._include_usage and "usage" in told else b""
+
+    def end(self) -> bytes:
+        return DONE
+
+    def broken(self, error: OblixError) -> bytes:
+        return sse(error_body(error))
+
+
+# --- 11. Embeddings ---------------------------------------------------------------------------------------------------
+
+def _inputs(value: Any) -> list[Any]:
+    """Return the texts, or the lists of tokens, of an OpenAI input; [] if that is not one."""
+    items = value if isinstance(value, list) else [value]
+    if _are_tokens(value):
+        items = [value]
+    return items if all(one and isinstance(one, str) for one in items) or all(map(_are_tokens, items)) else []
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(type(one) is int for one in value)
+
+
+class Embeddings:
+    """OpenAI's /v1/embeddings."""
+    name = "embeddings"
+    rules: ClassVar[dict[str, Rule]] = {
+        "model": FIELDS["model"], "user": _A_TEXT, "input": (_inputs, "must be a text, a list of texts, or of lists of "
+                                                             "tokens, of which none is empty"),
+        "encoding_format": (lambda value: value in ("float", "base64"), "must be float or base64"),
+        "dimensions": (lambda value: type(value) is int and 0 < value < 1 << 16, "must be an integer from 1 to 65535")}
+    needed: ClassVar[tuple[str, ...]] = ("model", "input")
+
+    def request(self, body: Json) -> EmbeddingRequest:
+        """Return the request in a client's body.  Raise BadRequest."""
+        check_fields(body, self.rules, self.needed)
+        return self.asked(without_nulls(body))
+
+    def asked(self, body: Json) -> EmbeddingRequest:
+        """Return the request in a body that is checked."""
+        kept: Json = {name: body[name] for name in ("dimensions", "user") if name in body}
+        return EmbeddingRequest(body["model"], _inputs(body["input"]), body.get("encoding_format") == "base64", kept,
+                                {"truncate": False})    # as OpenAI: too long a text is an error
+
+    def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
+        """Return the client's answer."""
+        data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(vectors)]
+        return {"object": "list", "data": data, "model": model, "usage": {"prompt_tokens": tokens,
+                                                                          "total_tokens": tokens}}
+
+
+class OllamaEmbed(Embeddings):
+    """Ollama's /api/embed."""
+    rules: ClassVar[dict[str, Rule]] = {
+        **{name: Embeddings.rules[name] for name in ("model", "dimensions")},
+        **{name: OLLAMA_FIELDS[name] for name in ("options", "keep_alive")}, "truncate": FIELDS["stream"],
+        "input": FIELDS["stop"], "prompt": _A_TEXT}
+    needed = ("model",)
+    field: ClassVar[str] = "input"
+
+    def asked(self, body: Json) -> EmbeddingRequest:
+        own: Json = {name: body[name] for name in ("options", "keep_alive", "truncate") if name in body}
+        kept: Json = {name: body[name] for name in ("dimensions",) if name in body}
+        return EmbeddingRequest(body["model"], as_list(body.get(self.field) or []), False, kept, own)
+
+    def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
+        return {"model": model, "embeddings": vectors, "total_duration": int(seconds * 1e9), "load_duration": 0,
+                "prompt_eval_count": tokens}
+
+
+class OllamaEmbeddings(OllamaEmbed):
+    """Ollama's /api/embeddings, of old: one prompt."""
+    field = "prompt"
+
+    def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
+        return {"embedding": vectors[0] if vectors else []}
+
+
+EMBEDDINGS: dict[str, Embeddings] = {    # by path, without /v1
+    "/embeddings": Embeddings(), "/api/embed": OllamaEmbed(), "/api/embeddings": OllamaEmbeddings()}
+
+
+# --- 11. All of them --------------------------------------------------------------------------------------------------
+
+CHAT, RESPONSES, MESSAGES, OLLAMA, OLLAMA_CHAT, OLLAMA_GENERATE = (
+    Chat(), Responses(), Messages(), OllamaApi(), OllamaChat(), OllamaGenerate())
+FRONTS: dict[str, Front] = {    # by path, without /v1
+    "/chat/completions": CHAT, "/responses": RESPONSES, "/messages": MESSAGES, "/completions": Completions(),
+    OLLAMA_CHAT.path: OLLAMA_CHAT, OLLAMA_GENERATE.path: OLLAMA_GENERATE}
 _BELOW = {"/messages/": MESSAGES, "/api/": OLLAMA}    # how the path begins of what else these APIs have
 
 
@@ -6973,8 +7994,9 @@ class Handler(socketserver.BaseRequestHandler):
         self.head = parse_head(first, self._fields())
         self._unread = self.head.body_size != 0
         self.close_connection = not self.head.keeps_open
-        if self.head.path in FRONTS:
-            self.told["front"] = FRONTS[self.head.path].name
+        front = FRONTS.get(self.head.path) or EMBEDDINGS.get(self.head.path)
+        if front:
+            self.told["front"] = front.name
         self._common = {**self.guard.cors_headers(self.head), **front_of(self.head).headers(self.id)}
         self.guard.check(self.head)
 
@@ -7112,8 +8134,9 @@ class Handler(socketserver.BaseRequestHandler):
             return self.reply(204, b"", {"Allow": ", ".join([*(methods or ("GET", "HEAD", "POST")), "OPTIONS"])})
         if answer is None:
             asked = head.target.partition("?")[0][:100]
-            raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST /v1"
-                             f"{', /v1'.join(FRONTS)}, GET /v1/models and GET /health.", status=404, code="unknown_url")
+            posts = ", ".join(path if path.startswith("/api/") else f"/v1{path}" for path in FRONTS)
+            raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST {posts}, GET /v1/models "
+                             "and GET /health.", status=404, code="unknown_url")
         if head.method not in methods:
             self._common["Allow"] = ", ".join(methods)    # RFC 9110, 15.5.6
             raise BadRequest(f"{path[:100]} takes {' or '.join(methods)}, not {head.method[:20]}.",
@@ -7167,18 +8190,15 @@ class Handler(socketserver.BaseRequestHandler):
         self._front = front = FRONTS[self.head.path]
         request = routed(front.request(parse_body(self.body()), self.head), self.head)
         self.told["asked"] = request.model
-        self.admission.take(1, 0)
-        self.guest.busy = True
-        self._events, self._event_headers = b"", {"Content-Type": front.events, **EVENT_HEADERS}
-        self._looked = self._sent = time.monotonic()
-        self._keep_alive_s = KEEP_ALIVE_S if request.stream else math.inf
-        self._writer = front.stream(request)
+        told = front.at_once(request, int(time.time()))
+        if told is not None:
+            self.server.gateway.plan(request)    # there is a model of this name, and one that can answer
+            return self.json(200, told)
+        self._begin(KEEP_ALIVE_S if request.stream else math.inf)
+        self._event_headers, self._writer = {"Content-Type": front.events, **EVENT_HEADERS}, front.stream(request)
         served = self.server.gateway.answer(request, self._look)
-        model, side = served.target.id, served.target.side.value
-        self.told.update(served=model, side=side, attempts=served.attempts, reason=served.reason,
-                         fallbacks=served.fallbacks)
-        headers = {"x-oblix-model": model, "x-oblix-side": side, "x-oblix-reason": served.reason,
-                   "x-oblix-attempts": str(served.attempts)}
+        self.told["fallbacks"] = served.fallbacks
+        headers = self._served(served.target, served.reason, served.attempts)
         if request.left_out and not request.native_to(served.target.endpoint.provider):
             headers["x-oblix-left-out"] = ", ".join(request.left_out)[:1000]
         if served.whole is not None:
@@ -7193,6 +8213,31 @@ class Handler(socketserver.BaseRequestHandler):
         """Answer how many tokens a prompt has: as Claude counts them if it is named, or by their size."""
         request = routed(MESSAGES.request(parse_body(self.body()), self.head), self.head)
         self.json(200, {"input_tokens": self.server.gateway.counted(request) or prompt_tokens(request)})
+
+    def _embed(self) -> None:
+        """Answer a request for embeddings.  Raise OblixError, ClientGone."""
+        api = EMBEDDINGS[self.head.path]
+        request, route = api.request(parse_body(self.body())), route_of(self.head)
+        self.told["asked"] = request.model
+        self._begin(math.inf)
+        target, vectors, tokens = self.server.gateway.embed(request, route, self._look)
+        self.told["prompt_tokens"] = tokens
+        headers = self._served(target, "the model of embeddings", 1)
+        self.json(200, api.answer(target.id, vectors, tokens, time.monotonic() - self.started), headers)
+
+    def _begin(self, keep_alive_s: float) -> None:
+        """Count a request for a model's work from now on, and see to its client.  Raise Busy."""
+        self.admission.take(1, 0)
+        self.guest.busy = True
+        self._events, self._keep_alive_s = b"", keep_alive_s
+        self._looked = self._sent = time.monotonic()
+
+    def _served(self, target: Target, reason: str, attempts: int) -> dict[str, str]:
+        """Note who has answered, and return the headers that say so."""
+        told = {"served": target.id, "side": target.side.value, "reason": reason, "attempts": attempts}
+        self.told.update(told)
+        return {"x-oblix-model": target.id, **{f"x-oblix-{name}": str(value) for name, value in told.items()
+                                               if name != "served"}}
 
     def _look(self) -> None:
         """See to the client before each wait and at each tick.  Raise ClientGone if it has left, Busy if Oblix ends."""
@@ -7256,7 +8301,8 @@ class Handler(socketserver.BaseRequestHandler):
 _READ = ("GET", "HEAD")
 # Path without /v1 -> methods, and what answers them; OPTIONS goes everywhere.
 ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Handler], None] | None]] = {
-    **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), "/": (_READ, Handler._page),
+    **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), **dict.fromkeys(EMBEDDINGS, (("POST",), Handler._embed)),
+    "/": (_READ, Handler._page),
     "/messages/count_tokens": (("POST",), Handler._count_tokens),
     "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models),
     "/metrics": (_READ, Handler._metrics), "/status": (_READ, Handler._status),

@@ -204,8 +204,16 @@ class OllamaDialect:
     def wants_stream(self, body):
         return body.get("stream", True)
 
-    def events(self, saying, _body=None):
-        return [self.line(line) for line in [*map(self._line, saying.pieces), self._last(saying)]]
+    def events(self, saying, body=None):
+        said = self._generated if "prompt" in (body or {}) else dict
+        return [self.line(said(line)) for line in [*map(self._line, saying.pieces), self._last(saying)]]
+
+    def _generated(self, line):
+        """What /api/generate says where /api/chat says this."""
+        message = line.pop("message")
+        return {**{name: line.pop(name) for name in ("model", "created_at")}, "response": message["content"],
+                **{name: message[name] for name in ("thinking",) if name in message}, **line,
+                **({"context": [1, 2, 3]} if line["done"] else {})}
 
     def error(self, message, kind=None):
         return {"error": message}
@@ -522,7 +530,7 @@ class Upstream:
         if request.method == "GET":
             self.probes.append(request)
             return self.probe
-        if self.dialect is OLLAMA and request.json["messages"] == []:
+        if self.dialect is OLLAMA and request.json.get("messages") == []:
             self.loads.append(request)
             return self._loading(request.json)
         self.requests.append(request)
@@ -9675,6 +9683,12 @@ class Form(NamedTuple):
     dialect: object
     before: bytes
     after: bytes
+    native: str = ""    # the path of a request in the provider's own dialect
+
+    @property
+    def request(self):
+        native = oblix.Native(self.dialect.name, self.native, {}) if self.native else None
+        return dataclasses.replace(PASSED_FOR, native=native)
 
     def said(self, *texts):
         """Events that say these texts, as bytes of JSON."""
@@ -9684,7 +9698,7 @@ class Form(NamedTuple):
     def texts(self, data):
         """(the texts that pass unread when this has come at an event's beginning, what is left to be read)"""
         answer = oblix.Answer(None, oblix.Limits(1, 1, 1), oblix.no_look, list)
-        answer.text_event = oblix.PROVIDERS[self.dialect.name].text_event
+        answer.text_event = oblix.PROVIDERS[self.dialect.name].text_event_of(self.request)
         whole, rest = answer._whole(data, True)
         texts = answer._texts(whole)
         return (texts, rest) if texts else ([], data)
@@ -9692,7 +9706,7 @@ class Form(NamedTuple):
     def read(self, event):
         """The deltas that are made of an event that is read, in a stream that has begun; None of what is no event."""
         provider = oblix.PROVIDERS[self.dialect.name]
-        chunks = provider.decode([*self.said(b"first").split(b"\n"), *event.split(b"\n")], PASSED_FOR)
+        chunks = provider.decode([*self.said(b"first").split(b"\n"), *event.split(b"\n")], self.request)
         deltas = []
         try:
             for piece in chunks:
@@ -9710,6 +9724,8 @@ FORMS = [
          b'"}, "finish_reason": null}], "usage": null, "obfuscation": "aB%d"}\n\n'),
     Form("ollama", OLLAMA, b'{"model":"m","created_at":"2026-11-24T10:00:00.%d+01:00","message":{"role":"assistant",'
          b'"content":"', b'"},"done":false}\n'),
+    Form("ollama, generate", OLLAMA, b'{"model":"m","created_at":"2026-11-24T10:00:00.%d+01:00","response":"',
+         b'","done":false}\n', oblix.GENERATE_PATH),
     Form("claude", CLAUDE, b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":'
          b'{"type":"text_delta","text":"', b'"}}\n\n'),
 ]
@@ -9817,7 +9833,7 @@ class Passing(Case):
 
     def test_what_says_more_than_a_text_is_read(self):
         for form in FORMS:
-            for old, new in SAYS_MORE[form.dialect] if "padded" not in form.name else ():
+            for old, new in SAYS_MORE[form.dialect] if "," not in form.name else ():
                 event = form.said(b"a").replace(old, new, 1)
                 with self.subTest(form.name, event=event):
                     self.assertNotEqual(event, form.said(b"a"))
@@ -10618,6 +10634,533 @@ class ChatKeepsTheContract(FrontContract, Case):
         return {**FULL, "model": "ollama:llama3.2"}
 
 
+# --- 11. OpenAI's Responses -------------------------------------------------------------------------------------------
+
+def respond(model="auto", *items, **fields):
+    """The body of a request for OpenAI's Responses."""
+    return {"model": model, "input": list(items) or "Hi", **fields}
+
+
+def response_events(data):
+    """The events of a stream, each under the name of its type."""
+    events = []
+    for lines in data.decode().split("\n\n")[:-1]:
+        if not lines.startswith(":"):
+            name, said = lines.split("\n")
+            events.append(json.loads(said[len("data: "):]))
+            assert name == "event: " + events[-1]["type"], lines
+    return events
+
+
+PARTED = {"message": "content", "reasoning": "summary"}    # kind of item -> where its parts are
+ITEM_TEXTS = {"function_call": "arguments", "custom_tool_call": "input"}
+
+
+def response_in(case, data):
+    """The response of a stream, whose events must come in the order that the SDKs and LangChain count on.
+
+    They are numbered; one item is open at a time; what is done is what its pieces say, and what the response has.
+    """
+    events = response_events(data)
+    case.assertEqual([event["sequence_number"] for event in events], list(range(len(events))))
+    case.assertEqual([event["type"] for event in events[:2]], ["response.created", "response.in_progress"])
+    case.assertEqual(events[0]["response"]["output"], [])
+    done, item, said, last = [], None, "", dict(events[0]["response"])
+    for event in events[2:]:
+        kind = event["type"].split(".")[1:]
+        if "item" in event:
+            case.assertEqual(event["output_index"], len(done))
+        if kind == ["output_item", "added"]:
+            case.assertIsNone(item)
+            item, said = event["item"], ""
+            text = item.get(PARTED.get(item["type"], ITEM_TEXTS.get(item["type"])))
+            case.assertEqual((item["status"], text), ("in_progress", [] if item["type"] in PARTED else ""))
+        elif kind == ["output_item", "done"]:
+            case.assertEqual(event["item"]["id"], item["id"])
+            parts = event["item"].get(PARTED.get(item["type"])) or [{"text": event["item"].get(
+                ITEM_TEXTS.get(item["type"]))}]
+            case.assertEqual([part.get("text", part.get("refusal")) for part in parts], [said])
+            done.append(event["item"])
+            item = None
+        elif "item_id" in event:
+            case.assertEqual((event["item_id"], event["output_index"]), (item["id"], len(done)))
+            said += event.get("delta", "")
+            if kind[-1] == "done":
+                case.assertIn(said, [*event.values(), *event.get("part", {}).values()])
+        else:
+            last = event.get("response", last)
+            if event["type"] != "error":
+                case.assertEqual((event["type"], last["output"]), ("response." + last["status"], done))
+    if item:    # it broke off
+        part = {"type": "output_text", "text": said}
+        done.append({**item, PARTED.get(item["type"], "text"): [part]})
+    return {**last, "output": done}
+
+
+def seen_in(case, body):
+    """What a response tells, which must have what the SDKs read."""
+    case.assertEqual((body["object"], body["store"], body["previous_response_id"]), ("response", False, None))
+    case.assertTrue(body["id"].startswith("resp_"))
+    case.assertLessEqual({"created_at", "model", "tools", "tool_choice", "text", "reasoning", "metadata", "error",
+                          "instructions", "temperature", "top_p", "parallel_tool_calls", "truncation"}, set(body))
+    ids = [item["id"] for item in body["output"]]
+    case.assertEqual(len(set(ids)), len(ids))
+    texts = {"message": "", "reasoning": ""}
+    for item in body["output"]:
+        for part in item.get(PARTED.get(item["type"])) or ():
+            texts[item["type"]] += part.get("text", part.get("refusal"))
+    calls = [[item["name"], json.loads(item["arguments"])] for item in body["output"]
+             if item["type"] == "function_call"]
+    reason = (body["incomplete_details"] or {}).get("reason")
+    finish = {"max_output_tokens": "length", "content_filter": "content_filter"}.get(reason)
+    usage = body["usage"] or {}
+    if body["status"] == "completed":
+        finish = "tool_calls" if calls else "stop"
+    return Seen(texts["message"], texts["reasoning"], calls, finish,
+                      (usage.get("input_tokens"), usage.get("output_tokens")))
+
+
+NAMESPACE = {"type": "namespace", "name": "mcp__notes__", "description": "Notes.", "tools": [
+    {"type": "function", "name": "find", "description": "In notes.", "parameters": TOOLS[0]["function"]["parameters"]}]}
+PATCH = {"type": "custom", "name": "apply_patch", "description": "Patches.",
+         "format": {"type": "grammar", "syntax": "lark", "definition": "start: x"}}
+FLAT = [{"type": "function", **tool["function"]} for tool in TOOLS]
+CALLED = {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "find", "arguments": '{"q":"a"}'}
+ASKED_OF_RESPONSES = respond(
+    "auto", {"role": "developer", "content": "Be kind."},
+    {"type": "message", "role": "user", "content": [
+        {"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": PNG_URL, "detail": "low"}]},
+    {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}], "encrypted_content": None},
+    {"type": "message", "role": "assistant", "id": "msg_1", "content": [
+        {"type": "output_text", "text": "b", "annotations": []}, {"type": "refusal", "refusal": "no"}]},
+    CALLED, {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "c"}]},
+    {"type": "custom_tool_call", "call_id": "c2", "name": "apply_patch", "input": "*** Begin"},
+    {"type": "custom_tool_call_output", "call_id": "c2", "output": "done"},
+    {"type": "additional_tools", "role": "developer", "tools": [NAMESPACE]}, {"type": "web_search_call", "id": "w"},
+    instructions="Be brief.", tools=[*FLAT, NAMESPACE, PATCH, {"type": "web_search"}], tool_choice="auto",
+    parallel_tool_calls=True, max_output_tokens=50, temperature=0.5, top_p=1, top_logprobs=0, stream=False,
+    text={"format": {"type": "json_schema", "name": "a", "schema": SCHEMA, "strict": True}, "verbosity": "low"},
+    reasoning={"effort": "low", "summary": "auto"}, include=["reasoning.encrypted_content"], store=False, user="u",
+    metadata={"a": "b"}, truncation="auto", prompt_cache_key="k", service_tier="auto", client_metadata={"a": "b"})
+
+
+def user_says(*content):
+    return [{"role": "user", "content": content[0] if len(content) == 1 else list(content)}]
+
+
+def called_with(*calls, content="", **more):
+    """A message of chat's with these calls: id, name, arguments."""
+    calls = [{"id": id, "type": "function", "function": {"name": name, "arguments": text}} for id, name, text in calls]
+    return {"role": "assistant", "content": content, **more, "tool_calls": calls}
+
+
+OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "3"}
+PNG_PART, PDF_PART = image(PNG_URL), {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF_URL}}
+MEANT_TO_OPENAI = [  # what it is, the fields of Responses, those of chat
+    ("a text", {"input": "Hi"}, {"messages": user_says("Hi")}),
+    ("a probe", {"input": [], "max_output_tokens": 1}, {"messages": user_says("."), "max_completion_tokens": 1}),
+    ("nothing at all", {"input": None}, {"messages": user_says(".")}),
+    ("instructions", {"input": "Hi", "instructions": "Be kind."}, {"messages": [system("Be kind."), *user_says("Hi")]}),
+    ("one system message, the first", {"instructions": "A", "input": [
+        {"role": "developer", "content": [{"type": "input_text", "text": "B"}, {"type": "input_text", "text": "C"}]},
+        {"role": "system", "content": "D"}, {"role": "user", "content": "a"}, {"role": "developer", "content": "E"}]},
+     {"messages": [system("A\n\nB\nC\n\nD"), *user_says("a"), *user_says("E")]}),
+    ("parts", {"input": [{"role": "user", "content": [
+        {"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": PNG_URL, "detail": "low"},
+        {"type": "input_file", "filename": "a.pdf", "file_data": PDF_URL}]}]},
+     {"messages": user_says(part("a"), PNG_PART, PDF_PART)}),
+    ("a turn of an assistant", {"input": [
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": text} for text in "hm"]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]}, CALLED,
+        {"type": "web_search_call", "id": "w"}, {**CALLED, "call_id": "c2", "name": "now", "arguments": ""}, OUTPUT,
+        {**OUTPUT, "call_id": "c2"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]},
+     {"messages": [called_with(("c1", "find", '{"q":"a"}'), ("c2", "now", ""), content="b", reasoning_content="h\nm"),
+                   result("c1", "3"), result("c2", "3"), assistant("c"), *user_says("d")]}),
+    ("thoughts alone", {"input": [{"role": "user", "content": "a"}, {"type": "reasoning", "summary": [], "content": [
+        {"type": "reasoning_text", "text": "hm"}]}]}, {"messages": user_says("a")}),
+    ("outputs with pictures", {"input": [CALLED, {**CALLED, "call_id": "c2"}, {**OUTPUT, "output": [
+        {"type": "input_text", "text": "b"}, {"type": "input_image", "image_url": PNG_URL, "detail": "low"}]},
+        {**OUTPUT, "call_id": "c2"}]},
+     {"messages": [called_with(*((id, "find", '{"q":"a"}') for id in ("c1", "c2"))), result("c1", "b"),
+                   result("c2", "3"), {"role": "user", "content": [PNG_PART]}]}),
+    ("calls by their names in Codex", {"input": [
+        {**CALLED, "namespace": "mcp__notes__"}, {**CALLED, "namespace": "functions"}, {**CALLED, "namespace": None},
+        {"type": "custom_tool_call", "call_id": "c2", "name": "apply_patch", "input": 'a "b"'}]},
+     {"messages": [called_with(
+         ("c1", "mcp__notes__find", '{"q":"a"}'), *[("c1", "find", '{"q":"a"}')] * 2,
+         ("c2", "apply_patch", '{"input":"a \\"b\\""}'))]}),
+    ("a function of a hosted tool's name", {"tools": [{**FLAT[0], "name": "web_search"}, {"type": "web_search"}]},
+     {"tools": [{"type": "function", "function": {**FIND_TOOL, "name": "web_search"}}]}),
+    ("tools in an item, as Codex has them for OpenAI's newest models", {"input": [
+        {"type": "additional_tools", "role": "developer", "tools": [{**NAMESPACE, "name": "functions", "tools": FLAT}]},
+        {"role": "user", "content": "Hi"}]}, {"tools": TOOLS}),
+    ("parts in chat's form, and a system's picture", {"input": [{"role": role, "content": [
+        {"type": "text", "text": "a"}, PNG_PART]} for role in ("system", "user")]},
+     {"messages": user_says(part("a"), PNG_PART) * 2}),
+    ("a form", {"text": {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA, "strict": True,
+                                    "description": None}, "verbosity": "low"}},
+     {"response_format": JSON_SCHEMA, "verbosity": "low"}),
+    ("any JSON", {"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
+    ("a text as form", {"text": {"format": {"type": "text"}}}, {}),
+    ("numbers", {"max_output_tokens": 5, "temperature": 0.5, "top_p": 1, "top_logprobs": 2,
+                 "reasoning": {"effort": "low", "summary": "auto"}},
+     {"max_completion_tokens": 5, "temperature": 0.5, "top_p": 1, "top_logprobs": 2, "logprobs": True,
+      "reasoning_effort": "low"}),
+    ("log probabilities", {"include": ["message.output_text.logprobs"]}, {"logprobs": True}),
+    ("hints", {"user": "u", "prompt_cache_key": "k", "service_tier": "flex", "keep_alive": "5m"},
+     {"user": "u", "prompt_cache_key": "k", "service_tier": "flex", "keep_alive": "5m"}),
+    ("what is not for chat", {"store": True, "metadata": {"a": "b"}, "include": ["reasoning.encrypted_content"],
+                              "client_metadata": {"a": "b"}, "reasoning": None, "text": None, "max_tool_calls": 5}, {}),
+    ("tools", {"tools": FLAT, "tool_choice": "required", "parallel_tool_calls": False},
+     {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}),
+    ("tools in chat's form", {"tools": TOOLS}, {"tools": TOOLS}),
+    ("one tool", {"tools": FLAT, "tool_choice": {"type": "function", "name": "now"}},
+     {"tools": TOOLS, "tool_choice": ONLY_NOW}),
+    ("some tools", {"tools": FLAT, "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [
+        {"type": "function", "name": "now"}, {"type": "mcp", "server_label": "x"}]}},
+     {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+         "mode": "required", "tools": [ONLY_NOW]}}}),
+]
+LEFT_OUT = [  # fields, what is told as left out
+    ({"tools": [{"type": kind} for kind in ("web_search", "image_generation", "mcp", "local_shell", "tomorrow's")]},
+     ("web_search", "image_generation", "mcp", "local_shell", "tomorrow's")),
+    ({"tools": FLAT, "tool_choice": {"type": "web_search"}}, ("tool_choice",)),
+    ({"input": [{"type": "web_search_call", "id": "w"}] * 2, "truncation": "auto"}, ("web_search_call", "truncation")),
+]
+NOT_TAKEN = [  # fields, of them the param of the error, its code, what it says
+    ({"previous_response_id": "resp_1"}, "previous_response_id", "unsupported_parameter", "whole input"),
+    ({"conversation": "conv_1"}, "conversation", "unsupported_parameter", "whole input"),
+    ({"background": True}, "background", "unsupported_parameter", "not supported"),
+    ({"prompt": {"id": "pmpt_1"}}, "prompt", "unsupported_parameter", "not supported"),
+    ({"input": [{"type": "item_reference", "id": "msg_9"}]}, "input[0]", "unsupported_parameter", "store: false"),
+    ({"input": 5}, "input", "invalid_value", "string or a list"), ({"input": ["a"]}, "input[0]", "invalid_value", ""),
+    ({"input": [{"role": "tool", "content": "a"}]}, "input[0].role", "invalid_value", "developer"),
+    ({"input": [{"role": "user"}]}, "input[0].content", "invalid_value", "parts"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
+     "input[0].content[0].image_url", "invalid_value", "keeps no files"),
+    ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
+     "input[0].content[0]", "invalid_value", "keeps no files"),
+    ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id", "invalid_value", ""),
+    ({"input": [{"type": "function_call_output", "call_id": "c", "output": {"a": 1}}]}, "input[0].output",
+     "invalid_value", "parts"),
+    ({"instructions": ["a"]}, "instructions", "invalid_value", "string"),
+    ({"tools": {"a": 1}}, "tools", "invalid_value", "list"),
+    ({"tools": [{"type": "function"}]}, "tools[0].name", "invalid_value", "string"),
+    ({"tools": [{"type": "namespace", "name": "a", "tools": [{"type": "function", "name": 5}]}]},
+     "tools[0].tools[0].name", "invalid_value", "string"),
+    ({"text": {"format": {"name": "a"}}}, "text.format", "invalid_value", "type"),
+    ({"max_output_tokens": "5"}, "max_output_tokens", "invalid_value", "integer"),
+    ({"temperature": "hot"}, "temperature", "invalid_value", "number"),
+    ({"model": None}, "model", "missing_required_parameter", "auto"),
+]
+
+
+class ResponsesIn(Case):
+    """What a body of Responses means, and what of it is refused."""
+
+    def test_bodies_mean_what_they_mean_to_openai(self):
+        usual = {"messages": user_says("Hi")}
+        for name, fields, wanted in MEANT_TO_OPENAI:
+            with self.subTest(name):
+                request = oblix.RESPONSES.request({"model": "auto", "input": "Hi", **fields}, None)
+                self.assertEqual(request.body, {**usual, **wanted})
+                self.assertEqual(request.left_out, ("web_search_call",) if "turn" in name else
+                                 ("web_search",) if "hosted" in name else ())
+
+    def test_a_stream_asks_for_its_usage(self):
+        request = oblix.RESPONSES.request(respond(stream=True), None)
+        self.assertEqual((request.stream, request.body["stream_options"]), (True, {"include_usage": True}))
+
+    def test_tools_become_functions_or_are_left_out(self):
+        request = oblix.RESPONSES.request(respond(tools=[NAMESPACE, PATCH, {"type": "web_search"}]), None)
+        found, patch = [tool["function"] for tool in request.body["tools"]]
+        self.assertEqual(found, {"name": "mcp__notes__find", "description": "In notes.",
+                                 "parameters": FLAT[0]["parameters"]})
+        self.assertEqual((patch["name"], patch["parameters"]["required"]), ("apply_patch", ["input"]))
+        self.assertIn("lark grammar:\nstart: x", patch["description"])
+        self.assertEqual(request.left_out, ("web_search",))
+        for fields, left_out in LEFT_OUT:
+            request = oblix.RESPONSES.request(respond(**fields), None)
+            self.assertEqual(request.left_out, left_out)
+            self.assertNotIn("tool_choice", request.body)
+
+    def test_long_names_are_cut_where_they_differ_least(self):
+        space = {**NAMESPACE, "name": "mcp__" + "long/" * 20}
+        [name] = oblix.tools_of({"tools": [space]})
+        self.assertRegex(name, "^[A-Za-z0-9_-]{64}$")
+        self.assertTrue(name.endswith("__find"))
+
+    def test_what_cannot_be_kept_is_refused_and_says_what_to_do(self):
+        for fields, param, code, says in NOT_TAKEN:
+            with self.subTest(**fields), self.assertRaises(oblix.BadRequest) as caught:
+                oblix.RESPONSES.request({"model": "auto", "input": "Hi", **fields}, None)
+            error = caught.exception
+            self.assertEqual((error.status, error.param, error.code), (400, param, code))
+            self.assertIn(says, error.message)
+
+    def test_the_work_is_linear(self):
+        item = {"type": "message", "role": "assistant", "content": "abcdefgh"}
+        def took(count):
+            started = time.thread_time()
+            oblix.RESPONSES.request(respond("auto", *[item] * count), None)
+            return time.thread_time() - started
+        took(100)
+        self.assertLess(took(64_000), 64 * 16 * max(took(1000), 1e-4))
+
+
+class ResponsesFront(Case):
+    """What clients get, by bytes and by OpenAI's SDK."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = {dialect.name: cls.keep(Upstream(dialect)) for dialect in DIALECTS}
+        cls.server = cls.keep(running(*cls.upstreams.values()))
+
+    def asks(self, *items, model="openai:gpt-test", server=None, **fields):
+        return fetch(server or self.server, "POST", "/v1/responses", json.dumps(respond(model, *items, **fields)),
+                     {"Content-Type": "application/json"})
+
+    def both(self, *items, **fields):
+        """The response of a whole answer and of a stream, which must be the same but for its ids and times."""
+        whole, reply = self.asks(*items, **fields), self.asks(*items, stream=True, **fields)
+        self.assertEqual((whole.status, reply.status, reply.cut), (200, 200, False), whole.body)
+        told = [whole.json, response_in(self, reply.body)]
+        for response in told:
+            response.update(id="", created_at=0, output=[{**item, "id": ""} for item in response["output"]])
+        self.assertEqual(*told)
+        self.assertEqual(whole.headers["x-oblix-left-out"], reply.headers["x-oblix-left-out"])
+        return {**told[0], "left_out": whole.headers["x-oblix-left-out"]}
+
+    def test_calls_come_back_as_the_client_has_its_tools(self):
+        asked = {"input": "*** Begin Patch\n\"a\""}
+        for dialect in DIALECTS:
+            self.upstreams[dialect.name].play(answer(
+                Call("c1", "mcp__notes__find", {"q": "a"}), Call("c2", "apply_patch", asked), Call("c3", "now", {})))
+            response = self.both(model=f"{dialect.name}:{dialect.model}", tools=[
+                NAMESPACE, PATCH, {"type": "web_search"}, FLAT[1]])
+            calls = [{name: value for name, value in item.items() if name not in ("id", "status")}
+                     for item in response["output"]]
+            arguments = calls[0].pop("arguments")
+            self.assertEqual(json.loads(arguments), {"q": "a"})
+            self.assertEqual(calls, [
+                {"type": "function_call", "call_id": "c1", "name": "find", "namespace": "mcp__notes__"},
+                {"type": "custom_tool_call", "call_id": "c2", "name": "apply_patch", "input": asked["input"]},
+                {"type": "function_call", "call_id": "c3", "name": "now", "arguments": "{}"}])
+            self.assertEqual(response["left_out"], "web_search")
+
+    def test_an_answer_that_is_not_whole_says_why(self):
+        for finish, reason in (("length", "max_output_tokens"), ("content_filter", "content_filter")):
+            self.upstreams["openai"].play(answer(Think("hm"), Text("Hel"), finish=finish))
+            response = self.both()
+            self.assertEqual((response["status"], response["incomplete_details"]), ("incomplete", {"reason": reason}))
+            self.assertEqual([item["status"] for item in response["output"]], ["completed", "incomplete"])
+
+    def test_refusals_and_log_probabilities_are_told(self):
+        token = {"token": "No", "bytes": [78, 111], "logprob": -0.1, "top_logprobs": []}
+        self.upstreams["openai"].play(answer(Text("No"), rewrite=lambda event: event.replace(
+            b'"content": "No"', b'"refusal": "No"')))
+        events = response_events(self.asks(stream=True).body)
+        self.assertIn(("response.refusal.delta", "No"), [(event["type"], event.get("delta")) for event in events])
+        self.assertEqual(events[-1]["response"]["output"][0]["content"], [{"type": "refusal", "refusal": "No"}])
+        self.upstreams["openai"].play(answer(Text("No"), rewrite=lambda event: event.replace(
+            b'"content": "No"}, "logprobs": null',
+            b'"content": "No"}, "logprobs": ' + json.dumps({"content": [token], "refusal": None}).encode())))
+        events = response_events(self.asks(stream=True, top_logprobs=1).body)
+        self.assertEqual([event["logprobs"] for event in events if "logprobs" in event], [[token]] * 2)
+        self.assertEqual(events[-1]["response"]["output"][0]["content"][0]["logprobs"], [token])
+        self.assertEqual(self.upstreams["openai"].last.json["logprobs"], True)
+
+    def test_what_was_asked_is_echoed_but_for_what_is_not_done(self):
+        self.upstreams["openai"].play(answer(Text("b")))
+        asked = {"instructions": "A", "metadata": {"a": "b"}, "temperature": 0.5, "top_p": 0.5, "tools": FLAT,
+                 "tool_choice": "auto", "parallel_tool_calls": False, "max_output_tokens": 50, "user": "u",
+                 "reasoning": {"effort": "low"}, "text": {"verbosity": "low"}}
+        response = self.both(store=True, truncation="auto", **asked)
+        self.assertEqual({name: response[name] for name in asked}, asked)
+        self.assertEqual((response["store"], response["truncation"], response["left_out"]),
+                         (False, "disabled", "truncation"))
+        self.assertEqual(response["usage"], {
+            "input_tokens": 9, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 16})
+
+    def test_items_can_be_referred_to_unless_they_were_not_to_be_stored(self):
+        """As the Vercel AI SDK does in a second turn."""
+        with running(self.upstreams["openai"]) as server:
+            for stored, stream in itertools.product((None, True, False), (False, True)):
+                self.upstreams["openai"].play(answer(Think("hm"), Text("Once.")))
+                reply = self.asks(server=server, stream=stream, store=stored)
+                items = (response_in(self, reply.body) if stream else reply.json)["output"]
+                second = self.asks(*({"type": "item_reference", "id": item["id"]} for item in items),
+                                   {"role": "user", "content": "And?"}, server=server)
+                if stored is False:
+                    self.assertEqual((second.status, second.error["code"]), (400, "unsupported_parameter"))
+                    continue
+                self.assertEqual(second.status, 200, second.body)
+                self.assertEqual(self.upstreams["openai"].last.json["messages"], [
+                    {"role": "assistant", "content": "Once.", "reasoning_content": "hm"}, *user_says("And?")])
+
+    def test_only_the_newest_items_are_kept_and_no_large_ones(self):
+        front, ids = oblix.Responses(), []
+        def answered(text):
+            writer = front.stream(front.request(respond(stream=True), None))
+            data = writer.take({"id": "1", "created": 1, "model": "m", "choices": [
+                {"index": 0, "delta": {"content": text}, "finish_reason": "stop", "logprobs": None}]}) + writer.end()
+            [item] = response_in(self, data)["output"]
+            ids.append(item["id"])
+        for _ in range(oblix.MAX_KEPT + 1):
+            answered("a")
+        answered("a" * (oblix.MAX_KEPT_BYTES + 1))
+        for id, kept in ((ids[0], False), (ids[1], True), (ids[-2], True), (ids[-1], False)):
+            body = respond("auto", {"type": "item_reference", "id": id})
+            with self.subTest(id), contextlib.nullcontext() if kept else self.assertRaises(oblix.BadRequest):
+                front.request(body, None)
+
+    def writer(self, **fields):
+        """A writer, and the function that makes it tell a delta."""
+        writer = oblix.RESPONSES.stream(oblix.RESPONSES.request(respond(stream=True, **fields), None))
+        return writer, lambda delta: writer.take({"id": "chatcmpl-1", "created": 1, "model": "m", "choices": [
+            {"index": 0, "delta": delta, "finish_reason": None, "logprobs": None}]})
+
+    def test_a_call_that_is_complete_is_told_before_the_next_one_is(self):
+        writer, take = self.writer(tools=FLAT)
+        def call(index, text, **name):
+            return take({"tool_calls": [{"index": index, "id": f"c{index}", "function": {**name, "arguments": text}}]})
+        data = call(0, '{"q": ', name="find") + call(0, "1}") + call(1, "{", name="now")
+        self.assertEqual([event["type"] for event in response_events(data)][-2:],
+                         ["response.output_item.added", "response.function_call_arguments.delta"])
+        data += call(0, " ") + take({"content": "a"}) + call(1, "}")    # a blank, and what waits for the second call
+        response = response_in(self, data + writer.end())
+        self.assertEqual([item.get("arguments") or item["content"][0]["text"] for item in response["output"]],
+                         ['{"q": 1}', "{}", "a"])
+
+    def test_texts_cost_no_json_each(self):
+        writer, take = self.writer()
+        data = take({"content": "a"})
+        with mock.patch.object(oblix, "dumps", side_effect=AssertionError):
+            data += writer.take(oblix.Texts([b"%s", b'\\"', "ü".encode()] * 100))
+        response = response_in(self, data + writer.end())
+        self.assertEqual(response["output"][0]["content"][0]["text"], "a" + '%s"ü' * 100)
+
+    def test_a_broken_answer_is_an_error_for_sdks_and_failed_for_codex(self):
+        self.upstreams["openai"].play(lambda dialect, _: [
+            *upto(dialect, "Hello"), chunk(dialect.error_event("why")), CLOSE])
+        with self.assertLogs("oblix", "WARNING"):
+            reply = self.asks(stream=True)
+        self.assertTrue(reply.cut)
+        error, failed = response_events(reply.body)[-2:]
+        self.assertEqual((error["type"], error["error"]["message"], error["message"]), ("error", "why", "why"))
+        self.assertEqual((failed["type"], failed["response"]["status"]), ("response.failed", "failed"))
+        self.assertEqual(failed["response"]["error"], {"code": "upstream_error", "message": "why"})
+        self.assertNotIn("response.completed", reply.body.decode())
+
+    def test_too_long_a_prompt_has_the_code_by_which_codex_compacts(self):
+        self.upstreams["openai"].play(lambda dialect, _: whole(400, dialect.error(
+            "This model's maximum context length is 10 tokens", "invalid_request_error", "context_length_exceeded")))
+        for stream in (False, True):
+            self.refused(self.asks(stream=stream), 400, code="context_length_exceeded")
+
+    def test_cursor_may_ask_at_chat_completions_and_gets_chat(self):
+        self.upstreams["openai"].play(answer(Text("Hello")))
+        for stream in (False, True):
+            said = {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}
+            body = respond(OPENAI_ID, said, stream=stream, tools=[*FLAT, *TOOLS, PATCH], reasoning={"effort": "low"})
+            self.answered(fetch(self.server, "POST", "/v1/chat/completions", json.dumps(body),
+                                {"Content-Type": "application/json"}), "Hello")
+            self.assertEqual(self.upstreams["openai"].last.json["messages"], user_says("Hi"))
+            self.answered(ask(self.server, OPENAI_ID, stream=stream, tools=[FLAT[0], TOOLS[1]]), "Hello")
+            self.assertEqual(self.upstreams["openai"].last.json["tools"], TOOLS)
+
+    # --- by OpenAI's SDK ---
+
+    def sdk_client(self):
+        openai = sdk()
+        client = openai.OpenAI(base_url=self.server.url + "/v1", api_key="placeholder", max_retries=0)
+        self.addCleanup(client.close)
+        return openai, client.responses
+
+    def test_the_sdk_reads_answers_whole_streamed_and_accumulated(self):
+        _, responses = self.sdk_client()
+        for dialect in DIALECTS:
+            self.upstreams[dialect.name].play(answer(*RICH))
+            asked = {"model": f"{dialect.name}:{dialect.model}", "input": "Hi", "tools": FLAT}
+            told = [responses.create(**asked)]
+            told += [event.response for event in responses.create(stream=True, **asked)
+                     if event.type == "response.completed"]
+            with responses.stream(**asked) as stream:
+                deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+                told.append(stream.get_final_response())
+            self.assertEqual("".join(deltas), text_of(Saying(RICH, "", 0, 0)))
+            for response in told:
+                self.assertEqual(response.output_text, "".join(deltas))
+                self.assertEqual(response.usage.total_tokens, 16)
+                self.assertEqual([[item.name, json.loads(item.arguments)] for item in response.output
+                                  if item.type == "function_call"], [["find", FIND.arguments], ["now", {}]])
+
+    def test_the_sdk_parses_structured_output(self):
+        _, responses = self.sdk_client()
+        pydantic = importlib.import_module("pydantic")
+        person = pydantic.create_model("Person", name=(str, ...), age=(int, ...))
+        for dialect in DIALECTS:
+            self.upstreams[dialect.name].play(answer(Text(json.dumps(ADA))))
+            model = f"{dialect.name}:{dialect.model}"
+            parsed = responses.parse(model=model, input="Hi", text_format=person).output_parsed
+            self.assertEqual(parsed.model_dump(), ADA)
+            self.assertIn('"age"', self.upstreams[dialect.name].last.body.decode())
+
+    def test_the_sdk_sends_an_answer_back_with_the_outputs_of_its_calls(self):
+        _, responses = self.sdk_client()
+        for dialect in DIALECTS:
+            self.upstreams[dialect.name].play(CALLS, answer(Text("Two.")))
+            asked = {"model": f"{dialect.name}:{dialect.model}", "tools": FLAT}
+            first = responses.create(input="Hi", **asked)
+            outputs = [{"type": "function_call_output", "call_id": item.call_id, "output": "3 hits"}
+                       for item in first.output if item.type == "function_call"]
+            second = responses.create(input=[*user_says("Hi"), *first.output, *outputs], **asked)
+            self.assertEqual(second.output_text, "Two.")
+            for sent in ("Let me look.", "3 hits", "call_1", "call_2"):
+                self.assertIn(sent, self.upstreams[dialect.name].last.body.decode())
+
+    def test_the_sdk_raises_what_is_refused_and_what_breaks_off(self):
+        openai, responses = self.sdk_client()
+        with self.assertRaises(openai.BadRequestError) as caught:
+            responses.create(model="auto", input="Hi", previous_response_id="resp_1")
+        self.assertEqual(caught.exception.param, "previous_response_id")
+        self.upstreams["openai"].play(lambda dialect, _: [*upto(dialect, "Hello"), CLOSE])
+        with self.assertLogs("oblix", "WARNING"):
+            with self.assertRaisesRegex(openai.APIError, "before the answer was complete"):
+                list(responses.create(model=OPENAI_ID, input="Hi", stream=True))
+            with self.assertRaisesRegex(openai.APIError, "before the answer was complete"):
+                with responses.stream(model=OPENAI_ID, input="Hi") as stream:
+                    list(stream)
+
+
+class ResponsesKeepTheContract(FrontContract, Case):
+    path, front = "/v1/responses", "responses"
+
+    def body(self, model, stream=False, tools=(), **fields):
+        own = [tool for tool in FLAT if tool["name"] in [one["function"]["name"] for one in tools]]
+        return respond(model, stream=stream, tools=own, **fields)
+
+    def of_whole(self, body):
+        return seen_in(self, body)
+
+    def of_stream(self, data):
+        return seen_in(self, response_in(self, data))
+
+    def is_complete(self, data):
+        return response_events(data)[-1]["type"] in ("response.completed", "response.incomplete")
+
+    def error_in(self, body):
+        self.shaped(body["error"])
+        return body["error"]["message"]
+
+    def error_events(self, data):
+        return [event for event in response_events(data) if event["type"] == "error"]
+
+    def full(self):
+        return {**ASKED_OF_RESPONSES, "model": "ollama:llama3.2"}
+
+
 # --- 11. Anthropic's Messages -----------------------------------------------------------------------------------------
 
 def say(*texts):
@@ -11157,6 +11700,738 @@ class Messages(Case):
             self.ollama.play(answer(Text("Hello")))
         told = MessagesKeepTheContract.of_stream(MessagesKeepTheContract(), reply.body)
         self.assertEqual((told.text, told.finish, reply.cut), ("Hello, world!", "stop", False))
+# --- 11. Ollama's API and legacy completions ---==============================================================
+
+def lines_of(reply):
+    """The objects of an NDJSON body: every line is one."""
+    return [json.loads(line) for line in reply.body.decode().split("\n")[:-1]]
+
+
+def posted(server, path, model="auto", **fields):
+    """A request to one of the fronts, and what its client gets."""
+    return fetch(server, "POST", path, json.dumps({"model": model, **fields}), JSON)
+
+
+HI_THERE = [{"role": "user", "content": "Hi"}]
+FIND_CALL = {"function": {"name": "find", "arguments": {"q": "é"}}}
+NOW_CALL = {"function": {"name": "now", "arguments": {}}}
+THEN_OPENAI = [    # the calls of FIND_CALL and NOW_CALL in OpenAI's words, and their results
+    {"role": "assistant", "content": "", "tool_calls": [
+        {"id": "call_1_0", "type": "function", "function": {"name": "find", "arguments": "{\"q\":\"\\u00e9\"}"}},
+        {"id": "call_1_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]}]
+FROM_OLLAMA = [  # what a client sends to /api/chat beside a message, what OpenAI gets of it; Ollama gets it as it is
+    ("no limit", {"options": {"num_predict": -1}}, none_of("max_tokens", "options", "num_predict")),
+    ("options", {"options": {"num_predict": 5, "temperature": 0.5, "top_p": 1, "seed": 7, "stop": ["X"], "top_k": 3,
+                             "num_ctx": 8192, "presence_penalty": 0.1, "frequency_penalty": None}},
+     {"max_completion_tokens": lambda tokens: tokens in (5, ABSENT), "temperature": 0.5, "top_p": 1, "seed": 7,
+      "stop": ["X"], "presence_penalty": 0.1, **none_of("frequency_penalty", "top_k", "num_ctx", "options")}),
+    ("one stop", {"options": {"stop": "X"}}, {"stop": "X"}),
+    ("Home Assistant's nulls", {"think": None, "format": None, "tools": None, "keep_alive": "300s", "options": None},
+     none_of("reasoning_effort", "response_format", "tools", "keep_alive", "think", "format")),
+    ("for ever", {"keep_alive": -1}, none_of("keep_alive")),
+    ("it thinks", {"think": True}, {"reasoning_effort": "medium", **none_of("think")}),
+    ("it does not think", {"think": False}, {"reasoning_effort": "none"}),
+    ("it thinks hard", {"think": "high"}, {"reasoning_effort": "high"}),
+    ("JSON", {"format": "json"}, {"response_format": {"type": "json_object"}, **none_of("format")}),
+    ("a schema", {"format": SCHEMA}, {"response_format": {
+        "type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}}),
+    ("tools", {"tools": TOOLS}, {"tools": TOOLS}),
+    ("what nobody else knows", {"truncate": True, "shift": False, "debug": 1},
+     none_of("truncate", "shift", "debug", "options")),
+    ("pictures", {"messages": [{"role": "user", "content": "a", "images": [PNG, "/9j/AAAA"]}]}, talk(user(
+        part("a"), {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}},
+        {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,/9j/AAAA"}}))),
+    ("a picture alone", {"messages": [{"role": "user", "content": None, "images": [PNG]}]}, talk(
+        user({"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}}))),
+    ("no results' names or ids: by their order", {"messages": [
+        *HI_THERE, {"role": "assistant", "content": "", "tool_calls": [FIND_CALL, NOW_CALL]},
+        {"role": "tool", "content": "3"}, {"role": "tool", "content": "noon"}]}, {"messages": [
+            *HI_THERE, *THEN_OPENAI, {**result("call_1_0", "3"), "name": "find"},
+            {**result("call_1_1", "noon"), "name": "now"}]}),
+    ("results' names: by these", {"messages": [
+        *HI_THERE, {"role": "assistant", "tool_calls": [FIND_CALL, NOW_CALL], "thinking": "hm"},
+        {"role": "tool", "tool_name": "now", "content": "noon"}, {"role": "tool", "tool_name": "find", "content": "3"},
+        ]}, {"messages": [*HI_THERE, {**THEN_OPENAI[0], "reasoning_content": "hm"}, result("call_1_1", "noon"),
+                          result("call_1_0", "3")]}),
+    ("results' ids", {"messages": [
+        *HI_THERE, {"role": "assistant", "content": "", "tool_calls": [{"id": "a", **FIND_CALL}]},
+        {"role": "tool", "tool_call_id": "a", "content": "3"}]},
+     {"messages": [user("Hi"), {"tool_calls": [{"id": "a"}]}, result("a", "3")]}),
+]
+BAD_FOR_OLLAMA = [  # path, what is wrong with a request, a word of the error
+    *(("/api/chat", fields, word) for fields, word in (
+        ({"model": None}, "model"), ({"model": ""}, "model"), ({"model": 5}, "model"), ({"messages": {}}, "messages"),
+        ({"messages": "Hi"}, "messages"), ({"messages": [5]}, "messages[0]"), ({"messages": [{}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [part("a")]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "images": "a"}]}, "messages[0].images"),
+        ({"messages": [{"role": "user", "images": [{}]}]}, "messages[0].images"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": [], **FIND_CALL}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"type": "x"}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "tool", "content": "3", "tool_name": 5}]}, "messages[0].tool_name"),
+        ({"stream": "no"}, "stream"), ({"format": "yaml"}, "format"), ({"format": 5}, "format"),
+        ({"think": 5}, "think"), ({"keep_alive": []}, "keep_alive"), ({"tools": {}}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"), ({"options": []}, "options"),
+        ({"options": {"num_ctx": "8k"}}, "options.num_ctx"), ({"options": {"stop": 5}}, "options.stop"),
+        ({"options": {"num_predict": 0.5}}, "options.num_predict"), ({"options": {"seed": True}}, "options.seed"))),
+    *(("/api/generate", fields, word) for fields, word in (
+        ({"prompt": ["a"]}, "prompt"), ({"system": 5}, "system"), ({"images": [5]}, "images"), ({"raw": 1}, "raw"),
+        ({"context": "a"}, "context"), ({"suffix": []}, "suffix"), ({"template": {}}, "template"))),
+]
+
+
+class OllamasApi(Case):
+    """POST /api/chat and /api/generate: clients of Ollama talk to whoever answers."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = cls.ollama, cls.openai, _ = [cls.keep(Upstream(dialect)) for dialect in DIALECTS]
+        cls.server = cls.keep(running(*cls.upstreams))
+
+    def tearDown(self):
+        for upstream in self.upstreams:
+            upstream.play(answer(Text("Hello")))
+
+    def chats(self, model="auto", **fields):
+        return posted(self.server, "/api/chat", model, **{"messages": HI_THERE, "stream": False, **fields})
+
+    def generates(self, model="auto", **fields):
+        return posted(self.server, "/api/generate", model, **{"prompt": "Hi", "stream": False, **fields})
+
+    def refuses(self, reply, status, word=""):
+        self.assertEqual((reply.status, list(reply.json)), (status, ["error"]), reply.body)
+        self.assertIn(word, reply.json["error"])
+
+    def test_others_get_a_request_in_openai_s_words_and_ollama_as_it_came(self):
+        for name, fields, wanted in FROM_OLLAMA:
+            with self.subTest(name):
+                self.assertEqual(self.chats(self.openai.target, **fields).status, 200)
+                self.assertEqual(differences({"model": "gpt-test", **wanted}, self.openai.last.json), [])
+                self.assertEqual(self.chats(self.ollama.target, **fields).status, 200)
+                own = {key: value for key, value in {"messages": HI_THERE, **fields}.items() if value is not None}
+                if "options" in own:
+                    own["options"] = {key: value for key, value in own["options"].items() if value is not None}
+                    own["options"].update({"stop": ["X"]} if "stop" in own["options"] else {})
+                self.assertEqual({"truncate": False, "keep_alive": 1800, **own, "model": "llama3.2", "stream": True},
+                                 self.ollama.last.json)
+
+    def test_every_provider_s_answer_comes_in_ollama_s_words(self):
+        call = Call("call_7", "find", {"q": ["é", 1]})
+        said = (Think("hm"), Text("a "), Text("b"), call, Call("call_8", "now", {}))
+        for upstream, finish in itertools.product(self.upstreams, ("tool_calls", "length")):
+            upstream.play(answer(*said, finish=finish))
+            for stream in (True, False):
+                with self.subTest(upstream.target, stream=stream, finish=finish):
+                    reply = self.chats(upstream.target, stream=stream, tools=TOOLS)
+                    lines = lines_of(reply) if stream else [reply.json]
+                    self.assertEqual(reply.headers["Content-Type"], f"application/{'x-ndjson' if stream else 'json'}")
+                    self.assertEqual([line["done"] for line in lines], [False] * (len(lines) - 1) + [True])
+                    for line in lines:
+                        self.assertRegex(line["created_at"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+                        self.assertEqual((line["model"], line["message"]["role"]), (upstream.target, "assistant"))
+                    message = joined([{key: value for key, value in line["message"].items() if key != "tool_calls"}
+                                      for line in lines])
+                    self.assertEqual((message["content"], message["thinking"]), ("a b", "hm"))
+                    calls = [one for line in lines for one in line["message"].get("tool_calls", [])]
+                    self.assertEqual([one["function"]["arguments"] for one in calls], [call.arguments, {}])
+                    self.assertEqual([one["id"] for one in calls], ["call_7", "call_8"])
+                    last = lines[-1]
+                    self.assertEqual(last["done_reason"], "length" if finish == "length" else "stop")
+                    self.assertEqual((last["prompt_eval_count"], last["eval_count"]), (9, 7))
+                    self.assertEqual(last["total_duration"], 912000000 if upstream is self.ollama else 0)
+                    self.assertEqual(reply.headers["x-oblix-model"], upstream.target)
+
+    def test_timings_in_other_words_are_no_durations(self):
+        for timings, stream in itertools.product(("x", 5, [1], {"prompt_ms": 5.5}), (True, False)):
+            def script(dialect, request, timings=timings):
+                if not request.json.get("stream"):
+                    return whole(200, {**dialect.whole(Saying((Text("a"),), "stop", 9, 7)), "timings": timings})
+                said = dialect.chunk([{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop"}])
+                return streamed(dialect, [data_event({**said, "timings": timings}), b"data: [DONE]\n\n"])
+            self.openai.play(script)
+            reply = self.chats(self.openai.target, stream=stream)
+            last = lines_of(reply)[-1] if stream else reply.json
+            self.assertEqual((last["done"], last["total_duration"]), (True, 0))
+
+    def test_streaming_is_usual(self):
+        for path, fields in (("/api/chat", {"messages": HI_THERE}), ("/api/generate", {"prompt": "Hi"})):
+            lines = lines_of(posted(self.server, path, **fields))
+            self.assertEqual([line["done"] for line in lines], [False, True])
+
+    def test_generate_makes_messages_of_a_prompt_and_a_response_of_the_answer(self):
+        asked = {"prompt": "a", "system": "Be kind.", "images": [PNG], "options": {"num_predict": 3}}
+        for upstream, stream in itertools.product(self.upstreams, (True, False)):
+            upstream.play(answer(Think("hm"), *map(Text, "Hello")))
+            with self.subTest(upstream.target, stream=stream):
+                reply = self.generates(upstream.target, stream=stream, **asked)
+                lines = lines_of(reply) if stream else [reply.json]
+                self.assertEqual("".join(line["response"] for line in lines), "Hello")
+                self.assertEqual("".join(line.get("thinking", "") for line in lines), "hm")
+                self.assertNotIn("message", lines[-1])
+                self.assertEqual(lines[-1]["done"], True)
+        self.assertEqual(lines[-1].get("context"), None)
+        self.assertEqual(self.generates(self.ollama.target).json["context"], [1, 2, 3])
+        self.generates(self.ollama.target, **asked)
+        self.assertEqual(self.ollama.last.path, "/api/generate")
+        self.assertEqual({**asked, "model": "llama3.2", "stream": True, "truncate": False, "keep_alive": 1800},
+                         self.ollama.last.json)
+        self.generates(self.openai.target, **asked)
+        self.assertEqual(self.openai.last.json["messages"], [system("Be kind."), user(
+            part("a"), {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}})])
+
+    def test_what_only_ollama_can_do_goes_to_no_other(self):
+        for name, value in (("raw", True), ("template", "{{ .Prompt }}"), ("context", [1]), ("suffix", "}")):
+            with self.subTest(name):
+                self.refuses(self.generates(self.openai.target, **{name: value}), 400, name)
+                self.refuses(self.generates("cloud", **{name: value}), 400, name)
+                self.assertEqual(self.generates("auto", **{name: value}).json["response"], "Hello")
+                self.assertEqual(self.ollama.last.json[name], value)
+                for nothing in (None, type(value)()):
+                    self.assertEqual(self.generates(self.openai.target, **{name: nothing}).status, 200)
+
+    def test_a_request_without_a_prompt_asks_no_model(self):
+        before = [len(upstream.requests) + len(upstream.loads) for upstream in self.upstreams]
+        for path, fields in (("/api/chat", {}), ("/api/chat", {"messages": []}), ("/api/generate", {"prompt": ""}),
+                             ("/api/generate", {"system": "a"}), ("/api/generate", {})):
+            for keep_alive, reason in ((None, "load"), ("5m", "load"), (-1, "load"), (0, "unload"), ("0", "unload")):
+                reply = posted(self.server, path, keep_alive=keep_alive, **fields).json
+                self.assertEqual((reply["done"], reply["done_reason"], reply["model"]), (True, reason, "auto"))
+                self.assertEqual(reply.get("response", reply.get("message", {}).get("content")), "")
+        self.refuses(posted(self.server, "/api/chat", "no-such"), 404, "no-such")
+        self.assertEqual(before, [len(upstream.requests) + len(upstream.loads) for upstream in self.upstreams])
+
+    def test_a_wrong_body_is_told_in_ollama_s_shape(self):
+        for path, fields, word in BAD_FOR_OLLAMA:
+            with self.subTest(path, fields=fields):
+                reply = posted(self.server, path, **{"messages": HI_THERE, "prompt": "a", **fields})
+                self.refuses(reply, 400, f"{word} ")
+
+    def test_the_context_that_a_client_wants_is_not_changed(self):
+        with small() as local, running(local) as server:
+            posted(server, "/api/chat", messages=HI_THERE, options={"num_ctx": 2048})
+            self.assertEqual(local.last.json["options"], {"num_ctx": 2048})
+            long = [{"role": "user", "content": "a " * 30000}]
+            posted(server, "/api/chat", messages=long, options={"num_ctx": 65536})
+            self.assertEqual((local.last.json["options"], local.loads), ({"num_ctx": 65536}, []))
+            posted(server, "/api/chat", messages=long)
+            self.assertGreater(local.last.json["options"]["num_ctx"], 2048)
+
+    def test_every_line_of_a_silent_stream_is_json(self):
+        for path, fields in (("/api/chat", {"messages": HI_THERE}), ("/api/generate", {"prompt": "Hi"})):
+            with mock.patch.multiple(oblix, KEEP_ALIVE_S=0.1, TICK_S=0.03), small(delayed(0.5)) as local, \
+                    running(local) as server:
+                lines = lines_of(posted(server, path, **fields))
+                said = [line.get("response", line.get("message", {}).get("content")) for line in lines]
+                self.assertEqual((said[:2], "".join(said)), (["", ""], "local"))
+
+    def test_a_model_that_does_not_think_is_asked_without(self):
+        no = 'registry.ollama.ai/library/llama3.2 does not support thinking'
+        with small(lambda dialect, request: whole(400, dialect.error(no)) if "think" in request.json else
+                   answer(Text("Hello"))(dialect, request)) as local, running(local) as server:
+            reply = posted(server, "/api/chat", local.target, messages=HI_THERE, think=True, stream=False)
+            self.assertEqual(reply.json["message"]["content"], "Hello")
+
+    def test_log_probabilities_come_where_ollama_has_them(self):
+        token = {"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": []}
+        line = {"model": "m", "created_at": "x", "message": {"role": "assistant", "content": "Hi"}, "done": False,
+                "logprobs": [token]}
+        events = [OLLAMA.line(line), OLLAMA.line({**line, "logprobs": None, "done": True, "message": {"content": ""}})]
+        self.ollama.play(streamed(OLLAMA, events))
+        self.assertEqual(self.chats(self.ollama.target, logprobs=True).json["logprobs"], [token])
+        self.assertEqual(lines_of(self.chats(self.ollama.target, logprobs=True, stream=True))[0]["logprobs"], [token])
+
+
+NOT_COMPLETED = [  # fields of a request for a completion, the one that is refused
+    *(({"prompt": wrong}, "prompt") for wrong in (None, "", [], [""], ["a", "b"], [1, 2], [[1]], 5, {}, [None])),
+    ({"best_of": 2}, "best_of"), ({"logprobs": 0}, "logprobs"), ({"logprobs": 5}, "logprobs"), ({"echo": 1}, "echo"),
+    ({"suffix": 5}, "suffix"), ({"n": 0}, "n"), ({"max_tokens": "a"}, "max_tokens"), ({"model": None}, "model"),
+    ({"stop": 5}, "stop"), ({"stream": "a"}, "stream"), ({"temperature": "a"}, "temperature"),
+]
+
+
+class LegacyCompletions(Case):
+    """POST /v1/completions."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = cls.ollama, cls.openai, _ = [cls.keep(Upstream(dialect)) for dialect in DIALECTS]
+        cls.server = cls.keep(running(*cls.upstreams))
+
+    def completes(self, model="auto", **fields):
+        return posted(self.server, "/v1/completions", model, **{"prompt": "Once", **fields})
+
+    def said(self, reply):
+        """The texts by choice, once the answer is asserted to have the API's shape."""
+        self.assertEqual(reply.status, 200, reply.body)
+        texts, ends = collections.defaultdict(str), {}
+        for part in reply.chunks if reply.streamed else [reply.json]:
+            self.assertEqual(part["object"], "text_completion")
+            self.assertRegex(part["id"], "^cmpl-")
+            for choice in part["choices"]:
+                self.assertEqual(set(choice), {"index", "text", "logprobs", "finish_reason"})
+                texts[choice["index"]] += choice["text"]
+                ends[choice["index"]] = choice["finish_reason"] or ends.get(choice["index"])
+        self.assertEqual(set(ends.values()), {"stop"})
+        if reply.streamed:
+            self.assertEqual(reply.events[-1], "[DONE]")
+        return [text for _, text in sorted(texts.items())]
+
+    def test_a_prompt_is_answered_whole_and_streamed(self):
+        for upstream in self.upstreams:
+            upstream.play(answer(Think("hm"), *map(Text, "Hello")))
+            for fields in ({}, {"prompt": ["Once"]}, {"stream": True}, {"stream": True, "user": "u"}):
+                with self.subTest(upstream.target, fields=fields):
+                    reply = self.completes(upstream.target, **fields)
+                    self.assertEqual(self.said(reply), ["Hello"])
+                    self.assertEqual(reply.headers["x-oblix-model"], upstream.target)
+                    self.assertIn("Once", str(upstream.last.json["messages"]))
+            self.assertEqual(self.completes(upstream.target).json["usage"]["total_tokens"], 16)
+            reply = self.completes(upstream.target, stream=True, stream_options={"include_usage": True})
+            self.assertEqual((reply.chunks[-1]["choices"], reply.chunks[-1]["usage"]["total_tokens"]), ([], 16))
+            self.assertNotIn("usage", self.completes(upstream.target, stream=True).chunks[-1])
+
+    def test_there_is_no_limit_but_the_one_that_is_given(self):
+        self.completes(self.openai.target)
+        self.assertEqual(differences(none_of("max_tokens", "max_completion_tokens", "prompt", "echo", "best_of"),
+                                     self.openai.last.json), [])
+        self.completes(self.openai.target, max_tokens=5, stop="X", seed=1, best_of=1, logprobs=None, top_k=3)
+        self.assertEqual(differences({"stop": "X", "seed": 1, "top_k": 3, **none_of("prompt", "echo", "best_of")},
+                                     self.openai.last.json), [])
+        self.assertIn(5, self.openai.last.json.values())
+
+    def test_an_echo_stands_before_each_choice(self):
+        def two(dialect, request):
+            choices = [{"index": number, "delta": {"content": text}, "finish_reason": "stop"}
+                       for number, text in enumerate("ab")]
+            events = [data_event(dialect.chunk([choice])) for choice in choices]
+            return streamed(dialect, [*events, b"data: [DONE]\n\n"])
+        for stream in (True, False):
+            self.openai.play(answer(Text("Hello")))
+            self.assertEqual(self.said(self.completes(self.openai.target, echo=True, stream=stream)), ["OnceHello"])
+            self.openai.play(two)
+            self.assertEqual(self.said(self.completes(self.openai.target, echo=True, n=2, stream=stream)),
+                             ["Oncea", "Onceb"])
+
+    def test_a_suffix_is_filled_up_to_by_ollama_alone(self):
+        for stream in (True, False):
+            self.ollama.play(answer(*map(Text, "Hello")))
+            fields = {"suffix": " end", "stop": "X", "max_tokens": 5, "stream": stream}
+            self.assertEqual(self.said(self.completes("auto", **fields)), ["Hello"])
+            self.assertEqual(self.ollama.last.path, "/api/generate")
+            self.assertEqual({"model": "llama3.2", "prompt": "Once", "suffix": " end", "stream": True,
+                              "truncate": False, "keep_alive": 1800, "options": {"stop": ["X"], "num_predict": 5}},
+                             self.ollama.last.json)
+        self.refused(self.completes("cloud", suffix=" end"), 400, "suffix", param="suffix")
+        self.refused(self.completes(self.openai.target, suffix=" end"), 400, "ollama", param="suffix")
+        self.openai.play(answer(Text("Hello")))
+        self.assertEqual(self.said(self.completes(self.openai.target, suffix="")), ["Hello"])
+
+    def test_a_cut_suffix_is_not_continued_as_a_chat(self):
+        with small(cut("Hel"), target="ollama:llama3.2@{url}") as local, \
+                small(target="ollama:hf.co/org/tiny:Q4@{url}") as other, \
+                running(local, other, flags=["--on-cut=continue"]) as server, self.assertLogs("oblix", "WARNING"):
+            reply = posted(server, "/v1/completions", prompt="a", suffix="b", stream=True)
+            self.assertTrue(reply.cut)
+            self.assertIn("error", reply.chunks[-1])
+            self.assertEqual(other.requests, [])
+
+    def test_what_can_not_be_done_is_a_400(self):
+        for fields, param in NOT_COMPLETED:
+            with self.subTest(fields):
+                self.refused(self.completes(**fields), 400, param, param=param)
+
+
+# --- 11. Embeddings --------------------------------------------------------------------------------------------------
+
+def vector_for(one):
+    """The vector of a text or a list of tokens, of numbers that float32 has exactly."""
+    return [len(one) / 4, -0.5, 1.25]
+
+
+def embedding(as_asked=True, rewrite=None, **body):
+    """The script of a server that makes vectors: an OpenAI as numbers or base64, `as_asked` or the other way round."""
+    def script(dialect, request):
+        inputs = request.json["input"]
+        vectors = [vector_for(one) for one in inputs]
+        if dialect is OLLAMA:
+            told = {"model": request.json["model"], "embeddings": vectors, "prompt_eval_count": len(inputs)}
+        else:
+            if as_asked == (request.json["encoding_format"] == "base64"):
+                vectors = [base64.b64encode(struct.pack("<3f", *one)).decode() for one in vectors]
+            data = [{"object": "embedding", "index": number, "embedding": one} for number, one in enumerate(vectors)]
+            told = {"object": "list", "data": data[::-1], "model": request.json["model"],
+                    "usage": {"prompt_tokens": len(inputs), "total_tokens": len(inputs)}}
+        return whole(200, {**(rewrite(told) if rewrite else told), **body})
+    return script
+
+
+def with_embedders(*names, script=None, **how):
+    """An Ollama that has a model for chats and these for embeddings, the newest first."""
+    listed = OLLAMA.probe()["models"]
+    entries = [{**listed[0], "name": name, "digest": "of " + name, "capabilities": [kind], "size": 1 << 20,
+                "modified_at": f"2026-11-{28 - number:02d}T10:00:00Z"} for number, (name, kind) in enumerate(
+                    [*((name, "embedding") for name in names), ("llama3.2:latest", "completion")])]
+    return Upstream(OLLAMA, script or embedding(), probe=whole(200, {"models": entries}),
+                    details={"model_info": {}, "details": {}}, **how)
+
+
+def embed(server, model="auto", path="/v1/embeddings", headers=(), **fields):
+    """A request for embeddings, and what its client gets."""
+    return fetch(server, "POST", path, json.dumps({"model": model, **fields}), {**JSON, **dict(headers)})
+
+
+NOT_EMBEDDED = [  # path, fields of a request, the one that is refused
+    *(("/v1/embeddings", {"input": wrong}, "input") for wrong in (
+        None, "", [], [""], ["a", ""], ["a", 5], [[]], [[1], []], [1, True], [1.5], [[1], "a"], 5, {}, [None])),
+    ("/v1/embeddings", {"model": None}, "model"), ("/v1/embeddings", {"model": ""}, "model"),
+    ("/v1/embeddings", {"encoding_format": "int8"}, "encoding_format"), ("/v1/embeddings", {"user": 5}, "user"),
+    ("/v1/embeddings", {"encoding_format": []}, "encoding_format"),
+    *(("/v1/embeddings", {"dimensions": wrong}, "dimensions") for wrong in (0, -1, 1.5, "5", True, 10**400)),
+    *(("/api/embed", {"input": wrong}, "input") for wrong in (5, {}, [5], [["a"]], [None], [1])),
+    ("/api/embed", {"options": 5}, "options"), ("/api/embed", {"keep_alive": {}}, "keep_alive"),
+    ("/api/embed", {"truncate": "no"}, "truncate"), ("/api/embed", {"model": 5}, "model"),
+    ("/api/embeddings", {"prompt": ["a"]}, "prompt"), ("/api/embeddings", {"model": None}, "model"),
+]
+NO_VECTORS = [  # what makes of an answer's vectors no answer
+    lambda vectors: vectors[1:], lambda vectors: [], lambda vectors: None, lambda vectors: [[] for _ in vectors],
+    lambda vectors: [["a"] for _ in vectors], lambda vectors: [None for _ in vectors],
+    lambda vectors: ["AAA=" for _ in vectors], lambda vectors: ["!!!!" for _ in vectors],
+    lambda vectors: [base64.b64encode(struct.pack("<f", math.nan)).decode() for _ in vectors],
+    lambda vectors: [[10**400] for _ in vectors], lambda vectors: [{} for _ in vectors], lambda vectors: 5,
+]
+
+
+class Embedding(Case):
+    """POST /v1/embeddings, /api/embed, /api/embeddings: one model makes all vectors, and no other in its place."""
+
+    def vectors(self, reply):
+        """The vectors of a good answer, as numbers."""
+        self.assertEqual(reply.status, 200, reply.body)
+        if "data" not in reply.json:
+            return reply.json["embeddings"]
+        self.assertEqual([item["index"] for item in reply.json["data"]], [*range(len(reply.json["data"]))])
+        kinds = {reply.json["object"], *(item["object"] for item in reply.json["data"])}
+        self.assertEqual(kinds, {"list", "embedding"})
+        vectors = [item["embedding"] for item in reply.json["data"]]
+        return [[*struct.unpack(f"<{len(raw) // 4}f", raw)] if raw else one for one in vectors
+                for raw in [base64.b64decode(one) if isinstance(one, str) else b""]]
+
+    def test_texts_become_vectors_in_the_form_that_is_asked_for(self):
+        for dialect, as_asked in ((OLLAMA, True), (OPENAI, True), (OPENAI, False)):
+            target = {OLLAMA: "ollama:e", OPENAI: "openai:e@{url}/v1"}[dialect]
+            with Upstream(dialect, embedding(as_asked), target=target) as upstream, \
+                    running(upstream, flags=["--embedding-model=" + upstream.target]) as server:
+                for inputs, form in itertools.product(("Hi", ["Hi"], ["a", "bcd", "é"]), (None, "float", "base64")):
+                    with self.subTest(dialect.name, inputs=inputs, form=form):
+                        reply = embed(server, input=inputs, encoding_format=form)
+                        texts = [inputs] if isinstance(inputs, str) else inputs
+                        self.assertEqual(self.vectors(reply), [*map(vector_for, texts)])
+                        kind = str if form == "base64" else list
+                        self.assertEqual({type(item["embedding"]) for item in reply.json["data"]}, {kind})
+                        self.assertEqual(reply.json["usage"], {name: len(texts) for name in (
+                            "prompt_tokens", "total_tokens")})
+                        self.assertEqual(reply.json["model"], reply.headers["x-oblix-model"])
+                        self.assertEqual(reply.headers["x-oblix-side"], "local")    # it is on this device
+
+    def test_each_server_gets_what_it_knows(self):
+        with Upstream(OPENAI, embedding()) as cloud, with_embedders("e:latest") as local, \
+                running(local, cloud) as server:
+            embed(server, cloud.target, input=["a"], dimensions=3, user="u", truncate=True, encoding_format="base64")
+            self.assertEqual(cloud.last.json, {"model": "gpt-test", "input": ["a"], "encoding_format": "base64",
+                                               "dimensions": 3, "user": "u"})
+            self.assertEqual((cloud.last.path, cloud.last.headers["Authorization"]),
+                             ("/v1/embeddings", "Bearer " + OPENAI.key))
+            self.assertEqual(self.vectors(embed(server, cloud.target, input=[1, 2])), [vector_for([1, 2])])
+            self.assertEqual(cloud.last.json["input"], [[1, 2]])
+            self.assertEqual(self.vectors(embed(server, cloud.target, input=[[1], [2, 3]])),
+                             [vector_for([1]), vector_for([2, 3])])
+            embed(server, "ollama:e", input="a", dimensions=3, user="u")
+            self.assertEqual((local.last.path, local.last.json), ("/api/embed", {
+                "model": "e", "input": ["a"], "dimensions": 3, "truncate": False}))
+            for tokens in ([1, 2], [[1], [2]]):
+                self.refused(embed(server, "ollama:e", input=tokens), 400, "tokens", param="input")
+            embed(server, "ollama:e", "/api/embed", input=["a"], options={"num_ctx": 9}, keep_alive="5m", truncate=None)
+            self.assertEqual(local.last.json, {
+                "model": "e", "input": ["a"], "options": {"num_ctx": 9}, "keep_alive": "5m"})
+
+    def test_ollama_s_own_paths(self):
+        with with_embedders("e:latest") as local, running(local) as server:
+            for inputs in ("Hi", ["Hi", "a"]):
+                reply = embed(server, "auto", "/api/embed", input=inputs)
+                self.assertEqual(self.vectors(reply), [*map(vector_for, oblix.as_list(inputs))])
+                self.assertEqual((reply.json["model"], reply.json["prompt_eval_count"]),
+                                 ("ollama:e", len(oblix.as_list(inputs))))
+                self.assertGreater(reply.json["total_duration"], 0)
+            self.assertEqual(embed(server, "e", "/api/embeddings", prompt="Hi").json, {"embedding": vector_for("Hi")})
+            asked = len(local.requests)
+            for nothing in (None, "", []):
+                self.assertEqual(embed(server, "auto", "/api/embed", input=nothing).json["embeddings"], [])
+            self.assertEqual(embed(server, "auto", "/api/embeddings").json, {"embedding": []})
+            self.assertEqual(len(local.requests), asked)
+
+    def test_many_inputs_are_sent_in_parts_and_put_together(self):
+        with Upstream(OPENAI, embedding()) as upstream, running(upstream) as server, \
+                mock.patch.object(oblix, "MAX_BATCH", 1000):
+            texts = ["x" * (number % 7 + 1) for number in range(100)]
+            for inputs, sizes in ((texts, [32, 32, 32, 4]), (["x" * 400] * 5, [2, 2, 1]), (["x" * 2000] * 2, [1, 1]),
+                                  ([[1] * 600] * 3, [1, 1, 1])):
+                del upstream.requests[:]
+                reply = embed(server, upstream.target, input=inputs, encoding_format="base64")
+                self.assertEqual(self.vectors(reply), [*map(vector_for, inputs)])
+                self.assertEqual([len(request.json["input"]) for request in upstream.requests], sizes)
+                self.assertEqual(reply.json["usage"]["prompt_tokens"], len(inputs))
+        ours = oblix.Endpoint("openai", "https://api.openai.com/v1")
+        for in_base64, most in ((True, 2048), (False, 256)):
+            request = oblix.EmbeddingRequest("m", [], in_base64)
+            self.assertEqual(oblix.PROVIDERS["openai"].most_inputs(request, ours), most)
+
+    def test_the_newest_local_model_is_the_usual_one_and_it_stays(self):
+        with with_embedders("new:latest", "old:latest") as local, cloudy(embedding()) as cloud, \
+                running(local, cloud) as server:
+            for name in ("auto", "local", "new", "new:latest", "ollama:new", "auto:latest"):
+                self.assertEqual(embed(server, name, input="a").headers["x-oblix-model"], "ollama:new", name)
+            with with_embedders("newer:latest", "new:latest") as other:
+                local.probe = other.probe
+            look(server)
+            eventually(lambda: "ollama:newer" in fetch(server, "GET", "/v1/models").body.decode())
+            self.assertEqual(embed(server, input="a").headers["x-oblix-model"], "ollama:new")
+            self.assertEqual(embed(server, "newer", input="a").headers["x-oblix-model"], "ollama:newer")
+            self.assertEqual(embed(server, "ollama:old", input="a").headers["x-oblix-model"], "ollama:old")
+
+    def test_openai_s_small_one_is_the_usual_one_where_ollama_has_none(self):
+        with mock.patch.object(oblix.OpenAI, "vendor", "127.0.0.1"), Upstream(OPENAI, embedding()) as cloud, \
+                running(cloud) as server:
+            for name in ("auto", "cloud", "text-embedding-3-small"):
+                reply = embed(server, name, input="a")
+                self.assertEqual((reply.headers["x-oblix-model"], reply.headers["x-oblix-side"]),
+                                 ("openai:text-embedding-3-small", "cloud"))
+            self.refused(embed(server, "text-embedding-ada-002", input="a"), 404, "text-embedding-3-small")
+        with small() as local, cloudy() as cloud, running(local, cloud) as server:    # another server has no such one
+            self.refused(embed(server, input="a"), 503, "--embedding-model")
+            self.assertEqual(local.requests + cloud.requests, [])
+
+    def test_no_name_means_another_model(self):
+        with with_embedders("e:latest") as local, cloudy(embedding()) as cloud, Upstream(CLAUDE) as claude, \
+                running(local, cloud, claude) as server:
+            for name in ("text-embedding-3-small", "text-embedding-ada-002", "gpt", "e2"):
+                self.refused(embed(server, name, input="a"), 404, "ollama:e", param="model")
+            self.refused(embed(server, "cloud", input="a"), 404, "ollama:e")
+            self.refused(embed(server, "e", input="a", headers={"x-oblix-route": "cloud"}), 404, "ollama:e")
+            self.refused(embed(server, cloud.target, input="a", headers={"x-oblix-route": "local"}), 404, cloud.target)
+            self.refused(embed(server, "e", input="a", headers={"x-oblix-route": "x"}), 400, "x-oblix-route")
+            self.refused(embed(server, claude.target, input="a"), 400, "Claude")
+            self.assertEqual(local.requests + cloud.requests + claude.requests, [])
+            self.assertEqual(embed(server, "e", input="a", headers={"x-oblix-route": "local"}).status, 200)
+            self.assertEqual(embed(server, cloud.target, input="a").headers["x-oblix-model"], cloud.target)
+
+    def test_an_alias_says_what_a_name_means(self):
+        with with_embedders("e:latest", "f:latest") as local, Upstream(OPENAI, embedding(), target="x") as other, \
+                running(local, flags=["--alias=text-embedding-*=ollama:f,ollama:e", "--alias=small=local",
+                                      f"--embedding-model=openai:e@{other.url}/v1#OTHER_KEY"],
+                        env={"OTHER_KEY": "a-key-of-its-own"}) as server:
+            for name, served in (("text-embedding-3-small", "ollama:f"), ("small", "openai:e"), ("auto", "openai:e")):
+                self.assertEqual(embed(server, name, input="a").headers["x-oblix-model"], served)
+            self.assertEqual(other.last.headers["Authorization"], "Bearer a-key-of-its-own")
+            with running(flags=["--embedding-model=openai:e@http://127.0.0.1:1/v1#NO_KEY"]) as server:
+                self.refused(embed(server, input="a"), 401, "NO_KEY")
+
+    def test_no_other_model_is_asked_where_it_fails(self):
+        rows = [(error(500), 500, True), (error(429), 429, True), (error(404, "no such model"), 404, True),
+                (error(400, "the input length exceeds the context length"), 400, False),
+                (error(400, "this model does not support embeddings"), 400, False)]
+        for script, status, told in rows:
+            with with_embedders("e:latest", "f:latest", script=script) as local, cloudy(embedding()) as cloud, \
+                    running(local, cloud) as server:
+                reply = embed(server, input="a")
+                self.refused(reply, status, "ollama:e: " if told else "")
+                self.assertEqual("vectors of two models" in reply.json["error"]["message"], told)
+                self.assertEqual((len(local.requests), cloud.requests), (1, []))
+                self.assertEqual(list(embed(server, "auto", "/api/embed", input="a").json), ["error"])
+                record = server.gateway.ledger.record(oblix.Target(server.gateway._ollama, "e", oblix.Side.LOCAL))
+                self.assertEqual(record.breaker.failures > 0, told)
+
+    def test_what_is_no_vector_is_no_answer(self):
+        for dialect, spoil in itertools.product((OLLAMA, OPENAI), NO_VECTORS):
+            def changed_answer(told, spoil=spoil):
+                if "embeddings" in told:
+                    return {**told, "embeddings": spoil(told["embeddings"])}
+                made = spoil([item["embedding"] for item in told["data"]])
+                return {**told, "data": [{"index": number, "embedding": one} for number, one in enumerate(made)]
+                        if isinstance(made, list) else made}
+            with Upstream(dialect, embedding(rewrite=changed_answer)) as upstream, running(upstream) as server:
+                self.refused(embed(server, upstream.target, input=["a", "b"]), 502, code="bad_upstream_answer")
+        for raw_body in (b"{}", b"[]", b"5", b"", b"<html>", b'{"embeddings":[[NaN],[1]]}', b'{"data":[{}]}'):
+            with Upstream(OPENAI, whole(200, raw_body)) as upstream, running(upstream) as server:
+                self.assertEqual(embed(server, upstream.target, input=["a", "b"]).status, 502)
+
+    def test_a_server_that_knows_no_forms_is_asked_without(self):
+        def script(dialect, request):
+            if "encoding_format" in request.json:
+                return whole(400, dialect.error("Unknown parameter: 'encoding_format'.", "invalid_request_error"))
+            body = {**request.json, "encoding_format": "float"}
+            return embedding()(dialect, types.SimpleNamespace(json=body))
+        with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+            for _ in range(2):
+                reply = embed(server, upstream.target, input="Hi", encoding_format="base64")
+                self.assertEqual(self.vectors(reply), [vector_for("Hi")])
+            self.assertEqual(len(upstream.requests), 3)    # it is known by then
+
+    def test_dimensions_are_never_left_out(self):
+        with Upstream(OPENAI, error(400, "Unknown parameter: 'dimensions'.")) as upstream, running(upstream) as server:
+            self.refused(embed(server, upstream.target, input="a", dimensions=3), 400, "dimensions")
+            self.assertEqual(len(upstream.requests), 1)
+
+    def test_a_client_that_leaves_ends_it(self):
+        with with_embedders("e:latest", script=[HANG]) as local, running(local) as server:
+            with contextlib.suppress(OSError):
+                fetch(server, "POST", "/v1/embeddings", json.dumps({"model": "auto", "input": "a"}), JSON, timeout=0.2)
+            self.assertTrue(local.next_request().hung_up.wait(5))
+
+    def test_a_wrong_body_is_a_400_in_the_api_s_shape(self):
+        with with_embedders("e:latest") as local, running(local) as server:
+            for path, fields, param in NOT_EMBEDDED:
+                with self.subTest(path, fields=str(fields)[:99]):
+                    reply = embed(server, path=path, **{"input": "a", "prompt": "a", **fields})
+                    self.assertEqual(reply.status, 400, reply.body)
+                    told = reply.json["error"]
+                    self.assertIn(param, told if path.startswith("/api/") else told["message"])
+            for path in ("/v1/embeddings", "/api/embed", "/api/embeddings"):
+                for data in NO_JSON:
+                    self.assertEqual(fetch(server, "POST", path, data, JSON).status, 400)
+                self.assertEqual(fetch(server, "GET", path).status, 405)
+            self.assertEqual(local.requests, [])
+
+    def test_no_body_makes_a_500(self):
+        full = {"input": ["a", "b"], "prompt": "a", "model": "auto", "encoding_format": "base64", "dimensions": 3,
+                "user": "u", "options": {"num_ctx": 9}, "keep_alive": "5m", "truncate": True}
+        with with_embedders("e:latest") as local, running(local) as server:
+            for path, name, wrong in itertools.product(
+                    ("/v1/embeddings", "/api/embed", "/api/embeddings"), full, WRONG):
+                reply = embed(server, path=path, **{**full, name: wrong})
+                self.assertTrue(reply.status == 200 or 400 <= reply.status < 500, (path, name, wrong, reply.body))
+                self.assertIsInstance(reply.json.get("error", {}), str if path < "/v" and reply.status > 200 else dict)
+
+    def test_it_is_told_in_the_log_and_counted(self):
+        with with_embedders("e:latest") as local, running(local) as server:
+            with self.assertLogs("oblix", "INFO") as logs:
+                embed(server, input=["a", "b"])
+                embed(server, path="/api/embed", input=5)
+                eventually(lambda: [record for record in logs.records if "400" in record.getMessage()])
+            facts = [record.facts for record in logs.records if hasattr(record, "facts")]
+            self.assertEqual([(fact["front"], fact["status"]) for fact in facts],
+                             [("embeddings", 200), ("embeddings", 400)])
+            self.assertEqual({name: facts[0][name] for name in ("asked", "served", "side", "prompt_tokens")},
+                             {"asked": "auto", "served": "ollama:e", "side": "local", "prompt_tokens": 2})
+            self.assertIn('oblix_requests_total{front="embeddings",target="ollama:e",side="local",outcome="ok"} 1',
+                          fetch(server, "GET", "/metrics").body.decode())
+
+    def test_a_setting_that_names_no_model_is_told(self):
+        for spec in ("nomic", "openai:", "ollama:e@host:80", "xyz:e"):
+            with self.assertRaises(oblix.UsageError):
+                oblix.embedding_targets(oblix.Settings.parse(["--embedding-model=" + spec], {}))
+
+    def test_the_openai_sdk_gets_its_vectors(self):
+        openai = sdk()
+        with with_embedders("e:latest") as local, running(local) as server, \
+                openai.OpenAI(base_url=server.url + "/v1", api_key="placeholder", max_retries=0) as client:
+            for how in ({}, {"encoding_format": "float"}):
+                found = client.embeddings.create(model="auto", input=["a", "bcd"], **how)
+                self.assertEqual([item.embedding for item in found.data], [vector_for("a"), vector_for("bcd")])
+
+
+class OllamaKeepsTheFrontsContract(FrontContract, Case):
+    path, front = "/api/chat", "ollama"
+
+    def body(self, model, stream=False, tools=(), **fields):
+        return {"model": model, "messages": HI_THERE, "stream": stream, **({"tools": tools} if tools else {}), **fields}
+
+    def of_lines(self, lines):
+        said = [line for line in lines if "error" not in line]
+        told = [line.get("message", {"content": line.get("response"), **line}) for line in said]
+        calls = [call["function"] for message in told for call in message.get("tool_calls", [])]
+        last = said[-1] if said and said[-1]["done"] else {}
+        reason = last.get("done_reason")
+        return Seen("".join(message["content"] for message in told),
+                    "".join(message.get("thinking", "") for message in told),
+                    [[call["name"], call["arguments"]] for call in calls],
+                    "tool_calls" if calls and reason == "stop" else reason,
+                    (last.get("prompt_eval_count"), last.get("eval_count")))
+
+    def of_whole(self, body):
+        self.assertTrue(body["done"])
+        return self.of_lines([body])
+
+    def events(self, data):
+        self.assertTrue(data.endswith(b"\n"))
+        return [json.loads(line) for line in data.decode().split("\n")[:-1]]
+
+    def of_stream(self, data):
+        return self.of_lines(self.events(data))
+
+    def is_complete(self, data):
+        return self.events(data)[-1].get("done") is True
+
+    def error_in(self, body):
+        self.assertEqual(list(body), ["error"])
+        self.assertIsInstance(body["error"], str)
+        return body["error"]
+
+    def error_events(self, data):
+        return [line for line in self.events(data) if "error" in line]
+
+    def full(self):
+        call = {"id": "a", "type": "function", "function": {"index": 0, "name": "find", "arguments": {"q": "a"}}}
+        return {"stream": False, "model": "ollama:llama3.2", "format": SCHEMA, "think": True, "keep_alive": "5m",
+                "tools": TOOLS, "truncate": True, "shift": None, "logprobs": False, "top_logprobs": None, "options": {
+                    "num_ctx": 8192, "num_predict": 5, "temperature": 0.5, "top_p": 1, "top_k": 3, "seed": 7,
+                    "stop": ["X"], "presence_penalty": 0, "frequency_penalty": 0}, "messages": [
+                        {"role": "system", "content": "s"}, {"role": "user", "content": "a", "images": [PNG]},
+                        {"role": "assistant", "content": "", "thinking": "hm", "tool_calls": [call]},
+                        {"role": "tool", "content": "3", "tool_name": "find", "tool_call_id": "a"}]}
+
+
+class GenerateKeepsTheFrontsContract(OllamaKeepsTheFrontsContract):
+    path = "/api/generate"
+    # it has no tools
+    test_a_whole_answer_is_the_fold_of_the_stream_whoever_gives_it = None
+    test_calls_whose_pieces_interleave_come_apart = None
+
+    def body(self, model, stream=False, tools=(), **fields):
+        return {"model": model, "prompt": "Hi", "stream": stream, **fields}
+
+    def full(self):
+        kept = {name: value for name, value in super().full().items() if name not in ("messages", "tools")}
+        return {"prompt": "a", "system": "s", "images": [PNG], "suffix": "b", "raw": True, "template": "t",
+                "context": [1, 2], **kept}
+
+
+class CompletionsKeepTheFrontsContract(ChatKeepsTheContract, FrontContract):
+    path, front = "/v1/completions", "completions"
+    # it has no tools, and no place for thoughts
+    test_a_whole_answer_is_the_fold_of_the_stream_whoever_gives_it = None
+    test_calls_whose_pieces_interleave_come_apart = None
+    test_bytes_may_be_cut_anywhere = None
+    test_many_texts_that_pass_unread_are_the_same_text = None
+
+    def body(self, model, stream=False, tools=(), **fields):
+        usage = {"stream_options": {"include_usage": True}} if stream else {}
+        return {"model": model, "prompt": "Hi", "stream": stream, **usage, **fields}
+
+    def of_whole(self, body):
+        [choice] = body["choices"]
+        return self.of_message({"content": choice["text"]}, choice["finish_reason"], body["usage"])
+
+    def of_stream(self, data):
+        parts = [json.loads(event) for event in self.events(data) if event != "[DONE]"]
+        choices = [choice for part in parts for choice in part.get("choices", [])]
+        finish = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
+        usage = [part["usage"] for part in parts if part.get("usage")]
+        text = "".join(choice["text"] for choice in choices)
+        return self.of_message({"content": text}, *finish or [None], *usage or [{}])
+
+    def full(self):
+        kept = {name: value for name, value in super().full().items() if name not in ("messages", "n", "logprobs")}
+        return {"prompt": ["a"], "suffix": "b", "echo": True, "best_of": 1, "logprobs": None, **kept}
 
 
 # === 11. Server ======================================================================================================
@@ -11221,7 +12496,7 @@ class Server(Case):
                 self.assertEqual(reply.headers.get("Allow", ""), "".join(allowed))
 
     def test_what_is_not_there_is_told_as_it_was_asked_for(self):
-        for path in ("/v1/v1/responses", "/v1//nope", "//v1/chat/completions/x"):
+        for path in ("/v1/v1/audio", "/v1//nope", "//v1/chat/completions/x"):
             reply = fetch(self.server, "POST", path + "?key=secret", b"{}")
             self.refused(reply, 404, "POST %s." % path)
             self.assertNotIn(b"secret", reply.body)
@@ -15195,7 +16470,7 @@ class Metrics(Case):
         self.assertLess({"status", "version", "local", "cloud", "plan"}, {*told})
         self.assertEqual((told["thresholds"]["cpu_percent"], told["thresholds"]["latency_ms"]),
                          ({"constrained": 70, "critical": 90}, {"degraded": 500}))
-        self.assertGreater(told["targets"][0]["first_token_s"], 0)
+        self.assertGreaterEqual(told["targets"][0]["first_token_s"], 0)
         self.assertEqual(told["targets"][0]["level"], "available")
         self.assertTrue(0 <= told["uptime_s"] < 60)
 
@@ -17131,7 +18406,10 @@ VARIABLES = [oblix.variable_of(field) for field in oblix.declared(oblix.Settings
 
 FRONT_BODIES = {    # path -> bodies of its front
     "/chat/completions": BODIES,
+    "/responses": [ASKED_OF_RESPONSES, respond(), respond("auto", CALLED, OUTPUT, tools=[PATCH], stream=True)],
     "/messages": [MessagesKeepTheContract().full(), messages("claude-haiku-5-5", stream=True, tools=CLAUDE_TOOLS)],
+    "/api/chat": [OllamaKeepsTheFrontsContract().full()], "/api/generate": [GenerateKeepsTheFrontsContract().full()],
+    "/completions": [CompletionsKeepTheFrontsContract().full()],
 }
 
 
@@ -17274,7 +18552,7 @@ def check_stream(case):
     for front in [oblix.MESSAGES] if is_native else {*oblix.FRONTS.values()}:
         writer = front.stream(request)
         for piece in chunks:
-            writer.take({**json.loads(json.dumps(piece)), "id": "1"})
+            writer.take({**json.loads(json.dumps(piece)), "id": "1", "created": 1})    # the gateway's own
         (chunks and writer.end(), writer.broken(oblix.cut()))
     if provider.translates and chunks and ended and not is_native:
         oblix.sse(oblix.fold(chunks))
@@ -17646,8 +18924,8 @@ SOUND_REQUESTS = [    # requests, the statuses of their replies by a server with
      [204], [204]),
     (b"GET http://localhost/v1/models?a=b#c HTTP/1.1\r\nHost: x.example\r\nConnection: close\r\n\r\n", [200], [401]),
     (b"PUT /v1/models HTTP/1.1\r\n" + KEYED + b"Content-Length: 5\r\n\r\nabcde", [403], [405]),
-    (b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\napi-key: fuzz-key\r\nContent-Length: 2\r\n\r\n{}", [404],
-     [404]),
+    (b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\napi-key: fuzz-key\r\nContent-Length: 2\r\n\r\n{}", [400],
+     [400]),
 ]
 OUR_FIELDS = set("""access-control-allow-headers access-control-allow-methods access-control-allow-origin
     access-control-allow-private-network access-control-expose-headers access-control-max-age allow cache-control
@@ -17719,6 +18997,7 @@ def sound_reply(reply):
         raise AssertionError("a reply of status %d: %r" % (status, body[:300]))
     if status >= 400 and body:
         error = json.loads(body)["error"]
+        error = {"message": error, "type": "Ollama's"} if isinstance(error, str) else error
         Case().shaped({"param": None, "code": None, **error})    # which Anthropic's have not
         if fields["content-type"] != "application/json" or "failed internally" in error["message"]:
             raise AssertionError("an error in another shape: %r" % body[:300])
@@ -18701,9 +19980,10 @@ class Way:
 
     def request(self, wish, text=GREETING, stream=None):
         """A request as bytes; `stream` where it matters."""
-        stream = self._stream if stream is None else stream
-        body = json.dumps({"model": self._model, "messages": [{"role": "user", "content": "[[%s]] %s" % (wish, text)}],
-                           "stream": stream, "max_tokens": 1000}).encode()
+        stream, text = self._stream if stream is None else stream, "[[%s]] %s" % (wish, text)
+        said = {"/v1/responses": {"input": text}, "/v1/completions": {"prompt": text},
+                "/api/generate": {"prompt": text}}.get(self._path, {"messages": [{"role": "user", "content": text}]})
+        body = json.dumps({"model": self._model, **said, "stream": stream, "max_tokens": 1000}).encode()
         return (b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n%s" % (self._path.encode(), len(body), body))
 
@@ -18921,6 +20201,7 @@ def bench():
             bench_streams(both, process)
             for dialect in (OLLAMA, CLAUDE):
                 bench_translated(dialect, ways(dialect, upstream, server), process)
+            bench_fronts(ways(OPENAI, upstream, server)[1], process)
             print(alone("memory after all this, MiB", memory_mib(process.pid), 1))
     return 0
 
@@ -18961,6 +20242,17 @@ def bench_translated(dialect, both, process):
     print(row("    first chunk, p50, ms", direct["p50"], through["p50"], 3))
     direct, through = in_turn(burst, both, process)
     print(row("    chunks/s of one stream without pauses", direct["rate"], through["rate"], 0))
+
+
+def bench_fronts(chat, process):
+    """What the same answer costs through each front, beside chat completions: CPU of Oblix."""
+    print("%-44s%12s%12s%12s%11s" % ("", "chat", "the front", "difference", "ratio"))
+    for path in ("/v1/responses", "/v1/messages", "/api/chat", "/v1/completions"):
+        both = chat, Way(chat.port, path, "cloud", False)
+        usual, front = in_turn(functools.partial(rates, 16, GREETING), both, process)
+        print(row("%s: µs of CPU an answer" % path, usual["cpu"], front["cpu"], 0))
+        usual, front = in_turn(streams, both, process, 1)
+        print(row("    a chunk, of %d streams" % STREAMS, usual["cpu"], front["cpu"], 0))
 
 
 def hang_ups(way, count, at_once_=50):
