@@ -7054,6 +7054,7 @@ _BLOCK_FIELDS: dict[str, dict[str, Any]] = {
     "tool_use": {"id": str, "name": str, "input": dict},
     "tool_result": {"tool_use_id": str, "content": (str, list, type(None))}}
 _SOURCE_FIELDS = {"base64": ("media_type", "data"), "url": ("url",), "file": ("file_id",), "text": ("data",)}
+_TOLD_OF_TEXTS = ("title", "source", "context")    # of documents and of what a search has found
 # What Claude Code says anew in each request, so that no server's cache of the prompt would fit any more: the first
 # block of the system (llama.cpp's pull request 20623), and what is left of its budget (omlx#2881, ollama's 17918).
 _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n?")
@@ -7156,19 +7157,19 @@ def _parts_of_block(block: Json) -> list[Json]:
     kind = block["type"]
     if kind == "tool_reference":    # what Claude Code's search among tools has found
         return _text_blocks(f"You can call the tool {block['tool_name']} now.")
+    told = _text_blocks("\n".join(block[name] for name in _TOLD_OF_TEXTS if isinstance(block.get(name), str)))
     if kind == "search_result":
-        told = "\n".join(str(block[name]) for name in ("title", "source") if block.get(name))
-        return [*_text_blocks(told), *_parts_within(block["content"], "search_result.content")]
+        return [*told, *_parts_within(block["content"], "search_result.content")]
     if kind not in ("image", "document"):    # of the others only a text can stand here
         return _text_blocks(block.get("text", ""))
     source, form = block["source"], str(block["source"].get("type"))
     if form == "content":
-        return _parts_within(source.get("content"), f"{kind}.source.content")
+        return [*told, *_parts_within(source.get("content"), f"{kind}.source.content")]
     needed = _SOURCE_FIELDS.get(form, ())
     need(needed and all(isinstance(source.get(name), str) for name in needed), f"{kind}.source",
          f"must be of a type among {', '.join(_SOURCE_FIELDS)}, and complete")
     if form == "text":
-        return _text_blocks(source["data"])
+        return [*told, *_text_blocks(source["data"])]
     url = source.get("url") or f"data:{source.get('media_type')};base64,{source.get('data')}"
     if kind == "image" and form != "file":
         return [{"type": "image_url", "image_url": {"url": url}}]
@@ -7345,6 +7346,9 @@ class _MessagesWriter(Writer):
             block.held.clear()
             if not is_end and (len(self._blocks) == 1 or not block.may_end()):
                 break
+            if block.key == "thinking":    # some clients drop thoughts without it; only Claude can sign
+                events += _framed({"type": "content_block_delta", "index": self._index,
+                                   "delta": {"type": "signature_delta", "signature": ""}})
             events += _framed({"type": "content_block_stop", "index": self._index})
             del self._blocks[0]
         return events
@@ -8135,8 +8139,8 @@ class Handler(socketserver.BaseRequestHandler):
         if answer is None:
             asked = head.target.partition("?")[0][:100]
             posts = ", ".join(path if path.startswith("/api/") else f"/v1{path}" for path in FRONTS)
-            raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST {posts}, GET /v1/models "
-                             "and GET /health.", status=404, code="unknown_url")
+            raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST {posts}, GET "
+                             "/v1/models and GET /health.", status=404, code="unknown_url")
         if head.method not in methods:
             self._common["Allow"] = ", ".join(methods)    # RFC 9110, 15.5.6
             raise BadRequest(f"{path[:100]} takes {' or '.join(methods)}, not {head.method[:20]}.",

@@ -11314,8 +11314,9 @@ SAID_IN_CHAT = [    # what it is about, messages and fields of a request, what t
      {"messages": [user(part("a"), SENT_IMAGE, {"type": "image_url", "image_url": {"url": WEB_IMAGE}})]}),
     ("documents", [said_by("user", {"type": "document", "source": PDF_SOURCE, "title": "T"}, {
         "type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "d"}}, {
-        "type": "document", "source": {"type": "content", "content": say("e")}})], {},
-     {"messages": [user({"type": "file", "file": {"filename": "T", "file_data": PDF_URL}}, part("d"), part("e"))]}),
+        "type": "document", "title": "U", "context": "C", "source": {"type": "content", "content": say("e")}})], {},
+     {"messages": [user({"type": "file", "file": {"filename": "T", "file_data": PDF_URL}}, part("d"), part("U\nC"),
+                        part("e"))]}),
     ("what a search has found", [said_by("user", {
         "type": "search_result", "source": "http://a", "title": "T", "content": say("b")}), said_by("assistant", USE),
         said_by("user", tool_result([{"type": "tool_reference", "tool_name": "grep"}]))], {},
@@ -11670,6 +11671,14 @@ class Messages(Case):
         events = MessagesKeepTheContract.events(self, reply.body)
         self.assertEqual([event["type"] for event in events[:3]], ["ping"] * 3)
         self.assertEqual(events[-1], {"type": "message_stop"})
+
+    def test_a_thought_ends_with_the_place_of_its_signature(self):
+        """Claude Code dropped the turn without it (claude-code-proxy#17)."""
+        self.ollama.play(answer(Think("hm"), Text("a")))
+        events = MessagesKeepTheContract.events(self, self.asks(messages(OLLAMA_ID, stream=True)).body)
+        self.ollama.play(answer(Text("Hello")))
+        self.assertEqual([event["delta"] for event in events if event["type"] == "content_block_delta"][1],
+                         {"type": "signature_delta", "signature": ""})
 
     def test_a_text_within_a_call_waits_for_its_end(self):
         writer = oblix.MESSAGES.stream(oblix.MESSAGES.request(messages("m"), head_of()))
