@@ -7059,6 +7059,7 @@ _TOLD_OF_TEXTS = ("title", "source", "context")    # of documents and of what a 
 # block of the system (llama.cpp's pull request 20623), and what is left of its budget (omlx#2881, ollama's 17918).
 _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n?")
 _COUNTDOWN = re.compile(r"<total_tokens>\s*\d+ tokens left\s*</total_tokens>")
+_OWN_TOOLS = (None, "custom")    # the types of a client's own; the others are Anthropic's
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _STOPS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 _ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
@@ -7076,7 +7077,7 @@ def prompt_tokens(request: ChatRequest) -> int:
 
 def messages_body(body: Json) -> tuple[Json, tuple[str, ...]]:
     """Return a Messages body as a chat body, and the tools that it leaves out.  Raises BadRequest."""
-    own = [tool for tool in body.get("tools") or () if tool.get("type") in (None, "custom")]
+    own = [tool for tool in body.get("tools") or () if tool.get("type") in _OWN_TOOLS]
     for number, tool in enumerate(own):
         need(isinstance(tool.get("name"), str) and isinstance(tool.get("input_schema"), dict), f"tools.{number}",
              'must be like {"name": …, "description": …, "input_schema": {…}}')
@@ -7098,7 +7099,7 @@ def messages_body(body: Json) -> tuple[Json, tuple[str, ...]]:
         reasoning_effort=_effort_meant(body.get("thinking") or {}, config),
         response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
         if isinstance(schema, dict) else None)
-    return told, tuple([str(tool["type"]) for tool in body.get("tools") or () if tool not in own])
+    return told, tuple([str(tool["type"]) for tool in body.get("tools") or () if tool.get("type") not in _OWN_TOOLS])
 
 
 def _own_names(body: Json) -> dict[str, str]:
@@ -7262,8 +7263,8 @@ class _Block:
 
     def may_end(self) -> bool:
         """Return True if the block can be closed before another one: a call when its arguments are complete."""
-        ends = self.said[-1:] and self.said[-1].rstrip().endswith("}")
-        return self.key in _DELTAS or bool(ends) and object_in("".join(self.said)) is not None
+        ends = 0 < len(self.said) <= 1000 and self.said[-1].rstrip().endswith("}")    # not asked of very many pieces
+        return self.key in _DELTAS or ends and object_in("".join(self.said)) is not None
 
 
 class _MessagesWriter(Writer):

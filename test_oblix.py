@@ -11435,6 +11435,24 @@ class Messages(Case):
                     oblix.MESSAGES.request(messages(**fields), head_of())
                 self.assertIn(says, raised.exception.message)
 
+    def test_the_work_is_linear(self):
+        def asked(count):
+            tools = [{"name": f"n{number}", "input_schema": {}} for number in range(count)]
+            return oblix.MESSAGES.request(messages("m", tools=tools), head_of())
+
+        def answered(count):
+            writer = oblix.MESSAGES.stream(oblix.ChatRequest("m", {"messages": [HI]}))
+            for number, name, text in ((0, "f", '{"a": "'), (1, "g", "{"), *[(0, None, "x}")] * count):
+                writer.take({**oblix.tool_chunk(number, text, "c", name), "id": "1", "model": "m"})
+
+        def took(work, count):
+            started = time.thread_time()
+            work(count)
+            return time.thread_time() - started
+        for work in (asked, answered):
+            took(work, 10)
+            self.assertLess(took(work, 8000), 32 * 16 * max(took(work, 250), 1e-4))
+
     def test_claude_gets_a_request_as_it_came_but_for_the_model(self):
         tools = [{**CLAUDE_TOOLS[0], "cache_control": {"type": "ephemeral"}},
                  {"type": "web_search_20250305", "name": "web_search"}]
