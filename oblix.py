@@ -3918,8 +3918,9 @@ class Claude(Provider):
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
         # Bedrock, Vertex and Azure do not know all of the betas that Claude Code names (new-api#2975, litellm#20021).
-        about_beta = error.fault is Fault.REFUSED and re.search(r"anthropic.beta|\bbeta (flag|header)", error.message)
-        return "anthropic-beta" if about_beta else super().refused_parameter(error, payload)
+        if error.fault is Fault.REFUSED and re.search(r"anthropic.beta|\bbeta (flag|header)", error.message):
+            return next(iter(re.findall(r"`([\w.-]+)`", error.message)), "anthropic-beta")
+        return super().refused_parameter(error, payload)
 
     @staticmethod
     def _tools(body: Json, choice: str | Json, turns: Sequence[Json]) -> Json:
@@ -5646,8 +5647,9 @@ class Gateway:
         while True:
             unwanted = self.ledger.record(target).refused.union(changed)
             payload = provider.adapt(encoded, unwanted)
-            answer = self.transport.open(url, {name: value for name, value in headers.items() if name not in unwanted},
-                                         dumps(payload), limits, look)
+            sent = {name: ",".join([word for word in value.split(",") if word.strip() not in unwanted])
+                    for name, value in headers.items() if name not in unwanted}
+            answer = self.transport.open(url, present(sent), dumps(payload), limits, look)
             if answer.status < 300 and answer.content_type != "text/html":
                 for refused, error in changed.items():
                     if is_permanent(refused, error):

@@ -11490,16 +11490,19 @@ class Messages(Case):
         self.assertEqual(self.ollama.last.json["messages"][-1]["tool_call_id"], "functions.find:0")
 
     def test_betas_that_a_relay_of_claude_does_not_know_are_left_out_from_then_on(self):
-        for words in ("Unexpected value(s) `x-1` for the `anthropic-beta` header. Please consult our documentation or "
-                      "try again without the header.", "invalid beta flag"):
-            def script(_, request, words=words):
-                return whole(400, claude_refuses(words)) if "anthropic-beta" in request.headers else answer(Text("a"))(
-                    CLAUDE, request)
+        for words, known in (("Unexpected value(s) %s for the `anthropic-beta` header. Please try again without the "
+                              "header.", ["z-3"]), ("invalid beta flag", [])):
+            def script(_, request, words=words, known=known):
+                betas = (request.headers.get("anthropic-beta") or "").replace(" ", "").split(",")
+                unknown = ", ".join(f"`{beta}`" for beta in betas if beta and beta not in known)
+                error = claude_refuses(words % unknown if known else words)
+                return whole(400, error) if unknown else answer(Text("a"))(CLAUDE, request)
             with Upstream(CLAUDE, script) as relay, running(relay) as server:
                 for _ in range(2):
-                    reply = self.asks(messages(CLAUDE_ID), server=server, **{"anthropic-beta": "x-1"})
-                    self.assertEqual(reply.status, 200)
-                self.assertEqual(len(relay.requests), 3)
+                    reply = self.asks(messages(CLAUDE_ID), server=server, **{"anthropic-beta": "x-1, y-2,z-3"})
+                    self.assertEqual(reply.status, 200, reply.body)
+                self.assertEqual(len(relay.requests), 4 if known else 3)
+                self.assertEqual(relay.last.headers.get("anthropic-beta"), "z-3" if known else None)
 
     def test_a_tool_is_called_by_the_client_s_name(self):
         for stream, dialect in itertools.product((False, True), (OLLAMA, OPENAI)):
