@@ -1012,7 +1012,7 @@ def _list_of(kind: type, words: str) -> Rule:
         f"must be a list of {words}")
 
 
-def _integer(low: int, high: int, words: str = "") -> Rule:
+def whole_number(low: int, high: int, words: str = "") -> Rule:
     # subtle: type(), not isinstance(): True is an int, and `"n": true` must not pass for 1
     return lambda value: type(value) in (int, float) and low <= value <= high and int(value) == value, (
         f"must be an integer{words}")
@@ -1053,8 +1053,8 @@ FIELDS: dict[str, Rule] = {
               'must be "auto" or another printable name of at most 256 characters, see GET /v1/models'),
     "messages": (lambda value: isinstance(value, list) and value, "must be a list of at least one message"),
     **dict.fromkeys(("temperature", "top_p", "presence_penalty", "frequency_penalty"), _number),
-    **dict.fromkeys(WHOLE, _integer(-2**63, 2**64 - 1)),    # no server's types take more
-    "n": _integer(1, 16384, " from 1 to 16384"),            # vLLM's limit
+    **dict.fromkeys(WHOLE, whole_number(-2**63, 2**64 - 1)),    # no server's types take more
+    "n": whole_number(1, 16384, " from 1 to 16384"),            # vLLM's limit
     "stream": _boolean, "logprobs": _boolean,
     "stop": (lambda value: isinstance(value, str) or _strings[0](value), "must be a string or a list of strings"),
     "tools": _list_of(dict, "tools"), "functions": _list_of(dict, "functions"),
@@ -3895,10 +3895,10 @@ class Claude(Provider):
         system, turns = claude_conversation(without_deprecated(request.messages), model.prefill)
         choice, schema = chosen_tools(body)[1], json_wanted(body)
         if schema == {}:    # Claude has no field for JSON without a schema
-            system.extend(_text_blocks("Answer with one JSON object and nothing else: no prose, no Markdown fence."))
+            system.extend(text_blocks("Answer with one JSON object and nothing else: no prose, no Markdown fence."))
         if choice not in ("auto", "none") and not model.forced:
             which = claude_name(name_of(choice)) if isinstance(choice, dict) else "that fits best"
-            system.extend(_text_blocks(f"Answer with a call of the tool {which}."))
+            system.extend(text_blocks(f"Answer with a call of the tool {which}."))
             choice = "auto"
         payload = present({
             "model": target.model, "messages": turns, "stream": True,
@@ -4103,11 +4103,11 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
             waiting[message["tool_call_id"]].pop(0).update({"content": blocks or "", **_mark_of(*marks[-1:])})
         else:
             said.append(("user", blocks))
-    turns = [{"role": role, "content": [block for _, some in group for block in some] or _text_blocks(".")}
+    turns = [{"role": role, "content": [block for _, some in group for block in some] or text_blocks(".")}
              for role, group in itertools.groupby(said, lambda pair: pair[0])]
     last = turns[-1]
     if last["role"] == "assistant" and not prefills:
-        turns.append({"role": "user", "content": _text_blocks("Continue.")})
+        turns.append({"role": "user", "content": text_blocks("Continue.")})
     elif last["role"] == "assistant" and last["content"][-1]["type"] == "text":
         last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
     return system, turns
@@ -4118,7 +4118,7 @@ def claude_content(message: Json) -> list[Json]:
     blocks: list[Json] = []
     for part in parts_of(message):
         if part["type"] in ("text", "refusal"):
-            blocks.extend({**block, **_mark_of(part)} for block in _text_blocks(part[part["type"]]))
+            blocks.extend({**block, **_mark_of(part)} for block in text_blocks(part[part["type"]]))
             continue
         kind = "image" if part["type"] == "image_url" else "document"
         url = part["image_url"]["url"] if kind == "image" else part["file"]["file_data"]
@@ -4144,7 +4144,7 @@ def _claude_call(call: Json, used: set[str]) -> Json:
     return {"type": "tool_use", "id": id, "name": claude_name(function["name"]), "input": given}
 
 
-def _text_blocks(text: str) -> list[Json]:
+def text_blocks(text: str) -> list[Json]:
     """Return a text as a block, or nothing for an empty one, which Claude refuses."""
     return [{"type": "text", "text": text}] if text.strip() else []
 
@@ -7044,7 +7044,7 @@ class Responses(Front):
 
 _MESSAGES_FIELDS: dict[str, Rule] = {
     **{name: FIELDS[name] for name in ("model", "messages", "stream", "temperature", "top_p", "tools")},
-    "max_tokens": _integer(0, MOST_TOKENS, " from 0"),
+    "max_tokens": whole_number(0, MOST_TOKENS, " from 0"),
     "system": (lambda value: isinstance(value, (str, list)), "must be a string or a list of text blocks"),
     "stop_sequences": (lambda value: isinstance(value, list) and FIELDS["stop"][0](value), "must be a list of strings"),
     **dict.fromkeys(("tool_choice", "thinking", "output_config", "output_format"), FIELDS["stream_options"]),
@@ -7159,12 +7159,12 @@ def _parts_of_block(block: Json) -> list[Json]:
     """Return the parts of a chat's content that say what a block says.  Raises BadRequest."""
     kind = block["type"]
     if kind == "tool_reference":    # what Claude Code's search among tools has found
-        return _text_blocks(f"You can call the tool {block['tool_name']} now.")
-    told = _text_blocks("\n".join(block[name] for name in _TOLD_OF_TEXTS if isinstance(block.get(name), str)))
+        return text_blocks(f"You can call the tool {block['tool_name']} now.")
+    told = text_blocks("\n".join(block[name] for name in _TOLD_OF_TEXTS if isinstance(block.get(name), str)))
     if kind == "search_result":
         return [*told, *_parts_within(block["content"], "search_result.content")]
     if kind not in ("image", "document"):    # of the others only a text can stand here
-        return _text_blocks(block.get("text", ""))
+        return text_blocks(block.get("text", ""))
     source, form = block["source"], str(block["source"].get("type"))
     if form == "content":
         return [*told, *_parts_within(source.get("content"), f"{kind}.source.content")]
@@ -7172,7 +7172,7 @@ def _parts_of_block(block: Json) -> list[Json]:
     need(needed and all(isinstance(source.get(name), str) for name in needed), f"{kind}.source",
          f"must be of a type among {', '.join(_SOURCE_FIELDS)}, and complete")
     if form == "text":
-        return [*told, *_text_blocks(source["data"])]
+        return [*told, *text_blocks(source["data"])]
     url = source.get("url") or f"data:{source.get('media_type')};base64,{source.get('data')}"
     if kind == "image" and form != "file":
         return [{"type": "image_url", "image_url": {"url": url}}]
