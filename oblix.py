@@ -3491,14 +3491,14 @@ class OpenAI(Provider):
             kept["reasoning_effort"] = "none"    # these models take tools only without reasoning, and would reason
         for name, (_, change) in CHANGES.items():
             if name in refused:
-                kept.update({place: [*map(change, kept[place])] for place in ("messages", "tools") if place in kept})
+                kept.update({place: change(kept[place]) for place in ("messages", "tools") if place in kept})
         return kept
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
         if error.status in (400, 422, 500):
             said = [one for place in ("messages", "tools") for one in payload.get(place) or ()]
             for name, (words, change) in CHANGES.items():
-                if re.search(words, error.message.lower()) and any(change(one) != one for one in said):
+                if re.search(words, error.message.lower()) and change(said) != said:
                     return name
         return super().refused_parameter(error, payload)
 
@@ -3555,14 +3555,38 @@ def _without(prefix: str) -> Callable[[Json], Json]:
     return change
 
 
+def _each(change: Callable[[Json], Json]) -> Callable[[list[Json]], list[Json]]:
+    return lambda ones: [*map(change, ones)]
+
+
+def _with_answers(messages: list[Json]) -> list[Json]:
+    """Return messages in which an answer stands between what a tool and what the user said."""
+    told = list[Json]()
+    for message in messages:
+        if told and (told[-1].get("role"), message.get("role")) == ("tool", "user"):
+            told.append({"role": "assistant", "content": "Understood."})
+        told.append(message)
+    return told
+
+
+def _with_short_description(tool: Json) -> Json:
+    function = tool.get("function") or {}
+    told = function.get("description")
+    return {**tool, "function": {**function, "description": told[:1024]}} if isinstance(told, str) else tool
+
+
 # What servers want otherwise in messages and tools: the words of their errors, the change.  It is remembered.
-CHANGES: dict[str, tuple[str, Callable[[Json], Json]]] = {
-    "tool_call_id": (r"tool call ids?\b.*\b9\b", _with_short_ids),    # Mistral's API, tokenizer and chat templates
+CHANGES: dict[str, tuple[str, Callable[[list[Json]], list[Json]]]] = {
+    # Mistral's API, tokenizer and chat templates; the second breaks Claude Code (mistral-common#169)
+    "tool_call_id": (r"tool call ids?\b.*\b9\b", _each(_with_short_ids)),
+    "user after tool": (r"role .?user.? after role .?tool|roles must alternate", _with_answers),
     "no reasoning_content": (r"missing.*reasoning_content|reasoning_content.*(missing|passed back|required)",
-                             lambda one: {"reasoning_content": one.get("reasoning", ""), **one}
-                             if one.get("role") == "assistant" else one),    # DeepSeek, Kimi
-    "reasoning_content": (r"\breasoning(_content|_details)?\b(?! effort)", _without("reasoning")),    # Groq, Mistral
-    "cache_control": ("cache_control", _without("cache_control")),    # Gemini, Groq
+                             _each(lambda one: {"reasoning_content": one.get("reasoning", ""), **one}
+                                   if one.get("role") == "assistant" else one)),    # DeepSeek, Kimi
+    # Groq, Mistral
+    "reasoning_content": (r"\breasoning(_content|_details)?\b(?! effort)", _each(_without("reasoning"))),
+    "cache_control": ("cache_control", _each(_without("cache_control"))),    # Gemini, Groq
+    "long descriptions": (r"description\W+string too long.*\b1024\b", _each(_with_short_description)),    # Azure
 }
 
 
