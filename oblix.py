@@ -3528,7 +3528,8 @@ class OpenAI(Provider):
         return 2048 if request.in_base64 else 256    # its own limit; as many numbers as JSON may have here (3072 each)
 
     def vectors(self, answer: Json) -> tuple[list[Any], int]:
-        found = sorted(answer["data"], key=lambda item: item.get("index", 0))
+        by_index = {item.get("index"): item for item in answer["data"]}
+        found = answer["data"] if len(by_index) < 2 else [by_index[number] for number in range(len(answer["data"]))]
         return [item["embedding"] for item in found], (answer.get("usage") or {}).get("prompt_tokens") or 0
 
 
@@ -5654,10 +5655,10 @@ class Gateway:
                     encoded = provider.embed(inputs, request, target)
                     answer = self.open(target, provider.embed_path, encoded, self.limits._replace(until=until), look)
                     with contextlib.closing(answer), _in_its_format():
-                        found, count = provider.vectors(loads(answer.body()))
-                        if len(found) != len(inputs):
-                            raise ValueError("a vector is missing")
+                        found, count = provider.vectors(event_of(answer.body()))
                         vectors, tokens = vectors + [vector(one, request.in_base64) for one in found], tokens + count
+                        if len(found) != len(inputs) or len({*map(len, vectors)}) > 1:
+                            raise ValueError("a vector is missing, or longer than another")
         except UpstreamError as error:
             self.note(target, error)
             if error.fault not in (Fault.REFUSED, Fault.TOO_LONG, Fault.CLIENT):
@@ -5713,6 +5714,20 @@ class Gateway:
                         provider.encode(request, target)), PROBE_LIMITS)) as answer:
                     return int(loads(answer.body(within_first_byte=True))["input_tokens"])
         return None
+
+    def prepare(self, request: ChatRequest, unload: bool, look: Look) -> None:
+        """Have Ollama load or unload the model of a request without a prompt.  Raise OblixError, what the look raises.
+
+        Of several models it loads the one that would be asked, if it is Ollama's, and unloads the first of Ollama's.
+        """
+        plan = self.plan(request)
+        order = [*plan.order, *plan.last_resort]
+        for target in [one for one in (order if unload else order[:1]) if request.native_to(one.endpoint.provider)][:1]:
+            provider, context = PROVIDERS[target.endpoint.provider], self.ledger.record(target).context
+            limits = self.limits._replace(first_byte_s=max(LOAD_S, self.limits.first_byte_s))
+            payload = provider.encode(request, target, context, self.keep_alive(target))
+            with contextlib.closing(self.open(target, provider.chat_path, payload, limits, look)) as answer:
+                answer.body(within_first_byte=True)
 
     def note(self, target: Target, error: UpstreamError | None) -> None:
         """Learn from an attempt that has failed, or with None succeeded."""
@@ -6454,6 +6469,9 @@ class Front:
     def at_once(self, request: ChatRequest, now: int) -> Json | None:
         """Return the answer to a request that needs no model's words, or None; `now` is in unix seconds."""
         return None
+
+    def note_time(self, answer: Json, first_s: float, seconds: float) -> None:
+        """Put into an answer, or its chunk with the usage, the time to its first token and to its end, if it is told."""
 
     def error(self, error: OblixError) -> Json:
         """Return the body of an error."""
@@ -7394,7 +7412,8 @@ def ollama_details(id: str, model: Model) -> Json:
     """Return the answer of /api/show.  Clients read the window at the architecture's name, as VS Code and Zed do."""
     entry = ollama_entry(id, model)
     family = entry["details"]["family"] or "oblix"
-    return {"license": "", "modelfile": "", "parameters": "", "template": "", "system": "",
+    template = "{{ .Prompt }}{{ .Suffix }}" * ("insert" in entry["capabilities"])    # by which Continue asks to insert
+    return {"license": "", "modelfile": "", "parameters": "", "template": template, "system": "",
             **{name: entry[name] for name in ("details", "capabilities", "modified_at")},
             "model_info": {"general.architecture": family, **present({f"{family}.context_length": model.max_context}),
                            "general.basename": model.title or id.removesuffix(":latest")}}
@@ -7425,7 +7444,7 @@ OLLAMA_FIELDS: dict[str, Rule] = {
                "must be a list of images in base64"),
 }
 OLLAMA_MESSAGE: dict[str, Rule] = {
-    **dict.fromkeys(("role", "content", "thinking", "tool_name", "tool_call_id"), _A_TEXT),
+    **dict.fromkeys(("role", "content", "thinking", "tool_name", "name", "tool_call_id"), _A_TEXT),
     "images": OLLAMA_FIELDS["images"],
     "tool_calls": (lambda value: MESSAGE_FIELDS["tool_calls"][0](value) and all(map(called_in, value)),
                    'must be a list of {"function": {"name": …, "arguments": {}}}'),
@@ -7447,14 +7466,15 @@ class OllamaChat(OllamaApi):
         options, messages = body.get("options", {}), self.messages(body)
         check_fields(options, OLLAMA_OPTIONS, (), "options.")
         if not messages:
-            return ChatRequest(body["model"], {"messages": []}, origin=body)
+            own = {"messages": [], **{name: body[name] for name in ("keep_alive", "options") if name in body}}
+            return ChatRequest(body["model"], {"messages": []}, origin=body, native=Native("ollama", "/api/chat", own))
         effort: Any = body.get("think")
         request = parse_request({
             **{name: options.get(name) for name in _SHARED}, **{name: body.get(name) for name in _AS_IN_OPENAI},
-            "messages": [*map(_with_calls, without_deprecated(messages))], "stream": body.get("stream", True),
+            "messages": [*map(_with_calls, answered(without_deprecated(messages)))], "stream": body.get("stream", True),
             "stream_options": {"include_usage": True}, "response_format": _format(body.get("format")),
             "max_tokens": max(options.get("num_predict", 0), 0) or None,    # -1 is no limit, -2 the window's
-            "reasoning_effort": {True: "medium", False: "none"}.get(effort, effort)})
+            "reasoning_effort": {True: "medium", False: "none", "": None}.get(effort, effort)})
         only = next((name for name in _ONLY_OLLAMA if body.get(name)), "")
         return dataclasses.replace(request, origin=body, native=Native("ollama", self.path, body, only=only))
 
@@ -7467,6 +7487,11 @@ class OllamaChat(OllamaApi):
             return None
         reason = "unload" if request.origin.get("keep_alive") in (0, "0", "0s", "0m") else "load"
         return {**self.piece({"model": request.model, "created": now}, {}), "done": True, "done_reason": reason}
+
+    def note_time(self, answer: Json, first_s: float, seconds: float) -> None:
+        took = (seconds, 0.0, first_s, max(seconds - first_s, 0.001))    # clients divide by the last
+        if not _timings_of(answer).get("total_duration"):
+            answer["timings"] = {name: int(part * 1e9) for name, part in zip(_DURATIONS, took)}
 
     def whole(self, answer: Json, request: ChatRequest) -> Json:
         choice = answer["choices"][0]
@@ -7490,7 +7515,7 @@ class OllamaChat(OllamaApi):
     def ended(self, answer: Json) -> Json:
         """Return the fields of the last piece of an answer."""
         usage, finish = answer.get("usage") or {}, answer["choices"][0]["finish_reason"]
-        timings = answer["timings"] if isinstance(answer.get("timings"), dict) else {}    # Ollama's, or others' own
+        timings = _timings_of(answer)
         return {"done": True, "done_reason": "length" if finish == "length" else "stop",
                 **{name: timings.get(name) or 0 for name in _DURATIONS},
                 "prompt_eval_count": usage.get("prompt_tokens") or 0, "eval_count": usage.get("completion_tokens") or 0,
@@ -7544,6 +7569,11 @@ class _OllamaWriter(Writer):
         return ndjson(self._front.error(error))
 
 
+def _timings_of(answer: Json) -> Json:
+    """Return Ollama's last piece of an answer, or what others tell under the same name, or {}."""
+    return answer["timings"] if isinstance(answer.get("timings"), dict) else {}
+
+
 def ndjson(value: Json) -> bytes:
     """Return a line of newline-delimited JSON."""
     return dumps(value) + b"\n"
@@ -7559,7 +7589,26 @@ def _from_ollama(where: str, message: Any) -> Json:
     texts = [{"type": "text", "text": text}] if text else []
     return {"role": message["role"], "content": [*texts, *images] if images else text, **present({
         "tool_calls": message.get("tool_calls"), "tool_call_id": message.get("tool_call_id"),
-        "name": message.get("tool_name"), "reasoning_content": message.get("thinking")})}
+        "name": message.get("tool_name") or message.get("name"), "reasoning_content": message.get("thinking")})}
+
+
+def answered(messages: Iterable[Json]) -> Iterator[Json]:
+    """Yield messages in which a result follows each call, and none has lost its call: OpenAI refuses both.
+
+    Home Assistant cuts old messages off wherever it is.
+    """
+    waiting: dict[str, Json] = {}    # results that are missing yet, by id
+    for message in (*messages, {}):
+        is_result = message.get("role") == "tool"
+        if is_result and waiting.pop(message["tool_call_id"], None) is None:
+            message = {"role": "user", "content": message["content"], "tool_calls": []}
+            is_result = False
+        if not is_result:
+            yield from waiting.values()
+            waiting = {call["id"]: {"role": "tool", "content": "(no result)", "tool_call_id": call["id"],
+                                    "tool_calls": []} for call in message.get("tool_calls", ())}
+        if message:
+            yield message
 
 
 def _with_calls(message: Json) -> Json:
@@ -8152,7 +8201,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.told["asked"] = request.model
         told = front.at_once(request, int(time.time()))
         if told is not None:
-            self.server.gateway.plan(request)    # there is a model of this name, and one that can answer
+            self._begin(math.inf)
+            self.server.gateway.prepare(request, told["done_reason"] == "unload", self._look)
             return self.json(200, told)
         self._begin(KEEP_ALIVE_S if request.stream else math.inf)
         self._event_headers, self._writer = {"Content-Type": front.events, **EVENT_HEADERS}, front.stream(request)
@@ -8235,6 +8285,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Note the tokens that an answer, or a chunk of one, counts."""
         counts = {"tokens": tokens_of(answer), "prompt_tokens": tokens_of(answer, "prompt_tokens")}
         self.told.update({name: count for name, count in counts.items() if count})
+        self._front.note_time(answer, self.told.get("first_token_s", 0.0), time.monotonic() - self.started)
 
     def _hold(self, events: bytes) -> None:
         """Hold events until the next wait: a write takes 20 us, and a read brings several.  Raise ClientGone."""
