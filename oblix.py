@@ -4312,6 +4312,13 @@ def batches(inputs: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
 MAX_BATCH = 200_000    # characters, or tokens: OpenAI takes 300,000 tokens, and a character is seldom more than one
 
 
+def check_dimensions(one: Any, request: EmbeddingRequest) -> None:
+    """Raise Unsupported if a vector has another size than was asked for: some servers can't, and don't say so."""
+    asked = request.body.get("dimensions")
+    if asked and len(one) != ((4 * asked + 2) // 3 * 4 if request.in_base64 else asked):
+        raise Unsupported("The model makes vectors of one size only: leave dimensions out.", param="dimensions")
+
+
 def vector(told: Any, in_base64: bool) -> Any:
     """Return a server's vector in the form that is wanted, whichever it came in.  Raises NOT_IN_ITS_FORMAT."""
     numbers, raw = told, base64.b64decode(told, validate=True) if isinstance(told, str) else b""
@@ -5667,6 +5674,7 @@ class Gateway:
             raise
         if vectors:
             self.note(target, None)
+            check_dimensions(vectors[0], request)
         return target, vectors, tokens
 
     def _embedder(self, request: EmbeddingRequest, route: str, look: Look) -> Target:
@@ -6471,7 +6479,7 @@ class Front:
         return None
 
     def note_time(self, answer: Json, first_s: float, seconds: float) -> None:
-        """Put into an answer, or its chunk with the usage, the time to its first token and to its end, if it is told."""
+        """Put into an answer, or its chunk with the usage, when it began and ended, where its clients are told."""
 
     def error(self, error: OblixError) -> Json:
         """Return the body of an error."""
@@ -7466,7 +7474,7 @@ class OllamaChat(OllamaApi):
         options, messages = body.get("options", {}), self.messages(body)
         check_fields(options, OLLAMA_OPTIONS, (), "options.")
         if not messages:
-            own = {"messages": [], **{name: body[name] for name in ("keep_alive", "options") if name in body}}
+            own: Json = {"messages": [], **{name: body[name] for name in ("keep_alive", "options") if name in body}}
             return ChatRequest(body["model"], {"messages": []}, origin=body, native=Native("ollama", "/api/chat", own))
         effort: Any = body.get("think")
         request = parse_request({

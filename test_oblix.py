@@ -12259,6 +12259,11 @@ class Embedding(Case):
             self.assertEqual(len(upstream.requests), 3)    # it is known by then
 
     def test_dimensions_are_never_left_out(self):
+        for dialect, form in itertools.product((OLLAMA, OPENAI), ("base64", "float")):
+            with Upstream(dialect, embedding()) as upstream, running(upstream) as server:
+                for asked, status in ((3, 200), (2, 400), (4, 400), (768, 400)):
+                    reply = embed(server, upstream.target, input="a", dimensions=asked, encoding_format=form)
+                    self.assertEqual(reply.status, status, (asked, form))
         with Upstream(OPENAI, error(400, "Unknown parameter: 'dimensions'.")) as upstream, running(upstream) as server:
             self.refused(embed(server, upstream.target, input="a", dimensions=3), 400, "dimensions")
             self.assertEqual(len(upstream.requests), 1)
