@@ -2489,10 +2489,6 @@ class Provider:
         """Return the body of the upstream request for the vectors of some of the inputs.  Raises Unsupported."""
         raise Unsupported(f"{self.label} has no embeddings: ask another provider's model for them.", param="model")
 
-    def most_inputs(self, request: EmbeddingRequest, endpoint: Endpoint) -> int:
-        """Return how many inputs are sent at once: some servers take no more than 32 (TEI)."""
-        return 32
-
     def vectors(self, answer: Json) -> tuple[list[Any], int]:
         """Return the vectors in an answer, in the order of the inputs, and the prompt's tokens.
 
@@ -3522,11 +3518,6 @@ class OpenAI(Provider):
         return {"model": target.model, "input": inputs, "encoding_format": "base64" if request.in_base64 else "float",
                 **request.body}
 
-    def most_inputs(self, request: EmbeddingRequest, endpoint: Endpoint) -> int:
-        if not is_at(endpoint.base_url, self.vendor):
-            return super().most_inputs(request, endpoint)
-        return 2048 if request.in_base64 else 256    # its own limit; as many numbers as JSON may have here (3072 each)
-
     def vectors(self, answer: Json) -> tuple[list[Any], int]:
         by_index = {item.get("index"): item for item in answer["data"]}
         found = answer["data"] if len(by_index) < 2 else [by_index[number] for number in range(len(answer["data"]))]
@@ -4309,6 +4300,8 @@ def batches(inputs: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
         yield inputs[start:]
 
 
+# At once: some servers take no more than 32 (TEI); of OpenAI's vectors, of 3072 numbers each, JSON may have 256 here.
+MOST_INPUTS = (32, 256)
 MAX_BATCH = 200_000    # characters, or tokens: OpenAI takes 300,000 tokens, and a character is seldom more than one
 
 
@@ -5658,7 +5651,7 @@ class Gateway:
         provider, vectors, tokens = PROVIDERS[target.endpoint.provider], list[Any](), 0
         try:
             with self.ledger.flight(target), _without_key(target.endpoint):
-                for inputs in batches(request.inputs, provider.most_inputs(request, target.endpoint)):
+                for inputs in batches(request.inputs, MOST_INPUTS[is_at(target.endpoint.base_url, provider.vendor)]):
                     encoded = provider.embed(inputs, request, target)
                     answer = self.open(target, provider.embed_path, encoded, self.limits._replace(until=until), look)
                     with contextlib.closing(answer), _in_its_format():
@@ -7606,16 +7599,16 @@ def answered(messages: Iterable[Json]) -> Iterator[Json]:
     Home Assistant cuts old messages off wherever it is.
     """
     waiting: dict[str, Json] = {}    # results that are missing yet, by id
-    for message in (*messages, {}):
-        is_result = message.get("role") == "tool"
-        if is_result and waiting.pop(message["tool_call_id"], None) is None:
-            message = {"role": "user", "content": message["content"], "tool_calls": []}
-            is_result = False
-        if not is_result:
-            yield from waiting.values()
-            waiting = {call["id"]: {"role": "tool", "content": "(no result)", "tool_call_id": call["id"],
-                                    "tool_calls": []} for call in message.get("tool_calls", ())}
-        if message:
+    for message in (*messages, {"role": "", "tool_calls": []}):
+        if message["role"] == "tool" and waiting.pop(message["tool_call_id"], None):
+            yield message
+            continue
+        yield from waiting.values()
+        waiting = {call["id"]: {"role": "tool", "tool_call_id": call["id"], "content": "(no result)", "tool_calls": []}
+                   for call in message["tool_calls"]}
+        if message["role"] == "tool":
+            yield {"role": "user", "content": message["content"], "tool_calls": []}
+        elif message["role"]:
             yield message
 
 
@@ -7669,58 +7662,52 @@ class Completions(Front):
         return dataclasses.replace(request, origin=body, native=native if suffix else None)
 
     def whole(self, answer: Json, request: ChatRequest) -> Json:
-        return self.piece(answer, [(choice, self.echo(request)) for choice in answer["choices"]])
+        return self.piece(answer, self.echoes(request))
 
     def stream(self, request: ChatRequest) -> Writer:
         return _CompletionWriter(self, request)
 
     @staticmethod
-    def echo(request: ChatRequest) -> str:
-        """Return what stands before each choice."""
-        return "".join(request.origin["prompt"]) if request.origin.get("echo") else ""
+    def echoes(request: ChatRequest) -> dict[int, str]:
+        """Return what stands before each choice, by its number."""
+        echo = "".join(request.origin["prompt"]) if request.origin.get("echo") else ""
+        return dict.fromkeys(range(request.body.get("n", 1)), echo)
 
-    def piece(self, answer: Json, choices: Iterable[tuple[Json, str]]) -> Json:
-        """Return what choices say, each behind a text, as an answer or a piece of one."""
-        said = [(choice, choice.get("message") or choice["delta"], before) for choice, before in choices]
-        told = [{"index": choice["index"], "text": before + (words.get("content") or words.get("refusal") or ""),
-                 "logprobs": None, "finish_reason": choice["finish_reason"]} for choice, words, before in said]
+    def piece(self, answer: Json, echoes: dict[int, str]) -> Json:
+        """Return an answer or a piece of one, each choice behind its echo, which is taken away."""
+        said = [(choice, choice.get("message") or choice["delta"]) for choice in answer["choices"]]
+        told = [{"index": choice["index"], "logprobs": None, "finish_reason": choice["finish_reason"], "text":
+                 echoes.pop(choice["index"], "") + (words.get("content") or words.get("refusal") or "")}
+                for choice, words in said]
         return {"id": answer["id"].replace("chatcmpl-", "cmpl-", 1), "object": "text_completion",
                 "created": answer["created"], "model": answer["model"], "choices": told,
                 **present({"usage": answer.get("usage")})}
 
 
-class _CompletionWriter(Writer):
+class _CompletionWriter(_ChatWriter):
     def __init__(self, front: Completions, request: ChatRequest) -> None:
-        self._front, self._include_usage = front, request.include_usage
-        self._echo: dict[int, Any] = dict.fromkeys(range(request.body.get("n", 1)), front.echo(request))
-        self._frame: Frame | None = None
+        super().__init__(request)
+        self._front, self._echoes = front, front.echoes(request)
 
     def take(self, chunk: Any) -> bytes:
         texts = texts_in(chunk) if self._frame else None
         if texts:
             return framed(texts, self._frame)
         if not self._frame:
-            choice = {"index": 0, "delta": {"content": "\0"}, "finish_reason": None}
-            self._frame = around_text(sse(self._front.piece(chunk, [(choice, "")])), b'"text":"')
-        told = self._front.piece(chunk, [(choice, self._echo.pop(choice["index"], "")) for choice in chunk["choices"]])
+            says = {**chunk, "choices": [{"index": 0, "delta": {"content": "\0"}, "finish_reason": None}]}
+            self._frame = around_text(sse(self._front.piece(says, {})), b'"text":"')
+        told = self._front.piece(chunk, self._echoes)
         told["choices"] = [choice for choice in told["choices"] if choice["text"] or choice["finish_reason"]]
         return sse(told) if told["choices"] or self._include_usage and "usage" in told else b""
-
-    def end(self) -> bytes:
-        return DONE
-
-    def broken(self, error: OblixError) -> bytes:
-        return sse(error_body(error))
 
 
 # --- 11. Embeddings ---------------------------------------------------------------------------------------------------
 
-def _inputs(value: Any) -> list[Any]:
-    """Return the texts, or the lists of tokens, of an OpenAI input; [] if that is not one."""
+def _is_input(value: Any) -> bool:
+    """Return True for a text or a list of tokens, or for a list of texts, or of such lists, of which none is empty."""
     items = value if isinstance(value, list) else [value]
-    if _are_tokens(value):
-        items = [value]
-    return items if all(one and isinstance(one, str) for one in items) or all(map(_are_tokens, items)) else []
+    return bool(items) and (_are_tokens(value) or all(one and isinstance(one, str) for one in items)
+                            or all(map(_are_tokens, items)))
 
 
 def _are_tokens(value: Any) -> bool:
@@ -7731,22 +7718,23 @@ class Embeddings:
     """OpenAI's /v1/embeddings."""
     name = "embeddings"
     rules: ClassVar[dict[str, Rule]] = {
-        "model": FIELDS["model"], "user": _A_TEXT, "input": (_inputs, "must be a text, a list of texts, or of lists of "
-                                                             "tokens, of which none is empty"),
+        "model": FIELDS["model"], "user": _A_TEXT, "input": (_is_input, "must be a text, a list of texts, or of lists "
+                                                             "of tokens, of which none is empty"),
         "encoding_format": (lambda value: value in ("float", "base64"), "must be float or base64"),
         "dimensions": (lambda value: type(value) is int and 0 < value < 1 << 16, "must be an integer from 1 to 65535")}
     needed: ClassVar[tuple[str, ...]] = ("model", "input")
+    field: ClassVar[str] = "input"
+    native: ClassVar[Json] = {"truncate": False}    # for Ollama; as OpenAI: too long a text is an error
 
     def request(self, body: Json) -> EmbeddingRequest:
         """Return the request in a client's body.  Raise BadRequest."""
         check_fields(body, self.rules, self.needed)
-        return self.asked(without_nulls(body))
-
-    def asked(self, body: Json) -> EmbeddingRequest:
-        """Return the request in a body that is checked."""
-        kept: Json = {name: body[name] for name in ("dimensions", "user") if name in body}
-        return EmbeddingRequest(body["model"], _inputs(body["input"]), body.get("encoding_format") == "base64", kept,
-                                {"truncate": False})    # as OpenAI: too long a text is an error
+        body = without_nulls(body)
+        inputs: Any = body.get(self.field) or []
+        inputs = [inputs] if _are_tokens(inputs) else as_list(inputs)
+        kept: Json = {name: body[name] for name in ("dimensions", "user") if name in body and name in self.rules}
+        native = without_nulls({name: body.get(name, usual) for name, usual in self.native.items()})
+        return EmbeddingRequest(body["model"], inputs, body.get("encoding_format") == "base64", kept, native)
 
     def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
         """Return the client's answer."""
@@ -7762,12 +7750,7 @@ class OllamaEmbed(Embeddings):
         **{name: OLLAMA_FIELDS[name] for name in ("options", "keep_alive")}, "truncate": FIELDS["stream"],
         "input": FIELDS["stop"], "prompt": _A_TEXT}
     needed = ("model",)
-    field: ClassVar[str] = "input"
-
-    def asked(self, body: Json) -> EmbeddingRequest:
-        own: Json = {name: body[name] for name in ("options", "keep_alive", "truncate") if name in body}
-        kept: Json = {name: body[name] for name in ("dimensions",) if name in body}
-        return EmbeddingRequest(body["model"], as_list(body.get(self.field) or []), False, kept, own)
+    native = dict.fromkeys(("options", "keep_alive", "truncate"))
 
     def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
         return {"model": model, "embeddings": vectors, "total_duration": int(seconds * 1e9), "load_duration": 0,

@@ -12135,10 +12135,10 @@ class Embedding(Case):
                 self.assertEqual(self.vectors(reply), [*map(vector_for, inputs)])
                 self.assertEqual([len(request.json["input"]) for request in upstream.requests], sizes)
                 self.assertEqual(reply.json["usage"]["prompt_tokens"], len(inputs))
-        ours = oblix.Endpoint("openai", "https://api.openai.com/v1")
-        for in_base64, most in ((True, 2048), (False, 256)):
-            request = oblix.EmbeddingRequest("m", [], in_base64)
-            self.assertEqual(oblix.PROVIDERS["openai"].most_inputs(request, ours), most)
+            with mock.patch.object(oblix.OpenAI, "vendor", "127.0.0.1"):    # OpenAI's own takes more at once
+                del upstream.requests[:]
+                self.assertEqual(len(self.vectors(embed(server, upstream.target, input=["x"] * 600))), 600)
+                self.assertEqual([len(request.json["input"]) for request in upstream.requests], [256, 256, 88])
 
     def test_the_newest_local_model_is_the_usual_one_and_it_stays(self):
         with with_embedders("new:latest", "old:latest") as local, cloudy(embedding()) as cloud, \
