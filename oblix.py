@@ -7714,6 +7714,9 @@ def _are_tokens(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(type(one) is int for one in value)
 
 
+_EMBED_OPTIONS = ("options", "keep_alive", "truncate")
+
+
 class Embeddings:
     """OpenAI's /v1/embeddings."""
     name = "embeddings"
@@ -7724,6 +7727,7 @@ class Embeddings:
         "dimensions": (lambda value: type(value) is int and 0 < value < 1 << 16, "must be an integer from 1 to 65535")}
     needed: ClassVar[tuple[str, ...]] = ("model", "input")
     field: ClassVar[str] = "input"
+    passed: ClassVar[tuple[str, ...]] = ()    # to OpenAI's and compatible servers; all, as some want an input_type
     native: ClassVar[Json] = {"truncate": False}    # for Ollama; as OpenAI: too long a text is an error
 
     def request(self, body: Json) -> EmbeddingRequest:
@@ -7732,8 +7736,9 @@ class Embeddings:
         body = without_nulls(body)
         inputs: Any = body.get(self.field) or []
         inputs = [inputs] if _are_tokens(inputs) else as_list(inputs)
-        kept: Json = {name: body[name] for name in ("dimensions", "user") if name in body and name in self.rules}
-        native = without_nulls({name: body.get(name, usual) for name, usual in self.native.items()})
+        passed = self.passed or body.keys() - {"model", "input", "encoding_format"}
+        kept = {name: value for name, value in body.items() if name in passed}
+        native = {**self.native, **{name: body[name] for name in _EMBED_OPTIONS if name in self.rules and name in body}}
         return EmbeddingRequest(body["model"], inputs, body.get("encoding_format") == "base64", kept, native)
 
     def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
@@ -7750,7 +7755,7 @@ class OllamaEmbed(Embeddings):
         **{name: OLLAMA_FIELDS[name] for name in ("options", "keep_alive")}, "truncate": FIELDS["stream"],
         "input": FIELDS["stop"], "prompt": _A_TEXT}
     needed = ("model",)
-    native = dict.fromkeys(("options", "keep_alive", "truncate"))
+    passed, native = ("dimensions",), {}
 
     def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
         return {"model": model, "embeddings": vectors, "total_duration": int(seconds * 1e9), "load_duration": 0,

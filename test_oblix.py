@@ -12091,16 +12091,20 @@ class Embedding(Case):
     def test_each_server_gets_what_it_knows(self):
         with Upstream(OPENAI, embedding()) as cloud, with_embedders("e:latest") as local, \
                 running(local, cloud) as server:
-            embed(server, cloud.target, input=["a"], dimensions=3, user="u", truncate=True, encoding_format="base64")
+            own = {"input_type": "query", "truncate": "END"}    # NVIDIA's servers want the first
+            embed(server, cloud.target, input=["a"], dimensions=3, user="u", encoding_format="base64", **own)
             self.assertEqual(cloud.last.json, {"model": "gpt-test", "input": ["a"], "encoding_format": "base64",
-                                               "dimensions": 3, "user": "u"})
+                                               "dimensions": 3, "user": "u", **own})
+            embed(server, cloud.target, "/api/embed", input=["a"], dimensions=3, options={"num_ctx": 9}, truncate=True)
+            self.assertEqual(cloud.last.json, {"model": "gpt-test", "input": ["a"], "encoding_format": "float",
+                                               "dimensions": 3})
             self.assertEqual((cloud.last.path, cloud.last.headers["Authorization"]),
                              ("/v1/embeddings", "Bearer " + OPENAI.key))
             self.assertEqual(self.vectors(embed(server, cloud.target, input=[1, 2])), [vector_for([1, 2])])
             self.assertEqual(cloud.last.json["input"], [[1, 2]])
             self.assertEqual(self.vectors(embed(server, cloud.target, input=[[1], [2, 3]])),
                              [vector_for([1]), vector_for([2, 3])])
-            embed(server, "ollama:e", input="a", dimensions=3, user="u")
+            embed(server, "ollama:e", input="a", dimensions=3, user="u", **own)
             self.assertEqual((local.last.path, local.last.json), ("/api/embed", {
                 "model": "e", "input": ["a"], "dimensions": 3, "truncate": False}))
             for tokens in ([1, 2], [[1], [2]]):
