@@ -5680,8 +5680,8 @@ class Gateway:
         elif usual:
             target = usual[0]
         else:
-            raise NoTarget("There is no model for embeddings: pull one (`ollama pull nomic-embed-text`), set "
-                           "OPENAI_API_KEY, or name one with --embedding-model.", retry=False)
+            raise NoTarget("There is no model for embeddings: start Ollama and pull one (`ollama pull nomic-embed-text`), "
+                           "set OPENAI_API_KEY, or name one with --embedding-model.", retry=False)
         for side in ({name, route} - {target.side.value}) & {"local", "cloud"}:
             raise BadRequest(f"No embeddings are made {side}: the model for them is {target.id}, and another one's "
                              "vectors have nothing in common with its own.", status=404, code="model_not_found")
@@ -5789,7 +5789,7 @@ class Gateway:
         """Return what is known of each name that can be asked for.  Does not wait."""
         snapshot, aliases = self.snapshot(), [alias.name for alias in self.aliases if not alias.is_pattern]
         found = {name: self.known(name, snapshot) for name in (*OWN_NAMES, *aliases)}
-        found.update({target.id: self._planned(target, snapshot) for target in snapshot.targets})
+        found.update({target.id: self._planned(target, snapshot) for target in (*snapshot.targets, *self._embedders)})
         for model in installed(self._ollama, snapshot.readings):
             target = Target(self._ollama, model.name.removesuffix(":latest"), Side.LOCAL)
             found[target.id] = self._planned(target, snapshot, model)
@@ -5810,7 +5810,8 @@ class Gateway:
 
     def _planned(self, target: Target, snapshot: Snapshot, model: Model | None = None) -> Model:
         """Return what clients may plan with for a target, whose model may be known."""
-        model = model or model_of(target, reading_of(target, snapshot.readings)) or Model(target.model)
+        usual = Model(target.model, capabilities=frozenset({"embedding"}) if target in self._embedders else None)
+        model = model or model_of(target, reading_of(target, snapshot.readings)) or usual
         model = dataclasses.replace(model, context=self.context_of(target, model))
         return PROVIDERS[target.endpoint.provider].planned(
             model, snapshot.record(target).context, free_bytes(target, snapshot.readings))
@@ -7519,8 +7520,7 @@ class OllamaChat(OllamaApi):
         timings = _timings_of(answer)
         return {"done": True, "done_reason": "length" if finish == "length" else "stop",
                 **{name: timings.get(name) or 0 for name in _DURATIONS},
-                "prompt_eval_count": usage.get("prompt_tokens") or 0, "eval_count": usage.get("completion_tokens") or 0,
-                **present({"context": timings.get("context")})}
+                "prompt_eval_count": usage.get("prompt_tokens") or 0, "eval_count": usage.get("completion_tokens") or 0}
 
 
 class OllamaGenerate(OllamaChat):
@@ -7536,6 +7536,9 @@ class OllamaGenerate(OllamaChat):
 
     def said(self, text: str, more: Json) -> Json:
         return {"response": text, **more}
+
+    def ended(self, answer: Json) -> Json:
+        return {**super().ended(answer), "context": _timings_of(answer).get("context") or []}    # ComfyUI's node wants it
 
 
 class _OllamaWriter(Writer):

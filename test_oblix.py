@@ -11806,7 +11806,8 @@ class OllamasApi(Case):
                 self.assertEqual("".join(line.get("thinking", "") for line in lines), "hm")
                 self.assertNotIn("message", lines[-1])
                 self.assertEqual(lines[-1]["done"], True)
-        self.assertEqual(lines[-1].get("context"), None)
+        self.assertEqual(lines[-1]["context"], [])    # clients send it back
+        self.assertEqual(self.generates(self.openai.target, context=[]).json["response"], "Hello")
         self.assertEqual(self.generates(self.ollama.target).json["context"], [1, 2, 3])
         self.generates(self.ollama.target, **asked)
         self.assertEqual(self.ollama.last.path, "/api/generate")
@@ -12191,6 +12192,8 @@ class Embedding(Case):
             for name, served in (("text-embedding-3-small", "ollama:f"), ("small", "openai:e"), ("auto", "openai:e")):
                 self.assertEqual(embed(server, name, input="a").headers["x-oblix-model"], served)
             self.assertEqual(other.last.headers["Authorization"], "Bearer a-key-of-its-own")
+            listed = {item["name"]: item for item in fetch(server, "GET", "/api/tags").json["models"]}
+            self.assertEqual(listed["openai:e"]["capabilities"], ["embedding"])
             with running(flags=["--embedding-model=openai:e@http://127.0.0.1:1/v1#NO_KEY"]) as server:
                 self.refused(embed(server, input="a"), 401, "NO_KEY")
 
