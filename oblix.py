@@ -5680,8 +5680,8 @@ class Gateway:
         elif usual:
             target = usual[0]
         else:
-            raise NoTarget("There is no model for embeddings: start Ollama and pull one (`ollama pull nomic-embed-text`), "
-                           "set OPENAI_API_KEY, or name one with --embedding-model.", retry=False)
+            raise NoTarget("There is no model for embeddings: start Ollama and pull one (`ollama pull nomic-embed-text`) "
+                           "or set OPENAI_API_KEY, or name one with --embedding-model.", retry=False)
         for side in ({name, route} - {target.side.value}) & {"local", "cloud"}:
             raise BadRequest(f"No embeddings are made {side}: the model for them is {target.id}, and another one's "
                              "vectors have nothing in common with its own.", status=404, code="model_not_found")
@@ -7538,7 +7538,7 @@ class OllamaGenerate(OllamaChat):
         return {"response": text, **more}
 
     def ended(self, answer: Json) -> Json:
-        return {**super().ended(answer), "context": _timings_of(answer).get("context") or []}    # ComfyUI's node wants it
+        return {**super().ended(answer), "context": _timings_of(answer).get("context") or []}    # ComfyUI wants one
 
 
 class _OllamaWriter(Writer):
