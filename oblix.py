@@ -5680,7 +5680,7 @@ class Gateway:
         elif usual:
             target = usual[0]
         else:
-            raise NoTarget("There is no model for embeddings: start Ollama and pull one (`ollama pull nomic-embed-text`) "
+            raise NoTarget("No model makes embeddings: start Ollama and pull one (`ollama pull nomic-embed-text`) "
                            "or set OPENAI_API_KEY, or name one with --embedding-model.", retry=False)
         for side in ({name, route} - {target.side.value}) & {"local", "cloud"}:
             raise BadRequest(f"No embeddings are made {side}: the model for them is {target.id}, and another one's "
