@@ -2497,12 +2497,8 @@ class Provider:
         """
         raise NotImplementedError
 
-    def passes_text(self, request: ChatRequest) -> bool:
-        """Return True if the client of this request may get the events of text alone as they are."""
-        return True
-
-    def text_event_of(self, request: ChatRequest) -> TextEvent:
-        """Return the form of the events of text alone in the answer to this request."""
+    def text_event_of(self, request: ChatRequest) -> TextEvent | None:
+        """Return the form of the events of text alone in the answer to this request, or None if each must be read."""
         return self.text_event
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
@@ -3512,8 +3508,8 @@ class OpenAI(Provider):
             if error.fault is not Fault.TRANSPORT or len(finished) != asked:
                 raise
 
-    def passes_text(self, request: ChatRequest) -> bool:
-        return bool(request.body.get("n", 1) == 1)
+    def text_event_of(self, request: ChatRequest) -> TextEvent | None:
+        return self.text_event if request.body.get("n", 1) == 1 else None
 
     def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
         return {"model": target.model, "input": inputs, "encoding_format": "base64" if request.in_base64 else "float",
@@ -3636,12 +3632,11 @@ class Ollama(Provider):
         chunks, forced = self._said(lines, request.body.get("parallel_tool_calls", True)), forced_tools(request.body)
         return as_call(only_json(chunks), forced) if forced else chunks
 
-    def passes_text(self, request: ChatRequest) -> bool:
-        return not forced_tools(request.body)
-
-    def text_event_of(self, request: ChatRequest) -> TextEvent:
+    def text_event_of(self, request: ChatRequest) -> TextEvent | None:
         native = request.native_to(self.name)
-        return TextEvent(_GENERATED_TEXT, b"\n") if native and native.path == GENERATE_PATH else self.text_event
+        if native and native.path == GENERATE_PATH:
+            return TextEvent(_GENERATED_TEXT, b"\n")
+        return None if forced_tools(request.body) else self.text_event
 
     def _said(self, lines: Lines, parallel: bool) -> Iterator[Any]:
         yield chunk_of(content="")
@@ -3838,8 +3833,6 @@ def _claude_model(name: str) -> _ClaudeModel:
     return next(model for pattern, model in _CLAUDE_MODELS if re.fullmatch(pattern, base, re.S))
 
 
-_CLAUDE_TEXTS = (("content", "text"), ("reasoning_content", "thinking"))    # in a chunk, in a block or its delta
-
 
 class Claude(Provider):
     """Anthropic's Messages API, in both directions."""
@@ -3958,8 +3951,8 @@ class Claude(Provider):
         chunks = self._chunks(lines, own)
         return only_json(chunks) if json_wanted(request.body) == {} else chunks
 
-    def passes_text(self, request: ChatRequest) -> bool:
-        return json_wanted(request.body) != {}
+    def text_event_of(self, request: ChatRequest) -> TextEvent | None:
+        return self.text_event if json_wanted(request.body) != {} else None
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
         return self._chunks(lines, {}, True) if request.native_to(self.name) else super().decode(lines, request)
@@ -4030,7 +4023,8 @@ class Claude(Provider):
             if block["keys"] and isinstance(whole, dict):
                 whole = {block["keys"].get(name, name): value for name, value in whole.items()}
             yield from [] if text and not block["keys"] else [tool_chunk(index, whole or text or {})]
-        said = present({name: text_in(piece.get(field) or "") for name, field in _CLAUDE_TEXTS})
+        said = present({"content": text_in(piece.get("text") or ""),
+                        "reasoning_content": text_in(piece.get("thinking") or "")})
         if said:
             yield chunk_of(**said)
 
@@ -4184,23 +4178,18 @@ def configured_targets(settings: Settings) -> tuple[Target, ...]:
     """Return the targets that flags and variables name, local ones (of --local-model) first.  Raises UsageError."""
     if settings.cloud_api_key and not settings.cloud_model:
         raise UsageError("--cloud-api-key needs the --cloud-model that it is for")
-    local = [_local_target(settings, spec) for spec in settings.local_model]
+    local = [_target(settings, "--local-model", spec) for spec in settings.local_model]
+    for spec, target in zip(settings.local_model, local):
+        if not may_be_local(target.endpoint, target.model):
+            raise UsageError(f"--local-model {spec}: a cloud answers this model; name it with --cloud-model, or say "
+                             f"where it runs, like {target.endpoint.provider}:NAME@http://127.0.0.1:8080/v1")
     cloud = [_target(settings, "--cloud-model", spec, "" if number else settings.cloud_api_key)
              for number, spec in enumerate(settings.cloud_model)]
     if not cloud:
         usual = [_target(settings, "", f"{provider.name}:{provider.default_model}")
                  for provider in PROVIDERS.values() if provider.default_model]
         cloud = [target for target in usual if not target.endpoint.lacks_key]
-    return tuple(dict.fromkeys(local + cloud))
-
-
-def _local_target(settings: Settings, spec: str) -> Target:
-    """Return the target of a --local-model.  Raises UsageError."""
-    target = _target(settings, "--local-model", spec)
-    if not may_be_local(target.endpoint, target.model):
-        raise UsageError(f"--local-model {spec}: a cloud answers this model; name it with --cloud-model, or say where "
-                         f"it runs, like {target.endpoint.provider}:NAME@http://127.0.0.1:8080/v1")
-    return target._replace(side=Side.LOCAL)
+    return tuple(dict.fromkeys([*(target._replace(side=Side.LOCAL) for target in local), *cloud]))
 
 
 def _target(settings: Settings, option: str, spec: str, key: str = "") -> Target:
@@ -4244,11 +4233,6 @@ class Alias:
     def __str__(self) -> str:
         told = [target.id if isinstance(target, Target) else target for target in self.targets]
         return f"alias {self.name}={','.join(told)}"
-
-    @property
-    def is_pattern(self) -> bool:
-        """True if it has wildcards, and so is not a name to ask for."""
-        return any(mark in self.name for mark in "*?[")
 
 
 def configured_aliases(settings: Settings, known: Sequence[Target]) -> tuple[Alias, ...]:
@@ -5768,7 +5752,7 @@ class Gateway:
 
     def catalogue(self) -> dict[str, Model]:
         """Return what is known of each name that can be asked for.  Does not wait."""
-        snapshot, aliases = self.snapshot(), [alias.name for alias in self.aliases if not alias.is_pattern]
+        snapshot, aliases = self.snapshot(), [alias.name for alias in self.aliases if not set("*?[") & {*alias.name}]
         found = {name: self.known(name, snapshot) for name in (*OWN_NAMES, *aliases)}
         found.update({target.id: self._planned(target, snapshot) for target in snapshot.targets})
         for model in installed(self._ollama, snapshot.readings):
@@ -6098,7 +6082,7 @@ class Dispatch:
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
         is_foreign = provider.translates and not request.native_to(provider.name)    # its client can't read its timings
-        may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
+        may_pass = request.stream and self._settings.on_cut != "continue"
         try:
             with self._exchange(request, target) as (answer, started):
                 for chunk in _decoded(answer, provider, request):
@@ -8067,7 +8051,7 @@ input, select, textarea, button { font: inherit; color: inherit; background: var
   border-radius: 6px; padding: .3rem .7rem; max-width: 100% } .main { background: var(--ink); color: var(--card) }
 textarea { width: 100%; display: block; margin: .2rem 0 .5rem; resize: vertical } :disabled { opacity: .5 }
 p { margin: 0 } :focus-visible { outline: 3px solid var(--cloud); outline-offset: 2px }
-#answer { white-space: pre-wrap; max-height: 20rem; overflow: auto }
+#answer { white-space: pre-wrap }
 @media (max-width: 700px) { thead { position: absolute; clip-path: inset(50%) } #plan { font-size: 1.1rem }
   tr { display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .4rem 0; border-top: 1px solid var(--line) }
   td { border: 0; padding: 0 } .all { flex: 1 0 100% } .top { order: -1; min-width: 0 } td:empty { display: none }
@@ -8085,11 +8069,11 @@ autocomplete="current-password"></label> <button class="main">Show</button>
 <section class="card"><h2>Device</h2><div id="device"></div></section>
 <section class="card"><h2>Network</h2><div id="network"></div></section>
 <section class="card"><h2>Try a prompt</h2>
-<form id="try"><label for="prompt" class="dim">Prompt (Ctrl+Enter sends it)</label>
+<form id="try"><label for="prompt" class="dim">Prompt</label>
 <textarea id="prompt" rows="3" required>Say hello in one sentence.</textarea>
 <div class="row"><select id="model" aria-label="Model"></select><button id="send" class="main">Send</button>
 <button id="stop" type="button" disabled>Stop</button></div></form>
-<p id="who" role="status"></p><div id="answer" role="log" aria-label="Answer" tabindex="0"></div></section>
+<p id="who" role="status"></p><div id="answer" role="log" aria-label="Answer"></div></section>
 <section class="card wide"><h2>Who answered</h2><div id="lanes"></div></section>
 <section class="card wide"><h2>Targets</h2><table><thead><tr><th>Target<th>State<th class="num">First token
 <th class="num">Tokens/s<th class="num">In flight<th class="num">Rests<tbody id="targets"></table></section>
@@ -8215,7 +8199,6 @@ function show({version, plan, reasons, thresholds, requests: last, targets: all,
   put("requests", requests, last);
   put("model", names => names.map(option), ["auto", ...SIDES, ...all.map(target => target.id)]);
   $("now").className = "card wide by-" + side;
-  document.title = side + " – Oblix";
   $("key").hidden = true;
   live("ok", "live");
   seen = `; below is how it was at ${clock(Date.now() / 1000)}`;
@@ -8234,7 +8217,6 @@ async function look() {
     status = await reply.json();
   } catch {
     live("bad", `no answer from the server${seen}; asking again`);
-    document.title = "✕ Oblix";
   }
   clearTimeout(timer);
   if (!document.hidden) timer = setTimeout(look, EVERY_MS);
@@ -8282,9 +8264,7 @@ async function ask(model, content, signal) {
       $("who").append(` (first token after ${since(begun).toFixed(2)} s).`);
       first = performance.now();
     }
-    const box = $("answer"), follows = box.scrollHeight - box.scrollTop - box.clientHeight < 30;
-    box.append(thought ? el("span", {class: "dim"}, thought) : "", text ?? "");
-    if (follows) box.scrollTop = box.scrollHeight;
+    $("answer").append(thought ? el("span", {class: "dim"}, thought) : "", text ?? "");
   }
   if (tokens) $("who").append(` ${tokens} tokens, ${(tokens / since(first)).toFixed()} a second.`);
 }
@@ -8307,9 +8287,6 @@ async function send(event) {
 $("try").addEventListener("submit", send);
 $("key").addEventListener("submit", takeKey);
 $("stop").addEventListener("click", () => asking.abort());
-$("prompt").addEventListener("keydown", event => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("send").disabled) $("try").requestSubmit();
-});
 document.addEventListener("visibilitychange", () => document.hidden ? clearTimeout(timer) : look());
 $("base").textContent = location.origin + "/v1";
 look();
@@ -8383,7 +8360,7 @@ def demo(settings: Settings) -> Iterator[Settings]:
 
 
 # === 15. Command line =================================================================================================
-# uses: 1 2 6 9 10 12 14
+# uses: 1 2 4 6 9 10 12 14
 # What does a person see at the start?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
 # And what can a person ask for in a terminal?
 
@@ -8394,8 +8371,6 @@ HANG_UP = getattr(signal, "SIGHUP", 0)    # the terminal is gone; Windows does n
 # After the start it gives back 13 of 32 MiB, after 500 streams 6 of 42; a look takes 0.1 ms.
 TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
 
-FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_per_core": "load {} per core",
-              "gpu_percent": "GPU {}%", "battery_percent": "battery {}%", "temperature_c": "{} C"}
 SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
@@ -8427,7 +8402,7 @@ def findings(health: Json) -> list[str]:
     for side in Side:
         report = health[side.value]
         known = {name: value for name, value in report["facts"].items() if name.split("_")[0] not in report["reason"]}
-        facts = ", ".join(words.format(known[name]) for name, words in FACT_WORDS.items() if name in known)
+        facts = ", ".join(words.format(known[name]) for name, (words, *_) in LIMITS.items() if name in known)
         level = report["level"] + (f": {report['reason']}" if report["reason"] else "")
         lines += [f"  {side.value:<7} {level}" + (f" ({facts})" if facts else "")]
         lines += [f"          {target['id']} is {target['state']}" for target in health["targets"]
@@ -8571,12 +8546,11 @@ class _LogWriter(logging.Handler):
 
 def start_log(settings: Settings) -> None:
     """Log to stderr."""
-    handler = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii"))    # None where it is closed
-    handler.setFormatter(_LogFormatter(settings.log_json, journal=False))
+    handler, place = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii")), ""    # None where it is closed
     with contextlib.suppress(OSError, ValueError):    # a stderr that is not a file
-        stderr = os.fstat(handler.stream.fileno())
-        if os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}":    # systemd.exec(5)
-            handler.setFormatter(_LogFormatter(settings.log_json, journal=True))
+        stderr = os.fstat(handler.stream.fileno())    # JOURNAL_STREAM: systemd.exec(5)
+        place = f"{stderr.st_dev}:{stderr.st_ino}"
+    handler.setFormatter(_LogFormatter(settings.log_json, os.environ.get("JOURNAL_STREAM") == place))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     # What no line shows need not be found out for each (logging's documentation, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -8707,7 +8681,7 @@ def reached(settings: Settings, settle_s: float) -> Iterator[Peer]:
     host, server = settings.host.strip("[]"), ""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     peer = Peer(host, settings.port, settings.api_key)
-    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(peer.ask("/health")) as response:
+    with contextlib.suppress(OSError, http.client.HTTPException), peer.ask("/health") as response:
         server = response.headers.get("Server", "unknown")
     if server.startswith("oblix/"):
         yield peer
@@ -8749,12 +8723,11 @@ class Conversation:
 
         What has been said stays in the conversation, also of an answer that breaks off.
         """
-        self.messages.append({"role": "user", "content": text})
-        asked = {"model": self.model, "messages": self.messages, "stream": True,
-                 "stream_options": {"include_usage": True}}
+        messages = [*self.messages, {"role": "user", "content": text}]
+        asked = {"model": self.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
         said, thinks, last, started, first = "", False, Json(), time.monotonic(), 0.0
         try:
-            with contextlib.closing(self.peer.ask("/v1/chat/completions", asked)) as response:
+            with self.peer.ask("/v1/chat/completions", asked) as response:
                 lines = (line.rstrip(b"\r\n") for line in response)
                 if response.status != 200:
                     told_by(response)
@@ -8769,10 +8742,8 @@ class Conversation:
                     show(piece, sys.stdout)
         finally:
             if said:
-                self.messages.append({"role": "assistant", "content": said})
+                self.messages = [*messages, {"role": "assistant", "content": said}]
                 show("\n", sys.stdout)
-            else:
-                self.messages.pop()
         self._tell(response.headers, last, first - started, time.monotonic() - first)
 
     def _tell(self, headers: http.client.HTTPMessage, last: Chunk, first_s: float, rest_s: float) -> None:
@@ -8836,11 +8807,8 @@ def _line_typed() -> str:
 
 def run_models(settings: Settings, _: argparse.Namespace) -> int:
     """Print what there is on both sides.  Return the exit status."""
-    told = []
     with reached(dataclasses.replace(settings, warm_up="never"), 6.0) as peer:
-        for path in ("/v1/models", "/health", "/api/tags"):
-            with contextlib.closing(peer.ask(path)) as response:
-                told.append(told_by(response))
+        told = [told_by(peer.ask(path)) for path in ("/v1/models", "/health", "/api/tags")]
     rows = [("MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"), *model_rows(*told)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
