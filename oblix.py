@@ -1180,8 +1180,7 @@ def without_nulls(fields: Json, inner: Any = None) -> Json:
 # which hangs delays no other.
 # To add one: subclass Monitor, fill sample and judge, and name it in MONITORS; policy folds it in by its endpoint.
 
-@dataclasses.dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """What a probe of an endpoint found."""
     status: int
     models: tuple[Model, ...] | None
@@ -2569,7 +2568,7 @@ PARAMETERS = {"tools": ("tools", "tool_choice", "parallel_tool_calls"), "thinkin
 # LM Studio's, OpenRouter's, vLLM's, LM Studio's and Mistral's, Groq's, llama.cpp's, Claude's.
 WINDOWS = ("loaded_context_length", "context_length", "max_model_len", "max_context_length", "context_window", "n_ctx",
            "max_input_tokens")
-ANSWERS = ("max_output_tokens", "max_completion_tokens")
+ANSWERS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
 _OPENAI_LIMITS = {"gpt-6-luna": (922_000, 128_000)}    # OpenAI's list does not tell (its documentation, 2026-11)
 
 
@@ -3855,9 +3854,6 @@ class Claude(Provider):
         # 2023-06-01 and not 2026-10-21: the later version refuses temperature and top_p for every model.
         return {"anthropic-version": "2023-06-01", **present({"x-api-key": endpoint.key})}
 
-    def listed(self, item: Json) -> Model:
-        return dataclasses.replace(super().listed(item), max_output=tokens_in(item, ("max_tokens",)))
-
     def abilities(self, item: Json) -> frozenset[str]:
         told = {"vision": "image_input", "file": "pdf_input", "thinking": "thinking"}
         return frozenset(("completion", "tools", *(ability for ability, name in told.items()
@@ -4227,8 +4223,7 @@ def _target(settings: Settings, option: str, spec: str, key: str = "") -> Target
     return Target(endpoint, model, Side.CLOUD)
 
 
-@dataclasses.dataclass(frozen=True)
-class Alias:
+class Alias(NamedTuple):
     """A further name, which may have wildcards, and what it means in turn: targets' names, or targets themselves."""
     name: str
     targets: tuple[str | Target, ...]
@@ -5446,7 +5441,7 @@ class Gateway:
         for where, name in [key for key, names in tuple(self._hidden.items()) if key[0] == endpoint and (
                 key[1] in shown or names != shown and not names & shown)]:
             self._hidden.pop((where, name), None)    # it is shown, or what was in memory with it is gone
-        return dataclasses.replace(probe, models=probe.models and tuple([
+        return probe._replace(models=probe.models and tuple([
             dataclasses.replace(model, cold=model.cold and (endpoint, model.name) not in self._hidden)
             for model in probe.models]))
 
@@ -8905,6 +8900,9 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
     """Run a command; the server ends the process later: see `run_server`.  Return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv and argv[0] in COMMANDS else ""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
     try:
         own, flags = _command_words(command, argv[bool(command):])
         settings = with_keys_from_files(Settings.parse(flags, os.environ if env is None else env))
@@ -8943,8 +8941,6 @@ def say(text: str, stream: str = "stdout") -> None:
 
     def write() -> None:
         with contextlib.suppress(OSError, ValueError):
-            if isinstance(getattr(sys, stream), io.TextIOWrapper):
-                getattr(sys, stream).reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
             print(text, file=getattr(sys, stream), flush=True)
             said.append(text)
 
@@ -9037,8 +9033,7 @@ def run_server(settings: Settings, _: argparse.Namespace) -> int:
             status = _serve(settings, waiting)
         except Exception as error:
             status = _status_of(error)
-        for handler in logging.root.handlers:    # os._exit leaves out what writes the last lines
-            handler.close()
+        logging.shutdown()    # writes the last lines, which os._exit leaves out
         os._exit(status)
 
     if (3, 12) <= sys.version_info < (3, 12, 3):    # no thread could start after the script's end (cpython#113964)
@@ -9241,9 +9236,6 @@ class Conversation:
 
 def run_chat(settings: Settings, asked: argparse.Namespace) -> int:
     """Talk until the person ends it, or answer what comes through a pipe.  Return the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     with reached(settings, 1.0) as peer:
         talk = Conversation(peer, asked.model, asked.show_metrics)
         if not sys.stdin.isatty():
