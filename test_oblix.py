@@ -15271,7 +15271,7 @@ class Page(Case):
         with running(self.local) as server:
             self.opened(server)
             found = [(role, name) for role, name in self.browser.names() if role != "RootWebArea"]
-        self.assertEqual({role for role, _ in found}, {"textbox", "combobox", "button", "log", "region"} | {
+        self.assertEqual({role for role, _ in found}, {"textbox", "combobox", "button", "region"} | {
             role for role, _ in found if role in ("option", "MenuListOption")})
         self.assertEqual([one for one in found if not one[1]], [])
 
