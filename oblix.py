@@ -6474,17 +6474,6 @@ def around_text(event: bytes, begin: bytes) -> Frame:
     return before + begin, b'"' + after
 
 
-def texts_in(chunk: Any) -> Texts | None:
-    """Return the Texts that a chunk of one choice could be, as it says a text and nothing else, or None."""
-    if isinstance(chunk, Texts):
-        return chunk
-    choice: Json = chunk["choices"][0] if len(chunk["choices"]) == 1 else {"index": 1}
-    says_more = choice["index"] or choice["finish_reason"] or choice.get("logprobs")
-    if says_more or choice["delta"].keys() != {"content"}:
-        return None
-    return Texts([dumps(choice["delta"]["content"])[1:-1]])
-
-
 def framed(texts: Sequence[bytes], frame: Frame | None) -> bytes:
     """Return the events that say these texts."""
     before, after = frame or (b"", b"")    # the first text of a stream is in a chunk
@@ -6520,9 +6509,10 @@ def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
 
 
 class _ChatWriter(Writer):
+    _frame: Frame | None = None    # around the texts of events that say nothing else
+
     def __init__(self, request: ChatRequest) -> None:
         self._include_usage = request.include_usage
-        self._frame: Frame | None = None    # around the texts of events that say nothing else
 
     def take(self, chunk: Any) -> bytes:
         if isinstance(chunk, Texts):
@@ -7531,26 +7521,24 @@ class OllamaGenerate(OllamaChat):
 
 
 class _OllamaWriter(Writer):
+    _frame: Frame | None = None
+
     def __init__(self, front: OllamaChat) -> None:
         self._front = front
-        self._frame: Frame | None = None
         self._last: list[Chunk] = []    # what is said at the end: calls, which its clients get whole, reason, usage
 
     def take(self, chunk: Any) -> bytes:
-        texts = texts_in(chunk) if self._frame else None
-        if texts:
-            return framed(texts, self._frame)
+        if isinstance(chunk, Texts):
+            return framed(chunk, self._frame)
         self._frame = self._frame or around_text(
             ndjson(self._front.piece(chunk, {"delta": {"content": "\0"}})), self._front.before_text)
-        lines = list[bytes]()
-        for choice in chunk["choices"]:
-            if any(map(choice["delta"].get, _SAID)) or choice.get("logprobs"):
-                lines.append(ndjson(self._front.piece(chunk, choice)))
-        kept = [{**choice, "delta": present({"tool_calls": [*choice["delta"].get("tool_calls", ())]})}
-                for choice in chunk["choices"]]
-        if not self._last or "usage" in chunk or any(choice["delta"] or choice["finish_reason"] for choice in kept):
-            self._last.append({**chunk, "choices": kept})
-        return b"".join(lines)
+        choices = chunk["choices"]
+        if not self._last or "usage" in chunk or any(
+                choice["finish_reason"] or "tool_calls" in choice["delta"] for choice in choices):
+            self._last.append({**chunk, "choices": [
+                {**choice, "delta": {"tool_calls": [*choice["delta"].get("tool_calls", ())]}} for choice in choices]})
+        return b"".join([ndjson(self._front.piece(chunk, choice)) for choice in choices
+                         if any(map(choice["delta"].get, _SAID)) or choice.get("logprobs")])
 
     def end(self) -> bytes:
         answer = fold(self._last)
@@ -7650,28 +7638,21 @@ class Completions(Front):
                 **present({"usage": answer.get("usage")})}
 
 
-class _CompletionWriter(Writer):
+class _CompletionWriter(_ChatWriter):
     def __init__(self, front: Completions, request: ChatRequest) -> None:
-        self._front, self._include_usage = front, request.include_usage
+        super().__init__(request)
+        self._front = front
         self._echo: dict[int, Any] = dict.fromkeys(range(request.body.get("n", 1)), front.echo(request))
-        self._frame: Frame | None = None
 
     def take(self, chunk: Any) -> bytes:
-        texts = texts_in(chunk) if self._frame else None
-        if texts:
-            return framed(texts, self._frame)
+        if isinstance(chunk, Texts):
+            return framed(chunk, self._frame)
         if not self._frame:
             choice = {"index": 0, "delta": {"content": "\0"}, "finish_reason": None}
             self._frame = around_text(sse(self._front.piece(chunk, [(choice, "")])), b'"text":"')
         told = self._front.piece(chunk, [(choice, self._echo.pop(choice["index"], "")) for choice in chunk["choices"]])
         told["choices"] = [choice for choice in told["choices"] if choice["text"] or choice["finish_reason"]]
         return sse(told) if told["choices"] or self._include_usage and "usage" in told else b""
-
-    def end(self) -> bytes:
-        return DONE
-
-    def broken(self, error: OblixError) -> bytes:
-        return sse(error_body(error))
 
 
 # --- 11. Embeddings ---------------------------------------------------------------------------------------------------
