@@ -365,7 +365,7 @@ MAX_RETRY_AFTER_S = 600.0
 MOST_TOKENS = 1 << 32        # no window has so many
 MAX_LINE_BYTES = 32 << 20    # of an event in an answer: as much as a request may have; more is an attack
 MAX_BODY_BYTES = 64 << 20    # of a whole answer
-CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call")
+CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call", "block")
 
 
 class OblixError(Exception):
@@ -454,6 +454,11 @@ def is_empty(chunks: Iterable[Chunk]) -> bool:
     """Return True if an answer ended normally but has no content; `length` and `content_filter` count as content."""
     return not any(has_content(chunk) or choice.get("finish_reason") not in ("stop", None)
                    for chunk in chunks for choice in choices_of(chunk))
+
+
+def count_in(value: Any) -> int:
+    """Return a number of tokens as it was told, or 0 for what is none: two that are larger may have no sum in JSON."""
+    return int(value) if type(value) in (int, float) and 0 <= value < MOST_TOKENS else 0
 
 
 def text_of(message: Json) -> str:
@@ -1007,7 +1012,7 @@ def _list_of(kind: type, words: str) -> Rule:
         f"must be a list of {words}")
 
 
-def _integer(low: int, high: int, words: str = "") -> Rule:
+def whole_number(low: int, high: int, words: str = "") -> Rule:
     # subtle: type(), not isinstance(): True is an int, and `"n": true` must not pass for 1
     return lambda value: type(value) in (int, float) and low <= value <= high and int(value) == value, (
         f"must be an integer{words}")
@@ -1048,8 +1053,8 @@ FIELDS: dict[str, Rule] = {
               'must be "auto" or another printable name of at most 256 characters, see GET /v1/models'),
     "messages": (lambda value: isinstance(value, list) and value, "must be a list of at least one message"),
     **dict.fromkeys(("temperature", "top_p", "presence_penalty", "frequency_penalty"), _number),
-    **dict.fromkeys(WHOLE, _integer(-2**63, 2**64 - 1)),    # no server's types take more
-    "n": _integer(1, 16384, " from 1 to 16384"),            # vLLM's limit
+    **dict.fromkeys(WHOLE, whole_number(-2**63, 2**64 - 1)),    # no server's types take more
+    "n": whole_number(1, 16384, " from 1 to 16384"),            # vLLM's limit
     "stream": _boolean, "logprobs": _boolean,
     "stop": (lambda value: isinstance(value, str) or _strings[0](value), "must be a string or a list of strings"),
     "tools": _list_of(dict, "tools"), "functions": _list_of(dict, "functions"),
@@ -2580,8 +2585,7 @@ _OPENAI_LIMITS = {"gpt-6-luna": (922_000, 128_000)}    # OpenAI's list does not 
 def tokens_in(item: Json, names: Iterable[str]) -> int:
     """Return the number of tokens that an item of a list has under the first of these names, 0 if under none."""
     places = [place for place in (item, item.get("meta"), item.get("top_provider")) if isinstance(place, dict)]
-    return next((number for name in names for place in places
-                 if type(number := place.get(name)) is int and 0 < number < MOST_TOKENS), 0)
+    return next((number for name in names for place in places if (number := count_in(place.get(name)))), 0)
 
 
 @functools.lru_cache(64)
@@ -2646,7 +2650,7 @@ _UNSUPPORTED = "|".join((
     r"unsupported|not support|unrecogni[sz]ed|deprecated|no longer|extra (input|field)|supported values|out of range",
     r"not (a |an )?(permitted|allowed|accepted|available|valid|known|recogni[sz]ed)|not one of|cannot both",
     r"(unknown|unexpected|invalid)[ _.](name|param|field|argument|keyword|key|propert|option|(enum )?value)",
-    r"(must|should|has to) be|may (only|not) be|only .{0,40}(is|are) allowed",
+    r"(must|should|has to) (be|start)|may (only|not) be|only .{0,40}(is|are) allowed",
 ))
 _SOMETIMES = r'invalid (enum )?value|value "|(must|should|has to|may only|may not) be|out of range|\b(when|if|both)\b'
 _MOST = r"max(imum)?[_ ]?(completion|new|output)?[_ ]?tokens|(completion|output) ?tokens"    # of an answer
@@ -2939,7 +2943,7 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
             choice["index"] = place if choice.get("index") is None else choice["index"]
             usage = choice.pop("usage", None) or usage    # Kimi
         if usage and isinstance(usage, dict):
-            prompt, completion, total = (usage.get(name) or 0 for name in _COUNTS)
+            prompt, completion, total = (count_in(usage.get(name)) for name in _COUNTS)
             counts = prompt, completion, total or prompt + completion    # MiniMax tells the total alone
             counted = {**chunk, "choices": [], "usage": {**usage, **dict(zip(_COUNTS, counts))}}
         chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
@@ -2960,7 +2964,8 @@ def is_in_order(answer: Json) -> bool:
     """Return True if a whole answer is as `in_order` and `fold` would make it, as most are: these two take 20 us."""
     usage = answer.get("usage")
     return (_ERRORS.isdisjoint(answer) and answer.get("object") == "chat.completion" and bool(answer.get("choices"))
-            and isinstance(usage, dict) and all(type(usage.get(name)) is int for name in _COUNTS) and all(
+            and isinstance(usage, dict) and all(
+                type(count) is int and count == count_in(count) for count in map(usage.get, _COUNTS)) and all(
                 type(choice.get("index")) is int and isinstance(message.get("content"), str)
                 and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
                 and choice.get("logprobs", 0) is None and "error" not in choice
@@ -3894,10 +3899,10 @@ class Claude(Provider):
         system, turns = claude_conversation(without_deprecated(request.messages), model.prefill)
         choice, schema = chosen_tools(body)[1], json_wanted(body)
         if schema == {}:    # Claude has no field for JSON without a schema
-            system.extend(_text_blocks("Answer with one JSON object and nothing else: no prose, no Markdown fence."))
+            system.extend(text_blocks("Answer with one JSON object and nothing else: no prose, no Markdown fence."))
         if choice not in ("auto", "none") and not model.forced:
             which = claude_name(name_of(choice)) if isinstance(choice, dict) else "that fits best"
-            system.extend(_text_blocks(f"Answer with a call of the tool {which}."))
+            system.extend(text_blocks(f"Answer with a call of the tool {which}."))
             choice = "auto"
         payload = present({
             "model": target.model, "messages": turns, "stream": True,
@@ -3914,6 +3919,12 @@ class Claude(Provider):
             asked = [name for name in ("temperature", "top_p") if name in body][:model.sampling]
             payload.update({name: min(1.0, max(0.0, body[name])) for name in asked})
         return payload
+
+    def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
+        # Bedrock, Vertex and Azure do not know all of the betas that Claude Code names (new-api#2975, litellm#20021).
+        if error.fault is Fault.REFUSED and re.search(r"anthropic.beta|\bbeta (flag|header)", error.message):
+            return next(iter(re.findall(r"`([\w.-]+)`", error.message)), "anthropic-beta")
+        return super().refused_parameter(error, payload)
 
     @staticmethod
     def _tools(body: Json, choice: str | Json, turns: Sequence[Json]) -> Json:
@@ -3969,16 +3980,16 @@ class Claude(Provider):
         return json_wanted(request.body) != {}
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        return self._chunks(lines, {}, True) if request.native_to(self.name) else super().decode(lines, request)
+        return self._chunks(lines, {}, request) if request.native_to(self.name) else super().decode(lines, request)
 
     def whole(self, raw: bytes, request: ChatRequest) -> Json:
         if not request.native_to(self.name):
             return super().whole(raw, request)
         answer, message = fold(super().decode(raw.splitlines(), request)), object_in(raw)
-        return {**answer, "native": message} if message else answer
+        return {**answer, "native": {**message, "content": [*message["content"]]}} if message else answer
 
-    def _chunks(self, lines: Lines, own: dict[str, Json], is_native: bool = False) -> Iterator[Any]:
-        """Yield what the events say; native ones are passed on, each within its first chunk."""
+    def _chunks(self, lines: Lines, own: dict[str, Json], native: ChatRequest | None = None) -> Iterator[Any]:
+        """Yield what the events say; those for a native request are passed on, each within its first chunk."""
         usage, stop = Json(), Json()
         blocks: dict[int, Json] = {}
         for data in sse_data(lines):
@@ -4000,7 +4011,10 @@ class Claude(Provider):
                 usage.update({name: count for name, count in (event.get("usage") or {}).items() if count is not None})
             is_end = kind in ("message", "message_stop")
             said.extend(self._end(stop, usage) if is_end else ())
-            yield from _with_native(event, said) if is_native else said
+            if native and kind == "message":    # a relay that does not stream
+                yield from in_order(said, native)
+            else:
+                yield from _with_native(event, said) if native else said
             if is_end:
                 return
         raise cut()
@@ -4047,17 +4061,22 @@ class Claude(Provider):
         if stop.get("stop_reason") == "refusal" and explanation:
             yield chunk_of(refusal=explanation)
         yield chunk_of(finish_of(stop.get("stop_reason") or "stop"))
-        read, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
+        told, read, written = (count_in(usage.get(name)) for name in (
+            "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
         thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens")
-        yield {"usage": {"prompt_tokens": (usage.get("input_tokens") or 0) + read + written,
+        yield {"usage": {"prompt_tokens": told + read + written,
                          "completion_tokens": usage.get("output_tokens"),
                          "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
                          **present({"completion_tokens_details": present({"reasoning_tokens": thinking})})}}
 
 
 def _with_native(event: Json, said: Sequence[Chunk]) -> Iterator[Chunk]:
-    """Yield an event's chunks for a client of its own dialect: the first has the event, and the others nothing."""
-    for number, chunk in enumerate(said or ({},)):
+    """Yield an event's chunks for a client of its own dialect: the first has the event, and the others nothing.
+
+    A block that has no place in a chat, as of a tool that Claude runs itself, is content to this client.
+    """
+    kind = (event.get("content_block") or {}).get("type", "text")
+    for number, chunk in enumerate(said or ({} if kind in ("text", "thinking") else chunk_of(block=kind),)):
         yield {"choices": [], **chunk, "native": {} if number else event}
 
 
@@ -4088,11 +4107,11 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
             waiting[message["tool_call_id"]].pop(0).update({"content": blocks or "", **_mark_of(*marks[-1:])})
         else:
             said.append(("user", blocks))
-    turns = [{"role": role, "content": [block for _, some in group for block in some] or _text_blocks(".")}
+    turns = [{"role": role, "content": [block for _, some in group for block in some] or text_blocks(".")}
              for role, group in itertools.groupby(said, lambda pair: pair[0])]
     last = turns[-1]
     if last["role"] == "assistant" and not prefills:
-        turns.append({"role": "user", "content": _text_blocks("Continue.")})
+        turns.append({"role": "user", "content": text_blocks("Continue.")})
     elif last["role"] == "assistant" and last["content"][-1]["type"] == "text":
         last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
     return system, turns
@@ -4103,7 +4122,7 @@ def claude_content(message: Json) -> list[Json]:
     blocks: list[Json] = []
     for part in parts_of(message):
         if part["type"] in ("text", "refusal"):
-            blocks.extend({**block, **_mark_of(part)} for block in _text_blocks(part[part["type"]]))
+            blocks.extend({**block, **_mark_of(part)} for block in text_blocks(part[part["type"]]))
             continue
         kind = "image" if part["type"] == "image_url" else "document"
         url = part["image_url"]["url"] if kind == "image" else part["file"]["file_data"]
@@ -4121,7 +4140,7 @@ def claude_content(message: Json) -> list[Json]:
 def _claude_call(call: Json, used: set[str]) -> Json:
     """Return a tool call as a block, under an id of Claude's letters that the conversation has not used yet."""
     function = call["function"]
-    id = re.sub(r"[^A-Za-z0-9_-]", "_", call["id"]) or "call"
+    id = claude_id(call["id"])
     while id in used:
         id += "_"
     used.add(id)
@@ -4129,7 +4148,7 @@ def _claude_call(call: Json, used: set[str]) -> Json:
     return {"type": "tool_use", "id": id, "name": claude_name(function["name"]), "input": given}
 
 
-def _text_blocks(text: str) -> list[Json]:
+def text_blocks(text: str) -> list[Json]:
     """Return a text as a block, or nothing for an empty one, which Claude refuses."""
     return [{"type": "text", "text": text}] if text.strip() else []
 
@@ -4147,6 +4166,11 @@ def claude_tool(tool: Json) -> Json:
     schema.update({"required": [*map(claude_key, schema["required"])]} if "required" in schema else {})
     return {"name": claude_name(function["name"]), **present({"description": function.get("description")}),
             "input_schema": schema, **_mark_of(tool, function)}
+
+
+def claude_id(id: str) -> str:
+    """Return a tool call's id in the letters that Claude takes; Kimi's are like functions.find:0."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", id) or "call"
 
 
 def claude_name(name: str, more: str = "") -> str:
@@ -5625,8 +5649,11 @@ class Gateway:
         url, headers = endpoint.base_url + path, {**provider.headers(endpoint), **dict(more)}
         changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
         while True:
-            payload = provider.adapt(encoded, self.ledger.record(target).refused.union(changed))
-            answer = self.transport.open(url, headers, dumps(payload), limits, look)
+            unwanted = self.ledger.record(target).refused.union(changed)
+            payload = provider.adapt(encoded, unwanted)
+            sent = {name: ",".join([word for word in value.split(",") if word.strip() not in unwanted])
+                    for name, value in headers.items() if name not in unwanted}
+            answer = self.transport.open(url, present(sent), dumps(payload), limits, look)
             if answer.status < 300 and answer.content_type != "text/html":
                 for refused, error in changed.items():
                     if is_permanent(refused, error):
@@ -6135,7 +6162,7 @@ class Dispatch:
             with _in_its_format():
                 whole = PROVIDERS[target.endpoint.provider].whole(raw, request)
         said: Iterator[Chunk] = ({"choices": [{**choice, "delta": choice["message"]}]} for choice in whole["choices"])
-        if self._others and is_empty(said):
+        if self._others and is_empty(said) and not whole.get("native", {}).get("content"):
             raise UpstreamError("the answer was empty", code="empty_answer")
         self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
         return {**whole, **_envelope(whole, target.id), "object": "chat.completion"}
@@ -6321,8 +6348,7 @@ LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation 
 def tokens_of(answer: Json, kind: str = "completion_tokens") -> int:
     """Return the completion tokens, or those of another kind, that an answer or a chunk counts, or 0."""
     usage = answer.get("usage")
-    tokens = usage.get(kind) if isinstance(usage, dict) else 0
-    return tokens if isinstance(tokens, int) and 0 <= tokens < MOST_TOKENS else 0
+    return count_in(usage.get(kind)) if isinstance(usage, dict) else 0
 
 
 def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
@@ -6568,7 +6594,8 @@ class Item:
     def may_end(self) -> bool:
         """Return True if the next item may begin: a call is complete only when its arguments are."""
         ends = b"".join(self.said[-1:]).rstrip(rb" \nrt").endswith(b"}")    # blanks in JSON's text are like \n
-        return self.key in _SAID or ends and object_in(self.text()) is not None
+        is_asked = ends and len(self.said) <= 1000    # of very many pieces each answer would cost too much
+        return self.key in _SAID or is_asked and object_in(self.text()) is not None
 
 
 class ItemWriter(Writer):
@@ -7081,7 +7108,7 @@ class Responses(Front):
 
 _MESSAGES_FIELDS: dict[str, Rule] = {
     **{name: FIELDS[name] for name in ("model", "messages", "stream", "temperature", "top_p", "tools")},
-    "max_tokens": (lambda value: type(value) is int and 0 <= value < MOST_TOKENS, "must be an integer from 0"),
+    "max_tokens": whole_number(0, MOST_TOKENS, " from 0"),
     "system": (lambda value: isinstance(value, (str, list)), "must be a string or a list of text blocks"),
     "stop_sequences": (lambda value: isinstance(value, list) and FIELDS["stop"][0](value), "must be a list of strings"),
     **dict.fromkeys(("tool_choice", "thinking", "output_config", "output_format"), FIELDS["stream_options"]),
@@ -7089,13 +7116,16 @@ _MESSAGES_FIELDS: dict[str, Rule] = {
 # The blocks that others than Claude can be asked with, and the types of their fields.
 _BLOCK_FIELDS: dict[str, dict[str, Any]] = {
     "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict}, "thinking": {"thinking": str},
+    "search_result": {"content": list}, "tool_reference": {"tool_name": str},
     "tool_use": {"id": str, "name": str, "input": dict},
     "tool_result": {"tool_use_id": str, "content": (str, list, type(None))}}
 _SOURCE_FIELDS = {"base64": ("media_type", "data"), "url": ("url",), "file": ("file_id",), "text": ("data",)}
+_TOLD_OF_TEXTS = ("title", "source", "context")    # of documents and of what a search has found
 # What Claude Code says anew in each request, so that no server's cache of the prompt would fit any more: the first
 # block of the system (llama.cpp's pull request 20623), and what is left of its budget (omlx#2881, ollama's 17918).
 _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n?")
 _COUNTDOWN = re.compile(r"<total_tokens>\s*\d+ tokens left\s*</total_tokens>")
+_OWN_TOOLS = (None, "custom")    # the types of a client's own; the others are Anthropic's
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _STOPS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 _ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
@@ -7113,12 +7143,12 @@ def prompt_tokens(request: ChatRequest) -> int:
 
 def messages_body(body: Json) -> tuple[Json, tuple[str, ...]]:
     """Return a Messages body as a chat body, and the tools that it leaves out.  Raises BadRequest."""
-    own = [tool for tool in body.get("tools") or () if tool.get("type") in (None, "custom")]
+    own = [tool for tool in body.get("tools") or () if tool.get("type") in _OWN_TOOLS]
     for number, tool in enumerate(own):
         need(isinstance(tool.get("name"), str) and isinstance(tool.get("input_schema"), dict), f"tools.{number}",
              'must be like {"name": …, "description": …, "input_schema": {…}}')
-    tools = [{"type": "function", "function": {"name": tool["name"], "description": tool.get("description"),
-                                               "parameters": tool["input_schema"]}} for tool in own]
+    tools = [{"type": "function", "function": {"name": claude_name(tool["name"]), "parameters": tool["input_schema"],
+                                               "description": tool.get("description")}} for tool in own]
     config, choice = body.get("output_config") or {}, body.get("tool_choice") or {"type": "auto"}
     form = config.get("format") or body.get("output_format")
     schema = form.get("schema") if isinstance(form, dict) else None
@@ -7128,13 +7158,20 @@ def messages_body(body: Json) -> tuple[Json, tuple[str, ...]]:
     told: Json = {name: body.get(name) for name in ("model", "temperature", "top_p", "stream")}
     told.update(
         messages=_chat_messages(body), tools=tools, stop=body.get("stop_sequences"),
-        max_tokens=body.get("max_tokens") or None, stream_options={"include_usage": True},
-        tool_choice=_TOOL_CHOICES.get(kind, {"type": "function", "function": {"name": name}}),
+        stream_options={"include_usage": True},    # and 0 tokens only fill Claude's cache:
+        max_tokens=None if body.get("max_tokens") is None else max(1, body["max_tokens"]),
+        tool_choice=_TOOL_CHOICES.get(kind, {"type": "function", "function": {"name": claude_name(str(name))}}),
         parallel_tool_calls=False if choice.get("disable_parallel_tool_use") else None,
         reasoning_effort=_effort_meant(body.get("thinking") or {}, config),
         response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
         if isinstance(schema, dict) else None)
-    return told, tuple([str(tool["type"]) for tool in body.get("tools") or () if tool not in own])
+    return told, tuple([str(tool["type"]) for tool in body.get("tools") or () if tool.get("type") not in _OWN_TOOLS])
+
+
+def _own_names(body: Json) -> dict[str, str]:
+    """Return the client's names of its tools by those that others are told: OpenAI takes 64 characters, Claude 128."""
+    names = [tool["name"] for tool in body.get("tools") or () if isinstance(tool.get("name"), str)]
+    return {claude_name(name): name for name in names}
 
 
 def _effort_meant(thinking: Json, config: Json) -> str | None:
@@ -7142,7 +7179,7 @@ def _effort_meant(thinking: Json, config: Json) -> str | None:
     kind, budget = thinking.get("type"), thinking.get("budget_tokens")
     if kind == "disabled":
         return "none"
-    if isinstance(config.get("effort"), str):
+    if config.get("effort") in EFFORTS:
         return config["effort"]  # type: ignore[no-any-return]
     return ("low" if budget <= 2048 else "medium" if budget < 8192 else "high") if isinstance(budget, int) else None
 
@@ -7184,16 +7221,22 @@ def _blocks_in(content: Any, where: str, is_system: bool = False) -> list[Json]:
 
 def _parts_of_block(block: Json) -> list[Json]:
     """Return the parts of a chat's content that say what a block says.  Raises BadRequest."""
-    kind, source = block["type"], block.get("source") or {}
-    form, needed = source.get("type"), _SOURCE_FIELDS.get(str(source.get("type")), ())
+    kind = block["type"]
+    if kind == "tool_reference":    # what Claude Code's search among tools has found
+        return text_blocks(f"You can call the tool {block['tool_name']} now.")
+    told = text_blocks("\n".join(block[name] for name in _TOLD_OF_TEXTS if isinstance(block.get(name), str)))
+    if kind == "search_result":
+        return [*told, *_parts_within(block["content"], "search_result.content")]
     if kind not in ("image", "document"):    # of the others only a text can stand here
-        return [{"type": "text", "text": block["text"]}] if kind == "text" else []
+        return text_blocks(block.get("text", ""))
+    source, form = block["source"], str(block["source"].get("type"))
     if form == "content":
-        return _parts_within(source.get("content"), f"{kind}.source.content")
+        return [*told, *_parts_within(source.get("content"), f"{kind}.source.content")]
+    needed = _SOURCE_FIELDS.get(form, ())
     need(needed and all(isinstance(source.get(name), str) for name in needed), f"{kind}.source",
          f"must be of a type among {', '.join(_SOURCE_FIELDS)}, and complete")
     if form == "text":
-        return [{"type": "text", "text": source["data"]}]
+        return [*told, *text_blocks(source["data"])]
     url = source.get("url") or f"data:{source.get('media_type')};base64,{source.get('data')}"
     if kind == "image" and form != "file":
         return [{"type": "image_url", "image_url": {"url": url}}]
@@ -7212,7 +7255,7 @@ def _assistant_message(blocks: Sequence[Json]) -> list[Json]:
         if block["type"] == "thinking" and not block.get("signature"):
             thought += block["thinking"]
         if block["type"] == "tool_use":
-            function = {"name": block["name"], "arguments": dumps(block["input"]).decode()}
+            function = {"name": claude_name(block["name"]), "arguments": dumps(block["input"]).decode()}
             calls.append({"id": block["id"], "type": "function", "function": function})
     more = present({"tool_calls": calls, "reasoning_content": thought})
     return [{"role": "assistant", "content": text or None, **more}] if text or calls else []
@@ -7236,12 +7279,13 @@ def _user_messages(blocks: Sequence[Json]) -> list[Json]:
     return [*results, *([{"role": "user", "content": content}] if rest else [])]
 
 
-def _signed(message: Json) -> Json:
-    """Return a message for Claude, which refuses thoughts that it has not signed: they are another model's."""
+def _for_claude(message: Json) -> Json:
+    """Return a message without what Claude refuses of other models: thoughts that it has not signed, their ids."""
     blocks = message["content"]
-    kept = blocks if isinstance(blocks, str) else [
-        block for block in blocks if block["type"] != "thinking" or block.get("signature")]
-    return {**message, "content": kept}
+    return message if isinstance(blocks, str) else {**message, "content": [
+        {name: claude_id(value) if name in ("id", "tool_use_id") and isinstance(value, str) else value
+         for name, value in block.items()}
+        for block in blocks if block["type"] != "thinking" or block.get("signature")]}
 
 
 def _anthropic_message(answer: Json, content: list[Json], stop: str | None, usage: Json) -> Json:
@@ -7251,12 +7295,11 @@ def _anthropic_message(answer: Json, content: list[Json], stop: str | None, usag
 
 def _anthropic_usage(usage: Json, request: ChatRequest) -> Json:
     """Return the counts of an answer, or an estimate of its prompt where no server tells any."""
-    details = usage.get("prompt_tokens_details")
-    found = [usage.get("prompt_tokens"), usage.get("completion_tokens"), *(
-        details.get(name) if isinstance(details, dict) else 0 for name in ("cached_tokens", "cache_write_tokens"))]
-    prompt, said, read, written = [count if type(count) is int else 0 for count in found]
-    return {"input_tokens": max(0, prompt - read - written) if usage else prompt_tokens(request),
-            "cache_creation_input_tokens": written, "cache_read_input_tokens": read, "output_tokens": said}
+    told, details = {"usage": usage}, {"usage": usage.get("prompt_tokens_details")}
+    read, written = tokens_of(details, "cached_tokens"), tokens_of(details, "cache_write_tokens")
+    new = max(0, tokens_of(told, "prompt_tokens") - read - written)
+    return {"input_tokens": new if usage else prompt_tokens(request), "cache_creation_input_tokens": written,
+            "cache_read_input_tokens": read, "output_tokens": tokens_of(told)}
 
 
 def _long_prompt(message: str) -> str:
@@ -7309,7 +7352,9 @@ class _MessagesWriter(ItemWriter):
 
     def _start(self, key: Any, call: Json | None) -> tuple[str, Json]:
         if call:
-            return "tool_use", {"type": "tool_use", "id": call.get("id"), "name": _inner(call)["name"], "input": {}}
+            name = str(_inner(call)["name"])
+            own = _own_names(self._request.origin).get(name, name)
+            return "tool_use", {"type": "tool_use", "id": call.get("id"), "name": own, "input": {}}
         kind = "thinking" if key == "reasoning_content" else "text"
         return kind, {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
 
@@ -7326,7 +7371,10 @@ class _MessagesWriter(ItemWriter):
         return framed(texts, item.frame)
 
     def _close(self, item: Item) -> bytes:
-        return _framed({"type": "content_block_stop", "index": item.index})
+        signed = {"type": "content_block_delta", "index": item.index, "delta": {
+            "type": "signature_delta", "signature": ""}}    # some clients drop thoughts without; only Claude can sign
+        return (_framed(signed) if item.kind == "thinking" else b"") + _framed({
+            "type": "content_block_stop", "index": item.index})
 
     def end(self) -> bytes:
         if self._ended:
@@ -7350,7 +7398,7 @@ class Messages(Front):
         check_fields(body, _MESSAGES_FIELDS, needed)
         told, left_out = messages_body(body)
         path = f"/v1{head.path}{'?beta=true' if 'beta=true' in head.target.partition('?')[2].split('&') else ''}"
-        messages = [message for message in map(_signed, body["messages"]) if message["content"] != []]
+        messages = [message for message in map(_for_claude, body["messages"]) if message["content"] != []]
         native = Native("claude", path, {**body, "messages": messages}, tuple([
             (name, head.fields[name]) for name in ("anthropic-version", "anthropic-beta") if name in head.fields]))
         return dataclasses.replace(parse_request(told), origin=body, native=native, left_out=left_out)
@@ -8093,9 +8141,9 @@ class Handler(socketserver.BaseRequestHandler):
             return self.reply(204, b"", {"Allow": ", ".join([*(methods or ("GET", "HEAD", "POST")), "OPTIONS"])})
         if answer is None:
             asked = head.target.partition("?")[0][:100]
-            raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST "
-                             "/v1/chat/completions, GET /v1/models and GET /health; use the chat completions API.",
-                             status=404, code="unknown_url")
+            posts = ", ".join(path if path.startswith("/api/") else f"/v1{path}" for path in FRONTS)
+            raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST {posts}, GET "
+                             "/v1/models and GET /health.", status=404, code="unknown_url")
         if head.method not in methods:
             self._common["Allow"] = ", ".join(methods)    # RFC 9110, 15.5.6
             raise BadRequest(f"{path[:100]} takes {' or '.join(methods)}, not {head.method[:20]}.",

@@ -4346,6 +4346,10 @@ PARAMETERS = [    # what is refused of a request that has ALL_FIELDS, whether fo
      "of 8192. Try again with a maximum tokens value that is lower than 8192."}),
     ("max_tokens<=4000", False, 400, "Cohere", {"message": "too many tokens: max tokens must be less than or equal to "
      "4000, received 64000"}),
+    ("thinking", False, 400, "Claude, after another model's call", claude_refuses(
+        "messages.1.content.0.type: Expected `thinking` or `redacted_thinking`, but found `tool_use`. When `thinking` "
+        "is enabled, a final `assistant` message must start with a thinking block (preceeding the lastmost set of "
+        "`tool_use` and `tool_result` blocks). To avoid this requirement, disable `thinking`.")),
     ("store", True, 422, "jsonschema", {"detail": "Additional properties are not allowed ('store' was unexpected)"}),
     ("top_p", False, 400, "a range", gave("top_p: value is out of range")),
     (None, False, 400, "OpenAI, a mistake", gave("Invalid 'temperature': decimal above maximum value. Expected a value "
@@ -5593,6 +5597,8 @@ class InOrder(Case):
 
     def test_usage_has_its_three_counts_and_comes_once(self):
         for usage, counts in (({"total_tokens": 5}, (0, 0, 5)),
+                              ({"prompt_tokens": "9", "total_tokens": 2.0}, (0, 0, 2)),
+                              (dict.fromkeys(COUNTS, int("9" * 4300)), (0, 0, 0)),
                               ({"prompt_tokens": 3, "completion_tokens": None}, (3, 0, 3)),
                               ({"prompt_tokens": 3, "completion_tokens": None, "total_tokens": 3}, (3, 0, 3)),
                               ({"prompt_tokens": 3, "completion_tokens": 2, "own": 1}, (3, 2, 5))):
@@ -11279,6 +11285,8 @@ PLAIN = Saying((Text("Hel"), Text("lo")), "stop", 9, 7)
 REMINDER, ENDED = "<system-reminder>\n", "</system-reminder>"
 COUNTDOWN = "<total_tokens>14999436 tokens left</total_tokens>"
 FOUND = {"role": "tool", "tool_call_id": "toolu_1"}
+LONG_NAME = f"mcp__{'x' * 60}__find"
+SHORT_NAME = oblix.claude_name(LONG_NAME)
 AS_CALL = {"id": "toolu_1", "type": "function", "function": {"name": "find", "arguments": '{"q":"a"}'}}
 SENT_IMAGE = {"type": "image_url", "image_url": {"url": PNG_URL}}
 SAID_IN_CHAT = [    # what it is about, messages and fields of a request, what the chat request must hold
@@ -11306,8 +11314,14 @@ SAID_IN_CHAT = [    # what it is about, messages and fields of a request, what t
      {"messages": [user(part("a"), SENT_IMAGE, {"type": "image_url", "image_url": {"url": WEB_IMAGE}})]}),
     ("documents", [said_by("user", {"type": "document", "source": PDF_SOURCE, "title": "T"}, {
         "type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "d"}}, {
-        "type": "document", "source": {"type": "content", "content": say("e")}})], {},
-     {"messages": [user({"type": "file", "file": {"filename": "T", "file_data": PDF_URL}}, part("d"), part("e"))]}),
+        "type": "document", "title": "U", "context": "C", "source": {"type": "content", "content": say("e")}})], {},
+     {"messages": [user({"type": "file", "file": {"filename": "T", "file_data": PDF_URL}}, part("d"), part("U\nC"),
+                        part("e"))]}),
+    ("what a search has found", [said_by("user", {
+        "type": "search_result", "source": "http://a", "title": "T", "content": say("b")}), said_by("assistant", USE),
+        said_by("user", tool_result([{"type": "tool_reference", "tool_name": "grep"}]))], {},
+     {"messages": [{"role": "user", "content": "T\nhttp://a\nb"}, {"role": "assistant", "tool_calls": [AS_CALL]},
+                   {**FOUND, "content": "You can call the tool grep now."}]}),
     ("files that only Anthropic has", [said_by("user", {
         "type": "image", "source": {"type": "file", "file_id": "f"}})], {},
      {"messages": [user({"type": "file", "file": {"filename": "document.pdf", "file_id": "f"}})]}),
@@ -11339,13 +11353,22 @@ SAID_IN_CHAT = [    # what it is about, messages and fields of a request, what t
     ("no tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "none"}}, {"tool_choice": "none"}),
     ("one tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "tool", "name": "now"}},
      {"tool_choice": {"type": "function", "function": {"name": "now"}}}),
+    ("a tool whose name is too long for OpenAI", [HI, said_by("assistant", {**USE, "name": LONG_NAME})],
+     {"tools": [{**CLAUDE_TOOLS[0], "name": LONG_NAME}], "tool_choice": {"type": "tool", "name": LONG_NAME}},
+     {"messages": [HI, {"role": "assistant", "tool_calls": [{**AS_CALL, "function": {
+         "name": SHORT_NAME, "arguments": '{"q":"a"}'}}]}], "tools": [{"type": "function", "function": {
+             **TOOLS[0]["function"], "name": SHORT_NAME}}],
+      "tool_choice": {"type": "function", "function": {"name": SHORT_NAME}}}),
     ("a choice without tools", [HI], {"tool_choice": {"type": "any"}}, {"tool_choice": ABSENT, "tools": ABSENT}),
     ("numbers", [HI], {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "stop_sequences": ["X"], "max_tokens": 9},
      {"temperature": 0.5, "top_p": 0.25, "top_k": ABSENT, "stop": ["X"], "max_tokens": 9}),
+    ("a number of a language without integers", [HI], {"max_tokens": 9.0}, {"max_tokens": 9}),
+    ("no tokens, which only fill Claude's cache", [HI], {"max_tokens": 0}, {"max_tokens": 1}),
     ("fields that others have no place for", [HI], {"metadata": {"user_id": "u"}, "context_management": {"edits": []},
      "service_tier": "auto", "container": "c", "x": 1}, {"metadata": ABSENT, "x": ABSENT, "service_tier": ABSENT}),
     ("an effort", [HI], {"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}},
      {"reasoning_effort": "max"}),
+    ("an effort that nobody has", [HI], {"output_config": {"effort": "ultra"}}, {"reasoning_effort": ABSENT}),
     ("thinking by itself", [HI], {"thinking": {"type": "adaptive"}}, {"reasoning_effort": ABSENT}),
     ("no thinking", [HI], {"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}},
      {"reasoning_effort": "none"}),
@@ -11412,6 +11435,24 @@ class Messages(Case):
                     oblix.MESSAGES.request(messages(**fields), head_of())
                 self.assertIn(says, raised.exception.message)
 
+    def test_the_work_is_linear(self):
+        def asked(count):
+            tools = [{"name": f"n{number}", "input_schema": {}} for number in range(count)]
+            return oblix.MESSAGES.request(messages("m", tools=tools), head_of())
+
+        def answered(count):
+            writer = oblix.MESSAGES.stream(oblix.ChatRequest("m", {"messages": [HI]}))
+            for number, name, text in ((0, "f", '{"a": "'), (1, "g", "{"), *[(0, None, "x}")] * count):
+                writer.take({**oblix.tool_chunk(number, text, "c", name), "id": "1", "model": "m"})
+
+        def took(work, count):
+            started = time.thread_time()
+            work(count)
+            return time.thread_time() - started
+        for work in (asked, answered):
+            took(work, 10)
+            self.assertLess(took(work, 16_000), 32 * 3 * took(work, 500))
+
     def test_claude_gets_a_request_as_it_came_but_for_the_model(self):
         tools = [{**CLAUDE_TOOLS[0], "cache_control": {"type": "ephemeral"}},
                  {"type": "web_search_20250305", "name": "web_search"}]
@@ -11438,6 +11479,55 @@ class Messages(Case):
         self.asks(messages(CLAUDE_ID, HI, said_by("assistant", mine, *say("b")), said_by("assistant", mine), HI))
         self.assertEqual(self.claude.last.json["messages"], [HI, said_by("assistant", *say("b")), HI])
 
+    def test_claude_gets_ids_of_other_models_in_its_own_letters(self):
+        """Others get them as they are: Kimi counts on its own (llxprt-code#713), Claude refuses those (cline#8942)."""
+        body = messages(CLAUDE_ID, HI, said_by("assistant", {**USE, "id": "functions.find:0"}), said_by(
+            "user", tool_result("3", tool_use_id="functions.find:0")), tools=CLAUDE_TOOLS)
+        self.asks(body)
+        self.assertEqual([block.get("id", block.get("tool_use_id")) for message in self.claude.last.json["messages"][1:]
+                          for block in message["content"]], ["functions_find_0"] * 2)
+        self.asks({**body, "model": OLLAMA_ID})
+        self.assertEqual(self.ollama.last.json["messages"][-1]["tool_call_id"], "functions.find:0")
+
+    def test_betas_that_a_relay_of_claude_does_not_know_are_left_out_from_then_on(self):
+        for words, known in (("Unexpected value(s) %s for the `anthropic-beta` header. Please try again without the "
+                              "header.", ["z-3"]), ("invalid beta flag", [])):
+            def script(_, request, words=words, known=known):
+                betas = (request.headers.get("anthropic-beta") or "").replace(" ", "").split(",")
+                unknown = ", ".join(f"`{beta}`" for beta in betas if beta and beta not in known)
+                error = claude_refuses(words % unknown if known else words)
+                return whole(400, error) if unknown else answer(Text("a"))(CLAUDE, request)
+            with Upstream(CLAUDE, script) as relay, running(relay) as server:
+                for _ in range(2):
+                    reply = self.asks(messages(CLAUDE_ID), server=server, **{"anthropic-beta": "x-1, y-2,z-3"})
+                    self.assertEqual(reply.status, 200, reply.body)
+                self.assertEqual(len(relay.requests), 4 if known else 3)
+                self.assertEqual(relay.last.headers.get("anthropic-beta"), "z-3" if known else None)
+
+    def test_a_tool_is_called_by_the_client_s_name(self):
+        for stream, dialect in itertools.product((False, True), (OLLAMA, OPENAI)):
+            with Upstream(dialect, answer(Call("c", SHORT_NAME, {}))) as upstream, running(upstream) as server:
+                reply = self.asks(messages(upstream.target, stream=stream, tools=[
+                    {**CLAUDE_TOOLS[0], "name": LONG_NAME}]), server=server)
+            read = MessagesKeepTheContract()
+            told = read.of_stream(reply.body) if stream else read.of_whole(reply.json)
+            self.assertEqual(told.calls, [[LONG_NAME, {}]])
+
+    def test_a_block_that_only_claude_has_is_an_answer(self):
+        block = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {}}
+        first, *_, last, end = CLAUDE.events(Saying((), "stop", 9, 7))
+        events = [first, CLAUDE.event("content_block_start", index=0, content_block=block),
+                  CLAUDE.event("content_block_stop", index=0), last, end]
+        message = {**CLAUDE.whole(Saying((), "stop", 9, 7)), "content": [block]}
+        with running(self.ollama, self.claude, flags=["--prefer=cloud"]) as server:
+            self.claude.play(lambda _, request: streamed(CLAUDE, events) if request.json["stream"] else whole(
+                200, message))
+            for stream in (False, True):
+                reply = self.asks(messages("auto", stream=stream), server=server)
+                self.assertEqual(reply.headers["x-oblix-model"], CLAUDE_ID)
+                self.assertIn(b"srvtoolu_1", reply.body)
+        self.claude.play(answer(Text("Hello")))
+
     def test_claude_s_answer_goes_back_as_it_comes(self):
         events = [CLAUDE.event("message_start", message={"id": "msg_9", "model": "claude-test-2", "content": [], "x": 1,
                                                          "usage": {"input_tokens": 5, "cache_read_input_tokens": 4}}),
@@ -11460,6 +11550,19 @@ class Messages(Case):
                    "stop_reason": "stop_sequence", "stop_sequence": "X", "usage": {"input_tokens": 5}, "x": {}}
         self.claude.play(whole(200, message))
         self.assertEqual(self.asks(messages(CLAUDE_ID)).json, message)
+        self.claude.play(answer(Text("Hello")))
+
+    def test_a_whole_message_becomes_a_stream_and_a_stream_a_whole_message(self):
+        """Some relays never stream, or always."""
+        saying, read = Saying((Think("hm"), Text("Hello"), FIND), "tool_calls", 9, 7), MessagesKeepTheContract()
+        self.claude.play(lambda _, request: whole(200, CLAUDE.whole(saying)) if request.json["stream"] else streamed(
+            CLAUDE, CLAUDE.events(saying)))
+        for stream in (False, True):
+            reply = self.asks(messages(CLAUDE_ID, stream=stream, tools=CLAUDE_TOOLS))
+            told = read.of_stream(reply.body) if stream else read.of_whole(reply.json)
+            self.assertEqual(told, Seen("Hello", "hm", [[FIND.name, FIND.arguments]], "tool_calls", (9, 7)))
+        self.claude.play(whole(200, {"type": "message"}))
+        self.assertEqual(self.asks(messages(CLAUDE_ID)).status, 502)
         self.claude.play(answer(Text("Hello")))
 
     def test_a_message_that_begins_again_or_breaks_off_is_an_error(self):
@@ -11589,6 +11692,14 @@ class Messages(Case):
         events = MessagesKeepTheContract.events(self, reply.body)
         self.assertEqual([event["type"] for event in events[:3]], ["ping"] * 3)
         self.assertEqual(events[-1], {"type": "message_stop"})
+
+    def test_a_thought_ends_with_the_place_of_its_signature(self):
+        """Claude Code dropped the turn without it (claude-code-proxy#17)."""
+        self.ollama.play(answer(Think("hm"), Text("a")))
+        events = MessagesKeepTheContract.events(self, self.asks(messages(OLLAMA_ID, stream=True)).body)
+        self.ollama.play(answer(Text("Hello")))
+        self.assertEqual([event["delta"] for event in events if event["type"] == "content_block_delta"][1],
+                         {"type": "signature_delta", "signature": ""})
 
     def test_a_text_within_a_call_waits_for_its_end(self):
         writer = oblix.MESSAGES.stream(oblix.MESSAGES.request(messages("m"), head_of()))
