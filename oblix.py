@@ -3261,9 +3261,13 @@ def without_deprecated(messages: Sequence[Json]) -> list[Json]:
 def function_in(call: Json) -> Json:
     """Return the name and the arguments of a message's tool call, as an object whatever the model once wrote."""
     inner = called_in(call)
-    said = inner.get("arguments", inner.get("input")) or {}
-    whole = object_in(said) if isinstance(said, str) else said
-    return {"name": inner["name"], "arguments": whole if isinstance(whole, dict) else {"_raw": said}}
+    return {"name": inner["name"], "arguments": arguments_in(inner.get("arguments", inner.get("input")))}
+
+
+def arguments_in(said: Any) -> Json:
+    """Return a call's arguments as an object, whatever the model once wrote."""
+    whole = object_in(said) if isinstance(said, str) and said else said or {}
+    return whole if isinstance(whole, dict) else {"_raw": said}
 
 
 def called_in(call: Json) -> Json:
@@ -6519,18 +6523,7 @@ def around_text(event: bytes, begin: bytes) -> Frame:
     return before + begin, b'"' + after
 
 
-def texts_in(chunk: Any) -> Texts | None:
-    """Return the Texts that a chunk of one choice could be, as it says a text and nothing else, or None."""
-    if isinstance(chunk, Texts):
-        return chunk
-    choice: Json = chunk["choices"][0] if len(chunk["choices"]) == 1 else {"index": 1}
-    says_more = choice["index"] or choice["finish_reason"] or choice.get("logprobs")
-    if says_more or choice["delta"].keys() != {"content"}:
-        return None
-    return Texts([dumps(choice["delta"]["content"])[1:-1]])
-
-
-def framed(texts: Texts, frame: Frame | None) -> bytes:
+def framed(texts: Sequence[bytes], frame: Frame | None) -> bytes:
     """Return the events that say these texts."""
     before, after = frame or (b"", b"")    # the first text of a stream is in a chunk
     return before + (after + before).join(texts) + after
@@ -6565,9 +6558,10 @@ def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
 
 
 class _ChatWriter(Writer):
+    _frame: Frame | None = None    # around the texts of events that say nothing else
+
     def __init__(self, request: ChatRequest) -> None:
         self._include_usage = request.include_usage
-        self._frame: Frame | None = None    # around the texts of events that say nothing else
 
     def take(self, chunk: Any) -> bytes:
         if isinstance(chunk, Texts):
@@ -6598,6 +6592,111 @@ class Chat(Front):
 
     def stream(self, request: ChatRequest) -> Writer:
         return _ChatWriter(request)
+
+
+# --- 11. Answers in items ---------------------------------------------------------------------------------------------
+
+_SAID = ("reasoning_content", "content", "refusal")    # what a delta or a message says besides its calls
+
+
+class Item:
+    """A thought, a text or a call of an answer, for an API that tells one of them after the other."""
+
+    def __init__(self, key: Any, index: int, kind: str, start: Json) -> None:
+        """`key` is a field of a delta, or the index of a call; `kind` and `start` are in the API's words."""
+        self.key, self.index, self.kind, self.start = key, index, kind, start
+        self.held, self.said = list[bytes](), list[bytes]()    # texts before and after they are told, as JSON has them
+        self.logprobs, self.logprobs_told = list[Json](), 0
+        self.is_open = False
+        self.frame: Any = None    # around each text in its event
+
+    def text(self) -> str:
+        """Return what was said."""
+        return str(json.loads('"%s"' % b"".join(self.said).decode("utf-8", "replace")))
+
+    def may_end(self) -> bool:
+        """Return True if the next item may begin: a call is complete only when its arguments are."""
+        ends = b"".join(self.said[-1:]).rstrip(rb" \nrt").endswith(b"}")    # blanks in JSON's text are like \n
+        is_asked = ends and len(self.said) <= 1000    # of very many pieces each answer would cost too much
+        return self.key in _SAID or is_asked and object_in(self.text()) is not None
+
+
+class ItemWriter(Writer):
+    """Tells one item after the other: what comes while a call is open waits until that call may end."""
+    _begin: Callable[[Json], bytes]                          # the events for the first chunk of an answer
+    _start: Callable[[Any, Json | None], tuple[str, Json]]   # key, call -> the kind of a new item, and its `start`
+    _open: Callable[[Item], bytes]                           # the events that begin an item,
+    _deltas: Callable[[Item, Sequence[bytes]], bytes]        # that tell pieces of its text,
+    _close: Callable[[Item], bytes]                          # and that end it
+
+    def __init__(self, request: ChatRequest) -> None:
+        self._request, self._begun = request, False
+        self._items, self._count = list[Item](), 0    # the first is open, the others wait; how many there were
+        self._finish, self._usage = "stop", Json()
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            if [item.key for item in self._items] == ["content"]:    # nearly always
+                self._items[0].said.append(b"".join(chunk))
+                return self._deltas(self._items[0], chunk)
+            self._add("content", chunk)
+            return self._flow()
+        events = b"" if self._begun else self._begin(chunk)
+        self._begun, self._usage = True, chunk.get("usage") or self._usage
+        for choice in chunk["choices"][:1]:
+            self._finish = choice.get("finish_reason") or self._finish
+            self._hear(choice, choice["delta"])
+        return events + self._flow()
+
+    def _hear(self, choice: Json, said: Json) -> None:
+        """Add to the items what a choice says, in a delta or in a message."""
+        logprobs = choice.get("logprobs")
+        logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
+        for field in filter(said.get, _SAID):
+            self._add(field, [dumps(str(said[field]))[1:-1]])
+            self._items[-1].logprobs += logprobs if field == "content" and isinstance(logprobs, list) else ()
+        for place, call in enumerate(said.get("tool_calls") or ()):
+            text = _inner(call).get("arguments") or _inner(call).get("input")
+            self._add(call.get("index", place), [dumps(text)[1:-1]] if text else [], call)
+
+    def _add(self, key: Any, texts: Sequence[bytes], call: Json | None = None) -> None:
+        item = next((item for item in (self._items if call else self._items[-1:]) if item.key == key), None)
+        if not item:
+            if call and not _inner(call).get("name"):    # blanks after a call that has ended
+                return
+            item = Item(key, self._count, *self._start(key, call))
+            self._items.append(item)
+            self._count += 1
+        item.held += texts
+
+    def _flow(self, is_end: bool = False) -> bytes:
+        """Return the events for what is held of the open item, and of each next one if that one may end."""
+        events = b""
+        while self._items:
+            item = self._items[0]
+            events += b"" if item.is_open else self._open(item)
+            item.is_open = True
+            if item.held:
+                texts, item.held = item.held, []
+                item.said.append(b"".join(texts))
+                events += self._deltas(item, texts)
+            if not is_end and (len(self._items) == 1 or not item.may_end()):
+                break
+            events += self._close(item)
+            del self._items[0]
+        return events
+
+    def _items_of(self, answer: Json) -> list[Item]:
+        """Return the items of a whole answer."""
+        self._hear(answer["choices"][0], answer["choices"][0]["message"])
+        for item in self._items:
+            item.held, item.said = [], item.held
+        return self._items
+
+
+def _inner(call: Json) -> Json:
+    """Return what a tool call, or a piece of one, says of a function or a custom tool."""
+    return call.get("function") or call.get("custom") or {}
 
 
 # --- 11. OpenAI's Responses: what is asked ----------------------------------------------------------------------------
@@ -6828,7 +6927,6 @@ _KINDS = {    # by the field of a delta, and by the kind of a call
     "function_call": _Kind("fc", {"type": "function_call"}, "response.function_call_arguments", "arguments"),
     "custom_tool_call": _Kind("ctc", {"type": "custom_tool_call"}, "response.custom_tool_call_input", "input"),
 }
-_TEXT_FIELDS = ("reasoning_content", "content", "refusal")
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _NO_LOGPROBS = b',"logprobs":[]'
 _ALWAYS = {"object": "response", "background": False, "error": None, "incomplete_details": None,
@@ -6840,51 +6938,22 @@ _ECHOED: Json = {
 MAX_KEPT, MAX_KEPT_BYTES = 256, 64 << 10    # items, and of each of them
 
 
-class _Item:
-    """An output item, as far as it has come."""
-
-    def __init__(self, kind: _Kind, index: int, answer_id: str, more: Json) -> None:
-        self.kind, self.more, self.id = kind, more, f"{kind.prefix}_{answer_id}_{index}"
-        self.where = {"item_id": self.id, "output_index": index, **kind.place}
-        self.texts, self.logprobs = list[bytes](), list[Json]()    # pieces, as JSON has them between its quotes
-        self.frame = b""    # around a piece in an event, once the item has begun
-
-    def text(self) -> str:
-        """Return the text of all pieces."""
-        return str(json.loads('"%s"' % b"".join(self.texts).decode("utf-8", "replace")))
-
-    def may_end(self) -> bool:
-        """Return True if another item may begin: a call is only complete when its arguments are."""
-        return bool(self.kind.parts) or object_in(self.text()) is not None
-
-    def json(self, status: str) -> Json:
-        """Return the item as the API has it."""
-        kind, text = self.kind, self.text() if status != "in_progress" else ""
-        part = {**kind.part, **({"logprobs": self.logprobs} if self.logprobs else {}),
-                kind.text: _input_in(text) if kind.text == "input" else text}
-        inner = {kind.parts: [part] if status != "in_progress" else []} if kind.parts else part
-        return {"id": self.id, **kind.item, "status": status, **self.more, **inner}
-
-
 def _input_in(arguments: str) -> str:
     """Return the text that a model gave to a custom tool, by whatever name."""
     text = next(iter((object_in(arguments) or {}).values()), None)
     return text if isinstance(text, str) else arguments
 
 
-def _inner(call: Json) -> Json:
-    """Return what a tool call, or a piece of one, says of a function or a custom tool."""
-    return call.get("function") or call.get("custom") or {}
-
-
-def _usage_of(usage: Json) -> Json:
-    """Return chat's usage as this API has it."""
-    read, written = (details if isinstance(details, dict) else {} for details in map(usage.get, (
-        "prompt_tokens_details", "completion_tokens_details")))
+def _usage_of(answer: Json) -> Json | None:
+    """Return an answer's usage as this API has it."""
+    usage = answer.get("usage")
+    if not usage or not isinstance(usage, dict):
+        return None
+    read, written = ({"usage": usage.get(name)} for name in ("prompt_tokens_details", "completion_tokens_details"))
     return {"input_tokens": usage.get("prompt_tokens"), "input_tokens_details": {
-                name: read.get(name) or 0 for name in ("cached_tokens", "cache_write_tokens")},
+                name: tokens_of(read, name) for name in ("cached_tokens", "cache_write_tokens")},
             "output_tokens": usage.get("completion_tokens"), "output_tokens_details": {
-                "reasoning_tokens": written.get("reasoning_tokens") or 0}, "total_tokens": usage.get("total_tokens")}
+                "reasoning_tokens": tokens_of(written, "reasoning_tokens")}, "total_tokens": usage.get("total_tokens")}
 
 
 def echo_of(body: Json) -> Json:
@@ -6892,133 +6961,132 @@ def echo_of(body: Json) -> Json:
     return {name: usual if body.get(name) is None else body[name] for name, usual in _ECHOED.items()}
 
 
-class _ResponsesWriter(Writer):
-    """Tells one item after the other: what comes while a call is open waits for the end, as that call may go on."""
+def _item_of(item: Item, status: str) -> Json:
+    """Return an item as the API has it."""
+    kind, text = _KINDS[item.kind], item.text()
+    part = {**kind.part, **present({"logprobs": item.logprobs}),
+            kind.text: _input_in(text) if kind.text == "input" else text}
+    parts = [] if status == "in_progress" else [part]
+    return {**item.start, "status": status, **({kind.parts: parts} if kind.parts else part)}
 
+
+def _ended_as(finish: str) -> Json:
+    """Return the fields that tell how a response has ended."""
+    reason = _INCOMPLETE.get(finish)
+    return {"status": "incomplete" if reason else "completed",
+            "incomplete_details": {"reason": reason} if reason else None}
+
+
+class _ResponsesWriter(ItemWriter):
     def __init__(self, request: ChatRequest, number: int, kept: collections.deque[Json]) -> None:
         """`number` tells the answer from others, as some servers give them all one id; `kept` gets the items."""
-        self._request, self._answer, self._kept, self._finish = request, number, kept, ""
-        self.response, self._echo = Json(), b""    # the fields that are told of each answer, and what is echoed
-        self._number = 0                    # of the next event
-        self._output = list[Json]()         # the items that are complete
-        self._open: dict[Any, _Item] = {}   # by the field of the delta, or by the index of the call
+        super().__init__(request)
+        self._answer, self._kept = number, kept
+        self._number, self._status = 0, "completed"    # of the next event, and of the last item
+        self._response = Json()
 
     @functools.cached_property
     def _tools(self) -> dict[str, _Tool]:
         return tools_of(self._request.origin)
 
-    def take(self, chunk: Any) -> bytes:
-        if isinstance(chunk, Texts):
-            return self._say("content", chunk)
-        events = b"" if self.response else self._begin(chunk)
-        if isinstance(chunk.get("usage"), dict):
-            self.response["usage"] = _usage_of(chunk["usage"])
-        for choice in chunk["choices"][:1]:
-            delta, logprobs = choice["delta"], choice.get("logprobs")
-            logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
-            self._finish = choice.get("finish_reason") or self._finish
-            for field in filter(delta.get, _TEXT_FIELDS):
-                events += self._say(field, [dumps(delta[field])[1:-1]], logprobs if (
-                    field == "content" and isinstance(logprobs, list)) else ())
-            for call in delta.get("tool_calls") or ():
-                text = _inner(call).get("arguments") or _inner(call).get("input") or ""
-                events += self._say(call["index"], [dumps(text)[1:-1]] if text else [], (), call)
-        return events
+    def whole(self, answer: Json) -> Json:
+        """Return the response for a whole answer."""
+        self._respond(answer)
+        ended, items = _ended_as(answer["choices"][0]["finish_reason"]), self._items_of(answer)
+        for item in items:
+            self._complete(item, ended["status"] if item is items[-1] else "completed")
+        return {**self._response, "usage": _usage_of(answer), **ended}
 
     def end(self) -> bytes:
-        reason = _INCOMPLETE.get(self._finish)
-        status = "incomplete" if reason else "completed"
-        return self._close(status) + self._states(
-            status, status=status, incomplete_details={"reason": reason} if reason else None)
+        ended = _ended_as(self._finish)
+        self._status = ended["status"]
+        return self._flow(True) + self._states(self._status, **ended)
 
     def broken(self, error: OblixError) -> bytes:
         # The SDKs raise the first event, and only if it has an error object; Codex reads the second, and not the first.
         told = error_body(error)["error"]
-        events = b"" if self.response else self._begin({})
+        events = b"" if self._begun else self._begin({})
         return events + self._event("error", **{**told, "error": told}) + self._states(
             "failed", status="failed", error={"code": error.code or error.type, "message": told["message"]})
 
     def _event(self, kind: str, **fields: Any) -> bytes:
-        if not self._request.stream:
-            return b""
         self._number += 1
         return b"event: %b\n%b" % (kind.encode(), sse({**fields, "type": kind, "sequence_number": self._number - 1}))
 
     def _states(self, *states: str, **fields: Any) -> bytes:
         """Return the events that tell how the whole answer is."""
-        self.response.update(output=self._output, **fields)
-        if not self._request.stream:
-            return b""
-        told, events = dumps(self.response)[:-1] + b"," + self._echo, b""
+        told, events = dumps({**self._response, "usage": _usage_of({"usage": self._usage}), **fields}), b""
         for state in states:    # the tools alone may have 30 KB: they are encoded once
             events += self._event(f"response.{state}")[:-3] + b',"response":%b}\n\n' % told
         return events
 
-    def _begin(self, first: Json) -> bytes:
-        """Return the events for the first chunk of an answer."""
+    def _respond(self, first: Json) -> None:
+        """Set what the response is at the first chunk of an answer, or for a whole one."""
         id = re.sub("[^A-Za-z0-9]", "", str(first.get("id")).removeprefix("chatcmpl-"))
         self._id = f"{id[-40:]}x{self._answer:x}"
-        self.response = {
-            "id": f"resp_{self._id}", "created_at": first.get("created", 0), **_ALWAYS, "usage": None,
-            "model": first.get("model", self._request.model), "service_tier": first.get("service_tier") or "default"}
-        self._echo = dumps(echo_of(self._request.origin))[1:] if self._request.stream else b""
+        self._response = {
+            "id": f"resp_{self._id}", "created_at": first.get("created", 0), **_ALWAYS, "output": [],
+            "model": first.get("model", self._request.model), "service_tier": first.get("service_tier") or "default",
+            **echo_of(self._request.origin)}
+
+    def _begin(self, first: Json) -> bytes:
+        self._respond(first)
         return self._states("created", "in_progress", status="in_progress")
 
-    def _say(self, key: Any, texts: Sequence[bytes], logprobs: Sequence[Json] = (), call: Json | None = None) -> bytes:
-        """Return the events for pieces of a text, by the field of the delta or by the index of the call."""
-        item, events = self._open.get(key), b""
-        if not item:
-            if call and not _inner(call).get("name"):    # blanks after a call that is complete
-                return b""
-            if len(self._open) == 1 and next(iter(self._open.values())).may_end():
-                events = self._close("completed")
-            item = self._open[key] = self._item(key, call)
-            events += self._begin_item(item) if len(self._open) == 1 else b""
-        item.texts.append(b"".join(texts))
-        item.logprobs += logprobs
-        return events + self._deltas(item, texts, logprobs) if item.frame and item.kind.text != "input" else events
-
-    def _item(self, key: Any, call: Json | None) -> _Item:
-        """Return a new item."""
-        more, index = Json(), len(self._output) + len(self._open)
+    def _start(self, key: Any, call: Json | None) -> tuple[str, Json]:
+        kind, more = key, Json()
         if call:
             name = str(_inner(call).get("name"))
             tool = self._tools.get(name) or _Tool("", name)    # one that the model has made up
-            key, more = tool.kind or "function_call", {"call_id": call.get("id"), "name": tool.name}
-            more.update({"namespace": tool.namespace} if tool.namespace else {})
-        return _Item(_KINDS[key], index, self._id, more)
+            kind, more = tool.kind or "function_call", {"call_id": call.get("id"), "name": tool.name}
+            more.update(present({"namespace": tool.namespace}))
+        id = f"{_KINDS[kind].prefix}_{self._id}_{self._count}"
+        return kind, {"id": id, **_KINDS[kind].item, "status": "", **more}
 
-    def _begin_item(self, item: _Item) -> bytes:
-        kind, name, whole = item.kind, f"{item.kind.events}.delta", item.json("in_progress")
-        more = _NO_LOGPROBS if "logprobs" in kind.part else b""
-        item.frame = b"event: %b\n%b" % (name.encode(), sse({"type": name, **item.where}).rstrip()[:-1]) + (
-            b',"delta":"%b"' + more + b',"sequence_number":%d}\n\n')
-        part = {**kind.part, kind.text: ""}
-        events = self._event("response.output_item.added", output_index=item.where["output_index"], item=whole)
-        return events + (self._event(f"{kind.part_events}.added", **item.where, part=part) if kind.parts else b"")
+    @staticmethod
+    def _where(item: Item) -> Json:
+        """Return the fields of an event that name an item, or its part."""
+        return {"item_id": item.start["id"], "output_index": item.index, **_KINDS[item.kind].place}
 
-    def _deltas(self, item: _Item, texts: Sequence[bytes], logprobs: Sequence[Json] = ()) -> bytes:
-        first, self._number, frame = self._number, self._number + len(texts), item.frame
+    def _part_event(self, item: Item, step: str, part: Json) -> bytes:
+        kind = _KINDS[item.kind]
+        return self._event(f"{kind.part_events}.{step}", **self._where(item), part=part) if kind.parts else b""
+
+    def _open(self, item: Item) -> bytes:
+        kind, whole = _KINDS[item.kind], _item_of(item, "in_progress")
+        name = f"{kind.events}.delta"
+        item.frame = b'event: %b\n%b,"delta":"%%b"%b,"sequence_number":%%d}\n\n' % (
+            name.encode(), sse({"type": name, **self._where(item)})[:-3], _NO_LOGPROBS * ("logprobs" in kind.part))
+        events = self._event("response.output_item.added", output_index=item.index, item=whole)
+        return events + self._part_event(item, "added", {**kind.part, kind.text: ""})
+
+    def _deltas(self, item: Item, texts: Sequence[bytes]) -> bytes:
+        # that text is within the JSON of the arguments, which has to be complete
+        return b"" if item.kind == "custom_tool_call" else self._told(item, texts)
+
+    def _told(self, item: Item, texts: Sequence[bytes]) -> bytes:
+        logprobs, item.logprobs_told = item.logprobs[item.logprobs_told:], len(item.logprobs)
+        texts, frame, first = [b"".join(texts)] if logprobs else texts, item.frame, self._number
+        self._number += len(texts)
         events = b"".join([frame % (text, number) for number, text in enumerate(texts, first)])
         return events.replace(_NO_LOGPROBS, b',"logprobs":' + dumps(logprobs)) if logprobs else events
 
-    def _close(self, status: str) -> bytes:
-        """Return the events that complete what is open; the last item ends with this status."""
-        events, items, self._open = b"", [*self._open.values()], {}
-        for item in items:
-            kind, whole = item.kind, item.json(status if item is items[-1] else "completed")
-            part = whole[kind.parts][0] if kind.parts else whole
-            waited = not item.frame
-            events += self._begin_item(item) if waited else b""
-            events += self._deltas(item, [dumps(part[kind.text])[1:-1]]) if waited or kind.text == "input" else b""
-            told = {name: part[name] for name in (kind.text, "logprobs") if name in part}
-            events += self._event(f"{kind.events}.done", **item.where, **told)
-            events += self._event(f"{kind.part_events}.done", **item.where, part=part) if kind.parts else b""
-            events += self._event("response.output_item.done", output_index=item.where["output_index"], item=whole)
-            self._output.append(whole)
-            if self._request.origin.get("store") is not False and sum(map(len, item.texts)) <= MAX_KEPT_BYTES:
-                self._kept.append(whole)
-        return events
+    def _complete(self, item: Item, status: str) -> Json:
+        """Return an item that is complete, and keep it."""
+        whole = _item_of(item, status)
+        self._response["output"].append(whole)
+        if self._request.origin.get("store") is not False and sum(map(len, item.said)) <= MAX_KEPT_BYTES:
+            self._kept.append(whole)
+        return whole
+
+    def _close(self, item: Item) -> bytes:
+        kind, whole = _KINDS[item.kind], self._complete(item, self._status if len(self._items) == 1 else "completed")
+        part = whole[kind.parts][0] if kind.parts else whole
+        events = self._told(item, [dumps(part["input"])[1:-1]]) if kind.text == "input" else b""
+        told = {name: part[name] for name in (kind.text, "logprobs") if name in part}
+        events += self._event(f"{kind.events}.done", **self._where(item), **told)
+        events += self._part_event(item, "done", part)
+        return events + self._event("response.output_item.done", output_index=item.index, item=whole)
 
 
 class Responses(Front):
@@ -7053,11 +7121,7 @@ class Responses(Front):
         return chat_of(body, items)
 
     def whole(self, answer: Json, request: ChatRequest) -> Json:
-        choice, writer = answer["choices"][0], self.stream(request)
-        calls = [{"index": index, **call} for index, call in enumerate(choice["message"].get("tool_calls") or ())]
-        writer.take({**answer, "choices": [{**choice, "delta": {**choice["message"], "tool_calls": calls}}]})
-        writer.end()
-        return {**writer.response, **echo_of(request.origin)}
+        return self.stream(request).whole(answer)
 
     def stream(self, request: ChatRequest) -> _ResponsesWriter:
         return _ResponsesWriter(request, next(self._numbers), self._kept)
@@ -7090,8 +7154,8 @@ _STOPS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "r
 _ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
                 409: "conflict_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
                 504: "timeout_error", 529: "overloaded_error"}
-_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking")}    # of blocks; of calls:
-_CALL_DELTA = ("input_json_delta", "partial_json")
+_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),    # kind of block -> its pieces
+           "tool_use": ("input_json_delta", "partial_json")}
 BYTES_A_TOKEN = 3.5    # as Anthropic's glossary has it for Claude; other tokenizers have 3 to 4 bytes
 
 
@@ -7279,105 +7343,61 @@ def _framed(event: Json) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), dumps(event)) if name.isidentifier() and name.isascii() else b""
 
 
-class _Block:
-    """A block of an answer: it is open, or waits for the one before."""
-
-    def __init__(self, key: Any, start: Json) -> None:
-        self.key, self.start = key, start    # the key: its type, or the number of a call
-        self.is_open, self.held, self.said = False, list[str](), list[str]()
-
-    def may_end(self) -> bool:
-        """Return True if the block can be closed before another one: a call when its arguments are complete."""
-        ends = 0 < len(self.said) <= 1000 and self.said[-1].rstrip().endswith("}")    # not asked of very many pieces
-        return self.key in _DELTAS or ends and object_in("".join(self.said)) is not None
-
-
-class _MessagesWriter(Writer):
-    def __init__(self, request: ChatRequest) -> None:
-        self._request, self._names = request, _own_names(request.origin)
-        self._begun = self._ended = False
-        self._blocks: list[_Block] = []    # the first one is open; one of them may be at a time
-        self._index = -1                   # of the block that was opened last
-        self._finish, self._usage = "stop", Json()
+class _MessagesWriter(ItemWriter):
+    _ended = False    # by Claude itself
 
     def take(self, chunk: Any) -> bytes:
-        if isinstance(chunk, Texts):
-            return self._texts(chunk)
-        if chunk.get("native") is not None:
-            return self._native(chunk["native"])
-        events = b"" if self._begun else self._start(chunk)
-        self._usage = chunk.get("usage") or self._usage
-        for choice in chunk["choices"]:
-            delta, self._finish = choice["delta"], choice["finish_reason"] or self._finish
-            for kind, name in (("thinking", "reasoning_content"), ("text", "content"), ("text", "refusal")):
-                events += self._say(kind, delta[name]) if delta.get(name) else b""
-            for call in delta.get("tool_calls") or ():
-                inner = call.get("function") or {}
-                own = self._names.get(str(inner.get("name")), inner.get("name"))
-                start = {"type": "tool_use", "id": call.get("id"), "name": own, "input": {}}
-                events += self._say(call["index"], inner.get("arguments") or "", start)
-        return events
+        native = None if isinstance(chunk, Texts) else chunk.get("native")
+        return super().take(chunk) if native is None else self._native(native)
 
-    def _start(self, chunk: Chunk) -> bytes:
-        self._begun = True    # what the server counts comes at the end
-        message = _anthropic_message(chunk, [], None, _anthropic_usage({}, self._request))
+    def whole(self, answer: Json) -> Json:
+        """Return the message for a whole answer."""
+        content = [{**item.start, **({"input": arguments_in(item.text())} if item.kind == "tool_use" else {
+            item.kind: item.text()})} for item in self._items_of(answer)]
+        stop = _STOPS.get(answer["choices"][0]["finish_reason"], "end_turn")
+        return _anthropic_message(answer, content, stop, _anthropic_usage(answer.get("usage") or {}, self._request))
+
+    def _begin(self, first: Json) -> bytes:    # what the server counts comes at the end
+        message = _anthropic_message(first, [], None, _anthropic_usage({}, self._request))
         return _framed({"type": "message_start", "message": message}) + MESSAGES.keep_alive
 
     def _native(self, event: Json) -> bytes:
         """Return an event of Claude's as it came, and note which block is open."""
         kind, self._begun = event.get("type"), True
         if kind == "content_block_start":
-            self._index = event["index"] if type(event.get("index")) is int else self._index + 1
-            self._blocks = [_Block(str(event["content_block"]["type"]), event["content_block"])]
-            self._blocks[0].is_open = True
-        self._blocks = [] if kind == "content_block_stop" else self._blocks
+            block, index = event["content_block"], event.get("index")
+            item = Item("content" if block["type"] == "text" else None,
+                        index if type(index) is int else self._count, str(block["type"]), block)
+            self._items, self._count, item.is_open = [item], item.index + 1, True
+        self._items = [] if kind == "content_block_stop" else self._items
         self._ended = self._ended or kind == "message_stop"
         return _framed(event) if event else b""
 
-    def _texts(self, texts: Texts) -> bytes:
-        events = b""
-        if [block.key for block in self._blocks] != ["text"]:
-            events = self._say("text", "")
-            if self._blocks[0].key != "text":    # it waits for the end of a call
-                return events + b"".join(self._say("text", str(loads(b'"%b"' % text))) for text in texts)
-        before = (b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":'
-                  b'{"type":"text_delta","text":"' % self._index)
-        return events + before + (b'"}}\n\n' + before).join(texts) + b'"}}\n\n'
+    def _start(self, key: Any, call: Json | None) -> tuple[str, Json]:
+        if call:
+            name = str(_inner(call)["name"])
+            own = _own_names(self._request.origin).get(name, name)
+            return "tool_use", {"type": "tool_use", "id": call.get("id"), "name": own, "input": {}}
+        kind = "thinking" if key == "reasoning_content" else "text"
+        return kind, {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
 
-    def _say(self, key: Any, piece: str, start: Json | None = None) -> bytes:
-        """Return the events for a piece of a text, a thought or a call, as soon as its block is open."""
-        others = self._blocks if start else self._blocks[-1:]
-        block = next((block for block in others if block.key == key), None)
-        if block is None:
-            if start and not start["name"]:    # blanks behind a call that has ended
-                return b""
-            block = _Block(key, start or {"type": key, key: "", **({"signature": ""} if key == "thinking" else {})})
-            self._blocks.append(block)
-        block.held.append(piece)
-        return self._flow()
+    def _open(self, item: Item) -> bytes:
+        return _framed({"type": "content_block_start", "index": item.index, "content_block": item.start})
 
-    def _flow(self, is_end: bool = False) -> bytes:
-        """Return the events for what is held of the open block, and of each next one where that can be closed."""
-        events = b""
-        while self._blocks:
-            block = self._blocks[0]
-            if not block.is_open:
-                self._index, block.is_open = self._index + 1, True
-                events += _framed({"type": "content_block_start", "index": self._index, "content_block": block.start})
-            kind, field = _DELTAS.get(block.key, _CALL_DELTA)
-            for piece in filter(None, block.held):
-                delta = {"type": kind, field: piece}
-                events += _framed({"type": "content_block_delta", "index": self._index, "delta": delta})
-            block.said.extend(() if block.key in _DELTAS else block.held)
-            block.held.clear()
-            if not is_end and (len(self._blocks) == 1 or not block.may_end()):
-                break
-            if block.key == "thinking":    # some clients drop thoughts without it; only Claude can sign
-                events += _framed({"type": "content_block_delta", "index": self._index,
-                                   "delta": {"type": "signature_delta", "signature": ""}})
-            events += _framed({"type": "content_block_stop", "index": self._index})
-            del self._blocks[0]
-        return events
+    def _deltas(self, item: Item, texts: Sequence[bytes]) -> bytes:
+        kind, field = _DELTAS.get(item.kind, _DELTAS["text"])
+        item.frame = item.frame or around_text(_framed({
+            "type": "content_block_delta", "index": item.index, "delta": {"type": kind, field: "\0"}}),
+            b'"%b":"' % field.encode())
+        if item.kind != "tool_use":    # a call's are read again
+            item.said.clear()
+        return framed(texts, item.frame)
+
+    def _close(self, item: Item) -> bytes:
+        signed = {"type": "content_block_delta", "index": item.index, "delta": {
+            "type": "signature_delta", "signature": ""}}    # some clients drop thoughts without; only Claude can sign
+        return (_framed(signed) if item.kind == "thinking" else b"") + _framed({
+            "type": "content_block_stop", "index": item.index})
 
     def end(self) -> bytes:
         if self._ended:
@@ -7409,19 +7429,9 @@ class Messages(Front):
     def whole(self, answer: Json, request: ChatRequest) -> Json:
         if "native" in answer:
             return answer["native"]  # type: ignore[no-any-return]
-        choice, content, names = answer["choices"][0], list[Json](), _own_names(request.origin)
-        message = choice["message"]
-        if message.get("reasoning_content"):
-            content.append({"type": "thinking", "thinking": message["reasoning_content"], "signature": ""})
-        content += [{"type": "text", "text": message[name]} for name in ("content", "refusal") if message.get(name)]
-        for call in message.get("tool_calls") or ():
-            called = function_in(call)
-            content.append({"type": "tool_use", "id": call["id"], "name": names.get(called["name"], called["name"]),
-                            "input": called["arguments"]})
-        return _anthropic_message(answer, content, _STOPS.get(choice["finish_reason"], "end_turn"),
-                                  _anthropic_usage(answer.get("usage") or {}, request))
+        return self.stream(request).whole(answer)
 
-    def stream(self, request: ChatRequest) -> Writer:
+    def stream(self, request: ChatRequest) -> _MessagesWriter:
         return _MessagesWriter(request)
 
     def error(self, error: OblixError) -> Json:
@@ -7482,7 +7492,6 @@ _A_TEXT, _WHOLE = FIELDS["reasoning_effort"], FIELDS["seed"]
 _SHARED = ("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty")    # with OpenAI
 _AS_IN_OPENAI = ("model", "tools", "logprobs", "top_logprobs")
 _DURATIONS = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")    # in ns
-_SAID = ("content", "reasoning_content", "refusal")    # what of a delta is told at once
 _ONLY_OLLAMA = ("raw", "template", "context", "suffix")    # knows what these make of a prompt
 OLLAMA_FIELDS: dict[str, Rule] = {
     **{name: FIELDS[name] for name in ("model", "stream", "tools", "options", "logprobs", "top_logprobs")},
@@ -7592,26 +7601,24 @@ class OllamaGenerate(OllamaChat):
 
 
 class _OllamaWriter(Writer):
+    _frame: Frame | None = None
+
     def __init__(self, front: OllamaChat) -> None:
         self._front = front
-        self._frame: Frame | None = None
         self._last: list[Chunk] = []    # what is said at the end: calls, which its clients get whole, reason, usage
 
     def take(self, chunk: Any) -> bytes:
-        texts = texts_in(chunk) if self._frame else None
-        if texts:
-            return framed(texts, self._frame)
+        if isinstance(chunk, Texts):
+            return framed(chunk, self._frame)
         self._frame = self._frame or around_text(
             ndjson(self._front.piece(chunk, {"delta": {"content": "\0"}})), self._front.before_text)
-        lines = list[bytes]()
-        for choice in chunk["choices"]:
-            if any(map(choice["delta"].get, _SAID)) or choice.get("logprobs"):
-                lines.append(ndjson(self._front.piece(chunk, choice)))
-        kept = [{**choice, "delta": present({"tool_calls": [*choice["delta"].get("tool_calls", ())]})}
-                for choice in chunk["choices"]]
-        if not self._last or "usage" in chunk or any(choice["delta"] or choice["finish_reason"] for choice in kept):
-            self._last.append({**chunk, "choices": kept})
-        return b"".join(lines)
+        choices = chunk["choices"]
+        if not self._last or "usage" in chunk or any(
+                choice["finish_reason"] or "tool_calls" in choice["delta"] for choice in choices):
+            self._last.append({**chunk, "choices": [
+                {**choice, "delta": {"tool_calls": [*choice["delta"].get("tool_calls", ())]}} for choice in choices]})
+        return b"".join([ndjson(self._front.piece(chunk, choice)) for choice in choices
+                         if any(map(choice["delta"].get, _SAID)) or choice.get("logprobs")])
 
     def end(self) -> bytes:
         answer = fold(self._last)
@@ -7743,9 +7750,8 @@ class _CompletionWriter(_ChatWriter):
         self._front, self._echoes = front, front.echoes(request)
 
     def take(self, chunk: Any) -> bytes:
-        texts = texts_in(chunk) if self._frame else None
-        if texts:
-            return framed(texts, self._frame)
+        if isinstance(chunk, Texts):
+            return framed(chunk, self._frame)
         if not self._frame:
             says = {**chunk, "choices": [{"index": 0, "delta": {"content": "\0"}, "finish_reason": None}]}
             self._frame = around_text(sse(self._front.piece(says, {})), b'"text":"')
