@@ -4319,20 +4319,16 @@ def embedding_targets(settings: Settings) -> tuple[Target, ...]:
     return (_placed(_target(settings, "--embedding-model", settings.embedding_model)),)
 
 
-def batches(inputs: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
-    """Yield the inputs of an embedding in as few requests as its server takes, as far as is known."""
-    start = size = 0
-    for place, one in enumerate(inputs):
-        if place > start and (place - start == most or size + len(one) > MAX_BATCH):
-            yield inputs[start:place]
-            start, size = place, 0
-        size += len(one)
-    if inputs:
-        yield inputs[start:]
+def first_of(inputs: Sequence[Any], most: int) -> Sequence[Any]:
+    """Return the first of the inputs of an embedding that go in one request, `most` at most and one at least."""
+    sizes = itertools.accumulate(map(len, inputs[:most]))
+    return inputs[:max(sum(1 for size in sizes if size <= MAX_BATCH), 1)]
 
 
 # At once: some servers take no more than 32 (TEI); of OpenAI's vectors, of 3072 numbers each, JSON may have 256 here.
+# Others say so: DashScope takes 10, and Mistral counts the tokens of all.
 MOST_INPUTS = (32, 256)
+TOO_MANY = re.compile(r"(?i)\bbatch|array.*(too long|max)|too many|tokens per request|at most \d+ (items|inputs)")
 MAX_BATCH = 200_000    # characters, or tokens: OpenAI takes 300,000 tokens, and a character is seldom more than one
 
 
@@ -5682,17 +5678,17 @@ class Gateway:
         place.  A `route` of local or cloud excludes the other side.  Raise OblixError, and what the look raises.
         """
         target, until = self._embedder(request, route, look), time.monotonic() + self.settings.request_timeout_s
-        provider, vectors, tokens = PROVIDERS[target.endpoint.provider], list[Any](), 0
+        vectors, tokens = list[Any](), 0
+        most = MOST_INPUTS[is_at(target.endpoint.base_url, PROVIDERS[target.endpoint.provider].vendor)]
         try:
             with self.ledger.flight(target), _without_key(target.endpoint):
-                for inputs in batches(request.inputs, MOST_INPUTS[is_at(target.endpoint.base_url, provider.vendor)]):
-                    encoded = provider.embed(inputs, request, target)
-                    answer = self.open(target, provider.embed_path, encoded, self.limits._replace(until=until), look)
-                    with contextlib.closing(answer), _in_its_format():
-                        found, count = provider.vectors(event_of(answer.body()))
-                        vectors, tokens = vectors + [vector(one, request.in_base64) for one in found], tokens + count
-                        if len(found) != len(inputs) or len({*map(len, vectors)}) > 1:
-                            raise ValueError("a vector is missing, or longer than another")
+                while len(vectors) < len(request.inputs):
+                    inputs = first_of(request.inputs[len(vectors):], most)
+                    found, count = self._vectors(target, inputs, request, self.limits._replace(until=until), look)
+                    most = most if found else len(inputs) // 2
+                    vectors, tokens = vectors + found, tokens + count
+                    if len({*map(len, vectors)}) > 1:
+                        raise UpstreamError("its vectors differ in length", code="bad_upstream_answer")
         except UpstreamError as error:
             self.note(target, error)
             if error.fault not in (Fault.REFUSED, Fault.TOO_LONG, Fault.CLIENT):
@@ -5703,6 +5699,22 @@ class Gateway:
             self.note(target, None)
             check_dimensions(vectors[0], request)
         return target, vectors, tokens
+
+    def _vectors(self, target: Target, inputs: Sequence[Any], request: EmbeddingRequest, limits: Limits,
+                 look: Look) -> tuple[list[Any], int]:
+        """Return the vectors of inputs and their tokens; no vectors if the server takes fewer inputs at once."""
+        provider = PROVIDERS[target.endpoint.provider]
+        try:
+            answer = self.open(target, provider.embed_path, provider.embed(inputs, request, target), limits, look)
+        except UpstreamError as error:
+            if len(inputs) > 1 and error.status in (400, 413, 422) and TOO_MANY.search(error.message):
+                return [], 0
+            raise
+        with contextlib.closing(answer), _in_its_format():
+            found, count = provider.vectors(event_of(answer.body()))
+            if len(found) != len(inputs):
+                raise ValueError("a vector is missing")
+            return [vector(one, request.in_base64) for one in found], count
 
     def _embedder(self, request: EmbeddingRequest, route: str, look: Look) -> Target:
         """Return the one target for embeddings that a model's name stands for.  Raise OblixError."""

@@ -12272,6 +12272,23 @@ class Embedding(Case):
                 self.assertEqual(len(self.vectors(embed(server, upstream.target, input=["x"] * 600))), 600)
                 self.assertEqual([len(request.json["input"]) for request in upstream.requests], [256, 256, 88])
 
+    def test_what_a_server_finds_too_many_is_sent_in_smaller_parts(self):
+        for status, words in ((400, "Value error, batch size is invalid, it should not be larger than 10."),
+                              (413, "batch size 32 > maximum allowed batch size 10"),
+                              (422, "Value should have at most 10 items after validation, not 32"),
+                              (400, "Too many tokens overall, split into more batches."),
+                              (400, "'$.input' is invalid: array too long, expected an array with maximum length 10")):
+            def script(dialect, request, status=status, words=words):
+                return (error(status, words) if len(request.json["input"]) > 10 else embedding())(dialect, request)
+            with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+                texts = ["x" * number for number in range(1, 41)]
+                reply = embed(server, upstream.target, input=texts)
+                self.assertEqual(self.vectors(reply), [*map(vector_for, texts)], words)
+                self.assertEqual([len(request.json["input"]) for request in upstream.requests], [32, 16, 8, 8, 8, 8, 8])
+        with Upstream(OPENAI, error(400, "batch, batch, batch")) as upstream, running(upstream) as server:
+            self.refused(embed(server, upstream.target, input=["a"] * 4), 400, "batch")
+            self.assertEqual([len(request.json["input"]) for request in upstream.requests], [4, 2, 1])
+
     def test_the_newest_local_model_is_the_usual_one_and_it_stays(self):
         with with_embedders("new:latest", "old:latest") as local, cloudy(embedding()) as cloud, \
                 running(local, cloud) as server:
