@@ -3523,9 +3523,10 @@ class OpenAI(Provider):
                 **request.body}
 
     def vectors(self, answer: Json) -> tuple[list[Any], int]:
-        by_index = {item.get("index"): item for item in answer["data"]}
-        found = answer["data"] if len(by_index) < 2 else [by_index[number] for number in range(len(answer["data"]))]
-        return [item["embedding"] for item in found], (answer.get("usage") or {}).get("prompt_tokens") or 0
+        found, usage = answer["data"], answer.get("usage") or {}
+        by_index = {item.get("index") or 0: item for item in found}    # Gemini leaves a 0 out, some have no other
+        found = found if len(by_index) < 2 else [by_index[number] for number in range(len(found))]
+        return [item["embedding"] for item in found], usage.get("prompt_tokens", usage.get("total_tokens")) or 0
 
 
 def _with_short_ids(message: Json) -> Json:

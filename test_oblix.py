@@ -12374,19 +12374,21 @@ class Embedding(Case):
         texts = [str(number) * (number + 1) for number in range(10)]
         for places, status in (([None] * 10, 200), ([0] * 10, 200), (range(10), 200), (range(9, -1, -1), 200),
                                (map(str, range(10)), 502), ([0, *range(9)], 502), (range(1, 11), 502),
-                               ([None, *range(1, 10)], 502), ([[]] * 10, 502)):
+                               ([None, *range(1, 10)], 200), ([0, *range(2, 11)], 502), ([{}] * 9 + [[1]], 502)):
             order = [*places]
             def reordered(told, order=order):
-                made = [vector_for(texts[place if isinstance(place, int) and any(order) else number])
+                made = [vector_for(texts[(place or 0) if any(order) else number])
                         for number, place in enumerate(order)] if status == 200 else [[0.5]] * 10
-                return {**told, "data": [{"embedding": one, **({} if place is None else {"index": place})}
-                                         for one, place in zip(made, order)]}
+                return {"usage": {"total_tokens": 7}, "data": [
+                    {"embedding": one, **({} if place is None else {"index": place})}
+                    for one, place in zip(made, order)]}
             with self.subTest(order), Upstream(OPENAI, embedding(rewrite=reordered)) as upstream, \
                     running(upstream) as server:
                 reply = embed(server, upstream.target, input=texts)
                 self.assertEqual(reply.status, status)
                 if status == 200:
                     self.assertEqual(self.vectors(reply), [*map(vector_for, texts)])
+                    self.assertEqual(reply.json["usage"]["prompt_tokens"], 7)    # as Jina says it
 
     def test_an_error_that_a_server_calls_an_answer_is_told(self):
         for dialect, told in ((OPENAI, {"error": {"message": "the model is not loaded"}}),
