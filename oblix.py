@@ -3519,7 +3519,8 @@ class OpenAI(Provider):
         return self.text_event if request.body.get("n", 1) == 1 else None
 
     def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
-        return {"model": target.model, "input": inputs, "encoding_format": "base64" if request.in_base64 else "float",
+        in_base64 = request.in_base64 and is_at(target.endpoint.base_url, self.vendor)    # others fail at it
+        return {"model": target.model, "input": inputs, **({"encoding_format": "base64"} if in_base64 else {}),
                 **request.body}
 
     def vectors(self, answer: Json) -> tuple[list[Any], int]:
