@@ -2634,7 +2634,7 @@ def is_permanent(param: str, error: UpstreamError) -> bool:
 # What may not be dropped to please a model: without it the answer would be to another question.
 ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_format", "format", "output_config", "n",
                        "stream", "system", "max_tokens", "max_completion_tokens", "modalities", "functions",
-                       "function_call", "audio", "input", "dimensions"})
+                       "function_call", "audio", "input"})
 
 # What errors say of a parameter, in lower case, and what of one of its values, or of it beside another one.
 _UNSUPPORTED = "|".join((
@@ -4335,10 +4335,14 @@ MAX_BATCH = 200_000    # characters, or tokens: OpenAI takes 300,000 tokens, and
 
 
 def check_dimensions(one: Any, request: EmbeddingRequest) -> None:
-    """Raise Unsupported if a vector has another size than was asked for: some servers can't, and don't say so."""
+    """Raise Unsupported if a vector has another size than was asked for.
+
+    Some servers take no notice of it.  Those that refuse it are asked without, as many clients say the usual size.
+    """
     asked = request.body.get("dimensions")
     if asked and len(one) != ((4 * asked + 2) // 3 * 4 if request.in_base64 else asked):
-        raise Unsupported("The model makes vectors of one size only: leave dimensions out.", param="dimensions")
+        raise Unsupported(f"The model made no vectors of {asked} numbers: leave dimensions out, or ask for others.",
+                          param="dimensions")
 
 
 def vector(told: Any, in_base64: bool) -> Any:
