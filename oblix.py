@@ -36,12 +36,15 @@ Who owns which state
   idle connections       deques of the transport, whose append and pop are atomic (7)
   ways to upstreams      a cache of the transport, as its TLS context; two threads that miss at once make the same (7)
   evidence of requests   a monitor's deque of losses and its wake-up, whose operations are atomic (4)
+  latencies              a deque of each monitor of an endpoint, which its own thread appends to (4)
   loads and look-ups     a dict for each of the two kinds of errands, whose setdefault and del are atomic (7)
   what readings mean     caches of pure functions (lru_cache); two threads that miss at once put in the same (5, 9)
   what loads showed      two dicts of the gateway, whose entries loads replace and monitors remove, atomically (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
+  journal                sums over the requests that have ended, behind its lock; a deque of the last ones and a set of
+                         names, whose operations are atomic (8)
   lines of the log       a deque of its writer, whose operations are atomic (15)
   admission              a set of guests, whose operations are atomic; how much is asked at once, behind its lock (12)
   how busy a client is   attributes of its guest, written by its thread, and once more by a thread that makes room (12)
@@ -58,6 +61,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import bisect
 import collections
 import contextlib
 import copy
@@ -391,6 +395,9 @@ class UpstreamError(OblixError):
 
 class ClientGone(Exception):
     """The client hung up; nobody is left to tell."""
+
+
+HUNG_UP = "client hung up"    # its word in the log
 
 
 class UsageError(Exception):
@@ -1211,6 +1218,15 @@ def worst(facts: Json, settings: Settings) -> tuple[Level, str]:
     return max((level for level, _ in found), default=Level.GOOD), ", ".join(words for level, words in found if level)
 
 
+def thresholds(settings: Settings, facts: Json) -> Json:
+    """Return the values from which each fact is no longer good, by the words for these levels."""
+    values = {**vars(settings), **facts}
+    device = {fact: {"constrained": values[constrained], "critical": values[critical]}
+              for fact, (_, constrained, critical) in LIMITS.items() if constrained in values}
+    return {**device, "latency_ms": {"degraded": settings.latency_degraded_ms},
+            "loss_percent": {"degraded": settings.loss_degraded_percent}}
+
+
 class DeviceMonitor(Monitor):
     """A monitor of this device.  Without psutil nothing is known, and local counts as available."""
 
@@ -1676,6 +1692,9 @@ def run_command(*command: str) -> str:
 
 # --- 4. Endpoints, and the watch over all -----------------------------------------------------------------------------
 
+MAX_LATENCIES = 60    # of an endpoint, for the page: 5 minutes of a local server that is well, 30 of a cloud
+
+
 class ConnectivityMonitor(Monitor):
     """The state of an endpoint: answers, their latency and losses, and the models that it lists."""
     name = "connectivity"
@@ -1689,6 +1708,8 @@ class ConnectivityMonitor(Monitor):
         super().__init__(settings, side, endpoint)
         self._fetch = fetch
         self._lost: collections.deque[bool] = collections.deque(maxlen=self.window)
+        # What probes found lately: the unix time, and the latency in ms, or None where it was lost.
+        self.latencies: collections.deque[tuple[float, float | None]] = collections.deque(maxlen=MAX_LATENCIES)
         self._models: tuple[Model, ...] | None = None    # kept while the endpoint does not answer
         self._best_share: dict[str, float] = {}          # model -> the most of it that was seen on the GPU
         self._backoff_s = self.soonest_s
@@ -1704,6 +1725,7 @@ class ConnectivityMonitor(Monitor):
         except UpstreamError as error:
             facts.update({"error": error.brief, **({"answers": True} if answered else {})})
         self._count("error" in facts)
+        self.latencies.append((round(time.time(), 1), facts.get("latency_ms")))
         return {**facts, "loss_percent": round(100.0 * sum(self._lost) / self.window, 1), "models": self._models}
 
     def _with_spills(self, models: Iterable[Model]) -> tuple[Model, ...]:
@@ -1798,6 +1820,13 @@ class Watch:
                 monitor.wake.set()
                 if self._stop.wait(0.02):
                     return
+
+    def latencies(self) -> list[Json]:
+        """Return how each endpoint is, with what probes found lately, [unix time, ms or None] each; never waits."""
+        return [{"provider": each.endpoint.provider, "url": each.endpoint.base_url, "side": each.side.value,
+                 "level": WORDS[each.side][reading.level] if reading.known else "unknown", "reason": reading.reason,
+                 **reading.facts, "latencies": [*each.latencies]}
+                for each in self.monitors if isinstance(each, ConnectivityMonitor) for reading in [each.reading]]
 
     def first(self, endpoint: Endpoint) -> threading.Event:
         """Return the event of an endpoint's first probe, which is set already for one that is not watched."""
@@ -4793,6 +4822,123 @@ class Ledger:
             pace=record.pace._replace(load_s=load_s), context=context, cache=Cache()))
 
 
+# --- 8. The journal ---------------------------------------------------------------------------------------------------
+
+MAX_RECENT, MAX_NAME = 50, 100    # requests that /status lists; characters of the name that a client asked for
+SHOWN = ("id", "front", "asked", "served", "side", "reason", "attempts", "fallbacks", "first_token_s", "tokens",
+         "tokens_per_s", "seconds", "status", "outcome", "error")
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)    # seconds
+_OF_TARGET = ("target", "side")
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
+METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {    # name -> type, help, labels
+    "oblix_requests_total": ("counter", "Requests to models that have ended: ok, rejected (4xx), error, cut (a stream "
+                             "that broke off) or hung_up (by the client).", ("front", *_OF_TARGET, "outcome")),
+    "oblix_fallbacks_total": ("counter", "Failed attempts at a target after which another one answered, by cause.",
+                              ("target", "cause")),
+    "oblix_tokens_total": ("counter", "Tokens of prompts and completions, as upstreams count them.",
+                           (*_OF_TARGET, "type")),
+    "oblix_time_to_first_token_seconds": ("histogram", "Time to the first content of streams.", _OF_TARGET),
+    "oblix_request_duration_seconds": ("histogram", "Time to the end of requests that a target answered.", _OF_TARGET),
+    "oblix_requests_in_flight": ("gauge", "Requests that a target is answering.", _OF_TARGET),
+    "oblix_side_level": ("gauge", "0: local available, cloud optimal; 1: constrained, degraded; 2: critical, "
+                         "disconnected.", ("side",)),
+    "oblix_target_level": ("gauge", "The same for each target.", _OF_TARGET),
+    "oblix_target_state": ("gauge", "1 for the state that a target is in.", (*_OF_TARGET, "state")),
+    "oblix_breaker_state": ("gauge", "0: closed; 1: half-open, the next request is a trial; 2: open, it rests.",
+                            _OF_TARGET),
+    "oblix_breaker_rest_seconds": ("gauge", "Time that a target still rests after its failures.", _OF_TARGET),
+    "oblix_build_info": ("gauge", "1 for the version that runs.", ("version",)),
+    "process_cpu_seconds_total": ("counter", "User and system CPU time.", ()),
+    "process_resident_memory_bytes": ("gauge", "Resident memory.", ()),
+    "process_start_time_seconds": ("gauge", "Start of the process, in unix time.", ()),
+    "process_open_fds": ("gauge", "Open file descriptors.", ()),
+}
+
+
+class Journal:
+    """Sums over the requests that have ended, for /metrics, and the last ones, for /status."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.recent: collections.deque[Json] = collections.deque(maxlen=MAX_RECENT)
+        self._targets = {""}    # that are labels
+        self._lock = threading.Lock()
+        self._sums: dict[tuple[Any, ...], float] = {}    # guarded by _lock; (a metric, its labels' values, a bucket)
+
+    def add(self, facts: Json) -> None:
+        """Take what the log's line says of a request to a model."""
+        outcome, seconds, served = outcome_of(facts), facts["seconds"], facts.get("served", "")
+        shown = {**dict.fromkeys(SHOWN), **{name: facts[name] for name in SHOWN if name in facts}, "outcome": outcome}
+        shown["asked"] = shown["asked"] and shown["asked"][:MAX_NAME]
+        self.recent.append({"time": round(time.time() - seconds, 3), **shown})
+        labels = self.name(served), facts.get("side", "")
+        sums: list[tuple[tuple[Any, ...], float]] = [(("oblix_requests_total", facts["front"], *labels, outcome), 1)]
+        sums += [(("oblix_fallbacks_total", self.name(failed), cause), 1)
+                 for failed, cause in facts.get("fallbacks", ())]
+        if served:
+            sums += [(("oblix_tokens_total", *labels, "prompt"), facts.get("prompt_tokens", 0)),
+                     (("oblix_tokens_total", *labels, "completion"), facts.get("tokens", 0))]
+            sums += _observed("oblix_request_duration_seconds", labels, seconds)
+        if "first_token_s" in facts:
+            sums += _observed("oblix_time_to_first_token_seconds", labels, facts["first_token_s"])
+        with self._lock:
+            for key, amount in sums:
+                self._sums[key] = self._sums.get(key, 0) + amount
+
+    def name(self, target: str) -> str:
+        """Return a target's name as a label: clients name targets, so beyond MAX_REMEMBERED it is `other`."""
+        if target not in self._targets:
+            if len(self._targets) >= MAX_REMEMBERED:
+                return "other"
+            self._targets.add(target)
+        return target
+
+    def sums(self) -> dict[tuple[Any, ...], float]:
+        """Return a copy of the sums."""
+        with self._lock:
+            return dict(self._sums)
+
+
+def outcome_of(facts: Json) -> str:
+    """Return how a request ended, in the words of oblix_requests_total."""
+    if "error" not in facts:
+        return "ok"
+    if facts["error"] == HUNG_UP:
+        return "hung_up"
+    if facts.get("status") == 200:    # the head had been sent
+        return "cut" if "served" in facts else "error"
+    return "rejected" if facts.get("status", 500) < 500 else "error"
+
+
+def _observed(metric: str, labels: tuple[str, ...], seconds: float) -> list[tuple[tuple[Any, ...], float]]:
+    """Return what a histogram gets by one more value: in its bucket, and in the sum."""
+    return [((metric, *labels, bisect.bisect_left(BUCKETS, seconds)), 1), ((metric, *labels, "sum"), seconds)]
+
+
+def exposition(values: Mapping[tuple[Any, ...], float]) -> str:
+    """Return metrics in Prometheus' text format, version 0.0.4."""
+    lines: list[str] = []
+    for metric, (kind, text, names) in METRICS.items():
+        lines += [f"# HELP {metric} {text}", f"# TYPE {metric} {kind}"]
+        found = {key[1:]: value for key, value in values.items() if key[0] == metric}
+        samples = _buckets(found) if kind == "histogram" else (("", *each) for each in found.items())
+        for suffix, labels, value in samples:
+            marks = ",".join([f'{name}="{str(label).translate(_ESCAPES)}"'
+                              for name, label in zip((*names, "le"), labels)])
+            lines.append(f"{metric}{suffix}{{{marks}}} {value}" if marks else f"{metric} {value}")
+    return "\n".join([*lines, ""])
+
+
+def _buckets(counts: Mapping[tuple[Any, ...], float]) -> Iterator[tuple[str, tuple[Any, ...], float]]:
+    """Yield a histogram's samples: the suffix of the name, the labels, the value."""
+    for labels in dict.fromkeys(key[:-1] for key in counts):
+        number: float = 0
+        for place, bound in enumerate((*BUCKETS, "+Inf")):
+            number += counts.get((*labels, place), 0)
+            yield "_bucket", (*labels, bound), number
+        yield from (("_sum", labels, counts.get((*labels, "sum"), 0)), ("_count", labels, number))
+
+
 # === 9. Gateway =======================================================================================================
 # uses: 1 2 3 4 5 6 7 8 10
 # How does one request become one answer?  Composes the sections above: resolve the model, rank the targets, try them
@@ -4868,6 +5014,7 @@ class Result(NamedTuple):
     whole: Json | None = None
     chunks: Iterator[Any] = iter(())
     held: int = 0       # how many of the chunks have come; the last of them has content
+    fallbacks: Sequence[tuple[str, str]] = ()    # targets that failed, and their faults; it may grow with the chunks
 
 
 class Gateway:
@@ -4876,6 +5023,7 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.ledger, self.transport, self.loader = Ledger(), Transport(), Errands(self._load)
+        self.journal = Journal()
         self.limits = Limits(settings.connect_timeout_s, settings.first_byte_timeout_s, settings.stall_timeout_s)
         self.transport.connect_s = settings.connect_timeout_s    # of probes and of loads, too
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
@@ -4885,6 +5033,8 @@ class Gateway:
         # file of weights are one to it.
         self._hidden: dict[tuple[Endpoint, str], frozenset[str]] = {}
         self._configured = configured_targets(settings)
+        for target in self._configured:    # before any that clients name
+            self.journal.name(target.id)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         self._ollama = self._default_endpoints["ollama"]
         # Ollama is watched in any case: whatever it has installed can be asked for by name
@@ -5103,6 +5253,33 @@ class Gateway:
             **({} if able or waiting else {"reasons": reasons or [f"no model is configured: {_ADVICE}"]}),
         }
 
+    def status(self) -> Json:
+        """Return what the page shows: the state of everything, and what was asked lately.  Does not wait."""
+        facts = device_facts(self.watch.readings)
+        return {**self.health(), "uptime_s": round(time.monotonic() - self.journal.started, 1),
+                "thresholds": thresholds(self.settings, facts), "network": self.watch.latencies(),
+                "requests": [*self.journal.recent][::-1]}
+
+    def metrics(self) -> str:
+        """Return the metrics of everything, as Prometheus reads them.  Does not wait."""
+        snapshot, values = self.snapshot(), {**self.journal.sums(), **_process_values()}
+        values["oblix_build_info", __version__] = 1
+        values["process_start_time_seconds",] = time.time() - time.monotonic() + self.journal.started
+        conditions = rank(snapshot, {}).conditions
+        for side in Side:
+            values["oblix_side_level", side.value] = int(side_condition(side, snapshot, conditions, {}).level)
+        for target in dict.fromkeys((*snapshot.targets, *snapshot.in_flight)):
+            labels, breaker = (self.journal.name(target.id), target.side.value), snapshot.record(target).breaker
+            key = ("oblix_requests_in_flight", *labels)
+            values[key] = values.get(key, 0) + snapshot.in_flight.get(target, 0)
+            if target in conditions:
+                rest_s = breaker.rest_s(snapshot.now)
+                values.update({("oblix_target_level", *labels): int(conditions[target].level),
+                               ("oblix_target_state", *labels, conditions[target].state): 1,
+                               ("oblix_breaker_state", *labels): 2 if rest_s else 1 if breaker.failures else 0,
+                               ("oblix_breaker_rest_seconds", *labels): rest_s})
+        return exposition(values)
+
     def models(self) -> list[Json]:
         """Return all models that can be asked for, as GET /v1/models lists them.  Does not wait."""
         snapshot, found = self.snapshot(), dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
@@ -5141,12 +5318,24 @@ def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
 
 
 def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json:
-    breaker, model = snapshot.record(target).breaker, model_of(target, reading_of(target, snapshot.readings))
+    record, model = snapshot.record(target), model_of(target, reading_of(target, snapshot.readings))
+    breaker, pace = record.breaker, record.pace
     memory = {"context": model.context, "gpu_share": model.gpu_share} if model and model.context else {}
     reason = found.reason or ("not probed yet" if found.state == "unknown" else None)
-    return {"id": target.id, "side": target.side.value, "state": found.state, "reason": reason,
-            "in_flight": snapshot.in_flight.get(target, 0), "failures": breaker.failures,
-            "rest_s": round(breaker.rest_s(snapshot.now), 1), **memory}
+    return {"id": target.id, "side": target.side.value, "level": found.word(target.side), "state": found.state,
+            "reason": reason, "in_flight": snapshot.in_flight.get(target, 0), "failures": breaker.failures,
+            "rest_s": round(breaker.rest_s(snapshot.now), 1), **memory,
+            "first_token_s": round(pace.first_s(0.5), 3) or None, "tokens_per_s": round(pace.tokens_per_s, 1) or None}
+
+
+def _process_values() -> dict[tuple[Any, ...], float]:
+    """Return the process' own metrics, as far as the system has them."""
+    values: dict[tuple[Any, ...], float] = {("process_cpu_seconds_total",): time.process_time()}
+    with contextlib.suppress(Exception):    # psutil is missing, /proc is, or Windows has no such number
+        import psutil
+        values["process_resident_memory_bytes",] = psutil.Process().memory_info().rss
+        values["process_open_fds",] = psutil.Process().num_fds()
+    return values
 
 
 def _side_report(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition]) -> Json:
@@ -5189,6 +5378,7 @@ class Dispatch:
         self._plan = self._first_plan()
         self._named = request.model not in ("auto", "local", "cloud")
         self._failed: list[_Failure] = []
+        self._fallbacks: list[tuple[str, str]] = []
         self._overtaken: list[Target] = []
         # Of the attempt under way: the targets that may be tried after it, whether it is the first or a last resort,
         # its beginning, the limit to its first content where that is less than it would have alone.
@@ -5266,6 +5456,7 @@ class Dispatch:
     def _fail(self, target: Target, error: UpstreamError) -> None:
         """Note an attempt that has failed."""
         log.info("%s failed: %s", target.id, error.brief)
+        self._fallbacks.append((target.id, error.fault.name.lower()))
         self._gateway.note(target, error)
         waited_s = time.monotonic() - self._asked_at
         if error.code == "upstream_timeout" and waited_s >= self._patience_s:
@@ -5313,9 +5504,9 @@ class Dispatch:
         told = target, "; ".join([*reasons, self._plan.reason]), len(reasons) + 1
         if whole is not None:
             self._gateway.note(target, None)    # a stream may still break off
-            return Result(*told, whole)
+            return Result(*told, whole, fallbacks=self._fallbacks)
         relay = self._continuing if self._settings.on_cut == "continue" else self._noted
-        return Result(*told, chunks=relay(target, held, stream), held=len(held))
+        return Result(*told, None, relay(target, held, stream), len(held), self._fallbacks)
 
     def _begun(self, request: ChatRequest, target: Target) -> tuple[list[Chunk], Stream]:
         """Return the chunks of a target's answer up to the first with content, the commit point, and its stream.
@@ -5525,6 +5716,7 @@ class Dispatch:
             if not follower:
                 raise
             log.warning("%s continues an answer that broke off: %s", follower[0].id, error.brief)
+            self._fallbacks.append((target.id, error.fault.name.lower()))
             yield from continued(self._noted(*follower), said[0], text, follower[0].id)
 
     def _follower(self, request: ChatRequest) -> tuple[Target, list[Chunk], Stream] | None:
@@ -5604,10 +5796,10 @@ _NOT_CONTINUED = {"tools", "functions", "response_format", "logprobs", "n", "mod
 LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation may repeat at its beginning
 
 
-def tokens_of(answer: Json) -> int:
-    """Return the completion tokens that an answer or a chunk counts, or 0."""
+def tokens_of(answer: Json, kind: str = "completion_tokens") -> int:
+    """Return the completion tokens, or those of another kind, that an answer or a chunk counts, or 0."""
     usage = answer.get("usage")
-    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
+    tokens = usage.get(kind) if isinstance(usage, dict) else 0
     return tokens if isinstance(tokens, int) and 0 <= tokens < MOST_TOKENS else 0
 
 
@@ -5974,7 +6166,7 @@ class Handler(socketserver.BaseRequestHandler):
         except ClientGone:
             if self.head is _NO_HEAD:    # nothing was asked
                 return False
-            self.close_connection, self.told["error"] = True, "client hung up"
+            self.close_connection, self.told["error"] = True, HUNG_UP
         except OblixError as error:
             self._refuse(error)
         except Exception:  # a bug of ours takes down one request and is told in the log
@@ -6002,6 +6194,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.head = parse_head(first, self._fields())
         self._unread = self.head.body_size != 0
         self.close_connection = not self.head.keeps_open
+        if self.head.path in FRONTS:
+            self.told["front"] = FRONTS[self.head.path].name
         self._common = self.guard.cors_headers(self.head)
         self.guard.check(self.head)
 
@@ -6113,16 +6307,18 @@ class Handler(socketserver.BaseRequestHandler):
             raise ClientGone from None
 
     def _tell(self) -> None:
-        """Write the one line that the log has of a request."""
-        quiet = self.told.get("status") == 200 and self.head.path in ("/health", "/")
+        """Write the one line that the log has of a request, and tell the journal of one to a model."""
+        quiet = self.told.get("status") == 200 and self.head.path in QUIET
         level = logging.DEBUG if quiet else logging.INFO
+        seconds, tokens = round(time.monotonic() - self.started, 3), self.told.get("tokens", 0)
+        facts = {"id": self.id, "method": self.head.method[:20], "path": self.head.path[:64], **self.told,
+                 "seconds": seconds}
+        if tokens:    # else the upstream has not said
+            answering_s = max(seconds - facts.get("first_token_s", 0.0), 0.001)
+            facts["tokens_per_s"] = round(tokens / answering_s, 1)
+        if "front" in facts:
+            self.server.gateway.journal.add(facts)
         if log.isEnabledFor(level):
-            seconds, tokens = round(time.monotonic() - self.started, 3), self.told.pop("tokens", 0)
-            facts = {"id": self.id, "method": self.head.method[:20], "path": self.head.path[:64], **self.told,
-                     "seconds": seconds}
-            if tokens:    # else the upstream has not said
-                answering_s = max(seconds - facts.get("first_token_s", 0.0), 0.001)
-                facts.update(tokens=tokens, tokens_per_s=round(tokens / answering_s, 1))
             text = "".join([words % facts[name] for name, words in LOG_WORDS.items() if name in facts])
             log.log(level, printable(text), extra={"facts": facts})
 
@@ -6148,6 +6344,12 @@ class Handler(socketserver.BaseRequestHandler):
     def _page(self) -> None:
         self.reply(200, PAGE.encode(), PAGE_HEADERS)
 
+    def _metrics(self) -> None:
+        self.reply(200, self.server.gateway.metrics().encode("utf-8", "replace"), METRICS_HEADERS)
+
+    def _status(self) -> None:
+        self.json(200, self.server.gateway.status())
+
     def _health(self) -> None:
         health = self.server.gateway.health()
         shown = ("status", "version") if self.guard.is_public(self.head) else health
@@ -6167,7 +6369,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Answer a request for a model's words.  Raise OblixError, ClientGone."""
         self._front = front = FRONTS[self.head.path]
         request = front.request(parse_body(self.body()), self.head)
-        self.told.update(front=front.name, asked=request.model)
+        self.told["asked"] = request.model
         self.admission.take(1, 0)
         self.guest.busy = True
         self._events, self._event_headers = b"", {"Content-Type": front.events, **EVENT_HEADERS}
@@ -6176,13 +6378,14 @@ class Handler(socketserver.BaseRequestHandler):
         self._writer = front.stream(request)
         served = self.server.gateway.answer(request, self._look)
         model, side = served.target.id, served.target.side.value
-        self.told.update(served=model, side=side, attempts=served.attempts, reason=served.reason)
+        self.told.update(served=model, side=side, attempts=served.attempts, reason=served.reason,
+                         fallbacks=served.fallbacks)
         headers = {"x-oblix-model": model, "x-oblix-side": side, "x-oblix-reason": served.reason,
                    "x-oblix-attempts": str(served.attempts)}
         if request.left_out:
             headers["x-oblix-left-out"] = ", ".join(request.left_out)[:1000]
         if served.whole is not None:
-            self.told["tokens"] = tokens_of(served.whole)
+            self._count(served.whole)
             return self.json(200, front.whole(served.whole, request), headers)
         self.told["first_token_s"] = round(time.monotonic() - self.started, 3)
         self._event_headers.update(headers)
@@ -6208,8 +6411,8 @@ class Handler(socketserver.BaseRequestHandler):
         """Pass on the chunks, the first content at once.  Raise UpstreamError where they are cut off."""
         try:
             for number, chunk in enumerate(served.chunks, 1):
-                if not isinstance(chunk, Texts):
-                    self.told["tokens"] = tokens_of(chunk) or self.told.get("tokens", 0)
+                if not isinstance(chunk, Texts) and "usage" in chunk:
+                    self._count(chunk)
                 self._hold(self._writer.take(chunk))
                 if number == served.held:
                     self._flush()
@@ -6220,6 +6423,11 @@ class Handler(socketserver.BaseRequestHandler):
             raise
         self._hold(self._writer.end())
         self._flush(last=True)
+
+    def _count(self, answer: Json) -> None:
+        """Note the tokens that an answer, or a chunk of one, counts."""
+        counts = {"tokens": tokens_of(answer), "prompt_tokens": tokens_of(answer, "prompt_tokens")}
+        self.told.update({name: count for name, count in counts.items() if count})
 
     def _hold(self, events: bytes) -> None:
         """Hold events until the next wait: a write takes 20 us, and a read brings several.  Raise ClientGone."""
@@ -6247,10 +6455,13 @@ _READ = ("GET", "HEAD")
 # Path without /v1 -> methods, and what answers them; OPTIONS goes everywhere.
 ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Handler], None] | None]] = {
     **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), "/": (_READ, Handler._page),
-    "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models)}
+    "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models),
+    "/metrics": (_READ, Handler._metrics), "/status": (_READ, Handler._status)}
 
+QUIET = ("/health", "/", "/metrics", "/status")    # asked again and again: a good answer is logged at debug only
 REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
+METRICS_HEADERS = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
 EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _NO_HEAD = Head("-", "-", "HTTP/1.1", {})    # of a request whose own can't be read
 _CHUNK_START = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")

@@ -10105,7 +10105,8 @@ ROUTES = [  # method, path, status, a word of Allow
     ("GET", "/", 200), ("GET", "/nope", 404), ("POST", "/v1/nope", 404), ("GET", "/v1/chat/completions", 405, "POST"),
     ("GET", "/chat/completions/", 405, "POST"), ("PUT", "/v1/chat/completions", 405, "POST"),
     ("DELETE", "/v1/models", 405, "GET, HEAD"), ("POST", "/health", 405, "GET, HEAD"),
-    ("PATCH", "/v1/models/auto", 405, "GET, HEAD"),
+    ("PATCH", "/v1/models/auto", 405, "GET, HEAD"), ("GET", "/metrics", 200), ("GET", "/v1/status/", 200),
+    ("POST", "/metrics", 405, "GET, HEAD"), ("POST", "/status", 405, "GET, HEAD"),
 ]
 LENGTHS = [  # the headers about the length of a body, the statuses that are right; None is no reply at all
     ([], {400, 411}), (["Content-Length: "], {400, 411}), (["Content-Length: -1"], {400}),
@@ -10220,7 +10221,7 @@ class Server(Case):
 
     def test_head_is_get_without_the_body(self):
         with self.connection() as send:
-            for path in ("/health", "/v1/models", "/", "/nope", "/v1/models"):
+            for path in ("/health", "/v1/models", "/", "/nope", "/v1/models", "/metrics", "/status"):
                 get, head = send("GET", path), send("HEAD", path)
                 self.assertEqual((head.status, head.headers["Content-Type"]), (get.status, get.headers["Content-Type"]))
                 self.assertEqual(head.body, b"")
@@ -10367,7 +10368,7 @@ class Server(Case):
                 socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(post(chat(local.target)))
             local.next_request()
-            for path in ("/health", "/v1/models", "/v1/models/auto", "/"):
+            for path in ("/health", "/v1/models", "/v1/models/auto", "/", "/status", "/metrics"):
                 self.assertEqual(fetch(server, "GET", path).status, 200)    # the upstreams answer nothing at all
 
     def test_unhealthy_is_a_503_with_reasons(self):
@@ -12434,7 +12435,7 @@ class Remembered(Orchestrated):
     """What clients and upstreams may name without end is not remembered without end."""
 
     def test_models_that_clients_name(self):
-        with mock.patch.object(oblix, "MAX_REMEMBERED", 4), \
+        with mock.patch.object(oblix, "MAX_REMEMBERED", 4), mock.patch.object(oblix, "MAX_RECENT", 2), \
                 Upstream(OPENAI, whole(500, OPENAI.error("No."))) as cloud, running(cloud) as server:
             for number in range(12):
                 self.refused(ask(server, "openai:fleeting-%d" % number), range(500, 504))
@@ -12442,7 +12443,7 @@ class Remembered(Orchestrated):
             cloud.play(answer(Text("Hello")))
             for number in range(12):
                 ask(server, "openai:fleeting-%d" % number)
-            self.assertLessEqual(held(server.gateway, "fleeting"), 2 * 4)
+            self.assertLessEqual(held(server.gateway, "fleeting"), 2 * 4 + 4 + 2 * 2)    # records, labels, the last two
 
     def lists(self, server, name):
         return name in str(fetch(server, "GET", "/v1/models").json)
@@ -13259,7 +13260,7 @@ LOG_LINE = re.compile(
     r"(?:, in (?P<bytes_in>\d+) B)?(?:, out (?P<bytes_out>\d+) B)?, (?P<seconds>\d+\.\d\d) s(?:: (?P<why>.+))?")
 LOG_TYPES = {
     **dict.fromkeys("time level message id method path front asked served side reason error".split(), str),
-    **dict.fromkeys("status attempts tokens bytes_in bytes_out".split(), int),
+    **dict.fromkeys("status attempts tokens prompt_tokens bytes_in bytes_out".split(), int), "fallbacks": list,
     **dict.fromkeys("first_token_s tokens_per_s seconds".split(), (int, float)),
 }
 LOGS = {  # how it is told to log: flags, JOURNAL_STREAM
@@ -13337,14 +13338,16 @@ LOGGED = [  # name, request, what its line says: status, error (None: why it was
     ("health", sent("/health"), 200, None, None),
     ("health for all", sent("/health", key=""), 200, None, None),
     ("health for whom it is not", sent("/health", key=WRONG_KEY), 401, "invalid_api_key", None),
-    ("the page", sent("/"), 200, None, None),
+    ("the page", sent("/"), 200, None, None), ("metrics", sent("/metrics"), 200, None, None),
+    ("status", sent("/status"), 200, None, None),
     ("left", asks("openai:slow", "slow", stream=True), 200, "client hung up", "openai:slow"),
 ]
-QUIET = {"health", "health for all", "the page"}    # told at debug only
+QUIET = {"health", "health for all", "the page", "metrics", "status"}    # told at debug only
+OUTCOMES = {"cut": "cut", "crashed": "cut", "failed": "error", "failed streaming": "cut", "left": "hung_up"}
 
 
 class Logs(Case):
-    """What the log says of every kind of request, in each of its forms; the requests are asked once."""
+    """What the log, in each of its forms, /status and /metrics say of every kind of request, each asked once."""
 
     @classmethod
     def setUpClass(cls):
@@ -13365,9 +13368,12 @@ class Logs(Case):
                        for name, data, *_ in LOGGED}
             if replies["left"].status == 200:
                 cloud.last.hung_up.wait(20)
+            left = replies["left"].headers["x-request-id"]
+            eventually(lambda: left in reply_of(raw(service, sent("/status"))).body.decode())
+            metrics, status = (reply_of(raw(service, sent(path))) for path in ("/metrics", "/status"))
             service.end(signal.SIGTERM)
             return types.SimpleNamespace(replies=replies, log=service.log(), lines=service.log().splitlines(),
-                                         local=local.target, cloud=cloud.target)
+                                         metrics=metrics, status=status, local=local.target, cloud=cloud.target)
 
     @staticmethod
     def left(service, data):
@@ -13484,6 +13490,46 @@ class Logs(Case):
             id = self.seen["json"].replies[name].headers["x-request-id"]
             self.assertNotIn(id, self.seen["json"].log)
 
+    def test_status_lists_the_last_requests_as_the_log_has_them(self):
+        listed = {told["id"]: told for told in self.seen["json"].status.json["requests"]}
+        self.assertEqual([told["time"] for told in listed.values()],
+                         sorted([told["time"] for told in listed.values()], reverse=True))
+
+        def check(name, row, _reply, facts):
+            if "front" in facts:
+                told = listed[facts["id"]]
+                both = {*facts} & {*told} - {"time"}
+                self.assertEqual({name: told[name] for name in both}, {name: facts[name] for name in both})
+                self.assertEqual({fact for fact in told if told[fact] is not None} - both, {"time", "outcome"})
+                self.assertEqual(told["outcome"], OUTCOMES.get(name, "rejected" if row[2] else "ok"), facts)
+                at = datetime.datetime.fromisoformat(facts["time"].replace("Z", "+00:00")).timestamp()
+                self.assertAlmostEqual(told["time"] + told["seconds"], at, delta=5)
+        self.each("json", check)
+
+    def test_metrics_count_each_request_once_in_each_form(self):
+        for form, seen in self.seen.items():
+            with self.subTest(form):
+                told, requests = samples(self, seen.metrics), seen.status.json["requests"]
+                ends = collections.Counter((one["front"], one["served"] or "", one["side"] or "", one["outcome"])
+                                           for one in requests)
+                self.assertEqual({key[1:]: value for key, value in told.items() if key[0] == "oblix_requests_total"},
+                                 ends)
+                self.assertEqual({key[1:]: value for key, value in told.items() if key[0] == "oblix_fallbacks_total"},
+                                 {(seen.local, "transport"): 1})
+                served = [one for one in requests if one["served"] == seen.cloud]
+                of = (seen.cloud, "cloud")
+                self.assertEqual(told[("oblix_tokens_total", *of, "completion")],
+                                 sum(one["tokens"] or 0 for one in served))
+                self.assertGreater(told[("oblix_tokens_total", *of, "prompt")], 0)
+                for name, fact in (("oblix_request_duration_seconds", "seconds"),
+                                   ("oblix_time_to_first_token_seconds", "first_token_s")):
+                    values = [one[fact] for one in served if one[fact] is not None]
+                    self.assertEqual(told[(name + "_count", *of)], len(values))
+                    self.assertAlmostEqual(told[(name + "_sum", *of)], sum(values), places=6)
+                    for bound in (*oblix.BUCKETS, math.inf):
+                        self.assertEqual(told[(name + "_bucket", *of, "+Inf" if bound == math.inf else str(bound))],
+                                         sum(value <= bound for value in values))
+
     def test_at_warning_there_are_no_lines_of_requests(self):
         for line in self.seen["warning"].lines:
             self.assertIsNone(re.search(LOG_LINE, line), line)
@@ -13495,6 +13541,7 @@ class Logs(Case):
             for secret in (MARKER, OWN_KEY, WRONG_KEY, QUERY_KEY, OPENAI.key):
                 with self.subTest(secret, form=form):
                     self.assertEqual([line for line in seen.lines if secret in line], [])
+                    self.assertNotIn(secret.encode(), seen.status.body + seen.metrics.body)
 
     def test_a_bug_of_our_own_is_told_of_without_the_words_that_it_stumbled_over(self):
         """Python's exceptions quote what they are about."""
@@ -13529,6 +13576,143 @@ class Logs(Case):
     def test_a_monitor_that_fails_again_and_again_is_told_of_once(self):
         for form, seen in self.seen.items():
             self.assertEqual(seen.log.count("monitor resources failed"), 1, form)
+
+
+def samples(case, reply):
+    """What /metrics says, as Prometheus' own parser reads it: {(name, *values of labels): value}."""
+    need(importlib.util.find_spec("prometheus_client"), "no Prometheus client: python -m pip install prometheus-client")
+    from prometheus_client.parser import text_string_to_metric_families as families
+    case.assertEqual((reply.status, reply.headers["Content-Type"]), (200, "text/plain; version=0.0.4; charset=utf-8"))
+    found = list(families(reply.body.decode()))
+    case.assertEqual([(one.type, one.documentation) for one in found],
+                     [(kind, text) for kind, text, _ in oblix.METRICS.values()])
+    pairs = [((one.name, *one.labels.values()), one.value) for family in found for one in family.samples]
+    case.assertEqual(len(pairs), len(dict(pairs)), "a series stands there twice")
+    return dict(pairs)
+
+
+class Metrics(Case):
+    """What /metrics and /status say of the present, and what they keep."""
+    facts = {"front": "chat", "asked": "auto", "served": "ollama:a", "side": "local", "status": 200, "seconds": 1.0}
+
+    def told(self, server):
+        return samples(self, fetch(server, "GET", "/metrics"))
+
+    def test_what_is_in_flight_and_what_rests(self):
+        with Upstream(OLLAMA, [HANG]) as local, cloudy([CLOSE]) as cloud, running(local, cloud) as server:
+            of_local, of_cloud = (local.target, "local"), (cloud.target, "cloud")
+            before = self.told(server)
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(post(chat(local.target)))
+                local.next_request()
+                told = self.told(server)
+                self.assertEqual((told[("oblix_requests_in_flight", *of_local)],
+                                  told[("oblix_requests_in_flight", *of_cloud)]), (1, 0))
+            self.refused(ask(server, "cloud"), range(500, 504))
+            told = self.told(server)
+            self.assertEqual([before[("oblix_breaker_state", *of_cloud)], told[("oblix_breaker_state", *of_cloud)]],
+                             [0, 2])
+            self.assertTrue(0 < told[("oblix_breaker_rest_seconds", *of_cloud)] <= 60)
+            self.assertEqual(told[("oblix_target_state", *of_cloud, "resting")], 1)
+            self.assertEqual(before[("oblix_target_state", *of_cloud, "ready")], 1)
+            self.assertEqual((before["oblix_side_level", "cloud"], told["oblix_side_level", "cloud"]), (0, 2))
+            self.assertEqual(told["oblix_build_info", oblix.__version__], 1)
+
+    def test_the_process_tells_of_itself(self):
+        with running(env=NOBODY, probed=False) as server:
+            told = self.told(server)
+        self.assertAlmostEqual(told["process_start_time_seconds",], time.time(), delta=30)
+        self.assertGreater(told["process_cpu_seconds_total",], 0)
+        self.assertAlmostEqual(told["process_resident_memory_bytes",], psutil.Process().memory_info().rss, delta=50e6)
+
+    def test_an_answer_that_another_continued_is_a_fallback(self):
+        with Upstream(OLLAMA, faulty(CLOSE, after=True)) as local, cloudy(answer(Text("Hello"))) as cloud, \
+                running(local, cloud, flags=["--on-cut=continue"]) as server:
+            self.assertFalse(ask(server, stream=True).cut)
+            eventually(lambda: fetch(server, "GET", "/status").json["requests"])
+            told, = fetch(server, "GET", "/status").json["requests"]
+            self.assertEqual((told["served"], told["outcome"], told["fallbacks"]),
+                             (local.target, "ok", [[local.target, "transport"]]))
+
+    def test_status_shows_how_each_endpoint_was_lately(self):
+        with Upstream(OLLAMA) as local, cloudy() as cloud, running(local, cloud) as server:
+            local.close()
+            eventually(lambda: look(server) or health(server)["local"]["level"] == "critical")
+            near, far = fetch(server, "GET", "/status").json["network"]
+        self.assertEqual([near["url"], near["side"], near["level"], near["latencies"][-1][1]],
+                         [local.url, "local", "critical", None])
+        self.assertEqual((far["side"], far["level"]), ("cloud", "optimal"))
+        for at, latency_ms in [near["latencies"][0], *far["latencies"]]:
+            self.assertAlmostEqual(at, time.time(), delta=60)
+            self.assertTrue(0 <= latency_ms < 10000)
+
+    def test_status_shows_how_fast_a_target_is_and_what_makes_a_fact_bad(self):
+        flags = ["--cpu-constrained-percent=70", "--cpu-critical-percent=90", "--latency-degraded-ms=500"]
+        with Upstream(OLLAMA, answer(Text("Hel"), Text("lo"))) as local, running(local, flags=flags) as server:
+            self.answered(ask(server, local.target, stream=True), "Hello")
+            told = fetch(server, "GET", "/status").json
+        self.assertLess({"status", "version", "local", "cloud", "plan"}, {*told})
+        self.assertEqual((told["thresholds"]["cpu_percent"], told["thresholds"]["latency_ms"]),
+                         ({"constrained": 70, "critical": 90}, {"degraded": 500}))
+        self.assertGreater(told["targets"][0]["first_token_s"], 0)
+        self.assertEqual(told["targets"][0]["level"], "available")
+        self.assertTrue(0 <= told["uptime_s"] < 60)
+
+    def test_clients_can_make_neither_endless_series_nor_endless_lists(self):
+        journal = oblix.Journal()
+        for number in range(2 * oblix.MAX_REMEMBERED):
+            journal.add({**self.facts, "served": "openai:%d" % number, "asked": "x" * 100000,
+                         "fallbacks": [("openai:x%d" % number, "busy")]})
+        targets = {key[2] for key in journal.sums() if key[0] == "oblix_requests_total"}
+        self.assertLessEqual(len(targets), oblix.MAX_REMEMBERED + 1)
+        self.assertIn("other", targets)
+        self.assertLess(len(journal.sums()), 10 * oblix.MAX_REMEMBERED)
+        self.assertEqual((len(journal.recent), len(journal.recent[-1]["asked"])), (oblix.MAX_RECENT, oblix.MAX_NAME))
+
+    def test_the_configured_targets_keep_their_names_whatever_clients_name(self):
+        with mock.patch.object(oblix, "MAX_REMEMBERED", 3), Upstream(OLLAMA) as local, cloudy() as cloud, \
+                running(local, cloud) as server:
+            for number in range(9):
+                self.answered(ask(server, "openai:m%d" % number), "cloud")
+            self.answered(ask(server, cloud.target), "cloud")
+            of = "chat", cloud.target, "cloud", "ok"
+            eventually(lambda: self.told(server).get(("oblix_requests_total", *of)) == 1)
+
+    def shown(self, *requests):
+        journal = oblix.Journal()
+        for facts in requests:
+            journal.add({**self.facts, **facts})
+        return samples(self, types.SimpleNamespace(status=200, headers=oblix.METRICS_HEADERS,
+                                                   body=oblix.exposition(journal.sums()).encode()))
+
+    def test_a_value_at_a_bound_is_within_it(self):
+        told = self.shown(*({"seconds": seconds} for seconds in (*oblix.BUCKETS, 0.0, 901.0)))
+        of = "oblix_request_duration_seconds_bucket", "ollama:a", "local"
+        for number, bound in enumerate(oblix.BUCKETS):
+            self.assertEqual(told[(*of, str(bound))], number + 2)
+        self.assertEqual(told[(*of, "+Inf")], len(oblix.BUCKETS) + 2)
+
+    def test_any_text_is_a_label(self):
+        for name in ('openai:a"b', "openai:a\\n", "openai:a\\", "openai:a\nb", "openai:{a=\"b\"} 1", "openai:\u3042"):
+            with self.subTest(name):
+                self.assertEqual(self.shown({"served": name})["oblix_requests_total", "chat", name, "local", "ok"], 1)
+
+    def test_no_request_is_lost_between_threads(self):
+        journal, interval = oblix.Journal(), sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, interval)
+        sys.setswitchinterval(1e-6)
+        at_once(lambda: [journal.add(self.facts) for _ in range(500)], [()] * 8)
+        self.assertEqual(journal.sums()["oblix_requests_total", "chat", "ollama:a", "local", "ok"], 4000)
+
+    def test_neither_is_told_without_the_key(self):
+        with running(env=NOBODY, flags=["--api-key=" + OWN_KEY], probed=False) as server:
+            for path in ("/metrics", "/status", "/v1/status"):
+                self.refused(fetch(server, "GET", path), 401, code="invalid_api_key")
+                self.assertEqual(fetch(server, "GET", path, None, {"api-key": OWN_KEY}).status, 200)
+
+    @unittest.skipUnless(README, "README.md is not here")
+    def test_the_readme_names_each_metric(self):
+        self.assertEqual({name for name in oblix.METRICS if "`%s" % name not in README}, set())
 
 
 class Outlet(io.StringIO):
