@@ -15366,7 +15366,7 @@ def outcome(client, url, model, job, how):
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)    # what a library prints is no answer
 for line in sys.stdin:
-    print(json.dumps(outcome(*json.loads(line))), file=answers, flush=True)
+    print(json.dumps(outcome(*json.loads(line)), default=repr), file=answers, flush=True)
 '''
 
 
