@@ -24,8 +24,8 @@ Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
   2. A cut answer is never reported as complete: a stream ends by its protocol's end mark, never by EOF.
   3. The same readings always give the same decision, and the response says why.
-  4. A prompt goes to a cloud only when it may: `auto`, `cloud` or a cloud model was asked for, with its key set if it
-     needs one.
+  4. A prompt goes to a cloud only when it may: `auto`, `cloud` or a cloud model was asked for, by its name or by an
+     alias, with its key set if it needs one.
   5. No thread waits for another, or for the network, while it holds something shared.
   6. /health and /v1/models never wait for the network.
   7. Nothing non-finite ever appears in JSON.
@@ -202,7 +202,7 @@ class Target(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model that an endpoint lists.  Zero or None means unknown."""
+    """A model that an endpoint lists, or what is known of those that a name stands for.  Empty means unknown."""
     name: str
     created: int = 0                    # unix seconds
     remote: bool = False                # an Ollama name that is answered by ollama.com
@@ -216,6 +216,12 @@ class Model:
     context: int = 0                    # tokens that it is loaded for
     gpu_share: float | None = None      # of a loaded model, 0 to 1
     moved_to_cpu: bool = False          # mostly on the CPU now, and was on the GPU before
+    provider: str = ""                  # that has it, where that is known
+    title: str = ""                     # its name for people
+    max_output: int = 0                 # tokens of an answer
+    parameters: tuple[str, ...] = ()    # that it takes, by OpenAI's and OpenRouter's names
+    entry: Json = dataclasses.field(default_factory=dict, compare=False)     # its one in Ollama's /api/tags,
+    loaded: Json = dataclasses.field(default_factory=dict, compare=False)    # and in /api/ps
 
     @property
     def is_chat_model(self) -> bool:
@@ -332,6 +338,7 @@ class Plan:
     conditions: Mapping[Target, Condition] = dataclasses.field(default_factory=dict)    # of them; none if named
 
 
+OWN_NAMES = ("auto", "local", "cloud")    # of models, which nothing else may have
 TOKEN_BYTES = 4              # of English; code has some 3
 TEMPLATE_BYTES = 100         # of a prompt around its messages: Llama 3's template has 26 tokens
 BLOCK = 256                  # characters of a prompt, some 64 tokens: 3 s of a Raspberry Pi's reading
@@ -528,10 +535,13 @@ def is_loopback(host: str) -> bool:
 # The declaration of a setting yields its flag, its variable, --help and the README's table.  Secrets never print.
 
 def setting(default: Any, help: str, low: float = 0, high: float = 1e6, *, env: str = "", secret: bool = False,
-            choices: Any = None, form: str = "(?s).*") -> Any:
-    """Declare a setting: a number from `low` to `high`, or a text of this form.  `env`: a variable without a flag."""
+            choices: Any = None, form: str = "(?s).*", between: str = ",") -> Any:
+    """Declare a setting: a number from `low` to `high`, or a text of this form.
+
+    `env`: a variable without a flag; `between`: what separates the values of a list in its variable.
+    """
     return dataclasses.field(default=default, repr=not secret, metadata={
-        "help": help, "low": low, "high": high, "env": env, "choices": choices, "form": form})
+        "help": help, "low": low, "high": high, "env": env, "choices": choices, "form": form, "between": between})
 
 
 NUMBER = r"[+-]?\d+(\.\d*)?"
@@ -540,6 +550,7 @@ _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "fals
 # What copying leaves around a value: blanks, a byte order mark, quotes (`docker run --env-file` keeps them).
 _AROUND = " \t\r\n\xa0\ufeff\u200b\"'`\u201c\u201d\u2018\u2019"
 _BEFORE_KEY = re.compile(r"(?:export\s+)?[A-Z][A-Z0-9_]*(?:KEY|TOKEN)=(?=[^=])|(?i:authorization:\s*)?(?i:bearer)\s+")
+KEY_VARIABLE = "[A-Z_][A-Z0-9_]*"    # no vendor's key looks so: one that stands in its variable's place is not taken
 _ODD_KEY = re.compile(r"(?i)[$<{%]|.*(?:\s|\.\.\.)|(?:bearer|none|null|undefined|your.*key.*)$")    # of a template
 
 
@@ -548,10 +559,12 @@ class Settings:
     """Everything that a person can set.  A flag overrides its variable, and that the default."""
     local_model: tuple[str, ...] = setting((), "local model, provider:name or openai:name@http://host:port/v1; repeat "
         "in order of preference; default: the newest model of Ollama")
-    cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name; repeat in order of preference; default: a "
-        "cheap model of each provider with a key")
+    cloud_model: tuple[str, ...] = setting((), "cloud model, provider:name or openai:name@https://host/v1#VARIABLE, "
+        "which holds the key; repeat in order of preference; default: a cheap model of each provider with a key")
     cloud_api_key: str = setting("", "key for the first --cloud-model; `ps` shows flags: prefer the file", secret=True)
     cloud_api_key_file: str = setting("", "file that holds it")
+    alias: tuple[str, ...] = setting((), "further name of a model, NAME=TARGET[,TARGET…]: auto, local, cloud or "
+        "provider:name; NAME may have * and ?, and the first that fits counts; repeat", between=";")
     host: str = setting("localhost", "address to listen on; one that the network reaches needs --api-key")
     port: int = setting(62549, "port to listen on; 0 picks a free one", 0, 65535)
     api_key: str = setting("", "key that clients must send; `ps` shows flags: prefer the file", secret=True)
@@ -608,13 +621,14 @@ class Settings:
     openai_project_id: str = setting("", "OpenAI project", env="OPENAI_PROJECT_ID", secret=True)
     anthropic_api_key: str = setting("", "key for Claude", env="ANTHROPIC_API_KEY", secret=True)
     anthropic_base_url: str = setting("", "another server that speaks Anthropic's API", env="ANTHROPIC_BASE_URL")
+    endpoint_keys: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)    # of each #VARIABLE
 
     @classmethod
     def parse(cls, argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         """Return the settings of flags and variables.  Raise UsageError; SystemExit(0) after --help and --version."""
         parser = _parser(cls)
         found = vars(parser.parse_args(argv))
-        for field in dataclasses.fields(cls):
+        for field in declared(cls):
             text = env.get(variable_of(field), "").strip(_AROUND)
             if text and field.name not in found:
                 found.update(_from_variable(parser, field, text))
@@ -627,7 +641,14 @@ class Settings:
                 found[field.name] = key_in(value, variable_of(field))
             elif field.name.endswith("_base_url"):
                 found[field.name] = base_url_in(value)
-        return cls(**found)
+        named = re.findall(f"#({KEY_VARIABLE})", " ".join(itertools.chain.from_iterable(
+            found.get(name, ()) for name in ("local_model", "cloud_model", "alias"))))
+        return cls(**found, endpoint_keys=tuple([(name, key_in(env.get(name, ""), name)) for name in named]))
+
+
+def declared(cls: Any) -> list[dataclasses.Field[Any]]:
+    """Return the settings that a flag or a variable sets."""
+    return [field for field in dataclasses.fields(cls) if field.metadata]
 
 
 def key_in(text: str, place: str) -> str:
@@ -648,9 +669,9 @@ def base_url_in(text: str) -> str:
 
 def odd_keys(settings: Settings) -> list[str]:
     """Return a line for each key that looks like no key, without the key."""
-    return [f"{variable_of(field)} does not look like a key: it has blanks inside, or is a placeholder"
-            for field in dataclasses.fields(settings)
-            if not field.repr and _ODD_KEY.match(getattr(settings, field.name))]
+    keys = [(variable_of(field), getattr(settings, field.name)) for field in declared(settings) if not field.repr]
+    return [f"{variable} does not look like a key: it has blanks inside, or is a placeholder"
+            for variable, key in dict.fromkeys((*keys, *settings.endpoint_keys)) if _ODD_KEY.match(key)]
 
 
 def variable_of(field: dataclasses.Field[Any]) -> str:
@@ -664,14 +685,15 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
 
 
 def _from_variable(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], text: str) -> Json:
-    """Return what a variable's text sets, read as the flag's would be, lists by commas.  Raise UsageError."""
+    """Return what a variable's text sets, read as the flag's would be.  Raise UsageError."""
     if not flag_of(field):
         return {field.name: text}
     if isinstance(field.default, bool):
         if text.lower() not in _BOOLEANS:
             raise UsageError(f"{variable_of(field)}: {text!r} is neither true nor false")
         return {field.name: _BOOLEANS[text.lower()]}
-    values = [part.strip(_AROUND) for part in text.split(",")] if isinstance(field.default, tuple) else [text]
+    parts = text.split(field.metadata["between"]) if isinstance(field.default, tuple) else [text]
+    values = [part.strip(_AROUND) for part in parts]
     try:
         return vars(parser.parse_args([f"{flag_of(field)}={value}" for value in values if value]))
     except UsageError as error:
@@ -712,9 +734,9 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
                     "the cloud\nwhen it cannot, and says which and why.\n\n`check` prints what Oblix finds, what it "
                     "would do and what to fix, and exits: 0 if a request\nwould be answered, 1 if not.",
         epilog="More variables:\n" + "\n".join(f"  {variable_of(field):<20} {field.metadata['help']}"
-                                               for field in dataclasses.fields(cls) if not flag_of(field)))
+                                               for field in declared(cls) if not flag_of(field)))
     parser.add_argument("--version", action="version", version=f"oblix {__version__}")
-    for field in filter(flag_of, dataclasses.fields(cls)):
+    for field in filter(flag_of, declared(cls)):
         text = f"{field.metadata['help']} [{variable_of(field)}" + (
             "]" if field.default in ("", (), False) else f", default {shown(field)}]")
         how: Json = {"help": text.replace("%", "%%")}
@@ -1091,6 +1113,13 @@ def _part(where: str, part: Any) -> Json:
         url = f"data:image/{image.lastgroup}{image.string[image.end(1):]}"
         part = {**part, "image_url": {**part["image_url"], "url": url}}
     return without_nulls(part, kind)
+
+
+def routed(request: ChatRequest, head: Head) -> ChatRequest:
+    """Return the request, for what its header x-oblix-route names instead of its model.  Raises BadRequest."""
+    route = head.fields.get("x-oblix-route")
+    need(route in (None, *OWN_NAMES), "x-oblix-route", f"must be one of {', '.join(OWN_NAMES)}")
+    return dataclasses.replace(request, model=route) if route else request
 
 
 def without_nulls(fields: Json, inner: Any = None) -> Json:
@@ -2275,6 +2304,23 @@ def rank(snapshot: Snapshot, refusals: Mapping[Target, str], only: Side | None =
     return in_time(plan, snapshot, work) if snapshot.prefer == "local" and not only else plan
 
 
+def rank_one(target: Target, snapshot: Snapshot, refusals: Mapping[Target, str], work: Work) -> Plan:
+    """Return the plan as `rank` would if there were this target alone."""
+    plan = rank(dataclasses.replace(snapshot, targets=(target,)), refusals, None, work)
+    return dataclasses.replace(plan, reason=f"{target.id} {plan.conditions[target].describe(target.side)}")
+
+
+def in_turn(plans: Sequence[Plan]) -> Plan:
+    """Return the plan that follows these one after the other, and then their last resorts."""
+    if len(plans) == 1:
+        return plans[0]
+    order = dict.fromkeys(target for plan in plans for target in plan.order)
+    hopes = dict.fromkeys(target for plan in plans for target in plan.last_resort if target not in order)
+    excluded = {target: why for plan in plans for target, why in plan.excluded if target not in (*order, *hopes)}
+    return Plan(tuple(order), "; ".join(dict.fromkeys(plan.reason for plan in plans)), tuple(hopes),
+                tuple(excluded.items()), {target: found for plan in plans for target, found in plan.conditions.items()})
+
+
 def _why_not(target: Target, found: Condition, refusals: Mapping[Target, str], only: Side | None) -> str:
     """Return the reason why a target is left out, or "" if it is not."""
     if only and target.side is not only:
@@ -2330,6 +2376,7 @@ class Provider:
     refuses: ClassVar[dict[str, str]] = {}  # parameter -> the reason why it can't be honoured
     renames: ClassVar[dict[str, str]] = {}  # parameter -> its name for a model that refuses this one
     spelt: ClassVar[dict[str, str]] = {}    # word of an error -> the parameter that it means
+    takes: ClassVar[tuple[str, ...]] = ()   # parameters that all of its models take
     text_event: ClassVar[TextEvent]
 
     def endpoint(self, settings: Settings) -> Endpoint:
@@ -2365,8 +2412,35 @@ class Provider:
 
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         """Return the endpoint's models; `known` keeps their details.  Raises what `ask` raises, NOT_IN_ITS_FORMAT."""
-        return tuple(Model(str(item["id"]), created_at(item.get("created") or item.get("created_at")))
-                     for item in (ask(self.models_path, None).get("data") or [])[:MAX_MODELS])
+        return tuple(map(self.listed, (ask(self.models_path, None).get("data") or [])[:MAX_MODELS]))
+
+    def listed(self, item: Json) -> Model:
+        """Return a model as an item of a list tells of it.  Raises NOT_IN_ITS_FORMAT."""
+        name, abilities, takes = str(item["id"]), None, item.get("supported_parameters")
+        with contextlib.suppress(*NOT_IN_ITS_FORMAT):
+            abilities = self.abilities(item)
+        return Model(name, created_at(item.get("created") or item.get("created_at")), capabilities=abilities,
+                     title=str(item.get("display_name") or item.get("name") or ""),
+                     max_context=tokens_in(item, WINDOWS), max_output=tokens_in(item, ANSWERS),
+                     parameters=tuple(map(str, takes)) if isinstance(takes, list) else ())
+
+    def abilities(self, item: Json) -> frozenset[str]:
+        """Return a model's abilities, in Ollama's words, by an item of a list.  Raises NOT_IN_ITS_FORMAT."""
+        takes, inputs = item["supported_parameters"], item["architecture"]["input_modalities"]    # OpenRouter's
+        return frozenset(("completion", *(ability for ability, kind in INPUTS.items() if kind in inputs),
+                          *(ability for ability, names in PARAMETERS.items() if names[0] in takes)))
+
+    def planned(self, model: Model, asked: int, free: float | None) -> Model:
+        """Return a model as clients may plan with it: with all its parameters, and the window that it can have.
+
+        `asked` and `free` are as in `context_for`.
+        """
+        window, answer = _OPENAI_LIMITS.get(model.name, (0, 0))
+        abilities = model.capabilities if model.capabilities and model.is_chat_model else ()
+        known = [*self.takes, *(name for ability in abilities for name in PARAMETERS.get(ability, ()))]
+        return dataclasses.replace(
+            model, provider=self.name, max_context=model.max_context or window, max_output=model.max_output or answer,
+            parameters=model.parameters or (tuple(sorted(known)) if abilities else ()))
 
     def passes_text(self, request: ChatRequest) -> bool:
         """Return True if the client of this request may get the events of text alone as they are."""
@@ -2429,6 +2503,23 @@ class Provider:
             if name in payload and (name not in ESSENTIAL or name in self.renames):
                 return name
         return None
+
+
+INPUTS = {"vision": "image", "audio": "audio", "file": "file"}    # ability -> what a prompt may have beside text
+PARAMETERS = {"tools": ("tools", "tool_choice", "parallel_tool_calls"), "thinking": ("reasoning", "reasoning_effort")}
+# The names by which lists tell of a model's window, of which the first that is there counts, and of its longest answer:
+# LM Studio's, OpenRouter's, vLLM's, LM Studio's and Mistral's, Groq's, llama.cpp's, Claude's.
+WINDOWS = ("loaded_context_length", "context_length", "max_model_len", "max_context_length", "context_window", "n_ctx",
+           "max_input_tokens")
+ANSWERS = ("max_output_tokens", "max_completion_tokens")
+_OPENAI_LIMITS = {"gpt-6-luna": (922_000, 128_000)}    # OpenAI's list does not tell (its documentation, 2026-11)
+
+
+def tokens_in(item: Json, names: Iterable[str]) -> int:
+    """Return the number of tokens that an item of a list has under the first of these names, 0 if under none."""
+    places = [place for place in (item, item.get("meta"), item.get("top_provider")) if isinstance(place, dict)]
+    return next((number for name in names for place in places
+                 if type(number := place.get(name)) is int and 0 < number < MOST_TOKENS), 0)
 
 
 @functools.lru_cache(64)
@@ -3409,6 +3500,7 @@ class Ollama(Provider):
                 "max_completion_tokens")
     _as_they_are = ("logprobs", "top_logprobs", "keep_alive", "think")    # the last two by extra_body of the SDKs
     _think = {"none": False, "minimal": "low", "xhigh": "max"}
+    takes = (*_options, "logprobs", "top_logprobs", "response_format", "structured_outputs")
 
     def endpoint(self, settings: Settings) -> Endpoint:
         return Endpoint(self.name, ollama_url(settings.ollama_host))
@@ -3496,7 +3588,7 @@ class Ollama(Provider):
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
                         is_remote(str(item["name"])) or bool(item.get("remote_host")), str(item.get("digest") or ""),
-                        int(item.get("size") or 0), _capabilities(item))
+                        int(item.get("size") or 0), _capabilities(item), entry=item)
                   for item in ask(self.models_path, None).get("models") or []]
         models = sorted(listed, key=lambda model: -model.created)[:MAX_MODELS]
         with contextlib.suppress(UpstreamError, *NOT_IN_ITS_FORMAT):
@@ -3522,24 +3614,44 @@ class Ollama(Provider):
         if size // MOST_BYTES > model.max_context:
             raise Unsupported(f"its maximum context length is {model.max_context} tokens, and the prompt has over "
                               f"{size // MOST_BYTES}", param="messages", code="context_length_exceeded")
-        answer = min(request.max_output_tokens(512), 4096)
-        own = max(asked, min(model.own_context, model.max_context))    # never to be made smaller
-        now = model.context or own or DEFAULT_CONTEXT
+        answer = min(request.max_output_tokens(512), MOST_ANSWER)
+        now, own = self._windows(model, asked)
         needed = size // LEAST_BYTES + answer
         if needed <= now:
             return now if now == asked or not model.context and needed > DEFAULT_CONTEXT else 0
         step = next((step for step in CONTEXTS if step >= needed), CONTEXTS[-1])
         wanted = max(now, own, min(step, model.max_context))
-        # The size of a loaded model is with its context, and `free` counts it as free.  Where not even the model fits,
-        # it is asked as a last resort, so `free` is no limit.
-        if free is None or model.size > free or model.size + (wanted - model.context) * model.token_bytes <= free:
+        if self._fits(model, wanted, free):
             return wanted if wanted > now or wanted == asked else 0
         if size // LARGE_BYTES + answer <= now:    # it may fit anyway: Ollama counts exactly, and refuses if not
             return 0
         raise Unsupported(f"a context of {wanted} tokens does not fit in memory: its maximum context length is {now} "
                           "tokens now", param="messages", code="context_length_exceeded")
 
+    @staticmethod
+    def _windows(model: Model, asked: int) -> tuple[int, int]:
+        """Return the window that a model has or would be loaded for, and one that it is never made smaller than."""
+        own = max(asked, min(model.own_context, model.max_context))
+        return model.context or own or DEFAULT_CONTEXT, own
 
+    @staticmethod
+    def _fits(model: Model, window: int, free: float | None) -> bool:
+        # The size of a loaded model is with its context, and `free` counts it as free.  Where not even the model fits,
+        # it is asked as a last resort, so `free` is no limit.
+        return free is None or model.size > free or model.size + (window - model.context) * model.token_bytes <= free
+
+    def planned(self, model: Model, asked: int, free: float | None) -> Model:
+        model = super().planned(model, asked, free)
+        if not model.is_chat_model:
+            return model
+        now, own = self._windows(model, asked)
+        steps = [max(now, own, min(step, model.max_context)) for step in CONTEXTS]
+        most = max([now, *(step for step in steps if self._fits(model, step, free))])
+        most = min(most, model.max_context) if model.max_context else model.context    # which `context_for` leaves
+        return dataclasses.replace(model, max_context=most, max_output=min(MOST_ANSWER, most // 2))
+
+
+MOST_ANSWER = 4096        # tokens, for which a window is made large enough; a longer answer may find it full
 DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 # Bytes a token: code and languages other than English have about 3; English has 4, and seldom 5; none has 8.
@@ -3559,7 +3671,7 @@ def _with_state(model: Model, loaded: Json | None) -> Model:
         return dataclasses.replace(model, cold=not model.remote)
     size, on_gpu = int(loaded.get("size") or 0), int(loaded.get("size_vram") or 0)
     return dataclasses.replace(model, context=int(loaded.get("context_length") or 0), size=size or model.size,
-                               gpu_share=min(1.0, on_gpu / size) if size else None)
+                               gpu_share=min(1.0, on_gpu / size) if size else None, loaded=loaded)
 
 
 def _details(shown: Json) -> Json:
@@ -3640,6 +3752,7 @@ class Claude(Provider):
     key_variable, default_model = "ANTHROPIC_API_KEY", "claude-haiku-5-5"
     vendor, chat_path, models_path = "api.anthropic.com", "/v1/messages", "/v1/models?limit=1000"
     text_event = TextEvent(_CLAUDE_TEXT, b"\n\n")
+    takes = ("max_tokens", "max_completion_tokens", "stop", "response_format", "structured_outputs")
     refuses = {**Ollama.refuses, "logprobs": "it does not tell them", "top_logprobs": "it does not tell them"}
 
     def endpoint(self, settings: Settings) -> Endpoint:
@@ -3650,6 +3763,14 @@ class Claude(Provider):
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         # 2023-06-01 and not 2026-10-21: the later version refuses temperature and top_p for every model.
         return {"anthropic-version": "2023-06-01", **present({"x-api-key": endpoint.key})}
+
+    def listed(self, item: Json) -> Model:
+        return dataclasses.replace(super().listed(item), max_output=tokens_in(item, ("max_tokens",)))
+
+    def abilities(self, item: Json) -> frozenset[str]:
+        told = {"vision": "image_input", "file": "pdf_input", "thinking": "thinking"}
+        return frozenset(("completion", "tools", *(ability for ability, name in told.items()
+                                                   if item["capabilities"][name]["supported"])))
 
     def refuse_part(self, part: Json) -> str | None:
         if part["type"] == "image_url":
@@ -3943,40 +4064,101 @@ def configured_targets(settings: Settings) -> tuple[Target, ...]:
     """Return the targets that flags and variables name, local ones (of --local-model) first.  Raises UsageError."""
     if settings.cloud_api_key and not settings.cloud_model:
         raise UsageError("--cloud-api-key needs the --cloud-model that it is for")
-    local = [_target(settings, spec, Side.LOCAL, "") for spec in settings.local_model]
-    cloud = [_target(settings, spec, Side.CLOUD, "" if number else settings.cloud_api_key)
+    local = [_local_target(settings, spec) for spec in settings.local_model]
+    cloud = [_target(settings, "--cloud-model", spec, "" if number else settings.cloud_api_key)
              for number, spec in enumerate(settings.cloud_model)]
     if not cloud:
-        usual = [_target(settings, f"{provider.name}:{provider.default_model}", Side.CLOUD, "")
+        usual = [_target(settings, "", f"{provider.name}:{provider.default_model}")
                  for provider in PROVIDERS.values() if provider.default_model]
         cloud = [target for target in usual if not target.endpoint.lacks_key]
     return tuple(dict.fromkeys(local + cloud))
 
 
-def _target(settings: Settings, spec: str, side: Side, key: str) -> Target:
-    """Return the target of `provider:model` or `provider:model@http://host:port/v1`.  Raises UsageError."""
-    flag = f"--{side.value}-model {spec}"
+def _local_target(settings: Settings, spec: str) -> Target:
+    """Return the target of a --local-model.  Raises UsageError."""
+    target = _target(settings, "--local-model", spec)
+    if not may_be_local(target.endpoint, target.model):
+        raise UsageError(f"--local-model {spec}: a cloud answers this model; name it with --cloud-model, or say where "
+                         f"it runs, like {target.endpoint.provider}:NAME@http://127.0.0.1:8080/v1")
+    return target._replace(side=Side.LOCAL)
+
+
+def _target(settings: Settings, option: str, spec: str, key: str = "") -> Target:
+    """Return the cloud target of `provider:model`, which `@http://host:port/v1` and `#VARIABLE` may follow.
+
+    Raises UsageError, which names the option, and repeats nothing that may be a key.
+    """
+    flag = f"{option} {spec.partition('#')[0]}"
     provider, rest = split_id(spec)
     if not provider:
         raise UsageError(f"{flag}: start with one of {', '.join(name + ':' for name in PROVIDERS)}")
     model, at, url = rest.rpartition("@")
     if "://" not in url:    # a name may have an @ itself: LM Studio's name@4bit, Cloudflare's @cf/meta/name
-        if re.search(r":\d{2,5}(/|$)", url if at else ""):
-            raise UsageError(f"{flag}: write the address as http://{url}")
+        if re.search(r":\d{2,5}([/#]|$)", url if at else ""):
+            raise UsageError(f"{flag}: write the address as http://{url.partition('#')[0]}")
         model, at, url = rest, "", ""
-    if "://" in model:    # the flag is not repeated: what stands before an @ may be a password
-        raise UsageError(f"--{side.value}-model: an address can't contain an @; a key goes into --cloud-api-key")
+    if "://" in model:    # what stands before an @ may be a password
+        raise UsageError(f"{option}: an address can't contain an @; a key goes into the variable that a #NAME behind "
+                         "the address names, or into --cloud-api-key")
     if not model or not model.isprintable():
         raise UsageError(f"{flag}: name a model, like {provider}:NAME or {provider}:NAME@http://host:port/v1")
+    url, mark, variable = url.partition("#")
+    if mark and (key or not re.fullmatch(KEY_VARIABLE, variable)):
+        raise UsageError(f"{flag}: behind # stands the name of the variable that holds the key, like #MY_KEY; "
+                         "there is one key for a model")
     usual = PROVIDERS[provider].endpoint(settings)
     # The usual key is not meant for another server.
-    endpoint = Endpoint(provider, url.rstrip("/"), key) if at else usual._replace(key=key or usual.key)
+    endpoint = Endpoint(provider, url.rstrip("/"), key or dict(settings.endpoint_keys).get(variable, ""),
+                        key_variable=variable) if at else usual._replace(key=key or usual.key)
     if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[!-~]*)?", endpoint.base_url):
         raise UsageError(f"{endpoint.base_url} is not an address like https://host/v1")
-    if side is Side.LOCAL and not may_be_local(endpoint, model):
-        raise UsageError(f"{flag}: a cloud answers this model; name it with --cloud-model, or say where it runs, like "
-                         f"{provider}:NAME@http://127.0.0.1:8080/v1")
-    return Target(endpoint, model, side)
+    return Target(endpoint, model, Side.CLOUD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Alias:
+    """A further name, which may have wildcards, and what it means in turn: targets' names, or targets themselves."""
+    name: str
+    targets: tuple[str | Target, ...]
+
+    def __str__(self) -> str:
+        told = [target.id if isinstance(target, Target) else target for target in self.targets]
+        return f"alias {self.name}={','.join(told)}"
+
+    @property
+    def is_pattern(self) -> bool:
+        """True if it has wildcards, and so is not a name to ask for."""
+        return any(mark in self.name for mark in "*?[")
+
+
+def configured_aliases(settings: Settings, known: Sequence[Target]) -> tuple[Alias, ...]:
+    """Return the aliases in their order, where an address of a known target means that one.  Raises UsageError."""
+    aliases = []
+    for text in settings.alias:
+        name, _, told = text.partition("=")
+        name, specs = name.strip(), [spec.strip() for spec in told.split(",")]
+        if not (name and name.isprintable() and all(specs)):
+            raise UsageError(f"--alias {text.partition('#')[0]}: write NAME=TARGET, or NAME=TARGET,TARGET")
+        if name in OWN_NAMES:
+            raise UsageError(f"--alias {name}=: that is one of Oblix's own names, {', '.join(OWN_NAMES)}")
+        aliases.append(Alias(name, tuple([_alias_target(settings, spec, known) for spec in specs])))
+    return tuple(aliases)
+
+
+def _alias_target(settings: Settings, spec: str, known: Sequence[Target]) -> str | Target:
+    """Return what an alias means by a target: a name, or the target itself if it has an address.  Raises UsageError."""
+    if spec in OWN_NAMES:
+        return spec
+    if not split_id(spec)[0]:
+        raise UsageError(f"--alias …={spec.partition('#')[0]}: a target is {', '.join(OWN_NAMES)} or begins with "
+                         f"{', '.join(name + ':' for name in PROVIDERS)}")
+    found = _target(settings, "--alias", spec)
+    if "://" not in spec:
+        return found.id
+    here = may_be_local(found.endpoint, found.model) and (
+        found.endpoint.on_device or found.endpoint.provider == "ollama")
+    same = [target for target in known if target[:2] == found[:2]]
+    return same[0] if same else found._replace(side=Side.LOCAL if here else Side.CLOUD)
 
 
 def may_be_local(endpoint: Endpoint, model: str) -> bool:
@@ -4945,6 +5127,7 @@ def _buckets(counts: Mapping[tuple[Any, ...], float]) -> Iterator[tuple[str, tup
 # until one has content, and tell why.  It knows nothing of the client's HTTP but the socket to watch.
 
 PROBE_LIMITS = Limits(connect_s=math.inf, first_byte_s=5.0, stall_s=5.0)
+MAX_NEAR = 500               # names that are compared with one that nothing has: each takes some 0.1 ms
 SECOND_TRY_S = 0.5           # sooner nothing will have changed
 PAUSE_S, MAX_PAUSE_S = 0.5, 2.0    # before a cloud that has failed is asked again: at least, and less than,
 SLOW_S = 15.0                # where the local model would take longer than this
@@ -5037,8 +5220,11 @@ class Gateway:
             self.journal.name(target.id)
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         self._ollama = self._default_endpoints["ollama"]
+        self.ollama_url = self._ollama.base_url
+        self.aliases = configured_aliases(settings, self._configured)
         # Ollama is watched in any case: whatever it has installed can be asked for by name
-        watched = (Target(self._ollama, "", Side.LOCAL), *self._configured)
+        watched = (Target(self._ollama, "", Side.LOCAL), *self._configured, *(
+            target for alias in self.aliases for target in alias.targets if isinstance(target, Target)))
         self._prober = Prober(self.transport)
         self.watch = Watch(monitors_for(settings, watched, self._probe), sampled=self._stand_by)
         self.heard = self.watch.first(self._ollama)    # set when it has told what it has, or has not answered
@@ -5136,8 +5322,21 @@ class Gateway:
             return KEPT_ON_BATTERY_S if plugged is False and target.endpoint.on_device else KEPT_S
         return float(said) if re.fullmatch(NUMBER, said) else said    # Ollama reads "300" as no duration
 
-    def resolve(self, name: str, snapshot: Snapshot) -> Target:
-        """Return the one target that a model's name stands for.  Raises BadRequest (404)."""
+    def alias_of(self, name: str) -> Alias | None:
+        """Return the first alias that a name fits; none for Oblix's own names."""
+        plain = name.removesuffix(":latest")    # which Ollama's clients add
+        return None if plain in OWN_NAMES else next((alias for alias in self.aliases if any(
+            fnmatch.fnmatchcase(one, alias.name) for one in (name, plain))), None)
+
+    def meaning_of(self, name: str) -> tuple[str | Target, ...]:
+        """Return what a model's name means: itself, or its alias's targets."""
+        alias, plain = self.alias_of(name), name.removesuffix(":latest")
+        return alias.targets if alias else (plain if plain in OWN_NAMES else name,)
+
+    def resolve(self, name: str | Target, snapshot: Snapshot) -> Target:
+        """Return the one target that a name, which is not an alias, stands for.  Raises BadRequest (404)."""
+        if isinstance(name, Target):
+            return name
         provider, model = split_id(name)
         for target in snapshot.targets:
             its = target.endpoint.provider
@@ -5146,34 +5345,52 @@ class Gateway:
                 return target
         spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
         if not model or not (provider or spelt):
-            examples = ", ".join(["auto", "local", "cloud", *(target.id for target in snapshot.targets)])
-            raise BadRequest(f"There is no model {name!r}. Choose one of {examples}, or any other as provider:name "
-                             f"with {', '.join(PROVIDERS)} as the provider; see GET /v1/models.", param="model",
-                             status=404, code="model_not_found")
+            raise self._unknown(name, snapshot)
         endpoint = self._default_endpoints[provider or "ollama"]
         local = endpoint.provider == "ollama" and may_be_local(endpoint, model) and not any(
             one.remote for one in spelt)
         model = spelt[0].name.removesuffix(":latest") if spelt else model    # one target for all spellings
         return Target(endpoint, model, Side.LOCAL if local else Side.CLOUD)
 
+    def _unknown(self, name: str, snapshot: Snapshot) -> BadRequest:
+        """Return the error for a name that nothing has, with the nearest names."""
+        import difflib
+        ids = [*self.catalogue()][len(OWN_NAMES):MAX_NEAR]
+        near = difflib.get_close_matches(name, dict.fromkeys([*ids, *(split_id(id)[1] for id in ids)]))
+        return BadRequest(
+            f"There is no model {name!r}." + (f" Do you mean {' or '.join(near)}?" if near else "") +
+            f" Choose one of {', '.join([*OWN_NAMES, *(target.id for target in snapshot.targets)])}, or any other as "
+            f"provider:name with {', '.join(PROVIDERS)} as the provider; see GET /v1/models.", param="model",
+            status=404, code="model_not_found")
+
     def plan(self, request: ChatRequest) -> Plan:
         """Return what to try for a request.  Raises OblixError: an unknown model, no key, nothing that can answer."""
-        snapshot = self.snapshot()
-        if request.model not in ("auto", "local", "cloud"):
-            return self._plan_of_one(request, snapshot)
-        only = None if request.model == "auto" else Side(request.model)
-        refusals = {target: refused for target in snapshot.targets
-                    if (refused := self._refusal(request, target, snapshot))}
-        plan = rank(snapshot, {target: refused.message for target, refused in refusals.items()}, only,
-                    work_of(request) if len(snapshot.targets) > 1 else USUAL_WORK)
+        snapshot, alias = self.snapshot(), self.alias_of(request.model)
+        asked = [name if name in OWN_NAMES else self.resolve(name, snapshot)
+                 for name in self.meaning_of(request.model)]
+        if len(asked) == 1 and isinstance(asked[0], Target):
+            plan = self._plan_of_one(request, asked[0])
+        else:
+            plan = self._plan_of_all(request, asked, snapshot)
+        return dataclasses.replace(plan, reason=f"{alias}: {plan.reason}") if alias else plan
+
+    def _plan_of_all(self, request: ChatRequest, asked: Sequence[str | Target], snapshot: Snapshot) -> Plan:
+        """Return the plan for Oblix's own names, and for targets, one after the other.  Raises OblixError."""
+        more = [one for one in asked if isinstance(one, Target) and one not in snapshot.targets]
+        targets = (*snapshot.targets, *more)
+        refusals = {target: refused for target in targets if (refused := self._refusal(request, target, snapshot))}
+        told = {target: refused.message for target, refused in refusals.items()}
+        work = work_of(request) if len(targets) > 1 else USUAL_WORK
+        plan = in_turn([rank_one(one, snapshot, told, work) if isinstance(one, Target) else
+                        rank(snapshot, told, None if one == "auto" else Side(one), work) for one in asked])
         if not plan.order and not plan.last_resort:
-            raise self._nothing_left(plan, refusals, snapshot, [target for target in snapshot.targets
-                                                                if only in (None, target.side)])
+            raise self._nothing_left(plan, refusals, snapshot, [
+                target for target in targets if any(one in ("auto", target.side, target) for one in asked)])
         return plan
 
-    def _plan_of_one(self, request: ChatRequest, snapshot: Snapshot) -> Plan:
-        """Return the plan for a model that was named: it alone, whatever is known of it."""
-        target = self.resolve(request.model, snapshot)
+    @staticmethod
+    def _plan_of_one(request: ChatRequest, target: Target) -> Plan:
+        """Return the plan for a model that was named: it alone, whatever is known of it.  Raises OblixError."""
         refused = PROVIDERS[target.endpoint.provider].refusal(request)
         if refused:
             raise refused
@@ -5282,12 +5499,51 @@ class Gateway:
 
     def models(self) -> list[Json]:
         """Return all models that can be asked for, as GET /v1/models lists them.  Does not wait."""
-        snapshot, found = self.snapshot(), dict.fromkeys(("auto", "local", "cloud"), (0, "oblix"))
-        found.update({target.id: (0, target.endpoint.provider) for target in snapshot.targets})
-        found.update({"ollama:" + model.name.removesuffix(":latest"): (model.created, "ollama")
-                      for model in installed(self._ollama, snapshot.readings)})
-        return [{"id": id, "object": "model", "created": created, "owned_by": owner}
-                for id, (created, owner) in found.items()]
+        return [model_item(id, model) for id, model in self.catalogue().items()]
+
+    def catalogue(self) -> dict[str, Model]:
+        """Return what is known of each name that can be asked for.  Does not wait."""
+        snapshot, aliases = self.snapshot(), [alias.name for alias in self.aliases if not alias.is_pattern]
+        found = {name: self.known(name, snapshot) for name in (*OWN_NAMES, *aliases)}
+        found.update({target.id: self._planned(target, snapshot) for target in snapshot.targets})
+        for model in installed(self._ollama, snapshot.readings):
+            target = Target(self._ollama, model.name.removesuffix(":latest"), Side.LOCAL)
+            found[target.id] = self._planned(target, snapshot, model)
+        return found
+
+    def known(self, name: str, snapshot: Snapshot) -> Model:
+        """Return what is known of a name, listed or not.  Raises BadRequest (404)."""
+        meant = self.meaning_of(name)
+        found = [(target.side, self._planned(target, snapshot)) for one in meant for target in (
+            self._answering(one, snapshot) if one in OWN_NAMES else [self.resolve(one, snapshot)])]
+        return found[0][1] if len(meant) == 1 and meant[0] not in OWN_NAMES else in_common(found)
+
+    @staticmethod
+    def _answering(name: str, snapshot: Snapshot) -> tuple[Target, ...]:
+        """Return the targets that may answer now for one of Oblix's own names."""
+        plan = rank(snapshot, {}, None if name == "auto" else Side(name))
+        return plan.order or plan.last_resort
+
+    def _planned(self, target: Target, snapshot: Snapshot, model: Model | None = None) -> Model:
+        """Return what clients may plan with for a target, whose model may be known."""
+        model = model or model_of(target, reading_of(target, snapshot.readings)) or Model(target.model)
+        model = dataclasses.replace(model, context=self.context_of(target, model))
+        return PROVIDERS[target.endpoint.provider].planned(
+            model, snapshot.record(target).context, free_bytes(target, snapshot.readings))
+
+
+def in_common(models: Sequence[tuple[Side, Model]]) -> Model:
+    """Return what holds whichever of these models answers.
+
+    What a cloud does not tell counts only if no local model tells: that one's window is smaller, its abilities fewer.
+    """
+    def shared(fact: str, merge: Callable[[Any], Any]) -> Any:
+        told = [(side, getattr(model, fact)) for side, model in models]
+        needed = [value for side, value in told if side is Side.LOCAL] or [value for _, value in told]
+        return merge([value for _, value in told if value]) if needed and all(needed) else None
+    return Model("", capabilities=shared("capabilities", lambda sets: frozenset.intersection(*sets)),
+                 max_context=shared("max_context", min) or 0, max_output=shared("max_output", min) or 0,
+                 parameters=tuple(sorted(shared("parameters", lambda lists: set.intersection(*map(set, lists))) or ())))
 
 
 @functools.lru_cache(4)
@@ -5374,9 +5630,10 @@ class Dispatch:
         self._gateway, self._request, self._look = gateway, request, look
         self._settings, self.ledger = gateway.settings, gateway.ledger
         self._until = time.monotonic() + self._settings.request_timeout_s
-        self._heard = request.model == "cloud" or gateway.heard.is_set()
+        self._meant = gateway.meaning_of(request.model)
+        self._heard = self._meant == ("cloud",) or gateway.heard.is_set()
         self._plan = self._first_plan()
-        self._named = request.model not in ("auto", "local", "cloud")
+        self._named = len(self._meant) == 1 and self._meant[0] not in OWN_NAMES
         self._failed: list[_Failure] = []
         self._fallbacks: list[tuple[str, str]] = []
         self._overtaken: list[Target] = []
@@ -5407,7 +5664,7 @@ class Dispatch:
         The request may be the first one after a start.  Then wait until somebody is known to be there, if not for long.
         """
         gateway, until = self._gateway, time.monotonic() + PROBE_LIMITS.first_byte_s
-        while not self._heard and self._request.model == "auto" and time.monotonic() < until and not any(
+        while not self._heard and "auto" in self._meant and time.monotonic() < until and not any(
                 one.endpoint and one.known and one.level < Level.OUT for one in gateway.watch.readings):
             self._heard = self._wait(gateway.heard, TICK_S)
         try:
@@ -5530,7 +5787,7 @@ class Dispatch:
         if target.endpoint.provider != "ollama":
             return 0
         context, loader = 0, self._gateway.loader
-        if self._request.model == "local":    # for `auto` a cloud is as good
+        if self._meant == ("local",):    # for `auto` a cloud is as good
             self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.first_byte_s)
         for _ in range(2):    # the load that was joined may have been for a smaller context
             load, snapshot = loader.under_way.get(target), self._gateway.snapshot()
@@ -5786,7 +6043,7 @@ def _all_failed(plan: Plan, failed: Sequence[_Failure]) -> OblixError:
 
 
 # === 10. Response out =================================================================================================
-# uses: 1; pure
+# uses: 1 6; pure
 # What does any client get, whichever API it speaks?  Counts, errors, and one answer of two where the first broke off.
 
 # The prompt for another model to continue.  A prefill would be shorter, but the newer Claude models refuse one.
@@ -5850,6 +6107,30 @@ def without_overlap(said: str, more: str) -> str:
     return more[next((size for size in sizes if said.endswith(more[:size])), 0):]
 
 
+def rfc3339(seconds: int) -> str:
+    """Return a unix time as RFC 3339 has it."""
+    within = min(max(seconds, 0), 253_402_300_799)    # of the years 1970 to 9999
+    return datetime.datetime.fromtimestamp(within, datetime.timezone.utc).isoformat().replace("+00:00", "Z")
+
+
+def model_item(id: str, model: Model) -> Json:
+    """Return a model as a list has it for clients of OpenAI, OpenRouter and Anthropic, without what is unknown."""
+    inputs = ["text", *(kind for ability, kind in INPUTS.items() if ability in (model.capabilities or ()))]
+    return {"id": id, "object": "model", "created": model.created, "owned_by": model.provider or "oblix",
+            "type": "model", "name": model.title or id, "display_name": model.title or id,
+            "created_at": rfc3339(model.created), "lifecycle": "active",
+            **present({"context_length": model.max_context, "max_input_tokens": model.max_context,
+                       "max_output_tokens": model.max_output, "max_tokens": model.max_output,
+                       "architecture": model.capabilities and {"input_modalities": inputs},
+                       "supported_parameters": [*model.parameters]})}
+
+
+def model_list(items: list[Json]) -> Json:
+    """Return the list of models that OpenAI's, Anthropic's and Codex's clients read; the last wants `models`."""
+    return {"object": "list", "data": items, "has_more": False, "first_id": items[0]["id"],
+            "last_id": items[-1]["id"], "models": []}
+
+
 def error_body(error: OblixError) -> Json:
     """Return the error object that the SDKs read (OpenAI API reference, errors)."""
     return {"error": {"message": error.message or type(error).__name__, "type": error.type, "param": error.param,
@@ -5867,7 +6148,7 @@ def error_headers(error: OblixError) -> dict[str, str]:
 
 
 # === 11. Fronts =======================================================================================================
-# uses: 1 3 10; pure
+# uses: 1 3 6 10; pure
 # Which APIs do clients speak?  A front is the mirror image of a provider: it makes a ChatRequest of a client's body,
 # and that API's answer, events and errors of what is said inside.  Nothing between the two knows which front was asked.
 # To add one: subclass Front, and Writer for its streams, and name it in FRONTS.
@@ -5976,13 +6257,54 @@ class Chat(Front):
         return _ChatWriter(request)
 
 
-CHAT = Chat()
+# --- 11. Ollama's lists of models -------------------------------------------------------------------------------------
+
+# The first version with all the APIs that Oblix has: /v1/responses came with 0.13.4 (Codex asks for it), /v1/messages
+# with 0.14.0.  VS Code wants 0.6.4.
+OLLAMA_VERSION = "0.14.0"
+_DETAILS = {"parent_model": "", "format": "", "family": "oblix", "families": ["oblix"], "parameter_size": "",
+            "quantization_level": ""}    # Zed reads no list in which one is missing
+
+
+class OllamaApi(Front):
+    """What all of Ollama's paths have in common."""
+
+    def error(self, error: OblixError) -> Json:
+        return {"error": error.message or type(error).__name__}
+
+
+def ollama_entry(id: str, model: Model) -> Json:
+    """Return a model's entry in /api/tags: an installed one's as Ollama has it."""
+    name = id.removeprefix("ollama:")
+    name = name if ":" in name else name + ":latest"
+    # What nobody knows of may take tools: a client sends none to a model that does not say so.
+    return {"modified_at": rfc3339(model.created), "size": model.size, "digest": f"{number_for(id):08x}" * 8,
+            "capabilities": sorted(model.capabilities or ("completion", "tools")), **present(model.entry),
+            "name": name, "model": name, "details": {**_DETAILS, **(model.entry.get("details") or {})}}
+
+
+def ollama_details(id: str, model: Model) -> Json:
+    """Return the answer of /api/show.  Clients read the window at the architecture's name, as VS Code and Zed do."""
+    entry = ollama_entry(id, model)
+    family = entry["details"]["family"] or "oblix"
+    return {"license": "", "modelfile": "", "parameters": "", "template": "", "system": "",
+            **{name: entry[name] for name in ("details", "capabilities", "modified_at")},
+            "model_info": {"general.architecture": family, **present({f"{family}.context_length": model.max_context}),
+                           "general.basename": model.title or id.removesuffix(":latest")}}
+
+
+def ollama_loaded(models: Iterable[Model]) -> Json:
+    """Return the answer of /api/ps: what Ollama has in memory, as it says it."""
+    return {"models": [*{str(model.loaded["name"]): model.loaded for model in models if model.loaded}.values()]}
+
+
+CHAT, OLLAMA = Chat(), OllamaApi()
 FRONTS: dict[str, Front] = {"/chat/completions": CHAT}    # by path, without /v1
 
 
 def front_of(head: Head) -> Front:
     """Return the front in whose shape a request is answered, whatever is wrong with it."""
-    return FRONTS.get(head.path, CHAT)
+    return FRONTS.get(head.path) or (OLLAMA if head.path.startswith("/api/") else CHAT)
 
 
 # === 12. Server =======================================================================================================
@@ -6327,7 +6649,8 @@ class Handler(socketserver.BaseRequestHandler):
     def _route(self) -> None:
         """Answer the request.  Raise OblixError, ClientGone."""
         head, path = self.head, self.head.path
-        methods, answer = ROUTES.get("/models/" if path.startswith("/models/") else path, ((), None))
+        place = next((place for place in ("/models/", "/api/blobs/") if path.startswith(place)), path)
+        methods, answer = ROUTES.get(place, ((), None))
         if head.method == "OPTIONS":
             return self.reply(204, b"", {"Allow": ", ".join([*(methods or ("GET", "HEAD", "POST")), "OPTIONS"])})
         if answer is None:
@@ -6357,18 +6680,36 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _models(self) -> None:
         gateway, wanted = self.server.gateway, urllib.parse.unquote(self.head.path[len("/models/"):])
-        known = {model["id"]: model for model in gateway.models()}
-        if wanted and wanted not in known:    # chat takes other spellings, and names that are not listed
-            target = gateway.resolve(wanted, gateway.snapshot())
-            check_fields({"model": wanted}, FIELDS, ())
-            unlisted = {"id": "", "object": "model", "created": 0, "owned_by": target.endpoint.provider}
-            known[wanted] = {**known.get(target.id, unlisted), "id": wanted}
-        self.json(200, known[wanted] if wanted else {"object": "list", "data": [*known.values()]})
+        if not wanted:
+            return self.json(200, model_list(gateway.models()))
+        model = gateway.known(wanted, gateway.snapshot())
+        check_fields({"model": wanted}, FIELDS, ())
+        self.json(200, model_item(wanted, model))
+
+    def _ollama_models(self) -> None:
+        self.json(200, {"models": [*itertools.starmap(ollama_entry, self.server.gateway.catalogue().items())]})
+
+    def _ollama_loaded(self) -> None:
+        self.json(200, ollama_loaded(self.server.gateway.catalogue().values()))
+
+    def _ollama_model(self) -> None:
+        body, gateway = parse_body(self.body()), self.server.gateway
+        name: Any = body.get("model") or body.get("name")
+        check_fields({"model": name}, FIELDS, ("model",))
+        with contextlib.suppress(BadRequest):
+            model = gateway.known(name, gateway.snapshot())
+            if model.entry or model.provider != "ollama" or name in gateway.catalogue():
+                return self.json(200, ollama_details(name, model))
+        raise BadRequest(f"model '{name}' not found", status=404, code="model_not_found")
+
+    def _ollama_only(self) -> None:
+        raise BadRequest("Oblix does not manage models: do that at Ollama's own address, "
+                         f"{self.server.gateway.ollama_url}. Oblix finds what it has.", status=403, code="not_here")
 
     def _chat(self) -> None:
         """Answer a request for a model's words.  Raise OblixError, ClientGone."""
         self._front = front = FRONTS[self.head.path]
-        request = front.request(parse_body(self.body()), self.head)
+        request = routed(front.request(parse_body(self.body()), self.head), self.head)
         self.told["asked"] = request.model
         self.admission.take(1, 0)
         self.guest.busy = True
@@ -6456,7 +6797,12 @@ _READ = ("GET", "HEAD")
 ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Handler], None] | None]] = {
     **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), "/": (_READ, Handler._page),
     "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models),
-    "/metrics": (_READ, Handler._metrics), "/status": (_READ, Handler._status)}
+    "/metrics": (_READ, Handler._metrics), "/status": (_READ, Handler._status),
+    "/api/version": (_READ, lambda handler: handler.json(200, {"version": OLLAMA_VERSION})),
+    "/api/tags": (_READ, Handler._ollama_models), "/api/ps": (_READ, Handler._ollama_loaded),
+    "/api/show": (("POST",), Handler._ollama_model),
+    **{f"/api/{name}": ((*_READ, "POST", "DELETE"), Handler._ollama_only)
+       for name in ("pull", "push", "create", "copy", "delete", "blobs/")}}
 
 QUIET = ("/health", "/", "/metrics", "/status")    # asked again and again: a good answer is logged at debug only
 REASONS = {int(status): status.phrase for status in http.HTTPStatus}
