@@ -16260,6 +16260,16 @@ class Codex(CodingAgent):
         self.assertIn("no-such-model", self.codex("no-such-model")[1][-1])
 
 
+class TriedClients(Case):
+    def test_the_readme_names_the_versions_that_ci_runs(self):
+        pins = "\n".join(path.read_text() for path in (HERE / ".ci").glob("*") if path.name in ("run", "clients.txt"))
+        need(pins, IMPOSSIBLE + ": this copy has no .ci")
+        rows = re.findall(r"^\| [^|]+ \| ([\d., ]+) \| ", README.split("\n## Clients\n")[1].split("\n## ")[0], re.M)
+        self.assertGreater(len(rows), 10)
+        for version in ", ".join(rows).split(", "):
+            self.assertRegex(pins, "[@=]%s\\b" % re.escape(version))
+
+
 # --- A real model ---
 
 MODEL_SERVER = """
