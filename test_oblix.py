@@ -16296,8 +16296,8 @@ class RealModel(Case):
             [python, "-c", MODEL_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         address = self.process.stdout.readline().strip()
         cloud = stack.enter_context(Upstream(OPENAI))
-        server = stack.enter_context(running(cloud, flags=[f"--local-model=openai:smollm2@{address}/v1"]))
-        client = openai.OpenAI(base_url=server.url + "/v1", api_key="placeholder", max_retries=0)
+        self.server = stack.enter_context(running(cloud, flags=[f"--local-model=openai:smollm2@{address}/v1"]))
+        client = openai.OpenAI(base_url=self.server.url + "/v1", api_key="placeholder", max_retries=0)
         self.chat = stack.enter_context(client).chat.completions
 
     def test_it_answers_auto_whole_and_streamed_and_stops_where_told(self):
@@ -16312,6 +16312,19 @@ class RealModel(Case):
         self.assertGreater(chunks[-1].usage.completion_tokens, 3)
         short = self.chat.create(**{**self.question, "max_tokens": 3})
         self.assertEqual((short.choices[0].finish_reason, short.usage.completion_tokens), ("length", 3))
+
+    def test_it_answers_through_every_api(self):
+        said = [{"role": "user", "content": "Say hello."}]
+        for path, body in [("/v1/responses", {"input": said, "max_output_tokens": 24}),
+                           ("/v1/messages", {"messages": said, "max_tokens": 24}),
+                           ("/v1/completions", {"prompt": "Say hello.", "max_tokens": 24}),
+                           ("/api/chat", {"messages": said, "options": {"num_predict": 24}}),
+                           ("/api/generate", {"prompt": "Say hello.", "options": {"num_predict": 24}})]:
+            for stream in (False, True):
+                with self.subTest(path, stream=stream):
+                    reply = fetch(self.server, "POST", path, json.dumps({"model": "auto", "stream": stream, **body}))
+                    self.assertEqual((reply.status, reply.headers["x-oblix-model"]), (200, "openai:smollm2"))
+                    self.assertIn("Hello", reply.body.decode())
 
     def test_the_cloud_answers_when_it_dies(self):
         self.process.kill()
