@@ -16296,7 +16296,8 @@ class RealModel(Case):
             [python, "-c", MODEL_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         address = self.process.stdout.readline().strip()
         cloud = stack.enter_context(Upstream(OPENAI))
-        self.server = stack.enter_context(running(cloud, flags=[f"--local-model=openai:smollm2@{address}/v1"]))
+        self.server = stack.enter_context(running(
+            cloud, flags=[f"--local-model=openai:smollm2@{address}/v1", "--first-byte-timeout-s=60"]))
         client = openai.OpenAI(base_url=self.server.url + "/v1", api_key="placeholder", max_retries=0)
         self.chat = stack.enter_context(client).chat.completions
 
