@@ -16297,7 +16297,8 @@ class RealModel(Case):
         address = self.process.stdout.readline().strip()
         cloud = stack.enter_context(Upstream(OPENAI))
         self.server = stack.enter_context(running(
-            cloud, flags=[f"--local-model=openai:smollm2@{address}/v1", "--first-byte-timeout-s=60"]))
+            cloud, flags=[f"--local-model=openai:smollm2@{address}/v1", "--first-byte-timeout-s=60",
+                          "--stall-timeout-s=60"]))
         client = openai.OpenAI(base_url=self.server.url + "/v1", api_key="placeholder", max_retries=0)
         self.chat = stack.enter_context(client).chat.completions
 
@@ -16315,15 +16316,16 @@ class RealModel(Case):
         self.assertEqual((short.choices[0].finish_reason, short.usage.completion_tokens), ("length", 3))
 
     def test_it_answers_through_every_api(self):
-        said = [{"role": "user", "content": "Say hello."}]
-        for path, body in [("/v1/responses", {"input": said, "max_output_tokens": 24}),
-                           ("/v1/messages", {"messages": said, "max_tokens": 24}),
-                           ("/v1/completions", {"prompt": "Say hello.", "max_tokens": 24}),
-                           ("/api/chat", {"messages": said, "options": {"num_predict": 24}}),
-                           ("/api/generate", {"prompt": "Say hello.", "options": {"num_predict": 24}})]:
+        said, cold = [{"role": "user", "content": "Say hello."}], {"temperature": 0}
+        for path, body in [("/v1/responses", {"input": said, "max_output_tokens": 24, **cold}),
+                           ("/v1/messages", {"messages": said, "max_tokens": 24, **cold}),
+                           ("/v1/completions", {"prompt": "Say hello.", "max_tokens": 24, **cold}),
+                           ("/api/chat", {"messages": said, "options": {"num_predict": 24, **cold}}),
+                           ("/api/generate", {"prompt": "Say hello.", "options": {"num_predict": 24, **cold}})]:
             for stream in (False, True):
                 with self.subTest(path, stream=stream):
-                    reply = fetch(self.server, "POST", path, json.dumps({"model": "auto", "stream": stream, **body}))
+                    body = {"model": "local", "stream": stream, **body}
+                    reply = fetch(self.server, "POST", path, json.dumps(body), timeout=100)
                     self.assertEqual((reply.status, reply.headers["x-oblix-model"]), (200, "openai:smollm2"))
                     self.assertIn("Hello", reply.body.decode())
 
