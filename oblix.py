@@ -17,8 +17,8 @@ The life of a request
 The language inside is OpenAI's.  A request is an OpenAI chat request and the pieces of an answer are OpenAI
 `chat.completion.chunk` objects, so there is no third vocabulary.  Fronts translate between it and the API that a client
 speaks, providers between it and the API that a server speaks.  Two providers translate (Ollama, Claude) and are always
-streamed.  Whichever server answers, `in_order` makes OpenAI's reference of what it says, and `fold` a whole
-answer of a stream.  All answers, whole or not, take this one way.
+streamed; Claude gets its own clients' requests as they came.  Whichever server answers, `in_order` makes OpenAI's
+reference of what it says, and `fold` a whole answer of a stream.  All answers, whole or not, take this one way.
 
 Promises, each held by a test of its name
   1. A client never sees two beginnings: targets change before the first content has been sent, never after.
@@ -354,6 +354,7 @@ class OblixError(Exception):
     """An error for the client, in OpenAI's shape; each subclass knows its status and type."""
     status, type = 500, "server_error"
     code: str | None = None
+    request_id = ""                             # of the client's request, once it is answered with this
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None,
                  status: int | None = None, type: str | None = None, retry: bool | None = None,
@@ -871,7 +872,9 @@ def check_body_kind(head: Head) -> None:
 # --- 3. Access --------------------------------------------------------------------------------------------------------
 
 EXPOSED = ("x-oblix-model, x-oblix-side, x-oblix-reason, x-oblix-attempts, x-oblix-left-out, x-request-id, "
-           "x-should-retry, retry-after")
+           "request-id, x-should-retry, retry-after")
+
+_KEY_FIELDS = ("api-key", "x-api-key")    # of Azure's clients, of Anthropic's
 
 # Schemes of pages that are part of an installed program; a page from elsewhere has http:, https: or null.  `file:` and
 # browsers' extensions are left out: a download is from elsewhere, and an extension runs beside every page.
@@ -900,9 +903,10 @@ class Guard:
         if "origin" in head.fields and not self.welcomes(head):
             raise BadRequest("Pages of this origin may not use this server. Start Oblix with --allow-origin "
                              f"{head.fields['origin'][:100]} if they should.", status=403, code="origin_not_allowed")
-        if self.key and not head.is_preflight and not (self.is_public(head) or self._knows_key(head)):
+        is_page = head.method in ("GET", "HEAD") and head.path == "/"    # it holds no facts, and sends the key for them
+        if self.key and not (head.is_preflight or is_page or self.is_public(head) or self._knows_key(head)):
             raise BadRequest("The key of this Oblix is missing or wrong: send the one of --api-key or OBLIX_API_KEY "
-                             "as `Authorization: Bearer …`.", status=401, type="authentication_error",
+                             "as `Authorization: Bearer …` or `x-api-key: …`.", status=401, type="authentication_error",
                              code="invalid_api_key", retry=False)
 
     def _is_own(self, host: str) -> bool:
@@ -920,12 +924,13 @@ class Guard:
     def is_public(self, head: Head) -> bool:
         """Return True for GET /health without the key that is set: its answer has only status and version."""
         return bool(self.key) and head.method in ("GET", "HEAD") and head.path == "/health" and not (
-            {"authorization", "api-key"} & head.fields.keys())
+            {"authorization", *_KEY_FIELDS} & head.fields.keys())
 
     def _knows_key(self, head: Head) -> bool:
         import hmac  # which loads libcrypto: see the imports
         scheme, _, token = head.fields.get("authorization", "").partition(" ")
-        given = [token.strip() if scheme.lower() == "bearer" else "", head.fields.get("api-key", "")]
+        given = [token.strip() if scheme.lower() == "bearer" else "",
+                 *(head.fields.get(name, "") for name in _KEY_FIELDS)]
         key = self.key.encode()    # in constant time, so that nobody finds it letter by letter
         return any(hmac.compare_digest(key, one.encode("latin-1")) for one in given)
 
@@ -3746,6 +3751,9 @@ def _claude_model(name: str) -> _ClaudeModel:
     return next(model for pattern, model in _CLAUDE_MODELS if re.fullmatch(pattern, base, re.S))
 
 
+_CLAUDE_TEXTS = (("content", "text"), ("reasoning_content", "thinking"))    # in a chunk, in a block or its delta
+
+
 class Claude(Provider):
     """Anthropic's Messages API, in both directions."""
     name, label = "claude", "Claude"
@@ -3786,6 +3794,8 @@ class Claude(Provider):
         return super().refuse_part(part)
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
+        if request.native_to(self.name):
+            return {**request.native_to(self.name).body, "model": target.model}  # type: ignore[union-attr]
         body, model = request.body, _claude_model(target.model)
         system, turns = claude_conversation(without_deprecated(request.messages), model.prefill)
         choice, schema = chosen_tools(body)[1], json_wanted(body)
@@ -3864,7 +3874,17 @@ class Claude(Provider):
     def passes_text(self, request: ChatRequest) -> bool:
         return json_wanted(request.body) != {}
 
-    def _chunks(self, lines: Lines, own: dict[str, Json]) -> Iterator[Any]:
+    def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
+        return self._chunks(lines, {}, True) if request.native_to(self.name) else super().decode(lines, request)
+
+    def whole(self, raw: bytes, request: ChatRequest) -> Json:
+        if not request.native_to(self.name):
+            return super().whole(raw, request)
+        answer, message = fold(super().decode(raw.splitlines(), request)), object_in(raw)
+        return {**answer, "native": message} if message else answer
+
+    def _chunks(self, lines: Lines, own: dict[str, Json], is_native: bool = False) -> Iterator[Any]:
+        """Yield what the events say; native ones are passed on, each within its first chunk."""
         usage, stop = Json(), Json()
         blocks: dict[int, Json] = {}
         for data in sse_data(lines):
@@ -3872,25 +3892,31 @@ class Claude(Provider):
                 yield data
                 continue
             event = event_of(data)
-            kind = str(event.get("type"))
+            kind, said = str(event.get("type")), list[Chunk]()
             if kind.startswith("content_block_"):
-                yield from self._said(event, blocks, own)
+                said.extend(self._said(event, blocks, own))
             elif kind in ("message", "message_start"):    # whole, or streamed
                 if blocks:    # a relay that failed and started over
                     raise UpstreamError("a second answer began before the first had ended", code="upstream_cut")
                 stop = event if kind == "message" else event.get("message") or {}
                 usage.update(stop.get("usage") or {})
-                yield chunk_of(content="")
-                for index, end in itertools.product(range(len(event.get("content") or ())), ("start", "stop")):
-                    part = {"type": f"content_block_{end}", "index": index, "content_block": event["content"][index]}
-                    yield from self._said(part, blocks, own)
+                said.extend(self._begun(event, blocks, own))
             elif kind == "message_delta":
                 stop = {**stop, **(event.get("delta") or {})}
                 usage.update({name: count for name, count in (event.get("usage") or {}).items() if count is not None})
-            if kind in ("message", "message_stop"):
-                yield from self._end(stop, usage)
+            is_end = kind in ("message", "message_stop")
+            said.extend(self._end(stop, usage) if is_end else ())
+            yield from _with_native(event, said) if is_native else said
+            if is_end:
                 return
         raise cut()
+
+    def _begun(self, event: Json, blocks: dict[int, Json], own: dict[str, Json]) -> Iterator[Chunk]:
+        """Yield what a message says as it begins: all, if it is whole."""
+        yield chunk_of(content="")
+        for index, end in itertools.product(range(len(event.get("content") or ())), ("start", "stop")):
+            part = {"type": f"content_block_{end}", "index": index, "content_block": event["content"][index]}
+            yield from self._said(part, blocks, own)
 
     @staticmethod
     def _said(event: Json, blocks: dict[int, Json], own: dict[str, Json]) -> Iterator[Chunk]:
@@ -3901,7 +3927,8 @@ class Claude(Provider):
         index, kind, piece = event.get("index") or 0, event["type"], event.get("delta") or {}
         block = blocks.setdefault(index, {})
         if kind == "content_block_start":
-            block = blocks[index] = piece = event["content_block"]    # its text is mostly empty
+            piece = event["content_block"]    # its text is mostly empty
+            block = blocks[index] = {**piece}
             if block["type"] == "tool_use":
                 function = own.get(str(block.get("name"))) or block
                 block.update(json=[], keys={claude_key(name): name for name in tool_schema(function)["properties"]
@@ -3916,7 +3943,7 @@ class Claude(Provider):
             if block["keys"] and isinstance(whole, dict):
                 whole = {block["keys"].get(name, name): value for name, value in whole.items()}
             yield from [] if text and not block["keys"] else [tool_chunk(index, whole or text or {})]
-        said = present({"content": piece.get("text"), "reasoning_content": piece.get("thinking")})
+        said = present({name: text_in(piece.get(field) or "") for name, field in _CLAUDE_TEXTS})
         if said:
             yield chunk_of(**said)
 
@@ -3932,6 +3959,12 @@ class Claude(Provider):
                          "completion_tokens": usage.get("output_tokens"),
                          "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
                          **present({"completion_tokens_details": present({"reasoning_tokens": thinking})})}}
+
+
+def _with_native(event: Json, said: Sequence[Chunk]) -> Iterator[Chunk]:
+    """Yield an event's chunks for a client of its own dialect: the first has the event, and the others nothing."""
+    for number, chunk in enumerate(said or ({},)):
+        yield {"choices": [], **chunk, "native": {} if number else event}
 
 
 def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[Json], list[Json]]:
@@ -5344,6 +5377,8 @@ class Gateway:
                                           or its == "ollama" and full_name(model) == full_name(target.model)):
                 return target
         spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
+        if not (provider or spelt) and model.startswith("claude-") and not self._default_endpoints["claude"].lacks_key:
+            provider = "claude"    # Anthropic's clients name its models so
         if not model or not (provider or spelt):
             raise self._unknown(name, snapshot)
         endpoint = self._default_endpoints[provider or "ollama"]
@@ -5445,6 +5480,21 @@ class Gateway:
         What is returned has content; whatever happens later is told in its chunks' UpstreamError.
         """
         return Dispatch(self, request, look).run()
+
+    def counted(self, request: ChatRequest) -> int | None:
+        """Return how many tokens the server of a named target counts, or None if it does not at once."""
+        names = self.meaning_of(request.model)
+        with contextlib.suppress(OblixError, *NOT_IN_ITS_FORMAT):
+            if len(names) > 1 or names[0] in OWN_NAMES:    # nobody knows who will answer
+                return None
+            target = self.resolve(names[0], self.snapshot())
+            native, provider = request.native_to(target.endpoint.provider), PROVIDERS[target.endpoint.provider]
+            if native and not target.endpoint.lacks_key:
+                headers = {**provider.headers(target.endpoint), **dict(native.headers)}
+                with contextlib.closing(self.transport.open(target.endpoint.base_url + native.path, headers, dumps(
+                        provider.encode(request, target)), PROBE_LIMITS)) as answer:
+                    return int(loads(answer.body(within_first_byte=True))["input_tokens"])
+        return None
 
     def note(self, target: Target, error: UpstreamError | None) -> None:
         """Learn from an attempt that has failed, or with None succeeded."""
@@ -6077,7 +6127,7 @@ def continuation(request: ChatRequest, text: str, tokens: int) -> ChatRequest | 
             body[name] -= tokens
             if body[name] < 1:
                 return None
-    return dataclasses.replace(request, body=body)
+    return dataclasses.replace(request, body=body, native=None)
 
 
 def continued(chunks: Iterable[Chunk], first: Chunk, text: str, by: str) -> Iterator[Chunk]:
@@ -6191,6 +6241,10 @@ class Front:
         """Return the body of an error."""
         return error_body(error)
 
+    def headers(self, request_id: str) -> dict[str, str]:
+        """Return the headers of each reply that this API has besides those of all replies."""
+        return {}
+
 
 # --- 11. OpenAI's chat completions ------------------------------------------------------------------------------------
 
@@ -6257,6 +6311,356 @@ class Chat(Front):
         return _ChatWriter(request)
 
 
+# --- 11. Anthropic's Messages -----------------------------------------------------------------------------------------
+
+_MESSAGES_FIELDS: dict[str, Rule] = {
+    **{name: FIELDS[name] for name in ("model", "messages", "stream", "temperature", "top_p", "tools")},
+    "max_tokens": (lambda value: type(value) is int and 0 <= value < MOST_TOKENS, "must be an integer from 0"),
+    "system": (lambda value: isinstance(value, (str, list)), "must be a string or a list of text blocks"),
+    "stop_sequences": (lambda value: isinstance(value, list) and FIELDS["stop"][0](value), "must be a list of strings"),
+    **dict.fromkeys(("tool_choice", "thinking", "output_config", "output_format"), FIELDS["stream_options"]),
+}
+# The blocks that others than Claude can be asked with, and the types of their fields.
+_BLOCK_FIELDS: dict[str, dict[str, Any]] = {
+    "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict}, "thinking": {"thinking": str},
+    "tool_use": {"id": str, "name": str, "input": dict},
+    "tool_result": {"tool_use_id": str, "content": (str, list, type(None))}}
+_SOURCE_FIELDS = {"base64": ("media_type", "data"), "url": ("url",), "file": ("file_id",), "text": ("data",)}
+# What Claude Code says anew in each request, so that no server's cache of the prompt would fit any more: the first
+# block of the system (llama.cpp's pull request 20623), and what is left of its budget (omlx#2881, ollama's 17918).
+_BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n?")
+_COUNTDOWN = re.compile(r"<total_tokens>\s*\d+ tokens left\s*</total_tokens>")
+_TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_STOPS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
+_ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
+                409: "conflict_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+                504: "timeout_error", 529: "overloaded_error"}
+_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking")}    # of blocks; of calls:
+_CALL_DELTA = ("input_json_delta", "partial_json")
+BYTES_A_TOKEN = 3.5    # as Anthropic's glossary has it for Claude; other tokenizers have 3 to 4 bytes
+
+
+def prompt_tokens(request: ChatRequest) -> int:
+    """Return about how many tokens a prompt has, by its size."""
+    return math.ceil(request.size / BYTES_A_TOKEN)
+
+
+def messages_body(body: Json) -> tuple[Json, tuple[str, ...]]:
+    """Return a Messages body as a chat body, and the tools that it leaves out.  Raises BadRequest."""
+    own = [tool for tool in body.get("tools") or () if tool.get("type") in (None, "custom")]
+    for number, tool in enumerate(own):
+        need(isinstance(tool.get("name"), str) and isinstance(tool.get("input_schema"), dict), f"tools.{number}",
+             'must be like {"name": …, "description": …, "input_schema": {…}}')
+    tools = [{"type": "function", "function": {"name": tool["name"], "description": tool.get("description"),
+                                               "parameters": tool["input_schema"]}} for tool in own]
+    config, choice = body.get("output_config") or {}, body.get("tool_choice") or {"type": "auto"}
+    form = config.get("format") or body.get("output_format")
+    schema = form.get("schema") if isinstance(form, dict) else None
+    kind, name = str(choice.get("type")), choice.get("name")
+    need(kind in _TOOL_CHOICES or isinstance(name, str), "tool_choice",
+         'must have the type auto, any or none, or name a tool: {"type": "tool", "name": …}')
+    told: Json = {name: body.get(name) for name in ("model", "temperature", "top_p", "stream")}
+    told.update(
+        messages=_chat_messages(body), tools=tools, stop=body.get("stop_sequences"),
+        max_tokens=body.get("max_tokens") or None, stream_options={"include_usage": True},
+        tool_choice=_TOOL_CHOICES.get(kind, {"type": "function", "function": {"name": name}}),
+        parallel_tool_calls=False if choice.get("disable_parallel_tool_use") else None,
+        reasoning_effort=_effort_meant(body.get("thinking") or {}, config),
+        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        if isinstance(schema, dict) else None)
+    return told, tuple([str(tool["type"]) for tool in body.get("tools") or () if tool not in own])
+
+
+def _effort_meant(thinking: Json, config: Json) -> str | None:
+    """Return the reasoning_effort that Anthropic's fields mean, or None for the model's own."""
+    kind, budget = thinking.get("type"), thinking.get("budget_tokens")
+    if kind == "disabled":
+        return "none"
+    if isinstance(config.get("effort"), str):
+        return config["effort"]  # type: ignore[no-any-return]
+    return ("low" if budget <= 2048 else "medium" if budget < 8192 else "high") if isinstance(budget, int) else None
+
+
+def _chat_messages(body: Json) -> list[Json]:
+    """Return the system and the messages of a Messages body as a chat's.  Raises BadRequest."""
+    system = "\n".join(block["text"] for block in _blocks_in(body.get("system") or "", "system", True))
+    said, turns = [{"role": "system", "content": system}] if system else [], list[tuple[bool, list[Json]]]()
+    for number, message in enumerate(body["messages"]):
+        role = message.get("role") if isinstance(message, dict) else None
+        need(role in ("user", "assistant", "system"), f"messages.{number}", 'must have the role "user" or "assistant"')
+        blocks = _blocks_in(message.get("content"), f"messages.{number}.content", role == "system")
+        if role == "system":    # in between some templates refuse it, and Ollama takes it to the front of its cache
+            blocks = [{**one, "text": f"<system-reminder>\n{one['text']}\n</system-reminder>"} for one in blocks]
+        turns.append((role == "assistant", blocks))
+    for is_assistant, group in itertools.groupby(turns, lambda turn: turn[0]):    # some templates want to alternate
+        blocks = [block for _, some in group for block in some]
+        said.extend(_assistant_message(blocks) if is_assistant else _user_messages(blocks))
+    return said
+
+
+def _blocks_in(content: Any, where: str, is_system: bool = False) -> list[Json]:
+    """Return the blocks of a content that others than Claude can be asked with.  Raises BadRequest."""
+    need(isinstance(content, (str, list)), where, "must be a string or a list of blocks")
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    kept = []
+    for number, block in enumerate(blocks):
+        place, kind = f"{where}.{number}", str(block.get("type") if isinstance(block, dict) else None)
+        need(kind != "None", place, "must be an object with a type")
+        for name, types in _BLOCK_FIELDS.get(kind, {}).items():
+            need(isinstance(block.get(name), types), f"{place}.{name}", f"is missing or of a wrong type ({kind} block)")
+        text = block["text"] if kind == "text" else ""
+        billing = _BILLING.match(text)
+        text = _COUNTDOWN.sub("", text[billing.end() if billing else 0:]).strip()
+        if text or kind != "text" and kind in _BLOCK_FIELDS and not is_system:
+            kept.append({**block, "text": text} if is_system else block)
+    return kept
+
+
+def _parts_of_block(block: Json) -> list[Json]:
+    """Return the parts of a chat's content that say what a block says.  Raises BadRequest."""
+    kind, source = block["type"], block.get("source") or {}
+    form, needed = source.get("type"), _SOURCE_FIELDS.get(str(source.get("type")), ())
+    if kind not in ("image", "document"):    # of the others only a text can stand here
+        return [{"type": "text", "text": block["text"]}] if kind == "text" else []
+    if form == "content":
+        return _parts_within(source.get("content"), f"{kind}.source.content")
+    need(needed and all(isinstance(source.get(name), str) for name in needed), f"{kind}.source",
+         f"must be of a type among {', '.join(_SOURCE_FIELDS)}, and complete")
+    if form == "text":
+        return [{"type": "text", "text": source["data"]}]
+    url = source.get("url") or f"data:{source.get('media_type')};base64,{source.get('data')}"
+    if kind == "image" and form != "file":
+        return [{"type": "image_url", "image_url": {"url": url}}]
+    where = {"file_id": source["file_id"]} if form == "file" else {"file_url" if form == "url" else "file_data": url}
+    return [{"type": "file", "file": {"filename": str(block.get("title") or "document.pdf"), **where}}]
+
+
+def _parts_within(content: Any, where: str) -> list[Json]:
+    return [part for block in _blocks_in(content, where) for part in _parts_of_block(block)]
+
+
+def _assistant_message(blocks: Sequence[Json]) -> list[Json]:
+    """Return what the assistant said; of thoughts only those without a signature, which are not Claude's."""
+    text, thought, calls = "\n".join(block["text"] for block in blocks if block["type"] == "text"), "", list[Json]()
+    for block in blocks:
+        if block["type"] == "thinking" and not block.get("signature"):
+            thought += block["thinking"]
+        if block["type"] == "tool_use":
+            function = {"name": block["name"], "arguments": dumps(block["input"]).decode()}
+            calls.append({"id": block["id"], "type": "function", "function": function})
+    more = present({"tool_calls": calls, "reasoning_content": thought})
+    return [{"role": "assistant", "content": text or None, **more}] if text or calls else []
+
+
+def _user_messages(blocks: Sequence[Json]) -> list[Json]:
+    """Return the results of tools, which have to follow their calls, and then what else the user says."""
+    results, rest = list[Json](), list[Json]()
+    for block in blocks:
+        if block["type"] != "tool_result":
+            rest.extend(_parts_of_block(block))
+            continue
+        parts = _parts_within(block.get("content") or "", "tool_result.content")
+        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        if block.get("is_error") and "error" not in text[:100].lower():    # there is no field for it
+            text = f"Error: {text}"
+        results.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": text})
+        rest.extend(part for part in parts if part["type"] != "text")    # a tool's message takes texts alone
+    texts = [part["text"] for part in rest if part["type"] == "text"]
+    content = "\n".join(texts) if len(texts) == len(rest) else rest    # some servers take no list
+    return [*results, *([{"role": "user", "content": content}] if rest else [])]
+
+
+def _signed(message: Json) -> Json:
+    """Return a message for Claude, which refuses thoughts that it has not signed: they are another model's."""
+    blocks = message["content"]
+    kept = blocks if isinstance(blocks, str) else [
+        block for block in blocks if block["type"] != "thinking" or block.get("signature")]
+    return {**message, "content": kept}
+
+
+def _anthropic_message(answer: Json, content: list[Json], stop: str | None, usage: Json) -> Json:
+    return {"id": f"msg_{answer['id'].removeprefix('chatcmpl-')}", "type": "message", "role": "assistant", "model":
+            answer["model"], "content": content, "stop_reason": stop, "stop_sequence": None, "usage": usage}
+
+
+def _anthropic_usage(usage: Json, request: ChatRequest) -> Json:
+    """Return the counts of an answer, or an estimate of its prompt where no server tells any."""
+    details = usage.get("prompt_tokens_details")
+    found = [usage.get("prompt_tokens"), usage.get("completion_tokens"), *(
+        details.get(name) if isinstance(details, dict) else 0 for name in ("cached_tokens", "cache_write_tokens"))]
+    prompt, said, read, written = [count if type(count) is int else 0 for count in found]
+    return {"input_tokens": max(0, prompt - read - written) if usage else prompt_tokens(request),
+            "cache_creation_input_tokens": written, "cache_read_input_tokens": read, "output_tokens": said}
+
+
+def _long_prompt(message: str) -> str:
+    """Return the text of an error in the words by which agents know that they have to shorten the conversation."""
+    if re.search(r"prompt is too long: \d+ tokens > \d+ maximum", message):    # Claude's own
+        return message
+    plain = re.sub(r"(?<=\d),(?=\d{3})", "", message)
+    limits = re.findall(r"(?i)(?:length|limit|window|size|n_ctx|maximum|>)\D{0,40}?(\d{1,9})\b", plain)
+    most = max(map(int, limits), default=0)
+    asked = max(map(int, re.findall(r"(?<![\w.:-])\d{1,9}\b(?![-.]\w)", plain)), default=0)    # not of a model's name
+    told = f"{asked} tokens > {most}" if asked > most else f"over {most} tokens > {most}"
+    return f"prompt is too long: {told} maximum ({message})" if most else f"prompt is too long: {message}"
+
+
+def _framed(event: Json) -> bytes:
+    """Return an event as Anthropic's clients read it, or nothing for one without a name."""
+    name = str(event.get("type"))
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), dumps(event)) if name.isidentifier() and name.isascii() else b""
+
+
+class _Block:
+    """A block of an answer: it is open, or waits for the one before."""
+
+    def __init__(self, key: Any, start: Json) -> None:
+        self.key, self.start = key, start    # the key: its type, or the number of a call
+        self.is_open, self.held, self.said = False, list[str](), list[str]()
+
+    def may_end(self) -> bool:
+        """Return True if the block can be closed before another one: a call when its arguments are complete."""
+        ends = self.said[-1:] and self.said[-1].rstrip().endswith("}")
+        return self.key in _DELTAS or bool(ends) and object_in("".join(self.said)) is not None
+
+
+class _MessagesWriter(Writer):
+    def __init__(self, request: ChatRequest) -> None:
+        self._request = request
+        self._begun = self._ended = False
+        self._blocks: list[_Block] = []    # the first one is open; one of them may be at a time
+        self._index = -1                   # of the block that was opened last
+        self._finish, self._usage = "stop", Json()
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            return self._texts(chunk)
+        if chunk.get("native") is not None:
+            return self._native(chunk["native"])
+        events = b"" if self._begun else self._start(chunk)
+        self._usage = chunk.get("usage") or self._usage
+        for choice in chunk["choices"]:
+            delta, self._finish = choice["delta"], choice["finish_reason"] or self._finish
+            for kind, name in (("thinking", "reasoning_content"), ("text", "content"), ("text", "refusal")):
+                events += self._say(kind, delta[name]) if delta.get(name) else b""
+            for call in delta.get("tool_calls") or ():
+                inner = call.get("function") or {}
+                start = {"type": "tool_use", "id": call.get("id"), "name": inner.get("name"), "input": {}}
+                events += self._say(call["index"], inner.get("arguments") or "", start)
+        return events
+
+    def _start(self, chunk: Chunk) -> bytes:
+        self._begun = True    # what the server counts comes at the end
+        message = _anthropic_message(chunk, [], None, _anthropic_usage({}, self._request))
+        return _framed({"type": "message_start", "message": message}) + MESSAGES.keep_alive
+
+    def _native(self, event: Json) -> bytes:
+        """Return an event of Claude's as it came, and note which block is open."""
+        kind, self._begun = event.get("type"), True
+        if kind == "content_block_start":
+            self._index = event["index"] if type(event.get("index")) is int else self._index + 1
+            self._blocks = [_Block(str(event["content_block"]["type"]), event["content_block"])]
+            self._blocks[0].is_open = True
+        self._blocks = [] if kind == "content_block_stop" else self._blocks
+        self._ended = self._ended or kind == "message_stop"
+        return _framed(event) if event else b""
+
+    def _texts(self, texts: Texts) -> bytes:
+        events = b""
+        if [block.key for block in self._blocks] != ["text"]:
+            events = self._say("text", "")
+            if self._blocks[0].key != "text":    # it waits for the end of a call
+                return events + b"".join(self._say("text", str(loads(b'"%b"' % text))) for text in texts)
+        before = (b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":'
+                  b'{"type":"text_delta","text":"' % self._index)
+        return events + before + (b'"}}\n\n' + before).join(texts) + b'"}}\n\n'
+
+    def _say(self, key: Any, piece: str, start: Json | None = None) -> bytes:
+        """Return the events for a piece of a text, a thought or a call, as soon as its block is open."""
+        others = self._blocks if start else self._blocks[-1:]
+        block = next((block for block in others if block.key == key), None)
+        if block is None:
+            if start and not start["name"]:    # blanks behind a call that has ended
+                return b""
+            block = _Block(key, start or {"type": key, key: "", **({"signature": ""} if key == "thinking" else {})})
+            self._blocks.append(block)
+        block.held.append(piece)
+        return self._flow()
+
+    def _flow(self, is_end: bool = False) -> bytes:
+        """Return the events for what is held of the open block, and of each next one where that can be closed."""
+        events = b""
+        while self._blocks:
+            block = self._blocks[0]
+            if not block.is_open:
+                self._index, block.is_open = self._index + 1, True
+                events += _framed({"type": "content_block_start", "index": self._index, "content_block": block.start})
+            kind, field = _DELTAS.get(block.key, _CALL_DELTA)
+            for piece in filter(None, block.held):
+                delta = {"type": kind, field: piece}
+                events += _framed({"type": "content_block_delta", "index": self._index, "delta": delta})
+            block.said.extend(() if block.key in _DELTAS else block.held)
+            block.held.clear()
+            if not is_end and (len(self._blocks) == 1 or not block.may_end()):
+                break
+            events += _framed({"type": "content_block_stop", "index": self._index})
+            del self._blocks[0]
+        return events
+
+    def end(self) -> bytes:
+        if self._ended:
+            return b""
+        last = {"stop_reason": _STOPS.get(self._finish, "end_turn"), "stop_sequence": None}
+        usage = _anthropic_usage(self._usage, self._request)
+        return self._flow(True) + _framed({"type": "message_delta", "delta": last, "usage": usage}) + _framed(
+            {"type": "message_stop"})
+
+    def broken(self, error: OblixError) -> bytes:
+        return _framed(MESSAGES.error(error))
+
+
+class Messages(Front):
+    """Anthropic's Messages.  Claude gets a request as it came, and its answer goes back as it comes."""
+    name = "messages"
+    keep_alive = _framed({"type": "ping"})
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        needed = ("model", "messages") if head.path.endswith("/count_tokens") else ("model", "messages", "max_tokens")
+        check_fields(body, _MESSAGES_FIELDS, needed)
+        told, left_out = messages_body(body)
+        path = f"/v1{head.path}{'?beta=true' if 'beta=true' in head.target.partition('?')[2].split('&') else ''}"
+        messages = [message for message in map(_signed, body["messages"]) if message["content"] != []]
+        native = Native("claude", path, {**body, "messages": messages}, tuple([
+            (name, head.fields[name]) for name in ("anthropic-version", "anthropic-beta") if name in head.fields]))
+        return dataclasses.replace(parse_request(told), origin=body, native=native, left_out=left_out)
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        if "native" in answer:
+            return answer["native"]  # type: ignore[no-any-return]
+        choice, content = answer["choices"][0], list[Json]()
+        message = choice["message"]
+        if message.get("reasoning_content"):
+            content.append({"type": "thinking", "thinking": message["reasoning_content"], "signature": ""})
+        content += [{"type": "text", "text": message[name]} for name in ("content", "refusal") if message.get(name)]
+        for call in message.get("tool_calls") or ():
+            called = function_in(call)
+            content.append({"type": "tool_use", "id": call["id"], "name": called["name"], "input": called["arguments"]})
+        return _anthropic_message(answer, content, _STOPS.get(choice["finish_reason"], "end_turn"),
+                                  _anthropic_usage(answer.get("usage") or {}, request))
+
+    def stream(self, request: ChatRequest) -> Writer:
+        return _MessagesWriter(request)
+
+    def error(self, error: OblixError) -> Json:
+        kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+        text = _long_prompt(error.message) if error.code == "context_length_exceeded" else error.message
+        told = {"type": kind, "message": text or type(error).__name__}
+        return {"type": "error", "error": told, "request_id": error.request_id}
+
+    def headers(self, request_id: str) -> dict[str, str]:
+        return {"request-id": request_id}
+
+
 # --- 11. Ollama's lists of models -------------------------------------------------------------------------------------
 
 # The first version with all the APIs that Oblix has: /v1/responses came with 0.13.4 (Codex asks for it), /v1/messages
@@ -6298,13 +6702,15 @@ def ollama_loaded(models: Iterable[Model]) -> Json:
     return {"models": [*{str(model.loaded["name"]): model.loaded for model in models if model.loaded}.values()]}
 
 
-CHAT, OLLAMA = Chat(), OllamaApi()
-FRONTS: dict[str, Front] = {"/chat/completions": CHAT}    # by path, without /v1
+CHAT, MESSAGES, OLLAMA = Chat(), Messages(), OllamaApi()
+FRONTS: dict[str, Front] = {"/chat/completions": CHAT, "/messages": MESSAGES}    # by path, without /v1
+_BELOW = {"/messages/": MESSAGES, "/api/": OLLAMA}    # how the path begins of what else these APIs have
 
 
 def front_of(head: Head) -> Front:
     """Return the front in whose shape a request is answered, whatever is wrong with it."""
-    return FRONTS.get(head.path) or (OLLAMA if head.path.startswith("/api/") else CHAT)
+    path = head.path
+    return FRONTS.get(path) or next((front for start, front in _BELOW.items() if path.startswith(start)), CHAT)
 
 
 # === 12. Server =======================================================================================================
@@ -6518,7 +6924,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.close_connection = not self.head.keeps_open
         if self.head.path in FRONTS:
             self.told["front"] = FRONTS[self.head.path].name
-        self._common = self.guard.cors_headers(self.head)
+        self._common = {**self.guard.cors_headers(self.head), **front_of(self.head).headers(self.id)}
         self.guard.check(self.head)
 
     def _fields(self) -> Iterator[bytes]:
@@ -6591,7 +6997,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _refuse(self, error: OblixError) -> None:
         """Answer with an error, or end with it the stream that has begun."""
-        self.told["error"] = error.code or error.type
+        self.told["error"], error.request_id = error.code or error.type, self.id
         with contextlib.suppress(ClientGone):    # the log tells of the error
             if "status" in self.told:
                 self.close_connection = True    # which breaks off: the framing, too, must not look complete
@@ -6665,7 +7071,7 @@ class Handler(socketserver.BaseRequestHandler):
         return answer(self)
 
     def _page(self) -> None:
-        self.reply(200, PAGE.encode(), PAGE_HEADERS)
+        self.reply(200, *page())
 
     def _metrics(self) -> None:
         self.reply(200, self.server.gateway.metrics().encode("utf-8", "replace"), METRICS_HEADERS)
@@ -6723,7 +7129,7 @@ class Handler(socketserver.BaseRequestHandler):
                          fallbacks=served.fallbacks)
         headers = {"x-oblix-model": model, "x-oblix-side": side, "x-oblix-reason": served.reason,
                    "x-oblix-attempts": str(served.attempts)}
-        if request.left_out:
+        if request.left_out and not request.native_to(served.target.endpoint.provider):
             headers["x-oblix-left-out"] = ", ".join(request.left_out)[:1000]
         if served.whole is not None:
             self._count(served.whole)
@@ -6732,6 +7138,11 @@ class Handler(socketserver.BaseRequestHandler):
         self._event_headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
             self._stream(served)
+
+    def _count_tokens(self) -> None:
+        """Answer how many tokens a prompt has: as Claude counts them if it is named, or by their size."""
+        request = routed(MESSAGES.request(parse_body(self.body()), self.head), self.head)
+        self.json(200, {"input_tokens": self.server.gateway.counted(request) or prompt_tokens(request)})
 
     def _look(self) -> None:
         """See to the client before each wait and at each tick.  Raise ClientGone if it has left, Busy if Oblix ends."""
@@ -6796,6 +7207,7 @@ _READ = ("GET", "HEAD")
 # Path without /v1 -> methods, and what answers them; OPTIONS goes everywhere.
 ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Handler], None] | None]] = {
     **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), "/": (_READ, Handler._page),
+    "/messages/count_tokens": (("POST",), Handler._count_tokens),
     "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models),
     "/metrics": (_READ, Handler._metrics), "/status": (_READ, Handler._status),
     "/api/version": (_READ, lambda handler: handler.json(200, {"version": OLLAMA_VERSION})),
@@ -7012,39 +7424,308 @@ def running(settings: Settings) -> Iterator[Server]:
 
 # === 13. Page =========================================================================================================
 # uses: nothing; pure
-# What does a browser show at the address?  /health, in words; the page asks for nothing else.
+# What does a browser show at the address?  What /status tells, again and again, and a box to try a prompt.
 
-PAGE_HEADERS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
-                "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-                "frame-ancestors 'none'"}
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+PAGE_POLICY = ("default-src 'none'; script-src '{}'; style-src '{}'; img-src data:; connect-src 'self'; "
+               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'")
+
+
+@functools.lru_cache(1)
+def page() -> tuple[bytes, dict[str, str]]:
+    """Return the page and its headers, whose policy lets in its own script and style, by their hashes, and no other."""
+    import hashlib  # loads libcrypto, as hmac does: only where somebody looks
+    parts = [PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode() for tag in ("script", "style")]
+    hashes = [f"sha256-{base64.b64encode(hashlib.sha256(part).digest()).decode()}" for part in parts]
+    return PAGE.encode(), {"Content-Type": "text/html; charset=utf-8", "X-Content-Type-Options": "nosniff",
+                           "Referrer-Policy": "no-referrer", "Content-Security-Policy": PAGE_POLICY.format(*hashes)}
+
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Oblix</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'><path d=
+'M4 0a4 4 0 000 8z' fill='teal'/><path d='M4 0a4 4 0 010 8z' fill='slateblue'/></svg>">
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; width: 100% } td, th { text-align: left; padding: .2rem 1rem .2rem 0 }
-code { background: #8882; padding: .1rem .3rem } @media (prefers-color-scheme: dark) { :root { color-scheme: dark } }
+:root { color-scheme: light dark; --bg: #f4f5f7; --card: #fff; --ink: #1b2028; --dim: #59626f; --line: #dde1e7;
+  --track: #e3e7ec; --local: #08776e; --cloud: #5b4bd1; --ok: #2a7d46; --warn: #9a5b00; --bad: #c0283a }
+@media (prefers-color-scheme: dark) { :root { --bg: #101317; --card: #181c22; --ink: #e3e7ed; --dim: #98a2af;
+  --line: #2a3039; --track: #2b323c; --local: #40c4b5; --cloud: #a99eff; --ok: #5fc583; --warn: #e5a443;
+  --bad: #ff7d86 } } * { box-sizing: border-box } [hidden], .locked > :not(#key) { display: none !important }
+body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+  overflow-wrap: anywhere; font-variant-numeric: tabular-nums } h1 { font-size: 1.15rem; margin: 0 }
+h2 { font-size: .95rem; margin: 0 0 .6rem } header, main { max-width: 84rem; margin: auto; padding: .8rem }
+header, main, #sides, .row { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: baseline }
+small, .dim { color: var(--dim); font-size: .86rem; font-weight: 400 } .all { min-width: 9rem }
+main { gap: .8rem; align-items: stretch } .row { justify-content: space-between; gap: 0 .7rem }
+.card { flex: 1 1 21rem; min-width: 0; max-width: 100%; padding: .8rem 1rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px } .wide { flex-basis: 100% } i { font-style: normal }
+#now { border-left: 5px solid var(--bad) } #now.by-local { border-color: var(--local) }
+#now.by-cloud { border-color: var(--cloud) } header { padding-bottom: 0 }
+.gone > :not(#key) { opacity: .55; filter: grayscale(1) } #plan { font-size: 1.3rem; line-height: 1.35 }
+#plan small { display: block } #sides, #who, #answer { margin-top: .5rem } code { font: .95em ui-monospace, monospace }
+.local b { color: var(--local) } .cloud b { color: var(--cloud) } .ok i { color: var(--ok) }
+.warn, .warn i { color: var(--warn) } .bad, .bad i { color: var(--bad) } .track { fill: var(--track) }
+svg { display: block; width: 100%; overflow: visible } line, path { vector-effect: non-scaling-stroke; fill: none }
+path { stroke: var(--cloud); stroke-width: 1.7 } .ok .fill { fill: var(--ok) } .warn .fill { fill: var(--warn) }
+.bad .fill, rect.none { fill: var(--bad) } rect.local { fill: var(--local) } rect.cloud { fill: var(--cloud) }
+.tick { stroke: var(--ink); stroke-width: 1.5 } .limit { stroke: var(--warn); stroke-dasharray: 2 4 }
+.meter, #lanes { display: grid; grid-template-columns: 7rem 1fr 5rem; gap: .7rem; align-items: center }
+.meter { margin-bottom: .4rem } .meter > :last-child { text-align: right } .link + .link { margin-top: .8rem }
+#lanes { grid-template-columns: auto 1fr; gap: 0 .8rem } #lanes div { line-height: 22px }
+table { border-collapse: collapse; width: 100% } .scroll { max-height: 26rem; overflow: auto } .top { min-width: 5rem }
+th { text-align: left; color: var(--dim); font-weight: 400; position: sticky; top: 0; background: var(--card) }
+td, th { padding: .25rem .8rem .25rem 0; vertical-align: top } td { border-top: 1px solid var(--line) }
+.num, .time { white-space: nowrap } .num { text-align: right } #model { flex: 1; min-width: 0; width: 6rem }
+input, select, textarea, button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--dim);
+  border-radius: 6px; padding: .3rem .7rem; max-width: 100% } .main { background: var(--ink); color: var(--card) }
+textarea { width: 100%; display: block; margin: .2rem 0 .5rem; resize: vertical } :disabled { opacity: .5 }
+p { margin: 0 } :focus-visible { outline: 3px solid var(--cloud); outline-offset: 2px }
+#answer { white-space: pre-wrap; max-height: 20rem; overflow: auto }
+@media (max-width: 700px) { thead { position: absolute; clip-path: inset(50%) } #plan { font-size: 1.1rem }
+  tr { display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .4rem 0; border-top: 1px solid var(--line) }
+  td { border: 0; padding: 0 } .all { flex: 1 0 100% } .top { order: -1; min-width: 0 } td:empty { display: none }
+  td[data-is]::before { content: attr(data-is) " "; color: var(--dim) } }
 </style>
-<h1>Oblix</h1>
-<p>OpenAI-compatible API at <code id="base"></code>; the model is <code>auto</code>.</p>
-<p id="plan">…</p>
-<table id="sides"></table>
-<h2>Models</h2>
-<table id="targets"></table>
+<header><h1>Oblix <small id="version"></small></h1><p id="live" role="status">connecting …</p>
+<p class="dim">API at <code id="base"></code>, model <code>auto</code></p></header>
+<noscript>This page needs JavaScript. GET /status has the same facts.</noscript>
+<main id="main">
+<form id="key" class="card wide" hidden><label>This Oblix wants its key: <input id="secret" type="password" required
+autocomplete="current-password"></label> <button class="main">Show</button>
+<span id="wrong" class="bad" role="alert"></span></form>
+<section id="now" class="card wide" aria-label="Now"><p id="plan" aria-live="polite">…</p>
+<div id="sides"></div></section>
+<section class="card"><h2>Device</h2><div id="device"></div></section>
+<section class="card"><h2>Network</h2><div id="network"></div></section>
+<section class="card"><h2>Try a prompt</h2>
+<form id="try"><label for="prompt" class="dim">Prompt (Ctrl+Enter sends it)</label>
+<textarea id="prompt" rows="3" required>Say hello in one sentence.</textarea>
+<div class="row"><select id="model" aria-label="Model"></select><button id="send" class="main">Send</button>
+<button id="stop" type="button" disabled>Stop</button></div></form>
+<p id="who" role="status"></p><div id="answer" role="log" aria-label="Answer" tabindex="0"></div></section>
+<section class="card wide"><h2>Who answered</h2><div id="lanes"></div></section>
+<section class="card wide"><h2>Targets</h2><table><thead><tr><th>Target<th>State<th class="num">First token
+<th class="num">Tokens/s<th class="num">In flight<th class="num">Rests<tbody id="targets"></table></section>
+<section class="card wide"><h2>Last requests</h2><div class="scroll" tabindex="0" role="region" aria-label="Requests">
+<table><thead><tr><th>Time<th>Asked<th>Served by<th>Why<th class="num">First token<th class="num">Tokens/s<th>Status
+<tbody id="requests"></table></div></section></main>
 <script>
-const row = (...cells) => {
-  const line = document.createElement("tr");
-  for (const cell of cells) line.appendChild(document.createElement("td")).textContent = cell ?? "";
-  return line;
-};
-async function show() {
-  const health = await (await fetch("/health")).json();
-  base.textContent = location.origin + "/v1";
-  plan.textContent = "auto now: " + (health.plan.order.join(", then ") || "nothing") + " (" + health.plan.reason + ")";
-  sides.replaceChildren(...["local", "cloud"].map(side => row(side, health[side].level, health[side].reason)));
-  targets.replaceChildren(...health.targets.map(t => row(t.id, t.side, t.state, t.reason)));
+"use strict";
+const EVERY_MS = 2000, SIDES = ["local", "cloud"], MARKS = {ok: "●", warn: "▲", bad: "✕", "": "○"};
+const LEVELS = {available: "ok", optimal: "ok", constrained: "warn", degraded: "warn", critical: "bad",
+  disconnected: "bad"};
+const METERS = [["cpu_percent", "CPU", "%"], ["memory_percent", "Memory", "%"], ["load_per_core", "Load per core", ""],
+  ["gpu_percent", "GPU", "%"], ["gpu_memory_percent", "GPU memory", "%"], ["battery_percent", "Battery", "%"],
+  ["temperature_c", "Temperature", " °C"]];
+const $ = id => document.getElementById(id), drawn = {};
+let key = sessionStorage.getItem("oblix-key") ?? "", seen = "", timer, asking;
+
+// What the server says goes into the page by el alone, which takes it as text: clients choose names.
+function el(name, attributes, ...children) {
+  const svg = ["svg", "rect", "line", "path", "title"].includes(name);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", name) : document.createElement(name);
+  for (const [attribute, value] of Object.entries(attributes)) node.setAttribute(attribute, value);
+  node.append(...children.flat(2).map(child => child ?? ""));
+  return node;
 }
-show(); setInterval(show, 3000);
+// Only what has changed is made anew, so that a selection stays, and nothing is read out twice.
+function put(id, make, ...values) {
+  const text = JSON.stringify(values);
+  if (drawn[id] !== text) $(id).replaceChildren(...[make(...values)].flat());
+  drawn[id] = text;
+}
+const css = level => LEVELS[level] ?? "";
+const mark = (style, text) => el("span", {class: style}, el("i", {}, MARKS[style]), " " + text);
+const state = (level, word) => mark(css(level), word ?? level);
+const small = (...texts) => el("small", {class: "row"}, texts.map(text => el("span", {}, text)));
+const fixed = (value, digits, unit = "") => value ? value.toFixed(digits) + unit : "";
+const clock = time => new Date(time * 1000).toLocaleTimeString([], {hourCycle: "h23"});
+const minutes = seconds => seconds < 90 ? `${Math.round(seconds)} s` : `${Math.round(seconds / 60)} min`;
+
+function sentence({order: [first, ...others], reason}, side, why) {
+  const auto = el("b", {}, "auto"), then = others.length ? `If that fails: ${others.join(", then ")}.` : "";
+  if (why || !first) return [auto, ` reaches nobody now: ${reason}.`, el("small", {}, why?.join("; "))];
+  return [auto, " would ask ", el("span", {class: side}, el("b", {}, first)), ` (${side}) now: ${reason}.`,
+    el("small", {}, then)];
+}
+function sides(reports, configured) {
+  return reports.map(([level, reason], at) => el("span", {class: SIDES[at]}, el("b", {}, SIDES[at]), " ",
+    configured.includes(SIDES[at]) ? state(level) : state("", "none"), " ", el("small", {}, reason)));
+}
+function meter([fact, label, unit], value, {constrained, critical}, spared) {
+  const low = fact === "battery_percent", past = limit => !spared && (low ? value <= limit : value >= limit);
+  const level = css(past(critical) ? "critical" : past(constrained) ? "constrained" : "available"), text = value + unit;
+  const most = unit === "%" ? 100 : 1.25 * critical, x = number => Math.min(100 * number / most, 100);
+  const told = `${text}; limits ${constrained} and ${critical}${spared ? ", which do not count now" : ""}`;
+  return el("div", {class: "meter " + level, role: "meter", "aria-label": label, "aria-valuenow": Math.min(value, most),
+    "aria-valuemin": 0, "aria-valuemax": most, "aria-valuetext": told, title: told}, el("span", {}, label),
+    el("svg", {viewBox: "0 0 100 10", height: 10, preserveAspectRatio: "none"},
+      el("rect", {class: "track", width: 100, height: 10}), el("rect", {class: "fill", width: x(value), height: 10}),
+      [constrained, critical].map(x).map(at => el("line", {class: "tick", x1: at, x2: at, y1: -2, y2: 12}))),
+    el("span", {}, level === "ok" ? "" : MARKS[level] + " ", text, low && spared ? " ⚡" : ""));
+}
+function device(facts, limits) {
+  const known = METERS.filter(([fact]) => fact in limits && fact in facts);
+  const missing = METERS.filter(one => !known.includes(one)).map(([, label]) => label);
+  const spared = {battery_percent: facts.battery_plugged !== false, load_per_core: facts.cpu_percent < 50};
+  return [...known.map(one => meter(one, facts[one[0]], limits[one[0]], spared[one[0]])), small(known[0] ?
+    missing[0] && `Not seen here: ${missing.join(", ")}.` : "Not watched: no local model runs on it.")];
+}
+function curve(points, limit) {
+  const begun = points[0][0], span = points.at(-1)[0] - begun || 1, x = time => 300 * (time - begun) / span;
+  const most = 1.05 * Math.max(limit, ...points.map(([, ms]) => ms)), y = ms => 40 - 40 * ms / most;
+  const line = points.map(([time, ms], at) => ms == null ? "" :    // h.1 shows a point alone, too
+    `${points[at - 1]?.[1] == null ? "M" : "L"}${x(time).toFixed(1)} ${y(ms).toFixed(1)}h.1`).join("");
+  return el("svg", {viewBox: "0 0 300 40", height: 40, preserveAspectRatio: "none", "aria-hidden": true},
+    el("line", {class: "limit", x2: 300, y1: y(limit), y2: y(limit)}), el("path", {d: line}),
+    points.filter(([, ms]) => ms == null).map(([time]) =>
+      el("rect", {class: "none", x: x(time) - 1, width: 2, height: 40})));
+}
+function network(links, {latency_ms: {degraded}}) {
+  if (!links[0]) return small("No server is configured.");
+  return links.map(({url, side, level, latencies: points, ...one}) => el("div", {class: "link " + side},
+    el("div", {class: "row"}, el("b", {}, url.replace(/^https?:\/\//, "")), state(level)),
+    side === "cloud" && points[1] ? curve(points, degraded) : "",
+    small(one.error ?? (one.latency_ms?.toFixed() ?? "?") + " ms" + (side === "cloud" ? ` of ${degraded}` : ""),
+      points[1] ? "last " + minutes(points.at(-1)[0] - points[0][0]) : "", `${one.loss_percent ?? 0}% lost`)));
+}
+const cell = (style, what, is) => el("td", is ? {class: style, "data-is": is} : {class: style}, what || "");
+const times = one => [cell("num", fixed(one.first_token_s, 2, " s"), "first token"),
+  cell("num", fixed(one.tokens_per_s, 1), "tokens/s")];
+function targets(list) {
+  return list.map(one => el("tr", {}, cell("all " + one.side, el("b", {}, one.id)), cell("all",
+    [state(one.state === "cold" ? "" : one.level, one.state), " ", el("small", {}, one.reason)]), times(one),
+    cell("num", one.in_flight && `${one.in_flight}`, "in flight"), cell("num", fixed(one.rest_s, 0, " s"), "rests")));
+}
+function requests(list) {
+  const why = one => [one.reason, ...(one.fallbacks ?? []).map(of => of.join(": "))].filter(Boolean).join("; after ");
+  const end = one => [one.status, ...one.outcome === "ok" ? [] : [one.outcome, one.error]].filter(Boolean).join(" ");
+  return list.map(one => el("tr", {}, cell("top time", clock(one.time)), cell("top",
+    [one.asked, el("small", {}, one.front === "chat" ? "" : " " + one.front)]),
+    cell("all " + one.side, el("b", {}, one.served)), cell("all", el("small", {}, why(one))), times(one),
+    cell(one.outcome === "ok" ? "top" : "top bad", end(one))));
+}
+function lanes(list) {
+  const names = [...SIDES, "none"], lane = one => names.indexOf(one.side ?? "none"), old = [...list].reverse();
+  const counts = names.map((name, at) => `${name} ${list.filter(one => lane(one) === at).length}`);
+  return [el("div", {}, counts.map((text, at) => el("div", {class: names[at]}, el("b", {}, text)))),
+    el("svg", {viewBox: "0 0 500 66", height: 66, preserveAspectRatio: "none", role: "img",
+      "aria-label": counts.join(", ")}, old.map((one, at) =>
+      el("rect", {class: names[lane(one)], x: 501 - 10 * (old.length - at), y: 22 * lane(one) + 4, width: 8,
+        height: 14}, el("title", {}, `${clock(one.time)} ${one.asked}: ${one.served ?? one.error}`)))),
+    el("span", {}), small("", old[0] ? `${clock(old[0].time)} – ${clock(list[0].time)}` : "No request yet.")];
+}
+const option = name => el("option", name === ($("model").value || "auto") ? {selected: ""} : {}, name);
+function show({version, plan, reasons, thresholds, requests: last, targets: all, network: links, ...of}) {
+  const side = !reasons && all.find(target => target.id === plan.order[0])?.side || "nobody";
+  put("version", text => text, version);
+  put("plan", sentence, plan, side, reasons);
+  put("sides", sides, SIDES.map(name => [of[name].level, of[name].reason]), all.map(target => target.side));
+  put("device", device, of.local.facts, thresholds);
+  put("network", network, links, thresholds);
+  put("targets", targets, all);
+  put("lanes", lanes, last);
+  put("requests", requests, last);
+  put("model", names => names.map(option), ["auto", ...SIDES, ...all.map(target => target.id)]);
+  $("now").className = "card wide by-" + side;
+  document.title = side + " – Oblix";
+  $("key").hidden = true;
+  live("ok", "live");
+  seen = `; below is how it was at ${clock(Date.now() / 1000)}`;
+}
+function live(style, text) {
+  put("live", mark, style, text);
+  $("main").className = {bad: "gone", warn: "locked"}[style] ?? "";
+}
+const headers = () => key ? {Authorization: "Bearer " + key} : {};
+async function look() {
+  clearTimeout(timer);
+  let status;
+  try {
+    const reply = await fetch("/status", {headers: headers(), cache: "no-store", signal: AbortSignal.timeout(10000)});
+    if (reply.status === 401) return wantKey();
+    status = await reply.json();
+  } catch {
+    live("bad", `no answer from the server${seen}; asking again`);
+    document.title = "✕ Oblix";
+  }
+  clearTimeout(timer);
+  if (!document.hidden) timer = setTimeout(look, EVERY_MS);
+  if (status) show(status);
+}
+function wantKey() {
+  $("wrong").textContent = key && "That is not its key.";
+  $("key").hidden = false;
+  live("warn", "waits for the key");
+  $("secret").select();
+}
+function takeKey(event) {
+  event.preventDefault();
+  key = $("secret").value.replace(/[^!-~]/g, "");
+  sessionStorage.setItem("oblix-key", key);
+  look();
+}
+async function* eventsOf(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let held = "";;) {
+    const {done, value} = await reader.read();
+    if (done) throw new Error("The answer was cut off before its end.");
+    const events = (held + value).split("\n\n");
+    held = events.pop();
+    for (const event of events.filter(event => event.startsWith("data: "))) {
+      if (event === "data: [DONE]") return;
+      yield JSON.parse(event.slice(6));
+    }
+  }
+}
+async function ask(model, content, signal) {
+  const begun = performance.now(), since = from => (performance.now() - from) / 1000;
+  const body = {model, messages: [{role: "user", content}], stream: true, stream_options: {include_usage: true}};
+  const reply = await fetch("/v1/chat/completions", {method: "POST", signal, body: JSON.stringify(body),
+    headers: {...headers(), "Content-Type": "application/json"}});
+  if (!reply.ok) throw new Error((await reply.json()).error.message);
+  const told = name => reply.headers.get("x-oblix-" + name) ?? "";
+  let first = 0, tokens = 0;
+  for await (const {error, model, usage, choices} of eventsOf(reply.body)) {
+    if (error) throw new Error(error.message);
+    const {content: text, reasoning_content: thought} = choices?.[0]?.delta ?? {};
+    tokens = usage?.completion_tokens ?? tokens;
+    if (!first && (text || thought)) {
+      say(told("side"), el("b", {}, told("model") || model), ` answers: ${told("reason")}`);
+      $("who").append(` (first token after ${since(begun).toFixed(2)} s).`);
+      first = performance.now();
+    }
+    const box = $("answer"), follows = box.scrollHeight - box.scrollTop - box.clientHeight < 30;
+    box.append(thought ? el("span", {class: "dim"}, thought) : "", text ?? "");
+    if (follows) box.scrollTop = box.scrollHeight;
+  }
+  if (tokens) $("who").append(` ${tokens} tokens, ${(tokens / since(first)).toFixed()} a second.`);
+}
+const say = (style, ...what) => { $("who").className = style; $("who").replaceChildren(...what); };
+const busy = is => { $("send").disabled = is; $("stop").disabled = !is; $("answer").setAttribute("aria-busy", is); };
+async function send(event) {
+  event.preventDefault();
+  asking = new AbortController();
+  busy(true);
+  $("answer").replaceChildren();
+  say("dim", `Asking ${$("model").value} …`);
+  try {
+    await ask($("model").value, $("prompt").value, asking.signal);
+  } catch (error) {
+    $("who").append(el("span", {class: "bad"}, asking.signal.aborted ? " Stopped." : ` ✕ ${error.message}`));
+  }
+  busy(false);
+  look();
+}
+$("try").addEventListener("submit", send);
+$("key").addEventListener("submit", takeKey);
+$("stop").addEventListener("click", () => asking.abort());
+$("prompt").addEventListener("keydown", event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("send").disabled) $("try").requestSubmit();
+});
+document.addEventListener("visibilitychange", () => document.hidden ? clearTimeout(timer) : look());
+$("base").textContent = location.origin + "/v1";
+look();
 </script>
 """
 

@@ -31,6 +31,7 @@ import email.utils
 import errno
 import functools
 import gc
+import hashlib
 import http.client
 import importlib.util
 import inspect
@@ -329,6 +330,21 @@ class ClaudeDialect:
 
     def event(self, name, **data):
         return data_event({"type": name, **data}, name)
+
+    def whole(self, saying):
+        content = []
+        for event in self._blocks(saying.pieces):
+            event = json.loads(event.partition(b"data: ")[2])
+            if event["type"] == "content_block_start":
+                content.append({**event["content_block"], "json": ""})
+            for name, value in event.get("delta", {}).items():
+                place = {"partial_json": "json"}.get(name, name)
+                if name != "type":
+                    content[-1][place] = content[-1][place] + value if place != "signature" else value
+        for block in content:
+            said = block.pop("json")
+            block.update({"input": json.loads(said or "{}")} if block["type"] == "tool_use" else {})
+        return {**self._message(saying), "content": content}
 
     def _message(self, saying):
         cached = saying.prompt_tokens // 2  # input_tokens leaves out what came from the cache
@@ -917,11 +933,13 @@ class Shape(Case):
         self.assertEqual(list(violations(seeded)),
                          [(1, "socket", "impure"), (2, "_own", "private"), (3, "shared", "not listed")])
 
-    def test_every_provider_and_monitor_is_registered(self):
+    def test_every_provider_and_monitor_is_registered_and_every_front_keeps_the_contract(self):
         providers = {type(provider) for provider in oblix.PROVIDERS.values()}
         self.assertEqual(providers, set(oblix.Provider.__subclasses__()))
         monitors = {kind for kind in vars(oblix).values() if isinstance(kind, type) and issubclass(kind, oblix.Monitor)}
         self.assertEqual(set(oblix.MONITORS), {kind for kind in monitors if kind.name})
+        self.assertEqual({front.name for front in oblix.FRONTS.values()},
+                         {contract.front for contract in FrontContract.__subclasses__()})
 
     def test_nothing_but_the_stdlib_and_psutil_is_imported(self):
         nodes = list(ast.walk(ast.parse(self.source)))
@@ -10357,6 +10375,709 @@ LIMITS = [  # what the README's table of limits says, and the numbers in it
 ]
 
 
+# === 11. Fronts: the contract every one keeps =========================================================================
+# One run for all of them: the same answer must look the same to the clients of every API, whoever gives it.
+# A front's class says how that API is spoken: a request, a whole answer and a stream as a `Seen`, an error.
+
+class Seen(NamedTuple):
+    """What a client was told."""
+    text: str
+    thought: str
+    calls: list     # [name, arguments], in their order
+    finish: str     # stop | length | tool_calls
+    usage: tuple    # tokens of the prompt, of the answer
+
+
+class FrontContract:
+    """What holds for each front.  A subclass speaks its API: the methods below that raise, and `whole_body`."""
+    path = front = ""
+
+    def body(self, model, stream=False, tools=(), **fields):
+        """A request that says "Hi", may call these tools of TOOLS, and asks for the usage."""
+        raise NotImplementedError
+
+    def of_whole(self, body):
+        """What a whole answer tells."""
+        raise NotImplementedError
+
+    def of_stream(self, data):
+        """What a stream's bytes tell, once they are asserted to be in the API's own order, up to where they end."""
+        raise NotImplementedError
+
+    def is_complete(self, data):
+        """True if the API's clients take a stream of these bytes for a whole one."""
+        raise NotImplementedError
+
+    def error_in(self, body):
+        """The message in an error's body, once it is asserted to have the API's shape."""
+        raise NotImplementedError
+
+    def error_events(self, data):
+        """The bodies of the errors within a stream."""
+        raise NotImplementedError
+
+    def full(self):
+        """A request with every field that the front reads, to be damaged."""
+        raise NotImplementedError
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = [cls.keep(Upstream(dialect)) for dialect in DIALECTS]
+        cls.server = cls.keep(running(*cls.upstreams))
+
+    def asks(self, model="auto", stream=False, server=None, headers=(), **fields):
+        return self.sends(json.dumps(self.body(model, stream, **fields)), server, headers)
+
+    def sends(self, data, server=None, headers=(), path="", method="POST"):
+        return fetch(server or self.server, method, path or self.path, data,
+                     {"Content-Type": "application/json", **dict(headers)})
+
+    def play(self, *scripts):
+        for upstream in self.upstreams:
+            upstream.play(*scripts)
+
+    def told(self, reply):
+        """What a good answer tells."""
+        self.assertEqual((reply.status, reply.cut), (200, False), reply.body)
+        kind = reply.headers["Content-Type"].split(";")[0]
+        if kind == "application/json":
+            return self.of_whole(reply.json)
+        self.assertEqual(kind, oblix.FRONTS[self.path.replace("/v1", "")].events.split(";")[0])
+        self.assertTrue(self.is_complete(reply.body), reply.body)
+        return self.of_stream(reply.body)
+
+    def failed(self, reply, statuses, says=""):
+        """A refusal, in the API's shape."""
+        self.assertIn(reply.status, statuses if isinstance(statuses, (set, range)) else {statuses}, reply.body)
+        self.assertEqual(reply.headers["Content-Type"].split(";")[0], "application/json")
+        self.assertIn(says.lower(), self.error_in(reply.json).lower())
+        return reply
+
+    def test_a_whole_answer_is_the_fold_of_the_stream_whoever_gives_it(self):
+        self.play(answer(*RICH, usage=(9, 7)))
+        wanted = Seen(text_of(Saying(RICH, "", 0, 0)), "hm, well", [[FIND.name, FIND.arguments], [NOW.name, {}]],
+                      "tool_calls", (9, 7))
+        for upstream, stream in itertools.product(self.upstreams, (False, True)):
+            with self.subTest(upstream.target, stream=stream):
+                reply = self.asks(upstream.target, stream, tools=TOOLS)
+                self.assertEqual(self.told(reply), wanted)
+                self.assertEqual(reply.headers["x-oblix-model"], upstream.target)
+
+    def test_bytes_may_be_cut_anywhere(self):
+        for upstream, size, stream in itertools.product(self.upstreams, (1, 7), (False, True)):
+            upstream.play(answer(*RICH, split=size))
+            with self.subTest(upstream.target, size=size, stream=stream):
+                told = self.told(self.asks(upstream.target, stream, tools=TOOLS))
+                self.assertEqual((told.text, told.thought), (text_of(Saying(RICH, "", 0, 0)), "hm, well"))
+
+    def test_many_texts_that_pass_unread_are_the_same_text(self):
+        words = ["Grüße ", "\"a\\b\" ", "x\ny "] * 9
+        for upstream in self.upstreams:
+            upstream.play(answer(Think("hm"), *map(Text, words), split=4096))
+            told = self.told(self.asks(upstream.target, True))
+            self.assertEqual((told.text, told.thought, told.finish), ("".join(words), "hm", "stop"))
+
+    def test_calls_whose_pieces_interleave_come_apart(self):
+        pieces = [(0, "find", '{"q": '), (1, "now", '{"a": '), (0, None, '"x"}'), (1, None, "1"), (0, None, " "),
+                  (1, None, "}")]
+        deltas = [{"tool_calls": [{"index": index, **({"id": f"call_{index}", "type": "function"} if name else {}),
+                                   "function": {**({"name": name} if name else {}), "arguments": text}}]}
+                  for index, name, text in pieces]
+        chunks = [OPENAI.chunk([{"index": 0, "delta": delta, "finish_reason": None}]) for delta in deltas]
+        chunks.append(OPENAI.chunk([{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]))
+        self.upstreams[1].play(streamed(OPENAI, [*map(data_event, chunks), b"data: [DONE]\n\n"]))
+        told = self.told(self.asks(self.upstreams[1].target, True, tools=TOOLS))
+        self.assertEqual((told.calls, told.finish), ([["find", {"q": "x"}], ["now", {"a": 1}]], "tool_calls"))
+
+    def test_why_an_answer_ended_is_told(self):
+        for finish, stream in itertools.product(("stop", "length"), (False, True)):
+            self.play(answer(Text("Hello, wor"), finish=finish))
+            for upstream in self.upstreams:
+                told = self.told(self.asks(upstream.target, stream))
+                self.assertEqual((told.text, told.finish), ("Hello, wor", finish))
+
+    def test_the_next_target_answers_in_one_stream_with_one_beginning(self):
+        for failing_first in ([self.upstreams[0]], self.upstreams[:2]):
+            self.play(answer(Text("Hello")))
+            for upstream in failing_first:
+                upstream.play(lambda dialect, _: whole(503, dialect.error("overheated")))
+            for stream in (False, True):
+                with running(*self.upstreams) as server:
+                    reply = self.asks("auto", stream, server)
+                self.assertEqual(self.told(reply)[:4], ("Hello", "", [], "stop"))
+                self.assertNotEqual(reply.headers["x-oblix-model"], self.upstreams[0].target)
+        self.play(answer(Text("Hello")))
+
+    def test_a_cut_answer_never_looks_complete(self):
+        for upstream, end in itertools.product(self.upstreams, (CLOSE, RESET, "error")):
+            upstream.play(lambda dialect, _, end=end: [*upto(dialect, "Hello"), *(
+                [chunk(dialect.error_event("overheated")), CLOSE] if end == "error" else [end])])
+            with self.subTest(upstream.target, end=end):
+                with self.assertLogs("oblix", "WARNING"):
+                    reply = self.asks(upstream.target, True)
+                self.assertEqual(reply.status, 200)
+                self.assertFalse(self.is_complete(reply.body), reply.body)
+                self.assertTrue(reply.cut)
+                [error] = self.error_events(reply.body)
+                self.assertTrue(self.error_in(error))
+                self.assertEqual(self.of_stream(reply.body).text, "Hello")
+            upstream.play(answer(Text("Hello")))
+
+    def test_every_status_of_an_upstream_has_the_api_s_shape(self):
+        for (status, seen, _), upstream in itertools.product(STATUSES, self.upstreams):
+            upstream.play(failing(status))
+            for stream in (False, True):
+                with self.subTest(upstream.target, status=status, stream=stream), mock.patch.object(oblix.log, "error"):
+                    self.failed(self.asks(upstream.target, stream), seen, "the reason why")
+        self.play(answer(Text("Hello")))
+
+    def test_what_oblix_refuses_has_the_api_s_shape(self):
+        self.failed(self.asks("no-such-model"), 404, "no-such-model")
+        self.failed(self.sends(b"{"), 400, "json")
+        self.failed(self.sends(b"[]"), 400, "json")
+        self.failed(self.sends(b"{}"), 400, "missing")
+        self.failed(self.sends(None, method="DELETE"), 405)
+        self.failed(self.sends(b"{}", headers={"Content-Encoding": "gzip"}), 415)
+        with running(*self.upstreams, flags=["--api-key=k", "--max-body-mib=1"], probed=False) as server:
+            self.failed(self.asks(server=server), 401, "key")
+            for name, key in (("Authorization", "Bearer k"), ("api-key", "k"), ("x-api-key", "k")):
+                self.assertEqual(self.asks(server=server, headers={name: key}).status, 200)
+            self.failed(self.sends(b" " * (1 << 21), server, {"api-key": "k"}), 413)
+
+    def test_no_body_makes_a_500(self):
+        chance, full = random.Random(3), self.full()
+        bodies = [{**full, name: wrong} for name, wrong in itertools.product(full, WRONG)]
+        for _ in range(200):
+            body = full
+            for _ in range(chance.choice((1, 1, 2))):
+                body = changed(body, chance.choice(places(body)[1:]), chance.choice(WRONG))
+            bodies.append(body)
+        for body, reply in zip(bodies, at_once(self.sends, [(json.dumps(body),) for body in bodies])):
+            with self.subTest(body=str(body)[:999]):
+                if reply.status == 200:
+                    self.told(reply)
+                else:
+                    self.failed(reply, range(400, 500))
+
+    def test_the_log_names_the_front_and_counts_tokens(self):
+        for upstream, stream in itertools.product(self.upstreams, (False, True)):
+            with self.subTest(upstream.target, stream=stream), self.assertLogs("oblix", "INFO") as logs:
+                self.asks(upstream.target, stream)
+                eventually(lambda: any(hasattr(record, "facts") for record in logs.records))
+            facts = next(record.facts for record in logs.records if hasattr(record, "facts"))
+            self.assertEqual([facts.get(name) for name in ("front", "asked", "served", "tokens", "prompt_tokens")],
+                             [self.front, upstream.target, upstream.target, 7, 9])
+
+
+class ChatKeepsTheContract(FrontContract, Case):
+    path, front = "/v1/chat/completions", "chat"
+
+    def body(self, model, stream=False, tools=(), **fields):
+        usage = {"stream_options": {"include_usage": True}} if stream else {}
+        return chat(model, stream=stream, **usage, **({"tools": tools} if tools else {}), **fields)
+
+    def of_whole(self, body):
+        [choice] = body["choices"]
+        return self.of_message(choice["message"], choice["finish_reason"], body["usage"])
+
+    def of_message(self, message, finish, usage):
+        calls = [call["function"] for call in message.get("tool_calls") or []]
+        return Seen(message.get("content") or "", message.get("reasoning_content") or "",
+                    [[call["name"], json.loads(call["arguments"])] for call in calls], finish,
+                    (usage.get("prompt_tokens"), usage.get("completion_tokens")))
+
+    def events(self, data):
+        return [event[len("data: "):] for event in data.decode().split("\n\n") if event.startswith("data: ")]
+
+    def of_stream(self, data):
+        chunks = [json.loads(event) for event in self.events(data) if event != "[DONE]"]
+        choices = [choice for part in chunks for choice in part.get("choices", [])]
+        finish = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
+        usage = [part["usage"] for part in chunks if part.get("usage")]
+        return self.of_message(joined([choice["delta"] for choice in choices]), *finish or [None], *usage or [{}])
+
+    def is_complete(self, data):
+        return self.events(data)[-1] == "[DONE]"
+
+    def error_in(self, body):
+        self.assertEqual(list(body), ["error"])
+        self.shaped(body["error"])
+        return body["error"]["message"]
+
+    def error_events(self, data):
+        bodies = [json.loads(event) for event in self.events(data) if event != "[DONE]"]
+        return [body for body in bodies if "error" in body]
+
+    def full(self):
+        return {**FULL, "model": "ollama:llama3.2"}
+
+
+# --- 11. Anthropic's Messages -----------------------------------------------------------------------------------------
+
+def say(*texts):
+    """Blocks of text."""
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def said_by(role, *blocks):
+    return {"role": role, "content": list(blocks)}
+
+
+def messages(model="auto", *said, **fields):
+    """The body of a request for Anthropic's Messages."""
+    return {"model": model, "max_tokens": 50, "messages": list(said) or [HI], **fields}
+
+
+PNG_SOURCE = {"type": "base64", "media_type": "image/png", "data": PNG}
+PDF_SOURCE = {"type": "base64", "media_type": "application/pdf", "data": PDF}
+CLAUDE_TOOLS = [{"name": tool["function"]["name"], "description": "Does it.",
+                 "input_schema": tool["function"]["parameters"]} for tool in TOOLS]
+USE = {"type": "tool_use", "id": "toolu_1", "name": "find", "input": {"q": "a"}}
+BILLING = "x-anthropic-billing-header: cc_version=2.1.37.0d9; cc_entrypoint=cli; cch=fa690;"
+
+
+class MessagesKeepTheContract(FrontContract, Case):
+    path, front = "/v1/messages", "messages"
+
+    def body(self, model, stream=False, tools=(), **fields):
+        names = [tool["function"]["name"] for tool in tools]
+        own = [tool for tool in CLAUDE_TOOLS if tool["name"] in names]
+        return messages(model, stream=stream, **({"tools": own} if own else {}), **fields)
+
+    def of_whole(self, body):
+        self.assertEqual((body["type"], body["role"], body["stop_sequence"]), ("message", "assistant", None))
+        self.assertIsInstance(body["id"], str)
+        kinds = {kind: [block for block in body["content"] if block["type"] == kind]
+                 for kind in ("text", "thinking", "tool_use")}
+        self.assertEqual(sum(map(len, kinds.values())), len(body["content"]))
+        for block in kinds["thinking"]:
+            self.assertIsInstance(block["signature"], str)
+        usage, stops = body["usage"], {"end_turn": "stop", "max_tokens": "length", "tool_use": "tool_calls", None: None}
+        return Seen("".join(block["text"] for block in kinds["text"]),
+                    "".join(block["thinking"] for block in kinds["thinking"]),
+                    [[block["name"], block["input"]] for block in kinds["tool_use"]], stops[body["stop_reason"]],
+                    (usage["input_tokens"] + usage["cache_read_input_tokens"], usage["output_tokens"]))
+
+    def events(self, data):
+        """The events, each of the name that its type has."""
+        events = []
+        for lines in data.decode().split("\n\n")[:-1]:
+            name, said = lines.split("\n")
+            events.append(json.loads(said[len("data: "):]))
+            self.assertEqual(name, "event: " + events[-1]["type"])
+        return events
+
+    def of_stream(self, data):
+        """The message, put together as the SDK does it: one block is open at a time, and they are numbered from 0."""
+        events = [event for event in self.events(data) if event["type"] not in ("ping", "error")]
+        self.assertEqual(events[0]["type"], "message_start")
+        message, is_open = events[0]["message"], False
+        self.assertEqual(message["content"], [])
+        for event in events[1:]:
+            kind = event["type"]
+            if kind == "content_block_start":
+                self.assertEqual((is_open, event["index"]), (False, len(message["content"])))
+                message["content"].append({**event["content_block"], "json": ""})
+                is_open = True
+            elif kind in ("content_block_delta", "content_block_stop"):
+                self.assertEqual((is_open, event["index"]), (True, len(message["content"]) - 1))
+                is_open = kind == "content_block_delta"
+                self.add(message["content"][-1], event.get("delta", {}))
+            elif kind == "message_delta":
+                self.assertFalse(is_open)
+                message.update(event["delta"])
+                message["usage"].update(event["usage"])
+        for block in message["content"]:
+            if block["type"] == "tool_use":
+                self.assertEqual(block["input"], {})
+                block["input"] = json.loads(block["json"] or "{}")
+        return self.of_whole(message)
+
+    def add(self, block, delta):
+        for kind, name, field in (("text_delta", "text", "text"), ("thinking_delta", "thinking", "thinking"),
+                                  ("input_json_delta", "partial_json", "json")):
+            if delta.get("type") == kind:
+                block[field] += delta[name]
+
+    def is_complete(self, data):
+        return self.events(data)[-1]["type"] == "message_stop"
+
+    def error_in(self, body):
+        self.assertEqual((list(body), body["type"]), (["type", "error", "request_id"], "error"))
+        self.assertEqual(list(body["error"]), ["type", "message"])
+        self.assertTrue(body["request_id"].startswith("req_"))
+        return body["error"]["message"]
+
+    def error_events(self, data):
+        return [event for event in self.events(data) if event["type"] == "error"]
+
+    def full(self):
+        return messages(
+            "ollama:llama3.2", said_by("user", *say("a"), {"type": "image", "source": PNG_SOURCE}),
+            said_by("assistant", {"type": "thinking", "thinking": "hm", "signature": ""}, *say("b"), USE),
+            said_by("user", {"type": "tool_result", "tool_use_id": "toolu_1", "content": say("c"), "is_error": True},
+                    {"type": "document", "title": None, "source": {"type": "text", "data": "d"}}),
+            said_by("system", *say("e")), system=say(BILLING, "Be kind."), tools=CLAUDE_TOOLS, stream=False,
+            tool_choice={"type": "auto", "disable_parallel_tool_use": True}, stop_sequences=["X"], temperature=0.5,
+            top_p=0.5, top_k=5, metadata={"user_id": "u"}, thinking={"type": "enabled", "budget_tokens": 1024},
+            output_config={"effort": "low", "format": {"type": "json_schema", "schema": SCHEMA}}, service_tier="auto",
+            context_management={"edits": []})
+
+
+def tool_result(content, **fields):
+    return {"type": "tool_result", "tool_use_id": "toolu_1", "content": content, **fields}
+
+
+def head_of(target="/v1/messages", **fields):
+    return oblix.Head("POST", target, "HTTP/1.1", fields)
+
+
+PLAIN = Saying((Text("Hel"), Text("lo")), "stop", 9, 7)
+REMINDER, ENDED = "<system-reminder>\n", "</system-reminder>"
+COUNTDOWN = "<total_tokens>14999436 tokens left</total_tokens>"
+FOUND = {"role": "tool", "tool_call_id": "toolu_1"}
+AS_CALL = {"id": "toolu_1", "type": "function", "function": {"name": "find", "arguments": '{"q":"a"}'}}
+SENT_IMAGE = {"type": "image_url", "image_url": {"url": PNG_URL}}
+SAID_IN_CHAT = [    # what it is about, messages and fields of a request, what the chat request must hold
+    ("a text", [user("a")], {}, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 50, "stop": ABSENT,
+                                 "tools": ABSENT, "temperature": ABSENT, "reasoning_effort": ABSENT}),
+    ("texts", [said_by("user", *say("a", "b"))], {}, {"messages": [{"role": "user", "content": "a\nb"}]}),
+    ("a system", [HI], {"system": "s"}, {"messages": [{"role": "system", "content": "s"}, HI]}),
+    ("blocks of a system, without what is new in each request", [HI],
+     {"system": [*say(BILLING), {**say("s")[0], "cache_control": {"type": "ephemeral"}}, *say(f"t\n\n{COUNTDOWN}")]},
+     {"messages": [{"role": "system", "content": "s\nt"}, HI]}),
+    ("a system in one text", [HI], {"system": f"{BILLING}\ns\n{COUNTDOWN}\n{COUNTDOWN}"},
+     {"messages": [{"role": "system", "content": "s"}, HI]}),
+    ("a system of nothing else", [HI], {"system": BILLING}, {"messages": [HI]}),
+    ("a system in between", [HI, said_by("assistant", *say("b")), {"role": "system", "content": COUNTDOWN},
+                             said_by("system", *say("c", COUNTDOWN))], {},
+     {"messages": [HI, {"role": "assistant", "content": "b"}, {"role": "user", "content": f"{REMINDER}c\n{ENDED}"}]}),
+    ("a system's message after the user's, as Claude Code has it", [HI, said_by("system", *say("c"))], {},
+     {"messages": [{"role": "user", "content": f"Hi\n{REMINDER}c\n{ENDED}"}]}),
+    ("turns of the same role", [HI, HI, said_by("assistant", *say("b")), said_by("assistant", *say("c"))], {},
+     {"messages": [{"role": "user", "content": "Hi\nHi"}, {"role": "assistant", "content": "b\nc"}]}),
+    ("a reminder among a user's texts", [said_by("user", *say("a", COUNTDOWN, f"what is {COUNTDOWN}"))], {},
+     {"messages": [{"role": "user", "content": f"a\nwhat is {COUNTDOWN}"}]}),
+    ("images", [said_by("user", *say("a"), {"type": "image", "source": PNG_SOURCE}, {
+        "type": "image", "source": {"type": "url", "url": WEB_IMAGE}})], {},
+     {"messages": [user(part("a"), SENT_IMAGE, {"type": "image_url", "image_url": {"url": WEB_IMAGE}})]}),
+    ("documents", [said_by("user", {"type": "document", "source": PDF_SOURCE, "title": "T"}, {
+        "type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "d"}}, {
+        "type": "document", "source": {"type": "content", "content": say("e")}})], {},
+     {"messages": [user({"type": "file", "file": {"filename": "T", "file_data": PDF_URL}}, part("d"), part("e"))]}),
+    ("files that only Anthropic has", [said_by("user", {
+        "type": "image", "source": {"type": "file", "file_id": "f"}})], {},
+     {"messages": [user({"type": "file", "file": {"filename": "document.pdf", "file_id": "f"}})]}),
+    ("blocks that nobody else knows", [said_by("user", *say("a"), {"type": "container_upload", "file_id": "f"})], {},
+     {"messages": [{"role": "user", "content": "a"}]}),
+    ("a call and its result, then the user", [HI, said_by("assistant", *say("b"), USE), said_by(
+        "user", *say("c"), tool_result("3"))], {},
+     {"messages": [HI, {"role": "assistant", "content": "b", "tool_calls": [AS_CALL]}, {**FOUND, "content": "3"},
+                   {"role": "user", "content": "c"}]}),
+    ("results of every kind", [said_by("user", tool_result(None), tool_result(say("a", "b")), tool_result(
+        [*say("c"), {"type": "image", "source": PNG_SOURCE}]))], {},
+     {"messages": [{**FOUND, "content": ""}, {**FOUND, "content": "a\nb"}, {**FOUND, "content": "c"},
+                   user(SENT_IMAGE)]}),
+    ("results of calls that failed", [said_by("user", tool_result("gone", is_error=True), tool_result(
+        "Error: no", is_error=True), tool_result("fine", is_error=False))], {},
+     {"messages": [{**FOUND, "content": text} for text in ("Error: gone", "Error: no", "fine")]}),
+    ("thoughts, of which the signed ones are another model's", [HI, said_by(
+        "assistant", {"type": "thinking", "thinking": "mine", "signature": ""}, {
+            "type": "thinking", "thinking": "Claude's", "signature": "Zm9v"}, {
+            "type": "redacted_thinking", "data": "x"}, *say("b"))], {},
+     {"messages": [HI, {"role": "assistant", "content": "b", "reasoning_content": "mine"}]}),
+    ("a turn that is only a thought", [HI, said_by("assistant", {"type": "redacted_thinking", "data": "x"}),
+                                       said_by("assistant", *say("b")), HI], {},
+     {"messages": [HI, {"role": "assistant", "content": "b"}, HI]}),
+    ("tools", [HI], {"tools": [{**CLAUDE_TOOLS[0], "type": "custom", "cache_control": {"type": "ephemeral"}}]},
+     {"tools": [TOOLS[0]], "tool_choice": "auto", "parallel_tool_calls": ABSENT}),
+    ("any tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
+     {"tool_choice": "required", "parallel_tool_calls": False}),
+    ("no tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "none"}}, {"tool_choice": "none"}),
+    ("one tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "tool", "name": "now"}},
+     {"tool_choice": {"type": "function", "function": {"name": "now"}}}),
+    ("a choice without tools", [HI], {"tool_choice": {"type": "any"}}, {"tool_choice": ABSENT, "tools": ABSENT}),
+    ("numbers", [HI], {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "stop_sequences": ["X"], "max_tokens": 9},
+     {"temperature": 0.5, "top_p": 0.25, "top_k": ABSENT, "stop": ["X"], "max_tokens": 9}),
+    ("fields that others have no place for", [HI], {"metadata": {"user_id": "u"}, "context_management": {"edits": []},
+     "service_tier": "auto", "container": "c", "x": 1}, {"metadata": ABSENT, "x": ABSENT, "service_tier": ABSENT}),
+    ("an effort", [HI], {"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}},
+     {"reasoning_effort": "max"}),
+    ("thinking by itself", [HI], {"thinking": {"type": "adaptive"}}, {"reasoning_effort": ABSENT}),
+    ("no thinking", [HI], {"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}},
+     {"reasoning_effort": "none"}),
+    *[(f"a budget of {budget}", [HI], {"thinking": {"type": "enabled", "budget_tokens": budget}},
+       {"reasoning_effort": effort}) for budget, effort in ((1024, "low"), (4096, "medium"), (31999, "high"))],
+    ("JSON", [HI], {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+     {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}}),
+    ("JSON, as it was spelt before", [HI], {"output_format": {"type": "json_schema", "schema": SCHEMA}},
+     {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}),
+    ("nothing", [HI], dict.fromkeys(["system", "tools", "tool_choice", "thinking", "output_config", "stop_sequences",
+                                     "temperature", "stream"]), {"messages": [HI], "tools": ABSENT}),
+]
+NOT_MESSAGES = [    # a body that is refused, the words of why
+    ({"max_tokens": None}, "max_tokens is missing"), ({"messages": []}, "messages must be"),
+    ({"messages": ["a"]}, "messages.0 must have the role"), ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
+    ({"messages": [said_by("user", "a")]}, "messages.0.content.0 must be an object"),
+    ({"messages": [said_by("user", {"type": "text"})]}, "messages.0.content.0.text is missing"),
+    ({"messages": [said_by("user", {"type": "image", "source": {"type": "base64", "data": "x"}})]}, "image.source"),
+    ({"messages": [said_by("user", {"type": "image", "source": {"type": []}})]}, "image.source"),
+    ({"messages": [said_by("assistant", {**USE, "input": "x"})]}, "messages.0.content.0.input"),
+    ({"messages": [said_by("user", {"type": "tool_result"})]}, "tool_use_id"),
+    ({"tools": [{"name": "a"}]}, "tools.0 must be like"), ({"tools": ["a"]}, "tools must be a list"),
+    ({"tool_choice": {"type": "tool"}}, "tool_choice must"), ({"tool_choice": {"type": []}}, "tool_choice must"),
+    ({"system": 5}, "system must be"), ({"max_tokens": -1}, "max_tokens must be"), ({"stop_sequences": "a"}, "list"),
+    ({"temperature": "a"}, "temperature must be"), ({"thinking": []}, "thinking must be"),
+    ({"model": ""}, "model must"),
+]
+LONG_PROMPTS = [    # an error's text, what agents are told
+    ("prompt is too long: 205668 tokens > 200000 maximum", "prompt is too long: 205668 tokens > 200000 maximum"),
+    ("This model's maximum context length is 128000 tokens. However, your messages resulted in 130,001 tokens.",
+     "prompt is too long: 130001 tokens > 128000 maximum (This"),
+    ("No model can take this request: ollama:qwen3:1.7b: its maximum context length is 8192 tokens, and the prompt has "
+     "over 9000; claude:claude-haiku-4-5-20251001: no key", "prompt is too long: 9000 tokens > 8192 maximum (No"),
+    ("the request exceeds the available context size (4096 tokens), try increasing it",
+     "prompt is too long: over 4096 tokens > 4096 maximum (the"),
+    ("input length too long", "prompt is too long: input length too long"),
+]
+
+
+class Messages(Case):
+    """What Anthropic's clients send, and what becomes of it."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.ollama, cls.claude = [cls.keep(Upstream(dialect)) for dialect in (OLLAMA, CLAUDE)]
+        cls.server = cls.keep(running(cls.ollama, cls.claude))
+
+    def asks(self, body, query="", path="/v1/messages", server=None, **headers):
+        return fetch(server or self.server, "POST", path + query, json.dumps(body), {
+            "Content-Type": "application/json", **headers})
+
+    def test_a_request_for_others_says_the_same_in_a_chat(self):
+        for what, said, fields, wanted in SAID_IN_CHAT:
+            with self.subTest(what):
+                body = messages("m", *said, **fields)
+                request = oblix.MESSAGES.request(json.loads(json.dumps(body)), head_of())
+                self.assertEqual(differences(wanted, request.body), [])
+                self.assertEqual((request.model, request.origin), ("m", body))
+
+    def test_a_wrong_body_is_told_what_is_wrong(self):
+        for fields, says in NOT_MESSAGES:
+            with self.subTest(str(fields)):
+                with self.assertRaises(oblix.BadRequest) as raised:
+                    oblix.MESSAGES.request(messages(**fields), head_of())
+                self.assertIn(says, raised.exception.message)
+
+    def test_claude_gets_a_request_as_it_came_but_for_the_model(self):
+        tools = [{**CLAUDE_TOOLS[0], "cache_control": {"type": "ephemeral"}},
+                 {"type": "web_search_20250305", "name": "web_search"}]
+        thought = {"type": "thinking", "thinking": "hm", "signature": "Zm9v"}
+        body = messages(CLAUDE_ID, HI, said_by("assistant", thought, *say("b")), said_by("user", *say("c")),
+                        system=say(BILLING, "s"), tools=tools, top_k=5, context_management={"edits": []}, x=[1, None])
+        for stream in (False, True):
+            reply = self.asks({**body, "stream": stream}, "?beta=true", **{
+                "anthropic-beta": "a-1,b-2", "anthropic-version": "2026-10-21", "x-api-key": "of-the-client"})
+            self.assertEqual(reply.status, 200)
+            self.assertIsNone(reply.headers["x-oblix-left-out"])
+            sent = self.claude.last
+            self.assertEqual(sent.json, {**body, "stream": stream, "model": "claude-test"})
+            self.assertEqual(sent.path, "/v1/messages?beta=true")
+            self.assertEqual([sent.headers[name] for name in ("anthropic-beta", "anthropic-version", "x-api-key")],
+                             ["a-1,b-2", "2026-10-21", CLAUDE.key])
+        self.asks(body)
+        self.assertEqual((self.claude.last.path, self.claude.last.headers["anthropic-version"]),
+                         ("/v1/messages", "2023-06-01"))
+
+    def test_claude_does_not_get_thoughts_of_other_models(self):
+        """It refuses those without its signature, which a conversation has that a local model began."""
+        mine = {"type": "thinking", "thinking": "hm", "signature": ""}
+        self.asks(messages(CLAUDE_ID, HI, said_by("assistant", mine, *say("b")), said_by("assistant", mine), HI))
+        self.assertEqual(self.claude.last.json["messages"], [HI, said_by("assistant", *say("b")), HI])
+
+    def test_claude_s_answer_goes_back_as_it_comes(self):
+        events = [CLAUDE.event("message_start", message={"id": "msg_9", "model": "claude-test-2", "content": [], "x": 1,
+                                                         "usage": {"input_tokens": 5, "cache_read_input_tokens": 4}}),
+                  CLAUDE.event("content_block_start", index=0, content_block={"type": "server_tool_use", "id": "s"}),
+                  CLAUDE.event("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": "{"}),
+                  CLAUDE.event("content_block_stop", index=0), *CLAUDE._blocks([FIND, NOW]),
+                  CLAUDE.event("content_block_start", index=1, content_block={"type": "text", "text": "", "x": []}),
+                  *[CLAUDE.event("content_block_delta", index=1, delta={"type": "text_delta", "text": text})
+                    for text in ("Grüße, ", "\"a\"", "b")],
+                  CLAUDE.event("content_block_delta", index=1, delta={"type": "citations_delta", "citation": {}}),
+                  CLAUDE.event("of_next_year", y=[None]), CLAUDE.event("content_block_stop", index=1),
+                  CLAUDE.event("message_delta", delta={"stop_reason": "pause_turn"}, usage={"output_tokens": 7}),
+                  CLAUDE.event("message_stop")]
+        read = functools.partial(MessagesKeepTheContract.events, self)
+        for size in (None, 7, 4096):
+            self.claude.play(lambda _, __, size=size: streamed(CLAUDE, events, size))
+            reply = self.asks(messages(CLAUDE_ID, stream=True))
+            self.assertEqual(read(reply.body), read(b"".join(events)))
+        message = {"id": "msg_9", "type": "message", "content": [{"type": "text", "text": "a", "citations": None}],
+                   "stop_reason": "stop_sequence", "stop_sequence": "X", "usage": {"input_tokens": 5}, "x": {}}
+        self.claude.play(whole(200, message))
+        self.assertEqual(self.asks(messages(CLAUDE_ID)).json, message)
+        self.claude.play(answer(Text("Hello")))
+
+    def test_a_message_that_begins_again_or_breaks_off_is_an_error(self):
+        start, *rest = CLAUDE.events(Saying((Text("Hello"),), "stop", 9, 7))
+        for events in ([start, *rest[:3], start, *rest], [start, *rest[:3]], [start, *rest[:-2], b"data: [1]\n\n"]):
+            self.claude.play(lambda _, __, events=events: streamed(CLAUDE, events))
+            with self.assertLogs("oblix", "WARNING"):
+                reply = self.asks(messages(CLAUDE_ID, stream=True))
+            self.assertNotIn(b"message_stop", reply.body)
+            self.assertEqual(reply.body.count(b"event: message_start"), 1)
+            self.assertTrue(reply.body.rpartition(b"event: ")[2].startswith(b"error\n"), reply.body)
+        self.claude.play(answer(Text("Hello")))
+
+    def test_a_plain_name_of_claude_s_means_claude_where_it_has_a_key(self):
+        for name in ("claude-test", "claude-sonnet-9"):
+            self.assertEqual(self.asks(messages(name)).headers["x-oblix-model"], f"claude:{name}")
+        with running(self.ollama) as server:
+            reply = self.asks(messages("claude-sonnet-9"), server=server)
+        self.assertEqual((reply.status, reply.json["error"]["type"]), (404, "not_found_error"))
+
+    def test_what_no_other_target_can_have_is_told(self):
+        body = messages(OLLAMA_ID, tools=[*CLAUDE_TOOLS, {"type": "bash_20250124", "name": "bash"},
+                                          {"type": "web_search_20250305", "name": "web_search"}])
+        for stream in (False, True):
+            reply = self.asks({**body, "stream": stream})
+            self.assertEqual(reply.headers["x-oblix-left-out"], "bash_20250124, web_search_20250305")
+            self.assertEqual(len(self.ollama.last.json["tools"]), 2)
+
+    def test_a_prompt_that_is_too_long_is_told_in_the_words_that_agents_know(self):
+        for text, told in LONG_PROMPTS:
+            error = oblix.UpstreamError(text, oblix.Fault.TOO_LONG, code="context_length_exceeded", status=400)
+            body = oblix.MESSAGES.error(error)
+            self.assertEqual(body["error"]["type"], "invalid_request_error")
+            self.assertTrue(body["error"]["message"].startswith(told), body)
+        with Upstream(OLLAMA, details={**OLLAMA.show(), "model_info": {
+                "general.architecture": "llama", "llama.context_length": 4096}}) as small_, running(small_) as server:
+            reply = self.asks(messages("auto", {"role": "user", "content": "word " * 20000}), server=server)
+        self.assertEqual((reply.status, reply.json["error"]["type"]), (400, "invalid_request_error"))
+        self.assertRegex(reply.json["error"]["message"], r"^prompt is too long: 12\d\d\d tokens > 4096 maximum")
+
+    def test_errors_have_anthropic_s_types_and_the_request_s_id(self):
+        for status, kind in ((400, "invalid_request_error"), (401, "authentication_error"), (402, "billing_error"),
+                             (403, "permission_error"), (404, "not_found_error"), (409, "conflict_error"),
+                             (413, "request_too_large"), (429, "rate_limit_error"), (500, "api_error"),
+                             (503, "overloaded_error")):
+            self.claude.play(failing(status))
+            with mock.patch.object(oblix.log, "error"):
+                reply = self.asks(messages(CLAUDE_ID))
+            self.assertEqual((reply.status, reply.json["error"]["type"]), (status, kind))
+            self.assertEqual(reply.json["request_id"], reply.headers["request-id"])
+            self.assertEqual(reply.headers["request-id"], reply.headers["x-request-id"])
+        self.claude.play(answer(Text("Hello")))
+        reply = self.asks({}, path="/v1/messages/batches")
+        self.assertEqual((reply.status, reply.json["error"]["type"]), (404, "not_found_error"))
+
+    def counts(self, body):
+        reply = self.asks(body, "?beta=true", "/v1/messages/count_tokens")
+        self.assertEqual((reply.status, list(reply.json)), (200, ["input_tokens"]))
+        return reply.json["input_tokens"]
+
+    def test_tokens_are_counted_at_once_and_for_nothing(self):
+        for text, least in (("a" * 350, 100), ("a" * 3500, 1000)):
+            said = {"messages": [{"role": "user", "content": text}], "system": "s"}
+            for model in ("auto", "cloud", OLLAMA_ID, "no-such-model"):
+                asked = len(self.claude.requests) + len(self.ollama.requests)
+                self.assertTrue(least <= self.counts({"model": model, **said}) <= least + 10)
+                self.assertEqual(len(self.claude.requests) + len(self.ollama.requests), asked)
+        self.assertEqual(self.asks({}, path="/v1/messages/count_tokens").json["error"]["type"], "invalid_request_error")
+
+    def test_a_prompt_that_may_not_go_to_claude_is_not_counted_there(self):
+        asked, body = len(self.claude.requests), {"model": "claude-haiku-5", "messages": [HI]}
+        aliases = ["--alias=claude-*haiku*=local", f"--alias=both={CLAUDE_ID},{OLLAMA_ID}"]
+        with running(self.ollama, self.claude, flags=aliases) as server:
+            for model, headers in (("claude-haiku-5", {}), ("both", {}), (CLAUDE_ID, {"x-oblix-route": "local"})):
+                reply = self.asks({**body, "model": model}, "", "/v1/messages/count_tokens", server, **headers)
+                self.assertEqual(reply.status, 200)
+        self.assertEqual(len(self.claude.requests), asked)
+
+    def test_claude_counts_its_own_tokens(self):
+        body = {"model": CLAUDE_ID, "messages": [HI], "tools": CLAUDE_TOOLS, "thinking": {"type": "adaptive"}}
+        for script, counted in ((whole(200, {"input_tokens": 4321}), 4321), (failing(500), None),
+                                (whole(200, {"input_tokens": "x"}), None), ([CLOSE], None)):
+            self.claude.play(script)
+            told = self.counts(body)
+            self.assertTrue(told == counted if counted else 50 < told < 200, told)
+            self.assertEqual(self.claude.last.path, "/v1/messages/count_tokens?beta=true")
+            self.assertEqual(self.claude.last.json, {**body, "model": "claude-test"})
+        self.claude.play(answer(Text("Hello")))
+
+    def test_arguments_that_are_no_json_do_not_fail_a_whole_answer(self):
+        call = {"id": "c", "type": "function", "function": {"name": "find", "arguments": '{"q": '}}
+        said = {"role": "assistant", "content": "Hm.", "refusal": None, "tool_calls": [call]}
+        choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": "tool_calls"}
+        body = {**OPENAI.whole(Saying((), "stop", 9, 7)), "choices": [choice]}
+        with Upstream(OPENAI, whole(200, body)) as upstream, running(upstream) as server:
+            body = self.asks(messages(OPENAI_ID, tools=CLAUDE_TOOLS), server=server).json
+        self.assertEqual(body["content"], [*say("Hm."), {
+            "type": "tool_use", "id": "c", "name": "find", "input": {"_raw": '{"q": '}}])
+
+    def test_counts_are_apart_from_what_the_cache_had(self):
+        usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107,
+                 "prompt_tokens_details": {"cached_tokens": 60}}
+        body = {**OPENAI.whole(Saying((Text("a"),), "stop", 9, 7)), "usage": usage}
+        with Upstream(OPENAI, whole(200, body)) as cloud, running(cloud) as server:
+            told = self.asks(messages(OPENAI_ID), server=server).json["usage"]
+        self.assertEqual(told, {"input_tokens": 40, "cache_read_input_tokens": 60, "cache_creation_input_tokens": 0,
+                                "output_tokens": 7})
+
+    def test_claude_and_others_stand_in_for_each_other(self):
+        scripts = {"refused": failing(529), "cut before content": lambda dialect, _: [
+            dialect.head, *map(chunk, CLAUDE.events(PLAIN, {})[:3]), CLOSE]}
+        for what, stream in itertools.product(scripts, (False, True)):
+            with self.subTest(what, stream=stream), running(
+                    self.ollama, self.claude, flags=["--prefer=cloud"]) as server:
+                self.claude.play(scripts[what])
+                reply = self.asks(messages("auto", stream=stream), server=server)
+                self.assertEqual(reply.headers["x-oblix-model"], OLLAMA_ID)
+                read = MessagesKeepTheContract()
+                told = read.of_stream(reply.body) if stream else read.of_whole(reply.json)
+                self.assertEqual((told.text, told.finish), ("Hello", "stop"))
+        self.claude.play(answer(Text("Hello")))
+
+    def test_a_silence_is_filled_with_pings(self):
+        with mock.patch.multiple(oblix, KEEP_ALIVE_S=0.1, TICK_S=0.03), Upstream(
+                OLLAMA, delayed(0.5, by=answer(Text("Hello")))) as upstream, running(upstream) as server:
+            reply = self.asks(messages(stream=True), server=server)
+        events = MessagesKeepTheContract.events(self, reply.body)
+        self.assertEqual([event["type"] for event in events[:3]], ["ping"] * 3)
+        self.assertEqual(events[-1], {"type": "message_stop"})
+
+    def test_a_text_within_a_call_waits_for_its_end(self):
+        writer = oblix.MESSAGES.stream(oblix.MESSAGES.request(messages("m"), head_of()))
+        pieces = [{**oblix.tool_chunk(0, '{"q": ', "c", "find"), "id": "1", "model": "m"},
+                  oblix.Texts([b"a \\\"b", b"\\n"]), oblix.tool_chunk(0, '"x"}'), oblix.Texts([b"c"])]
+        data = b"".join(map(writer.take, pieces)) + writer.end()
+        told = MessagesKeepTheContract().of_stream(data)
+        self.assertEqual((told.text, told.calls), ('a "b\nc', [["find", {"q": "x"}]]))
+
+    def test_an_answer_that_breaks_off_is_continued_by_claude(self):
+        with running(self.ollama, self.claude, flags=CONTINUE) as server:
+            self.ollama.play(cut("Hello, ", "wor"))
+            self.claude.play(answer(Text("ld!")))
+            with self.assertLogs("oblix", "WARNING"):
+                reply = self.asks(messages("auto", stream=True), server=server)
+            self.claude.play(answer(Text("Hello")))
+            self.ollama.play(answer(Text("Hello")))
+        self.assertEqual(MessagesKeepTheContract().of_stream(reply.body).text, "Hello, world!")
+        self.assertIn("Hello, wor", self.claude.last.body.decode())
+
+    def test_an_answer_of_claude_s_that_breaks_off_is_continued_in_the_same_block(self):
+        with running(self.ollama, self.claude, flags=[*CONTINUE, "--prefer=cloud"]) as server:
+            self.claude.play(cut("Hello, ", "wor"))
+            self.ollama.play(answer(Text("ld!")))
+            with self.assertLogs("oblix", "WARNING"):
+                reply = self.asks(messages("auto", stream=True), server=server)
+            self.claude.play(answer(Text("Hello")))
+            self.ollama.play(answer(Text("Hello")))
+        told = MessagesKeepTheContract.of_stream(MessagesKeepTheContract(), reply.body)
+        self.assertEqual((told.text, told.finish, reply.cut), ("Hello, world!", "stop", False))
+
+
 # === 11. Server ======================================================================================================
 
 ROUTES = [  # method, path, status, a word of Allow
@@ -10963,7 +11684,7 @@ PAGE_HERE = "http://localhost:3000"
 KEYS_GIVEN = [  # a request's headers, whether they hold the key
     ({"Authorization": "Bearer " + OUR_KEY}, True), ({"Authorization": "bearer " + OUR_KEY}, True),
     ({"authorization": "BEARER " + OUR_KEY}, True), ({"AUTHORIZATION": "bEaReR " + OUR_KEY}, True),
-    ({"api-key": OUR_KEY}, True), ({"API-KEY": OUR_KEY}, True),
+    ({"api-key": OUR_KEY}, True), ({"API-KEY": OUR_KEY}, True), ({"x-api-key": OUR_KEY}, True),
     ({}, False), ({"Authorization": ""}, False), ({"Authorization": OUR_KEY}, False),
     ({"Authorization": "Bearer"}, False), ({"Authorization": "Bearer" + OUR_KEY}, False),
     ({"Authorization": "Basic " + OUR_KEY}, False), ({"Authorization": "Token " + OUR_KEY}, False),
@@ -10972,7 +11693,8 @@ KEYS_GIVEN = [  # a request's headers, whether they hold the key
     ({"Authorization": "Bearer %s, Bearer x" % OUR_KEY}, False),
     ({"Authorization": "Bearer " + OUR_KEY.upper()}, False),
     ({"Authorization": 'Bearer "%s"' % OUR_KEY}, False), ({"Authorization": "Bearer \xfc\xe9"}, False),
-    ({"api-key": ""}, False), ({"api-key": "wrong"}, False), ({"api-key": "Bearer " + OUR_KEY}, False),
+    ({"api-key": ""}, False), ({"x-api-key": "wrong"}, False), ({"api-key": "wrong"}, False),
+    ({"api-key": "Bearer " + OUR_KEY}, False),
     ({"api-key": "\xff"}, False), ({"api_key": OUR_KEY}, False), ({"Cookie": "api-key=" + OUR_KEY}, False),
     ({"Proxy-Authorization": "Bearer " + OUR_KEY}, False), ({"X-Forwarded-For": "127.0.0.1"}, False),
 ]
@@ -11046,8 +11768,8 @@ KINDS = [  # Content-Type, whether it is JSON; None is no such header
 SIMPLE_KINDS = [  # the content types that a page may send anywhere without a preflight; None is that of a bare Blob
     "text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
     None]
-EXPOSED = {"x-oblix-model", "x-oblix-side", "x-oblix-reason", "x-oblix-attempts", "x-request-id", "retry-after",
-           "x-should-retry"}
+EXPOSED = {"x-oblix-model", "x-oblix-side", "x-oblix-reason", "x-oblix-attempts", "x-oblix-left-out", "x-request-id",
+           "request-id", "retry-after", "x-should-retry"}
 OPEN_HOSTS = [  # of --host: reached by others, whatever they look like
     "0.0.0.0", "::", "[::]", "", "192.168.1.7", "8.8.8.8", "128.0.0.1", "box.lan", "127.0.0.1.evil.example",
     "localhost.evil.example", "notlocalhost", "fe80::1"]
@@ -11124,14 +11846,14 @@ class Guard(Case):
 
     # --- the key ---
 
-    def test_every_route_wants_the_key(self):
+    def test_every_route_but_the_page_wants_the_key(self):
         for (method, path, status, *_), key in itertools.product(ROUTES, ({}, {"api-key": "no"}, WITH_KEY)):
             if method == "GET" and "health" in path and not key:
                 continue    # says two things to everybody, below
             with self.subTest(method, path=path, key=key):
                 reply = fetch(self.keyed, method, path, None if method == "GET" else b"{}", {**JSON, **key})
-                if key is WITH_KEY:
-                    self.assertEqual(reply.status, status, reply.body)
+                if key is WITH_KEY or method == "GET" and path in ("/", "//", "/v1/v1"):
+                    self.assertEqual(reply.status, status, reply.body[:200])
                 else:
                     self.refused(reply, 401, code="invalid_api_key")
                 if method == "GET":
@@ -11168,7 +11890,8 @@ class Guard(Case):
             self.assertEqual((reply.status, reply.json),
                              (200, {"status": whole.json["status"], "version": oblix.__version__}))
             self.assertEqual((fetch(self.keyed, "HEAD", path).status, fetch(self.keyed, "HEAD", path).body), (200, b""))
-            for wrong in ({"api-key": "no"}, {"Authorization": "Bearer no"}, {"Authorization": "Basic eDp5"}):
+            for wrong in ({"api-key": "no"}, {"x-api-key": "no"}, {"Authorization": "Bearer no"},
+                          {"Authorization": "Basic eDp5"}):
                 self.refused(fetch(self.keyed, "GET", path, None, wrong), 401, code="invalid_api_key")
         self.refused(fetch(self.keyed, "POST", "/health", b"{}", JSON), 401, code="invalid_api_key")
         self.assertLess({"status", "version", "targets", "plan"}, {*fetch(self.open, "GET", "/health").json})
@@ -12937,6 +13660,251 @@ class LeftBehind(Case):
             self.answered(ask(server, upstream.target), "Hello")
 
 
+# === 13. Page ========================================================================================================
+# What a person sees, in headless Chromium, which chromedriver drives by the WebDriver protocol (W3C) over plain HTTP.
+
+class Browser:
+    """A browser with one tab and an empty profile."""
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+             "--disable-component-update --disable-sync --disable-dev-shm-usage").split()
+
+    def __init__(self):
+        driver, chromium = (binary(name, "chromium-driver") for name in ("chromedriver", "chromium"))
+        self._profile, self._session = tempfile.mkdtemp(), ""
+        self._driver = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                        text=True)
+        started = next(filter(None, (re.search(r"on port (\d+)\.", line) for line in self._driver.stdout)))
+        self._connection = http.client.HTTPConnection("127.0.0.1", int(started[1]), timeout=60)
+        options = {"binary": chromium, "args": [*self.flags, "--user-data-dir=" + self._profile]}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        session = self._do("POST", "/session", capabilities={"alwaysMatch": wanted})["sessionId"]
+        self._session = "/session/" + session
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.closing(self._connection), self._driver, self._driver.stdout:
+            self._do("DELETE", "")
+            self._driver.terminate()
+        shutil.rmtree(self._profile, ignore_errors=True)
+
+    def _do(self, method, path, **body):
+        self._connection.request(method, self._session + path, json.dumps(body) if method == "POST" else None)
+        with contextlib.closing(self._connection.getresponse()) as response:
+            value = json.load(response)["value"]
+        if response.status != 200:
+            raise AssertionError(value["message"])
+        return value
+
+    def open(self, url, width=1280):
+        """Show a page in a new tab's state: nothing is kept from the one before, nor of its console."""
+        self._do("POST", "/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride",
+                 params={"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500})
+        self._do("POST", "/url", url="about:blank")
+        self.errors()
+        self._do("POST", "/url", url=url)
+
+    def js(self, code, *args):
+        """What this body of an async function returns in the page."""
+        return self._do("POST", "/execute/sync", script=code, args=args)
+
+    def errors(self):
+        """What the console has told of as an error, since it was last asked."""
+        return [entry["message"] for entry in self._do("POST", "/se/log", type="browser") if entry["level"] == "SEVERE"]
+
+    def text(self, id):
+        return self.js("return document.getElementById(arguments[0]).innerText", id)
+
+    def fill(self, id, text):
+        self.js("document.getElementById(arguments[0]).value = arguments[1]", id, text)
+
+    def click(self, id):
+        self.js("document.getElementById(arguments[0]).click()", id)
+
+    def names(self):
+        """(role, name) of all that the keyboard reaches, as a screen reader is told of it."""
+        nodes = self._do("POST", "/goog/cdp/execute", cmd="Accessibility.getFullAXTree", params={})["nodes"]
+        return [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes
+                if any(one["name"] == "focusable" for one in node.get("properties", ()))]
+
+
+EVIL = "<img src=x onerror=document.title=1><b id=evil>"    # a name that a client or a server may choose
+
+
+class PageServed(Case):
+    def test_its_policy_lets_in_its_own_script_and_style_and_nothing_else(self):
+        with running(probed=False) as server:
+            reply = fetch(server, "GET", "/")
+        policy = dict(part.split(" ", 1) for part in reply.headers["Content-Security-Policy"].split("; "))
+        for kind in ("script", "style"):
+            [part] = re.findall(f"<{kind}>(.*?)</{kind}>", reply.body.decode(), re.S)
+            digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+            self.assertEqual(policy.pop(kind + "-src"), f"'sha256-{digest}'")
+        self.assertEqual(policy.pop("connect-src"), "'self'")
+        self.assertEqual(policy.pop("img-src"), "data:")    # its icon
+        self.assertEqual(policy.pop("require-trusted-types-for"), "'script'")    # no text becomes markup
+        self.assertEqual(policy, dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'"))
+
+
+class Page(Case):
+    @classmethod
+    def setUpClass(cls):
+        cls.browser = cls.keep(Browser())
+        cls.local, cls.cloud = cls.keep(Upstream(OLLAMA)), cls.keep(Upstream(OPENAI))
+
+    def setUp(self):
+        self.local.play(answer(Text("Hello")))
+
+    def see(self, id, text, within=30):
+        """Wait until this part of the page has this text."""
+        said = [""]
+
+        def shown():
+            said[0] = self.browser.text(id)
+            return text in said[0]
+        try:
+            eventually(shown, within)
+        except AssertionError:
+            self.fail(f"{text!r} is not in #{id}: {said[0]!r}")
+
+    def opened(self, server, **how):
+        self.browser.open(server.url, **how)
+        self.see("live", "live")
+
+    def test_it_shows_everything_without_an_error(self):
+        facts = {"cpu_percent": 97.5, "memory_percent": 41.0, "load_per_core": 0.4, "gpu_percent": 12.0,
+                 "battery_percent": 5.0, "battery_plugged": False, "temperature_c": 61.5, "temperature_high_c": 80.0,
+                 "temperature_critical_c": 90.0}
+        with running(self.local, self.cloud, flags=["--cpu-critical-percent=95"]) as server:
+            ask(server, "auto", stream=True)
+            with mock.patch.object(oblix.ResourceMonitor, "sample", lambda _: facts):
+                eventually(lambda: health(server)["local"]["level"] == "critical")
+                self.opened(server)
+                for id, text in (("plan", "auto would ask openai:gpt-test (cloud) now: local critical (cpu 98%"),
+                                 ("sides", "local ✕ critical"), ("sides", "cloud ● optimal"), ("device", "✕ 97.5%"),
+                                 ("device", "Temperature\n61.5 °C"), ("device", "Not seen here: GPU memory."),
+                                 ("network", f"127.0.0.1:{self.cloud.port}/v1"), ("targets", "ollama:llama3.2"),
+                                 ("lanes", "local 1\ncloud 0\nnone 0"), ("requests", "local available")):
+                    with self.subTest(id=id):
+                        self.see(id, text)
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_what_the_keyboard_reaches_has_a_name(self):
+        with running(self.local) as server:
+            self.opened(server)
+            found = [(role, name) for role, name in self.browser.names() if role != "RootWebArea"]
+        self.assertEqual({role for role, _ in found}, {"textbox", "combobox", "button", "log", "region"} | {
+            role for role, _ in found if role in ("option", "MenuListOption")})
+        self.assertEqual([one for one in found if not one[1]], [])
+
+    def test_a_change_of_level_shows_within_five_seconds(self):
+        memory = {"memory_percent": 10.0}
+        with mock.patch.object(oblix.ResourceMonitor, "sample", lambda _: {**memory}), running(
+                self.local, self.cloud, flags=["--memory-critical-percent=95"]) as server:
+            self.opened(server)
+            self.see("plan", "auto would ask ollama:llama3.2 (local) now: local available")
+            memory["memory_percent"] = 99.0    # two samples, a second apart, make a level worse
+            self.see("plan", "auto would ask openai:gpt-test (cloud) now: local critical")
+        self.assertLessEqual(self.browser.js("return EVERY_MS"), 3000)
+
+    def test_a_prompt_is_answered_as_it_is_written(self):
+        go_on = threading.Event()
+        rest = streamed(OLLAMA, OLLAMA.events(Saying((Text("lo <b>"),), "stop", 9, 7)))[1:]
+        self.local.play([*upto(OLLAMA, "Hel"), go_on, *rest])
+        with running(self.local) as server:
+            self.opened(server)
+            self.browser.fill("prompt", "A secret prompt")
+            self.browser.click("send")
+            self.see("answer", "Hel")
+            self.see("who", "ollama:llama3.2 answers: local available")
+            go_on.set()
+            self.see("answer", "Hello <b>")
+            self.see("who", "7 tokens")
+            self.see("requests", "ollama:llama3.2")
+            self.assertEqual(self.local.last.json["messages"][0]["content"], "A secret prompt")
+            self.assertNotIn("secret", self.browser.text("requests"))
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_an_answer_can_be_stopped_and_its_errors_show(self):
+        with Upstream(OLLAMA) as local, running(local) as server, self.assertLogs("oblix", "WARNING"):
+            self.opened(server)
+            for script, id, text in (([*upto(OLLAMA, "Hel"), HANG], "answer", "Hel"), ([HANG], "who", "Asking auto")):
+                local.play(script)
+                self.browser.click("send")
+                request = local.next_request()
+                self.see(id, text)
+                self.browser.click("stop")
+                self.see("who", "Stopped.")
+                self.assertTrue(request.hung_up.wait(30))
+            for script, text in (([*upto(OLLAMA, "Hel"), CLOSE], "✕"), (failing(400), "✕ ")):
+                local.play(script)
+                self.browser.click("send")
+                self.see("who", text)
+                self.assertFalse(self.browser.js("return document.getElementById('send').disabled"))
+
+    def test_names_are_shown_as_text(self):
+        with running(self.local, flags=["--cloud-model=openai:" + EVIL], env=env_for(self.cloud)) as server:
+            self.assertEqual(ask(server, EVIL + "?").status, 404)
+            self.local.play(answer(Text(EVIL)))
+            self.opened(server)
+            self.see("requests", EVIL + "?")
+            self.see("targets", EVIL)
+            self.browser.click("send")
+            self.see("answer", EVIL)
+            self.assertEqual(self.browser.js("return document.querySelectorAll('img, #evil').length"), 0)
+            self.assertIn("Oblix", self.browser.js("return document.title"))
+        self.assertEqual(self.browser.errors(), [])
+
+    def test_it_fits_a_phone(self):
+        name = "a-model-with-a-name-of-sixty-characters-and-not-a-blank-in-it"
+        with running(self.local, flags=["--cloud-model=openai:" + name], env=env_for(self.cloud)) as server:
+            ask(server, name * 2)
+            self.opened(server, width=360)
+            self.see("requests", name)
+            self.assertEqual(self.browser.js("return [innerWidth, document.documentElement.scrollWidth]"), [360, 360])
+
+    def test_it_asks_for_the_key(self):
+        with running(self.local, flags=["--api-key=" + OUR_KEY], probed=False) as server:
+            self.browser.open(server.url)
+            self.see("live", "waits for the key")
+            self.assertEqual(self.browser.js("return document.getElementById('now').checkVisibility()"), False)
+            for key, id, text in (("wrong", "wrong", "That is not its key."), (OUR_KEY, "plan", "auto")):
+                self.browser.fill("secret", key)
+                self.browser.js("document.getElementById('key').requestSubmit()")
+                self.see(id, text)
+            self.see("live", "live")
+            self.browser.click("send")
+            self.see("answer", "Hello")
+            self.browser.js("location.reload()")
+            self.see("live", "live")
+
+    def test_it_says_when_the_server_is_gone_and_goes_on_when_it_is_back(self):
+        with running(self.local) as server:
+            self.opened(server)
+        self.see("live", "no answer from the server; below is how it was at")
+        self.see("plan", "ollama:llama3.2")
+        self.assertEqual(self.browser.js("return document.getElementById('main').className"), "gone")
+        with running(self.local, flags=["--port=%d" % server.port]):
+            self.see("live", "live")
+            self.assertEqual(self.browser.js("return document.getElementById('main').className"), "")
+
+    def test_it_rests_while_nobody_sees_it(self):
+        with running(self.local) as server:
+            self.opened(server)
+            self.browser.js("""
+                window.hidden = true;
+                Object.defineProperty(document, "hidden", {get: () => hidden});
+                document.dispatchEvent(new Event("visibilitychange"));
+                window.timers = 0;
+                const usual = window.setTimeout;
+                window.setTimeout = (...args) => (timers += 1, usual(...args));
+                return look().then(look)""")
+            self.assertEqual(self.browser.js("return timers"), 0)
+            self.browser.js("hidden = false; document.dispatchEvent(new Event('visibilitychange'))")
+            eventually(lambda: self.browser.js("return timers"))
+
+
 # === 14. Command line ================================================================================================
 
 FLAGS = [  # flag, its default as --help shows it
@@ -14576,12 +15544,12 @@ class Services(Case):
                 self.assertEqual(process._process.returncode, 0, process.said())
 
 
-def binary(name):
+def binary(name, packages=""):
     """Where a program is that the tests run; skips the test if it is nowhere."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
     found = os.environ.get("OBLIX_TEST_" + name.upper()) or shutil.which(name, path=path)
     can_install = shutil.which("apt-get") and os.geteuid() == 0
-    return need(found, "no %s: apt-get install it" % name if can_install else "%s: no %s" % (IMPOSSIBLE, name))
+    return need(found, f"no {name}: apt-get install {packages or 'it'}" if can_install else f"{IMPOSSIBLE}: no {name}")
 
 
 def free_ports(count):
@@ -15507,6 +16475,98 @@ class NodeClient(ClientContract, Case):
         return json.loads(self.node.stdout.readline() or '{"error": "Node ended"}')
 
 
+class AnthropicClient(Case):
+    """What users of Anthropic's SDK for Python see, whoever answers."""
+
+    @classmethod
+    def setUpClass(cls):
+        need(importlib.util.find_spec("anthropic"), "no Anthropic SDK: python -m pip install anthropic")
+        cls.sdk = importlib.import_module("anthropic")
+        cls.upstreams = {name: cls.keep(Upstream(d)) for name, d in zip(EXPLICIT, DIALECTS)}
+        cls.server = cls.keep(running(*cls.upstreams.values()))
+        cls.client = cls.sdk.Anthropic(base_url=cls.server.url, auth_token="k", max_retries=0, timeout=10)
+        cls.addClassCleanup(cls.client.close)
+
+    def play(self, *scripts):
+        for upstream in self.upstreams.values():
+            upstream.play(*scripts)
+
+    def said(self, job, **fields):
+        """The message that a job of the client gives."""
+        if job == "whole":
+            return self.client.messages.create(**fields)
+        if job == "beta":
+            return self.client.beta.messages.create(betas=["context-management-2025-06-27"], **fields)
+        with self.client.messages.stream(**fields) as stream:
+            text = "".join(stream.text_stream)
+            message = stream.get_final_message()
+        self.assertEqual(text, "".join(block.text for block in message.content if block.type == "text"))
+        return message
+
+    def test_every_model_answers_every_job(self):
+        self.play(CALLS)
+        for (model, by), job in itertools.product(ANSWERED_BY.items(), ("whole", "streamed", "beta")):
+            with self.subTest(model, job=job):
+                message = self.said(job, **messages(model, tools=CLAUDE_TOOLS))
+                told = {kind: [block for block in message.content if block.type == kind]
+                        for kind in ("thinking", "text", "tool_use")}
+                self.assertEqual([block.thinking for block in told["thinking"]], ["hm"])
+                self.assertEqual([block.text for block in told["text"]], ["Let me look."])
+                self.assertEqual([(block.id, block.name, block.input) for block in told["tool_use"]],
+                                 [("call_1", "find", ADA), ("call_2", "find", ADA)])
+                self.assertEqual(message.stop_reason, "tool_use")
+                self.assertEqual(message.usage.output_tokens, 7)
+                self.assertEqual(message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0), 9)
+                self.assertIn(message.model, (by, CLAUDE.model))
+                self.assertTrue(job == "streamed" or message._request_id)
+
+    def test_an_answer_goes_back_with_the_results_of_its_tools(self):
+        """Also to another model than the one that gave it, which a conversation with `auto` does."""
+        for first, then in itertools.product(EXPLICIT, EXPLICIT):
+            self.play(CALLS)
+            message = self.said("streamed", **messages(first, tools=CLAUDE_TOOLS))
+            results = [{"type": "tool_result", "tool_use_id": block.id, "content": "3 hits"}
+                       for block in message.content if block.type == "tool_use"]
+            self.play(answer(Text("Two.")))
+            turns = [HI, {"role": "assistant", "content": message.content}, said_by("user", *results, *say("And?"))]
+            again = self.said("whole", **messages(then, *turns, tools=CLAUDE_TOOLS))
+            self.assertEqual([block.text for block in again.content], ["Two."])
+            sent = self.upstreams[then].last.body.decode()
+            for words in ("3 hits", "call_1", "call_2", "And?"):
+                self.assertIn(words, sent)
+            self.assertEqual("signature" in sent, first == then == CLAUDE_ID, sent)
+
+    def test_every_status_raises_its_class(self):
+        names = {402: "PaymentRequiredError", 413: "ContentTooLargeError", 503: "ServiceUnavailableError"}
+        for (status, seen, name), model in itertools.product(STATUSES, EXPLICIT):
+            self.play(failing(status))
+            with self.subTest(model, status=status), mock.patch.object(oblix.log, "error"), \
+                    self.assertRaises(self.sdk.APIStatusError) as raised:
+                self.said("whole", **messages(model))
+            self.assertIn(type(raised.exception).__name__, {name, names.get(seen)})
+            self.assertEqual(raised.exception.status_code, seen)
+            self.assertIn("the reason why", str(raised.exception))
+            self.assertTrue(raised.exception.request_id)
+
+    def test_an_error_in_mid_stream_is_raised(self):
+        for model in EXPLICIT:
+            self.play(lambda dialect, _: [*upto(dialect, "Hello"), CLOSE])
+            with self.assertLogs("oblix", "WARNING"), self.assertRaises(self.sdk.APIError) as raised:
+                self.said("streamed", **messages(model))
+            self.assertIn("before the answer was complete", str(raised.exception))
+
+    def test_tokens_are_counted_and_a_key_is_sent_either_way(self):
+        count = self.client.messages.count_tokens(model="auto", messages=[HI], tools=CLAUDE_TOOLS)
+        self.assertGreater(count.input_tokens, 10)
+        with running(self.upstreams[OLLAMA_ID], flags=["--api-key=k"], probed=False) as server:
+            for key in ({"api_key": "k"}, {"auth_token": "k"}):
+                with self.sdk.Anthropic(base_url=server.url, **key) as client:
+                    self.assertEqual(client.messages.count_tokens(model="auto", messages=[HI]).input_tokens > 0, True)
+            with self.sdk.Anthropic(base_url=server.url, api_key="x") as client, \
+                    self.assertRaises(self.sdk.AuthenticationError):
+                client.messages.count_tokens(model="auto", messages=[HI])
+
+
 # --- Other people's clients: SDKs and frameworks, each through the API that it speaks by itself ---
 # One class a client, in Python and in Node.  A line of JSON names one, its model and a job; a line tells the outcome:
 #     whole, streamed   what it says to "Hi", the second in its pieces      loop    the last words of a loop of tools
@@ -16052,9 +17112,9 @@ class PythonClients(OthersContract, RealServer):
 
     @classmethod
     def command(cls):
-        python = os.environ.get("OBLIX_TEST_CLIENTS_PYTHON")
-        return [need(python, "set OBLIX_TEST_CLIENTS_PYTHON to a Python with what .ci/clients.txt lists"), "-c",
-                PYTHON_CLIENTS]
+        packages = "anthropic", "ollama", "langchain_openai", "llama_index", "pydantic_ai", "llm"
+        need(all(map(importlib.util.find_spec, packages)), "no clients: python -m pip install -r .ci/clients.txt")
+        return [sys.executable, "-c", PYTHON_CLIENTS]
 
     def test_llm_answers_by_its_command_and_completes(self):
         self.one_does("Llm", "whole", "Grüß Gott", answer(Text("Grüß "), Text("Gott")))
@@ -16529,8 +17589,15 @@ NAMED_FLAGS = ["--" + field.name.replace("_", "-") for field in oblix.declared(o
 VARIABLES = [oblix.variable_of(field) for field in oblix.declared(oblix.Settings)]
 
 
+FRONT_BODIES = {    # path -> bodies of its front
+    "/chat/completions": BODIES,
+    "/messages": [MessagesKeepTheContract().full(), messages("claude-haiku-5-5", stream=True, tools=CLAUDE_TOOLS)],
+}
+
+
 def make_request(chance):
-    return either(chance.choice(BODIES), chance, BODIES)
+    path = chance.choice([*FRONT_BODIES])
+    return path, either(chance.choice(FRONT_BODIES[path]), chance, FRONT_BODIES[path])
 
 
 REQUEST_TARGETS = [oblix.Target(oblix.Endpoint(name, "http://127.0.0.1:1/v1", "k"), model, oblix.Side.CLOUD) for name,
@@ -16540,12 +17607,13 @@ REQUEST_TARGETS = [oblix.Target(oblix.Endpoint(name, "http://127.0.0.1:1/v1", "k
 BIG_MODEL = oblix.Model("m", max_context=131072, token_bytes=4, size=5)
 
 
-def check_request(raw):
-    """Behind parse_request nothing is of a wrong type: each provider can say it, or refuses it."""
+def check_request(case):
+    """Behind a front nothing is of a wrong type: each provider can say it, or refuses it."""
+    (path, raw), front = case, oblix.FRONTS[case[0]]
     try:
-        request = oblix.parse_request(oblix.parse_body(raw))
+        request = front.request(oblix.parse_body(raw), oblix.Head("POST", "/v1" + path, "HTTP/1.1", {}))
     except oblix.BadRequest as error:
-        return oblix.dumps(oblix.error_body(error))
+        return oblix.dumps(front.error(error))
     oblix.conversation_of(request), oblix.needs_of(request), request.max_output_tokens(5)
     oblix.continuation(request, "a", 3)
     for target in REQUEST_TARGETS:
@@ -16639,7 +17707,7 @@ def make_stream(chance):
         data = b"".join(events)
     else:
         data = mangled(b"".join(events), chance, STREAM_WORDS + JSON_WORDS)
-    request = chance.choice([{}, {"response_format": {"type": "json_object"}}, {"n": 2}])
+    request = chance.choice([{}, {"response_format": {"type": "json_object"}}, {"n": 2}, None])
     return dialect.name, data, request
 
 
@@ -16647,7 +17715,9 @@ def check_stream(case):
     """A decoder raises what the gateway takes for the upstream's fault, and nothing trips over what it yields."""
     name, data, body = case
     provider, chunks = oblix.PROVIDERS[name], []
-    request = oblix.ChatRequest("m", {**body, "messages": [{"role": "user", "content": "Hi"}]})
+    native = None if body is not None else oblix.Native(name, "/", {})    # of a client that speaks the same
+    request = oblix.ChatRequest("m", {**(body or {}), "messages": [{"role": "user", "content": "Hi"}]}, native=native)
+    is_native = native and name == "claude"
     try:
         for piece in provider.decode(data.splitlines(), request):
             chunks.append({"id": "1", "created": 1, "object": "chat.completion.chunk", **piece, "model": "m"})
@@ -16661,7 +17731,12 @@ def check_stream(case):
     text = oblix.continuable_text(request, chunks)
     list(oblix.continued(json.loads(json.dumps(chunks)), {"id": "0", "created": 0, "model": "m"}, text or "x" * 300,
                          "m"))
-    if provider.translates and chunks and ended:
+    for front in [oblix.MESSAGES] if is_native else {*oblix.FRONTS.values()}:
+        writer = front.stream(request)
+        for piece in chunks:
+            writer.take({**json.loads(json.dumps(piece)), "id": "1"})
+        (chunks and writer.end(), writer.broken(oblix.cut()))
+    if provider.translates and chunks and ended and not is_native:
         oblix.sse(oblix.fold(chunks))
 
 
@@ -17039,7 +18114,7 @@ OUR_FIELDS = set("""access-control-allow-headers access-control-allow-methods ac
     connection     content-length content-security-policy content-type
     date retry-after server transfer-encoding vary www-authenticate
     x-accel-buffering x-content-type-options x-oblix-attempts x-oblix-model x-oblix-reason x-oblix-side x-request-id
-    x-should-retry referrer-policy x-frame-options""".split())
+    x-oblix-left-out request-id x-should-retry referrer-policy x-frame-options""".split())
 REPLY_HEAD = re.compile(rb"HTTP/1\.1 (\d{3}) [ -~]+\r\n((?:[!-9;-~]+: [ -~]*\r\n)*)\r\n")
 
 
@@ -17104,16 +18179,16 @@ def sound_reply(reply):
         raise AssertionError("a reply of status %d: %r" % (status, body[:300]))
     if status >= 400 and body:
         error = json.loads(body)["error"]
-        Case().shaped(error)
+        Case().shaped({"param": None, "code": None, **error})    # which Anthropic's have not
         if fields["content-type"] != "application/json" or "failed internally" in error["message"]:
             raise AssertionError("an error in another shape: %r" % body[:300])
     if fields.get("content-type", "").startswith("text/event-stream"):
         events = body.decode("ascii").split("\n\n")
         last = events[-2] if len(events) > 1 else ""
-        if not short and last != "data: [DONE]" and '"error"' not in last:
+        if not short and not re.search(r'data: \[DONE\]|"error"|"message_stop"', last):
             raise AssertionError("a stream ends in %r" % last)
         for event in events[:-1]:
-            event.startswith(":") or event == "data: [DONE]" or json.loads(event[len("data: "):])
+            event.startswith(":") or event == "data: [DONE]" or json.loads(event.partition("data: ")[2])
     elif status == 200 and fields.get("content-type") == "application/json" and body:
         json.loads(body)
 
@@ -17122,8 +18197,8 @@ def make_http(chance):
     """(whether the server has a key, the pieces that are sent, whether the client leaves at once)"""
     data = chance.choice(SOUND_REQUESTS)[0]
     if chance.random() < 0.2:
-        body = make_request(chance)
-        data = POST_HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        path, body = make_request(chance)
+        data = POST_HEAD.replace(b"/chat/completions", path.encode()) + b"Content-Length: %d\r\n\r\n" % len(body) + body
     else:
         data = mangled(data, chance, HTTP_WORDS, [good for good, *_ in SOUND_REQUESTS])
     if chance.random() < 0.6:
@@ -18415,12 +19490,12 @@ def tearDownModule():
         raise AssertionError("left behind: " + "; ".join(LOST))
 
 
-ALONE = OwnWork, Burner, RealModel    # they measure, or need, the whole machine
+ALONE = OwnWork, Burner, RealModel, Page    # they measure, or need, the whole machine
 LONGEST = (FaultMatrix, Siege, Deployed, Fuzz, Soak, Upstreams, Slow, Crowded, LeftBehind, Stopping, Logs, Hostile,
-           UnreadStreams, UnreadOverTls, TransportOverTls, CommandLine, LogWriter, Burner)
+           UnreadStreams, UnreadOverTls, TransportOverTls, CommandLine, LogWriter, Burner, Page)
 
 
-FOREIGN = PythonClients, NodeClients, ClaudeCode, Codex    # CI runs them on one Python
+FOREIGN = AnthropicClient, PythonClients, NodeClients, ClaudeCode, Codex    # CI runs them on one Python
 
 
 def load_tests(_loader, classes, _pattern):
