@@ -40,6 +40,7 @@ Who owns which state
   loads and look-ups     a dict for each of the two kinds of errands, whose setdefault and del are atomic (7)
   what readings mean     caches of pure functions (lru_cache); two threads that miss at once put in the same (5, 9)
   what loads showed      two dicts of the gateway, whose entries loads replace and monitors remove, atomically (9)
+  the embedding model    an attribute of the gateway, set once; of two that set it at once both found the same (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
@@ -104,6 +105,7 @@ if TYPE_CHECKING:
 
 if __name__ == "__main__":
     sys.modules["ssl"] = None  # type: ignore[assignment]  # else http.server has it imported; this makes that fail
+import http.client
 import http.server
 
 if __name__ == "__main__":
@@ -226,7 +228,12 @@ class Model:
     @property
     def is_chat_model(self) -> bool:
         """False for embedding models."""
-        return "completion" in self.capabilities if self.capabilities else "embed" not in self.name.lower()
+        return "completion" in self.capabilities if self.capabilities else not self.embeds
+
+    @property
+    def embeds(self) -> bool:
+        """True for embedding models."""
+        return "embedding" in self.capabilities if self.capabilities else "embed" in self.name.lower()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)    # each is one of a kind: what follows from it is remembered by it
@@ -302,6 +309,16 @@ class ChatRequest:
             if not isinstance(message.get("content"), str):
                 for p, part in enumerate(parts_of(message)):
                     yield f"messages[{m}].content[{p}]", part
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingRequest:
+    """A checked request for the vectors of texts, or of lists of tokens."""
+    model: str
+    inputs: Sequence[Any]
+    in_base64: bool = False    # the vectors, as little-endian float32
+    body: Json = dataclasses.field(default_factory=dict)      # more of OpenAI's fields
+    native: Json = dataclasses.field(default_factory=dict)    # more of Ollama's
 
 
 class Eligibility(enum.Enum):
@@ -566,6 +583,8 @@ class Settings:
     cloud_api_key_file: str = setting("", "file that holds it")
     alias: tuple[str, ...] = setting((), "further name of a model, NAME=TARGET[,TARGET…]: auto, local, cloud or "
         "provider:name; NAME may have * and ?, and the first that fits counts; repeat", between=";")
+    embedding_model: str = setting("", "model of all embeddings, provider:name or openai:name@http://host:port/v1; "
+        "default: the newest that Ollama has, else OpenAI's small one if there is its key")
     host: str = setting("localhost", "address to listen on; one that the network reaches needs --api-key")
     port: int = setting(62549, "port to listen on; 0 picks a free one", 0, 65535)
     api_key: str = setting("", "key that clients must send; `ps` shows flags: prefer the file", secret=True)
@@ -643,7 +662,7 @@ class Settings:
             elif field.name.endswith("_base_url"):
                 found[field.name] = base_url_in(value)
         named = re.findall(f"#({KEY_VARIABLE})", " ".join(itertools.chain.from_iterable(
-            found.get(name, ()) for name in ("local_model", "cloud_model", "alias"))))
+            as_list(found.get(name, [])) for name in ("local_model", "cloud_model", "alias", "embedding_model"))))
         return cls(**found, endpoint_keys=tuple([(name, key_in(env.get(name, ""), name)) for name in named]))
 
 
@@ -721,19 +740,28 @@ def shown(field: dataclasses.Field[Any]) -> str:
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that raises UsageError for a mistake."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
 
 
+_HELP = """One OpenAI-compatible endpoint that answers from the local model while the device can and from the cloud
+when it cannot, and says which and why.
+
+  server      serve, as without a command
+  check       print what Oblix finds, what it would do and what to fix; the status is 0 if a request would be answered
+  chat        talk with the running server, or with one of its own; [--model NAME] [--show-metrics]; takes a pipe, too
+  models      print what there is on both sides
+  env CLIENT  print the lines for a shell that point a client here: claude, codex, aider, openai, ollama"""
+
+
 def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
     """Return the parser of the command line, made from the declarations."""
-    parser = _OneLineParser(
-        prog="oblix.py", usage="python oblix.py [check] [flags]", allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="One OpenAI-compatible endpoint that answers from the local model while the device can and from "
-                    "the cloud\nwhen it cannot, and says which and why.\n\n`check` prints what Oblix finds, what it "
-                    "would do and what to fix, and exits: 0 if a request\nwould be answered, 1 if not.",
+    parser = OneLineParser(
+        prog="oblix.py", usage="python oblix.py [COMMAND] [flags]", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter, description=_HELP,
         epilog="More variables:\n" + "\n".join(f"  {variable_of(field):<20} {field.metadata['help']}"
                                                for field in declared(cls) if not flag_of(field)))
     parser.add_argument("--version", action="version", version=f"oblix {__version__}")
@@ -1120,10 +1148,16 @@ def _part(where: str, part: Any) -> Json:
     return without_nulls(part, kind)
 
 
-def routed(request: ChatRequest, head: Head) -> ChatRequest:
-    """Return the request, for what its header x-oblix-route names instead of its model.  Raises BadRequest."""
+def route_of(head: Head) -> str:
+    """Return where the header x-oblix-route sends a request, "" without it.  Raises BadRequest."""
     route = head.fields.get("x-oblix-route")
     need(route in (None, *OWN_NAMES), "x-oblix-route", f"must be one of {', '.join(OWN_NAMES)}")
+    return route or ""
+
+
+def routed(request: ChatRequest, head: Head) -> ChatRequest:
+    """Return the request, for what its header x-oblix-route names instead of its model.  Raises BadRequest."""
+    route = route_of(head)
     return dataclasses.replace(request, model=route) if route else request
 
 
@@ -2383,6 +2417,7 @@ class Provider:
     spelt: ClassVar[dict[str, str]] = {}    # word of an error -> the parameter that it means
     takes: ClassVar[tuple[str, ...]] = ()   # parameters that all of its models take
     text_event: ClassVar[TextEvent]
+    embed_path: ClassVar[str] = ""          # makes embeddings; "" where nothing does
 
     def endpoint(self, settings: Settings) -> Endpoint:
         """Return the provider's usual endpoint, with the key that belongs there."""
@@ -2447,9 +2482,28 @@ class Provider:
             model, provider=self.name, max_context=model.max_context or window, max_output=model.max_output or answer,
             parameters=model.parameters or (tuple(sorted(known)) if abilities else ()))
 
+    def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
+        """Return the body of the upstream request for the vectors of some of the inputs.  Raises Unsupported."""
+        raise Unsupported(f"{self.label} has no embeddings: ask another provider's model for them.", param="model")
+
+    def most_inputs(self, request: EmbeddingRequest, endpoint: Endpoint) -> int:
+        """Return how many inputs are sent at once: some servers take no more than 32 (TEI)."""
+        return 32
+
+    def vectors(self, answer: Json) -> tuple[list[Any], int]:
+        """Return the vectors in an answer, in the order of the inputs, and the prompt's tokens.
+
+        Raises NOT_IN_ITS_FORMAT.
+        """
+        raise NotImplementedError
+
     def passes_text(self, request: ChatRequest) -> bool:
         """Return True if the client of this request may get the events of text alone as they are."""
         return True
+
+    def text_event_of(self, request: ChatRequest) -> TextEvent:
+        """Return the form of the events of text alone in the answer to this request."""
+        return self.text_event
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
         """Return the window to load the model for, in tokens, or 0 to leave it as it is.  Raises Unsupported.
@@ -2582,7 +2636,7 @@ def is_permanent(param: str, error: UpstreamError) -> bool:
 # What may not be dropped to please a model: without it the answer would be to another question.
 ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_format", "format", "output_config", "n",
                        "stream", "system", "max_tokens", "max_completion_tokens", "modalities", "functions",
-                       "function_call", "audio"})
+                       "function_call", "audio", "input", "dimensions"})
 
 # What errors say of a parameter, in lower case, and what of one of its values, or of it beside another one.
 _UNSUPPORTED = "|".join((
@@ -2855,9 +2909,10 @@ _OPENAI_TEXT = re.compile(
     rb'data: ?\{(?:' + _OF_EVENT + rb', ?)*"choices": ?\[\{(?:' + _OF_CHOICE
     + rb', ?)*"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?' + _TEXT + rb'\}(?:, ?' + _OF_CHOICE
     + rb')*\}\](?:, ?' + _OF_EVENT + rb')*\}\n\n')
-_OLLAMA_TEXT = re.compile(
-    rb'\{"model": ?' + _WORD + rb', ?"created_at": ?' + _WORD + rb', ?"message": ?\{"role": ?"assistant", ?"content": ?'
-    + _TEXT + rb'\}, ?"done": ?false\}\n')
+_OLLAMA_TEXT, _GENERATED_TEXT = [re.compile(
+    rb'\{"model": ?' + _WORD + rb', ?"created_at": ?' + _WORD + rb', ?' + before + _TEXT + after
+    + rb', ?"done": ?false\}\n') for before, after in (
+        (rb'"message": ?\{"role": ?"assistant", ?"content": ?', rb'\}'), (rb'"response": ?', rb''))]
 _CLAUDE_TEXT = re.compile(
     rb'event: ?content_block_delta\ndata: ?\{"type": ?"content_block_delta", ?"index": ?[0-9]+, ?"delta": ?\{"type": ?'
     rb'"text_delta", ?"text": ?' + _TEXT + rb'\} *\}\n\n')
@@ -3402,6 +3457,7 @@ class OpenAI(Provider):
     vendor, chat_path, models_path = "api.openai.com", "/chat/completions", "/models"
     translates = False
     text_event = TextEvent(_OPENAI_TEXT, b"\n\n")
+    embed_path = "/embeddings"
     renames = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 
     def endpoint(self, settings: Settings) -> Endpoint:
@@ -3459,6 +3515,19 @@ class OpenAI(Provider):
     def passes_text(self, request: ChatRequest) -> bool:
         return bool(request.body.get("n", 1) == 1)
 
+    def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
+        return {"model": target.model, "input": inputs, "encoding_format": "base64" if request.in_base64 else "float",
+                **request.body}
+
+    def most_inputs(self, request: EmbeddingRequest, endpoint: Endpoint) -> int:
+        if not is_at(endpoint.base_url, self.vendor):
+            return super().most_inputs(request, endpoint)
+        return 2048 if request.in_base64 else 256    # its own limit; as many numbers as JSON may have here (3072 each)
+
+    def vectors(self, answer: Json) -> tuple[list[Any], int]:
+        found = sorted(answer["data"], key=lambda item: item.get("index", 0))
+        return [item["embedding"] for item in found], (answer.get("usage") or {}).get("prompt_tokens") or 0
+
 
 def _with_short_ids(message: Json) -> Json:
     """Return a message with ids of tool calls of nine letters and digits, each id always as the same one."""
@@ -3501,6 +3570,7 @@ class Ollama(Provider):
                "function_call": "it is deprecated, send tool_choice"}
     spelt = {"thinking": "think"}
     text_event = TextEvent(_OLLAMA_TEXT, b"\n")
+    embed_path = "/api/embed"
     _options = ("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "max_tokens",
                 "max_completion_tokens")
     _as_they_are = ("logprobs", "top_logprobs", "keep_alive", "think")    # the last two by extra_body of the SDKs
@@ -3516,11 +3586,15 @@ class Ollama(Provider):
         return super().refuse_part(part)
 
     def encode(self, request: ChatRequest, target: Target, context: int = 0, keep_alive: KeepAlive = None) -> Json:
-        body = request.body
+        body, native = request.body, request.native_to(self.name)
         options = {"num_predict" if "max" in name else name: body[name] for name in self._options if name in body}
+        options.update({**present({"num_ctx": context}), **(native or request).body.get("options", {})})
         if "stop" in options:
             options["stop"] = as_list(options["stop"])
-        options.update({**present({"num_ctx": context}), **body.get("options", {})})
+        usual: Json = {"truncate": False}    # without it the oldest messages are forgotten silently
+        usual.update({} if keep_alive is None else {"keep_alive": keep_alive})
+        if native:
+            return {**usual, **native.body, **present({"options": options}), "model": target.model, "stream": True}
         messages, forced = self._messages(without_deprecated(request.messages)), forced_tools(body)
         if forced:    # it has no tool_choice, and holds an answer to a schema only without tools; no model sees either
             first = [messages.pop(0)["content"], ""] if messages[0]["role"] == "system" else []
@@ -3532,12 +3606,9 @@ class Ollama(Provider):
         tools = [{**tool, "function": {**tool["function"], "parameters": tool_schema(tool["function"])}}
                  for tool in chosen_tools(body)[0]]    # it refuses what it can't read, and skips anyOf at the top
         payload = {
-            "model": target.model, "messages": messages, "stream": True,
-            "truncate": False,    # without it the oldest messages are forgotten silently
+            "model": target.model, "messages": messages, "stream": True, **usual,
             **present({"options": options, "tools": [] if forced else tools,
                        "format": "json" if schema == {} else schema})}
-        if keep_alive is not None:
-            payload["keep_alive"] = keep_alive
         if effort_of(body):
             payload["think"] = self._think.get(body["reasoning_effort"], body["reasoning_effort"])
         payload.update({name: body[name] for name in self._as_they_are if name in body})
@@ -3568,6 +3639,10 @@ class Ollama(Provider):
     def passes_text(self, request: ChatRequest) -> bool:
         return not forced_tools(request.body)
 
+    def text_event_of(self, request: ChatRequest) -> TextEvent:
+        native = request.native_to(self.name)
+        return TextEvent(_GENERATED_TEXT, b"\n") if native and native.path == GENERATE_PATH else self.text_event
+
     def _said(self, lines: Lines, parallel: bool) -> Iterator[Any]:
         yield chunk_of(content="")
         numbers = itertools.count()    # of calls: each comes whole, and the server's index is always 0
@@ -3576,11 +3651,11 @@ class Ollama(Provider):
                 yield line
                 continue
             event = event_of(line)
-            message, logprobs = event.get("message") or {}, event.get("logprobs")
+            message, logprobs = event.get("message") or event, event.get("logprobs")    # in itself: /api/generate
             calls = [{**call, "index": next(numbers)} for call in message.get("tool_calls") or ()]
             calls = calls if parallel else [call for call in calls if call["index"] == 0]    # it has no such field
-            said = present({"reasoning_content": message.get("thinking"), "content": message.get("content"),
-                            "tool_calls": calls})
+            said = present({"reasoning_content": message.get("thinking"),
+                            "content": message.get("content") or message.get("response"), "tool_calls": calls})
             if said or logprobs:
                 yield chunk_of(None, {"content": logprobs} if logprobs else None, **said)
             if event.get("done"):
@@ -3589,6 +3664,16 @@ class Ollama(Provider):
                                  "completion_tokens": event.get("eval_count")}, "timings": event}
                 return
         raise cut()    # a runaway repetition ends without done: true as well
+
+    def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
+        if not all(isinstance(one, str) for one in inputs):
+            raise Unsupported("Ollama takes texts and no tokens (LangChain sends texts with "
+                              "check_embedding_ctx_length=False).", param="input")
+        body = {name: value for name, value in request.body.items() if name == "dimensions"}
+        return {"model": target.model, "input": inputs, **body, **request.native}
+
+    def vectors(self, answer: Json) -> tuple[list[Any], int]:
+        return answer["embeddings"], answer.get("prompt_eval_count") or 0
 
     def catalogue(self, ask: Ask, known: dict[str, Json]) -> tuple[Model, ...]:
         listed = [Model(str(item["name"]), created_at(item.get("modified_at")),
@@ -3613,7 +3698,8 @@ class Ollama(Provider):
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
         # The steps are few, and a window once asked for is asked for again: each change reloads the model.
-        if "num_ctx" in request.body.get("options", {}) or not model.max_context:
+        native = request.native_to(self.name)
+        if "num_ctx" in (native or request).body.get("options", {}) or not model.max_context:
             return 0
         size = request.size
         if size // MOST_BYTES > model.max_context:
@@ -3656,6 +3742,7 @@ class Ollama(Provider):
         return dataclasses.replace(model, max_context=most, max_output=min(MOST_ANSWER, most // 2))
 
 
+GENERATE_PATH = "/api/generate"
 MOST_ANSWER = 4096        # tokens, for which a window is made large enough; a longer answer may find it full
 DEFAULT_CONTEXT = 4096    # what Ollama loads on a machine with less than 23 GiB of GPU memory
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -4188,10 +4275,51 @@ def _alias_target(settings: Settings, spec: str, known: Sequence[Target]) -> str
     found = _target(settings, "--alias", spec)
     if "://" not in spec:
         return found.id
-    here = may_be_local(found.endpoint, found.model) and (
-        found.endpoint.on_device or found.endpoint.provider == "ollama")
     same = [target for target in known if target[:2] == found[:2]]
-    return same[0] if same else found._replace(side=Side.LOCAL if here else Side.CLOUD)
+    return same[0] if same else _placed(found)
+
+
+def _placed(target: Target) -> Target:
+    """Return a target with the side on which it is, as far as its address tells."""
+    here = may_be_local(target.endpoint, target.model) and (
+        target.endpoint.on_device or target.endpoint.provider == "ollama")
+    return target._replace(side=Side.LOCAL if here else Side.CLOUD)
+
+
+def embedding_targets(settings: Settings) -> tuple[Target, ...]:
+    """Return the target of --embedding-model, if there is one.  Raises UsageError."""
+    if not settings.embedding_model:
+        return ()
+    return (_placed(_target(settings, "--embedding-model", settings.embedding_model)),)
+
+
+def batches(inputs: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+    """Yield the inputs of an embedding in as few requests as its server takes, as far as is known."""
+    start = size = 0
+    for place, one in enumerate(inputs):
+        if place > start and (place - start == most or size + len(one) > MAX_BATCH):
+            yield inputs[start:place]
+            start, size = place, 0
+        size += len(one)
+    if inputs:
+        yield inputs[start:]
+
+
+MAX_BATCH = 200_000    # characters, or tokens: OpenAI takes 300,000 tokens, and a character is seldom more than one
+
+
+def vector(told: Any, in_base64: bool) -> Any:
+    """Return a server's vector in the form that is wanted, whichever it came in.  Raises NOT_IN_ITS_FORMAT."""
+    numbers, raw = told, base64.b64decode(told, validate=True) if isinstance(told, str) else b""
+    if raw:
+        if len(raw) % 4:
+            raise ValueError("no float32s")
+        numbers = struct.unpack(f"<{len(raw) // 4}f", raw)
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ValueError("no vector")
+    if not in_base64:
+        return numbers
+    return told if raw else base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
 
 
 def may_be_local(endpoint: Endpoint, model: str) -> bool:
@@ -5251,6 +5379,7 @@ class Gateway:
         self._configured = configured_targets(settings)
         for target in self._configured:    # before any that clients name
             self.journal.name(target.id)
+        self._embedders: tuple[Target, ...] = embedding_targets(settings)    # one at most
         self._default_endpoints = {name: provider.endpoint(settings) for name, provider in PROVIDERS.items()}
         self._ollama = self._default_endpoints["ollama"]
         self.ollama_url = self._ollama.base_url
@@ -5429,9 +5558,7 @@ class Gateway:
         refused = PROVIDERS[target.endpoint.provider].refusal(request)
         if refused:
             raise refused
-        if target.endpoint.lacks_key:
-            raise OblixError(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
-                             status=401, type="authentication_error", code="no_api_key", retry=False)
+        check_key(target)
         return Plan((target,), "the request named the model")
 
     def _refusal(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> Unsupported | None:
@@ -5480,6 +5607,94 @@ class Gateway:
         What is returned has content; whatever happens later is told in its chunks' UpstreamError.
         """
         return Dispatch(self, request, look).run()
+
+    def open(self, target: Target, path: str, encoded: Json, limits: Limits, look: Look,
+             more: Iterable[tuple[str, str]] = ()) -> Answer:
+        """Return a target's answer of status 2xx to a body, with these headers more.  Raise as `Transport.open`.
+
+        The parameters that the model refuses are left out one by one; what it never accepts is remembered.
+        """
+        provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
+        url, headers = endpoint.base_url + path, {**provider.headers(endpoint), **dict(more)}
+        changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
+        while True:
+            payload = provider.adapt(encoded, self.ledger.record(target).refused.union(changed))
+            answer = self.transport.open(url, headers, dumps(payload), limits, look)
+            if answer.status < 300 and answer.content_type != "text/html":
+                for refused, error in changed.items():
+                    if is_permanent(refused, error):
+                        self.ledger.learn_refusal(target, refused)
+                return answer
+            with contextlib.closing(answer):
+                if answer.status < 300:
+                    raise UpstreamError(f"a web page answered instead of {provider.label} (a login page?)",
+                                        code="bad_upstream_answer")
+                text = answer.body().decode("utf-8", "replace")
+            error = classify(answer.status, text, answer.retry_after_s, endpoint)
+            param = provider.refused_parameter(error, payload)
+            if not param or param.partition("<=")[0] in [known.partition("<=")[0] for known in changed]:
+                raise error
+            log.info("%s refuses %s: asked without", target.id, param.replace("<=", " above "))
+            changed[param] = error
+
+    def embed(self, request: EmbeddingRequest, route: str, look: Look = no_look) -> tuple[Target, list[Any], int]:
+        """Return who made the vectors of a request, these, and the tokens of its inputs.
+
+        Vectors of two models have nothing in common: one model makes all, or the one that is named, and none in its
+        place.  A `route` of local or cloud excludes the other side.  Raise OblixError, and what the look raises.
+        """
+        target, until = self._embedder(request, route, look), time.monotonic() + self.settings.request_timeout_s
+        provider, vectors, tokens = PROVIDERS[target.endpoint.provider], list[Any](), 0
+        try:
+            with self.ledger.flight(target), _without_key(target.endpoint):
+                for inputs in batches(request.inputs, provider.most_inputs(request, target.endpoint)):
+                    encoded = provider.embed(inputs, request, target)
+                    answer = self.open(target, provider.embed_path, encoded, self.limits._replace(until=until), look)
+                    with contextlib.closing(answer), _in_its_format():
+                        found, count = provider.vectors(loads(answer.body()))
+                        if len(found) != len(inputs):
+                            raise ValueError("a vector is missing")
+                        vectors, tokens = vectors + [vector(one, request.in_base64) for one in found], tokens + count
+        except UpstreamError as error:
+            self.note(target, error)
+            if error.fault not in (Fault.REFUSED, Fault.TOO_LONG, Fault.CLIENT):
+                error.message = (f"{target.id}: {error.message.rstrip('.')}. No other model is asked in its place: "
+                                 "vectors of two models have nothing in common.")
+            raise
+        if vectors:
+            self.note(target, None)
+        return target, vectors, tokens
+
+    def _embedder(self, request: EmbeddingRequest, route: str, look: Look) -> Target:
+        """Return the one target for embeddings that a model's name stands for.  Raise OblixError."""
+        wait_for(self.heard, PROBE_LIMITS.first_byte_s, look)
+        snapshot, usual = self.snapshot(), self._usual_embedder()
+        name = self.meaning_of(request.model)[0]
+        if name not in OWN_NAMES:
+            target = self.resolve(name, dataclasses.replace(snapshot, targets=(*usual, *snapshot.targets)))
+        elif usual:
+            target = usual[0]
+        else:
+            raise NoTarget("There is no model for embeddings: pull one (`ollama pull nomic-embed-text`), set "
+                           "OPENAI_API_KEY, or name one with --embedding-model.", retry=False)
+        for side in ({name, route} - {target.side.value}) & {"local", "cloud"}:
+            raise BadRequest(f"No embeddings are made {side}: the model for them is {target.id}, and another one's "
+                             "vectors have nothing in common with its own.", status=404, code="model_not_found")
+        check_key(target)
+        return target
+
+    def _usual_embedder(self) -> tuple[Target, ...]:
+        """Return the model of all embeddings, or none.  It stays the same for as long as Oblix runs."""
+        if not self._embedders:
+            found = [f"ollama:{model.name}" for model in installed(self._ollama, self.watch.readings)
+                     if not model.remote and model.embeds]
+            openai = self._default_endpoints["openai"]
+            if openai.key and openai.key_variable:    # it is OpenAI's own
+                found.append("openai:text-embedding-3-small")
+            if found:
+                self._embedders = (self.resolve(found[0], self.snapshot()),)
+                log.info("%s makes the embeddings; to keep it, start Oblix with --embedding-model", found[0])
+        return self._embedders
 
     def counted(self, request: ChatRequest) -> int | None:
         """Return how many tokens the server of a named target counts, or None if it does not at once."""
@@ -5594,6 +5809,13 @@ def in_common(models: Sequence[tuple[Side, Model]]) -> Model:
     return Model("", capabilities=shared("capabilities", lambda sets: frozenset.intersection(*sets)),
                  max_context=shared("max_context", min) or 0, max_output=shared("max_output", min) or 0,
                  parameters=tuple(sorted(shared("parameters", lambda lists: set.intersection(*map(set, lists))) or ())))
+
+
+def check_key(target: Target) -> None:
+    """Raise OblixError for a target that needs a key and has none."""
+    if target.endpoint.lacks_key:
+        raise OblixError(f"{target.id} needs a key: set {target.endpoint.key_variable} where Oblix runs.",
+                         status=401, type="authentication_error", code="no_api_key", retry=False)
 
 
 @functools.lru_cache(4)
@@ -5875,6 +6097,7 @@ class Dispatch:
         envelope: Json = {}
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
+        is_foreign = provider.translates and not request.native_to(provider.name)    # its client can't read its timings
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
             with self._exchange(request, target) as (answer, started):
@@ -5882,14 +6105,14 @@ class Dispatch:
                     if isinstance(chunk, Texts):
                         yield chunk
                         continue
-                    timings = (chunk.pop if provider.translates else chunk.get)("timings", timings)
+                    timings = (chunk.pop if is_foreign else chunk.get)("timings", timings)
                     envelope = envelope or _envelope(chunk, target.id)
                     told = {**envelope, **chunk, **envelope}
                     if not begun and has_content(chunk):
                         begun = time.monotonic()
                         answer.begin()
                         is_first = [choice["index"] for choice in choices_of(told)] == [0]
-                        answer.text_event = provider.text_event if may_pass and is_first else None
+                        answer.text_event = provider.text_event_of(request) if may_pass and is_first else None
                     tokens = tokens_of(chunk) or tokens
                     yield told
                 answer.ended = True
@@ -5957,45 +6180,17 @@ class Dispatch:
             if counted_on and number > self._settings.local_slots and self._plan.conditions[target].state != "busy":
                 raise _Overtaken
             started = time.monotonic()
-            try:
-                with contextlib.closing(self._open(request, target, context, limits)) as answer:
-                    yield answer, started
-            except UpstreamError as error:
-                for name in ("message", "code", "type", "param"):
-                    if getattr(error, name):
-                        setattr(error, name, redact(getattr(error, name), target.endpoint.key))
-                raise
+            with _without_key(target.endpoint), \
+                    contextlib.closing(self._open(request, target, context, limits)) as answer:
+                yield answer, started
 
     def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
-        """Return the upstream's answer of status 2xx.  Raise UpstreamError, ClientGone.
-
-        The parameters that the model refuses are left out one by one; what it never accepts is remembered.
-        """
-        provider, endpoint = PROVIDERS[target.endpoint.provider], target.endpoint
+        """Return the upstream's answer of status 2xx.  Raise UpstreamError, ClientGone."""
+        provider, keep_alive = PROVIDERS[target.endpoint.provider], self._gateway.keep_alive(target)
         native = request.native_to(provider.name)
-        url = endpoint.base_url + (native.path if native else provider.chat_path)
-        headers = {**provider.headers(endpoint), **dict(native.headers if native else ())}
-        encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
-        changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
-        while True:
-            payload = provider.adapt(encoded, self.ledger.record(target).refused.union(changed))
-            answer = self._gateway.transport.open(url, headers, dumps(payload), limits, self._look)
-            if answer.status < 300 and answer.content_type != "text/html":
-                for refused, error in changed.items():
-                    if is_permanent(refused, error):
-                        self.ledger.learn_refusal(target, refused)
-                return answer
-            with contextlib.closing(answer):
-                if answer.status < 300:
-                    raise UpstreamError(f"a web page answered instead of {provider.label} (a login page?)",
-                                        code="bad_upstream_answer")
-                text = answer.body().decode("utf-8", "replace")
-            error = classify(answer.status, text, answer.retry_after_s, endpoint)
-            param = provider.refused_parameter(error, payload)
-            if not param or param.partition("<=")[0] in [known.partition("<=")[0] for known in changed]:
-                raise error
-            log.info("%s refuses %s: asked without", target.id, param.replace("<=", " above "))
-            changed[param] = error
+        path, headers = (native.path, native.headers) if native else (provider.chat_path, ())
+        encoded = provider.encode(request, target, context, keep_alive)
+        return self._gateway.open(target, path, encoded, limits, self._look, headers)
 
     def _noted(self, target: Target, held: Sequence[Chunk], stream: Stream) -> Stream:
         """Yield the held chunks and the rest of a stream.  Tell the ledger how it ends; close the upstream."""
@@ -6038,6 +6233,18 @@ class Dispatch:
                 log.info("%s could not continue: %s", target.id, error.brief)
                 self._gateway.note(target, error)
         return None
+
+
+@contextlib.contextmanager
+def _without_key(endpoint: Endpoint) -> Iterator[None]:
+    """Take the endpoint's key out of the texts of a block's faults."""
+    try:
+        yield
+    except UpstreamError as error:
+        for name in ("message", "code", "type", "param"):
+            if getattr(error, name):
+                setattr(error, name, redact(getattr(error, name), endpoint.key))
+        raise
 
 
 @contextlib.contextmanager
@@ -6114,7 +6321,7 @@ def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
     """Return the text of a stream that broke off, or "" unless it is plain text."""
     deltas = [choice["delta"] for chunk in said for choice in chunk["choices"]]
     plain = all(name in ("role", "content", "refusal") for delta in deltas for name in delta if delta[name])
-    plain = plain and not _NOT_CONTINUED & request.body.keys()
+    plain = plain and not _NOT_CONTINUED & request.body.keys() and not (request.native and request.native.only)
     return "".join(delta.get("content", "") for delta in deltas) if plain else ""
 
 
@@ -6203,6 +6410,9 @@ def error_headers(error: OblixError) -> dict[str, str]:
 # and that API's answer, events and errors of what is said inside.  Nothing between the two knows which front was asked.
 # To add one: subclass Front, and Writer for its streams, and name it in FRONTS.
 
+Frame = tuple[bytes, bytes]    # what is around the text of a stream's events that say nothing else
+
+
 class Writer:
     """The client's side of one streamed answer."""
 
@@ -6237,6 +6447,10 @@ class Front:
         """Return the writer of a streamed answer."""
         raise NotImplementedError
 
+    def at_once(self, request: ChatRequest, now: int) -> Json | None:
+        """Return the answer to a request that needs no model's words, or None; `now` is in unix seconds."""
+        return None
+
     def error(self, error: OblixError) -> Json:
         """Return the body of an error."""
         return error_body(error)
@@ -6244,6 +6458,29 @@ class Front:
     def headers(self, request_id: str) -> dict[str, str]:
         """Return the headers of each reply that this API has besides those of all replies."""
         return {}
+
+
+def around_text(event: bytes, begin: bytes) -> Frame:
+    """Return what is around the text of an event, which is a NUL there, and which `begin` precedes."""
+    before, after = event.split(begin + rb'\u0000"', 1)    # no string can hold such quotes
+    return before + begin, b'"' + after
+
+
+def texts_in(chunk: Any) -> Texts | None:
+    """Return the Texts that a chunk of one choice could be, as it says a text and nothing else, or None."""
+    if isinstance(chunk, Texts):
+        return chunk
+    choice: Json = chunk["choices"][0] if len(chunk["choices"]) == 1 else {"index": 1}
+    says_more = choice["index"] or choice["finish_reason"] or choice.get("logprobs")
+    if says_more or choice["delta"].keys() != {"content"}:
+        return None
+    return Texts([dumps(choice["delta"]["content"])[1:-1]])
+
+
+def framed(texts: Texts, frame: Frame | None) -> bytes:
+    """Return the events that say these texts."""
+    before, after = frame or (b"", b"")    # the first text of a stream is in a chunk
+    return before + (after + before).join(texts) + after
 
 
 # --- 11. OpenAI's chat completions ------------------------------------------------------------------------------------
@@ -6259,16 +6496,14 @@ def sse(event: Json) -> bytes:
     return b"data: " + dumps(event) + b"\n\n"
 
 
-def text_frame(chunk: Chunk) -> tuple[bytes, bytes] | None:
+def text_frame(chunk: Chunk) -> Frame | None:
     """Return what is around the text of this stream's events that say nothing else; None for another choice's."""
     if [choice["index"] for choice in chunk["choices"]] != [0]:
         return None
     choice = {name: None if name in ("logprobs", "finish_reason") else value
               for name, value in chunk["choices"][0].items() if name in AROUND_TEXT}
     kept = {name: value for name, value in chunk.items() if name in AROUND_TEXT}
-    told = sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]})
-    before, mark, after = told.partition(rb'"delta":{"content":"\u0000"')    # no string can hold such quotes
-    return before + mark[:-len(rb'\u0000"')], b'"' + after
+    return around_text(sse({**kept, "choices": [{**choice, "delta": {"content": "\0"}}]}), b'"delta":{"content":"')
 
 
 def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
@@ -6279,12 +6514,11 @@ def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
 class _ChatWriter(Writer):
     def __init__(self, request: ChatRequest) -> None:
         self._include_usage = request.include_usage
-        self._frame: tuple[bytes, bytes] | None = None    # around the texts of events that say nothing else
+        self._frame: Frame | None = None    # around the texts of events that say nothing else
 
     def take(self, chunk: Any) -> bytes:
         if isinstance(chunk, Texts):
-            before, after = self._frame or (b"", b"")
-            return before + (after + before).join(chunk) + after
+            return framed(chunk, self._frame)
         if not self._frame and has_content(chunk):
             self._frame = text_frame(chunk)
         shown = for_client(chunk, self._include_usage)
@@ -6702,8 +6936,337 @@ def ollama_loaded(models: Iterable[Model]) -> Json:
     return {"models": [*{str(model.loaded["name"]): model.loaded for model in models if model.loaded}.values()]}
 
 
-CHAT, MESSAGES, OLLAMA = Chat(), Messages(), OllamaApi()
-FRONTS: dict[str, Front] = {"/chat/completions": CHAT, "/messages": MESSAGES}    # by path, without /v1
+# --- 11. Ollama's API -------------------------------------------------------------------------------------------------
+
+_A_TEXT, _WHOLE = FIELDS["reasoning_effort"], FIELDS["seed"]
+_SHARED = ("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty")    # with OpenAI
+_AS_IN_OPENAI = ("model", "tools", "logprobs", "top_logprobs")
+_DURATIONS = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")    # in ns
+_SAID = ("content", "reasoning_content", "refusal")    # what of a delta is told at once
+_ONLY_OLLAMA = ("raw", "template", "context", "suffix")    # knows what these make of a prompt
+OLLAMA_FIELDS: dict[str, Rule] = {
+    **{name: FIELDS[name] for name in ("model", "stream", "tools", "options", "logprobs", "top_logprobs")},
+    **dict.fromkeys(("prompt", "system", "suffix", "template"), _A_TEXT), "raw": FIELDS["stream"],
+    "messages": (lambda value: isinstance(value, list), "must be a list of messages"),
+    "format": (lambda value: isinstance(value, dict) or value in ("", "json"), 'must be "json" or a JSON schema'),
+    "think": (lambda value: isinstance(value, (bool, str)), 'must be true, false, "low", "medium" or "high"'),
+    "keep_alive": (lambda value: type(value) in (int, float, str), 'must be seconds, or a time such as "5m"'),
+    "context": (lambda value: isinstance(value, list), "must be a list of numbers"),
+    "images": (lambda value: isinstance(value, list) and all(isinstance(image, str) for image in value),
+               "must be a list of images in base64"),
+}
+OLLAMA_MESSAGE: dict[str, Rule] = {
+    **dict.fromkeys(("role", "content", "thinking", "tool_name", "tool_call_id"), _A_TEXT),
+    "images": OLLAMA_FIELDS["images"],
+    "tool_calls": (lambda value: MESSAGE_FIELDS["tool_calls"][0](value) and all(map(called_in, value)),
+                   'must be a list of {"function": {"name": …, "arguments": {}}}'),
+}
+OLLAMA_OPTIONS: dict[str, Rule] = {    # for a wrong type Ollama has a 500
+    **{name: FIELDS[name] for name in _SHARED}, **dict.fromkeys(("num_predict", "num_ctx"), _WHOLE)}
+
+
+class OllamaChat(OllamaApi):
+    """Ollama's /api/chat.  Ollama itself gets a request as it came, others get it in OpenAI's words."""
+    name, events = "ollama", "application/x-ndjson"
+    path, before_text = "/api/chat", b'"content":"'
+    keep_alive = (b'{"model":"","created_at":"1970-01-01T00:00:00Z","message":{"role":"assistant","content":""},'
+                  b'"done":false}\n')    # its clients read each line as JSON
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        check_fields(body, OLLAMA_FIELDS, ("model",))
+        body = without_nulls(body, "options")
+        options, messages = body.get("options", {}), self.messages(body)
+        check_fields(options, OLLAMA_OPTIONS, (), "options.")
+        if not messages:
+            return ChatRequest(body["model"], {"messages": []}, origin=body)
+        effort: Any = body.get("think")
+        request = parse_request({
+            **{name: options.get(name) for name in _SHARED}, **{name: body.get(name) for name in _AS_IN_OPENAI},
+            "messages": [*map(_with_calls, without_deprecated(messages))], "stream": body.get("stream", True),
+            "stream_options": {"include_usage": True}, "response_format": _format(body.get("format")),
+            "max_tokens": max(options.get("num_predict", 0), 0) or None,    # -1 is no limit, -2 the window's
+            "reasoning_effort": {True: "medium", False: "none"}.get(effort, effort)})
+        only = next((name for name in _ONLY_OLLAMA if body.get(name)), "")
+        return dataclasses.replace(request, origin=body, native=Native("ollama", self.path, body, only=only))
+
+    def messages(self, body: Json) -> list[Json]:
+        """Return the messages in OpenAI's words, but for their calls.  Raise BadRequest."""
+        return [_from_ollama(f"messages[{number}]", message) for number, message in enumerate(body.get("messages", []))]
+
+    def at_once(self, request: ChatRequest, now: int) -> Json | None:
+        if request.messages:
+            return None
+        reason = "unload" if request.origin.get("keep_alive") in (0, "0", "0s", "0m") else "load"
+        return {**self.piece({"model": request.model, "created": now}, {}), "done": True, "done_reason": reason}
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        choice = answer["choices"][0]
+        return {**self.piece(answer, choice, _ollama_calls(choice)), **self.ended(answer)}
+
+    def stream(self, request: ChatRequest) -> Writer:
+        return _OllamaWriter(self)
+
+    def piece(self, answer: Json, choice: Json, calls: Sequence[Json] = ()) -> Json:
+        """Return the piece of an answer that says what a choice and calls say."""
+        said, told = choice.get("message") or choice.get("delta") or {}, choice.get("logprobs")
+        text = said.get("content") or said.get("refusal") or ""
+        more = present({"thinking": said.get("reasoning_content"), "tool_calls": calls})
+        return {"model": answer["model"], "created_at": rfc3339(answer["created"]), **self.said(text, more),
+                **present({"logprobs": told.get("content") if isinstance(told, dict) else None}), "done": False}
+
+    def said(self, text: str, more: Json) -> Json:
+        """Return the fields of a piece that have its text, and what it says besides."""
+        return {"message": {"role": "assistant", "content": text, **more}}
+
+    def ended(self, answer: Json) -> Json:
+        """Return the fields of the last piece of an answer."""
+        usage, finish = answer.get("usage") or {}, answer["choices"][0]["finish_reason"]
+        timings = answer["timings"] if isinstance(answer.get("timings"), dict) else {}    # Ollama's, or others' own
+        return {"done": True, "done_reason": "length" if finish == "length" else "stop",
+                **{name: timings.get(name) or 0 for name in _DURATIONS},
+                "prompt_eval_count": usage.get("prompt_tokens") or 0, "eval_count": usage.get("completion_tokens") or 0,
+                **present({"context": timings.get("context")})}
+
+
+class OllamaGenerate(OllamaChat):
+    """Ollama's /api/generate: one prompt."""
+    path, before_text = GENERATE_PATH, b'"response":"'
+    keep_alive = b'{"model":"","created_at":"1970-01-01T00:00:00Z","response":"","done":false}\n'
+
+    def messages(self, body: Json) -> list[Json]:
+        asked = {"role": "user", "content": body.get("prompt", ""), "images": body.get("images")}
+        system = {"role": "system", "content": body.get("system", "")}
+        asks = asked["content"] or asked["images"]
+        return [_from_ollama("", one) for one in (system, asked) if one["content"] or one is asked] if asks else []
+
+    def said(self, text: str, more: Json) -> Json:
+        return {"response": text, **more}
+
+
+class _OllamaWriter(Writer):
+    def __init__(self, front: OllamaChat) -> None:
+        self._front = front
+        self._frame: Frame | None = None
+        self._last: list[Chunk] = []    # what is said at the end: calls, which its clients get whole, reason, usage
+
+    def take(self, chunk: Any) -> bytes:
+        texts = texts_in(chunk) if self._frame else None
+        if texts:
+            return framed(texts, self._frame)
+        self._frame = self._frame or around_text(
+            ndjson(self._front.piece(chunk, {"delta": {"content": "\0"}})), self._front.before_text)
+        lines = list[bytes]()
+        for choice in chunk["choices"]:
+            if any(map(choice["delta"].get, _SAID)) or choice.get("logprobs"):
+                lines.append(ndjson(self._front.piece(chunk, choice)))
+        kept = [{**choice, "delta": present({"tool_calls": [*choice["delta"].get("tool_calls", ())]})}
+                for choice in chunk["choices"]]
+        if not self._last or "usage" in chunk or any(choice["delta"] or choice["finish_reason"] for choice in kept):
+            self._last.append({**chunk, "choices": kept})
+        return b"".join(lines)
+
+    def end(self) -> bytes:
+        answer = fold(self._last)
+        calls = _ollama_calls(answer["choices"][0])
+        told = ndjson(self._front.piece(answer, {}, calls)) if calls else b""
+        return told + ndjson({**self._front.piece(answer, {}), **self._front.ended(answer)})
+
+    def broken(self, error: OblixError) -> bytes:
+        return ndjson(self._front.error(error))
+
+
+def ndjson(value: Json) -> bytes:
+    """Return a line of newline-delimited JSON."""
+    return dumps(value) + b"\n"
+
+
+def _from_ollama(where: str, message: Any) -> Json:
+    """Return a message of Ollama's in OpenAI's words, but for its calls.  Raise BadRequest."""
+    need(isinstance(message, dict), where, "must be an object")
+    check_fields(message, OLLAMA_MESSAGE, ("role",), f"{where}.")
+    text = message.get("content") or ""
+    images = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}    # or what its bytes say
+              for image in message.get("images") or ()]
+    texts = [{"type": "text", "text": text}] if text else []
+    return {"role": message["role"], "content": [*texts, *images] if images else text, **present({
+        "tool_calls": message.get("tool_calls"), "tool_call_id": message.get("tool_call_id"),
+        "name": message.get("tool_name"), "reasoning_content": message.get("thinking")})}
+
+
+def _with_calls(message: Json) -> Json:
+    """Return one of the messages of `without_deprecated` in OpenAI's words: arguments are a text there."""
+    calls = [{**call, "type": "function", "function": {
+        **call["function"], "arguments": dumps(call["function"]["arguments"]).decode()}}
+        for call in message["tool_calls"]]
+    return {**{name: value for name, value in message.items() if value or name == "content"}, "tool_calls": calls}
+
+
+def _ollama_calls(choice: Json) -> list[Json]:
+    """Return the tool calls of a whole choice as Ollama has them: arguments are an object there."""
+    return [{"id": call["id"], "function": {"index": index, **function_in(call)}}
+            for index, call in enumerate(choice["message"].get("tool_calls") or ())]
+
+
+def _format(asked: str | Json | None) -> Json | None:
+    """Return OpenAI's response_format for Ollama's format."""
+    if isinstance(asked, dict):
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": asked}}
+    return {"type": "json_object"} if asked else None
+
+
+# --- 11. Legacy completions -------------------------------------------------------------------------------------------
+
+COMPLETION_FIELDS: dict[str, Rule] = {
+    "prompt": (lambda value: len(value) == 1 and bool(value[0]) and isinstance(value[0], str)
+               if isinstance(value, list) else value and isinstance(value, str),
+               "must be one text that is not empty: Oblix takes no tokens, and one prompt in a request"),
+    "suffix": _A_TEXT, "echo": FIELDS["stream"],
+    "best_of": (lambda value: value == 1, "must be 1: each answer that is made is given, see n"),
+    "logprobs": (lambda value: value is False, "is not supported here: ask for it at /v1/chat/completions"),
+}
+_NOT_OF_CHAT = {*COMPLETION_FIELDS, "messages", "tools", "functions", "top_logprobs"}
+
+
+class Completions(Front):
+    """OpenAI's legacy completions: the prompt is a user's message, without a limit of tokens unless one is given.
+
+    OpenAI's limit was 16.  Ollama and llama.cpp, for which most of today's clients are made, have none.
+    """
+    name = "completions"
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        check_fields(body, COMPLETION_FIELDS, ("prompt",))
+        prompt, suffix = "".join(body["prompt"]), body.get("suffix")
+        kept = {name: value for name, value in body.items() if name not in _NOT_OF_CHAT}
+        request = parse_request({**kept, "messages": [{"role": "user", "content": prompt}]})
+        native = Native("ollama", GENERATE_PATH, {"prompt": prompt, "suffix": suffix}, only="suffix")
+        return dataclasses.replace(request, origin=body, native=native if suffix else None)
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        return self.piece(answer, [(choice, self.echo(request)) for choice in answer["choices"]])
+
+    def stream(self, request: ChatRequest) -> Writer:
+        return _CompletionWriter(self, request)
+
+    @staticmethod
+    def echo(request: ChatRequest) -> str:
+        """Return what stands before each choice."""
+        return "".join(request.origin["prompt"]) if request.origin.get("echo") else ""
+
+    def piece(self, answer: Json, choices: Iterable[tuple[Json, str]]) -> Json:
+        """Return what choices say, each behind a text, as an answer or a piece of one."""
+        said = [(choice, choice.get("message") or choice["delta"], before) for choice, before in choices]
+        told = [{"index": choice["index"], "text": before + (words.get("content") or words.get("refusal") or ""),
+                 "logprobs": None, "finish_reason": choice["finish_reason"]} for choice, words, before in said]
+        return {"id": answer["id"].replace("chatcmpl-", "cmpl-", 1), "object": "text_completion",
+                "created": answer["created"], "model": answer["model"], "choices": told,
+                **present({"usage": answer.get("usage")})}
+
+
+class _CompletionWriter(Writer):
+    def __init__(self, front: Completions, request: ChatRequest) -> None:
+        self._front, self._include_usage = front, request.include_usage
+        self._echo: dict[int, Any] = dict.fromkeys(range(request.body.get("n", 1)), front.echo(request))
+        self._frame: Frame | None = None
+
+    def take(self, chunk: Any) -> bytes:
+        texts = texts_in(chunk) if self._frame else None
+        if texts:
+            return framed(texts, self._frame)
+        if not self._frame:
+            choice = {"index": 0, "delta": {"content": "\0"}, "finish_reason": None}
+            self._frame = around_text(sse(self._front.piece(chunk, [(choice, "")])), b'"text":"')
+        told = self._front.piece(chunk, [(choice, self._echo.pop(choice["index"], "")) for choice in chunk["choices"]])
+        told["choices"] = [choice for choice in told["choices"] if choice["text"] or choice["finish_reason"]]
+        return sse(told) if told["choices"] or self._include_usage and "usage" in told else b""
+
+    def end(self) -> bytes:
+        return DONE
+
+    def broken(self, error: OblixError) -> bytes:
+        return sse(error_body(error))
+
+
+# --- 11. Embeddings ---------------------------------------------------------------------------------------------------
+
+def _inputs(value: Any) -> list[Any]:
+    """Return the texts, or the lists of tokens, of an OpenAI input; [] if that is not one."""
+    items = value if isinstance(value, list) else [value]
+    if _are_tokens(value):
+        items = [value]
+    return items if all(one and isinstance(one, str) for one in items) or all(map(_are_tokens, items)) else []
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(type(one) is int for one in value)
+
+
+class Embeddings:
+    """OpenAI's /v1/embeddings."""
+    name = "embeddings"
+    rules: ClassVar[dict[str, Rule]] = {
+        "model": FIELDS["model"], "user": _A_TEXT, "input": (_inputs, "must be a text, a list of texts, or of lists of "
+                                                             "tokens, of which none is empty"),
+        "encoding_format": (lambda value: value in ("float", "base64"), "must be float or base64"),
+        "dimensions": (lambda value: type(value) is int and 0 < value < 1 << 16, "must be an integer from 1 to 65535")}
+    needed: ClassVar[tuple[str, ...]] = ("model", "input")
+
+    def request(self, body: Json) -> EmbeddingRequest:
+        """Return the request in a client's body.  Raise BadRequest."""
+        check_fields(body, self.rules, self.needed)
+        return self.asked(without_nulls(body))
+
+    def asked(self, body: Json) -> EmbeddingRequest:
+        """Return the request in a body that is checked."""
+        kept: Json = {name: body[name] for name in ("dimensions", "user") if name in body}
+        return EmbeddingRequest(body["model"], _inputs(body["input"]), body.get("encoding_format") == "base64", kept,
+                                {"truncate": False})    # as OpenAI: too long a text is an error
+
+    def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
+        """Return the client's answer."""
+        data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(vectors)]
+        return {"object": "list", "data": data, "model": model, "usage": {"prompt_tokens": tokens,
+                                                                          "total_tokens": tokens}}
+
+
+class OllamaEmbed(Embeddings):
+    """Ollama's /api/embed."""
+    rules: ClassVar[dict[str, Rule]] = {
+        **{name: Embeddings.rules[name] for name in ("model", "dimensions")},
+        **{name: OLLAMA_FIELDS[name] for name in ("options", "keep_alive")}, "truncate": FIELDS["stream"],
+        "input": FIELDS["stop"], "prompt": _A_TEXT}
+    needed = ("model",)
+    field: ClassVar[str] = "input"
+
+    def asked(self, body: Json) -> EmbeddingRequest:
+        own: Json = {name: body[name] for name in ("options", "keep_alive", "truncate") if name in body}
+        kept: Json = {name: body[name] for name in ("dimensions",) if name in body}
+        return EmbeddingRequest(body["model"], as_list(body.get(self.field) or []), False, kept, own)
+
+    def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
+        return {"model": model, "embeddings": vectors, "total_duration": int(seconds * 1e9), "load_duration": 0,
+                "prompt_eval_count": tokens}
+
+
+class OllamaEmbeddings(OllamaEmbed):
+    """Ollama's /api/embeddings, of old: one prompt."""
+    field = "prompt"
+
+    def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
+        return {"embedding": vectors[0] if vectors else []}
+
+
+EMBEDDINGS: dict[str, Embeddings] = {    # by path, without /v1
+    "/embeddings": Embeddings(), "/api/embed": OllamaEmbed(), "/api/embeddings": OllamaEmbeddings()}
+
+
+# --- 11. All of them --------------------------------------------------------------------------------------------------
+
+CHAT, MESSAGES, OLLAMA, OLLAMA_CHAT, OLLAMA_GENERATE = (
+    Chat(), Messages(), OllamaApi(), OllamaChat(), OllamaGenerate())
+FRONTS: dict[str, Front] = {    # by path, without /v1
+    "/chat/completions": CHAT, "/messages": MESSAGES, "/completions": Completions(), OLLAMA_CHAT.path: OLLAMA_CHAT,
+    OLLAMA_GENERATE.path: OLLAMA_GENERATE}
 _BELOW = {"/messages/": MESSAGES, "/api/": OLLAMA}    # how the path begins of what else these APIs have
 
 
@@ -6922,8 +7485,9 @@ class Handler(socketserver.BaseRequestHandler):
         self.head = parse_head(first, self._fields())
         self._unread = self.head.body_size != 0
         self.close_connection = not self.head.keeps_open
-        if self.head.path in FRONTS:
-            self.told["front"] = FRONTS[self.head.path].name
+        front = FRONTS.get(self.head.path) or EMBEDDINGS.get(self.head.path)
+        if front:
+            self.told["front"] = front.name
         self._common = {**self.guard.cors_headers(self.head), **front_of(self.head).headers(self.id)}
         self.guard.check(self.head)
 
@@ -7117,18 +7681,15 @@ class Handler(socketserver.BaseRequestHandler):
         self._front = front = FRONTS[self.head.path]
         request = routed(front.request(parse_body(self.body()), self.head), self.head)
         self.told["asked"] = request.model
-        self.admission.take(1, 0)
-        self.guest.busy = True
-        self._events, self._event_headers = b"", {"Content-Type": front.events, **EVENT_HEADERS}
-        self._looked = self._sent = time.monotonic()
-        self._keep_alive_s = KEEP_ALIVE_S if request.stream else math.inf
-        self._writer = front.stream(request)
+        told = front.at_once(request, int(time.time()))
+        if told is not None:
+            self.server.gateway.plan(request)    # there is a model of this name, and one that can answer
+            return self.json(200, told)
+        self._begin(KEEP_ALIVE_S if request.stream else math.inf)
+        self._event_headers, self._writer = {"Content-Type": front.events, **EVENT_HEADERS}, front.stream(request)
         served = self.server.gateway.answer(request, self._look)
-        model, side = served.target.id, served.target.side.value
-        self.told.update(served=model, side=side, attempts=served.attempts, reason=served.reason,
-                         fallbacks=served.fallbacks)
-        headers = {"x-oblix-model": model, "x-oblix-side": side, "x-oblix-reason": served.reason,
-                   "x-oblix-attempts": str(served.attempts)}
+        self.told["fallbacks"] = served.fallbacks
+        headers = self._served(served.target, served.reason, served.attempts)
         if request.left_out and not request.native_to(served.target.endpoint.provider):
             headers["x-oblix-left-out"] = ", ".join(request.left_out)[:1000]
         if served.whole is not None:
@@ -7143,6 +7704,31 @@ class Handler(socketserver.BaseRequestHandler):
         """Answer how many tokens a prompt has: as Claude counts them if it is named, or by their size."""
         request = routed(MESSAGES.request(parse_body(self.body()), self.head), self.head)
         self.json(200, {"input_tokens": self.server.gateway.counted(request) or prompt_tokens(request)})
+
+    def _embed(self) -> None:
+        """Answer a request for embeddings.  Raise OblixError, ClientGone."""
+        api = EMBEDDINGS[self.head.path]
+        request, route = api.request(parse_body(self.body())), route_of(self.head)
+        self.told["asked"] = request.model
+        self._begin(math.inf)
+        target, vectors, tokens = self.server.gateway.embed(request, route, self._look)
+        self.told["prompt_tokens"] = tokens
+        headers = self._served(target, "the model of embeddings", 1)
+        self.json(200, api.answer(target.id, vectors, tokens, time.monotonic() - self.started), headers)
+
+    def _begin(self, keep_alive_s: float) -> None:
+        """Count a request for a model's work from now on, and see to its client.  Raise Busy."""
+        self.admission.take(1, 0)
+        self.guest.busy = True
+        self._events, self._keep_alive_s = b"", keep_alive_s
+        self._looked = self._sent = time.monotonic()
+
+    def _served(self, target: Target, reason: str, attempts: int) -> dict[str, str]:
+        """Note who has answered, and return the headers that say so."""
+        told = {"served": target.id, "side": target.side.value, "reason": reason, "attempts": attempts}
+        self.told.update(told)
+        return {"x-oblix-model": target.id, **{f"x-oblix-{name}": str(value) for name, value in told.items()
+                                               if name != "served"}}
 
     def _look(self) -> None:
         """See to the client before each wait and at each tick.  Raise ClientGone if it has left, Busy if Oblix ends."""
@@ -7206,7 +7792,8 @@ class Handler(socketserver.BaseRequestHandler):
 _READ = ("GET", "HEAD")
 # Path without /v1 -> methods, and what answers them; OPTIONS goes everywhere.
 ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Handler], None] | None]] = {
-    **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), "/": (_READ, Handler._page),
+    **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), **dict.fromkeys(EMBEDDINGS, (("POST",), Handler._embed)),
+    "/": (_READ, Handler._page),
     "/messages/count_tokens": (("POST",), Handler._count_tokens),
     "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models),
     "/metrics": (_READ, Handler._metrics), "/status": (_READ, Handler._status),
@@ -7796,8 +8383,9 @@ def demo(settings: Settings) -> Iterator[Settings]:
 
 
 # === 15. Command line =================================================================================================
-# uses: 1 2 9 12 14
+# uses: 1 2 6 9 10 12 14
 # What does a person see at the start?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
+# And what can a person ask for in a terminal?
 
 LOG_S = 0.1       # in which the lines of the log are collected, to be written together
 LOG_END_S = 1.0   # for the last of them, and for what is printed
@@ -7811,11 +8399,16 @@ FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_pe
 SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
-def start_texts(settings: Settings, server: Server) -> Iterator[str]:
-    """Yield what a start prints: the address at once, and the rest when the monitors could say a first word."""
+def address_at(settings: Settings, port: int) -> str:
+    """Return the address by which clients reach a server with these settings."""
     host = settings.host.strip("[]")
     host = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    base = f"http://{host}:{server.port}/v1"
+    return f"http://{host}:{port}"
+
+
+def start_texts(settings: Settings, server: Server) -> Iterator[str]:
+    """Yield what a start prints: the address at once, and the rest when the monitors could say a first word."""
+    base = address_at(settings, server.port) + "/v1"
     yield f"Oblix {__version__} at {base}" + ("  (demo: the answers are scripted)" if settings.demo else "")
     server.gateway.watch.settle(0.5)
     key = "the key of --api-key" if settings.api_key else "placeholder"
@@ -7865,26 +8458,39 @@ def advices(health: Json) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> int:
-    """Run `check`, or begin to serve, which ends the process later: see `run_server`.  Return the exit status."""
+    """Run a command; the server ends the process later: see `run_server`.  Return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    checks = argv[:1] == ["check"]
+    command = argv[0] if argv and argv[0] in COMMANDS else ""
     try:
-        settings = with_keys_from_files(Settings.parse(argv[checks:], os.environ if env is None else env))
-        start_log(settings)
+        own, flags = _command_words(command, argv[bool(command):])
+        settings = with_keys_from_files(Settings.parse(flags, os.environ if env is None else env))
+        is_quiet = command in ("chat", "models", "env") and settings.log_level == "info"
+        start_log(dataclasses.replace(settings, log_level="error") if is_quiet else settings)
         for line in odd_keys(settings):
             log.warning(line)
-        return run_check(settings) if checks else run_server(settings)
+        return COMMANDS[command or "server"](settings, own)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
         return _status_of(error)
 
 
+def _command_words(command: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return what a command takes for itself, and the flags that are settings.  Raise UsageError."""
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    if command == "chat":
+        parser.add_argument("--model", default="auto")
+        parser.add_argument("--show-metrics", action="store_true")
+    elif command == "env":
+        parser.add_argument("client", nargs="?", default="")
+    return parser.parse_known_args(argv)
+
+
 def _status_of(error: Exception) -> int:
     """Say what ended the program, a mistake in what was set in one line.  Return the exit status."""
-    mistake = isinstance(error, UsageError)
-    say(f"oblix: {error}" if mistake else traceback.format_exc(), "stderr")
-    return 2 if mistake else 1
+    is_told = isinstance(error, (UsageError, OblixError))
+    say(f"oblix: {error}" if is_told else traceback.format_exc(), "stderr")
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def say(text: str, stream: str = "stdout") -> None:
@@ -7976,7 +8582,7 @@ def start_log(settings: Settings) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
-def run_server(settings: Settings) -> int:
+def run_server(settings: Settings, _: argparse.Namespace) -> int:
     """Answer requests until a signal comes, then let them end, on a thread that ends the process.  Return 0 at once.
 
     Python keeps a script's syntax tree for as long as the script runs, and this one's takes 13 of 36 MiB.
@@ -8050,7 +8656,7 @@ def raise_file_limit(wanted: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
-def run_check(settings: Settings) -> int:
+def run_check(settings: Settings, _: argparse.Namespace) -> int:
     """Print what is found and what `auto` would do.  Return 0 if it would answer, else 1.  Raise UsageError."""
     guard_of(settings)    # a start would refuse mistakes in the access settings, too
     with demo(settings) as settings, contextlib.closing(
@@ -8061,6 +8667,218 @@ def run_check(settings: Settings) -> int:
         health = gateway.health()
     say("\n".join([f"Oblix {__version__} would do this now ({health['plan']['reason']}):", "", *findings(health)]))
     return 0 if health["status"] == "healthy" and health["plan"]["order"] else 1
+
+
+# --- 15. Commands that ask a server -----------------------------------------------------------------------------------
+
+PEER_S = 60.0           # for the next byte of an answer; a stream has a comment every KEEP_ALIVE_S
+DIM, RED = "2", "31"    # colours of a terminal
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")    # by a terminal
+# For each client the lines that point it here, after one that says how they are used.
+CLIENTS = {
+    "claude": '''export ANTHROPIC_BASE_URL=%(url)s ANTHROPIC_AUTH_TOKEN="%(key)s"
+export ANTHROPIC_MODEL=auto ANTHROPIC_SMALL_FAST_MODEL=auto ANTHROPIC_DEFAULT_HAIKU_MODEL=auto
+unset ANTHROPIC_API_KEY''',
+    "codex": '''codex() { command codex -c model=auto -c model_provider=oblix -c model_providers.oblix.name=Oblix \\
+  -c model_providers.oblix.base_url=%(url)s/v1 -c model_providers.oblix.wire_api=responses%(flag)s "$@"; }''',
+    "aider": 'export OPENAI_API_BASE=%(url)s/v1 OPENAI_API_KEY="%(key)s" AIDER_MODEL=openai/auto',
+    "openai": 'export OPENAI_BASE_URL=%(url)s/v1 OPENAI_API_KEY="%(key)s"',
+    "ollama": 'export OLLAMA_HOST=%(url)s OLLAMA_API_KEY="%(key)s"'}
+
+
+class Peer(NamedTuple):
+    """A running Oblix, and the key that it wants."""
+    host: str
+    port: int
+    key: str
+
+    def ask(self, path: str, body: Json | None = None) -> http.client.HTTPResponse:
+        """Return the answer to a GET, or to the POST of a body, unread.  Raise OSError, HTTPException."""
+        headers = {"Content-Type": "application/json", "Connection": "close",
+                   **present({"Authorization": self.key and f"Bearer {self.key}"})}
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=PEER_S)
+        connection.request("POST" if body else "GET", path, dumps(body) if body else None, headers)
+        return connection.getresponse()
+
+
+@contextlib.contextmanager
+def reached(settings: Settings, settle_s: float) -> Iterator[Peer]:
+    """Yield the Oblix that runs with these settings, or one that runs while the block does.  Raise UsageError."""
+    host, server = settings.host.strip("[]"), ""
+    host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    peer = Peer(host, settings.port, settings.api_key)
+    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(peer.ask("/health")) as response:
+        server = response.headers.get("Server", "unknown")
+    if server.startswith("oblix/"):
+        yield peer
+    elif server:
+        raise UsageError(f"another program answers at port {settings.port}: name Oblix's with --port")
+    else:
+        with demo(settings) as own, running(dataclasses.replace(own, host="127.0.0.1", port=0)) as started:
+            started.gateway.watch.settle(settle_s)
+            yield Peer("127.0.0.1", started.port, settings.api_key)
+
+
+def told_by(response: http.client.HTTPResponse) -> Json:
+    """Return the JSON object of a response.  Raise OblixError with the message of an error."""
+    found = object_in(response.read(MAX_BODY_BYTES)) or {"error": {"message": "the answer is not in Oblix's format"}}
+    if "error" in found:
+        raise OblixError(f"{found['error']['message']} ({response.status})")
+    return found
+
+
+def show(text: str, stream: TextIO, colour: str = "") -> None:
+    """Print a piece of text at once, on a terminal in colour."""
+    plain = not (colour and stream.isatty()) or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    text = _OBEYED.sub("", text)
+    stream.write(text if plain or not text else f"\x1b[{colour}m{text}\x1b[0m")
+    stream.flush()
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A conversation through a server: answers go to stdout, and all else to stderr."""
+    peer: Peer
+    model: str
+    shows_metrics: bool
+    messages: list[Json] = dataclasses.field(default_factory=list)
+    reason: str = ""    # of the last decision
+
+    def turn(self, text: str) -> None:
+        """Show the answer to a text as it comes, and who gave it.  Raise OblixError, OSError, HTTPException.
+
+        What has been said stays in the conversation, also of an answer that breaks off.
+        """
+        self.messages.append({"role": "user", "content": text})
+        asked = {"model": self.model, "messages": self.messages, "stream": True,
+                 "stream_options": {"include_usage": True}}
+        said, thinks, last, started, first = "", False, Json(), time.monotonic(), 0.0
+        try:
+            with contextlib.closing(self.peer.ask("/v1/chat/completions", asked)) as response:
+                lines = (line.rstrip(b"\r\n") for line in response)
+                if response.status != 200:
+                    told_by(response)
+                for last in PROVIDERS["openai"].decode(lines, ChatRequest("", {"messages": []}, True, True)):
+                    thought, piece = ("".join(choice["delta"].get(name) or "" for choice in last["choices"])
+                                      for name in ("reasoning_content", "content"))
+                    first = first or (time.monotonic() if has_content(last) else 0.0)
+                    said += piece
+                    if sys.stderr.isatty() and (thought or piece and thinks):
+                        show(thought or "\n", sys.stderr, DIM)
+                    thinks = bool(thought)
+                    show(piece, sys.stdout)
+        finally:
+            if said:
+                self.messages.append({"role": "assistant", "content": said})
+                show("\n", sys.stdout)
+            else:
+                self.messages.pop()
+        self._tell(response.headers, last, first - started, time.monotonic() - first)
+
+    def _tell(self, headers: http.client.HTTPMessage, last: Chunk, first_s: float, rest_s: float) -> None:
+        """Show who gave an answer, why if that has changed, and how fast if that is wanted."""
+        side, reason, tokens = headers.get("x-oblix-side"), headers.get("x-oblix-reason", ""), tokens_of(last)
+        told = f"{headers.get('x-oblix-model') or last.get('model')}" + (f" ({side})" if side else "")
+        told += f": {reason}" if reason != self.reason else ""
+        if self.shows_metrics and first_s > 0:
+            told += f"; first {first_s:.2f} s" + (f", {tokens / max(rest_s, 0.001):.1f} tokens/s" if tokens else "")
+        self.reason = reason
+        show(f"{told}\n", sys.stderr, DIM)
+
+    def answers(self, text: str) -> bool:
+        """Take a turn that Ctrl-C interrupts on a terminal.  Return False, and show why, if it fails."""
+        try:
+            self.turn(text)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            show("(interrupted)\n", sys.stderr, DIM)
+        except (OblixError, OSError, http.client.HTTPException) as error:
+            show(f"error: {error}\n", sys.stderr, RED)
+            return False
+        return True
+
+
+def run_chat(settings: Settings, asked: argparse.Namespace) -> int:
+    """Talk until the person ends it, or answer what comes through a pipe.  Return the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with reached(settings, 1.0) as peer:
+        talk = Conversation(peer, asked.model, asked.show_metrics)
+        if not sys.stdin.isatty():
+            text = sys.stdin.read().strip()
+            return int(bool(text) and not talk.answers(text))
+        with contextlib.suppress(ImportError):
+            __import__("readline")    # input() then knows the arrows
+        show("/model NAME asks for another model, /new begins a new conversation, exit ends.\n", sys.stderr, DIM)
+        while True:
+            text = _line_typed()
+            model = re.fullmatch(r"/model\s+(\S+)", text)
+            if text in ("exit", "/exit"):
+                return 0
+            if model:
+                talk.model = model[1]
+            elif text == "/new":
+                talk.messages.clear()
+            elif text:
+                talk.answers(text)
+
+
+def _line_typed() -> str:
+    """Return the line that a person types: "exit" for Ctrl-D, and "" for Ctrl-C."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt) as error:
+        show("\n", sys.stdout)
+        return "exit" if isinstance(error, EOFError) else ""
+
+
+def run_models(settings: Settings, _: argparse.Namespace) -> int:
+    """Print what there is on both sides.  Return the exit status."""
+    told = []
+    with reached(dataclasses.replace(settings, warm_up="never"), 6.0) as peer:
+        for path in ("/v1/models", "/health", "/api/tags"):
+            with contextlib.closing(peer.ask(path)) as response:
+                told.append(told_by(response))
+    rows = [("MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"), *model_rows(*told)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
+    return 0
+
+
+def model_rows(listed: Json, health: Json, tags: Json) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each model that can be asked for, from what a server tells of them."""
+    targets = {target["id"]: target for target in health["targets"]}
+    files = {"ollama:" + file["name"].removesuffix(":latest"): file for file in tags["models"]}
+    now = {"auto": ", ".join(health["plan"]["order"][:1]), **{side.value: health[side.value]["level"] for side in Side}}
+    for model in listed["data"]:
+        id, file = model["id"], files.get(model["id"], {})
+        usual = {"side": "", "state": now.get(id, "alias")} if model["owned_by"] == "oblix" else {
+            "side": "cloud" if is_remote(id) else "local", "state": "installed"}
+        target, size = targets.get(id, usual), file.get("size", 0)
+        contexts = dict.fromkeys(filter(None, (target.get("context"), model.get("context_length"))))    # now, at most
+        can = {*file.get("capabilities", ()), *model.get("architecture", {}).get("input_modalities", ()),
+               *({"tools"} & {*model.get("supported_parameters", ())})} - {"completion", "text", "vision"}
+        yield (id, target["side"], target["state"], f"{size / 1e9:.1f} GB" if size > 5e7 else "",
+               " of ".join(f"{context:,}" for context in contexts), ", ".join(sorted(can)))
+
+
+def run_env(settings: Settings, asked: argparse.Namespace) -> int:
+    """Print the lines for a shell that point a client here, with the key's variable and not the key."""
+    if asked.client not in CLIENTS or not settings.port:
+        raise UsageError(f"env needs the name of a client: {', '.join(CLIENTS)}; and with --port 0, the port")
+    told = {"url": address_at(settings, settings.port), "key": "oblix", "flag": ""}
+    if settings.api_key:
+        told.update(key="$OBLIX_API_KEY", flag=" -c model_providers.oblix.env_key=OBLIX_API_KEY")
+        say("# OBLIX_API_KEY must hold the key of --api-key.")
+    say(f'# eval "$(python oblix.py env {asked.client})" in the shell that starts the client, but not in the one that\n'
+        "# starts Oblix, which reads some of these variables as well.\n" + CLIENTS[asked.client] % told)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Settings, argparse.Namespace], int]] = {
+    "server": run_server, "check": run_check, "chat": run_chat, "models": run_models, "env": run_env}
 
 
 if __name__ == "__main__":

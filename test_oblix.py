@@ -204,8 +204,16 @@ class OllamaDialect:
     def wants_stream(self, body):
         return body.get("stream", True)
 
-    def events(self, saying, _body=None):
-        return [self.line(line) for line in [*map(self._line, saying.pieces), self._last(saying)]]
+    def events(self, saying, body=None):
+        said = self._generated if "prompt" in (body or {}) else dict
+        return [self.line(said(line)) for line in [*map(self._line, saying.pieces), self._last(saying)]]
+
+    def _generated(self, line):
+        """What /api/generate says where /api/chat says this."""
+        message = line.pop("message")
+        return {**{name: line.pop(name) for name in ("model", "created_at")}, "response": message["content"],
+                **{name: message[name] for name in ("thinking",) if name in message}, **line,
+                **({"context": [1, 2, 3]} if line["done"] else {})}
 
     def error(self, message, kind=None):
         return {"error": message}
@@ -522,7 +530,7 @@ class Upstream:
         if request.method == "GET":
             self.probes.append(request)
             return self.probe
-        if self.dialect is OLLAMA and request.json["messages"] == []:
+        if self.dialect is OLLAMA and request.json.get("messages") == []:
             self.loads.append(request)
             return self._loading(request.json)
         self.requests.append(request)
@@ -9669,6 +9677,12 @@ class Form(NamedTuple):
     dialect: object
     before: bytes
     after: bytes
+    native: str = ""    # the path of a request in the provider's own dialect
+
+    @property
+    def request(self):
+        native = oblix.Native(self.dialect.name, self.native, {}) if self.native else None
+        return dataclasses.replace(PASSED_FOR, native=native)
 
     def said(self, *texts):
         """Events that say these texts, as bytes of JSON."""
@@ -9678,7 +9692,7 @@ class Form(NamedTuple):
     def texts(self, data):
         """(the texts that pass unread when this has come at an event's beginning, what is left to be read)"""
         answer = oblix.Answer(None, oblix.Limits(1, 1, 1), oblix.no_look, list)
-        answer.text_event = oblix.PROVIDERS[self.dialect.name].text_event
+        answer.text_event = oblix.PROVIDERS[self.dialect.name].text_event_of(self.request)
         whole, rest = answer._whole(data, True)
         texts = answer._texts(whole)
         return (texts, rest) if texts else ([], data)
@@ -9686,7 +9700,7 @@ class Form(NamedTuple):
     def read(self, event):
         """The deltas that are made of an event that is read, in a stream that has begun; None of what is no event."""
         provider = oblix.PROVIDERS[self.dialect.name]
-        chunks = provider.decode([*self.said(b"first").split(b"\n"), *event.split(b"\n")], PASSED_FOR)
+        chunks = provider.decode([*self.said(b"first").split(b"\n"), *event.split(b"\n")], self.request)
         deltas = []
         try:
             for piece in chunks:
@@ -9704,6 +9718,8 @@ FORMS = [
          b'"}, "finish_reason": null}], "usage": null, "obfuscation": "aB%d"}\n\n'),
     Form("ollama", OLLAMA, b'{"model":"m","created_at":"2026-11-24T10:00:00.%d+01:00","message":{"role":"assistant",'
          b'"content":"', b'"},"done":false}\n'),
+    Form("ollama, generate", OLLAMA, b'{"model":"m","created_at":"2026-11-24T10:00:00.%d+01:00","response":"',
+         b'","done":false}\n', oblix.GENERATE_PATH),
     Form("claude", CLAUDE, b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":'
          b'{"type":"text_delta","text":"', b'"}}\n\n'),
 ]
@@ -9811,7 +9827,7 @@ class Passing(Case):
 
     def test_what_says_more_than_a_text_is_read(self):
         for form in FORMS:
-            for old, new in SAYS_MORE[form.dialect] if "padded" not in form.name else ():
+            for old, new in SAYS_MORE[form.dialect] if "," not in form.name else ():
                 event = form.said(b"a").replace(old, new, 1)
                 with self.subTest(form.name, event=event):
                     self.assertNotEqual(event, form.said(b"a"))
@@ -11076,6 +11092,738 @@ class Messages(Case):
             self.ollama.play(answer(Text("Hello")))
         told = MessagesKeepTheContract.of_stream(MessagesKeepTheContract(), reply.body)
         self.assertEqual((told.text, told.finish, reply.cut), ("Hello, world!", "stop", False))
+# --- 11. Ollama's API and legacy completions ---==============================================================
+
+def lines_of(reply):
+    """The objects of an NDJSON body: every line is one."""
+    return [json.loads(line) for line in reply.body.decode().split("\n")[:-1]]
+
+
+def posted(server, path, model="auto", **fields):
+    """A request to one of the fronts, and what its client gets."""
+    return fetch(server, "POST", path, json.dumps({"model": model, **fields}), JSON)
+
+
+HI_THERE = [{"role": "user", "content": "Hi"}]
+FIND_CALL = {"function": {"name": "find", "arguments": {"q": "é"}}}
+NOW_CALL = {"function": {"name": "now", "arguments": {}}}
+THEN_OPENAI = [    # the calls of FIND_CALL and NOW_CALL in OpenAI's words, and their results
+    {"role": "assistant", "content": "", "tool_calls": [
+        {"id": "call_1_0", "type": "function", "function": {"name": "find", "arguments": "{\"q\":\"\\u00e9\"}"}},
+        {"id": "call_1_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]}]
+FROM_OLLAMA = [  # what a client sends to /api/chat beside a message, what OpenAI gets of it; Ollama gets it as it is
+    ("no limit", {"options": {"num_predict": -1}}, none_of("max_tokens", "options", "num_predict")),
+    ("options", {"options": {"num_predict": 5, "temperature": 0.5, "top_p": 1, "seed": 7, "stop": ["X"], "top_k": 3,
+                             "num_ctx": 8192, "presence_penalty": 0.1, "frequency_penalty": None}},
+     {"max_completion_tokens": lambda tokens: tokens in (5, ABSENT), "temperature": 0.5, "top_p": 1, "seed": 7,
+      "stop": ["X"], "presence_penalty": 0.1, **none_of("frequency_penalty", "top_k", "num_ctx", "options")}),
+    ("one stop", {"options": {"stop": "X"}}, {"stop": "X"}),
+    ("Home Assistant's nulls", {"think": None, "format": None, "tools": None, "keep_alive": "300s", "options": None},
+     none_of("reasoning_effort", "response_format", "tools", "keep_alive", "think", "format")),
+    ("for ever", {"keep_alive": -1}, none_of("keep_alive")),
+    ("it thinks", {"think": True}, {"reasoning_effort": "medium", **none_of("think")}),
+    ("it does not think", {"think": False}, {"reasoning_effort": "none"}),
+    ("it thinks hard", {"think": "high"}, {"reasoning_effort": "high"}),
+    ("JSON", {"format": "json"}, {"response_format": {"type": "json_object"}, **none_of("format")}),
+    ("a schema", {"format": SCHEMA}, {"response_format": {
+        "type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}}),
+    ("tools", {"tools": TOOLS}, {"tools": TOOLS}),
+    ("what nobody else knows", {"truncate": True, "shift": False, "debug": 1},
+     none_of("truncate", "shift", "debug", "options")),
+    ("pictures", {"messages": [{"role": "user", "content": "a", "images": [PNG, "/9j/AAAA"]}]}, talk(user(
+        part("a"), {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}},
+        {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,/9j/AAAA"}}))),
+    ("a picture alone", {"messages": [{"role": "user", "content": None, "images": [PNG]}]}, talk(
+        user({"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}}))),
+    ("no results' names or ids: by their order", {"messages": [
+        *HI_THERE, {"role": "assistant", "content": "", "tool_calls": [FIND_CALL, NOW_CALL]},
+        {"role": "tool", "content": "3"}, {"role": "tool", "content": "noon"}]}, {"messages": [
+            *HI_THERE, *THEN_OPENAI, {**result("call_1_0", "3"), "name": "find"},
+            {**result("call_1_1", "noon"), "name": "now"}]}),
+    ("results' names: by these", {"messages": [
+        *HI_THERE, {"role": "assistant", "tool_calls": [FIND_CALL, NOW_CALL], "thinking": "hm"},
+        {"role": "tool", "tool_name": "now", "content": "noon"}, {"role": "tool", "tool_name": "find", "content": "3"},
+        ]}, {"messages": [*HI_THERE, {**THEN_OPENAI[0], "reasoning_content": "hm"}, result("call_1_1", "noon"),
+                          result("call_1_0", "3")]}),
+    ("results' ids", {"messages": [
+        *HI_THERE, {"role": "assistant", "content": "", "tool_calls": [{"id": "a", **FIND_CALL}]},
+        {"role": "tool", "tool_call_id": "a", "content": "3"}]},
+     {"messages": [user("Hi"), {"tool_calls": [{"id": "a"}]}, result("a", "3")]}),
+]
+BAD_FOR_OLLAMA = [  # path, what is wrong with a request, a word of the error
+    *(("/api/chat", fields, word) for fields, word in (
+        ({"model": None}, "model"), ({"model": ""}, "model"), ({"model": 5}, "model"), ({"messages": {}}, "messages"),
+        ({"messages": "Hi"}, "messages"), ({"messages": [5]}, "messages[0]"), ({"messages": [{}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [part("a")]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "images": "a"}]}, "messages[0].images"),
+        ({"messages": [{"role": "user", "images": [{}]}]}, "messages[0].images"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": [], **FIND_CALL}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"type": "x"}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "tool", "content": "3", "tool_name": 5}]}, "messages[0].tool_name"),
+        ({"stream": "no"}, "stream"), ({"format": "yaml"}, "format"), ({"format": 5}, "format"),
+        ({"think": 5}, "think"), ({"keep_alive": []}, "keep_alive"), ({"tools": {}}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"), ({"options": []}, "options"),
+        ({"options": {"num_ctx": "8k"}}, "options.num_ctx"), ({"options": {"stop": 5}}, "options.stop"),
+        ({"options": {"num_predict": 0.5}}, "options.num_predict"), ({"options": {"seed": True}}, "options.seed"))),
+    *(("/api/generate", fields, word) for fields, word in (
+        ({"prompt": ["a"]}, "prompt"), ({"system": 5}, "system"), ({"images": [5]}, "images"), ({"raw": 1}, "raw"),
+        ({"context": "a"}, "context"), ({"suffix": []}, "suffix"), ({"template": {}}, "template"))),
+]
+
+
+class OllamasApi(Case):
+    """POST /api/chat and /api/generate: clients of Ollama talk to whoever answers."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = cls.ollama, cls.openai, _ = [cls.keep(Upstream(dialect)) for dialect in DIALECTS]
+        cls.server = cls.keep(running(*cls.upstreams))
+
+    def tearDown(self):
+        for upstream in self.upstreams:
+            upstream.play(answer(Text("Hello")))
+
+    def chats(self, model="auto", **fields):
+        return posted(self.server, "/api/chat", model, **{"messages": HI_THERE, "stream": False, **fields})
+
+    def generates(self, model="auto", **fields):
+        return posted(self.server, "/api/generate", model, **{"prompt": "Hi", "stream": False, **fields})
+
+    def refuses(self, reply, status, word=""):
+        self.assertEqual((reply.status, list(reply.json)), (status, ["error"]), reply.body)
+        self.assertIn(word, reply.json["error"])
+
+    def test_others_get_a_request_in_openai_s_words_and_ollama_as_it_came(self):
+        for name, fields, wanted in FROM_OLLAMA:
+            with self.subTest(name):
+                self.assertEqual(self.chats(self.openai.target, **fields).status, 200)
+                self.assertEqual(differences({"model": "gpt-test", **wanted}, self.openai.last.json), [])
+                self.assertEqual(self.chats(self.ollama.target, **fields).status, 200)
+                own = {key: value for key, value in {"messages": HI_THERE, **fields}.items() if value is not None}
+                if "options" in own:
+                    own["options"] = {key: value for key, value in own["options"].items() if value is not None}
+                    own["options"].update({"stop": ["X"]} if "stop" in own["options"] else {})
+                self.assertEqual({"truncate": False, "keep_alive": 1800, **own, "model": "llama3.2", "stream": True},
+                                 self.ollama.last.json)
+
+    def test_every_provider_s_answer_comes_in_ollama_s_words(self):
+        call = Call("call_7", "find", {"q": ["é", 1]})
+        said = (Think("hm"), Text("a "), Text("b"), call, Call("call_8", "now", {}))
+        for upstream, finish in itertools.product(self.upstreams, ("tool_calls", "length")):
+            upstream.play(answer(*said, finish=finish))
+            for stream in (True, False):
+                with self.subTest(upstream.target, stream=stream, finish=finish):
+                    reply = self.chats(upstream.target, stream=stream, tools=TOOLS)
+                    lines = lines_of(reply) if stream else [reply.json]
+                    self.assertEqual(reply.headers["Content-Type"], f"application/{'x-ndjson' if stream else 'json'}")
+                    self.assertEqual([line["done"] for line in lines], [False] * (len(lines) - 1) + [True])
+                    for line in lines:
+                        self.assertRegex(line["created_at"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+                        self.assertEqual((line["model"], line["message"]["role"]), (upstream.target, "assistant"))
+                    message = joined([{key: value for key, value in line["message"].items() if key != "tool_calls"}
+                                      for line in lines])
+                    self.assertEqual((message["content"], message["thinking"]), ("a b", "hm"))
+                    calls = [one for line in lines for one in line["message"].get("tool_calls", [])]
+                    self.assertEqual([one["function"]["arguments"] for one in calls], [call.arguments, {}])
+                    self.assertEqual([one["id"] for one in calls], ["call_7", "call_8"])
+                    last = lines[-1]
+                    self.assertEqual(last["done_reason"], "length" if finish == "length" else "stop")
+                    self.assertEqual((last["prompt_eval_count"], last["eval_count"]), (9, 7))
+                    self.assertEqual(last["total_duration"], 912000000 if upstream is self.ollama else 0)
+                    self.assertEqual(reply.headers["x-oblix-model"], upstream.target)
+
+    def test_timings_in_other_words_are_no_durations(self):
+        for timings, stream in itertools.product(("x", 5, [1], {"prompt_ms": 5.5}), (True, False)):
+            def script(dialect, request, timings=timings):
+                if not request.json.get("stream"):
+                    return whole(200, {**dialect.whole(Saying((Text("a"),), "stop", 9, 7)), "timings": timings})
+                said = dialect.chunk([{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop"}])
+                return streamed(dialect, [data_event({**said, "timings": timings}), b"data: [DONE]\n\n"])
+            self.openai.play(script)
+            reply = self.chats(self.openai.target, stream=stream)
+            last = lines_of(reply)[-1] if stream else reply.json
+            self.assertEqual((last["done"], last["total_duration"]), (True, 0))
+
+    def test_streaming_is_usual(self):
+        for path, fields in (("/api/chat", {"messages": HI_THERE}), ("/api/generate", {"prompt": "Hi"})):
+            lines = lines_of(posted(self.server, path, **fields))
+            self.assertEqual([line["done"] for line in lines], [False, True])
+
+    def test_generate_makes_messages_of_a_prompt_and_a_response_of_the_answer(self):
+        asked = {"prompt": "a", "system": "Be kind.", "images": [PNG], "options": {"num_predict": 3}}
+        for upstream, stream in itertools.product(self.upstreams, (True, False)):
+            upstream.play(answer(Think("hm"), *map(Text, "Hello")))
+            with self.subTest(upstream.target, stream=stream):
+                reply = self.generates(upstream.target, stream=stream, **asked)
+                lines = lines_of(reply) if stream else [reply.json]
+                self.assertEqual("".join(line["response"] for line in lines), "Hello")
+                self.assertEqual("".join(line.get("thinking", "") for line in lines), "hm")
+                self.assertNotIn("message", lines[-1])
+                self.assertEqual(lines[-1]["done"], True)
+        self.assertEqual(lines[-1].get("context"), None)
+        self.assertEqual(self.generates(self.ollama.target).json["context"], [1, 2, 3])
+        self.generates(self.ollama.target, **asked)
+        self.assertEqual(self.ollama.last.path, "/api/generate")
+        self.assertEqual({**asked, "model": "llama3.2", "stream": True, "truncate": False, "keep_alive": 1800},
+                         self.ollama.last.json)
+        self.generates(self.openai.target, **asked)
+        self.assertEqual(self.openai.last.json["messages"], [system("Be kind."), user(
+            part("a"), {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}})])
+
+    def test_what_only_ollama_can_do_goes_to_no_other(self):
+        for name, value in (("raw", True), ("template", "{{ .Prompt }}"), ("context", [1]), ("suffix", "}")):
+            with self.subTest(name):
+                self.refuses(self.generates(self.openai.target, **{name: value}), 400, name)
+                self.refuses(self.generates("cloud", **{name: value}), 400, name)
+                self.assertEqual(self.generates("auto", **{name: value}).json["response"], "Hello")
+                self.assertEqual(self.ollama.last.json[name], value)
+                for nothing in (None, type(value)()):
+                    self.assertEqual(self.generates(self.openai.target, **{name: nothing}).status, 200)
+
+    def test_a_request_without_a_prompt_asks_no_model(self):
+        before = [len(upstream.requests) + len(upstream.loads) for upstream in self.upstreams]
+        for path, fields in (("/api/chat", {}), ("/api/chat", {"messages": []}), ("/api/generate", {"prompt": ""}),
+                             ("/api/generate", {"system": "a"}), ("/api/generate", {})):
+            for keep_alive, reason in ((None, "load"), ("5m", "load"), (-1, "load"), (0, "unload"), ("0", "unload")):
+                reply = posted(self.server, path, keep_alive=keep_alive, **fields).json
+                self.assertEqual((reply["done"], reply["done_reason"], reply["model"]), (True, reason, "auto"))
+                self.assertEqual(reply.get("response", reply.get("message", {}).get("content")), "")
+        self.refuses(posted(self.server, "/api/chat", "no-such"), 404, "no-such")
+        self.assertEqual(before, [len(upstream.requests) + len(upstream.loads) for upstream in self.upstreams])
+
+    def test_a_wrong_body_is_told_in_ollama_s_shape(self):
+        for path, fields, word in BAD_FOR_OLLAMA:
+            with self.subTest(path, fields=fields):
+                reply = posted(self.server, path, **{"messages": HI_THERE, "prompt": "a", **fields})
+                self.refuses(reply, 400, f"{word} ")
+
+    def test_the_context_that_a_client_wants_is_not_changed(self):
+        with small() as local, running(local) as server:
+            posted(server, "/api/chat", messages=HI_THERE, options={"num_ctx": 2048})
+            self.assertEqual(local.last.json["options"], {"num_ctx": 2048})
+            long = [{"role": "user", "content": "a " * 30000}]
+            posted(server, "/api/chat", messages=long, options={"num_ctx": 65536})
+            self.assertEqual((local.last.json["options"], local.loads), ({"num_ctx": 65536}, []))
+            posted(server, "/api/chat", messages=long)
+            self.assertGreater(local.last.json["options"]["num_ctx"], 2048)
+
+    def test_every_line_of_a_silent_stream_is_json(self):
+        for path, fields in (("/api/chat", {"messages": HI_THERE}), ("/api/generate", {"prompt": "Hi"})):
+            with mock.patch.multiple(oblix, KEEP_ALIVE_S=0.1, TICK_S=0.03), small(delayed(0.5)) as local, \
+                    running(local) as server:
+                lines = lines_of(posted(server, path, **fields))
+                said = [line.get("response", line.get("message", {}).get("content")) for line in lines]
+                self.assertEqual((said[:2], "".join(said)), (["", ""], "local"))
+
+    def test_a_model_that_does_not_think_is_asked_without(self):
+        no = 'registry.ollama.ai/library/llama3.2 does not support thinking'
+        with small(lambda dialect, request: whole(400, dialect.error(no)) if "think" in request.json else
+                   answer(Text("Hello"))(dialect, request)) as local, running(local) as server:
+            reply = posted(server, "/api/chat", local.target, messages=HI_THERE, think=True, stream=False)
+            self.assertEqual(reply.json["message"]["content"], "Hello")
+
+    def test_log_probabilities_come_where_ollama_has_them(self):
+        token = {"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": []}
+        line = {"model": "m", "created_at": "x", "message": {"role": "assistant", "content": "Hi"}, "done": False,
+                "logprobs": [token]}
+        events = [OLLAMA.line(line), OLLAMA.line({**line, "logprobs": None, "done": True, "message": {"content": ""}})]
+        self.ollama.play(streamed(OLLAMA, events))
+        self.assertEqual(self.chats(self.ollama.target, logprobs=True).json["logprobs"], [token])
+        self.assertEqual(lines_of(self.chats(self.ollama.target, logprobs=True, stream=True))[0]["logprobs"], [token])
+
+
+NOT_COMPLETED = [  # fields of a request for a completion, the one that is refused
+    *(({"prompt": wrong}, "prompt") for wrong in (None, "", [], [""], ["a", "b"], [1, 2], [[1]], 5, {}, [None])),
+    ({"best_of": 2}, "best_of"), ({"logprobs": 0}, "logprobs"), ({"logprobs": 5}, "logprobs"), ({"echo": 1}, "echo"),
+    ({"suffix": 5}, "suffix"), ({"n": 0}, "n"), ({"max_tokens": "a"}, "max_tokens"), ({"model": None}, "model"),
+    ({"stop": 5}, "stop"), ({"stream": "a"}, "stream"), ({"temperature": "a"}, "temperature"),
+]
+
+
+class LegacyCompletions(Case):
+    """POST /v1/completions."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = cls.ollama, cls.openai, _ = [cls.keep(Upstream(dialect)) for dialect in DIALECTS]
+        cls.server = cls.keep(running(*cls.upstreams))
+
+    def completes(self, model="auto", **fields):
+        return posted(self.server, "/v1/completions", model, **{"prompt": "Once", **fields})
+
+    def said(self, reply):
+        """The texts by choice, once the answer is asserted to have the API's shape."""
+        self.assertEqual(reply.status, 200, reply.body)
+        texts, ends = collections.defaultdict(str), {}
+        for part in reply.chunks if reply.streamed else [reply.json]:
+            self.assertEqual(part["object"], "text_completion")
+            self.assertRegex(part["id"], "^cmpl-")
+            for choice in part["choices"]:
+                self.assertEqual(set(choice), {"index", "text", "logprobs", "finish_reason"})
+                texts[choice["index"]] += choice["text"]
+                ends[choice["index"]] = choice["finish_reason"] or ends.get(choice["index"])
+        self.assertEqual(set(ends.values()), {"stop"})
+        if reply.streamed:
+            self.assertEqual(reply.events[-1], "[DONE]")
+        return [text for _, text in sorted(texts.items())]
+
+    def test_a_prompt_is_answered_whole_and_streamed(self):
+        for upstream in self.upstreams:
+            upstream.play(answer(Think("hm"), *map(Text, "Hello")))
+            for fields in ({}, {"prompt": ["Once"]}, {"stream": True}, {"stream": True, "user": "u"}):
+                with self.subTest(upstream.target, fields=fields):
+                    reply = self.completes(upstream.target, **fields)
+                    self.assertEqual(self.said(reply), ["Hello"])
+                    self.assertEqual(reply.headers["x-oblix-model"], upstream.target)
+                    self.assertIn("Once", str(upstream.last.json["messages"]))
+            self.assertEqual(self.completes(upstream.target).json["usage"]["total_tokens"], 16)
+            reply = self.completes(upstream.target, stream=True, stream_options={"include_usage": True})
+            self.assertEqual((reply.chunks[-1]["choices"], reply.chunks[-1]["usage"]["total_tokens"]), ([], 16))
+            self.assertNotIn("usage", self.completes(upstream.target, stream=True).chunks[-1])
+
+    def test_there_is_no_limit_but_the_one_that_is_given(self):
+        self.completes(self.openai.target)
+        self.assertEqual(differences(none_of("max_tokens", "max_completion_tokens", "prompt", "echo", "best_of"),
+                                     self.openai.last.json), [])
+        self.completes(self.openai.target, max_tokens=5, stop="X", seed=1, best_of=1, logprobs=None, top_k=3)
+        self.assertEqual(differences({"stop": "X", "seed": 1, "top_k": 3, **none_of("prompt", "echo", "best_of")},
+                                     self.openai.last.json), [])
+        self.assertIn(5, self.openai.last.json.values())
+
+    def test_an_echo_stands_before_each_choice(self):
+        def two(dialect, request):
+            choices = [{"index": number, "delta": {"content": text}, "finish_reason": "stop"}
+                       for number, text in enumerate("ab")]
+            events = [data_event(dialect.chunk([choice])) for choice in choices]
+            return streamed(dialect, [*events, b"data: [DONE]\n\n"])
+        for stream in (True, False):
+            self.openai.play(answer(Text("Hello")))
+            self.assertEqual(self.said(self.completes(self.openai.target, echo=True, stream=stream)), ["OnceHello"])
+            self.openai.play(two)
+            self.assertEqual(self.said(self.completes(self.openai.target, echo=True, n=2, stream=stream)),
+                             ["Oncea", "Onceb"])
+
+    def test_a_suffix_is_filled_up_to_by_ollama_alone(self):
+        for stream in (True, False):
+            self.ollama.play(answer(*map(Text, "Hello")))
+            fields = {"suffix": " end", "stop": "X", "max_tokens": 5, "stream": stream}
+            self.assertEqual(self.said(self.completes("auto", **fields)), ["Hello"])
+            self.assertEqual(self.ollama.last.path, "/api/generate")
+            self.assertEqual({"model": "llama3.2", "prompt": "Once", "suffix": " end", "stream": True,
+                              "truncate": False, "keep_alive": 1800, "options": {"stop": ["X"], "num_predict": 5}},
+                             self.ollama.last.json)
+        self.refused(self.completes("cloud", suffix=" end"), 400, "suffix", param="suffix")
+        self.refused(self.completes(self.openai.target, suffix=" end"), 400, "ollama", param="suffix")
+        self.openai.play(answer(Text("Hello")))
+        self.assertEqual(self.said(self.completes(self.openai.target, suffix="")), ["Hello"])
+
+    def test_a_cut_suffix_is_not_continued_as_a_chat(self):
+        with small(cut("Hel"), target="ollama:llama3.2@{url}") as local, \
+                small(target="ollama:hf.co/org/tiny:Q4@{url}") as other, \
+                running(local, other, flags=["--on-cut=continue"]) as server, self.assertLogs("oblix", "WARNING"):
+            reply = posted(server, "/v1/completions", prompt="a", suffix="b", stream=True)
+            self.assertTrue(reply.cut)
+            self.assertIn("error", reply.chunks[-1])
+            self.assertEqual(other.requests, [])
+
+    def test_what_can_not_be_done_is_a_400(self):
+        for fields, param in NOT_COMPLETED:
+            with self.subTest(fields):
+                self.refused(self.completes(**fields), 400, param, param=param)
+
+
+# --- 11. Embeddings --------------------------------------------------------------------------------------------------
+
+def vector_for(one):
+    """The vector of a text or a list of tokens, of numbers that float32 has exactly."""
+    return [len(one) / 4, -0.5, 1.25]
+
+
+def embedding(as_asked=True, rewrite=None, **body):
+    """The script of a server that makes vectors: an OpenAI as numbers or base64, `as_asked` or the other way round."""
+    def script(dialect, request):
+        inputs = request.json["input"]
+        vectors = [vector_for(one) for one in inputs]
+        if dialect is OLLAMA:
+            told = {"model": request.json["model"], "embeddings": vectors, "prompt_eval_count": len(inputs)}
+        else:
+            if as_asked == (request.json["encoding_format"] == "base64"):
+                vectors = [base64.b64encode(struct.pack("<3f", *one)).decode() for one in vectors]
+            data = [{"object": "embedding", "index": number, "embedding": one} for number, one in enumerate(vectors)]
+            told = {"object": "list", "data": data[::-1], "model": request.json["model"],
+                    "usage": {"prompt_tokens": len(inputs), "total_tokens": len(inputs)}}
+        return whole(200, {**(rewrite(told) if rewrite else told), **body})
+    return script
+
+
+def with_embedders(*names, script=None, **how):
+    """An Ollama that has a model for chats and these for embeddings, the newest first."""
+    listed = OLLAMA.probe()["models"]
+    entries = [{**listed[0], "name": name, "digest": "of " + name, "capabilities": [kind], "size": 1 << 20,
+                "modified_at": f"2026-11-{28 - number:02d}T10:00:00Z"} for number, (name, kind) in enumerate(
+                    [*((name, "embedding") for name in names), ("llama3.2:latest", "completion")])]
+    return Upstream(OLLAMA, script or embedding(), probe=whole(200, {"models": entries}),
+                    details={"model_info": {}, "details": {}}, **how)
+
+
+def embed(server, model="auto", path="/v1/embeddings", headers=(), **fields):
+    """A request for embeddings, and what its client gets."""
+    return fetch(server, "POST", path, json.dumps({"model": model, **fields}), {**JSON, **dict(headers)})
+
+
+NOT_EMBEDDED = [  # path, fields of a request, the one that is refused
+    *(("/v1/embeddings", {"input": wrong}, "input") for wrong in (
+        None, "", [], [""], ["a", ""], ["a", 5], [[]], [[1], []], [1, True], [1.5], [[1], "a"], 5, {}, [None])),
+    ("/v1/embeddings", {"model": None}, "model"), ("/v1/embeddings", {"model": ""}, "model"),
+    ("/v1/embeddings", {"encoding_format": "int8"}, "encoding_format"), ("/v1/embeddings", {"user": 5}, "user"),
+    ("/v1/embeddings", {"encoding_format": []}, "encoding_format"),
+    *(("/v1/embeddings", {"dimensions": wrong}, "dimensions") for wrong in (0, -1, 1.5, "5", True, 10**400)),
+    *(("/api/embed", {"input": wrong}, "input") for wrong in (5, {}, [5], [["a"]], [None], [1])),
+    ("/api/embed", {"options": 5}, "options"), ("/api/embed", {"keep_alive": {}}, "keep_alive"),
+    ("/api/embed", {"truncate": "no"}, "truncate"), ("/api/embed", {"model": 5}, "model"),
+    ("/api/embeddings", {"prompt": ["a"]}, "prompt"), ("/api/embeddings", {"model": None}, "model"),
+]
+NO_VECTORS = [  # what makes of an answer's vectors no answer
+    lambda vectors: vectors[1:], lambda vectors: [], lambda vectors: None, lambda vectors: [[] for _ in vectors],
+    lambda vectors: [["a"] for _ in vectors], lambda vectors: [None for _ in vectors],
+    lambda vectors: ["AAA=" for _ in vectors], lambda vectors: ["!!!!" for _ in vectors],
+    lambda vectors: [base64.b64encode(struct.pack("<f", math.nan)).decode() for _ in vectors],
+    lambda vectors: [[10**400] for _ in vectors], lambda vectors: [{} for _ in vectors], lambda vectors: 5,
+]
+
+
+class Embedding(Case):
+    """POST /v1/embeddings, /api/embed, /api/embeddings: one model makes all vectors, and no other in its place."""
+
+    def vectors(self, reply):
+        """The vectors of a good answer, as numbers."""
+        self.assertEqual(reply.status, 200, reply.body)
+        if "data" not in reply.json:
+            return reply.json["embeddings"]
+        self.assertEqual([item["index"] for item in reply.json["data"]], [*range(len(reply.json["data"]))])
+        kinds = {reply.json["object"], *(item["object"] for item in reply.json["data"])}
+        self.assertEqual(kinds, {"list", "embedding"})
+        vectors = [item["embedding"] for item in reply.json["data"]]
+        return [[*struct.unpack(f"<{len(raw) // 4}f", raw)] if raw else one for one in vectors
+                for raw in [base64.b64decode(one) if isinstance(one, str) else b""]]
+
+    def test_texts_become_vectors_in_the_form_that_is_asked_for(self):
+        for dialect, as_asked in ((OLLAMA, True), (OPENAI, True), (OPENAI, False)):
+            target = {OLLAMA: "ollama:e", OPENAI: "openai:e@{url}/v1"}[dialect]
+            with Upstream(dialect, embedding(as_asked), target=target) as upstream, \
+                    running(upstream, flags=["--embedding-model=" + upstream.target]) as server:
+                for inputs, form in itertools.product(("Hi", ["Hi"], ["a", "bcd", "é"]), (None, "float", "base64")):
+                    with self.subTest(dialect.name, inputs=inputs, form=form):
+                        reply = embed(server, input=inputs, encoding_format=form)
+                        texts = [inputs] if isinstance(inputs, str) else inputs
+                        self.assertEqual(self.vectors(reply), [*map(vector_for, texts)])
+                        kind = str if form == "base64" else list
+                        self.assertEqual({type(item["embedding"]) for item in reply.json["data"]}, {kind})
+                        self.assertEqual(reply.json["usage"], {name: len(texts) for name in (
+                            "prompt_tokens", "total_tokens")})
+                        self.assertEqual(reply.json["model"], reply.headers["x-oblix-model"])
+                        self.assertEqual(reply.headers["x-oblix-side"], "local")    # it is on this device
+
+    def test_each_server_gets_what_it_knows(self):
+        with Upstream(OPENAI, embedding()) as cloud, with_embedders("e:latest") as local, \
+                running(local, cloud) as server:
+            embed(server, cloud.target, input=["a"], dimensions=3, user="u", truncate=True, encoding_format="base64")
+            self.assertEqual(cloud.last.json, {"model": "gpt-test", "input": ["a"], "encoding_format": "base64",
+                                               "dimensions": 3, "user": "u"})
+            self.assertEqual((cloud.last.path, cloud.last.headers["Authorization"]),
+                             ("/v1/embeddings", "Bearer " + OPENAI.key))
+            self.assertEqual(self.vectors(embed(server, cloud.target, input=[1, 2])), [vector_for([1, 2])])
+            self.assertEqual(cloud.last.json["input"], [[1, 2]])
+            self.assertEqual(self.vectors(embed(server, cloud.target, input=[[1], [2, 3]])),
+                             [vector_for([1]), vector_for([2, 3])])
+            embed(server, "ollama:e", input="a", dimensions=3, user="u")
+            self.assertEqual((local.last.path, local.last.json), ("/api/embed", {
+                "model": "e", "input": ["a"], "dimensions": 3, "truncate": False}))
+            for tokens in ([1, 2], [[1], [2]]):
+                self.refused(embed(server, "ollama:e", input=tokens), 400, "tokens", param="input")
+            embed(server, "ollama:e", "/api/embed", input=["a"], options={"num_ctx": 9}, keep_alive="5m", truncate=None)
+            self.assertEqual(local.last.json, {
+                "model": "e", "input": ["a"], "options": {"num_ctx": 9}, "keep_alive": "5m"})
+
+    def test_ollama_s_own_paths(self):
+        with with_embedders("e:latest") as local, running(local) as server:
+            for inputs in ("Hi", ["Hi", "a"]):
+                reply = embed(server, "auto", "/api/embed", input=inputs)
+                self.assertEqual(self.vectors(reply), [*map(vector_for, oblix.as_list(inputs))])
+                self.assertEqual((reply.json["model"], reply.json["prompt_eval_count"]),
+                                 ("ollama:e", len(oblix.as_list(inputs))))
+                self.assertGreater(reply.json["total_duration"], 0)
+            self.assertEqual(embed(server, "e", "/api/embeddings", prompt="Hi").json, {"embedding": vector_for("Hi")})
+            asked = len(local.requests)
+            for nothing in (None, "", []):
+                self.assertEqual(embed(server, "auto", "/api/embed", input=nothing).json["embeddings"], [])
+            self.assertEqual(embed(server, "auto", "/api/embeddings").json, {"embedding": []})
+            self.assertEqual(len(local.requests), asked)
+
+    def test_many_inputs_are_sent_in_parts_and_put_together(self):
+        with Upstream(OPENAI, embedding()) as upstream, running(upstream) as server, \
+                mock.patch.object(oblix, "MAX_BATCH", 1000):
+            texts = ["x" * (number % 7 + 1) for number in range(100)]
+            for inputs, sizes in ((texts, [32, 32, 32, 4]), (["x" * 400] * 5, [2, 2, 1]), (["x" * 2000] * 2, [1, 1]),
+                                  ([[1] * 600] * 3, [1, 1, 1])):
+                del upstream.requests[:]
+                reply = embed(server, upstream.target, input=inputs, encoding_format="base64")
+                self.assertEqual(self.vectors(reply), [*map(vector_for, inputs)])
+                self.assertEqual([len(request.json["input"]) for request in upstream.requests], sizes)
+                self.assertEqual(reply.json["usage"]["prompt_tokens"], len(inputs))
+        ours = oblix.Endpoint("openai", "https://api.openai.com/v1")
+        for in_base64, most in ((True, 2048), (False, 256)):
+            request = oblix.EmbeddingRequest("m", [], in_base64)
+            self.assertEqual(oblix.PROVIDERS["openai"].most_inputs(request, ours), most)
+
+    def test_the_newest_local_model_is_the_usual_one_and_it_stays(self):
+        with with_embedders("new:latest", "old:latest") as local, cloudy(embedding()) as cloud, \
+                running(local, cloud) as server:
+            for name in ("auto", "local", "new", "new:latest", "ollama:new", "auto:latest"):
+                self.assertEqual(embed(server, name, input="a").headers["x-oblix-model"], "ollama:new", name)
+            with with_embedders("newer:latest", "new:latest") as other:
+                local.probe = other.probe
+            look(server)
+            eventually(lambda: "ollama:newer" in fetch(server, "GET", "/v1/models").body.decode())
+            self.assertEqual(embed(server, input="a").headers["x-oblix-model"], "ollama:new")
+            self.assertEqual(embed(server, "newer", input="a").headers["x-oblix-model"], "ollama:newer")
+            self.assertEqual(embed(server, "ollama:old", input="a").headers["x-oblix-model"], "ollama:old")
+
+    def test_openai_s_small_one_is_the_usual_one_where_ollama_has_none(self):
+        with mock.patch.object(oblix.OpenAI, "vendor", "127.0.0.1"), Upstream(OPENAI, embedding()) as cloud, \
+                running(cloud) as server:
+            for name in ("auto", "cloud", "text-embedding-3-small"):
+                reply = embed(server, name, input="a")
+                self.assertEqual((reply.headers["x-oblix-model"], reply.headers["x-oblix-side"]),
+                                 ("openai:text-embedding-3-small", "cloud"))
+            self.refused(embed(server, "text-embedding-ada-002", input="a"), 404, "text-embedding-3-small")
+        with small() as local, cloudy() as cloud, running(local, cloud) as server:    # another server has no such one
+            self.refused(embed(server, input="a"), 503, "--embedding-model")
+            self.assertEqual(local.requests + cloud.requests, [])
+
+    def test_no_name_means_another_model(self):
+        with with_embedders("e:latest") as local, cloudy(embedding()) as cloud, Upstream(CLAUDE) as claude, \
+                running(local, cloud, claude) as server:
+            for name in ("text-embedding-3-small", "text-embedding-ada-002", "gpt", "e2"):
+                self.refused(embed(server, name, input="a"), 404, "ollama:e", param="model")
+            self.refused(embed(server, "cloud", input="a"), 404, "ollama:e")
+            self.refused(embed(server, "e", input="a", headers={"x-oblix-route": "cloud"}), 404, "ollama:e")
+            self.refused(embed(server, cloud.target, input="a", headers={"x-oblix-route": "local"}), 404, cloud.target)
+            self.refused(embed(server, "e", input="a", headers={"x-oblix-route": "x"}), 400, "x-oblix-route")
+            self.refused(embed(server, claude.target, input="a"), 400, "Claude")
+            self.assertEqual(local.requests + cloud.requests + claude.requests, [])
+            self.assertEqual(embed(server, "e", input="a", headers={"x-oblix-route": "local"}).status, 200)
+            self.assertEqual(embed(server, cloud.target, input="a").headers["x-oblix-model"], cloud.target)
+
+    def test_an_alias_says_what_a_name_means(self):
+        with with_embedders("e:latest", "f:latest") as local, Upstream(OPENAI, embedding(), target="x") as other, \
+                running(local, flags=["--alias=text-embedding-*=ollama:f,ollama:e", "--alias=small=local",
+                                      f"--embedding-model=openai:e@{other.url}/v1#OTHER_KEY"],
+                        env={"OTHER_KEY": "a-key-of-its-own"}) as server:
+            for name, served in (("text-embedding-3-small", "ollama:f"), ("small", "openai:e"), ("auto", "openai:e")):
+                self.assertEqual(embed(server, name, input="a").headers["x-oblix-model"], served)
+            self.assertEqual(other.last.headers["Authorization"], "Bearer a-key-of-its-own")
+            with running(flags=["--embedding-model=openai:e@http://127.0.0.1:1/v1#NO_KEY"]) as server:
+                self.refused(embed(server, input="a"), 401, "NO_KEY")
+
+    def test_no_other_model_is_asked_where_it_fails(self):
+        rows = [(error(500), 500, True), (error(429), 429, True), (error(404, "no such model"), 404, True),
+                (error(400, "the input length exceeds the context length"), 400, False),
+                (error(400, "this model does not support embeddings"), 400, False)]
+        for script, status, told in rows:
+            with with_embedders("e:latest", "f:latest", script=script) as local, cloudy(embedding()) as cloud, \
+                    running(local, cloud) as server:
+                reply = embed(server, input="a")
+                self.refused(reply, status, "ollama:e: " if told else "")
+                self.assertEqual("vectors of two models" in reply.json["error"]["message"], told)
+                self.assertEqual((len(local.requests), cloud.requests), (1, []))
+                self.assertEqual(list(embed(server, "auto", "/api/embed", input="a").json), ["error"])
+                record = server.gateway.ledger.record(oblix.Target(server.gateway._ollama, "e", oblix.Side.LOCAL))
+                self.assertEqual(record.breaker.failures > 0, told)
+
+    def test_what_is_no_vector_is_no_answer(self):
+        for dialect, spoil in itertools.product((OLLAMA, OPENAI), NO_VECTORS):
+            def changed_answer(told, spoil=spoil):
+                if "embeddings" in told:
+                    return {**told, "embeddings": spoil(told["embeddings"])}
+                made = spoil([item["embedding"] for item in told["data"]])
+                return {**told, "data": [{"index": number, "embedding": one} for number, one in enumerate(made)]
+                        if isinstance(made, list) else made}
+            with Upstream(dialect, embedding(rewrite=changed_answer)) as upstream, running(upstream) as server:
+                self.refused(embed(server, upstream.target, input=["a", "b"]), 502, code="bad_upstream_answer")
+        for raw_body in (b"{}", b"[]", b"5", b"", b"<html>", b'{"embeddings":[[NaN],[1]]}', b'{"data":[{}]}'):
+            with Upstream(OPENAI, whole(200, raw_body)) as upstream, running(upstream) as server:
+                self.assertEqual(embed(server, upstream.target, input=["a", "b"]).status, 502)
+
+    def test_a_server_that_knows_no_forms_is_asked_without(self):
+        def script(dialect, request):
+            if "encoding_format" in request.json:
+                return whole(400, dialect.error("Unknown parameter: 'encoding_format'.", "invalid_request_error"))
+            body = {**request.json, "encoding_format": "float"}
+            return embedding()(dialect, types.SimpleNamespace(json=body))
+        with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+            for _ in range(2):
+                reply = embed(server, upstream.target, input="Hi", encoding_format="base64")
+                self.assertEqual(self.vectors(reply), [vector_for("Hi")])
+            self.assertEqual(len(upstream.requests), 3)    # it is known by then
+
+    def test_dimensions_are_never_left_out(self):
+        with Upstream(OPENAI, error(400, "Unknown parameter: 'dimensions'.")) as upstream, running(upstream) as server:
+            self.refused(embed(server, upstream.target, input="a", dimensions=3), 400, "dimensions")
+            self.assertEqual(len(upstream.requests), 1)
+
+    def test_a_client_that_leaves_ends_it(self):
+        with with_embedders("e:latest", script=[HANG]) as local, running(local) as server:
+            with contextlib.suppress(OSError):
+                fetch(server, "POST", "/v1/embeddings", json.dumps({"model": "auto", "input": "a"}), JSON, timeout=0.2)
+            self.assertTrue(local.next_request().hung_up.wait(5))
+
+    def test_a_wrong_body_is_a_400_in_the_api_s_shape(self):
+        with with_embedders("e:latest") as local, running(local) as server:
+            for path, fields, param in NOT_EMBEDDED:
+                with self.subTest(path, fields=str(fields)[:99]):
+                    reply = embed(server, path=path, **{"input": "a", "prompt": "a", **fields})
+                    self.assertEqual(reply.status, 400, reply.body)
+                    told = reply.json["error"]
+                    self.assertIn(param, told if path.startswith("/api/") else told["message"])
+            for path in ("/v1/embeddings", "/api/embed", "/api/embeddings"):
+                for data in NO_JSON:
+                    self.assertEqual(fetch(server, "POST", path, data, JSON).status, 400)
+                self.assertEqual(fetch(server, "GET", path).status, 405)
+            self.assertEqual(local.requests, [])
+
+    def test_no_body_makes_a_500(self):
+        full = {"input": ["a", "b"], "prompt": "a", "model": "auto", "encoding_format": "base64", "dimensions": 3,
+                "user": "u", "options": {"num_ctx": 9}, "keep_alive": "5m", "truncate": True}
+        with with_embedders("e:latest") as local, running(local) as server:
+            for path, name, wrong in itertools.product(
+                    ("/v1/embeddings", "/api/embed", "/api/embeddings"), full, WRONG):
+                reply = embed(server, path=path, **{**full, name: wrong})
+                self.assertTrue(reply.status == 200 or 400 <= reply.status < 500, (path, name, wrong, reply.body))
+                self.assertIsInstance(reply.json.get("error", {}), str if path < "/v" and reply.status > 200 else dict)
+
+    def test_it_is_told_in_the_log_and_counted(self):
+        with with_embedders("e:latest") as local, running(local) as server:
+            with self.assertLogs("oblix", "INFO") as logs:
+                embed(server, input=["a", "b"])
+                embed(server, path="/api/embed", input=5)
+                eventually(lambda: [record for record in logs.records if "400" in record.getMessage()])
+            facts = [record.facts for record in logs.records if hasattr(record, "facts")]
+            self.assertEqual([(fact["front"], fact["status"]) for fact in facts],
+                             [("embeddings", 200), ("embeddings", 400)])
+            self.assertEqual({name: facts[0][name] for name in ("asked", "served", "side", "prompt_tokens")},
+                             {"asked": "auto", "served": "ollama:e", "side": "local", "prompt_tokens": 2})
+            self.assertIn('oblix_requests_total{front="embeddings",target="ollama:e",side="local",outcome="ok"} 1',
+                          fetch(server, "GET", "/metrics").body.decode())
+
+    def test_a_setting_that_names_no_model_is_told(self):
+        for spec in ("nomic", "openai:", "ollama:e@host:80", "xyz:e"):
+            with self.assertRaises(oblix.UsageError):
+                oblix.embedding_targets(oblix.Settings.parse(["--embedding-model=" + spec], {}))
+
+    def test_the_openai_sdk_gets_its_vectors(self):
+        openai = sdk()
+        with with_embedders("e:latest") as local, running(local) as server, \
+                openai.OpenAI(base_url=server.url + "/v1", api_key="placeholder", max_retries=0) as client:
+            for how in ({}, {"encoding_format": "float"}):
+                found = client.embeddings.create(model="auto", input=["a", "bcd"], **how)
+                self.assertEqual([item.embedding for item in found.data], [vector_for("a"), vector_for("bcd")])
+
+
+class OllamaKeepsTheFrontsContract(FrontContract, Case):
+    path, front = "/api/chat", "ollama"
+
+    def body(self, model, stream=False, tools=(), **fields):
+        return {"model": model, "messages": HI_THERE, "stream": stream, **({"tools": tools} if tools else {}), **fields}
+
+    def of_lines(self, lines):
+        said = [line for line in lines if "error" not in line]
+        told = [line.get("message", {"content": line.get("response"), **line}) for line in said]
+        calls = [call["function"] for message in told for call in message.get("tool_calls", [])]
+        last = said[-1] if said and said[-1]["done"] else {}
+        reason = last.get("done_reason")
+        return Seen("".join(message["content"] for message in told),
+                    "".join(message.get("thinking", "") for message in told),
+                    [[call["name"], call["arguments"]] for call in calls],
+                    "tool_calls" if calls and reason == "stop" else reason,
+                    (last.get("prompt_eval_count"), last.get("eval_count")))
+
+    def of_whole(self, body):
+        self.assertTrue(body["done"])
+        return self.of_lines([body])
+
+    def events(self, data):
+        self.assertTrue(data.endswith(b"\n"))
+        return [json.loads(line) for line in data.decode().split("\n")[:-1]]
+
+    def of_stream(self, data):
+        return self.of_lines(self.events(data))
+
+    def is_complete(self, data):
+        return self.events(data)[-1].get("done") is True
+
+    def error_in(self, body):
+        self.assertEqual(list(body), ["error"])
+        self.assertIsInstance(body["error"], str)
+        return body["error"]
+
+    def error_events(self, data):
+        return [line for line in self.events(data) if "error" in line]
+
+    def full(self):
+        call = {"id": "a", "type": "function", "function": {"index": 0, "name": "find", "arguments": {"q": "a"}}}
+        return {"stream": False, "model": "ollama:llama3.2", "format": SCHEMA, "think": True, "keep_alive": "5m",
+                "tools": TOOLS, "truncate": True, "shift": None, "logprobs": False, "top_logprobs": None, "options": {
+                    "num_ctx": 8192, "num_predict": 5, "temperature": 0.5, "top_p": 1, "top_k": 3, "seed": 7,
+                    "stop": ["X"], "presence_penalty": 0, "frequency_penalty": 0}, "messages": [
+                        {"role": "system", "content": "s"}, {"role": "user", "content": "a", "images": [PNG]},
+                        {"role": "assistant", "content": "", "thinking": "hm", "tool_calls": [call]},
+                        {"role": "tool", "content": "3", "tool_name": "find", "tool_call_id": "a"}]}
+
+
+class GenerateKeepsTheFrontsContract(OllamaKeepsTheFrontsContract):
+    path = "/api/generate"
+    # it has no tools
+    test_a_whole_answer_is_the_fold_of_the_stream_whoever_gives_it = None
+    test_calls_whose_pieces_interleave_come_apart = None
+
+    def body(self, model, stream=False, tools=(), **fields):
+        return {"model": model, "prompt": "Hi", "stream": stream, **fields}
+
+    def full(self):
+        kept = {name: value for name, value in super().full().items() if name not in ("messages", "tools")}
+        return {"prompt": "a", "system": "s", "images": [PNG], "suffix": "b", "raw": True, "template": "t",
+                "context": [1, 2], **kept}
+
+
+class CompletionsKeepTheFrontsContract(ChatKeepsTheContract, FrontContract):
+    path, front = "/v1/completions", "completions"
+    # it has no tools, and no place for thoughts
+    test_a_whole_answer_is_the_fold_of_the_stream_whoever_gives_it = None
+    test_calls_whose_pieces_interleave_come_apart = None
+    test_bytes_may_be_cut_anywhere = None
+    test_many_texts_that_pass_unread_are_the_same_text = None
+
+    def body(self, model, stream=False, tools=(), **fields):
+        usage = {"stream_options": {"include_usage": True}} if stream else {}
+        return {"model": model, "prompt": "Hi", "stream": stream, **usage, **fields}
+
+    def of_whole(self, body):
+        [choice] = body["choices"]
+        return self.of_message({"content": choice["text"]}, choice["finish_reason"], body["usage"])
+
+    def of_stream(self, data):
+        parts = [json.loads(event) for event in self.events(data) if event != "[DONE]"]
+        choices = [choice for part in parts for choice in part.get("choices", [])]
+        finish = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
+        usage = [part["usage"] for part in parts if part.get("usage")]
+        text = "".join(choice["text"] for choice in choices)
+        return self.of_message({"content": text}, *finish or [None], *usage or [{}])
+
+    def full(self):
+        kept = {name: value for name, value in super().full().items() if name not in ("messages", "n", "logprobs")}
+        return {"prompt": ["a"], "suffix": "b", "echo": True, "best_of": 1, "logprobs": None, **kept}
 
 
 # === 11. Server ======================================================================================================
@@ -13917,6 +14665,60 @@ FLAGS = [  # flag, its default as --help shows it
     ("latency-degraded-ms", "1000"), ("local-first-s", "5"), ("local-whole-s", "30"), ("keep-alive", "auto"),
     ("loss-degraded-percent", "10"), ("log-level", ""),
 ]
+def piped(text, *flags, env=None):
+    """`python oblix.py FLAGS` with this text on its standard input."""
+    return subprocess.run([sys.executable, str(HERE / "oblix.py"), *flags], env=bare_env(env), timeout=60, input=text,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+class Screen:
+    """`python oblix.py FLAGS` on a terminal of its own: what is typed there, and what is seen."""
+
+    def __init__(self, *flags, env=None):
+        self._ours, theirs = os.openpty()
+        # The first terminal that a session's leader opens is the one that its Ctrl-C comes from.
+        shell = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(theirs), sys.executable, str(HERE / "oblix.py")]
+        self._process = subprocess.Popen([*shell, *flags], env=bare_env({"TERM": "xterm", **(env or {})}),
+                                         stdin=subprocess.DEVNULL, start_new_session=True)
+        self.seen, self._from = "", 0
+        self.until("> ")
+        os.close(theirs)
+
+    def until(self, text, within=30):
+        """Wait until this is seen behind what was waited for before."""
+        deadline = time.monotonic() + within
+        while text not in self.seen[self._from:]:
+            if time.monotonic() > deadline or not self._read():
+                raise AssertionError("no %r in %r" % (text, self.seen[self._from:]))
+        self._from = self.seen.index(text, self._from) + len(text)
+
+    def _read(self):
+        """Read what comes next, if it comes soon; False at the end."""
+        with contextlib.suppress(OSError):    # Linux's way to tell of a terminal that nobody has open any more
+            if select.select([self._ours], [], [], 0.1)[0]:
+                self.seen += os.read(self._ours, 4096).decode("utf-8", "replace")
+            return True
+        return False
+
+    def type(self, text):
+        os.write(self._ours, text.encode())
+
+    def end(self):
+        """The exit status, once it has ended."""
+        deadline = time.monotonic() + 30
+        while self._process.poll() is None and time.monotonic() < deadline:
+            self._read()
+        return self._process.poll()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.wait()
+        os.close(self._ours)
+
+
 MISTAKES = [  # flags, environment, what the one line names
     (["--nope"], {}, "--nope"), (["extra"], {}, "extra"), (["--port", "many"], {}, "many"),
     (["--port", "99999"], {}, "99999"), ([], {"OBLIX_PORT": "many"}, "OBLIX_PORT"),
@@ -14037,6 +14839,12 @@ class CommandLine(Case):
             ran = command("check", "--port=%d" % taken.getsockname()[1], *CALM, env=env_for(local))
             self.assertEqual((ran.returncode, local.loads), (0, []), ran.stdout)
             self.assertIn("llama3.2 is not loaded", ran.stdout)
+
+    def test_help_tells_the_commands_and_server_means_none(self):
+        told = re.findall(r"^  (\w+)(?: CLIENT)?  +\S", command("--help").stdout, re.M)
+        self.assertEqual(told[:len(oblix.COMMANDS)], [*oblix.COMMANDS])
+        with Process("server", "--demo", "--port=0") as server:
+            self.answered(ask(server), oblix.DEMO_TEXT.format("local", "Ollama", 1))
 
     def test_in_a_program_a_mistake_is_a_usage_error_of_one_line(self):
         for flags, env, names in MISTAKES:
@@ -15129,6 +15937,181 @@ class Outlet(io.StringIO):
         return super().write(text)
 
 
+class Commands(Case):
+    """`chat`, `models` and `env`, as a person runs them."""
+
+    @contextlib.contextmanager
+    def served(self, flags=(), **how):
+        """Oblix in front of two upstreams, and the flags by which a command finds it."""
+        with Upstream(OLLAMA, answer(Text("Hel"), Text("lo"))) as local, \
+                Upstream(OPENAI, answer(Text("cloud"))) as cloud, running(local, cloud, flags=flags, **how) as server:
+            yield server, local, cloud, "--port=%d" % server.port
+
+    def test_a_pipe_gets_the_answer_and_the_decision_is_told_beside_it(self):
+        first = "ollama:llama3.2 (local): local available, cloud optimal"
+        second = "openai:gpt-test (cloud): cloud optimal; kept to cloud"
+        with self.served(["--local-slots=9"]) as (_, local, cloud, port):
+            rows = [("hi\n", [], "Hello\n", first + "\n"), ("", [], "", ""), (" \n\n", [], "", ""),
+                    ("one\ntwo\n", ["--model", "cloud"], "cloud\n", second + "\n"),
+                    ("hi", ["--show-metrics"], "Hello\n", first + "; first N s, N tokens/s\n")]
+            for (_, flags, said, told), ran in zip(rows, at_once(
+                    lambda text, flags, *_: piped(text, "chat", port, *flags), rows)):
+                with self.subTest(flags=flags):
+                    self.assertEqual((ran.returncode, ran.stdout), (0, said), ran.stderr)
+                    self.assertEqual(re.sub(r"\d+\.\d+ ?(s|tokens)", r"N \1", ran.stderr), told)
+            self.assertEqual(cloud.last.json["messages"], [{"role": "user", "content": "one\ntwo"}])
+            self.assertEqual(len(local.requests), 2)
+
+    def test_a_failure_is_told_in_a_line_and_a_pipes_status_is_1(self):
+        with self.served() as (_, local, _, port), \
+                self.served(["--api-key=sk-one", "--local-slots=9"], probed=False) as (*_, keyed):
+            local.play(cut("Hello", by=RESET))
+            rows = [([port, "--model=local"], "", 1, "Hello\n", "error: "), ([port, "--model=nix"], "", 1, "", "404"),
+                    ([keyed], "", 1, "", "401"), ([keyed], "sk-two", 1, "", "401"),
+                    ([keyed], "sk-one", 0, "Hello\n", "ollama:llama3.2 (local)"),
+                    ([keyed, "--api-key=sk-one"], "", 0, "Hello\n", "ollama:llama3.2 (local)")]
+            for (flags, key, status, said, told), ran in zip(rows, at_once(
+                    lambda flags, key, *_: piped("hi", "chat", *flags, env={"OBLIX_API_KEY": key}), rows)):
+                with self.subTest(flags=flags, key=key):
+                    self.assertEqual((ran.returncode, ran.stdout), (status, said), ran.stderr)
+                    self.assertEqual(ran.stderr.count("\n"), 1, ran.stderr)
+                    self.assertIn(told, ran.stderr)
+                    self.assertNotIn("sk-", ran.stderr)
+
+    def test_without_a_server_a_command_runs_one_of_its_own(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            flags = ["--port=%d" % silent.getsockname()[1], *CALM]
+        with Upstream(OLLAMA, answer(Text("mine"))) as local:
+            said, listed = at_once(lambda name: piped("hi", name, *flags, env=env_for(local)), [("chat",), ("models",)])
+        self.assertEqual((said.returncode, said.stdout), (0, "mine\n"), said.stderr)
+        self.assertEqual((listed.returncode, listed.stderr), (0, ""))
+        self.assertIn("ollama:llama3.2", listed.stdout)
+
+    def test_another_program_at_the_port_is_a_mistake(self):
+        with Upstream(OPENAI) as other:
+            for ran in at_once(lambda name: piped("hi", name, "--port=%d" % other.port), [("chat",), ("models",)]):
+                self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
+                self.assertIn("another program answers at port %d" % other.port, ran.stderr)
+
+    @unittest.skipUnless(importlib.util.find_spec("termios"), IMPOSSIBLE + ": no terminals")
+    def test_a_conversation_on_a_terminal(self):
+        with self.served() as (_, local, cloud, port), Screen("chat", port) as terminal:
+            local.play(answer(Text("One."), Text("\x1b[31mTwo")), answer(Think("Hm."), Text("Three")),
+                       cut("Four", by=HANG), answer(Text("Five")), whole(500, OLLAMA.error("No.")))
+            terminal.type("first\n")
+            terminal.until("One.[31mTwo\r\n")
+            terminal.until("\x1b[2mollama:llama3.2 (local): local available, cloud optimal\r\n")
+            terminal.type("second\n")
+            terminal.until("\x1b[2mHm.\x1b[0m\x1b[2m\r\n\x1b[0mThree\r\n\x1b[2mollama:llama3.2 (local)\r\n")
+            self.assertEqual([message["content"] for message in local.last.json["messages"]],
+                             ["first", "One.\x1b[31mTwo", "second"])
+            terminal.type("third\n")
+            terminal.until("Four")
+            terminal.type("\x03")
+            terminal.until("(interrupted)")
+            terminal.type("/new\n/model local\nfifth\n")
+            terminal.until("Five")
+            self.assertEqual([message["content"] for message in local.last.json["messages"]], ["fifth"])
+            terminal.type("sixth\n")
+            terminal.until("\x1b[31merror: ")
+            terminal.type("/model cloud\nseventh\n")
+            terminal.until("openai:gpt-test (cloud)")
+            self.assertEqual([message["content"] for message in cloud.last.json["messages"]],
+                             ["fifth", "Five", "seventh"])
+            terminal.until("> ")
+            terminal.type("\x03")
+            terminal.type("\n")    # if Ctrl-C came just before Python waits for a key, it shows with the next one
+            terminal.until("> ")
+            terminal.type("exit\n")
+            self.assertEqual(terminal.end(), 0)
+
+    @unittest.skipUnless(importlib.util.find_spec("termios"), IMPOSSIBLE + ": no terminals")
+    def test_colour_is_left_out_where_it_is_not_wanted(self):
+        with self.served() as (_, _, _, port):
+            for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+                with Screen("chat", port, env=env) as terminal:
+                    terminal.type("hi\n")
+                    terminal.until("cloud optimal")
+                    terminal.until("> ")
+                    terminal.type("\x04")
+                    self.assertEqual(terminal.end(), 0)
+                    self.assertNotIn("\x1b[2m", terminal.seen)
+
+    def test_models_tells_what_there_is_on_both_sides(self):
+        with self.served(["--alias=small=local"]) as (server, local, cloud, port), \
+                self.served(["--api-key=k"], probed=False) as (*_, keyed):
+            local.probe = whole(200, {"models": [{"name": "llama3.2:latest", "size": 2_019_393_189},
+                                                 {"name": "tiny:1b", "size": 9}, {"name": "big:1t-cloud"}]})
+            look(server)
+            ran, refused = at_once(lambda flag: command("models", flag), [(port,), (keyed,)])
+            self.assertEqual((ran.returncode, ran.stderr), (0, ""))
+            rows = {line.split()[0]: line.split() for line in ran.stdout.splitlines()}
+            self.assertEqual(rows["MODEL"], ["MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"])
+            able = ["131,072", "image,", "thinking,", "tools"]    # as /api/show says
+            for name, words in (("auto", [local.target, "131,072", "image,"]), ("local", ["available", "131,072"]),
+                                ("cloud", ["optimal"]), ("small", ["alias", "131,072"]),
+                                (local.target, ["local", "ready", "2.0", "GB", "4,096", "of", *able]),
+                                (cloud.target, ["cloud", "ready"]), ("ollama:tiny:1b", ["local", "installed", *able]),
+                                ("ollama:big:1t-cloud", ["cloud", "installed"])):
+                self.assertEqual(rows[name][1:1 + len(words)], words)
+            self.assertEqual((refused.returncode, refused.stdout), (1, ""))
+            self.assertRegex(refused.stderr, r"^oblix: [^\n]*401[^\n]*\n$")
+            self.assertEqual([*local.requests, *local.loads, *cloud.requests], [], "it only looks")
+
+    def test_env_points_a_client_here(self):
+        url = "http://localhost:8080"
+        for client, told in (
+            ("claude", {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": "$KEY", "ANTHROPIC_MODEL": "auto",
+                        "ANTHROPIC_SMALL_FAST_MODEL": "auto", "ANTHROPIC_API_KEY": ""}),
+            ("aider", {"OPENAI_API_BASE": url + "/v1", "OPENAI_API_KEY": "$KEY", "AIDER_MODEL": "openai/auto"}),
+            ("openai", {"OPENAI_BASE_URL": url + "/v1", "OPENAI_API_KEY": "$KEY"}),
+            ("ollama", {"OLLAMA_HOST": url, "OLLAMA_API_KEY": "$KEY"}),
+        ):
+            for env, key in (({}, "oblix"), ({"OBLIX_API_KEY": "sk-one"}, "sk-one")):
+                with self.subTest(client, env=env):
+                    wanted = [value.replace("$KEY", key) for value in told.values()]
+                    self.assertEqual(self.evaluated(client, " ".join('"$%s"' % name for name in told), env), wanted)
+
+    def lines(self, client, *flags, env=None):
+        """What `python oblix.py env CLIENT FLAGS` prints."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            oblix.run_env(oblix.Settings.parse(flags, env or {}), argparse.Namespace(client=client))
+        return out.getvalue()
+
+    def evaluated(self, client, words, env):
+        """What these words are in a shell that has evaluated the lines for a client."""
+        need(shutil.which("sh"), IMPOSSIBLE + ": no sh")
+        script = """eval "$0"; printf '%%s\\n' %s""" % words
+        ran = subprocess.run(["sh", "-c", script, self.lines(client, "--port=8080", env=env)], text=True, timeout=60,
+                             env=bare_env({"ANTHROPIC_API_KEY": "sk-old", **env}), stdout=subprocess.PIPE)
+        self.assertEqual(ran.returncode, 0)
+        return ran.stdout.split("\n")[:-1]
+
+    def test_env_makes_codex_a_function_with_its_provider(self):
+        told = {"name": "Oblix", "base_url": "http://localhost:8080/v1", "wire_api": "responses"}
+        for env, more in (({}, {}), ({"OBLIX_API_KEY": "sk-one"}, {"env_key": "OBLIX_API_KEY"})):
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, "codex").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+                Path(folder, "codex").chmod(0o755)
+                env["PATH"] = "%s:%s" % (folder, os.environ["PATH"])
+                said = self.evaluated("codex", "x; codex exec 'a b'", env)
+            settings = ["model=auto", "model_provider=oblix",
+                        *("model_providers.oblix.%s=%s" % pair for pair in {**told, **more}.items())]
+            self.assertEqual(said, ["x", *(word for one in settings for word in ("-c", one)), "exec", "a b"])
+
+    def test_env_names_its_clients_and_never_prints_a_key(self):
+        rows = [["env"], ["env", "emacs"], ["env", "--port=1"], ["env", "claude", "--port=0"]]
+        for argv, ran in zip(rows, at_once(command, rows)):
+            with self.subTest(argv):
+                self.assertEqual((ran.returncode, ran.stdout, ran.stderr.count("\n")), (2, "", 1), ran.stderr)
+                self.assertIn(", ".join(oblix.CLIENTS), ran.stderr)
+        for client in oblix.CLIENTS:
+            told = self.lines(client, "--host=0.0.0.0", "--api-key=sk-one", "--port=81")
+            self.assertIn("http://%s:81" % socket.gethostname(), told)
+            self.assertNotIn("sk-one", told)
+        self.assertIn(", ".join(oblix.CLIENTS), oblix._parser(oblix.Settings).description)
+
+
 class LogWriter(Case):
     """Log lines are written by a thread of its own: in order, soon, to the last one, and nobody waits for it."""
 
@@ -15453,7 +16436,7 @@ def commands_of(text):
 OTHERS_FLAGS = {    # that the README names, and that are not Oblix's
     "docker": ["init", "name", "restart", "read-only", "cap-drop", "network", "pid", "stop-timeout", "start-period",
                "timeout", "no-cache-dir"],
-    "vllm": ["max-num-seqs"], "systemctl": ["now"], "unshare": ["pid"],
+    "chat": ["model", "show-metrics"], "vllm": ["max-num-seqs"], "systemctl": ["now"], "unshare": ["pid"],
 }
 
 
@@ -17592,6 +18575,8 @@ VARIABLES = [oblix.variable_of(field) for field in oblix.declared(oblix.Settings
 FRONT_BODIES = {    # path -> bodies of its front
     "/chat/completions": BODIES,
     "/messages": [MessagesKeepTheContract().full(), messages("claude-haiku-5-5", stream=True, tools=CLAUDE_TOOLS)],
+    "/api/chat": [OllamaKeepsTheFrontsContract().full()], "/api/generate": [GenerateKeepsTheFrontsContract().full()],
+    "/completions": [CompletionsKeepTheFrontsContract().full()],
 }
 
 
@@ -17734,7 +18719,7 @@ def check_stream(case):
     for front in [oblix.MESSAGES] if is_native else {*oblix.FRONTS.values()}:
         writer = front.stream(request)
         for piece in chunks:
-            writer.take({**json.loads(json.dumps(piece)), "id": "1"})
+            writer.take({**json.loads(json.dumps(piece)), "id": "1", "created": 1})    # the gateway's own
         (chunks and writer.end(), writer.broken(oblix.cut()))
     if provider.translates and chunks and ended and not is_native:
         oblix.sse(oblix.fold(chunks))
@@ -18106,8 +19091,8 @@ SOUND_REQUESTS = [    # requests, the statuses of their replies by a server with
      [204], [204]),
     (b"GET http://localhost/v1/models?a=b#c HTTP/1.1\r\nHost: x.example\r\nConnection: close\r\n\r\n", [200], [401]),
     (b"PUT /v1/models HTTP/1.1\r\n" + KEYED + b"Content-Length: 5\r\n\r\nabcde", [403], [405]),
-    (b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\napi-key: fuzz-key\r\nContent-Length: 2\r\n\r\n{}", [404],
-     [404]),
+    (b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\napi-key: fuzz-key\r\nContent-Length: 2\r\n\r\n{}", [400],
+     [400]),
 ]
 OUR_FIELDS = set("""access-control-allow-headers access-control-allow-methods access-control-allow-origin
     access-control-allow-private-network access-control-expose-headers access-control-max-age allow cache-control
@@ -18179,6 +19164,7 @@ def sound_reply(reply):
         raise AssertionError("a reply of status %d: %r" % (status, body[:300]))
     if status >= 400 and body:
         error = json.loads(body)["error"]
+        error = {"message": error, "type": "Ollama's"} if isinstance(error, str) else error
         Case().shaped({"param": None, "code": None, **error})    # which Anthropic's have not
         if fields["content-type"] != "application/json" or "failed internally" in error["message"]:
             raise AssertionError("an error in another shape: %r" % body[:300])
