@@ -18179,13 +18179,20 @@ class CodingAgent(RealServer):
         self.home, self.work = Path(folder.name, "home"), Path(folder.name, "work")
         self.home.mkdir(), self.work.mkdir()
 
-    def run_in_work(self, *words, **env):
-        """Run the program with a home of its own; only loopback can be reached."""
+    def run_in_work(self, *command, **env):
+        """Run the command with a home of its own; only loopback can be reached."""
         nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
-        env = {"PATH": os.environ["PATH"], "HOME": str(self.home), "LANG": "C.UTF-8", **nowhere,
-               "NO_PROXY": "127.0.0.1", **env}
-        return subprocess.run([self.program, *words], cwd=self.work, env=env, stdin=subprocess.DEVNULL, timeout=100,
+        path = os.pathsep.join([os.path.dirname(self.program), os.environ["PATH"]])
+        env = {"PATH": path, "HOME": str(self.home), "LANG": "C.UTF-8", **nowhere, "NO_PROXY": "127.0.0.1,localhost",
+               **env}
+        return subprocess.run(command, cwd=self.work, env=env, stdin=subprocess.DEVNULL, timeout=100,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+
+    def run_by_env(self, *words, **env):
+        """Run the program in a shell that `env` of Oblix has prepared, as the README says."""
+        told = [sys.executable, str(HERE / "oblix.py"), "env", self.name, "--port=%d" % self.server.port]
+        return self.run_in_work("bash", "-c", 'eval "$(%s)"; %s' % (shlex.join(told), shlex.join([self.name, *words])),
+                                **env)
 
     def written(self, text="written by the model\n"):
         """The one file in the folder has this text."""
@@ -18195,12 +18202,16 @@ class CodingAgent(RealServer):
 class ClaudeCode(CodingAgent):
     name, package = "claude", "@anthropic-ai/claude-code-linux-x64"
 
+    quiet = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_TELEMETRY": "1"}
+    words = "-p", "Write the file.", "--output-format", "json", "--allowedTools", "Write"
+
     def claude(self, model="auto", **env):
         """What `claude -p` says, as its JSON."""
-        ran = self.run_in_work("-p", "Write the file.", "--output-format", "json", "--allowedTools", "Write",
-                               ANTHROPIC_BASE_URL=self.url, ANTHROPIC_AUTH_TOKEN="placeholder",
-                               CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", DISABLE_TELEMETRY="1",
-                               **({"ANTHROPIC_MODEL": model} if model else {}), **env)
+        return self.told(self.run_in_work(
+            self.program, *self.words, **self.quiet, ANTHROPIC_BASE_URL=self.url, ANTHROPIC_AUTH_TOKEN="placeholder",
+            **({"ANTHROPIC_MODEL": model} if model else {}), **env))
+
+    def told(self, ran):
         self.assertTrue(ran.stdout.startswith("{"), ran.stdout + ran.stderr)
         return json.loads(ran.stdout)
 
@@ -18216,6 +18227,11 @@ class ClaudeCode(CodingAgent):
                 self.written()
                 (self.work / "told.txt").unlink()
                 self.assertEqual("x-anthropic-billing-header" in self.upstreams[by].last.body.decode(), by == CLAUDE_ID)
+
+    def test_the_lines_of_env_point_it_here(self):
+        self.play(turns(self.write()))
+        self.assertEqual(self.told(self.run_by_env(*self.words, **self.quiet))["result"], "All done.")
+        self.written()
 
     def test_without_a_setting_for_its_model_an_alias_answers(self):
         self.play(turns(self.write()))
@@ -18260,12 +18276,16 @@ class ClaudeCode(CodingAgent):
 class Codex(CodingAgent):
     name, package = "codex", "@openai/codex-linux-x64"
 
+    words = ("exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--json", "-c",
+             "analytics.enabled=false", "Write the file.")
+
     def codex(self, model="auto"):
-        """The items of `codex exec` that are complete, its errors, and its last words."""
-        provider = 'model_providers.oblix={name="Oblix", base_url="%s/v1", wire_api="responses"}' % self.url
-        ran = self.run_in_work("exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox",
-                               "--json", "-c", provider, "-c", "model_provider=oblix", "-c", "analytics.enabled=false",
-                               "-m", model, "Write the file.", CODEX_HOME=str(self.home))
+        """The items of `codex exec` that are complete, its errors, and its last words; by the README's settings."""
+        settings = replaced(block("codex"), {"http://localhost:62549": self.url, '"auto"': '"%s"' % model})
+        (self.home / "config.toml").write_text(settings)
+        return self.told(self.run_in_work(self.program, *self.words, CODEX_HOME=str(self.home)))
+
+    def told(self, ran):
         events = [json.loads(line) for line in ran.stdout.splitlines()]
         return ([event["item"] for event in events if event["type"] == "item.completed"],
                 [event["message"] for event in events if event["type"] == "error"],
@@ -18282,6 +18302,12 @@ class Codex(CodingAgent):
         for model in ANSWERED_BY:
             with self.subTest(model):
                 self.writes(model, ("exec_command", {"cmd": "echo written by the model > told.txt"}))
+
+    def test_the_lines_of_env_point_it_here(self):
+        self.play(turns(("exec_command", {"cmd": "echo written by the model > told.txt"})))
+        items, errors, _ = self.told(self.run_by_env(*self.words, CODEX_HOME=str(self.home)))
+        self.assertEqual((items[-1]["text"], errors), ("All done.", []))
+        self.written()
 
     def test_tools_that_are_no_functions(self):
         """Names that it knows get a tool of free text, some inside an item of the input."""
