@@ -18276,13 +18276,14 @@ class AnthropicClient(Case):
             self.assertEqual("signature" in sent, first == then == CLAUDE_ID, sent)
 
     def test_every_status_raises_its_class(self):
-        names = {402: "PaymentRequiredError", 413: "ContentTooLargeError", 503: "ServiceUnavailableError"}
+        names = {402: ["PaymentRequiredError"], 413: ["ContentTooLargeError", "RequestTooLargeError"],
+                 503: ["ServiceUnavailableError"]}    # as SDKs of different ages call them
         for (status, seen, name), model in itertools.product(STATUSES, EXPLICIT):
             self.play(failing(status))
             with self.subTest(model, status=status), mock.patch.object(oblix.log, "error"), \
                     self.assertRaises(self.sdk.APIStatusError) as raised:
                 self.said("whole", **messages(model))
-            self.assertIn(type(raised.exception).__name__, {name, names.get(seen)})
+            self.assertIn(type(raised.exception).__name__, {name, *names.get(seen, [])})
             self.assertEqual(raised.exception.status_code, seen)
             self.assertIn("the reason why", str(raised.exception))
             self.assertTrue(raised.exception.request_id)
@@ -18304,6 +18305,795 @@ class AnthropicClient(Case):
             with self.sdk.Anthropic(base_url=server.url, api_key="x") as client, \
                     self.assertRaises(self.sdk.AuthenticationError):
                 client.messages.count_tokens(model="auto", messages=[HI])
+
+
+# --- Other people's clients: SDKs and frameworks, each through the API that it speaks by itself ---
+# One class a client, in Python and in Node.  A line of JSON names one, its model and a job; a line tells the outcome:
+#     whole, streamed   what it says to "Hi", the second in its pieces      loop    the last words of a loop of tools
+#     typed             the object that it was asked for                    refused what is raised for an unknown model
+
+PYTHON_CLIENTS = r'''
+import asyncio, json, os, pathlib, subprocess, sys, tempfile
+from importlib import import_module
+import pydantic
+
+class Ada(pydantic.BaseModel):
+    name: str
+    age: int
+
+def find(name: str, age: int) -> str:
+    """Find somebody."""
+    return "3 hits"
+
+SCHEMA = {**Ada.model_json_schema(), "additionalProperties": False}
+HI = [{"role": "user", "content": "Hi"}]
+
+class OpenAI:
+    def __init__(self, url, model):
+        made = import_module("openai").OpenAI(base_url=url + "/v1", api_key="placeholder", max_retries=0)
+        self.client, self.api, self.model = made, made.responses, model
+
+    def whole(self):
+        return self.api.create(model=self.model, input="Hi").output_text
+
+    def streamed(self):
+        with self.api.stream(model=self.model, input="Hi") as stream:
+            said = [event.delta for event in stream if event.type == "response.output_text.delta"]
+            assert stream.get_final_response().output_text == "".join(said)
+            return said
+
+    def loop(self):
+        tools = [{"type": "function", "name": "find", "parameters": SCHEMA, "strict": True}]
+        said = self.api.create(model=self.model, input=HI, tools=tools).output
+        calls = [(item.call_id, json.loads(item.arguments)) for item in said if item.type == "function_call"]
+        results = [{"type": "function_call_output", "call_id": id, "output": find(**asked)} for id, asked in calls]
+        return self.api.create(model=self.model, input=[*HI, *said, *results], tools=tools).output_text
+
+    def typed(self):
+        return self.api.parse(model=self.model, input=HI, text_format=Ada).output_parsed.model_dump()
+
+    def refused(self):
+        return self.api.create(model="gpt-none", input="Hi")
+
+    def models(self):
+        return [model.id for model in self.client.models.list()]
+
+    def embedded(self, **how):
+        return [each.embedding for each in self.client.embeddings.create(model=self.model, **how).data]
+
+    def completed(self):
+        return self.client.completions.create(model=self.model, prompt="Hi").choices[0].text
+
+    def completed_stream(self):
+        parts = self.client.completions.create(model=self.model, prompt="Hi", stream=True)
+        return [choice.text for part in parts for choice in part.choices if choice.text]
+
+class Anthropic:
+    def __init__(self, url, model):
+        self.client = import_module("anthropic").Anthropic(base_url=url, api_key="placeholder", max_retries=0)
+        self.api, self.asked = self.client.messages, {"model": model, "max_tokens": 99, "messages": HI}
+
+    def whole(self):
+        return said(self.api.create(**self.asked))
+
+    def streamed(self):
+        with self.api.stream(**self.asked) as stream:
+            pieces = list(stream.text_stream)
+            assert said(stream.get_final_message()) == "".join(pieces)
+            return pieces
+
+    def loop(self):
+        asked = {**self.asked, "tools": [{"name": "find", "description": "Find.", "input_schema": SCHEMA}]}
+        with self.api.stream(**asked) as stream:
+            message = stream.get_final_message()
+        assert message.stop_reason == "tool_use", message
+        results = [{"type": "tool_result", "tool_use_id": block.id, "content": find(**block.input)}
+                   for block in message.content if block.type == "tool_use"]
+        again = {"role": "assistant", "content": message.content}, {"role": "user", "content": results}
+        return said(self.api.create(**{**asked, "messages": [*HI, *again]}))
+
+    def typed(self):
+        return self.api.parse(**self.asked, output_format=Ada).parsed_output.model_dump()
+
+    def refused(self):
+        return self.api.create(**{**self.asked, "model": "gpt-none"})
+
+    def models(self):
+        return [model.id for model in self.client.models.list()]
+
+    def counted(self):
+        return self.api.count_tokens(model=self.asked["model"], messages=HI, system="Be kind.").input_tokens
+
+def said(message):
+    return "".join(block.text for block in message.content if block.type == "text")
+
+class Ollama:
+    def __init__(self, url, model):
+        self.client, self.model = import_module("ollama").Client(host=url), model
+
+    def whole(self):
+        return self.client.chat(model=self.model, messages=HI, keep_alive=-1, options={"num_ctx": 4096}).message.content
+
+    def streamed(self):
+        return [part.message.content for part in self.client.chat(model=self.model, messages=HI, stream=True)
+                if part.message.content]
+
+    def loop(self):
+        message = self.client.chat(model=self.model, messages=HI, tools=[find]).message
+        results = [{"role": "tool", "tool_name": call.function.name, "content": find(**call.function.arguments)}
+                   for call in message.tool_calls]
+        return self.client.chat(model=self.model, messages=[*HI, message, *results], tools=[find]).message.content
+
+    def typed(self):
+        return json.loads(self.client.chat(model=self.model, messages=HI, format=SCHEMA).message.content)
+
+    def refused(self):
+        return self.client.chat(model="gpt-none", messages=HI)
+
+    def models(self):
+        return [model.model for model in self.client.list().models]
+
+    def shown(self):
+        told = self.client.show(self.model)
+        architecture = told.modelinfo["general.architecture"]
+        return {"can": told.capabilities, "context": told.modelinfo[architecture + ".context_length"]}
+
+    def loaded(self):
+        return [model.model for model in self.client.ps().models]
+
+    def generated(self):
+        return self.client.generate(model=self.model, prompt="Hi").response
+
+    def generated_stream(self):
+        parts = self.client.generate(model=self.model, prompt="Hi", stream=True)
+        return [part.response for part in parts if part.response]
+
+    def embedded(self, input):
+        return self.client.embed(model=self.model, input=input).embeddings
+
+class LangChain:
+    def whole(self):
+        return self.chat.invoke("Hi").text
+
+    def streamed(self):
+        return [part.text for part in self.chat.stream("Hi") if part.text]
+
+    def loop(self):
+        tools = import_module("langchain_core.tools")
+        bound = self.chat.bind_tools([tools.tool(find)])
+        message = bound.invoke("Hi")
+        results = [tools.tool(find).invoke(call) for call in message.tool_calls]
+        return bound.invoke([("user", "Hi"), message, *results]).text
+
+    def typed(self):
+        return self.chat.with_structured_output(Ada).invoke("Hi").model_dump()
+
+    def refused(self):
+        return self.make("gpt-none").invoke("Hi")
+
+    def __init__(self, url, model):
+        self.url, self.model, self.chat = url, model, None
+        self.chat = self.make(model)
+
+class LangChainOpenAI(LangChain):
+    def make(self, model):
+        self.library = import_module("langchain_openai")
+        return self.library.ChatOpenAI(model=model, base_url=self.url + "/v1", api_key="placeholder", max_retries=0)
+
+    def embedded(self, input):
+        made = self.library.OpenAIEmbeddings(model=self.model, base_url=self.url + "/v1", api_key="placeholder",
+                                             check_embedding_ctx_length=False)
+        return made.embed_documents(input)
+
+class LangChainAnthropic(LangChain):
+    def make(self, model):
+        made = import_module("langchain_anthropic").ChatAnthropic
+        return made(model=model, base_url=self.url, api_key="placeholder", max_retries=0)
+
+class LangChainOllama(LangChain):
+    def make(self, model):
+        self.library = import_module("langchain_ollama")
+        return self.library.ChatOllama(model=model, base_url=self.url)
+
+    def embedded(self, input):
+        return self.library.OllamaEmbeddings(model=self.model, base_url=self.url).embed_documents(input)
+
+class LlamaIndex:
+    def __init__(self, url, model):
+        self.url, self.model = url, model
+        self.hi = [import_module("llama_index.core.llms").ChatMessage("Hi")]
+
+    def made(self, **settings):
+        made = import_module("llama_index.llms.openai_like").OpenAILike
+        usual = {"model": self.model, "api_base": self.url + "/v1", "api_key": "placeholder", "max_retries": 0}
+        return made(**{**usual, "is_chat_model": True, "is_function_calling_model": True, **settings})
+
+    def whole(self):
+        return self.made().chat(self.hi).message.content
+
+    def streamed(self):
+        return [part.delta for part in self.made().stream_chat(self.hi) if part.delta]
+
+    def loop(self):
+        made, tools = self.made(), [import_module("llama_index.core.tools").FunctionTool.from_defaults(find)]
+        response = made.chat_with_tools(tools, chat_history=self.hi)
+        results = [type(self.hi[0])(role="tool", content=tools[0](**call.tool_kwargs).content,
+                                    additional_kwargs={"tool_call_id": call.tool_id})
+                   for call in made.get_tool_calls_from_response(response)]
+        return made.chat_with_tools(tools, chat_history=[*self.hi, response.message, *results]).message.content
+
+    def typed(self):
+        return self.made().as_structured_llm(Ada).chat(self.hi).raw.model_dump()
+
+    def refused(self):
+        return self.made(model="gpt-none").chat(self.hi)
+
+    def completed(self):
+        return self.made(is_chat_model=False).complete("Hi").text
+
+class PydanticAI:
+    kind = "Responses"
+
+    def __init__(self, url, model):
+        self.url, self.model = url, model
+
+    def agent(self, model=None, **settings):
+        models = import_module("pydantic_ai.models.openai")
+        provider = import_module("pydantic_ai.providers.openai").OpenAIProvider
+        chosen = getattr(models, "OpenAI%sModel" % self.kind)(
+            model or self.model, provider=provider(base_url=self.url + "/v1", api_key="placeholder"))
+        return import_module("pydantic_ai").Agent(chosen, **settings)
+
+    def whole(self):
+        return self.agent().run_sync("Hi").output
+
+    def streamed(self):
+        async def pieces():
+            async with self.agent().run_stream("Hi") as run:
+                return [piece async for piece in run.stream_text(delta=True, debounce_by=None)]
+        return asyncio.run(pieces())
+
+    def loop(self):
+        return self.agent(tools=[find]).run_sync("Hi").output
+
+    def typed(self):
+        return self.agent(output_type=Ada).run_sync("Hi").output.model_dump()
+
+    def refused(self):
+        return self.agent("gpt-none").run_sync("Hi")
+
+class PydanticAIChat(PydanticAI):
+    kind = "Chat"
+
+class Llm:
+    """Simon Willison's llm: one run of its command, and the rest by the library under it."""
+
+    def __init__(self, url, model):
+        os.environ["LLM_USER_PATH"] = folder = tempfile.mkdtemp()
+        told = {"chat": {}, "legacy": {"completion": True}, "none": {"model_name": "gpt-none"}}
+        models = [{"model_id": name, "model_name": model, "api_base": url + "/v1", "supports_schema": True, **more}
+                  for name, more in told.items()]
+        pathlib.Path(folder, "extra-openai-models.yaml").write_text(json.dumps(models))    # JSON is YAML, too
+
+    def whole(self):
+        ran = subprocess.run([sys.executable, "-m", "llm", "-m", "chat", "Hi"], stdin=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return ran.stdout.strip()
+
+    def asked(self, name, **how):
+        return import_module("llm").get_model(name).prompt("Hi", **how)
+
+    def streamed(self):
+        return [piece for piece in self.asked("chat") if piece]
+
+    def typed(self):
+        return json.loads(self.asked("chat", schema=Ada, stream=False).text())
+
+    def refused(self):
+        return self.asked("none").text()
+
+    def completed(self):
+        return self.asked("legacy").text()
+
+def outcome(client, url, model, job, how):
+    try:
+        return {"done": getattr(globals()[client](url, model), job)(**how)}
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)}
+
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)    # what a library prints is no answer
+for line in sys.stdin:
+    print(json.dumps(outcome(*json.loads(line)), default=repr), file=answers, flush=True)
+'''
+
+
+NODE_CLIENTS = r'''
+import { createRequire } from "node:module";
+import { createInterface } from "node:readline";
+import { pathToFileURL } from "node:url";
+const load = createRequire(process.argv[2] + "/"), imported = (name) => import(pathToFileURL(load.resolve(name)));
+const SCHEMA = JSON.parse(process.argv[3]), HI = [{ role: "user", content: "Hi" }];
+const { OpenAI: OpenAISDK } = load("openai"), { Anthropic: AnthropicSDK } = load("@anthropic-ai/sdk");
+const ai = await imported("ai"), sdk = await imported("@ai-sdk/openai");
+globalThis.AI_SDK_LOG_WARNINGS = false;
+const said = (message) => message.content.map((block) => block.text ?? "").join("");
+const same = (pieces, whole) => pieces.join("") === whole ? pieces : ["the pieces are not the whole:", whole];
+
+class OpenAI {
+  constructor(url, model) {
+    this.client = new OpenAISDK({ baseURL: url + "/v1", apiKey: "placeholder", maxRetries: 0 });
+    this.api = this.client.responses; this.model = model;
+  }
+  async whole() { return (await this.api.create({ model: this.model, input: "Hi" })).output_text; }
+  async streamed() {
+    const stream = this.api.stream({ model: this.model, input: "Hi" }), pieces = [];
+    for await (const event of stream) if (event.type === "response.output_text.delta") pieces.push(event.delta);
+    return same(pieces, (await stream.finalResponse()).output_text);
+  }
+  async loop() {
+    const asked = { model: this.model, tools: [{ type: "function", name: "find", parameters: SCHEMA, strict: true }] };
+    const { output } = await this.api.create({ ...asked, input: HI });
+    const results = output.filter(({ type }) => type === "function_call").map(
+      ({ call_id }) => ({ type: "function_call_output", call_id, output: "3 hits" }));
+    return (await this.api.create({ ...asked, input: [...HI, ...output, ...results] })).output_text;
+  }
+  async typed() {
+    const format = { type: "json_schema", name: "Ada", schema: SCHEMA, strict: true };
+    return JSON.parse((await this.api.create({ model: this.model, input: HI, text: { format } })).output_text);
+  }
+  async refused() { return this.api.create({ model: "gpt-none", input: "Hi" }); }
+  async models() { return (await this.client.models.list()).data.map(({ id }) => id); }
+  async embedded(how) {
+    return (await this.client.embeddings.create({ model: this.model, ...how })).data.map(({ embedding }) => embedding);
+  }
+  async completed() {
+    return (await this.client.completions.create({ model: this.model, prompt: "Hi" })).choices[0].text;
+  }
+}
+
+class Anthropic {
+  constructor(url, model) {
+    this.client = new AnthropicSDK({ baseURL: url, apiKey: "placeholder", maxRetries: 0 });
+    this.api = this.client.messages; this.asked = { model, max_tokens: 99, messages: HI };
+  }
+  async whole() { return said(await this.api.create(this.asked)); }
+  async streamed() {
+    const pieces = [], stream = this.api.stream(this.asked).on("text", (text) => pieces.push(text));
+    return same(pieces, said(await stream.finalMessage()));
+  }
+  async loop() {
+    const asked = { ...this.asked, tools: [{ name: "find", description: "Find.", input_schema: SCHEMA }] };
+    const { content } = await this.api.stream(asked).finalMessage();
+    const results = content.filter(({ type }) => type === "tool_use").map(
+      ({ id }) => ({ type: "tool_result", tool_use_id: id, content: [{ type: "text", text: "3 hits" }] }));
+    const messages = [...HI, { role: "assistant", content }, { role: "user", content: results }];
+    return said(await this.api.create({ ...asked, messages }));
+  }
+  async typed() {
+    const format = { type: "json_schema", schema: SCHEMA };
+    return JSON.parse(said(await this.api.create({ ...this.asked, output_config: { format } })));
+  }
+  async refused() { return this.api.create({ ...this.asked, model: "gpt-none" }); }
+  async models() { return (await this.client.models.list()).data.map(({ id }) => id); }
+  async counted() { return (await this.api.countTokens({ model: this.asked.model, messages: HI })).input_tokens; }
+}
+
+class Vercel {    // as its users write it: openai("auto"), which asks /v1/responses
+  constructor(url, model) {
+    this.made = sdk.createOpenAI({ baseURL: url + "/v1", apiKey: "placeholder" });
+    this.asked = { model: this.made(model), prompt: "Hi", maxRetries: 0 };
+  }
+  async whole() { return (await ai.generateText(this.asked)).text; }
+  async streamed() {
+    let failed;
+    const pieces = [], { textStream } = ai.streamText({ ...this.asked, onError: ({ error }) => { failed ??= error; } });
+    try {
+      for await (const piece of textStream) pieces.push(piece);
+    } catch (error) { failed ??= error; }    // the body ends unfinished, after the error
+    if (failed) throw failed;
+    return pieces;
+  }
+  async loop() {
+    const find = ai.tool({ description: "Find.", inputSchema: ai.jsonSchema(SCHEMA), execute: async () => "3 hits" });
+    return (await ai.generateText({ ...this.asked, tools: { find }, stopWhen: ai.isStepCount(3) })).text;
+  }
+  async typed() {
+    const output = ai.Output.object({ schema: ai.jsonSchema(SCHEMA) });
+    return (await ai.generateText({ ...this.asked, output })).output;
+  }
+  async refused() { return ai.generateText({ ...this.asked, model: this.made("gpt-none") }); }
+  async second_turn() {
+    const { response } = await ai.generateText(this.asked);
+    const messages = [...HI, ...response.messages, { role: "user", content: "And?" }];
+    return (await ai.generateText({ model: this.asked.model, messages, maxRetries: 0 })).text;
+  }
+  async embedded({ input }) {
+    const model = this.made.embedding(this.asked.model.modelId);
+    return (await ai.embedMany({ model, values: input, maxRetries: 0 })).embeddings;
+  }
+}
+
+const clients = { OpenAI, Anthropic, Vercel };
+for await (const line of createInterface({ input: process.stdin })) {
+  const [client, url, model, job, how] = JSON.parse(line);
+  try {
+    console.log(JSON.stringify({ done: await new clients[client](url, model)[job](how) }));
+  } catch (error) {
+    console.log(JSON.stringify({ error: error.constructor.name, message: String(error.message ?? error) }));
+  }
+}
+'''
+
+
+def as_typed(dialect, request):
+    """The script of a model that answers with Ada, by the tool that it was given or as the text that was asked for."""
+    tools = request.json.get("tools") or []
+    named = [(tool.get("function") or tool)["name"] for tool in tools]
+    said = Call("call_1", named[0], ADA) if named else Text(json.dumps(ADA))
+    return answer(said)(dialect, request)
+
+
+def as_vectors(dialect, request):
+    """The script of a server of embeddings: a text's vector is its length and a half."""
+    texts = request.json["input"] if isinstance(request.json["input"], list) else [request.json["input"]]
+    vectors = [[len(text), 0.5] for text in texts]
+    if dialect is OLLAMA:
+        return whole(200, {"model": request.json["model"], "embeddings": vectors, "prompt_eval_count": 3})
+    data = [{"object": "embedding", "index": at, "embedding": vector} for at, vector in enumerate(vectors)]
+    return whole(200, {"object": "list", "model": request.json["model"], "data": data,
+                       "usage": {"prompt_tokens": 3, "total_tokens": 3}})
+
+
+class RealServer(Case):
+    """`python oblix.py` in front of one upstream of each dialect, for a whole class."""
+    flags = ()
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = {name: cls.keep(Upstream(dialect)) for name, dialect in zip(EXPLICIT, DIALECTS)}
+        sides = cls.upstreams.values()
+        cls.server = cls.keep(Process("--port=0", "--log-level=error", *CALM, *PATIENT, *flags_for(*sides), *cls.flags,
+                                      env=env_for(*sides)))
+        cls.url = "http://127.0.0.1:%d" % cls.server.port
+        eventually(lambda: looked_around(cls.server))
+
+    def play(self, *scripts):
+        for upstream in self.upstreams.values():
+            upstream.play(*scripts)
+
+
+class OthersContract:
+    """What holds for every client of others.  `clients` are those that do all jobs; `partly` names what the rest do."""
+    flags = "--embedding-model=ollama:llama3.2",
+    partly = {}
+
+    @classmethod
+    def setUpClass(cls):
+        command = cls.command()
+        super().setUpClass()
+        cls.process = cls.keep(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                                encoding="utf-8", env=bare_env({"NO_PROXY": "127.0.0.1"})))
+
+    def does(self, client, job, model="auto", **how):
+        """The outcome of a job: {"done": …}, or the error and its message."""
+        self.process.stdin.write(json.dumps([client, self.url, model, job, how]) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline() or '{"error": "it ended"}')
+
+    def everybody(self, job, models=ANSWERED_BY):
+        """Each client that can do the job, with each of these models."""
+        able = [*self.clients, *(client for client, jobs in self.partly.items() if job in jobs)]
+        return itertools.product(able, models)
+
+    def all_do(self, job, wanted, *scripts):
+        """Every client gets this from the job, whoever answers."""
+        for client, model in self.everybody(job):
+            self.play(*scripts)
+            with self.subTest(client, job=job, model=model):
+                self.assertEqual(self.does(client, job, model), {"done": wanted})
+
+    def one_does(self, client, job, wanted, *scripts, model="auto", **how):
+        if scripts:
+            self.play(*scripts)
+        with self.subTest(client, job=job, model=model):
+            self.assertEqual(self.does(client, job, model, **how), {"done": wanted})
+
+    def test_an_answer_is_whole(self):
+        self.all_do("whole", "Grüß Gott \U0001f44b", answer(Think("hm"), Text("Grüß "), Text("Gott \U0001f44b")))
+
+    def test_a_stream_has_its_pieces(self):
+        self.all_do("streamed", ["Grüß ", "Gott \U0001f44b"], answer(Text("Grüß "), Text("Gott \U0001f44b")))
+
+    def test_a_tool_is_called_and_its_result_comes_back(self):
+        for client, model in self.everybody("loop"):
+            self.play(answer(Text("Let me look."), Call("call_1", "find", ADA)), answer(Text("Two.")))
+            with self.subTest(client, model=model):
+                self.assertEqual(self.does(client, "loop", model), {"done": "Two."})
+                self.assertIn("3 hits", self.upstreams[ANSWERED_BY[model]].last.body.decode())
+
+    def test_structured_output_is_parsed(self):
+        self.all_do("typed", ADA, as_typed)
+
+    def test_an_unknown_model_is_refused_by_name(self):
+        for client, _ in self.everybody("refused", ["auto"]):
+            with self.subTest(client):
+                got = self.does(client, "refused")
+                self.assertIn("gpt-none", got.get("message", got))
+
+    def test_a_cut_never_looks_complete(self):
+        for client, model in self.everybody("streamed", EXPLICIT):
+            self.play(lambda dialect, _: [*upto(dialect, "Hello"), CLOSE])
+            with self.subTest(client, model=model):
+                got = self.does(client, "streamed", model)
+                self.assertIn("before the answer was complete", got.get("message", got))
+
+    def test_models_are_listed(self):
+        for client in ("OpenAI", "Anthropic"):
+            with self.subTest(client):
+                self.assertLessEqual({"auto", "local", "cloud", *EXPLICIT}, set(self.does(client, "models")["done"]))
+
+    def test_tokens_are_counted(self):
+        self.assertGreater(self.does("Anthropic", "counted")["done"], 0)
+
+    def test_a_prompt_is_completed_as_it_once_was(self):
+        self.one_does("OpenAI", "completed", "there!", answer(Text("there!")))
+
+    def test_texts_become_vectors(self):
+        self.play(as_vectors)
+        for client in self.embedders:
+            self.one_does(client, "embedded", [[1, 0.5], [3, 0.5]], input=["a", "abc"])
+        self.one_does("OpenAI", "embedded", [[1, 0.5]], input="a", encoding_format="float")
+
+
+class PythonClients(OthersContract, RealServer):
+    """SDKs and frameworks for Python."""
+    clients = ("OpenAI", "Anthropic", "Ollama", "LangChainOpenAI", "LangChainAnthropic", "LangChainOllama",
+               "LlamaIndex", "PydanticAI", "PydanticAIChat")
+    partly = {"Llm": ("streamed", "typed", "refused")}
+    embedders = "OpenAI", "Ollama", "LangChainOpenAI", "LangChainOllama"
+
+    @classmethod
+    def command(cls):
+        packages = "anthropic", "ollama", "langchain_openai", "llama_index", "pydantic_ai", "llm"
+        need(all(map(importlib.util.find_spec, packages)), "no clients: python -m pip install -r .ci/clients.txt")
+        return [sys.executable, "-c", PYTHON_CLIENTS]
+
+    def test_llm_answers_by_its_command_and_completes(self):
+        self.one_does("Llm", "whole", "Grüß Gott", answer(Text("Grüß "), Text("Gott")))
+        self.one_does("Llm", "completed", "there!", answer(Text("there!")))
+
+    def test_ollama_s_client_finds_what_ollama_says(self):
+        listed = self.does("Ollama", "models")["done"]
+        self.assertLessEqual({"llama3.2:latest", "hf.co/org/tiny:Q4"}, set(listed))
+        self.assertIn("auto", " ".join(listed))
+        self.assertIn("llama3.2:latest", self.does("Ollama", "loaded")["done"])
+        shown = self.does("Ollama", "shown", "llama3.2")["done"]
+        self.assertIn("tools", shown["can"])
+        self.assertGreater(shown["context"], 0)
+        self.one_does("Ollama", "generated", "Hi there", answer(Text("Hi "), Text("there")))
+        self.one_does("Ollama", "generated_stream", ["Hi ", "there"])
+
+    def test_a_prompt_is_completed_in_pieces_and_by_llama_index(self):
+        self.one_does("OpenAI", "completed_stream", ["Hi ", "there"], answer(Text("Hi "), Text("there")))
+        self.one_does("LlamaIndex", "completed", "Hi there")
+
+
+class NodeClients(OthersContract, RealServer):
+    """SDKs and Vercel's AI SDK for Node."""
+    clients = "OpenAI", "Anthropic", "Vercel"
+    embedders = "OpenAI", "Vercel"
+
+    @classmethod
+    def command(cls):
+        node, modules = os.environ.get("OBLIX_TEST_NODE"), os.environ.get("OBLIX_TEST_NODE_MODULES")
+        packages = "openai", "@anthropic-ai/sdk", "ai", "@ai-sdk/openai"
+        need(node and modules and all(Path(modules, name).exists() for name in packages),
+             "set OBLIX_TEST_NODE to a Node >= 22 and OBLIX_TEST_NODE_MODULES to where " + ", ".join(packages) + " are")
+        return [node, "--input-type=module", "--eval", NODE_CLIENTS, "--", "clients", modules, json.dumps(SCHEMA)]
+
+    def test_vercel_s_second_turn(self):
+        """It sends a reference to what was said before, unless store is false: nothing of that may be lost."""
+        self.play(answer(Text("Mauve.")))
+        got = self.does("Vercel", "second_turn")
+        self.assertEqual(got, {"done": "Mauve."})
+        self.assertIn("Mauve.", self.upstreams[OLLAMA_ID].last.body.decode())
+
+
+# --- Coding agents: their real commands, a scripted model that makes them write a file, a home of their own ---
+
+def turns(*calls, last="All done."):
+    """The script of a model that calls these tools one after the other, and then says its last words.
+
+    A call is the end of a tool's name, and its arguments or the one text that it takes.
+    """
+    def script(dialect, request):
+        body = request.json
+        at = sum(message["role"] == "tool" or "tool_result" in json.dumps(message) for message in body["messages"])
+        if at >= len(calls):
+            return answer(Text(last))(dialect, request)
+        tools = {(tool.get("function") or tool)["name"]: tool.get("function") or tool for tool in body["tools"]}
+        ending, arguments = calls[at]
+        [name] = [name for name in tools if name.endswith(ending)]
+        if isinstance(arguments, str):
+            fields = (tools[name].get("parameters") or tools[name].get("input_schema"))["properties"]
+            arguments = {next(iter(fields)): arguments}
+        return answer(Text("I do it."), Call("call_%d" % at, name, arguments))(dialect, request)
+    return script
+
+
+class CodingAgent(RealServer):
+    """An agent from npm, run without a person."""
+    flags = "--alias=claude-*=auto", "--alias=gpt-*=auto"
+
+    @classmethod
+    def setUpClass(cls):
+        variable = "OBLIX_TEST_" + cls.name.upper()
+        cls.program = need(os.environ.get(variable), "set %s to the %s in npm's %s" % (variable, cls.name, cls.package))
+        super().setUpClass()
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.home, self.work = Path(folder.name, "home"), Path(folder.name, "work")
+        self.home.mkdir(), self.work.mkdir()
+
+    def run_in_work(self, *command, **env):
+        """Run the command with a home of its own; only loopback can be reached."""
+        nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+        path = os.pathsep.join([os.path.dirname(self.program), os.environ["PATH"]])
+        env = {"PATH": path, "HOME": str(self.home), "LANG": "C.UTF-8", **nowhere, "NO_PROXY": "127.0.0.1,localhost",
+               **env}
+        return subprocess.run(command, cwd=self.work, env=env, stdin=subprocess.DEVNULL, timeout=100,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+
+    def run_by_env(self, *words, **env):
+        """Run the program in a shell that `env` of Oblix has prepared, as the README says."""
+        told = [sys.executable, str(HERE / "oblix.py"), "env", self.name, "--port=%d" % self.server.port]
+        return self.run_in_work("bash", "-c", 'eval "$(%s)"; %s' % (shlex.join(told), shlex.join([self.name, *words])),
+                                **env)
+
+    def written(self, text="written by the model\n"):
+        """The one file in the folder has this text."""
+        self.assertEqual([(path.name, path.read_text()) for path in self.work.iterdir()], [("told.txt", text)])
+
+
+class ClaudeCode(CodingAgent):
+    name, package = "claude", "@anthropic-ai/claude-code-linux-x64"
+
+    quiet = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_TELEMETRY": "1"}
+    words = "-p", "Write the file.", "--output-format", "json", "--allowedTools", "Write"
+
+    def claude(self, model="auto", **env):
+        """What `claude -p` says, as its JSON."""
+        return self.told(self.run_in_work(
+            self.program, *self.words, **self.quiet, ANTHROPIC_BASE_URL=self.url, ANTHROPIC_AUTH_TOKEN="placeholder",
+            **({"ANTHROPIC_MODEL": model} if model else {}), **env))
+
+    def told(self, ran):
+        self.assertTrue(ran.stdout.startswith("{"), ran.stdout + ran.stderr)
+        return json.loads(ran.stdout)
+
+    def write(self):
+        return "Write", {"file_path": str(self.work / "told.txt"), "content": "written by the model\n"}
+
+    def test_it_writes_a_file_and_finishes_whoever_answers(self):
+        for model, by in ANSWERED_BY.items():
+            with self.subTest(model):
+                self.play(turns(self.write()))
+                told = self.claude(model)
+                self.assertEqual((told["is_error"], told["num_turns"], told["result"]), (False, 2, "All done."), told)
+                self.written()
+                (self.work / "told.txt").unlink()
+                self.assertEqual("x-anthropic-billing-header" in self.upstreams[by].last.body.decode(), by == CLAUDE_ID)
+
+    def test_the_lines_of_env_point_it_here(self):
+        self.play(turns(self.write()))
+        self.assertEqual(self.told(self.run_by_env(*self.words, **self.quiet))["result"], "All done.")
+        self.written()
+
+    def test_without_a_setting_for_its_model_an_alias_answers(self):
+        self.play(turns(self.write()))
+        self.assertEqual(self.claude(None)["result"], "All done.")
+        self.written()
+
+    def test_to_claude_everything_goes_as_it_came(self):
+        self.play(answer(Text("All done.")))
+        self.claude(CLAUDE_ID)
+        sent = self.upstreams[CLAUDE_ID].last
+        self.assertIn("claude-code", sent.headers["anthropic-beta"])
+        self.assertEqual(sent.headers["anthropic-version"], "2023-06-01")
+        self.assertEqual(sent.json["model"], CLAUDE.model)
+        self.assertTrue(any(tool.get("defer_loading") for tool in sent.json["tools"]))
+        self.assertEqual([message["role"] for message in sent.json["messages"]], ["user", "system"])
+        self.assertIn("cache_control", json.dumps(sent.json["system"]))
+
+    def test_too_long_a_prompt_is_one_that_it_can_compact(self):
+        def too_long(dialect, _request):
+            said = {OLLAMA: "the prompt is longer than the context: 9000 tokens > 8192",
+                    OPENAI: "This model's maximum context length is 8192 tokens. However, your messages resulted in "
+                            "9000 tokens.", CLAUDE: "prompt is too long: 9000 tokens > 8192 maximum"}[dialect]
+            kind = {"code": "context_length_exceeded"} if dialect is OPENAI else {}
+            return whole(400, dialect.error(said, "invalid_request_error", **kind))
+        for model in EXPLICIT:
+            with self.subTest(model):
+                self.play(too_long)
+                self.assertIn("Prompt is too long", self.claude(model)["result"])
+
+    def test_a_stream_that_breaks_is_asked_again_and_not_taken_for_an_answer(self):
+        for model in EXPLICIT:
+            with self.subTest(model):
+                self.play(lambda dialect, _: [*upto(dialect, "Hel"), CLOSE], answer(Text("All done.")))
+                self.assertEqual(self.claude(model)["result"], "All done.")
+
+    def test_its_discovery_finds_models(self):
+        self.play(answer(Text("All done.")))
+        told = self.claude(CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY="1")
+        self.assertEqual(told["result"], "All done.")
+
+
+class Codex(CodingAgent):
+    name, package = "codex", "@openai/codex-linux-x64"
+
+    words = ("exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--json", "-c",
+             "analytics.enabled=false", "Write the file.")
+
+    def codex(self, model="auto"):
+        """The items of `codex exec` that are complete, its errors, and its last words; by the README's settings."""
+        settings = replaced(block("codex"), {"http://localhost:62549": self.url, '"auto"': '"%s"' % model})
+        (self.home / "config.toml").write_text(settings)
+        return self.told(self.run_in_work(self.program, *self.words, CODEX_HOME=str(self.home)))
+
+    def told(self, ran):
+        events = [json.loads(line) for line in ran.stdout.splitlines()]
+        return ([event["item"] for event in events if event["type"] == "item.completed"],
+                [event["message"] for event in events if event["type"] == "error"],
+                [event["type"] for event in events][-1])
+
+    def writes(self, model, *calls):
+        self.play(turns(*calls))
+        items, errors, last = self.codex(model)
+        self.assertEqual((items[-1]["text"], errors, last), ("All done.", [], "turn.completed"), items)
+        self.written()
+        (self.work / "told.txt").unlink()
+
+    def test_it_writes_a_file_and_finishes_whoever_answers(self):
+        for model in ANSWERED_BY:
+            with self.subTest(model):
+                self.writes(model, ("exec_command", {"cmd": "echo written by the model > told.txt"}))
+
+    def test_the_lines_of_env_point_it_here(self):
+        self.play(turns(("exec_command", {"cmd": "echo written by the model > told.txt"})))
+        items, errors, _ = self.told(self.run_by_env(*self.words, CODEX_HOME=str(self.home)))
+        self.assertEqual((items[-1]["text"], errors), ("All done.", []))
+        self.written()
+
+    def test_tools_that_are_no_functions(self):
+        """Names that it knows get a tool of free text, some inside an item of the input."""
+        patch = "*** Begin Patch\n*** Add File: told.txt\n+written by the model\n*** End Patch"
+        self.writes("gpt-5.5", ("apply_patch", patch))
+        self.writes("gpt-6.1-sol", ("exec", 'await tools.exec_command({cmd: "echo written by the model > told.txt"})'))
+
+    def test_a_function_of_a_namespace_is_found(self):
+        self.play(turns(("wait_agent", {"targets": ["nobody"], "timeout_ms": 1})))
+        self.assertEqual(self.codex()[2], "turn.completed")
+        self.assertNotIn("unsupported call", self.upstreams[OLLAMA_ID].last.body.decode())
+
+    def test_what_went_wrong_is_told(self):
+        self.play(lambda dialect, _: whole(400, dialect.error("This model's maximum context length is 8192 tokens.",
+                                                              "invalid_request_error")))
+        self.assertIn("ran out of room", self.codex(OPENAI_ID)[1][-1])
+        self.assertIn("no-such-model", self.codex("no-such-model")[1][-1])
+
+
+class TriedClients(Case):
+    def test_the_readme_names_the_versions_that_ci_runs(self):
+        pins = "\n".join(path.read_text() for path in (HERE / ".ci").glob("*") if path.name in ("run", "clients.txt"))
+        need(pins, IMPOSSIBLE + ": this copy has no .ci")
+        rows = re.findall(r"^\| [^|]+ \| ([\d., ]+) \| ", README.split("\n## Clients\n")[1].split("\n## ")[0], re.M)
+        self.assertGreater(len(rows), 10)
+        for version in ", ".join(rows).split(", "):
+            self.assertRegex(pins, "[@=]%s\\b" % re.escape(version))
 
 
 # --- A real model ---
@@ -18335,8 +19125,10 @@ class RealModel(Case):
             [python, "-c", MODEL_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         address = self.process.stdout.readline().strip()
         cloud = stack.enter_context(Upstream(OPENAI))
-        server = stack.enter_context(running(cloud, flags=[f"--local-model=openai:smollm2@{address}/v1"]))
-        client = openai.OpenAI(base_url=server.url + "/v1", api_key="placeholder", max_retries=0)
+        self.server = stack.enter_context(running(
+            cloud, flags=[f"--local-model=openai:smollm2@{address}/v1", "--first-byte-timeout-s=60",
+                          "--stall-timeout-s=60"]))
+        client = openai.OpenAI(base_url=self.server.url + "/v1", api_key="placeholder", max_retries=0)
         self.chat = stack.enter_context(client).chat.completions
 
     def test_it_answers_auto_whole_and_streamed_and_stops_where_told(self):
@@ -18351,6 +19143,20 @@ class RealModel(Case):
         self.assertGreater(chunks[-1].usage.completion_tokens, 3)
         short = self.chat.create(**{**self.question, "max_tokens": 3})
         self.assertEqual((short.choices[0].finish_reason, short.usage.completion_tokens), ("length", 3))
+
+    def test_it_answers_through_every_api(self):
+        said, cold = [{"role": "user", "content": "Say hello."}], {"temperature": 0}
+        for path, body in [("/v1/responses", {"input": said, "max_output_tokens": 24, **cold}),
+                           ("/v1/messages", {"messages": said, "max_tokens": 24, **cold}),
+                           ("/v1/completions", {"prompt": "Say hello.", "max_tokens": 24, **cold}),
+                           ("/api/chat", {"messages": said, "options": {"num_predict": 24, **cold}}),
+                           ("/api/generate", {"prompt": "Say hello.", "options": {"num_predict": 24, **cold}})]:
+            for stream in (False, True):
+                with self.subTest(path, stream=stream):
+                    body = {"model": "local", "stream": stream, **body}
+                    reply = fetch(self.server, "POST", path, json.dumps(body), timeout=100)
+                    self.assertEqual((reply.status, reply.headers["x-oblix-model"]), (200, "openai:smollm2"))
+                    self.assertIn("Hello", reply.body.decode())
 
     def test_the_cloud_answers_when_it_dies(self):
         self.process.kill()
@@ -20475,11 +21281,14 @@ LONGEST = (FaultMatrix, Siege, Deployed, Fuzz, Soak, Upstreams, Slow, Crowded, L
            UnreadStreams, UnreadOverTls, TransportOverTls, CommandLine, LogWriter, Burner, Page)
 
 
+FOREIGN = PythonClients, NodeClients, ClaudeCode, Codex    # CI runs them on one Python
+
+
 def load_tests(_loader, classes, _pattern):
     """All tests, or one part of them."""
     def of(kind):
         return [tests for tests in classes if isinstance(next(iter(tests), None), kind)]
-    excluded = LONGEST if os.environ.get("OBLIX_TEST_BRIEF") else ()
+    excluded = {"1": (*LONGEST, *FOREIGN), "clients": FOREIGN}.get(os.environ.get("OBLIX_TEST_BRIEF"), ())
     rest = [tests for tests in classes if tests not in of((Outages, *ALONE, *excluded))]
     shares = unittest.TestSuite(rest[0::4] + rest[3::4]), unittest.TestSuite(rest[1::4] + rest[2::4])
     # those of Outages mostly wait: one part each
