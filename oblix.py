@@ -103,14 +103,6 @@ from typing import TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, NoReturn,
 if TYPE_CHECKING:
     import ssl  # at run time imported where it is needed, as hmac is: each takes 5 of 15 MiB
 
-if __name__ == "__main__":
-    sys.modules["ssl"] = None  # type: ignore[assignment]  # else http.server has it imported; this makes that fail
-import http.client
-import http.server
-
-if __name__ == "__main__":
-    del sys.modules["ssl"]
-
 __version__ = "0.1.0"
 
 log = logging.getLogger("oblix")
@@ -789,7 +781,7 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
 
 MAX_REQUEST_LINE = 8 << 10    # bytes; nothing here has a long path
 MAX_FIELD_LINE = 16 << 10     # bytes; the longest that browsers and proxies send are tokens of a few KB
-MAX_FIELDS = 100              # as in http.client; the SDKs send some 20
+MAX_FIELDS = 100              # the SDKs send some 20
 MAX_HEAD_BYTES = 64 << 10
 CHUNKED = -1                  # the size of a body that is sent with chunked transfer coding
 
@@ -4722,7 +4714,7 @@ class Answer:
                 raise ConnectionResetError("no whole head")
             self._held += piece
             end = _HEAD_END.search(self._held)
-        head = self._held[:end.start()].decode("latin-1").replace("\r\n", "\n")
+        self._head = head = self._held[:end.start()].decode("latin-1").replace("\r\n", "\n")
         self._held = self._held[end.end():]
         found = _STATUS_LINE.match(head)
         if not found or "\n " in head or "\n\t" in head:
@@ -4734,6 +4726,11 @@ class Answer:
             if name in ("content-length", "transfer-encoding") and self._fields.get(name, value) != value:
                 raise ValueError("two framings")
             self._fields[name] = value
+
+    def field(self, name: str) -> str:
+        """Return the value of any field of the head, "" without it."""
+        found = re.search(rf"(?i)\n{name}: *([^\n]*)", self._head)
+        return found[1] if found else ""
 
     def _set_framing(self) -> None:
         """Find out where the body ends (RFC 9112, 6.3).  Raise ValueError for what two readers might not agree on."""
@@ -7831,8 +7828,9 @@ def printable(text: str) -> str:
 
 # --- 12. Listening, and the end ---------------------------------------------------------------------------------------
 
-class Listener(http.server.ThreadingHTTPServer):
+class Listener(socketserver.ThreadingTCPServer):
     """One listening socket."""
+    daemon_threads = True
     request_queue_size = 1024                   # the default of 5 drops bursts: clients then wait 1, 3, 7 s for TCP
     allow_reuse_address = os.name == "posix"    # on Windows it would let two programs share the port
     timeout = 5.0                               # until `handle_request` returns by itself
@@ -7844,9 +7842,6 @@ class Listener(http.server.ThreadingHTTPServer):
         super().__init__(address, handler)
         self.host, self.port = str(self.server_address[0]), int(self.server_address[1])
         self.thread = threading.Thread(target=self._run, name="listen", daemon=True)
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)    # HTTPServer's asks DNS for a name, which takes seconds offline
 
     def stop(self) -> None:
         """Wait until the clients that the kernel has taken so far are in and the socket is closed; see `_run`."""
@@ -8384,7 +8379,7 @@ def demo(settings: Settings) -> Iterator[Settings]:
 
 
 # === 15. Command line =================================================================================================
-# uses: 1 2 6 9 10 12 14
+# uses: 1 2 6 7 9 10 12 14
 # What does a person see at the start?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
 # And what can a person ask for in a terminal?
 
@@ -8672,7 +8667,7 @@ def run_check(settings: Settings, _: argparse.Namespace) -> int:
 
 # --- 15. Commands that ask a server -----------------------------------------------------------------------------------
 
-PEER_S = 60.0           # for the next byte of an answer; a stream has a comment every KEEP_ALIVE_S
+ANSWER_LIMITS = Limits(connect_s=5.0, first_byte_s=math.inf, stall_s=math.inf)    # a server has limits of its own
 DIM, RED = "2", "31"    # colours of a terminal
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")    # by a terminal
 # For each client the lines that point it here, after one that says how they are used.
@@ -8687,19 +8682,17 @@ unset ANTHROPIC_API_KEY''',
     "ollama": 'export OLLAMA_HOST=%(url)s OLLAMA_API_KEY="%(key)s"'}
 
 
-class Peer(NamedTuple):
-    """A running Oblix, and the key that it wants."""
-    host: str
-    port: int
-    key: str
+class Peer:
+    """A running Oblix, asked as a client asks."""
 
-    def ask(self, path: str, body: Json | None = None) -> http.client.HTTPResponse:
-        """Return the answer to a GET, or to the POST of a body, unread.  Raise OSError, HTTPException."""
-        headers = {"Content-Type": "application/json", "Connection": "close",
-                   **present({"Authorization": self.key and f"Bearer {self.key}"})}
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=PEER_S)
-        connection.request("POST" if body else "GET", path, dumps(body) if body else None, headers)
-        return connection.getresponse()
+    def __init__(self, url: str, key: str) -> None:
+        self._url, self._transport = url, Transport()
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def ask(self, path: str, body: Json | None = None) -> Answer:
+        """Return the answer to a GET, or to the POST of a body, unread.  Raise UpstreamError."""
+        limits, payload = (ANSWER_LIMITS, dumps(body)) if body else (PROBE_LIMITS, None)
+        return self._transport.open(self._url + path, self._headers, payload, limits)
 
 
 @contextlib.contextmanager
@@ -8707,9 +8700,9 @@ def reached(settings: Settings, settle_s: float) -> Iterator[Peer]:
     """Yield the Oblix that runs with these settings, or one that runs while the block does.  Raise UsageError."""
     host, server = settings.host.strip("[]"), ""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    peer = Peer(host, settings.port, settings.api_key)
-    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(peer.ask("/health")) as response:
-        server = response.headers.get("Server", "unknown")
+    peer = Peer(address_at(dataclasses.replace(settings, host=host), settings.port), settings.api_key)
+    with contextlib.suppress(UpstreamError), contextlib.closing(peer.ask("/health")) as answer:
+        server = answer.field("server") or "unknown"
     if server.startswith("oblix/"):
         yield peer
     elif server:
@@ -8717,14 +8710,14 @@ def reached(settings: Settings, settle_s: float) -> Iterator[Peer]:
     else:
         with demo(settings) as own, running(dataclasses.replace(own, host="127.0.0.1", port=0)) as started:
             started.gateway.watch.settle(settle_s)
-            yield Peer("127.0.0.1", started.port, settings.api_key)
+            yield Peer(started.url, settings.api_key)
 
 
-def told_by(response: http.client.HTTPResponse) -> Json:
-    """Return the JSON object of a response.  Raise OblixError with the message of an error."""
-    found = object_in(response.read(MAX_BODY_BYTES)) or {"error": {"message": "the answer is not in Oblix's format"}}
+def told_by(answer: Answer) -> Json:
+    """Return the JSON object of an answer.  Raise OblixError with the message of an error."""
+    found = object_in(answer.body()) or {"error": {"message": "the answer is not in Oblix's format"}}
     if "error" in found:
-        raise OblixError(f"{found['error']['message']} ({response.status})")
+        raise OblixError(f"{found['error']['message']} ({answer.status})")
     return found
 
 
@@ -8746,7 +8739,7 @@ class Conversation:
     reason: str = ""    # of the last decision
 
     def turn(self, text: str) -> None:
-        """Show the answer to a text as it comes, and who gave it.  Raise OblixError, OSError, HTTPException.
+        """Show the answer to a text as it comes, and who gave it.  Raise OblixError.
 
         What has been said stays in the conversation, also of an answer that breaks off.
         """
@@ -8755,11 +8748,10 @@ class Conversation:
                  "stream_options": {"include_usage": True}}
         said, thinks, last, started, first = "", False, Json(), time.monotonic(), 0.0
         try:
-            with contextlib.closing(self.peer.ask("/v1/chat/completions", asked)) as response:
-                lines = (line.rstrip(b"\r\n") for line in response)
-                if response.status != 200:
-                    told_by(response)
-                for last in PROVIDERS["openai"].decode(lines, ChatRequest("", {"messages": []}, True, True)):
+            with contextlib.closing(self.peer.ask("/v1/chat/completions", asked)) as answer:
+                if answer.status != 200:
+                    told_by(answer)
+                for last in PROVIDERS["openai"].decode(answer.lines(), ChatRequest("", {"messages": []}, True, True)):
                     thought, piece = ("".join(choice["delta"].get(name) or "" for choice in last["choices"])
                                       for name in ("reasoning_content", "content"))
                     first = first or (time.monotonic() if has_content(last) else 0.0)
@@ -8774,12 +8766,12 @@ class Conversation:
                 show("\n", sys.stdout)
             else:
                 self.messages.pop()
-        self._tell(response.headers, last, first - started, time.monotonic() - first)
+        self._tell(answer.field, last, first - started, time.monotonic() - first)
 
-    def _tell(self, headers: http.client.HTTPMessage, last: Chunk, first_s: float, rest_s: float) -> None:
+    def _tell(self, field: Callable[[str], str], last: Chunk, first_s: float, rest_s: float) -> None:
         """Show who gave an answer, why if that has changed, and how fast if that is wanted."""
-        side, reason, tokens = headers.get("x-oblix-side"), headers.get("x-oblix-reason", ""), tokens_of(last)
-        told = f"{headers.get('x-oblix-model') or last.get('model')}" + (f" ({side})" if side else "")
+        side, reason, tokens = field("x-oblix-side"), field("x-oblix-reason"), tokens_of(last)
+        told = f"{field('x-oblix-model') or last.get('model')}" + (f" ({side})" if side else "")
         told += f": {reason}" if reason != self.reason else ""
         if self.shows_metrics and first_s > 0:
             told += f"; first {first_s:.2f} s" + (f", {tokens / max(rest_s, 0.001):.1f} tokens/s" if tokens else "")
@@ -8794,7 +8786,7 @@ class Conversation:
             if not sys.stdin.isatty():
                 raise
             show("(interrupted)\n", sys.stderr, DIM)
-        except (OblixError, OSError, http.client.HTTPException) as error:
+        except OblixError as error:
             show(f"error: {error}\n", sys.stderr, RED)
             return False
         return True
@@ -8840,8 +8832,8 @@ def run_models(settings: Settings, _: argparse.Namespace) -> int:
     told = []
     with reached(dataclasses.replace(settings, warm_up="never"), 6.0) as peer:
         for path in ("/v1/models", "/health", "/api/tags"):
-            with contextlib.closing(peer.ask(path)) as response:
-                told.append(told_by(response))
+            with contextlib.closing(peer.ask(path)) as answer:
+                told.append(told_by(answer))
     rows = [("MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"), *model_rows(*told)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
