@@ -5426,13 +5426,9 @@ class Gateway:
         limits = self.limits._replace(first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
         try:
             # Ollama loads a model for a request without messages, and says nothing
-            payload = provider.encode(ChatRequest("", {"messages": []}), target, context, self.keep_alive(target))
-            answer = self.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
-                                         dumps(payload), limits)
-            with contextlib.closing(answer):
+            encoded = provider.encode(ChatRequest("", {"messages": []}), target, context, self.keep_alive(target))
+            with contextlib.closing(self.open(target, provider.chat_path, encoded, limits, no_look)) as answer:
                 text = answer.body(within_first_byte=True).decode("utf-8", "replace")
-            if answer.status >= 300:
-                raise classify(answer.status, text, answer.retry_after_s, endpoint)
             for line in text.splitlines() or [text]:    # an error, or a login page, may come with any status
                 event_of(line)
         except UpstreamError as error:
@@ -5702,9 +5698,9 @@ class Gateway:
             target = self.resolve(names[0], self.snapshot())
             native, provider = request.native_to(target.endpoint.provider), PROVIDERS[target.endpoint.provider]
             if native and not target.endpoint.lacks_key:
-                headers = {**provider.headers(target.endpoint), **dict(native.headers)}
-                with contextlib.closing(self.transport.open(target.endpoint.base_url + native.path, headers, dumps(
-                        provider.encode(request, target)), PROBE_LIMITS)) as answer:
+                encoded = provider.encode(request, target)
+                with contextlib.closing(self.open(target, native.path, encoded, PROBE_LIMITS, no_look,
+                                                  native.headers)) as answer:
                     return int(loads(answer.body(within_first_byte=True))["input_tokens"])
         return None
 
@@ -5739,7 +5735,7 @@ class Gateway:
                 "thresholds": thresholds(self.settings, facts), "network": self.watch.latencies(),
                 "requests": [*self.journal.recent][::-1]}
 
-    def metrics(self) -> str:
+    def metrics(self) -> bytes:
         """Return the metrics of everything, as Prometheus reads them.  Does not wait."""
         snapshot, values = self.snapshot(), {**self.journal.sums(), **_process_values()}
         values["oblix_build_info", __version__] = 1
@@ -5757,7 +5753,7 @@ class Gateway:
                                ("oblix_target_state", *labels, conditions[target].state): 1,
                                ("oblix_breaker_state", *labels): 2 if rest_s else 1 if breaker.failures else 0,
                                ("oblix_breaker_rest_seconds", *labels): rest_s})
-        return exposition(values)
+        return exposition(values).encode("utf-8", "replace")
 
     def models(self) -> list[Json]:
         """Return all models that can be asked for, as GET /v1/models lists them.  Does not wait."""
@@ -7435,6 +7431,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         self.guest: Guest = self.request
+        self.gateway: Gateway = self.server.gateway
         self.admission, self.guard, connection = self.server.admission, self.server.guard, self.guest.connection
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)    # else a second small write waits 40 ms
         limit_waits(connection, TICK_S)
@@ -7607,7 +7604,7 @@ class Handler(socketserver.BaseRequestHandler):
             answering_s = max(seconds - facts.get("first_token_s", 0.0), 0.001)
             facts["tokens_per_s"] = round(tokens / answering_s, 1)
         if "front" in facts:
-            self.server.gateway.journal.add(facts)
+            self.gateway.journal.add(facts)
         if log.isEnabledFor(level):
             text = "".join([words % facts[name] for name, words in LOG_WORDS.items() if name in facts])
             log.log(level, printable(text), extra={"facts": facts})
@@ -7635,33 +7632,21 @@ class Handler(socketserver.BaseRequestHandler):
     def _page(self) -> None:
         self.reply(200, *page())
 
-    def _metrics(self) -> None:
-        self.reply(200, self.server.gateway.metrics().encode("utf-8", "replace"), METRICS_HEADERS)
-
-    def _status(self) -> None:
-        self.json(200, self.server.gateway.status())
-
     def _health(self) -> None:
-        health = self.server.gateway.health()
+        health = self.gateway.health()
         shown = ("status", "version") if self.guard.is_public(self.head) else health
         self.json(200 if health["status"] == "healthy" else 503, {name: health[name] for name in shown})
 
     def _models(self) -> None:
-        gateway, wanted = self.server.gateway, urllib.parse.unquote(self.head.path[len("/models/"):])
+        gateway, wanted = self.gateway, urllib.parse.unquote(self.head.path[len("/models/"):])
         if not wanted:
             return self.json(200, model_list(gateway.models()))
         model = gateway.known(wanted, gateway.snapshot())
         check_fields({"model": wanted}, FIELDS, ())
         self.json(200, model_item(wanted, model))
 
-    def _ollama_models(self) -> None:
-        self.json(200, {"models": [*itertools.starmap(ollama_entry, self.server.gateway.catalogue().items())]})
-
-    def _ollama_loaded(self) -> None:
-        self.json(200, ollama_loaded(self.server.gateway.catalogue().values()))
-
     def _ollama_model(self) -> None:
-        body, gateway = parse_body(self.body()), self.server.gateway
+        body, gateway = parse_body(self.body()), self.gateway
         name: Any = body.get("model") or body.get("name")
         check_fields({"model": name}, FIELDS, ("model",))
         with contextlib.suppress(BadRequest):
@@ -7672,7 +7657,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _ollama_only(self) -> None:
         raise BadRequest("Oblix does not manage models: do that at Ollama's own address, "
-                         f"{self.server.gateway.ollama_url}. Oblix finds what it has.", status=403, code="not_here")
+                         f"{self.gateway.ollama_url}. Oblix finds what it has.", status=403, code="not_here")
 
     def _chat(self) -> None:
         """Answer a request for a model's words.  Raise OblixError, ClientGone."""
@@ -7681,11 +7666,11 @@ class Handler(socketserver.BaseRequestHandler):
         self.told["asked"] = request.model
         told = front.at_once(request, int(time.time()))
         if told is not None:
-            self.server.gateway.plan(request)    # there is a model of this name, and one that can answer
+            self.gateway.plan(request)    # there is a model of this name, and one that can answer
             return self.json(200, told)
         self._begin(KEEP_ALIVE_S if request.stream else math.inf)
         self._event_headers, self._writer = {"Content-Type": front.events, **EVENT_HEADERS}, front.stream(request)
-        served = self.server.gateway.answer(request, self._look)
+        served = self.gateway.answer(request, self._look)
         self.told["fallbacks"] = served.fallbacks
         headers = self._served(served.target, served.reason, served.attempts)
         if request.left_out and not request.native_to(served.target.endpoint.provider):
@@ -7701,7 +7686,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _count_tokens(self) -> None:
         """Answer how many tokens a prompt has: as Claude counts them if it is named, or by their size."""
         request = routed(MESSAGES.request(parse_body(self.body()), self.head), self.head)
-        self.json(200, {"input_tokens": self.server.gateway.counted(request) or prompt_tokens(request)})
+        self.json(200, {"input_tokens": self.gateway.counted(request) or prompt_tokens(request)})
 
     def _embed(self) -> None:
         """Answer a request for embeddings.  Raise OblixError, ClientGone."""
@@ -7709,7 +7694,7 @@ class Handler(socketserver.BaseRequestHandler):
         request, route = api.request(parse_body(self.body())), route_of(self.head)
         self.told["asked"] = request.model
         self._begin(math.inf)
-        target, vectors, tokens = self.server.gateway.embed(request, route, self._look)
+        target, vectors, tokens = self.gateway.embed(request, route, self._look)
         self.told["prompt_tokens"] = tokens
         headers = self._served(target, "the model of embeddings", 1)
         self.json(200, api.answer(target.id, vectors, tokens, time.monotonic() - self.started), headers)
@@ -7787,20 +7772,6 @@ class Handler(socketserver.BaseRequestHandler):
         self.write(head + events)
 
 
-_READ = ("GET", "HEAD")
-# Path without /v1 -> methods, and what answers them; OPTIONS goes everywhere.
-ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Handler], None] | None]] = {
-    **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), **dict.fromkeys(EMBEDDINGS, (("POST",), Handler._embed)),
-    "/": (_READ, Handler._page),
-    "/messages/count_tokens": (("POST",), Handler._count_tokens),
-    "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models),
-    "/metrics": (_READ, Handler._metrics), "/status": (_READ, Handler._status),
-    "/api/version": (_READ, lambda handler: handler.json(200, {"version": OLLAMA_VERSION})),
-    "/api/tags": (_READ, Handler._ollama_models), "/api/ps": (_READ, Handler._ollama_loaded),
-    "/api/show": (("POST",), Handler._ollama_model),
-    **{f"/api/{name}": ((*_READ, "POST", "DELETE"), Handler._ollama_only)
-       for name in ("pull", "push", "create", "copy", "delete", "blobs/")}}
-
 QUIET = ("/health", "/", "/metrics", "/status")    # asked again and again: a good answer is logged at debug only
 REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
@@ -7813,6 +7784,23 @@ LOG_WORDS = {"id": "%s", "method": " %s", "path": " %s", "status": " %s", "asked
              "side": " (%s)", "first_token_s": ", first %.2f s", "tokens_per_s": ", %.1f tokens/s",
              "bytes_in": ", in %s B", "bytes_out": ", out %s B", "seconds": ", %.2f s", "error": ": %s",
              "reason": ": %s"}
+
+_READ = ("GET", "HEAD")
+# Path without /v1 -> methods, and what answers them; OPTIONS goes everywhere.
+ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Handler], None] | None]] = {
+    **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), **dict.fromkeys(EMBEDDINGS, (("POST",), Handler._embed)),
+    "/": (_READ, Handler._page),
+    "/messages/count_tokens": (("POST",), Handler._count_tokens),
+    "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models),
+    "/metrics": (_READ, lambda handler: handler.reply(200, handler.gateway.metrics(), METRICS_HEADERS)),
+    "/status": (_READ, lambda handler: handler.json(200, handler.gateway.status())),
+    "/api/version": (_READ, lambda handler: handler.json(200, {"version": OLLAMA_VERSION})),
+    "/api/tags": (_READ, lambda handler: handler.json(200, {
+        "models": [*itertools.starmap(ollama_entry, handler.gateway.catalogue().items())]})),
+    "/api/ps": (_READ, lambda handler: handler.json(200, ollama_loaded(handler.gateway.catalogue().values()))),
+    "/api/show": (("POST",), Handler._ollama_model),
+    **{f"/api/{name}": ((*_READ, "POST", "DELETE"), Handler._ollama_only)
+       for name in ("pull", "push", "create", "copy", "delete", "blobs/")}}
 
 
 @functools.lru_cache(1)
