@@ -5521,12 +5521,19 @@ class Gateway:
             status=404, code="model_not_found")
 
     def plan(self, request: ChatRequest) -> Plan:
-        """Return what to try for a request.  Raises OblixError: an unknown model, no key, nothing that can answer."""
+        """Return what to try for a request.  Raises OblixError: an unknown model, no key, nothing that can answer.
+
+        A model that was named is tried alone, whatever is known of it.
+        """
         snapshot, alias = self.snapshot(), self.alias_of(request.model)
         asked = [name if name in OWN_NAMES else self.resolve(name, snapshot)
                  for name in self.meaning_of(request.model)]
         if len(asked) == 1 and isinstance(asked[0], Target):
-            plan = self._plan_of_one(request, asked[0])
+            refused = PROVIDERS[asked[0].endpoint.provider].refusal(request)
+            if refused:
+                raise refused
+            check_key(asked[0])
+            plan = Plan((asked[0],), "the request named the model")
         else:
             plan = self._plan_of_all(request, asked, snapshot)
         return dataclasses.replace(plan, reason=f"{alias}: {plan.reason}") if alias else plan
@@ -5544,15 +5551,6 @@ class Gateway:
             raise self._nothing_left(plan, refusals, snapshot, [
                 target for target in targets if any(one in ("auto", target.side, target) for one in asked)])
         return plan
-
-    @staticmethod
-    def _plan_of_one(request: ChatRequest, target: Target) -> Plan:
-        """Return the plan for a model that was named: it alone, whatever is known of it.  Raises OblixError."""
-        refused = PROVIDERS[target.endpoint.provider].refusal(request)
-        if refused:
-            raise refused
-        check_key(target)
-        return Plan((target,), "the request named the model")
 
     def _refusal(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> Unsupported | None:
         """Return what of the request a target can't do, from what its provider and its server say, or None."""
@@ -5911,7 +5909,9 @@ class Dispatch:
 
     def run(self) -> Result:
         """Return the first answer.  Raises OblixError, ClientGone."""
-        self._warm_up()
+        local = next((target for target in self._plan.order if target.side is Side.LOCAL), None)
+        if local and self._plan.order[0].side is Side.CLOUD and self._settings.prefer != "cloud":
+            self._gateway.warm_up(local, self._plan.conditions[local])    # for the next request
         with contextlib.closing(self._order()) as order:
             for target, self._others in order:
                 try:
@@ -5968,13 +5968,6 @@ class Dispatch:
             tried_before = {tried.target for tried in self._failed}
             yield from ((target, ()) for target in self._plan.order if target not in tried_before)
         yield from ((tried.target, ()) for tried in [*self._failed] if tried.may_be_back())
-
-    def _warm_up(self) -> None:
-        """Load a cold local model for the next request, while the cloud answers in its place."""
-        order = self._plan.order
-        local = next((target for target in order if target.side is Side.LOCAL), None)
-        if local and order[0].side is Side.CLOUD and self._settings.prefer != "cloud":
-            self._gateway.warm_up(local, self._plan.conditions[local])
 
     def _fail(self, target: Target, error: UpstreamError) -> None:
         """Note an attempt that has failed."""
@@ -6166,25 +6159,19 @@ class Dispatch:
         Raises UpstreamError, without the key in its texts, ClientGone, and _Overtaken where another request has taken
         the target's last slot since the plan was made and a cloud could answer.
         """
-        limits = self._limits(target)
-        context = self._loaded(request, target, limits)
+        limits, provider = self._limits(target), PROVIDERS[target.endpoint.provider]
+        context, native = self._loaded(request, target, limits), request.native_to(provider.name)
+        path, headers = (native.path, native.headers) if native else (provider.chat_path, ())
         with self.ledger.flight(target) as number:
             self._alone = number == 1
             counted_on = target.side is Side.LOCAL and self._others and self._others[0].side is Side.CLOUD
             if counted_on and number > self._settings.local_slots and self._plan.conditions[target].state != "busy":
                 raise _Overtaken
             started = time.monotonic()
-            with _without_key(target.endpoint), \
-                    contextlib.closing(self._open(request, target, context, limits)) as answer:
+            encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
+            with _without_key(target.endpoint), contextlib.closing(
+                    self._gateway.open(target, path, encoded, limits, self._look, headers)) as answer:
                 yield answer, started
-
-    def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
-        """Return the upstream's answer of status 2xx.  Raise UpstreamError, ClientGone."""
-        provider, keep_alive = PROVIDERS[target.endpoint.provider], self._gateway.keep_alive(target)
-        native = request.native_to(provider.name)
-        path, headers = (native.path, native.headers) if native else (provider.chat_path, ())
-        encoded = provider.encode(request, target, context, keep_alive)
-        return self._gateway.open(target, path, encoded, limits, self._look, headers)
 
     def _noted(self, target: Target, held: Sequence[Chunk], stream: Stream) -> Stream:
         """Yield the held chunks and the rest of a stream.  Tell the ledger how it ends; close the upstream."""
