@@ -39,7 +39,7 @@ Who owns which state
   latencies              a deque of each monitor of an endpoint, which its own thread appends to (4)
   loads and look-ups     a dict for each of the two kinds of errands, whose setdefault and del are atomic (7)
   what readings mean     caches of pure functions (lru_cache); two threads that miss at once put in the same (5, 9)
-  what loads showed      two dicts of the gateway, whose entries loads replace and monitors remove, atomically (9)
+  what loads showed      a dict of the gateway, whose entries loads replace and monitors remove, atomically (9)
   the embedding model    an attribute of the gateway, set once; of two that set it at once both found the same (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
@@ -5369,10 +5369,10 @@ class Gateway:
         self.transport.connect_s = settings.connect_timeout_s    # of probes and of loads, too
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
-        self._said: dict[Target, tuple[int, int]] = {}    # of a target's last load: context asked, context said
-        # Models that their server shows under another name after a load, and the names that it shows then: those of one
-        # file of weights are one to it.
-        self._hidden: dict[tuple[Endpoint, str], frozenset[str]] = {}
+        # Targets that are loaded but not shown so: the context that was asked for, and what their server shows instead.
+        # Some don't say the context, or another one (clamped, times the parallel slots), and models of one file of
+        # weights are one to Ollama.  Another load would change nothing.
+        self._shown_as: dict[Target, tuple[int, frozenset[tuple[str, int]]]] = {}
         self._configured = configured_targets(settings)
         for target in self._configured:    # before any that clients name
             self.journal.name(target.id)
@@ -5438,32 +5438,27 @@ class Gateway:
         load_s = time.monotonic() - started
         log.info("%s is loaded, %.1f s", target.id, load_s)
         self.ledger.learn_load(target, load_s, context)
+        self._shown_as.pop(target, None)
         self.watch.look(endpoint, lambda reading: _shows_loaded(target, context, reading))
-        model = model_of(target, reading_of(target, self.watch.readings))
-        self._said[target] = context, model.context if model else 0
-        if model and model.cold:
-            self._hidden[endpoint, model.name] = _in_memory(reading_of(target, self.watch.readings))
-            self.watch.look(endpoint, lambda reading: _shows_loaded(target, 0, reading))
+        reading = reading_of(target, self.watch.readings)
+        model = model_of(target, reading)
+        if reading and model and (model.cold or context not in (0, model.context)):
+            self._shown_as[target] = context, _in_memory(reading.models or () if model.cold else [model])
+            self.watch.look(endpoint, lambda reading: _shows_loaded(target, context, reading))
 
     def _probe(self, endpoint: Endpoint) -> Probe:
-        """Return the state of an endpoint, whose hidden models count as in memory.  Raise UpstreamError."""
+        """Return the state of an endpoint, whose models are in memory as they were loaded.  Raise UpstreamError."""
         probe = self._prober(endpoint)
-        shown = _in_memory(probe)
-        for where, name in [key for key, names in tuple(self._hidden.items()) if key[0] == endpoint and (
-                key[1] in shown or names != shown and not names & shown)]:
-            self._hidden.pop((where, name), None)    # it is shown, or what was in memory with it is gone
-        return dataclasses.replace(probe, models=probe.models and tuple([
-            dataclasses.replace(model, cold=model.cold and (endpoint, model.name) not in self._hidden)
-            for model in probe.models]))
-
-    def context_of(self, target: Target, model: Model) -> int:
-        """Return the context that a model is loaded for.
-
-        Some servers don't say it, or say another one than they were asked for (clamped, times the parallel slots): what
-        they said after the last load stands for what that asked for, as another load would change nothing.
-        """
-        asked, said = self._said.get(target, (0, 0))
-        return asked if asked and said == model.context else model.context
+        models = {full_name(model.name): model for model in probe.models or ()}
+        shown = _in_memory(models.values())
+        for target, (context, instead) in tuple(self._shown_as.items()):
+            name = full_name(target.model)
+            model = models.get(name) if target.endpoint == endpoint else None
+            if model and (instead == shown or instead & shown) and (model.cold or instead >= _in_memory([model])):
+                models[name] = dataclasses.replace(model, cold=False, context=context or model.context)
+            elif model:
+                self._shown_as.pop(target, None)    # it is shown, or what was in memory with it is gone
+        return dataclasses.replace(probe, models=probe.models and tuple(models.values()))
 
     def keep_alive(self, target: Target) -> KeepAlive:
         """Return how long a target's server is asked to keep the model, or the prompt; None leaves that to it."""
@@ -5572,7 +5567,6 @@ class Gateway:
         model = model_of(target, reading_of(target, snapshot.readings))
         if not model or not model.max_context:
             return 0
-        model = dataclasses.replace(model, context=self.context_of(target, model))
         return PROVIDERS[target.endpoint.provider].context_for(
             request, model, snapshot.record(target).context, free_bytes(target, snapshot.readings))
 
@@ -5783,7 +5777,6 @@ class Gateway:
     def _planned(self, target: Target, snapshot: Snapshot, model: Model | None = None) -> Model:
         """Return what clients may plan with for a target, whose model may be known."""
         model = model or model_of(target, reading_of(target, snapshot.readings)) or Model(target.model)
-        model = dataclasses.replace(model, context=self.context_of(target, model))
         return PROVIDERS[target.endpoint.provider].planned(
             model, snapshot.record(target).context, free_bytes(target, snapshot.readings))
 
@@ -5825,9 +5818,9 @@ def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
     return (next(fitting, found[0]),) if found else ()
 
 
-def _in_memory(told: Probe | Reading | None) -> frozenset[str]:
-    """Return the names of the models that a server shows in its memory."""
-    return frozenset(model.name for model in told and told.models or () if not model.cold and not model.remote)
+def _in_memory(models: Iterable[Model]) -> frozenset[tuple[str, int]]:
+    """Return the names and contexts of the models that a server shows in its memory."""
+    return frozenset((model.name, model.context) for model in models if not model.cold and not model.remote)
 
 
 def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
@@ -6059,7 +6052,7 @@ class Dispatch:
                 except Unsupported as error:    # the memory has shrunk since the plan was made
                     raise UpstreamError(error.message, Fault.TOO_LONG, status=error.status, type=error.type,
                                         code=error.code, param=error.param, retry=False) from None
-                if model.cold or context not in (0, self._gateway.context_of(target, model)):
+                if model.cold or context not in (0, model.context):
                     load = loader.begin(target, context)
             if not load:
                 break
