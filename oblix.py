@@ -2090,7 +2090,7 @@ def condition(target: Target, snapshot: Snapshot) -> Condition:
 def survey(target: Target, readings: tuple[Reading, ...], loading: bool) -> Condition:
     """Return what the readings say of a target.  They change about once a second, and many requests ask in between."""
     reading = reading_of(target, readings)
-    model = model_of(target, reading)
+    model = model_of(target, readings)
     barred = _barred(target, reading, model, None if loading else free_bytes(target, readings))
     if barred:
         return barred
@@ -2120,10 +2120,15 @@ def reading_of(target: Target, readings: Iterable[Reading]) -> Reading | None:
     return next((reading for reading in readings if reading.endpoint == target.endpoint), None)
 
 
-def model_of(target: Target, reading: Reading | None) -> Model | None:
+def models_of(endpoint: Endpoint, readings: Iterable[Reading]) -> tuple[Model, ...]:
+    """Return the models that an endpoint lists, newest first; none while it has not listed them."""
+    return next((reading.models for reading in readings if reading.endpoint == endpoint and reading.models), ())
+
+
+def model_of(target: Target, readings: Iterable[Reading]) -> Model | None:
     """Return the target's model as its endpoint lists it, or None."""
-    models = (reading and reading.models) or ()
-    return next((model for model in models if full_name(model.name) == full_name(target.model)), None)
+    name = full_name(target.model)
+    return next((model for model in models_of(target.endpoint, readings) if full_name(model.name) == name), None)
 
 
 def full_name(name: str) -> str:
@@ -2159,8 +2164,7 @@ def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
     facts = device_facts(readings)
     if not target.endpoint.on_device or "memory_free_mb" not in facts:
         return None
-    own = reading_of(target, readings)
-    loaded = [model.size for model in (own and own.models) or () if not model.cold]
+    loaded = [model.size for model in models_of(target.endpoint, readings) if not model.cold]
     free: float = (facts["memory_free_mb"] + facts.get("gpu_memory_free_mb", 0)) * 2**20
     return free + sum(loaded) if max(loaded, default=0) < 1 << 60 else None    # more than there is: nothing is known
 
@@ -2242,7 +2246,7 @@ def finding_out_s(target: Target, found: Condition, snapshot: Snapshot, work: Wo
 
 def guessed_s(target: Target, work: Work, snapshot: Snapshot) -> float:
     """Return a cautious guess of the seconds in which an unmeasured local model reads a prompt, or 0 without facts."""
-    model, facts = model_of(target, reading_of(target, snapshot.readings)), device_facts(snapshot.readings)
+    model, facts = model_of(target, snapshot.readings), device_facts(snapshot.readings)
     if not model or not target.endpoint.on_device:
         return 0.0
     fits_gpu = facts.get("gpu_memory_free_mb", 0) * 2**20 >= model.size
@@ -5439,12 +5443,12 @@ class Gateway:
         log.info("%s is loaded, %.1f s", target.id, load_s)
         self.ledger.learn_load(target, load_s, context)
         self._shown_as.pop(target, None)
-        self.watch.look(endpoint, lambda reading: _shows_loaded(target, context, reading))
-        reading = reading_of(target, self.watch.readings)
-        model = model_of(target, reading)
-        if reading and model and (model.cold or context not in (0, model.context)):
-            self._shown_as[target] = context, _in_memory(reading.models or () if model.cold else [model])
-            self.watch.look(endpoint, lambda reading: _shows_loaded(target, context, reading))
+        self.watch.look(endpoint, lambda reading: _shows_loaded(target, (context, 0), reading))    # 0: it does not say
+        model = model_of(target, self.watch.readings)
+        if model and (model.cold or context not in (0, model.context)):
+            instead = models_of(endpoint, self.watch.readings) if model.cold else (model,)
+            self._shown_as[target] = context, _in_memory(instead)
+            self.watch.look(endpoint, lambda reading: _shows_loaded(target, (context,), reading))
 
     def _probe(self, endpoint: Endpoint) -> Probe:
         """Return the state of an endpoint, whose models are in memory as they were loaded.  Raise UpstreamError."""
@@ -5493,7 +5497,7 @@ class Gateway:
             if provider in ("", its) and (model == target.model
                                           or its == "ollama" and full_name(model) == full_name(target.model)):
                 return target
-        spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
+        spelt = [one for one in models_of(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
         if not (provider or spelt) and model.startswith("claude-") and not self._default_endpoints["claude"].lacks_key:
             provider = "claude"    # Anthropic's clients name its models so
         if not model or not (provider or spelt):
@@ -5552,7 +5556,7 @@ class Gateway:
         refused = PROVIDERS[target.endpoint.provider].refusal(request)
         if refused or target.endpoint.provider != "ollama":
             return refused
-        model = model_of(target, reading_of(target, snapshot.readings))
+        model = model_of(target, snapshot.readings)
         lacking = needs_of(request) - model.capabilities if model and model.capabilities else ()
         if lacking:
             return Unsupported(f"the model has no {' and no '.join(sorted(lacking))}", param="model")
@@ -5564,7 +5568,7 @@ class Gateway:
 
     def context(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> int:
         """Return the context to load the target's model for, or 0 to leave it as it is.  Raises Unsupported."""
-        model = model_of(target, reading_of(target, snapshot.readings))
+        model = model_of(target, snapshot.readings)
         if not model or not model.max_context:
             return 0
         return PROVIDERS[target.endpoint.provider].context_for(
@@ -5671,7 +5675,7 @@ class Gateway:
     def _usual_embedder(self) -> tuple[Target, ...]:
         """Return the model of all embeddings, or none.  It stays the same for as long as Oblix runs."""
         if not self._embedders:
-            found = [f"ollama:{model.name}" for model in installed(self._ollama, self.watch.readings)
+            found = [f"ollama:{model.name}" for model in models_of(self._ollama, self.watch.readings)
                      if not model.remote and model.embeds]
             openai = self._default_endpoints["openai"]
             if openai.key and openai.key_variable:    # it is OpenAI's own
@@ -5756,7 +5760,7 @@ class Gateway:
         snapshot, aliases = self.snapshot(), [alias.name for alias in self.aliases if not alias.is_pattern]
         found = {name: self.known(name, snapshot) for name in (*OWN_NAMES, *aliases)}
         found.update({target.id: self._planned(target, snapshot) for target in snapshot.targets})
-        for model in installed(self._ollama, snapshot.readings):
+        for model in models_of(self._ollama, snapshot.readings):
             target = Target(self._ollama, model.name.removesuffix(":latest"), Side.LOCAL)
             found[target.id] = self._planned(target, snapshot, model)
         return found
@@ -5776,7 +5780,7 @@ class Gateway:
 
     def _planned(self, target: Target, snapshot: Snapshot, model: Model | None = None) -> Model:
         """Return what clients may plan with for a target, whose model may be known."""
-        model = model or model_of(target, reading_of(target, snapshot.readings)) or Model(target.model)
+        model = model or model_of(target, snapshot.readings) or Model(target.model)
         return PROVIDERS[target.endpoint.provider].planned(
             model, snapshot.record(target).context, free_bytes(target, snapshot.readings))
 
@@ -5803,16 +5807,10 @@ def check_key(target: Target) -> None:
 
 
 @functools.lru_cache(4)
-def installed(ollama: Endpoint, readings: tuple[Reading, ...]) -> tuple[Model, ...]:
-    """Return the models that Ollama lists, newest first; none while it has not listed them."""
-    return next((reading.models for reading in readings if reading.endpoint == ollama and reading.models), ())
-
-
-@functools.lru_cache(4)
 def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
                      loading: frozenset[Target]) -> tuple[Target, ...]:
     """Return Ollama's newest model that fits into memory, or else its newest one, or none."""
-    found = [Target(ollama, model.name.removesuffix(":latest"), Side.LOCAL) for model in installed(ollama, readings)
+    found = [Target(ollama, model.name.removesuffix(":latest"), Side.LOCAL) for model in models_of(ollama, readings)
              if model.is_chat_model and not model.remote and may_be_local(ollama, model.name)]
     fitting = (target for target in found if survey(target, readings, target in loading).use is Eligibility.YES)
     return (next(fitting, found[0]),) if found else ()
@@ -5823,14 +5821,14 @@ def _in_memory(models: Iterable[Model]) -> frozenset[tuple[str, int]]:
     return frozenset((model.name, model.context) for model in models if not model.cold and not model.remote)
 
 
-def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
-    """Return True if a reading knows of a load that has ended."""
-    model = model_of(target, reading)
-    return model is None or not model.cold and (not context or model.context in (0, context))
+def _shows_loaded(target: Target, contexts: tuple[int, ...], reading: Reading) -> bool:
+    """Return True if a reading knows of a load that has ended, for one of these contexts unless all are 0."""
+    model = model_of(target, (reading,))
+    return model is None or not model.cold and (not any(contexts) or model.context in contexts)
 
 
 def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json:
-    record, model = snapshot.record(target), model_of(target, reading_of(target, snapshot.readings))
+    record, model = snapshot.record(target), model_of(target, snapshot.readings)
     breaker, pace = record.breaker, record.pace
     memory = {"context": model.context, "gpu_share": model.gpu_share} if model and model.context else {}
     reason = found.reason or ("not probed yet" if found.state == "unknown" else None)
@@ -5854,9 +5852,8 @@ def _process_values() -> dict[tuple[Any, ...], float]:
 def _side_report(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition]) -> Json:
     found = side_condition(side, snapshot, conditions, {})
     mine = [reading for reading in snapshot.readings if reading.side is side]
-    facts = {name: fact for reading in mine if not reading.endpoint for name, fact in reading.facts.items()}
-    return {"level": found.word(side), "reason": found.reason,
-            "facts": {**facts, "endpoints": [reading.facts for reading in mine if reading.endpoint and reading.facts]}}
+    endpoints = [reading.facts for reading in mine if reading.endpoint and reading.facts]
+    return {"level": found.word(side), "reason": found.reason, "facts": {**device_facts(mine), "endpoints": endpoints}}
 
 
 class _Failure(NamedTuple):
@@ -6043,7 +6040,7 @@ class Dispatch:
             self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.first_byte_s)
         for _ in range(2):    # the load that was joined may have been for a smaller context
             load, snapshot = loader.under_way.get(target), self._gateway.snapshot()
-            model = model_of(target, reading_of(target, snapshot.readings))
+            model = model_of(target, snapshot.readings)
             if model and model.remote and target.side is Side.LOCAL and not self._named:
                 raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.NOT_FOUND, status=404)
             if not load and model and not model.remote:
