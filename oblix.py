@@ -46,6 +46,7 @@ Who owns which state
   ledger                 what is in flight, and what requests have shown of each target; behind its lock (8)
   journal                sums over the requests that have ended, behind its lock; a deque of the last ones and a set of
                          names, whose operations are atomic (8)
+  items of answers       a deque of the Responses front, whose operations are atomic, as its counter's are (11)
   lines of the log       a deque of its writer, whose operations are atomic (15)
   admission              a set of guests, whose operations are atomic; how much is asked at once, behind its lock (12)
   how busy a client is   attributes of its guest, written by its thread, and once more by a thread that makes room (12)
@@ -1106,6 +1107,8 @@ def parse_request(body: Json) -> ChatRequest:
 def _tool(where: str, tool: Json) -> Json:
     """Return a tool, checked, with its type and without its nulls.  Raises BadRequest."""
     tool = {"type": "function", **without_nulls(tool, tool.get("type") or "function")}
+    if tool["type"] == "function" and "function" not in tool and "name" in tool:    # as Responses has it, and Cursor
+        tool = {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
     fits = tool["type"] != "function" or _has(tool.get("function"), _FUNCTION) and tool["function"]["name"]
     need(fits, where, 'must be like {"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}')
     return tool
@@ -6507,6 +6510,8 @@ class Chat(Front):
     name = "chat"
 
     def request(self, body: Json, head: Head) -> ChatRequest:
+        if "messages" not in body and "input" in body:    # as Cursor asks here, in agent mode
+            body = {**RESPONSES.chat(body)[0], "stream_options": body.get("stream_options")}
         return parse_request(body)
 
     def whole(self, answer: Json, request: ChatRequest) -> Json:
@@ -6514,6 +6519,469 @@ class Chat(Front):
 
     def stream(self, request: ChatRequest) -> Writer:
         return _ChatWriter(request)
+
+
+# --- 11. OpenAI's Responses: what is asked ----------------------------------------------------------------------------
+
+class _Tool(NamedTuple):
+    """A client's tool."""
+    kind: str              # of the items that call it; "" for a tool that only OpenAI can run
+    name: str
+    namespace: str = ""
+    function: Json = {}    # as models are told of it, but for the name
+
+
+_NOT_KEPT = ("previous_response_id", "conversation", "background", "prompt")
+_AS_IN_CHAT = frozenset(("model stream temperature top_p top_logprobs parallel_tool_calls user safety_identifier "
+                         "prompt_cache_key prompt_cache_options prompt_cache_retention service_tier seed stop "
+                         "presence_penalty frequency_penalty options keep_alive think").split())
+_RESPONSES_FIELDS: dict[str, Rule] = {
+    "input": (lambda value: isinstance(value, (str, list)), "must be a string or a list of items"),
+    "include": (lambda value: isinstance(value, list), "must be a list of strings"),
+    "tool_choice": (lambda value: isinstance(value, (str, dict)), FIELDS["tool_choice"][1]),
+    "max_output_tokens": FIELDS["max_tokens"],
+    "instructions": FIELDS["service_tier"], **dict.fromkeys(("text", "reasoning", "metadata"), FIELDS["options"]),
+}
+_CALLS = {"function_call": "arguments", "custom_tool_call": "input"}    # kind of item -> its text
+_OUTPUTS = ("function_call_output", "custom_tool_call_output")
+_SYSTEM = ("system", "developer")
+_TEXT_PARTS = {**dict.fromkeys(("input_text", "output_text", "text", "summary_text", "reasoning_text"), "text"),
+               "refusal": "refusal"}
+
+
+def flat_name(namespace: Any, name: str) -> str:
+    """Return the name by which models know a tool: they have no namespaces.  OpenAI's names have 64 letters at most."""
+    if not namespace or namespace == "functions":    # Codex's word for none
+        return name
+    return re.sub("[^A-Za-z0-9_-]", "_", f"{str(namespace).rstrip('_')}__{name}")[-64:]
+
+
+def tools_of(body: Json) -> dict[str, _Tool]:
+    """Return the tools in a body by the names that models know.  Raise BadRequest."""
+    # For OpenAI's newest models Codex has its tools in an item.
+    items = body["input"] if isinstance(body.get("input"), list) else []
+    lists = [("tools", body.get("tools") or []), *(
+        (f"input[{number}].tools", item.get("tools")) for number, item in enumerate(items)
+        if isinstance(item, dict) and item.get("type") == "additional_tools")]
+    return {flat_name(tool.namespace, tool.name) if tool.kind else f"({tool.name})": tool
+            for where, tools in lists for tool in _flat_tools(tools, where)}
+
+
+def _flat_tools(tools: Any, where: str, namespace: str = "") -> Iterator[_Tool]:
+    """Yield the tools of a list, and of the namespaces in it.  Raise BadRequest."""
+    need(isinstance(tools, list), where, "must be a list of tools")
+    for number, tool in enumerate(tools):
+        here = f"{where}[{number}]"
+        need(isinstance(tool, dict), here, "must be an object")
+        kind = tool.get("type") or "function"
+        if kind not in ("function", "custom", "namespace"):
+            yield _Tool("", str(kind)[:64])
+            continue
+        tool = tool["function"] if isinstance(tool.get("function"), dict) else tool    # Cursor mixes both forms
+        need(tool.get("name") and isinstance(tool["name"], str), f"{here}.name", "must be a string")
+        if kind == "namespace":
+            yield from _flat_tools(tool.get("tools"), f"{here}.tools", tool["name"])
+            continue
+        if kind == "function":
+            told = {name: tool[name] for name in ("description", "parameters", "strict") if tool.get(name) is not None}
+            yield _Tool("function_call", tool["name"], namespace, told)
+            continue
+        form, words = tool.get("format"), str(tool.get("description") or "")
+        if isinstance(form, dict) and "definition" in form:
+            words += f"\n\nThe input must fit this {form.get('syntax')} grammar:\n{form['definition']}"
+        schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+        yield _Tool("custom_tool_call", tool["name"], namespace, {"description": words, "parameters": schema})
+
+
+def _choice_of(choice: Any, tools: dict[str, _Tool]) -> Any:
+    """Return a choice among the tools as chat has it, or None for one that only OpenAI can run."""
+    if not isinstance(choice, dict):
+        return choice
+    if choice.get("type") == "allowed_tools":
+        need(isinstance(choice.get("tools"), list), "tool_choice.tools", "must be a list of tools")
+        allowed = [_choice_of(tool, tools) for tool in choice["tools"] if isinstance(tool, dict)]
+        return {"type": "allowed_tools", "allowed_tools": {
+            "mode": choice.get("mode") or "auto", "tools": [*filter(None, allowed)]}}
+    inner = choice["function"] if isinstance(choice.get("function"), dict) else choice
+    name = flat_name(inner.get("namespace"), str(inner.get("name")))
+    return {"type": "function", "function": {"name": name}} if name in tools else None
+
+
+def _part_of(where: str, part: Any) -> Json:
+    """Return a content part as chat has it.  Raise BadRequest."""
+    need(isinstance(part, dict), where, "must be an object")
+    kind = str(part.get("type"))
+    if kind in _TEXT_PARTS:
+        text = part.get(_TEXT_PARTS[kind])
+        need(isinstance(text, str), f"{where}.{_TEXT_PARTS[kind]}", "must be a string")
+        return {"type": "text", "text": text}
+    if kind in ("input_image", "image_url"):
+        image = part.get("image_url")
+        image = image if isinstance(image, dict) else {"url": image, "detail": part.get("detail")}
+        need(isinstance(image.get("url"), str), f"{where}.image_url", "must be a URL: Oblix keeps no files")
+        return {"type": "image_url", "image_url": without_nulls(image)}
+    need(kind == "input_file" and isinstance(part.get("file_data"), str), where,
+         "must be an input_text, an input_image, or an input_file with file_data: Oblix keeps no files")
+    return {"type": "file", "file": without_nulls({name: part.get(name) for name in ("filename", "file_data")})}
+
+
+def _content_of(where: str, content: Any) -> str | list[Json]:
+    """Return a content as chat has it: one text as a string, which every server takes.  Raise BadRequest."""
+    if isinstance(content, str):
+        return content
+    need(isinstance(content, list), where, "must be a string or a list of parts")
+    parts = [_part_of(f"{where}[{number}]", part) for number, part in enumerate(content)]
+    return str(parts[0]["text"]) if len(parts) == 1 and "text" in parts[0] else parts or ""
+
+
+def messages_of(items: Sequence[Any]) -> tuple[list[Json], list[str]]:
+    """Return the messages in input items, and the kinds of items that only OpenAI can read.  Raise BadRequest.
+
+    What an assistant thinks, says and calls in a row is one message: servers want the outputs of all its calls next.
+    """
+    known, left_out, messages = list[tuple[str, str, Json]](), list[str](), list[Json]()
+    for number, item in enumerate(items):
+        where = f"input[{number}]"
+        need(isinstance(item, dict), where, "must be an object")
+        kind, role = str(item.get("type") or "message"), item.get("role")
+        if kind in ("reasoning", *_CALLS) or kind == "message" and role == "assistant":
+            known.append(("assistant", where, item))
+        elif kind == "message":
+            need(role in ("user", *_SYSTEM), f"{where}.role", "must be user, assistant, system or developer")
+            content = _content_of(f"{where}.content", item.get("content"))
+            known.append(("user", where, {"role": role, "content": content}))
+        elif kind in _OUTPUTS:
+            need(isinstance(item.get("call_id"), str), f"{where}.call_id", "must be a string")
+            content = _content_of(f"{where}.output", item.get("output"))
+            known.append(("tool", where, {"role": "tool", "tool_call_id": item["call_id"], "content": content}))
+        elif kind != "additional_tools":
+            left_out.append(kind[:64])
+    for role, group in itertools.groupby(known, lambda entry: entry[0]):
+        entries = [entry[1:] for entry in group]
+        told = _turn_of(entries) if role == "assistant" else [message for _, message in entries]
+        rest = [part for message in told for part in parts_of(message) if role == "tool" and part["type"] != "text"]
+        # most servers take texts alone as outputs
+        messages += [{**message, "content": text_of(message)} for message in told] if role == "tool" else told
+        messages += [{"role": "user", "content": rest}] if rest else []
+    return messages, left_out
+
+
+def _turn_of(entries: Iterable[tuple[str, Json]]) -> list[Json]:
+    """Return the one message of an assistant's items, or none for thoughts alone.  Raise BadRequest."""
+    texts, thoughts, calls = list[str](), list[str](), list[Json]()
+    for where, item in entries:
+        field = _CALLS.get(str(item.get("type")))
+        if field:
+            for name in ("call_id", "name", field):
+                need(isinstance(item.get(name), str), f"{where}.{name}", "must be a string")
+            text = item[field] if field == "arguments" else dumps({"input": item[field]}).decode()
+            called = {"name": flat_name(item.get("namespace"), item["name"]), "arguments": text}
+            calls.append({"id": item["call_id"], "type": "function", "function": called})
+            continue
+        is_thought = item.get("type") == "reasoning"
+        place = "summary" if is_thought and not item.get("content") else "content"
+        said = text_of({"content": _content_of(f"{where}.{place}", item.get(place) or "")})
+        (thoughts if is_thought else texts).append(said)
+    text, thought = ("\n\n".join(filter(None, some)) for some in (texts, thoughts))
+    turn = {"role": "assistant", "content": text, **present({"reasoning_content": thought, "tool_calls": calls})}
+    return [turn] if text or calls else []
+
+
+def _system_first(instructions: str, messages: Sequence[Json]) -> list[Json]:
+    """Return the messages with at most one system message, the first: chat templates, as Qwen's, fail at any other.
+
+    What a client says in that role later is told as the user's.  At the front it would change the beginning of the
+    prompt, which the model's server has read before.
+    """
+    head = [*itertools.takewhile(lambda message: message["role"] in _SYSTEM and all(
+        part["type"] == "text" for part in parts_of(message)), messages)]
+    text = "\n\n".join(filter(None, [instructions, *map(text_of, head)]))
+    rest = [{**message, "role": "user"} if message["role"] in _SYSTEM else message for message in messages[len(head):]]
+    # Clients send an empty input to see whether a model answers.
+    return [*([{"role": "system", "content": text}] if text else []), *(rest or [{"role": "user", "content": "."}])]
+
+
+def chat_of(body: Json, items: Sequence[Any]) -> tuple[Json, tuple[str, ...]]:
+    """Return a body and its input items as chat's body, and what is left out of it.  Raise BadRequest."""
+    tools, choice, text = tools_of(body), body.get("tool_choice"), body.get("text") or {}
+    messages, left_out = messages_of(items)
+    form, effort = text.get("format"), (body.get("reasoning") or {}).get("effort")
+    if form is not None:
+        need(isinstance(form, dict) and isinstance(form.get("type"), str), "text.format", "must have a type")
+        inner = {name: value for name, value in form.items() if name != "type" and value is not None}
+        form = {"type": form["type"], **({form["type"]: inner} if inner else {})}
+    chosen = _choice_of(choice, tools)
+    left_out = [tool.name for tool in tools.values() if not tool.kind] + left_out + (
+        ["tool_choice"] if choice and not chosen else []) + (["truncation"] if body.get("truncation") == "auto" else [])
+    return {
+        **{name: value for name, value in body.items() if name in _AS_IN_CHAT},
+        "messages": _system_first(body.get("instructions") or "", messages),
+        "tools": [{"type": "function", "function": {"name": name, **tool.function}}
+                  for name, tool in tools.items() if tool.kind],
+        "tool_choice": chosen, "response_format": form, "verbosity": text.get("verbosity"), "reasoning_effort": effort,
+        "max_completion_tokens": body.get("max_output_tokens"),
+        "logprobs": bool(body.get("top_logprobs")) or "message.output_text.logprobs" in (body.get("include") or ()),
+    }, tuple(dict.fromkeys(left_out))
+
+
+# --- 11. OpenAI's Responses: what is answered -------------------------------------------------------------------------
+
+class _Kind(NamedTuple):
+    """A kind of output item, and its events."""
+    prefix: str             # of its id
+    item: Json
+    events: str             # before .delta and .done
+    text: str               # the field that has the text: in the item, or in its one part
+    parts: str = ""         # the field that has the parts
+    part: Json = {}
+    part_events: str = ""   # before .added and .done
+    place: Json = {}        # of the part
+
+
+_MESSAGE: Json = {"type": "message", "role": "assistant"}
+_KINDS = {    # by the field of a delta, and by the kind of a call
+    "reasoning_content": _Kind("rs", {"type": "reasoning"}, "response.reasoning_summary_text", "text", "summary",
+                               {"type": "summary_text"}, "response.reasoning_summary_part", {"summary_index": 0}),
+    "content": _Kind("msg", _MESSAGE, "response.output_text", "text", "content", {"type": "output_text",
+                     "annotations": [], "logprobs": []}, "response.content_part", {"content_index": 0}),
+    "refusal": _Kind("msg", _MESSAGE, "response.refusal", "refusal", "content", {"type": "refusal"},
+                     "response.content_part", {"content_index": 0}),
+    "function_call": _Kind("fc", {"type": "function_call"}, "response.function_call_arguments", "arguments"),
+    "custom_tool_call": _Kind("ctc", {"type": "custom_tool_call"}, "response.custom_tool_call_input", "input"),
+}
+_TEXT_FIELDS = ("reasoning_content", "content", "refusal")
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+_NO_LOGPROBS = b',"logprobs":[]'
+_ALWAYS = {"object": "response", "background": False, "error": None, "incomplete_details": None,
+           "previous_response_id": None, "store": False, "truncation": "disabled"}
+_ECHOED: Json = {
+    "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "top_logprobs": 0,
+    "reasoning": {"effort": None, "summary": None}, "temperature": None, "text": {"format": {"type": "text"}},
+    "tool_choice": "auto", "tools": [], "top_p": None, "user": None}
+MAX_KEPT, MAX_KEPT_BYTES = 256, 64 << 10    # items, and of each of them
+
+
+class _Item:
+    """An output item, as far as it has come."""
+
+    def __init__(self, kind: _Kind, index: int, answer_id: str, more: Json) -> None:
+        self.kind, self.more, self.id = kind, more, f"{kind.prefix}_{answer_id}_{index}"
+        self.where = {"item_id": self.id, "output_index": index, **kind.place}
+        self.texts, self.logprobs = list[bytes](), list[Json]()    # pieces, as JSON has them between its quotes
+        self.frame = b""    # around a piece in an event, once the item has begun
+
+    def text(self) -> str:
+        """Return the text of all pieces."""
+        return str(json.loads('"%s"' % b"".join(self.texts).decode("utf-8", "replace")))
+
+    def may_end(self) -> bool:
+        """Return True if another item may begin: a call is only complete when its arguments are."""
+        return bool(self.kind.parts) or object_in(self.text()) is not None
+
+    def json(self, status: str) -> Json:
+        """Return the item as the API has it."""
+        kind, text = self.kind, self.text() if status != "in_progress" else ""
+        part = {**kind.part, **({"logprobs": self.logprobs} if self.logprobs else {}),
+                kind.text: _input_in(text) if kind.text == "input" else text}
+        inner = {kind.parts: [part] if status != "in_progress" else []} if kind.parts else part
+        return {"id": self.id, **kind.item, "status": status, **self.more, **inner}
+
+
+def _input_in(arguments: str) -> str:
+    """Return the text that a model gave to a custom tool, by whatever name."""
+    text = next(iter((object_in(arguments) or {}).values()), None)
+    return text if isinstance(text, str) else arguments
+
+
+def _inner(call: Json) -> Json:
+    """Return what a tool call, or a piece of one, says of a function or a custom tool."""
+    return call.get("function") or call.get("custom") or {}
+
+
+def _usage_of(usage: Json) -> Json:
+    """Return chat's usage as this API has it."""
+    read, written = (details if isinstance(details, dict) else {} for details in map(usage.get, (
+        "prompt_tokens_details", "completion_tokens_details")))
+    return {"input_tokens": usage.get("prompt_tokens"), "input_tokens_details": {
+                name: read.get(name) or 0 for name in ("cached_tokens", "cache_write_tokens")},
+            "output_tokens": usage.get("completion_tokens"), "output_tokens_details": {
+                "reasoning_tokens": written.get("reasoning_tokens") or 0}, "total_tokens": usage.get("total_tokens")}
+
+
+def echo_of(body: Json) -> Json:
+    """Return what a response repeats of its request."""
+    return {name: usual if body.get(name) is None else body[name] for name, usual in _ECHOED.items()}
+
+
+class _ResponsesWriter(Writer):
+    """Tells one item after the other: what comes while a call is open waits for the end, as that call may go on."""
+
+    def __init__(self, request: ChatRequest, number: int, kept: collections.deque[Json]) -> None:
+        """`number` tells the answer from others, as some servers give them all one id; `kept` gets the items."""
+        self._request, self._answer, self._kept, self._finish = request, number, kept, ""
+        self.response, self._echo = Json(), b""    # the fields that are told of each answer, and what is echoed
+        self._number = 0                    # of the next event
+        self._output = list[Json]()         # the items that are complete
+        self._open: dict[Any, _Item] = {}   # by the field of the delta, or by the index of the call
+
+    @functools.cached_property
+    def _tools(self) -> dict[str, _Tool]:
+        return tools_of(self._request.origin)
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            return self._say("content", chunk)
+        events = b"" if self.response else self._begin(chunk)
+        if isinstance(chunk.get("usage"), dict):
+            self.response["usage"] = _usage_of(chunk["usage"])
+        for choice in chunk["choices"][:1]:
+            delta, logprobs = choice["delta"], choice.get("logprobs")
+            logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
+            self._finish = choice.get("finish_reason") or self._finish
+            for field in filter(delta.get, _TEXT_FIELDS):
+                events += self._say(field, [dumps(delta[field])[1:-1]], logprobs if (
+                    field == "content" and isinstance(logprobs, list)) else ())
+            for call in delta.get("tool_calls") or ():
+                text = _inner(call).get("arguments") or _inner(call).get("input") or ""
+                events += self._say(call["index"], [dumps(text)[1:-1]] if text else [], (), call)
+        return events
+
+    def end(self) -> bytes:
+        reason = _INCOMPLETE.get(self._finish)
+        status = "incomplete" if reason else "completed"
+        return self._close(status) + self._states(
+            status, status=status, incomplete_details={"reason": reason} if reason else None)
+
+    def broken(self, error: OblixError) -> bytes:
+        # The SDKs raise the first event, and only if it has an error object; Codex reads the second, and not the first.
+        told = error_body(error)["error"]
+        events = b"" if self.response else self._begin({})
+        return events + self._event("error", **{**told, "error": told}) + self._states(
+            "failed", status="failed", error={"code": error.code or error.type, "message": told["message"]})
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        if not self._request.stream:
+            return b""
+        self._number += 1
+        return b"event: %b\n%b" % (kind.encode(), sse({**fields, "type": kind, "sequence_number": self._number - 1}))
+
+    def _states(self, *states: str, **fields: Any) -> bytes:
+        """Return the events that tell how the whole answer is."""
+        self.response.update(output=self._output, **fields)
+        if not self._request.stream:
+            return b""
+        told, events = dumps(self.response)[:-1] + b"," + self._echo, b""
+        for state in states:    # the tools alone may have 30 KB: they are encoded once
+            events += self._event(f"response.{state}")[:-3] + b',"response":%b}\n\n' % told
+        return events
+
+    def _begin(self, first: Json) -> bytes:
+        """Return the events for the first chunk of an answer."""
+        id = re.sub("[^A-Za-z0-9]", "", str(first.get("id")).removeprefix("chatcmpl-"))
+        self._id = f"{id[-40:]}x{self._answer:x}"
+        self.response = {
+            "id": f"resp_{self._id}", "created_at": first.get("created", 0), **_ALWAYS, "usage": None,
+            "model": first.get("model", self._request.model), "service_tier": first.get("service_tier") or "default"}
+        self._echo = dumps(echo_of(self._request.origin))[1:] if self._request.stream else b""
+        return self._states("created", "in_progress", status="in_progress")
+
+    def _say(self, key: Any, texts: Sequence[bytes], logprobs: Sequence[Json] = (), call: Json | None = None) -> bytes:
+        """Return the events for pieces of a text, by the field of the delta or by the index of the call."""
+        item, events = self._open.get(key), b""
+        if not item:
+            if call and not _inner(call).get("name"):    # blanks after a call that is complete
+                return b""
+            if len(self._open) == 1 and next(iter(self._open.values())).may_end():
+                events = self._close("completed")
+            item = self._open[key] = self._item(key, call)
+            events += self._begin_item(item) if len(self._open) == 1 else b""
+        item.texts.append(b"".join(texts))
+        item.logprobs += logprobs
+        return events + self._deltas(item, texts, logprobs) if item.frame and item.kind.text != "input" else events
+
+    def _item(self, key: Any, call: Json | None) -> _Item:
+        """Return a new item."""
+        more, index = Json(), len(self._output) + len(self._open)
+        if call:
+            name = str(_inner(call).get("name"))
+            tool = self._tools.get(name) or _Tool("", name)    # one that the model has made up
+            key, more = tool.kind or "function_call", {"call_id": call.get("id"), "name": tool.name}
+            more.update({"namespace": tool.namespace} if tool.namespace else {})
+        return _Item(_KINDS[key], index, self._id, more)
+
+    def _begin_item(self, item: _Item) -> bytes:
+        kind, name, whole = item.kind, f"{item.kind.events}.delta", item.json("in_progress")
+        more = _NO_LOGPROBS if "logprobs" in kind.part else b""
+        item.frame = b"event: %b\n%b" % (name.encode(), sse({"type": name, **item.where}).rstrip()[:-1]) + (
+            b',"delta":"%b"' + more + b',"sequence_number":%d}\n\n')
+        part = {**kind.part, kind.text: ""}
+        events = self._event("response.output_item.added", output_index=item.where["output_index"], item=whole)
+        return events + (self._event(f"{kind.part_events}.added", **item.where, part=part) if kind.parts else b"")
+
+    def _deltas(self, item: _Item, texts: Sequence[bytes], logprobs: Sequence[Json] = ()) -> bytes:
+        first, self._number, frame = self._number, self._number + len(texts), item.frame
+        events = b"".join([frame % (text, number) for number, text in enumerate(texts, first)])
+        return events.replace(_NO_LOGPROBS, b',"logprobs":' + dumps(logprobs)) if logprobs else events
+
+    def _close(self, status: str) -> bytes:
+        """Return the events that complete what is open; the last item ends with this status."""
+        events, items, self._open = b"", [*self._open.values()], {}
+        for item in items:
+            kind, whole = item.kind, item.json(status if item is items[-1] else "completed")
+            part = whole[kind.parts][0] if kind.parts else whole
+            waited = not item.frame
+            events += self._begin_item(item) if waited else b""
+            events += self._deltas(item, [dumps(part[kind.text])[1:-1]]) if waited or kind.text == "input" else b""
+            told = {name: part[name] for name in (kind.text, "logprobs") if name in part}
+            events += self._event(f"{kind.events}.done", **item.where, **told)
+            events += self._event(f"{kind.part_events}.done", **item.where, part=part) if kind.parts else b""
+            events += self._event("response.output_item.done", output_index=item.where["output_index"], item=whole)
+            self._output.append(whole)
+            if self._request.origin.get("store") is not False and sum(map(len, item.texts)) <= MAX_KEPT_BYTES:
+                self._kept.append(whole)
+        return events
+
+
+class Responses(Front):
+    """OpenAI's Responses without what it stores, but for the newest items, as some clients only refer to them."""
+    name = "responses"
+
+    def __init__(self) -> None:
+        self._kept: collections.deque[Json] = collections.deque(maxlen=MAX_KEPT)
+        self._numbers = itertools.count()    # of answers
+
+    def request(self, body: Json, head: Head) -> ChatRequest:
+        asked, left_out = self.chat(body)
+        request = parse_request({**asked, "stream_options": {"include_usage": True}})
+        return dataclasses.replace(request, origin=body, left_out=left_out)
+
+    def chat(self, body: Json) -> tuple[Json, tuple[str, ...]]:
+        """Return a body as chat's, and what is left out of it.  Raise BadRequest."""
+        check_fields(body, _RESPONSES_FIELDS, ())
+        for name in _NOT_KEPT:
+            need(not body.get(name), name, "is not supported: Oblix stores no responses and no prompts. Send the whole "
+                 "input with each request", "unsupported_parameter")
+        asked = body.get("input") or []
+        items = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
+        referring = [number for number, item in enumerate(items)
+                     if isinstance(item, dict) and item.get("type") == "item_reference"]
+        kept = {item["id"]: item for item in tuple(self._kept)} if referring else {}
+        for number in referring:
+            items[number] = kept.get(str(items[number].get("id")))
+            need(items[number], f"input[{number}]", "refers to an item that Oblix does not have: it keeps the newest "
+                 f"{MAX_KEPT} in its memory. Send whole items: set store to false (Vercel AI SDK: providerOptions: "
+                 "{openai: {store: false}})", "unsupported_parameter")
+        return chat_of(body, items)
+
+    def whole(self, answer: Json, request: ChatRequest) -> Json:
+        choice, writer = answer["choices"][0], self.stream(request)
+        calls = [{"index": index, **call} for index, call in enumerate(choice["message"].get("tool_calls") or ())]
+        writer.take({**answer, "choices": [{**choice, "delta": {**choice["message"], "tool_calls": calls}}]})
+        writer.end()
+        return {**writer.response, **echo_of(request.origin)}
+
+    def stream(self, request: ChatRequest) -> _ResponsesWriter:
+        return _ResponsesWriter(request, next(self._numbers), self._kept)
 
 
 # --- 11. Anthropic's Messages -----------------------------------------------------------------------------------------
@@ -7233,11 +7701,11 @@ EMBEDDINGS: dict[str, Embeddings] = {    # by path, without /v1
 
 # --- 11. All of them --------------------------------------------------------------------------------------------------
 
-CHAT, MESSAGES, OLLAMA, OLLAMA_CHAT, OLLAMA_GENERATE = (
-    Chat(), Messages(), OllamaApi(), OllamaChat(), OllamaGenerate())
+CHAT, RESPONSES, MESSAGES, OLLAMA, OLLAMA_CHAT, OLLAMA_GENERATE = (
+    Chat(), Responses(), Messages(), OllamaApi(), OllamaChat(), OllamaGenerate())
 FRONTS: dict[str, Front] = {    # by path, without /v1
-    "/chat/completions": CHAT, "/messages": MESSAGES, "/completions": Completions(), OLLAMA_CHAT.path: OLLAMA_CHAT,
-    OLLAMA_GENERATE.path: OLLAMA_GENERATE}
+    "/chat/completions": CHAT, "/responses": RESPONSES, "/messages": MESSAGES, "/completions": Completions(),
+    OLLAMA_CHAT.path: OLLAMA_CHAT, OLLAMA_GENERATE.path: OLLAMA_GENERATE}
 _BELOW = {"/messages/": MESSAGES, "/api/": OLLAMA}    # how the path begins of what else these APIs have
 
 

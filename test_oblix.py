@@ -10628,6 +10628,533 @@ class ChatKeepsTheContract(FrontContract, Case):
         return {**FULL, "model": "ollama:llama3.2"}
 
 
+# --- 11. OpenAI's Responses -------------------------------------------------------------------------------------------
+
+def respond(model="auto", *items, **fields):
+    """The body of a request for OpenAI's Responses."""
+    return {"model": model, "input": list(items) or "Hi", **fields}
+
+
+def response_events(data):
+    """The events of a stream, each under the name of its type."""
+    events = []
+    for lines in data.decode().split("\n\n")[:-1]:
+        if not lines.startswith(":"):
+            name, said = lines.split("\n")
+            events.append(json.loads(said[len("data: "):]))
+            assert name == "event: " + events[-1]["type"], lines
+    return events
+
+
+PARTED = {"message": "content", "reasoning": "summary"}    # kind of item -> where its parts are
+ITEM_TEXTS = {"function_call": "arguments", "custom_tool_call": "input"}
+
+
+def response_in(case, data):
+    """The response of a stream, whose events must come in the order that the SDKs and LangChain count on.
+
+    They are numbered; one item is open at a time; what is done is what its pieces say, and what the response has.
+    """
+    events = response_events(data)
+    case.assertEqual([event["sequence_number"] for event in events], list(range(len(events))))
+    case.assertEqual([event["type"] for event in events[:2]], ["response.created", "response.in_progress"])
+    case.assertEqual(events[0]["response"]["output"], [])
+    done, item, said, last = [], None, "", dict(events[0]["response"])
+    for event in events[2:]:
+        kind = event["type"].split(".")[1:]
+        if "item" in event:
+            case.assertEqual(event["output_index"], len(done))
+        if kind == ["output_item", "added"]:
+            case.assertIsNone(item)
+            item, said = event["item"], ""
+            text = item.get(PARTED.get(item["type"], ITEM_TEXTS.get(item["type"])))
+            case.assertEqual((item["status"], text), ("in_progress", [] if item["type"] in PARTED else ""))
+        elif kind == ["output_item", "done"]:
+            case.assertEqual(event["item"]["id"], item["id"])
+            parts = event["item"].get(PARTED.get(item["type"])) or [{"text": event["item"].get(
+                ITEM_TEXTS.get(item["type"]))}]
+            case.assertEqual([part.get("text", part.get("refusal")) for part in parts], [said])
+            done.append(event["item"])
+            item = None
+        elif "item_id" in event:
+            case.assertEqual((event["item_id"], event["output_index"]), (item["id"], len(done)))
+            said += event.get("delta", "")
+            if kind[-1] == "done":
+                case.assertIn(said, [*event.values(), *event.get("part", {}).values()])
+        else:
+            last = event.get("response", last)
+            if event["type"] != "error":
+                case.assertEqual((event["type"], last["output"]), ("response." + last["status"], done))
+    if item:    # it broke off
+        part = {"type": "output_text", "text": said}
+        done.append({**item, PARTED.get(item["type"], "text"): [part]})
+    return {**last, "output": done}
+
+
+def seen_in(case, body):
+    """What a response tells, which must have what the SDKs read."""
+    case.assertEqual((body["object"], body["store"], body["previous_response_id"]), ("response", False, None))
+    case.assertTrue(body["id"].startswith("resp_"))
+    case.assertLessEqual({"created_at", "model", "tools", "tool_choice", "text", "reasoning", "metadata", "error",
+                          "instructions", "temperature", "top_p", "parallel_tool_calls", "truncation"}, set(body))
+    ids = [item["id"] for item in body["output"]]
+    case.assertEqual(len(set(ids)), len(ids))
+    texts = {"message": "", "reasoning": ""}
+    for item in body["output"]:
+        for part in item.get(PARTED.get(item["type"])) or ():
+            texts[item["type"]] += part.get("text", part.get("refusal"))
+    calls = [[item["name"], json.loads(item["arguments"])] for item in body["output"]
+             if item["type"] == "function_call"]
+    reason = (body["incomplete_details"] or {}).get("reason")
+    finish = {"max_output_tokens": "length", "content_filter": "content_filter"}.get(reason)
+    usage = body["usage"] or {}
+    if body["status"] == "completed":
+        finish = "tool_calls" if calls else "stop"
+    return Seen(texts["message"], texts["reasoning"], calls, finish,
+                      (usage.get("input_tokens"), usage.get("output_tokens")))
+
+
+NAMESPACE = {"type": "namespace", "name": "mcp__notes__", "description": "Notes.", "tools": [
+    {"type": "function", "name": "find", "description": "In notes.", "parameters": TOOLS[0]["function"]["parameters"]}]}
+PATCH = {"type": "custom", "name": "apply_patch", "description": "Patches.",
+         "format": {"type": "grammar", "syntax": "lark", "definition": "start: x"}}
+FLAT = [{"type": "function", **tool["function"]} for tool in TOOLS]
+CALLED = {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "find", "arguments": '{"q":"a"}'}
+ASKED_OF_RESPONSES = respond(
+    "auto", {"role": "developer", "content": "Be kind."},
+    {"type": "message", "role": "user", "content": [
+        {"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": PNG_URL, "detail": "low"}]},
+    {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}], "encrypted_content": None},
+    {"type": "message", "role": "assistant", "id": "msg_1", "content": [
+        {"type": "output_text", "text": "b", "annotations": []}, {"type": "refusal", "refusal": "no"}]},
+    CALLED, {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "c"}]},
+    {"type": "custom_tool_call", "call_id": "c2", "name": "apply_patch", "input": "*** Begin"},
+    {"type": "custom_tool_call_output", "call_id": "c2", "output": "done"},
+    {"type": "additional_tools", "role": "developer", "tools": [NAMESPACE]}, {"type": "web_search_call", "id": "w"},
+    instructions="Be brief.", tools=[*FLAT, NAMESPACE, PATCH, {"type": "web_search"}], tool_choice="auto",
+    parallel_tool_calls=True, max_output_tokens=50, temperature=0.5, top_p=1, top_logprobs=0, stream=False,
+    text={"format": {"type": "json_schema", "name": "a", "schema": SCHEMA, "strict": True}, "verbosity": "low"},
+    reasoning={"effort": "low", "summary": "auto"}, include=["reasoning.encrypted_content"], store=False, user="u",
+    metadata={"a": "b"}, truncation="auto", prompt_cache_key="k", service_tier="auto", client_metadata={"a": "b"})
+
+
+def user_says(*content):
+    return [{"role": "user", "content": content[0] if len(content) == 1 else list(content)}]
+
+
+def called_with(*calls, content="", **more):
+    """A message of chat's with these calls: id, name, arguments."""
+    calls = [{"id": id, "type": "function", "function": {"name": name, "arguments": text}} for id, name, text in calls]
+    return {"role": "assistant", "content": content, **more, "tool_calls": calls}
+
+
+OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "3"}
+PNG_PART, PDF_PART = image(PNG_URL), {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF_URL}}
+MEANT_TO_OPENAI = [  # what it is, the fields of Responses, those of chat
+    ("a text", {"input": "Hi"}, {"messages": user_says("Hi")}),
+    ("a probe", {"input": [], "max_output_tokens": 1}, {"messages": user_says("."), "max_completion_tokens": 1}),
+    ("nothing at all", {"input": None}, {"messages": user_says(".")}),
+    ("instructions", {"input": "Hi", "instructions": "Be kind."}, {"messages": [system("Be kind."), *user_says("Hi")]}),
+    ("one system message, the first", {"instructions": "A", "input": [
+        {"role": "developer", "content": [{"type": "input_text", "text": "B"}, {"type": "input_text", "text": "C"}]},
+        {"role": "system", "content": "D"}, {"role": "user", "content": "a"}, {"role": "developer", "content": "E"}]},
+     {"messages": [system("A\n\nB\nC\n\nD"), *user_says("a"), *user_says("E")]}),
+    ("parts", {"input": [{"role": "user", "content": [
+        {"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": PNG_URL, "detail": "low"},
+        {"type": "input_file", "filename": "a.pdf", "file_data": PDF_URL}]}]},
+     {"messages": user_says(part("a"), PNG_PART, PDF_PART)}),
+    ("a turn of an assistant", {"input": [
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": text} for text in "hm"]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]}, CALLED,
+        {"type": "web_search_call", "id": "w"}, {**CALLED, "call_id": "c2", "name": "now", "arguments": ""}, OUTPUT,
+        {**OUTPUT, "call_id": "c2"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]},
+     {"messages": [called_with(("c1", "find", '{"q":"a"}'), ("c2", "now", ""), content="b", reasoning_content="h\nm"),
+                   result("c1", "3"), result("c2", "3"), assistant("c"), *user_says("d")]}),
+    ("thoughts alone", {"input": [{"role": "user", "content": "a"}, {"type": "reasoning", "summary": [], "content": [
+        {"type": "reasoning_text", "text": "hm"}]}]}, {"messages": user_says("a")}),
+    ("outputs with pictures", {"input": [CALLED, {**CALLED, "call_id": "c2"}, {**OUTPUT, "output": [
+        {"type": "input_text", "text": "b"}, {"type": "input_image", "image_url": PNG_URL, "detail": "low"}]},
+        {**OUTPUT, "call_id": "c2"}]},
+     {"messages": [called_with(*((id, "find", '{"q":"a"}') for id in ("c1", "c2"))), result("c1", "b"),
+                   result("c2", "3"), {"role": "user", "content": [PNG_PART]}]}),
+    ("calls by their names in Codex", {"input": [
+        {**CALLED, "namespace": "mcp__notes__"}, {**CALLED, "namespace": "functions"}, {**CALLED, "namespace": None},
+        {"type": "custom_tool_call", "call_id": "c2", "name": "apply_patch", "input": 'a "b"'}]},
+     {"messages": [called_with(
+         ("c1", "mcp__notes__find", '{"q":"a"}'), *[("c1", "find", '{"q":"a"}')] * 2,
+         ("c2", "apply_patch", '{"input":"a \\"b\\""}'))]}),
+    ("a function of a hosted tool's name", {"tools": [{**FLAT[0], "name": "web_search"}, {"type": "web_search"}]},
+     {"tools": [{"type": "function", "function": {**FIND_TOOL, "name": "web_search"}}]}),
+    ("tools in an item, as Codex has them for OpenAI's newest models", {"input": [
+        {"type": "additional_tools", "role": "developer", "tools": [{**NAMESPACE, "name": "functions", "tools": FLAT}]},
+        {"role": "user", "content": "Hi"}]}, {"tools": TOOLS}),
+    ("parts in chat's form, and a system's picture", {"input": [{"role": role, "content": [
+        {"type": "text", "text": "a"}, PNG_PART]} for role in ("system", "user")]},
+     {"messages": user_says(part("a"), PNG_PART) * 2}),
+    ("a form", {"text": {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA, "strict": True,
+                                    "description": None}, "verbosity": "low"}},
+     {"response_format": JSON_SCHEMA, "verbosity": "low"}),
+    ("any JSON", {"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
+    ("a text as form", {"text": {"format": {"type": "text"}}}, {}),
+    ("numbers", {"max_output_tokens": 5, "temperature": 0.5, "top_p": 1, "top_logprobs": 2,
+                 "reasoning": {"effort": "low", "summary": "auto"}},
+     {"max_completion_tokens": 5, "temperature": 0.5, "top_p": 1, "top_logprobs": 2, "logprobs": True,
+      "reasoning_effort": "low"}),
+    ("log probabilities", {"include": ["message.output_text.logprobs"]}, {"logprobs": True}),
+    ("hints", {"user": "u", "prompt_cache_key": "k", "service_tier": "flex", "keep_alive": "5m"},
+     {"user": "u", "prompt_cache_key": "k", "service_tier": "flex", "keep_alive": "5m"}),
+    ("what is not for chat", {"store": True, "metadata": {"a": "b"}, "include": ["reasoning.encrypted_content"],
+                              "client_metadata": {"a": "b"}, "reasoning": None, "text": None, "max_tool_calls": 5}, {}),
+    ("tools", {"tools": FLAT, "tool_choice": "required", "parallel_tool_calls": False},
+     {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}),
+    ("tools in chat's form", {"tools": TOOLS}, {"tools": TOOLS}),
+    ("one tool", {"tools": FLAT, "tool_choice": {"type": "function", "name": "now"}},
+     {"tools": TOOLS, "tool_choice": ONLY_NOW}),
+    ("some tools", {"tools": FLAT, "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [
+        {"type": "function", "name": "now"}, {"type": "mcp", "server_label": "x"}]}},
+     {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+         "mode": "required", "tools": [ONLY_NOW]}}}),
+]
+LEFT_OUT = [  # fields, what is told as left out
+    ({"tools": [{"type": kind} for kind in ("web_search", "image_generation", "mcp", "local_shell", "tomorrow's")]},
+     ("web_search", "image_generation", "mcp", "local_shell", "tomorrow's")),
+    ({"tools": FLAT, "tool_choice": {"type": "web_search"}}, ("tool_choice",)),
+    ({"input": [{"type": "web_search_call", "id": "w"}] * 2, "truncation": "auto"}, ("web_search_call", "truncation")),
+]
+NOT_TAKEN = [  # fields, of them the param of the error, its code, what it says
+    ({"previous_response_id": "resp_1"}, "previous_response_id", "unsupported_parameter", "whole input"),
+    ({"conversation": "conv_1"}, "conversation", "unsupported_parameter", "whole input"),
+    ({"background": True}, "background", "unsupported_parameter", "not supported"),
+    ({"prompt": {"id": "pmpt_1"}}, "prompt", "unsupported_parameter", "not supported"),
+    ({"input": [{"type": "item_reference", "id": "msg_9"}]}, "input[0]", "unsupported_parameter", "store: false"),
+    ({"input": 5}, "input", "invalid_value", "string or a list"), ({"input": ["a"]}, "input[0]", "invalid_value", ""),
+    ({"input": [{"role": "tool", "content": "a"}]}, "input[0].role", "invalid_value", "developer"),
+    ({"input": [{"role": "user"}]}, "input[0].content", "invalid_value", "parts"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
+     "input[0].content[0].image_url", "invalid_value", "keeps no files"),
+    ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
+     "input[0].content[0]", "invalid_value", "keeps no files"),
+    ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id", "invalid_value", ""),
+    ({"input": [{"type": "function_call_output", "call_id": "c", "output": {"a": 1}}]}, "input[0].output",
+     "invalid_value", "parts"),
+    ({"instructions": ["a"]}, "instructions", "invalid_value", "string"),
+    ({"tools": {"a": 1}}, "tools", "invalid_value", "list"),
+    ({"tools": [{"type": "function"}]}, "tools[0].name", "invalid_value", "string"),
+    ({"tools": [{"type": "namespace", "name": "a", "tools": [{"type": "function", "name": 5}]}]},
+     "tools[0].tools[0].name", "invalid_value", "string"),
+    ({"text": {"format": {"name": "a"}}}, "text.format", "invalid_value", "type"),
+    ({"max_output_tokens": "5"}, "max_output_tokens", "invalid_value", "integer"),
+    ({"temperature": "hot"}, "temperature", "invalid_value", "number"),
+    ({"model": None}, "model", "missing_required_parameter", "auto"),
+]
+
+
+class ResponsesIn(Case):
+    """What a body of Responses means, and what of it is refused."""
+
+    def test_bodies_mean_what_they_mean_to_openai(self):
+        usual = {"messages": user_says("Hi")}
+        for name, fields, wanted in MEANT_TO_OPENAI:
+            with self.subTest(name):
+                request = oblix.RESPONSES.request({"model": "auto", "input": "Hi", **fields}, None)
+                self.assertEqual(request.body, {**usual, **wanted})
+                self.assertEqual(request.left_out, ("web_search_call",) if "turn" in name else
+                                 ("web_search",) if "hosted" in name else ())
+
+    def test_a_stream_asks_for_its_usage(self):
+        request = oblix.RESPONSES.request(respond(stream=True), None)
+        self.assertEqual((request.stream, request.body["stream_options"]), (True, {"include_usage": True}))
+
+    def test_tools_become_functions_or_are_left_out(self):
+        request = oblix.RESPONSES.request(respond(tools=[NAMESPACE, PATCH, {"type": "web_search"}]), None)
+        found, patch = [tool["function"] for tool in request.body["tools"]]
+        self.assertEqual(found, {"name": "mcp__notes__find", "description": "In notes.",
+                                 "parameters": FLAT[0]["parameters"]})
+        self.assertEqual((patch["name"], patch["parameters"]["required"]), ("apply_patch", ["input"]))
+        self.assertIn("lark grammar:\nstart: x", patch["description"])
+        self.assertEqual(request.left_out, ("web_search",))
+        for fields, left_out in LEFT_OUT:
+            request = oblix.RESPONSES.request(respond(**fields), None)
+            self.assertEqual(request.left_out, left_out)
+            self.assertNotIn("tool_choice", request.body)
+
+    def test_long_names_are_cut_where_they_differ_least(self):
+        space = {**NAMESPACE, "name": "mcp__" + "long/" * 20}
+        [name] = oblix.tools_of({"tools": [space]})
+        self.assertRegex(name, "^[A-Za-z0-9_-]{64}$")
+        self.assertTrue(name.endswith("__find"))
+
+    def test_what_cannot_be_kept_is_refused_and_says_what_to_do(self):
+        for fields, param, code, says in NOT_TAKEN:
+            with self.subTest(**fields), self.assertRaises(oblix.BadRequest) as caught:
+                oblix.RESPONSES.request({"model": "auto", "input": "Hi", **fields}, None)
+            error = caught.exception
+            self.assertEqual((error.status, error.param, error.code), (400, param, code))
+            self.assertIn(says, error.message)
+
+    def test_the_work_is_linear(self):
+        item = {"type": "message", "role": "assistant", "content": "abcdefgh"}
+        def took(count):
+            started = time.thread_time()
+            oblix.RESPONSES.request(respond("auto", *[item] * count), None)
+            return time.thread_time() - started
+        took(100)
+        self.assertLess(took(64_000), 64 * 16 * max(took(1000), 1e-4))
+
+
+class ResponsesFront(Case):
+    """What clients get, by bytes and by OpenAI's SDK."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstreams = {dialect.name: cls.keep(Upstream(dialect)) for dialect in DIALECTS}
+        cls.server = cls.keep(running(*cls.upstreams.values()))
+
+    def asks(self, *items, model="openai:gpt-test", server=None, **fields):
+        return fetch(server or self.server, "POST", "/v1/responses", json.dumps(respond(model, *items, **fields)),
+                     {"Content-Type": "application/json"})
+
+    def both(self, *items, **fields):
+        """The response of a whole answer and of a stream, which must be the same but for its ids and times."""
+        whole, reply = self.asks(*items, **fields), self.asks(*items, stream=True, **fields)
+        self.assertEqual((whole.status, reply.status, reply.cut), (200, 200, False), whole.body)
+        told = [whole.json, response_in(self, reply.body)]
+        for response in told:
+            response.update(id="", created_at=0, output=[{**item, "id": ""} for item in response["output"]])
+        self.assertEqual(*told)
+        self.assertEqual(whole.headers["x-oblix-left-out"], reply.headers["x-oblix-left-out"])
+        return {**told[0], "left_out": whole.headers["x-oblix-left-out"]}
+
+    def test_calls_come_back_as_the_client_has_its_tools(self):
+        asked = {"input": "*** Begin Patch\n\"a\""}
+        for dialect in DIALECTS:
+            self.upstreams[dialect.name].play(answer(
+                Call("c1", "mcp__notes__find", {"q": "a"}), Call("c2", "apply_patch", asked), Call("c3", "now", {})))
+            response = self.both(model=f"{dialect.name}:{dialect.model}", tools=[
+                NAMESPACE, PATCH, {"type": "web_search"}, FLAT[1]])
+            calls = [{name: value for name, value in item.items() if name not in ("id", "status")}
+                     for item in response["output"]]
+            arguments = calls[0].pop("arguments")
+            self.assertEqual(json.loads(arguments), {"q": "a"})
+            self.assertEqual(calls, [
+                {"type": "function_call", "call_id": "c1", "name": "find", "namespace": "mcp__notes__"},
+                {"type": "custom_tool_call", "call_id": "c2", "name": "apply_patch", "input": asked["input"]},
+                {"type": "function_call", "call_id": "c3", "name": "now", "arguments": "{}"}])
+            self.assertEqual(response["left_out"], "web_search")
+
+    def test_an_answer_that_is_not_whole_says_why(self):
+        for finish, reason in (("length", "max_output_tokens"), ("content_filter", "content_filter")):
+            self.upstreams["openai"].play(answer(Think("hm"), Text("Hel"), finish=finish))
+            response = self.both()
+            self.assertEqual((response["status"], response["incomplete_details"]), ("incomplete", {"reason": reason}))
+            self.assertEqual([item["status"] for item in response["output"]], ["completed", "incomplete"])
+
+    def test_refusals_and_log_probabilities_are_told(self):
+        token = {"token": "No", "bytes": [78, 111], "logprob": -0.1, "top_logprobs": []}
+        self.upstreams["openai"].play(answer(Text("No"), rewrite=lambda event: event.replace(
+            b'"content": "No"', b'"refusal": "No"')))
+        events = response_events(self.asks(stream=True).body)
+        self.assertIn(("response.refusal.delta", "No"), [(event["type"], event.get("delta")) for event in events])
+        self.assertEqual(events[-1]["response"]["output"][0]["content"], [{"type": "refusal", "refusal": "No"}])
+        self.upstreams["openai"].play(answer(Text("No"), rewrite=lambda event: event.replace(
+            b'"content": "No"}, "logprobs": null',
+            b'"content": "No"}, "logprobs": ' + json.dumps({"content": [token], "refusal": None}).encode())))
+        events = response_events(self.asks(stream=True, top_logprobs=1).body)
+        self.assertEqual([event["logprobs"] for event in events if "logprobs" in event], [[token]] * 2)
+        self.assertEqual(events[-1]["response"]["output"][0]["content"][0]["logprobs"], [token])
+        self.assertEqual(self.upstreams["openai"].last.json["logprobs"], True)
+
+    def test_what_was_asked_is_echoed_but_for_what_is_not_done(self):
+        self.upstreams["openai"].play(answer(Text("b")))
+        asked = {"instructions": "A", "metadata": {"a": "b"}, "temperature": 0.5, "top_p": 0.5, "tools": FLAT,
+                 "tool_choice": "auto", "parallel_tool_calls": False, "max_output_tokens": 50, "user": "u",
+                 "reasoning": {"effort": "low"}, "text": {"verbosity": "low"}}
+        response = self.both(store=True, truncation="auto", **asked)
+        self.assertEqual({name: response[name] for name in asked}, asked)
+        self.assertEqual((response["store"], response["truncation"], response["left_out"]),
+                         (False, "disabled", "truncation"))
+        self.assertEqual(response["usage"], {
+            "input_tokens": 9, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 16})
+
+    def test_items_can_be_referred_to_unless_they_were_not_to_be_stored(self):
+        """As the Vercel AI SDK does in a second turn."""
+        with running(self.upstreams["openai"]) as server:
+            for stored, stream in itertools.product((None, True, False), (False, True)):
+                self.upstreams["openai"].play(answer(Think("hm"), Text("Once.")))
+                reply = self.asks(server=server, stream=stream, store=stored)
+                items = (response_in(self, reply.body) if stream else reply.json)["output"]
+                second = self.asks(*({"type": "item_reference", "id": item["id"]} for item in items),
+                                   {"role": "user", "content": "And?"}, server=server)
+                if stored is False:
+                    self.assertEqual((second.status, second.error["code"]), (400, "unsupported_parameter"))
+                    continue
+                self.assertEqual(second.status, 200, second.body)
+                self.assertEqual(self.upstreams["openai"].last.json["messages"], [
+                    {"role": "assistant", "content": "Once.", "reasoning_content": "hm"}, *user_says("And?")])
+
+    def test_only_the_newest_items_are_kept_and_no_large_ones(self):
+        front, ids = oblix.Responses(), []
+        def answered(text):
+            writer = front.stream(front.request(respond(stream=True), None))
+            data = writer.take({"id": "1", "created": 1, "model": "m", "choices": [
+                {"index": 0, "delta": {"content": text}, "finish_reason": "stop", "logprobs": None}]}) + writer.end()
+            [item] = response_in(self, data)["output"]
+            ids.append(item["id"])
+        for _ in range(oblix.MAX_KEPT + 1):
+            answered("a")
+        answered("a" * (oblix.MAX_KEPT_BYTES + 1))
+        for id, kept in ((ids[0], False), (ids[1], True), (ids[-2], True), (ids[-1], False)):
+            body = respond("auto", {"type": "item_reference", "id": id})
+            with self.subTest(id), contextlib.nullcontext() if kept else self.assertRaises(oblix.BadRequest):
+                front.request(body, None)
+
+    def writer(self, **fields):
+        """A writer, and the function that makes it tell a delta."""
+        writer = oblix.RESPONSES.stream(oblix.RESPONSES.request(respond(stream=True, **fields), None))
+        return writer, lambda delta: writer.take({"id": "chatcmpl-1", "created": 1, "model": "m", "choices": [
+            {"index": 0, "delta": delta, "finish_reason": None, "logprobs": None}]})
+
+    def test_a_call_that_is_complete_is_told_before_the_next_one_is(self):
+        writer, take = self.writer(tools=FLAT)
+        def call(index, text, **name):
+            return take({"tool_calls": [{"index": index, "id": f"c{index}", "function": {**name, "arguments": text}}]})
+        data = call(0, '{"q": ', name="find") + call(0, "1}") + call(1, "{", name="now")
+        self.assertEqual([event["type"] for event in response_events(data)][-2:],
+                         ["response.output_item.added", "response.function_call_arguments.delta"])
+        data += call(0, " ") + take({"content": "a"}) + call(1, "}")    # a blank, and what waits for the second call
+        response = response_in(self, data + writer.end())
+        self.assertEqual([item.get("arguments") or item["content"][0]["text"] for item in response["output"]],
+                         ['{"q": 1}', "{}", "a"])
+
+    def test_texts_cost_no_json_each(self):
+        writer, take = self.writer()
+        data = take({"content": "a"})
+        with mock.patch.object(oblix, "dumps", side_effect=AssertionError):
+            data += writer.take(oblix.Texts([b"%s", b'\\"', "ü".encode()] * 100))
+        response = response_in(self, data + writer.end())
+        self.assertEqual(response["output"][0]["content"][0]["text"], "a" + '%s"ü' * 100)
+
+    def test_a_broken_answer_is_an_error_for_sdks_and_failed_for_codex(self):
+        self.upstreams["openai"].play(lambda dialect, _: [
+            *upto(dialect, "Hello"), chunk(dialect.error_event("why")), CLOSE])
+        with self.assertLogs("oblix", "WARNING"):
+            reply = self.asks(stream=True)
+        self.assertTrue(reply.cut)
+        error, failed = response_events(reply.body)[-2:]
+        self.assertEqual((error["type"], error["error"]["message"], error["message"]), ("error", "why", "why"))
+        self.assertEqual((failed["type"], failed["response"]["status"]), ("response.failed", "failed"))
+        self.assertEqual(failed["response"]["error"], {"code": "upstream_error", "message": "why"})
+        self.assertNotIn("response.completed", reply.body.decode())
+
+    def test_too_long_a_prompt_has_the_code_by_which_codex_compacts(self):
+        self.upstreams["openai"].play(lambda dialect, _: whole(400, dialect.error(
+            "This model's maximum context length is 10 tokens", "invalid_request_error", "context_length_exceeded")))
+        for stream in (False, True):
+            self.refused(self.asks(stream=stream), 400, code="context_length_exceeded")
+
+    def test_cursor_may_ask_at_chat_completions_and_gets_chat(self):
+        self.upstreams["openai"].play(answer(Text("Hello")))
+        for stream in (False, True):
+            said = {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}
+            body = respond(OPENAI_ID, said, stream=stream, tools=[*FLAT, *TOOLS, PATCH], reasoning={"effort": "low"})
+            self.answered(fetch(self.server, "POST", "/v1/chat/completions", json.dumps(body),
+                                {"Content-Type": "application/json"}), "Hello")
+            self.assertEqual(self.upstreams["openai"].last.json["messages"], user_says("Hi"))
+            self.answered(ask(self.server, OPENAI_ID, stream=stream, tools=[FLAT[0], TOOLS[1]]), "Hello")
+            self.assertEqual(self.upstreams["openai"].last.json["tools"], TOOLS)
+
+    # --- by OpenAI's SDK ---
+
+    def sdk_client(self):
+        openai = sdk()
+        client = openai.OpenAI(base_url=self.server.url + "/v1", api_key="placeholder", max_retries=0)
+        self.addCleanup(client.close)
+        return openai, client.responses
+
+    def test_the_sdk_reads_answers_whole_streamed_and_accumulated(self):
+        _, responses = self.sdk_client()
+        for dialect in DIALECTS:
+            self.upstreams[dialect.name].play(answer(*RICH))
+            asked = {"model": f"{dialect.name}:{dialect.model}", "input": "Hi", "tools": FLAT}
+            told = [responses.create(**asked)]
+            told += [event.response for event in responses.create(stream=True, **asked)
+                     if event.type == "response.completed"]
+            with responses.stream(**asked) as stream:
+                deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+                told.append(stream.get_final_response())
+            self.assertEqual("".join(deltas), text_of(Saying(RICH, "", 0, 0)))
+            for response in told:
+                self.assertEqual(response.output_text, "".join(deltas))
+                self.assertEqual(response.usage.total_tokens, 16)
+                self.assertEqual([[item.name, json.loads(item.arguments)] for item in response.output
+                                  if item.type == "function_call"], [["find", FIND.arguments], ["now", {}]])
+
+    def test_the_sdk_parses_structured_output(self):
+        _, responses = self.sdk_client()
+        pydantic = importlib.import_module("pydantic")
+        person = pydantic.create_model("Person", name=(str, ...), age=(int, ...))
+        for dialect in DIALECTS:
+            self.upstreams[dialect.name].play(answer(Text(json.dumps(ADA))))
+            model = f"{dialect.name}:{dialect.model}"
+            parsed = responses.parse(model=model, input="Hi", text_format=person).output_parsed
+            self.assertEqual(parsed.model_dump(), ADA)
+            self.assertIn('"age"', self.upstreams[dialect.name].last.body.decode())
+
+    def test_the_sdk_sends_an_answer_back_with_the_outputs_of_its_calls(self):
+        _, responses = self.sdk_client()
+        for dialect in DIALECTS:
+            self.upstreams[dialect.name].play(CALLS, answer(Text("Two.")))
+            asked = {"model": f"{dialect.name}:{dialect.model}", "tools": FLAT}
+            first = responses.create(input="Hi", **asked)
+            outputs = [{"type": "function_call_output", "call_id": item.call_id, "output": "3 hits"}
+                       for item in first.output if item.type == "function_call"]
+            second = responses.create(input=[*user_says("Hi"), *first.output, *outputs], **asked)
+            self.assertEqual(second.output_text, "Two.")
+            for sent in ("Let me look.", "3 hits", "call_1", "call_2"):
+                self.assertIn(sent, self.upstreams[dialect.name].last.body.decode())
+
+    def test_the_sdk_raises_what_is_refused_and_what_breaks_off(self):
+        openai, responses = self.sdk_client()
+        with self.assertRaises(openai.BadRequestError) as caught:
+            responses.create(model="auto", input="Hi", previous_response_id="resp_1")
+        self.assertEqual(caught.exception.param, "previous_response_id")
+        self.upstreams["openai"].play(lambda dialect, _: [*upto(dialect, "Hello"), CLOSE])
+        with self.assertLogs("oblix", "WARNING"):
+            with self.assertRaisesRegex(openai.APIError, "before the answer was complete"):
+                list(responses.create(model=OPENAI_ID, input="Hi", stream=True))
+            with self.assertRaisesRegex(openai.APIError, "before the answer was complete"):
+                with responses.stream(model=OPENAI_ID, input="Hi") as stream:
+                    list(stream)
+
+
+class ResponsesKeepTheContract(FrontContract, Case):
+    path, front = "/v1/responses", "responses"
+
+    def body(self, model, stream=False, tools=(), **fields):
+        own = [tool for tool in FLAT if tool["name"] in [one["function"]["name"] for one in tools]]
+        return respond(model, stream=stream, tools=own, **fields)
+
+    def of_whole(self, body):
+        return seen_in(self, body)
+
+    def of_stream(self, data):
+        return seen_in(self, response_in(self, data))
+
+    def is_complete(self, data):
+        return response_events(data)[-1]["type"] in ("response.completed", "response.incomplete")
+
+    def error_in(self, body):
+        self.shaped(body["error"])
+        return body["error"]["message"]
+
+    def error_events(self, data):
+        return [event for event in response_events(data) if event["type"] == "error"]
+
+    def full(self):
+        return {**ASKED_OF_RESPONSES, "model": "ollama:llama3.2"}
+
+
 # --- 11. Anthropic's Messages -----------------------------------------------------------------------------------------
 
 def say(*texts):
@@ -11888,7 +12415,7 @@ class Server(Case):
                 self.assertEqual(reply.headers.get("Allow", ""), "".join(allowed))
 
     def test_what_is_not_there_is_told_as_it_was_asked_for(self):
-        for path in ("/v1/v1/responses", "/v1//nope", "//v1/chat/completions/x"):
+        for path in ("/v1/v1/audio", "/v1//nope", "//v1/chat/completions/x"):
             reply = fetch(self.server, "POST", path + "?key=secret", b"{}")
             self.refused(reply, 404, "POST %s." % path)
             self.assertNotIn(b"secret", reply.body)
@@ -17798,6 +18325,7 @@ VARIABLES = [oblix.variable_of(field) for field in oblix.declared(oblix.Settings
 
 FRONT_BODIES = {    # path -> bodies of its front
     "/chat/completions": BODIES,
+    "/responses": [ASKED_OF_RESPONSES, respond(), respond("auto", CALLED, OUTPUT, tools=[PATCH], stream=True)],
     "/messages": [MessagesKeepTheContract().full(), messages("claude-haiku-5-5", stream=True, tools=CLAUDE_TOOLS)],
     "/api/chat": [OllamaKeepsTheFrontsContract().full()], "/api/generate": [GenerateKeepsTheFrontsContract().full()],
     "/completions": [CompletionsKeepTheFrontsContract().full()],
