@@ -9184,7 +9184,7 @@ class Conversation:
             with contextlib.closing(self.peer.ask("/v1/chat/completions", asked)) as answer:
                 if answer.status != 200:
                     told_by(answer)
-                for last in PROVIDERS["openai"].decode(answer.lines(), ChatRequest("", {"messages": []}, True, True)):
+                for last in _decoded(answer, PROVIDERS["openai"], ChatRequest("", {"messages": []}, True, True)):
                     thought, piece = ("".join(choice["delta"].get(name) or "" for choice in last["choices"])
                                       for name in ("reasoning_content", "content"))
                     first = first or (time.monotonic() if has_content(last) else 0.0)
