@@ -1150,12 +1150,6 @@ def route_of(head: Head) -> str:
     return route or ""
 
 
-def routed(request: ChatRequest, head: Head) -> ChatRequest:
-    """Return the request, for what its header x-oblix-route names instead of its model.  Raises BadRequest."""
-    route = route_of(head)
-    return dataclasses.replace(request, model=route) if route else request
-
-
 def without_nulls(fields: Json, inner: Any = None) -> Json:
     """Return an object without its nulls, and without those of the object in its field `inner`."""
     kept = {name: value for name, value in fields.items() if value is not None} if None in fields.values() else fields
@@ -5479,16 +5473,13 @@ class Gateway:
             return KEPT_ON_BATTERY_S if plugged is False and target.endpoint.on_device else KEPT_S
         return float(said) if re.fullmatch(NUMBER, said) else said    # Ollama reads "300" as no duration
 
-    def alias_of(self, name: str) -> Alias | None:
-        """Return the first alias that a name fits; none for Oblix's own names."""
+    def meaning_of(self, name: str) -> Alias:
+        """Return the first alias that a model's name fits, or the name's own meaning as an alias without a name."""
         plain = name.removesuffix(":latest")    # which Ollama's clients add
-        return None if plain in OWN_NAMES else next((alias for alias in self.aliases if any(
-            fnmatch.fnmatchcase(one, alias.name) for one in (name, plain))), None)
-
-    def meaning_of(self, name: str) -> tuple[str | Target, ...]:
-        """Return what a model's name means: itself, or its alias's targets."""
-        alias, plain = self.alias_of(name), name.removesuffix(":latest")
-        return alias.targets if alias else (plain if plain in OWN_NAMES else name,)
+        if plain in OWN_NAMES:
+            return Alias("", (plain,))
+        return next((alias for alias in self.aliases if any(
+            fnmatch.fnmatchcase(one, alias.name) for one in (name, plain))), Alias("", (name,)))
 
     def resolve(self, name: str | Target, snapshot: Snapshot) -> Target:
         """Return the one target that a name, which is not an alias, stands for.  Raises BadRequest (404)."""
@@ -5527,9 +5518,8 @@ class Gateway:
 
         A model that was named is tried alone, whatever is known of it.
         """
-        snapshot, alias = self.snapshot(), self.alias_of(request.model)
-        asked = [name if name in OWN_NAMES else self.resolve(name, snapshot)
-                 for name in self.meaning_of(request.model)]
+        snapshot, alias = self.snapshot(), self.meaning_of(request.model)
+        asked = [name if name in OWN_NAMES else self.resolve(name, snapshot) for name in alias.targets]
         if len(asked) == 1 and isinstance(asked[0], Target):
             refused = PROVIDERS[asked[0].endpoint.provider].refusal(request)
             if refused:
@@ -5538,7 +5528,7 @@ class Gateway:
             plan = Plan((asked[0],), "the request named the model")
         else:
             plan = self._plan_of_all(request, asked, snapshot)
-        return dataclasses.replace(plan, reason=f"{alias}: {plan.reason}") if alias else plan
+        return dataclasses.replace(plan, reason=f"{alias}: {plan.reason}") if alias.name else plan
 
     def _plan_of_all(self, request: ChatRequest, asked: Sequence[str | Target], snapshot: Snapshot) -> Plan:
         """Return the plan for Oblix's own names, and for targets, one after the other.  Raises OblixError."""
@@ -5661,7 +5651,7 @@ class Gateway:
         """Return the one target for embeddings that a model's name stands for.  Raise OblixError."""
         wait_for(self.heard, PROBE_LIMITS.first_byte_s, look)
         snapshot, usual = self.snapshot(), self._usual_embedder()
-        name = self.meaning_of(request.model)[0]
+        name = self.meaning_of(request.model).targets[0]
         if name not in OWN_NAMES:
             target = self.resolve(name, dataclasses.replace(snapshot, targets=(*usual, *snapshot.targets)))
         elif usual:
@@ -5690,7 +5680,7 @@ class Gateway:
 
     def counted(self, request: ChatRequest) -> int | None:
         """Return how many tokens the server of a named target counts, or None if it does not at once."""
-        names = self.meaning_of(request.model)
+        names = self.meaning_of(request.model).targets
         with contextlib.suppress(OblixError, *NOT_IN_ITS_FORMAT):
             if len(names) > 1 or names[0] in OWN_NAMES:    # nobody knows who will answer
                 return None
@@ -5770,7 +5760,7 @@ class Gateway:
 
     def known(self, name: str, snapshot: Snapshot) -> Model:
         """Return what is known of a name, listed or not.  Raises BadRequest (404)."""
-        meant = self.meaning_of(name)
+        meant = self.meaning_of(name).targets
         found = [(target.side, self._planned(target, snapshot)) for one in meant for target in (
             self._answering(one, snapshot) if one in OWN_NAMES else [self.resolve(one, snapshot)])]
         return found[0][1] if len(meant) == 1 and meant[0] not in OWN_NAMES else in_common(found)
@@ -5887,7 +5877,7 @@ class Dispatch:
         self._gateway, self._request, self._look = gateway, request, look
         self._settings, self.ledger = gateway.settings, gateway.ledger
         self._until = time.monotonic() + self._settings.request_timeout_s
-        self._meant = gateway.meaning_of(request.model)
+        self._meant = gateway.meaning_of(request.model).targets
         self._heard = self._meant == ("cloud",) or gateway.heard.is_set()
         self._plan = self._first_plan()
         self._named = len(self._meant) == 1 and self._meant[0] not in OWN_NAMES
@@ -6081,7 +6071,7 @@ class Dispatch:
         may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
         try:
             with self._exchange(request, target) as (answer, started):
-                for chunk in _decoded(answer, provider, request):
+                for chunk in decoded(answer, provider, request):
                     if isinstance(chunk, Texts):
                         yield chunk
                         continue
@@ -6230,7 +6220,7 @@ def _in_its_format() -> Iterator[None]:
         raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
 
 
-def _decoded(answer: Answer, provider: Provider, request: ChatRequest) -> Iterator[Any]:
+def decoded(answer: Answer, provider: Provider, request: ChatRequest) -> Iterator[Any]:
     """Yield the chunks of a streamed answer, and the Texts in it."""
     with _in_its_format():    # not around what we do with them: a bug of ours is no fault of an upstream
         yield from provider.decode(answer.lines(), request)
@@ -8107,7 +8097,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _chat(self) -> None:
         """Answer a request for a model's words.  Raise OblixError, ClientGone."""
         self._front = front = FRONTS[self.head.path]
-        request = routed(front.request(parse_body(self.body()), self.head), self.head)
+        request = self._asked(front)
         self.told["asked"] = request.model
         told = front.at_once(request, int(time.time()))
         if told is not None:
@@ -8128,9 +8118,14 @@ class Handler(socketserver.BaseRequestHandler):
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
             self._stream(served)
 
+    def _asked(self, front: Front) -> ChatRequest:
+        """Return the request in the body, for what x-oblix-route names instead of its model.  Raise OblixError."""
+        request, route = front.request(parse_body(self.body()), self.head), route_of(self.head)
+        return dataclasses.replace(request, model=route) if route else request
+
     def _count_tokens(self) -> None:
         """Answer how many tokens a prompt has: as Claude counts them if it is named, or by their size."""
-        request = routed(MESSAGES.request(parse_body(self.body()), self.head), self.head)
+        request = self._asked(MESSAGES)
         self.json(200, {"input_tokens": self.gateway.counted(request) or prompt_tokens(request)})
 
     def _embed(self) -> None:
@@ -9184,7 +9179,7 @@ class Conversation:
             with contextlib.closing(self.peer.ask("/v1/chat/completions", asked)) as answer:
                 if answer.status != 200:
                     told_by(answer)
-                for last in _decoded(answer, PROVIDERS["openai"], ChatRequest("", {"messages": []}, True, True)):
+                for last in decoded(answer, PROVIDERS["openai"], ChatRequest("", {"messages": []}, True, True)):
                     thought, piece = ("".join(choice["delta"].get(name) or "" for choice in last["choices"])
                                       for name in ("reasoning_content", "content"))
                     first = first or (time.monotonic() if has_content(last) else 0.0)
