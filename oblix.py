@@ -357,7 +357,7 @@ MAX_RETRY_AFTER_S = 600.0
 MOST_TOKENS = 1 << 32        # no window has so many
 MAX_LINE_BYTES = 32 << 20    # of an event in an answer: as much as a request may have; more is an attack
 MAX_BODY_BYTES = 64 << 20    # of a whole answer
-CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call")
+CONTENT = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal", "audio", "function_call", "block")
 
 
 class OblixError(Exception):
@@ -446,6 +446,11 @@ def is_empty(chunks: Iterable[Chunk]) -> bool:
     """Return True if an answer ended normally but has no content; `length` and `content_filter` count as content."""
     return not any(has_content(chunk) or choice.get("finish_reason") not in ("stop", None)
                    for chunk in chunks for choice in choices_of(chunk))
+
+
+def count_in(value: Any) -> int:
+    """Return a number of tokens as it was told, or 0 for what is none: two that are larger may have no sum in JSON."""
+    return int(value) if type(value) in (int, float) and 0 <= value < MOST_TOKENS else 0
 
 
 def text_of(message: Json) -> str:
@@ -999,7 +1004,7 @@ def _list_of(kind: type, words: str) -> Rule:
         f"must be a list of {words}")
 
 
-def _integer(low: int, high: int, words: str = "") -> Rule:
+def whole_number(low: int, high: int, words: str = "") -> Rule:
     # subtle: type(), not isinstance(): True is an int, and `"n": true` must not pass for 1
     return lambda value: type(value) in (int, float) and low <= value <= high and int(value) == value, (
         f"must be an integer{words}")
@@ -1040,8 +1045,8 @@ FIELDS: dict[str, Rule] = {
               'must be "auto" or another printable name of at most 256 characters, see GET /v1/models'),
     "messages": (lambda value: isinstance(value, list) and value, "must be a list of at least one message"),
     **dict.fromkeys(("temperature", "top_p", "presence_penalty", "frequency_penalty"), _number),
-    **dict.fromkeys(WHOLE, _integer(-2**63, 2**64 - 1)),    # no server's types take more
-    "n": _integer(1, 16384, " from 1 to 16384"),            # vLLM's limit
+    **dict.fromkeys(WHOLE, whole_number(-2**63, 2**64 - 1)),    # no server's types take more
+    "n": whole_number(1, 16384, " from 1 to 16384"),            # vLLM's limit
     "stream": _boolean, "logprobs": _boolean,
     "stop": (lambda value: isinstance(value, str) or _strings[0](value), "must be a string or a list of strings"),
     "tools": _list_of(dict, "tools"), "functions": _list_of(dict, "functions"),
@@ -1166,8 +1171,7 @@ def without_nulls(fields: Json, inner: Any = None) -> Json:
 # which hangs delays no other.
 # To add one: subclass Monitor, fill sample and judge, and name it in MONITORS; policy folds it in by its endpoint.
 
-@dataclasses.dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """What a probe of an endpoint found."""
     status: int
     models: tuple[Model, ...] | None
@@ -2479,10 +2483,6 @@ class Provider:
         """Return the body of the upstream request for the vectors of some of the inputs.  Raises Unsupported."""
         raise Unsupported(f"{self.label} has no embeddings: ask another provider's model for them.", param="model")
 
-    def most_inputs(self, request: EmbeddingRequest, endpoint: Endpoint) -> int:
-        """Return how many inputs are sent at once: some servers take no more than 32 (TEI)."""
-        return 32
-
     def vectors(self, answer: Json) -> tuple[list[Any], int]:
         """Return the vectors in an answer, in the order of the inputs, and the prompt's tokens.
 
@@ -2490,12 +2490,8 @@ class Provider:
         """
         raise NotImplementedError
 
-    def passes_text(self, request: ChatRequest) -> bool:
-        """Return True if the client of this request may get the events of text alone as they are."""
-        return True
-
-    def text_event_of(self, request: ChatRequest) -> TextEvent:
-        """Return the form of the events of text alone in the answer to this request."""
+    def text_event_of(self, request: ChatRequest) -> TextEvent | None:
+        """Return the form of the events of text alone in the answer to this request, or None if each must be read."""
         return self.text_event
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
@@ -2563,15 +2559,14 @@ PARAMETERS = {"tools": ("tools", "tool_choice", "parallel_tool_calls"), "thinkin
 # LM Studio's, OpenRouter's, vLLM's, LM Studio's and Mistral's, Groq's, llama.cpp's, Claude's.
 WINDOWS = ("loaded_context_length", "context_length", "max_model_len", "max_context_length", "context_window", "n_ctx",
            "max_input_tokens")
-ANSWERS = ("max_output_tokens", "max_completion_tokens")
+ANSWERS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
 _OPENAI_LIMITS = {"gpt-6-luna": (922_000, 128_000)}    # OpenAI's list does not tell (its documentation, 2026-11)
 
 
 def tokens_in(item: Json, names: Iterable[str]) -> int:
     """Return the number of tokens that an item of a list has under the first of these names, 0 if under none."""
     places = [place for place in (item, item.get("meta"), item.get("top_provider")) if isinstance(place, dict)]
-    return next((number for name in names for place in places
-                 if type(number := place.get(name)) is int and 0 < number < MOST_TOKENS), 0)
+    return next((number for name in names for place in places if (number := count_in(place.get(name)))), 0)
 
 
 @functools.lru_cache(64)
@@ -2636,7 +2631,7 @@ _UNSUPPORTED = "|".join((
     r"unsupported|not support|unrecogni[sz]ed|deprecated|no longer|extra (input|field)|supported values|out of range",
     r"not (a |an )?(permitted|allowed|accepted|available|valid|known|recogni[sz]ed)|not one of|cannot both",
     r"(unknown|unexpected|invalid)[ _.](name|param|field|argument|keyword|key|propert|option|(enum )?value)",
-    r"(must|should|has to) be|may (only|not) be|only .{0,40}(is|are) allowed",
+    r"(must|should|has to) (be|start)|may (only|not) be|only .{0,40}(is|are) allowed",
 ))
 _SOMETIMES = r'invalid (enum )?value|value "|(must|should|has to|may only|may not) be|out of range|\b(when|if|both)\b'
 _MOST = r"max(imum)?[_ ]?(completion|new|output)?[_ ]?tokens|(completion|output) ?tokens"    # of an answer
@@ -2929,7 +2924,7 @@ def in_order(chunks: Iterable[Any], request: ChatRequest) -> Iterator[Any]:
             choice["index"] = place if choice.get("index") is None else choice["index"]
             usage = choice.pop("usage", None) or usage    # Kimi
         if usage and isinstance(usage, dict):
-            prompt, completion, total = (usage.get(name) or 0 for name in _COUNTS)
+            prompt, completion, total = (count_in(usage.get(name)) for name in _COUNTS)
             counts = prompt, completion, total or prompt + completion    # MiniMax tells the total alone
             counted = {**chunk, "choices": [], "usage": {**usage, **dict(zip(_COUNTS, counts))}}
         chunk["choices"] = [choice for choice in told if choices[choice["index"]].take(choice, chunk)]
@@ -2950,7 +2945,8 @@ def is_in_order(answer: Json) -> bool:
     """Return True if a whole answer is as `in_order` and `fold` would make it, as most are: these two take 20 us."""
     usage = answer.get("usage")
     return (_ERRORS.isdisjoint(answer) and answer.get("object") == "chat.completion" and bool(answer.get("choices"))
-            and isinstance(usage, dict) and all(type(usage.get(name)) is int for name in _COUNTS) and all(
+            and isinstance(usage, dict) and all(
+                type(count) is int and count == count_in(count) for count in map(usage.get, _COUNTS)) and all(
                 type(choice.get("index")) is int and isinstance(message.get("content"), str)
                 and message.get("role") == "assistant" and choice.get("finish_reason") in _PLAIN_ENDS
                 and choice.get("logprobs", 0) is None and "error" not in choice
@@ -3255,9 +3251,13 @@ def without_deprecated(messages: Sequence[Json]) -> list[Json]:
 def function_in(call: Json) -> Json:
     """Return the name and the arguments of a message's tool call, as an object whatever the model once wrote."""
     inner = called_in(call)
-    said = inner.get("arguments", inner.get("input")) or {}
-    whole = object_in(said) if isinstance(said, str) else said
-    return {"name": inner["name"], "arguments": whole if isinstance(whole, dict) else {"_raw": said}}
+    return {"name": inner["name"], "arguments": arguments_in(inner.get("arguments", inner.get("input")))}
+
+
+def arguments_in(said: Any) -> Json:
+    """Return a call's arguments as an object, whatever the model once wrote."""
+    whole = object_in(said) if isinstance(said, str) and said else said or {}
+    return whole if isinstance(whole, dict) else {"_raw": said}
 
 
 def called_in(call: Json) -> Json:
@@ -3476,14 +3476,14 @@ class OpenAI(Provider):
             kept["reasoning_effort"] = "none"    # these models take tools only without reasoning, and would reason
         for name, (_, change) in CHANGES.items():
             if name in refused:
-                kept.update({place: [*map(change, kept[place])] for place in ("messages", "tools") if place in kept})
+                kept.update({place: change(kept[place]) for place in ("messages", "tools") if place in kept})
         return kept
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
         if error.status in (400, 422, 500):
             said = [one for place in ("messages", "tools") for one in payload.get(place) or ()]
             for name, (words, change) in CHANGES.items():
-                if re.search(words, error.message.lower()) and any(change(one) != one for one in said):
+                if re.search(words, error.message.lower()) and change(said) != said:
                     return name
         return super().refused_parameter(error, payload)
 
@@ -3505,20 +3505,16 @@ class OpenAI(Provider):
             if error.fault is not Fault.TRANSPORT or len(finished) != asked:
                 raise
 
-    def passes_text(self, request: ChatRequest) -> bool:
-        return bool(request.body.get("n", 1) == 1)
+    def text_event_of(self, request: ChatRequest) -> TextEvent | None:
+        return self.text_event if request.body.get("n", 1) == 1 else None
 
     def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
         return {"model": target.model, "input": inputs, "encoding_format": "base64" if request.in_base64 else "float",
                 **request.body}
 
-    def most_inputs(self, request: EmbeddingRequest, endpoint: Endpoint) -> int:
-        if not is_at(endpoint.base_url, self.vendor):
-            return super().most_inputs(request, endpoint)
-        return 2048 if request.in_base64 else 256    # its own limit; as many numbers as JSON may have here (3072 each)
-
     def vectors(self, answer: Json) -> tuple[list[Any], int]:
-        found = sorted(answer["data"], key=lambda item: item.get("index", 0))
+        by_index = {item.get("index"): item for item in answer["data"]}
+        found = answer["data"] if len(by_index) < 2 else [by_index[number] for number in range(len(answer["data"]))]
         return [item["embedding"] for item in found], (answer.get("usage") or {}).get("prompt_tokens") or 0
 
 
@@ -3540,14 +3536,38 @@ def _without(prefix: str) -> Callable[[Json], Json]:
     return change
 
 
+def _each(change: Callable[[Json], Json]) -> Callable[[list[Json]], list[Json]]:
+    return lambda ones: [*map(change, ones)]
+
+
+def _with_answers(messages: list[Json]) -> list[Json]:
+    """Return messages in which an answer stands between what a tool and what the user said."""
+    told = list[Json]()
+    for message in messages:
+        if told and (told[-1].get("role"), message.get("role")) == ("tool", "user"):
+            told.append({"role": "assistant", "content": "Understood."})
+        told.append(message)
+    return told
+
+
+def _with_short_description(tool: Json) -> Json:
+    function = tool.get("function") or {}
+    told = function.get("description")
+    return {**tool, "function": {**function, "description": told[:1024]}} if isinstance(told, str) else tool
+
+
 # What servers want otherwise in messages and tools: the words of their errors, the change.  It is remembered.
-CHANGES: dict[str, tuple[str, Callable[[Json], Json]]] = {
-    "tool_call_id": (r"tool call ids?\b.*\b9\b", _with_short_ids),    # Mistral's API, tokenizer and chat templates
+CHANGES: dict[str, tuple[str, Callable[[list[Json]], list[Json]]]] = {
+    # Mistral's API, tokenizer and chat templates; the second breaks Claude Code (mistral-common#169)
+    "tool_call_id": (r"tool call ids?\b.*\b9\b", _each(_with_short_ids)),
+    "user after tool": (r"role .?user.? after role .?tool|roles must alternate", _with_answers),
     "no reasoning_content": (r"missing.*reasoning_content|reasoning_content.*(missing|passed back|required)",
-                             lambda one: {"reasoning_content": one.get("reasoning", ""), **one}
-                             if one.get("role") == "assistant" else one),    # DeepSeek, Kimi
-    "reasoning_content": (r"\breasoning(_content|_details)?\b(?! effort)", _without("reasoning")),    # Groq, Mistral
-    "cache_control": ("cache_control", _without("cache_control")),    # Gemini, Groq
+                             _each(lambda one: {"reasoning_content": one.get("reasoning", ""), **one}
+                                   if one.get("role") == "assistant" else one)),    # DeepSeek, Kimi
+    # Groq, Mistral
+    "reasoning_content": (r"\breasoning(_content|_details)?\b(?! effort)", _each(_without("reasoning"))),
+    "cache_control": ("cache_control", _each(_without("cache_control"))),    # Gemini, Groq
+    "long descriptions": (r"description\W+string too long.*\b1024\b", _each(_with_short_description)),    # Azure
 }
 
 
@@ -3629,12 +3649,11 @@ class Ollama(Provider):
         chunks, forced = self._said(lines, request.body.get("parallel_tool_calls", True)), forced_tools(request.body)
         return as_call(only_json(chunks), forced) if forced else chunks
 
-    def passes_text(self, request: ChatRequest) -> bool:
-        return not forced_tools(request.body)
-
-    def text_event_of(self, request: ChatRequest) -> TextEvent:
+    def text_event_of(self, request: ChatRequest) -> TextEvent | None:
         native = request.native_to(self.name)
-        return TextEvent(_GENERATED_TEXT, b"\n") if native and native.path == GENERATE_PATH else self.text_event
+        if native and native.path == GENERATE_PATH:
+            return TextEvent(_GENERATED_TEXT, b"\n")
+        return None if forced_tools(request.body) else self.text_event
 
     def _said(self, lines: Lines, parallel: bool) -> Iterator[Any]:
         yield chunk_of(content="")
@@ -3831,8 +3850,6 @@ def _claude_model(name: str) -> _ClaudeModel:
     return next(model for pattern, model in _CLAUDE_MODELS if re.fullmatch(pattern, base, re.S))
 
 
-_CLAUDE_TEXTS = (("content", "text"), ("reasoning_content", "thinking"))    # in a chunk, in a block or its delta
-
 
 class Claude(Provider):
     """Anthropic's Messages API, in both directions."""
@@ -3851,9 +3868,6 @@ class Claude(Provider):
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         # 2023-06-01 and not 2026-10-21: the later version refuses temperature and top_p for every model.
         return {"anthropic-version": "2023-06-01", **present({"x-api-key": endpoint.key})}
-
-    def listed(self, item: Json) -> Model:
-        return dataclasses.replace(super().listed(item), max_output=tokens_in(item, ("max_tokens",)))
 
     def abilities(self, item: Json) -> frozenset[str]:
         told = {"vision": "image_input", "file": "pdf_input", "thinking": "thinking"}
@@ -3880,10 +3894,10 @@ class Claude(Provider):
         system, turns = claude_conversation(without_deprecated(request.messages), model.prefill)
         choice, schema = chosen_tools(body)[1], json_wanted(body)
         if schema == {}:    # Claude has no field for JSON without a schema
-            system.extend(_text_blocks("Answer with one JSON object and nothing else: no prose, no Markdown fence."))
+            system.extend(text_blocks("Answer with one JSON object and nothing else: no prose, no Markdown fence."))
         if choice not in ("auto", "none") and not model.forced:
             which = claude_name(name_of(choice)) if isinstance(choice, dict) else "that fits best"
-            system.extend(_text_blocks(f"Answer with a call of the tool {which}."))
+            system.extend(text_blocks(f"Answer with a call of the tool {which}."))
             choice = "auto"
         payload = present({
             "model": target.model, "messages": turns, "stream": True,
@@ -3900,6 +3914,12 @@ class Claude(Provider):
             asked = [name for name in ("temperature", "top_p") if name in body][:model.sampling]
             payload.update({name: min(1.0, max(0.0, body[name])) for name in asked})
         return payload
+
+    def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
+        # Bedrock, Vertex and Azure do not know all of the betas that Claude Code names (new-api#2975, litellm#20021).
+        if error.fault is Fault.REFUSED and re.search(r"anthropic.beta|\bbeta (flag|header)", error.message):
+            return next(iter(re.findall(r"`([\w.-]+)`", error.message)), "anthropic-beta")
+        return super().refused_parameter(error, payload)
 
     @staticmethod
     def _tools(body: Json, choice: str | Json, turns: Sequence[Json]) -> Json:
@@ -3951,20 +3971,20 @@ class Claude(Provider):
         chunks = self._chunks(lines, own)
         return only_json(chunks) if json_wanted(request.body) == {} else chunks
 
-    def passes_text(self, request: ChatRequest) -> bool:
-        return json_wanted(request.body) != {}
+    def text_event_of(self, request: ChatRequest) -> TextEvent | None:
+        return self.text_event if json_wanted(request.body) != {} else None
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
-        return self._chunks(lines, {}, True) if request.native_to(self.name) else super().decode(lines, request)
+        return self._chunks(lines, {}, request) if request.native_to(self.name) else super().decode(lines, request)
 
     def whole(self, raw: bytes, request: ChatRequest) -> Json:
         if not request.native_to(self.name):
             return super().whole(raw, request)
         answer, message = fold(super().decode(raw.splitlines(), request)), object_in(raw)
-        return {**answer, "native": message} if message else answer
+        return {**answer, "native": {**message, "content": [*message["content"]]}} if message else answer
 
-    def _chunks(self, lines: Lines, own: dict[str, Json], is_native: bool = False) -> Iterator[Any]:
-        """Yield what the events say; native ones are passed on, each within its first chunk."""
+    def _chunks(self, lines: Lines, own: dict[str, Json], native: ChatRequest | None = None) -> Iterator[Any]:
+        """Yield what the events say; those for a native request are passed on, each within its first chunk."""
         usage, stop = Json(), Json()
         blocks: dict[int, Json] = {}
         for data in sse_data(lines):
@@ -3986,7 +4006,10 @@ class Claude(Provider):
                 usage.update({name: count for name, count in (event.get("usage") or {}).items() if count is not None})
             is_end = kind in ("message", "message_stop")
             said.extend(self._end(stop, usage) if is_end else ())
-            yield from _with_native(event, said) if is_native else said
+            if native and kind == "message":    # a relay that does not stream
+                yield from in_order(said, native)
+            else:
+                yield from _with_native(event, said) if native else said
             if is_end:
                 return
         raise cut()
@@ -4023,7 +4046,8 @@ class Claude(Provider):
             if block["keys"] and isinstance(whole, dict):
                 whole = {block["keys"].get(name, name): value for name, value in whole.items()}
             yield from [] if text and not block["keys"] else [tool_chunk(index, whole or text or {})]
-        said = present({name: text_in(piece.get(field) or "") for name, field in _CLAUDE_TEXTS})
+        said = present({"content": text_in(piece.get("text") or ""),
+                        "reasoning_content": text_in(piece.get("thinking") or "")})
         if said:
             yield chunk_of(**said)
 
@@ -4033,17 +4057,22 @@ class Claude(Provider):
         if stop.get("stop_reason") == "refusal" and explanation:
             yield chunk_of(refusal=explanation)
         yield chunk_of(finish_of(stop.get("stop_reason") or "stop"))
-        read, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
+        told, read, written = (count_in(usage.get(name)) for name in (
+            "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
         thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens")
-        yield {"usage": {"prompt_tokens": (usage.get("input_tokens") or 0) + read + written,
+        yield {"usage": {"prompt_tokens": told + read + written,
                          "completion_tokens": usage.get("output_tokens"),
                          "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
                          **present({"completion_tokens_details": present({"reasoning_tokens": thinking})})}}
 
 
 def _with_native(event: Json, said: Sequence[Chunk]) -> Iterator[Chunk]:
-    """Yield an event's chunks for a client of its own dialect: the first has the event, and the others nothing."""
-    for number, chunk in enumerate(said or ({},)):
+    """Yield an event's chunks for a client of its own dialect: the first has the event, and the others nothing.
+
+    A block that has no place in a chat, as of a tool that Claude runs itself, is content to this client.
+    """
+    kind = (event.get("content_block") or {}).get("type", "text")
+    for number, chunk in enumerate(said or ({} if kind in ("text", "thinking") else chunk_of(block=kind),)):
         yield {"choices": [], **chunk, "native": {} if number else event}
 
 
@@ -4074,11 +4103,11 @@ def claude_conversation(messages: Sequence[Json], prefills: bool) -> tuple[list[
             waiting[message["tool_call_id"]].pop(0).update({"content": blocks or "", **_mark_of(*marks[-1:])})
         else:
             said.append(("user", blocks))
-    turns = [{"role": role, "content": [block for _, some in group for block in some] or _text_blocks(".")}
+    turns = [{"role": role, "content": [block for _, some in group for block in some] or text_blocks(".")}
              for role, group in itertools.groupby(said, lambda pair: pair[0])]
     last = turns[-1]
     if last["role"] == "assistant" and not prefills:
-        turns.append({"role": "user", "content": _text_blocks("Continue.")})
+        turns.append({"role": "user", "content": text_blocks("Continue.")})
     elif last["role"] == "assistant" and last["content"][-1]["type"] == "text":
         last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
     return system, turns
@@ -4089,7 +4118,7 @@ def claude_content(message: Json) -> list[Json]:
     blocks: list[Json] = []
     for part in parts_of(message):
         if part["type"] in ("text", "refusal"):
-            blocks.extend({**block, **_mark_of(part)} for block in _text_blocks(part[part["type"]]))
+            blocks.extend({**block, **_mark_of(part)} for block in text_blocks(part[part["type"]]))
             continue
         kind = "image" if part["type"] == "image_url" else "document"
         url = part["image_url"]["url"] if kind == "image" else part["file"]["file_data"]
@@ -4107,7 +4136,7 @@ def claude_content(message: Json) -> list[Json]:
 def _claude_call(call: Json, used: set[str]) -> Json:
     """Return a tool call as a block, under an id of Claude's letters that the conversation has not used yet."""
     function = call["function"]
-    id = re.sub(r"[^A-Za-z0-9_-]", "_", call["id"]) or "call"
+    id = claude_id(call["id"])
     while id in used:
         id += "_"
     used.add(id)
@@ -4115,7 +4144,7 @@ def _claude_call(call: Json, used: set[str]) -> Json:
     return {"type": "tool_use", "id": id, "name": claude_name(function["name"]), "input": given}
 
 
-def _text_blocks(text: str) -> list[Json]:
+def text_blocks(text: str) -> list[Json]:
     """Return a text as a block, or nothing for an empty one, which Claude refuses."""
     return [{"type": "text", "text": text}] if text.strip() else []
 
@@ -4133,6 +4162,11 @@ def claude_tool(tool: Json) -> Json:
     schema.update({"required": [*map(claude_key, schema["required"])]} if "required" in schema else {})
     return {"name": claude_name(function["name"]), **present({"description": function.get("description")}),
             "input_schema": schema, **_mark_of(tool, function)}
+
+
+def claude_id(id: str) -> str:
+    """Return a tool call's id in the letters that Claude takes; Kimi's are like functions.find:0."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", id) or "call"
 
 
 def claude_name(name: str, more: str = "") -> str:
@@ -4177,23 +4211,18 @@ def configured_targets(settings: Settings) -> tuple[Target, ...]:
     """Return the targets that flags and variables name, local ones (of --local-model) first.  Raises UsageError."""
     if settings.cloud_api_key and not settings.cloud_model:
         raise UsageError("--cloud-api-key needs the --cloud-model that it is for")
-    local = [_local_target(settings, spec) for spec in settings.local_model]
+    local = [_target(settings, "--local-model", spec) for spec in settings.local_model]
+    for spec, target in zip(settings.local_model, local):
+        if not may_be_local(target.endpoint, target.model):
+            raise UsageError(f"--local-model {spec}: a cloud answers this model; name it with --cloud-model, or say "
+                             f"where it runs, like {target.endpoint.provider}:NAME@http://127.0.0.1:8080/v1")
     cloud = [_target(settings, "--cloud-model", spec, "" if number else settings.cloud_api_key)
              for number, spec in enumerate(settings.cloud_model)]
     if not cloud:
         usual = [_target(settings, "", f"{provider.name}:{provider.default_model}")
                  for provider in PROVIDERS.values() if provider.default_model]
         cloud = [target for target in usual if not target.endpoint.lacks_key]
-    return tuple(dict.fromkeys(local + cloud))
-
-
-def _local_target(settings: Settings, spec: str) -> Target:
-    """Return the target of a --local-model.  Raises UsageError."""
-    target = _target(settings, "--local-model", spec)
-    if not may_be_local(target.endpoint, target.model):
-        raise UsageError(f"--local-model {spec}: a cloud answers this model; name it with --cloud-model, or say where "
-                         f"it runs, like {target.endpoint.provider}:NAME@http://127.0.0.1:8080/v1")
-    return target._replace(side=Side.LOCAL)
+    return tuple(dict.fromkeys([*(target._replace(side=Side.LOCAL) for target in local), *cloud]))
 
 
 def _target(settings: Settings, option: str, spec: str, key: str = "") -> Target:
@@ -4228,8 +4257,7 @@ def _target(settings: Settings, option: str, spec: str, key: str = "") -> Target
     return Target(endpoint, model, Side.CLOUD)
 
 
-@dataclasses.dataclass(frozen=True)
-class Alias:
+class Alias(NamedTuple):
     """A further name, which may have wildcards, and what it means in turn: targets' names, or targets themselves."""
     name: str
     targets: tuple[str | Target, ...]
@@ -4237,11 +4265,6 @@ class Alias:
     def __str__(self) -> str:
         told = [target.id if isinstance(target, Target) else target for target in self.targets]
         return f"alias {self.name}={','.join(told)}"
-
-    @property
-    def is_pattern(self) -> bool:
-        """True if it has wildcards, and so is not a name to ask for."""
-        return any(mark in self.name for mark in "*?[")
 
 
 def configured_aliases(settings: Settings, known: Sequence[Target]) -> tuple[Alias, ...]:
@@ -4298,7 +4321,16 @@ def batches(inputs: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
         yield inputs[start:]
 
 
+# At once: some servers take no more than 32 (TEI); of OpenAI's vectors, of 3072 numbers each, JSON may have 256 here.
+MOST_INPUTS = (32, 256)
 MAX_BATCH = 200_000    # characters, or tokens: OpenAI takes 300,000 tokens, and a character is seldom more than one
+
+
+def check_dimensions(one: Any, request: EmbeddingRequest) -> None:
+    """Raise Unsupported if a vector has another size than was asked for: some servers can't, and don't say so."""
+    asked = request.body.get("dimensions")
+    if asked and len(one) != ((4 * asked + 2) // 3 * 4 if request.in_base64 else asked):
+        raise Unsupported("The model makes vectors of one size only: leave dimensions out.", param="dimensions")
 
 
 def vector(told: Any, in_base64: bool) -> Any:
@@ -5459,7 +5491,7 @@ class Gateway:
                 models[name] = dataclasses.replace(model, cold=False, context=context or model.context)
             elif model:
                 self._shown_as.pop(target, None)    # it is shown, or what was in memory with it is gone
-        return dataclasses.replace(probe, models=probe.models and tuple(models.values()))
+        return probe._replace(models=probe.models and tuple(models.values()))
 
     def keep_alive(self, target: Target) -> KeepAlive:
         """Return how long a target's server is asked to keep the model, or the prompt; None leaves that to it."""
@@ -5600,8 +5632,11 @@ class Gateway:
         url, headers = endpoint.base_url + path, {**provider.headers(endpoint), **dict(more)}
         changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
         while True:
-            payload = provider.adapt(encoded, self.ledger.record(target).refused.union(changed))
-            answer = self.transport.open(url, headers, dumps(payload), limits, look)
+            unwanted = self.ledger.record(target).refused.union(changed)
+            payload = provider.adapt(encoded, unwanted)
+            sent = {name: ",".join([word for word in value.split(",") if word.strip() not in unwanted])
+                    for name, value in headers.items() if name not in unwanted}
+            answer = self.transport.open(url, present(sent), dumps(payload), limits, look)
             if answer.status < 300 and answer.content_type != "text/html":
                 for refused, error in changed.items():
                     if is_permanent(refused, error):
@@ -5629,14 +5664,14 @@ class Gateway:
         provider, vectors, tokens = PROVIDERS[target.endpoint.provider], list[Any](), 0
         try:
             with self.ledger.flight(target), _without_key(target.endpoint):
-                for inputs in batches(request.inputs, provider.most_inputs(request, target.endpoint)):
+                for inputs in batches(request.inputs, MOST_INPUTS[is_at(target.endpoint.base_url, provider.vendor)]):
                     encoded = provider.embed(inputs, request, target)
                     answer = self.open(target, provider.embed_path, encoded, self.limits._replace(until=until), look)
                     with contextlib.closing(answer), _in_its_format():
-                        found, count = provider.vectors(loads(answer.body()))
-                        if len(found) != len(inputs):
-                            raise ValueError("a vector is missing")
+                        found, count = provider.vectors(event_of(answer.body()))
                         vectors, tokens = vectors + [vector(one, request.in_base64) for one in found], tokens + count
+                        if len(found) != len(inputs) or len({*map(len, vectors)}) > 1:
+                            raise ValueError("a vector is missing, or longer than another")
         except UpstreamError as error:
             self.note(target, error)
             if error.fault not in (Fault.REFUSED, Fault.TOO_LONG, Fault.CLIENT):
@@ -5645,6 +5680,7 @@ class Gateway:
             raise
         if vectors:
             self.note(target, None)
+            check_dimensions(vectors[0], request)
         return target, vectors, tokens
 
     def _embedder(self, request: EmbeddingRequest, route: str, look: Look) -> Target:
@@ -5657,8 +5693,8 @@ class Gateway:
         elif usual:
             target = usual[0]
         else:
-            raise NoTarget("There is no model for embeddings: pull one (`ollama pull nomic-embed-text`), set "
-                           "OPENAI_API_KEY, or name one with --embedding-model.", retry=False)
+            raise NoTarget("No model makes embeddings: start Ollama and pull one (`ollama pull nomic-embed-text`) "
+                           "or set OPENAI_API_KEY, or name one with --embedding-model.", retry=False)
         for side in ({name, route} - {target.side.value}) & {"local", "cloud"}:
             raise BadRequest(f"No embeddings are made {side}: the model for them is {target.id}, and another one's "
                              "vectors have nothing in common with its own.", status=404, code="model_not_found")
@@ -5692,6 +5728,20 @@ class Gateway:
                                                   native.headers)) as answer:
                     return int(loads(answer.body(within_first_byte=True))["input_tokens"])
         return None
+
+    def prepare(self, request: ChatRequest, unload: bool, look: Look) -> None:
+        """Have Ollama load or unload the model of a request without a prompt.  Raise OblixError, what the look raises.
+
+        Of several models it loads the one that would be asked, if it is Ollama's, and unloads the first of Ollama's.
+        """
+        plan = self.plan(request)
+        order = [*plan.order, *plan.last_resort]
+        for target in [one for one in (order if unload else order[:1]) if request.native_to(one.endpoint.provider)][:1]:
+            provider, context = PROVIDERS[target.endpoint.provider], self.ledger.record(target).context
+            limits = self.limits._replace(first_byte_s=max(LOAD_S, self.limits.first_byte_s))
+            payload = provider.encode(request, target, context, self.keep_alive(target))
+            with contextlib.closing(self.open(target, provider.chat_path, payload, limits, look)) as answer:
+                answer.body(within_first_byte=True)
 
     def note(self, target: Target, error: UpstreamError | None) -> None:
         """Learn from an attempt that has failed, or with None succeeded."""
@@ -5750,9 +5800,9 @@ class Gateway:
 
     def catalogue(self) -> dict[str, Model]:
         """Return what is known of each name that can be asked for.  Does not wait."""
-        snapshot, aliases = self.snapshot(), [alias.name for alias in self.aliases if not alias.is_pattern]
+        snapshot, aliases = self.snapshot(), [alias.name for alias in self.aliases if not set("*?[") & {*alias.name}]
         found = {name: self.known(name, snapshot) for name in (*OWN_NAMES, *aliases)}
-        found.update({target.id: self._planned(target, snapshot) for target in snapshot.targets})
+        found.update({target.id: self._planned(target, snapshot) for target in (*snapshot.targets, *self._embedders)})
         for model in models_of(self._ollama, snapshot.readings):
             target = Target(self._ollama, model.name.removesuffix(":latest"), Side.LOCAL)
             found[target.id] = self._planned(target, snapshot, model)
@@ -5773,7 +5823,8 @@ class Gateway:
 
     def _planned(self, target: Target, snapshot: Snapshot, model: Model | None = None) -> Model:
         """Return what clients may plan with for a target, whose model may be known."""
-        model = model or model_of(target, snapshot.readings) or Model(target.model)
+        usual = Model(target.model, capabilities=frozenset({"embedding"}) if target in self._embedders else None)
+        model = model or model_of(target, snapshot.readings) or usual
         return PROVIDERS[target.endpoint.provider].planned(
             model, snapshot.record(target).context, free_bytes(target, snapshot.readings))
 
@@ -6068,7 +6119,7 @@ class Dispatch:
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
         is_foreign = provider.translates and not request.native_to(provider.name)    # its client can't read its timings
-        may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
+        may_pass = request.stream and self._settings.on_cut != "continue"
         try:
             with self._exchange(request, target) as (answer, started):
                 for chunk in decoded(answer, provider, request):
@@ -6097,7 +6148,7 @@ class Dispatch:
             with _in_its_format():
                 whole = PROVIDERS[target.endpoint.provider].whole(raw, request)
         said: Iterator[Chunk] = ({"choices": [{**choice, "delta": choice["message"]}]} for choice in whole["choices"])
-        if self._others and is_empty(said):
+        if self._others and is_empty(said) and not whole.get("native", {}).get("content"):
             raise UpstreamError("the answer was empty", code="empty_answer")
         self._learn(request, target, None, tokens_of(whole), time.monotonic() - started, whole.get("timings"))
         return {**whole, **_envelope(whole, target.id), "object": "chat.completion"}
@@ -6277,8 +6328,7 @@ LEAST_OVERLAP, OVERLAP = 8, 200    # characters of the text that a continuation 
 def tokens_of(answer: Json, kind: str = "completion_tokens") -> int:
     """Return the completion tokens, or those of another kind, that an answer or a chunk counts, or 0."""
     usage = answer.get("usage")
-    tokens = usage.get(kind) if isinstance(usage, dict) else 0
-    return tokens if isinstance(tokens, int) and 0 <= tokens < MOST_TOKENS else 0
+    return count_in(usage.get(kind)) if isinstance(usage, dict) else 0
 
 
 def continuable_text(request: ChatRequest, said: Sequence[Chunk]) -> str:
@@ -6415,6 +6465,9 @@ class Front:
         """Return the answer to a request that needs no model's words, or None; `now` is in unix seconds."""
         return None
 
+    def note_time(self, answer: Json, first_s: float, seconds: float) -> None:
+        """Put into an answer, or its chunk with the usage, when it began and ended, where its clients are told."""
+
     def error(self, error: OblixError) -> Json:
         """Return the body of an error."""
         return error_body(error)
@@ -6430,18 +6483,7 @@ def around_text(event: bytes, begin: bytes) -> Frame:
     return before + begin, b'"' + after
 
 
-def texts_in(chunk: Any) -> Texts | None:
-    """Return the Texts that a chunk of one choice could be, as it says a text and nothing else, or None."""
-    if isinstance(chunk, Texts):
-        return chunk
-    choice: Json = chunk["choices"][0] if len(chunk["choices"]) == 1 else {"index": 1}
-    says_more = choice["index"] or choice["finish_reason"] or choice.get("logprobs")
-    if says_more or choice["delta"].keys() != {"content"}:
-        return None
-    return Texts([dumps(choice["delta"]["content"])[1:-1]])
-
-
-def framed(texts: Texts, frame: Frame | None) -> bytes:
+def framed(texts: Sequence[bytes], frame: Frame | None) -> bytes:
     """Return the events that say these texts."""
     before, after = frame or (b"", b"")    # the first text of a stream is in a chunk
     return before + (after + before).join(texts) + after
@@ -6476,9 +6518,10 @@ def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
 
 
 class _ChatWriter(Writer):
+    _frame: Frame | None = None    # around the texts of events that say nothing else
+
     def __init__(self, request: ChatRequest) -> None:
         self._include_usage = request.include_usage
-        self._frame: Frame | None = None    # around the texts of events that say nothing else
 
     def take(self, chunk: Any) -> bytes:
         if isinstance(chunk, Texts):
@@ -6509,6 +6552,111 @@ class Chat(Front):
 
     def stream(self, request: ChatRequest) -> Writer:
         return _ChatWriter(request)
+
+
+# --- 11. Answers in items ---------------------------------------------------------------------------------------------
+
+_SAID = ("reasoning_content", "content", "refusal")    # what a delta or a message says besides its calls
+
+
+class Item:
+    """A thought, a text or a call of an answer, for an API that tells one of them after the other."""
+
+    def __init__(self, key: Any, index: int, kind: str, start: Json) -> None:
+        """`key` is a field of a delta, or the index of a call; `kind` and `start` are in the API's words."""
+        self.key, self.index, self.kind, self.start = key, index, kind, start
+        self.held, self.said = list[bytes](), list[bytes]()    # texts before and after they are told, as JSON has them
+        self.logprobs, self.logprobs_told = list[Json](), 0
+        self.is_open = False
+        self.frame: Any = None    # around each text in its event
+
+    def text(self) -> str:
+        """Return what was said."""
+        return str(json.loads('"%s"' % b"".join(self.said).decode("utf-8", "replace")))
+
+    def may_end(self) -> bool:
+        """Return True if the next item may begin: a call is complete only when its arguments are."""
+        ends = b"".join(self.said[-1:]).rstrip(rb" \nrt").endswith(b"}")    # blanks in JSON's text are like \n
+        is_asked = ends and len(self.said) <= 1000    # of very many pieces each answer would cost too much
+        return self.key in _SAID or is_asked and object_in(self.text()) is not None
+
+
+class ItemWriter(Writer):
+    """Tells one item after the other: what comes while a call is open waits until that call may end."""
+    _begin: Callable[[Json], bytes]                          # the events for the first chunk of an answer
+    _start: Callable[[Any, Json | None], tuple[str, Json]]   # key, call -> the kind of a new item, and its `start`
+    _open: Callable[[Item], bytes]                           # the events that begin an item,
+    _deltas: Callable[[Item, Sequence[bytes]], bytes]        # that tell pieces of its text,
+    _close: Callable[[Item], bytes]                          # and that end it
+
+    def __init__(self, request: ChatRequest) -> None:
+        self._request, self._begun = request, False
+        self._items, self._count = list[Item](), 0    # the first is open, the others wait; how many there were
+        self._finish, self._usage = "stop", Json()
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            if [item.key for item in self._items] == ["content"]:    # nearly always
+                self._items[0].said.append(b"".join(chunk))
+                return self._deltas(self._items[0], chunk)
+            self._add("content", chunk)
+            return self._flow()
+        events = b"" if self._begun else self._begin(chunk)
+        self._begun, self._usage = True, chunk.get("usage") or self._usage
+        for choice in chunk["choices"][:1]:
+            self._finish = choice.get("finish_reason") or self._finish
+            self._hear(choice, choice["delta"])
+        return events + self._flow()
+
+    def _hear(self, choice: Json, said: Json) -> None:
+        """Add to the items what a choice says, in a delta or in a message."""
+        logprobs = choice.get("logprobs")
+        logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
+        for field in filter(said.get, _SAID):
+            self._add(field, [dumps(str(said[field]))[1:-1]])
+            self._items[-1].logprobs += logprobs if field == "content" and isinstance(logprobs, list) else ()
+        for place, call in enumerate(said.get("tool_calls") or ()):
+            text = _inner(call).get("arguments") or _inner(call).get("input")
+            self._add(call.get("index", place), [dumps(text)[1:-1]] if text else [], call)
+
+    def _add(self, key: Any, texts: Sequence[bytes], call: Json | None = None) -> None:
+        item = next((item for item in (self._items if call else self._items[-1:]) if item.key == key), None)
+        if not item:
+            if call and not _inner(call).get("name"):    # blanks after a call that has ended
+                return
+            item = Item(key, self._count, *self._start(key, call))
+            self._items.append(item)
+            self._count += 1
+        item.held += texts
+
+    def _flow(self, is_end: bool = False) -> bytes:
+        """Return the events for what is held of the open item, and of each next one if that one may end."""
+        events = b""
+        while self._items:
+            item = self._items[0]
+            events += b"" if item.is_open else self._open(item)
+            item.is_open = True
+            if item.held:
+                texts, item.held = item.held, []
+                item.said.append(b"".join(texts))
+                events += self._deltas(item, texts)
+            if not is_end and (len(self._items) == 1 or not item.may_end()):
+                break
+            events += self._close(item)
+            del self._items[0]
+        return events
+
+    def _items_of(self, answer: Json) -> list[Item]:
+        """Return the items of a whole answer."""
+        self._hear(answer["choices"][0], answer["choices"][0]["message"])
+        for item in self._items:
+            item.held, item.said = [], item.held
+        return self._items
+
+
+def _inner(call: Json) -> Json:
+    """Return what a tool call, or a piece of one, says of a function or a custom tool."""
+    return call.get("function") or call.get("custom") or {}
 
 
 # --- 11. OpenAI's Responses: what is asked ----------------------------------------------------------------------------
@@ -6739,7 +6887,6 @@ _KINDS = {    # by the field of a delta, and by the kind of a call
     "function_call": _Kind("fc", {"type": "function_call"}, "response.function_call_arguments", "arguments"),
     "custom_tool_call": _Kind("ctc", {"type": "custom_tool_call"}, "response.custom_tool_call_input", "input"),
 }
-_TEXT_FIELDS = ("reasoning_content", "content", "refusal")
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _NO_LOGPROBS = b',"logprobs":[]'
 _ALWAYS = {"object": "response", "background": False, "error": None, "incomplete_details": None,
@@ -6751,51 +6898,22 @@ _ECHOED: Json = {
 MAX_KEPT, MAX_KEPT_BYTES = 256, 64 << 10    # items, and of each of them
 
 
-class _Item:
-    """An output item, as far as it has come."""
-
-    def __init__(self, kind: _Kind, index: int, answer_id: str, more: Json) -> None:
-        self.kind, self.more, self.id = kind, more, f"{kind.prefix}_{answer_id}_{index}"
-        self.where = {"item_id": self.id, "output_index": index, **kind.place}
-        self.texts, self.logprobs = list[bytes](), list[Json]()    # pieces, as JSON has them between its quotes
-        self.frame = b""    # around a piece in an event, once the item has begun
-
-    def text(self) -> str:
-        """Return the text of all pieces."""
-        return str(json.loads('"%s"' % b"".join(self.texts).decode("utf-8", "replace")))
-
-    def may_end(self) -> bool:
-        """Return True if another item may begin: a call is only complete when its arguments are."""
-        return bool(self.kind.parts) or object_in(self.text()) is not None
-
-    def json(self, status: str) -> Json:
-        """Return the item as the API has it."""
-        kind, text = self.kind, self.text() if status != "in_progress" else ""
-        part = {**kind.part, **({"logprobs": self.logprobs} if self.logprobs else {}),
-                kind.text: _input_in(text) if kind.text == "input" else text}
-        inner = {kind.parts: [part] if status != "in_progress" else []} if kind.parts else part
-        return {"id": self.id, **kind.item, "status": status, **self.more, **inner}
-
-
 def _input_in(arguments: str) -> str:
     """Return the text that a model gave to a custom tool, by whatever name."""
     text = next(iter((object_in(arguments) or {}).values()), None)
     return text if isinstance(text, str) else arguments
 
 
-def _inner(call: Json) -> Json:
-    """Return what a tool call, or a piece of one, says of a function or a custom tool."""
-    return call.get("function") or call.get("custom") or {}
-
-
-def _usage_of(usage: Json) -> Json:
-    """Return chat's usage as this API has it."""
-    read, written = (details if isinstance(details, dict) else {} for details in map(usage.get, (
-        "prompt_tokens_details", "completion_tokens_details")))
+def _usage_of(answer: Json) -> Json | None:
+    """Return an answer's usage as this API has it."""
+    usage = answer.get("usage")
+    if not usage or not isinstance(usage, dict):
+        return None
+    read, written = ({"usage": usage.get(name)} for name in ("prompt_tokens_details", "completion_tokens_details"))
     return {"input_tokens": usage.get("prompt_tokens"), "input_tokens_details": {
-                name: read.get(name) or 0 for name in ("cached_tokens", "cache_write_tokens")},
+                name: tokens_of(read, name) for name in ("cached_tokens", "cache_write_tokens")},
             "output_tokens": usage.get("completion_tokens"), "output_tokens_details": {
-                "reasoning_tokens": written.get("reasoning_tokens") or 0}, "total_tokens": usage.get("total_tokens")}
+                "reasoning_tokens": tokens_of(written, "reasoning_tokens")}, "total_tokens": usage.get("total_tokens")}
 
 
 def echo_of(body: Json) -> Json:
@@ -6803,133 +6921,132 @@ def echo_of(body: Json) -> Json:
     return {name: usual if body.get(name) is None else body[name] for name, usual in _ECHOED.items()}
 
 
-class _ResponsesWriter(Writer):
-    """Tells one item after the other: what comes while a call is open waits for the end, as that call may go on."""
+def _item_of(item: Item, status: str) -> Json:
+    """Return an item as the API has it."""
+    kind, text = _KINDS[item.kind], item.text()
+    part = {**kind.part, **present({"logprobs": item.logprobs}),
+            kind.text: _input_in(text) if kind.text == "input" else text}
+    parts = [] if status == "in_progress" else [part]
+    return {**item.start, "status": status, **({kind.parts: parts} if kind.parts else part)}
 
+
+def _ended_as(finish: str) -> Json:
+    """Return the fields that tell how a response has ended."""
+    reason = _INCOMPLETE.get(finish)
+    return {"status": "incomplete" if reason else "completed",
+            "incomplete_details": {"reason": reason} if reason else None}
+
+
+class _ResponsesWriter(ItemWriter):
     def __init__(self, request: ChatRequest, number: int, kept: collections.deque[Json]) -> None:
         """`number` tells the answer from others, as some servers give them all one id; `kept` gets the items."""
-        self._request, self._answer, self._kept, self._finish = request, number, kept, ""
-        self.response, self._echo = Json(), b""    # the fields that are told of each answer, and what is echoed
-        self._number = 0                    # of the next event
-        self._output = list[Json]()         # the items that are complete
-        self._open: dict[Any, _Item] = {}   # by the field of the delta, or by the index of the call
+        super().__init__(request)
+        self._answer, self._kept = number, kept
+        self._number, self._status = 0, "completed"    # of the next event, and of the last item
+        self._response = Json()
 
     @functools.cached_property
     def _tools(self) -> dict[str, _Tool]:
         return tools_of(self._request.origin)
 
-    def take(self, chunk: Any) -> bytes:
-        if isinstance(chunk, Texts):
-            return self._say("content", chunk)
-        events = b"" if self.response else self._begin(chunk)
-        if isinstance(chunk.get("usage"), dict):
-            self.response["usage"] = _usage_of(chunk["usage"])
-        for choice in chunk["choices"][:1]:
-            delta, logprobs = choice["delta"], choice.get("logprobs")
-            logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
-            self._finish = choice.get("finish_reason") or self._finish
-            for field in filter(delta.get, _TEXT_FIELDS):
-                events += self._say(field, [dumps(delta[field])[1:-1]], logprobs if (
-                    field == "content" and isinstance(logprobs, list)) else ())
-            for call in delta.get("tool_calls") or ():
-                text = _inner(call).get("arguments") or _inner(call).get("input") or ""
-                events += self._say(call["index"], [dumps(text)[1:-1]] if text else [], (), call)
-        return events
+    def whole(self, answer: Json) -> Json:
+        """Return the response for a whole answer."""
+        self._respond(answer)
+        ended, items = _ended_as(answer["choices"][0]["finish_reason"]), self._items_of(answer)
+        for item in items:
+            self._complete(item, ended["status"] if item is items[-1] else "completed")
+        return {**self._response, "usage": _usage_of(answer), **ended}
 
     def end(self) -> bytes:
-        reason = _INCOMPLETE.get(self._finish)
-        status = "incomplete" if reason else "completed"
-        return self._close(status) + self._states(
-            status, status=status, incomplete_details={"reason": reason} if reason else None)
+        ended = _ended_as(self._finish)
+        self._status = ended["status"]
+        return self._flow(True) + self._states(self._status, **ended)
 
     def broken(self, error: OblixError) -> bytes:
         # The SDKs raise the first event, and only if it has an error object; Codex reads the second, and not the first.
         told = error_body(error)["error"]
-        events = b"" if self.response else self._begin({})
+        events = b"" if self._begun else self._begin({})
         return events + self._event("error", **{**told, "error": told}) + self._states(
             "failed", status="failed", error={"code": error.code or error.type, "message": told["message"]})
 
     def _event(self, kind: str, **fields: Any) -> bytes:
-        if not self._request.stream:
-            return b""
         self._number += 1
         return b"event: %b\n%b" % (kind.encode(), sse({**fields, "type": kind, "sequence_number": self._number - 1}))
 
     def _states(self, *states: str, **fields: Any) -> bytes:
         """Return the events that tell how the whole answer is."""
-        self.response.update(output=self._output, **fields)
-        if not self._request.stream:
-            return b""
-        told, events = dumps(self.response)[:-1] + b"," + self._echo, b""
+        told, events = dumps({**self._response, "usage": _usage_of({"usage": self._usage}), **fields}), b""
         for state in states:    # the tools alone may have 30 KB: they are encoded once
             events += self._event(f"response.{state}")[:-3] + b',"response":%b}\n\n' % told
         return events
 
-    def _begin(self, first: Json) -> bytes:
-        """Return the events for the first chunk of an answer."""
+    def _respond(self, first: Json) -> None:
+        """Set what the response is at the first chunk of an answer, or for a whole one."""
         id = re.sub("[^A-Za-z0-9]", "", str(first.get("id")).removeprefix("chatcmpl-"))
         self._id = f"{id[-40:]}x{self._answer:x}"
-        self.response = {
-            "id": f"resp_{self._id}", "created_at": first.get("created", 0), **_ALWAYS, "usage": None,
-            "model": first.get("model", self._request.model), "service_tier": first.get("service_tier") or "default"}
-        self._echo = dumps(echo_of(self._request.origin))[1:] if self._request.stream else b""
+        self._response = {
+            "id": f"resp_{self._id}", "created_at": first.get("created", 0), **_ALWAYS, "output": [],
+            "model": first.get("model", self._request.model), "service_tier": first.get("service_tier") or "default",
+            **echo_of(self._request.origin)}
+
+    def _begin(self, first: Json) -> bytes:
+        self._respond(first)
         return self._states("created", "in_progress", status="in_progress")
 
-    def _say(self, key: Any, texts: Sequence[bytes], logprobs: Sequence[Json] = (), call: Json | None = None) -> bytes:
-        """Return the events for pieces of a text, by the field of the delta or by the index of the call."""
-        item, events = self._open.get(key), b""
-        if not item:
-            if call and not _inner(call).get("name"):    # blanks after a call that is complete
-                return b""
-            if len(self._open) == 1 and next(iter(self._open.values())).may_end():
-                events = self._close("completed")
-            item = self._open[key] = self._item(key, call)
-            events += self._begin_item(item) if len(self._open) == 1 else b""
-        item.texts.append(b"".join(texts))
-        item.logprobs += logprobs
-        return events + self._deltas(item, texts, logprobs) if item.frame and item.kind.text != "input" else events
-
-    def _item(self, key: Any, call: Json | None) -> _Item:
-        """Return a new item."""
-        more, index = Json(), len(self._output) + len(self._open)
+    def _start(self, key: Any, call: Json | None) -> tuple[str, Json]:
+        kind, more = key, Json()
         if call:
             name = str(_inner(call).get("name"))
             tool = self._tools.get(name) or _Tool("", name)    # one that the model has made up
-            key, more = tool.kind or "function_call", {"call_id": call.get("id"), "name": tool.name}
-            more.update({"namespace": tool.namespace} if tool.namespace else {})
-        return _Item(_KINDS[key], index, self._id, more)
+            kind, more = tool.kind or "function_call", {"call_id": call.get("id"), "name": tool.name}
+            more.update(present({"namespace": tool.namespace}))
+        id = f"{_KINDS[kind].prefix}_{self._id}_{self._count}"
+        return kind, {"id": id, **_KINDS[kind].item, "status": "", **more}
 
-    def _begin_item(self, item: _Item) -> bytes:
-        kind, name, whole = item.kind, f"{item.kind.events}.delta", item.json("in_progress")
-        more = _NO_LOGPROBS if "logprobs" in kind.part else b""
-        item.frame = b"event: %b\n%b" % (name.encode(), sse({"type": name, **item.where}).rstrip()[:-1]) + (
-            b',"delta":"%b"' + more + b',"sequence_number":%d}\n\n')
-        part = {**kind.part, kind.text: ""}
-        events = self._event("response.output_item.added", output_index=item.where["output_index"], item=whole)
-        return events + (self._event(f"{kind.part_events}.added", **item.where, part=part) if kind.parts else b"")
+    @staticmethod
+    def _where(item: Item) -> Json:
+        """Return the fields of an event that name an item, or its part."""
+        return {"item_id": item.start["id"], "output_index": item.index, **_KINDS[item.kind].place}
 
-    def _deltas(self, item: _Item, texts: Sequence[bytes], logprobs: Sequence[Json] = ()) -> bytes:
-        first, self._number, frame = self._number, self._number + len(texts), item.frame
+    def _part_event(self, item: Item, step: str, part: Json) -> bytes:
+        kind = _KINDS[item.kind]
+        return self._event(f"{kind.part_events}.{step}", **self._where(item), part=part) if kind.parts else b""
+
+    def _open(self, item: Item) -> bytes:
+        kind, whole = _KINDS[item.kind], _item_of(item, "in_progress")
+        name = f"{kind.events}.delta"
+        item.frame = b'event: %b\n%b,"delta":"%%b"%b,"sequence_number":%%d}\n\n' % (
+            name.encode(), sse({"type": name, **self._where(item)})[:-3], _NO_LOGPROBS * ("logprobs" in kind.part))
+        events = self._event("response.output_item.added", output_index=item.index, item=whole)
+        return events + self._part_event(item, "added", {**kind.part, kind.text: ""})
+
+    def _deltas(self, item: Item, texts: Sequence[bytes]) -> bytes:
+        # that text is within the JSON of the arguments, which has to be complete
+        return b"" if item.kind == "custom_tool_call" else self._told(item, texts)
+
+    def _told(self, item: Item, texts: Sequence[bytes]) -> bytes:
+        logprobs, item.logprobs_told = item.logprobs[item.logprobs_told:], len(item.logprobs)
+        texts, frame, first = [b"".join(texts)] if logprobs else texts, item.frame, self._number
+        self._number += len(texts)
         events = b"".join([frame % (text, number) for number, text in enumerate(texts, first)])
         return events.replace(_NO_LOGPROBS, b',"logprobs":' + dumps(logprobs)) if logprobs else events
 
-    def _close(self, status: str) -> bytes:
-        """Return the events that complete what is open; the last item ends with this status."""
-        events, items, self._open = b"", [*self._open.values()], {}
-        for item in items:
-            kind, whole = item.kind, item.json(status if item is items[-1] else "completed")
-            part = whole[kind.parts][0] if kind.parts else whole
-            waited = not item.frame
-            events += self._begin_item(item) if waited else b""
-            events += self._deltas(item, [dumps(part[kind.text])[1:-1]]) if waited or kind.text == "input" else b""
-            told = {name: part[name] for name in (kind.text, "logprobs") if name in part}
-            events += self._event(f"{kind.events}.done", **item.where, **told)
-            events += self._event(f"{kind.part_events}.done", **item.where, part=part) if kind.parts else b""
-            events += self._event("response.output_item.done", output_index=item.where["output_index"], item=whole)
-            self._output.append(whole)
-            if self._request.origin.get("store") is not False and sum(map(len, item.texts)) <= MAX_KEPT_BYTES:
-                self._kept.append(whole)
-        return events
+    def _complete(self, item: Item, status: str) -> Json:
+        """Return an item that is complete, and keep it."""
+        whole = _item_of(item, status)
+        self._response["output"].append(whole)
+        if self._request.origin.get("store") is not False and sum(map(len, item.said)) <= MAX_KEPT_BYTES:
+            self._kept.append(whole)
+        return whole
+
+    def _close(self, item: Item) -> bytes:
+        kind, whole = _KINDS[item.kind], self._complete(item, self._status if len(self._items) == 1 else "completed")
+        part = whole[kind.parts][0] if kind.parts else whole
+        events = self._told(item, [dumps(part["input"])[1:-1]]) if kind.text == "input" else b""
+        told = {name: part[name] for name in (kind.text, "logprobs") if name in part}
+        events += self._event(f"{kind.events}.done", **self._where(item), **told)
+        events += self._part_event(item, "done", part)
+        return events + self._event("response.output_item.done", output_index=item.index, item=whole)
 
 
 class Responses(Front):
@@ -6964,11 +7081,7 @@ class Responses(Front):
         return chat_of(body, items)
 
     def whole(self, answer: Json, request: ChatRequest) -> Json:
-        choice, writer = answer["choices"][0], self.stream(request)
-        calls = [{"index": index, **call} for index, call in enumerate(choice["message"].get("tool_calls") or ())]
-        writer.take({**answer, "choices": [{**choice, "delta": {**choice["message"], "tool_calls": calls}}]})
-        writer.end()
-        return {**writer.response, **echo_of(request.origin)}
+        return self.stream(request).whole(answer)
 
     def stream(self, request: ChatRequest) -> _ResponsesWriter:
         return _ResponsesWriter(request, next(self._numbers), self._kept)
@@ -6978,7 +7091,7 @@ class Responses(Front):
 
 _MESSAGES_FIELDS: dict[str, Rule] = {
     **{name: FIELDS[name] for name in ("model", "messages", "stream", "temperature", "top_p", "tools")},
-    "max_tokens": (lambda value: type(value) is int and 0 <= value < MOST_TOKENS, "must be an integer from 0"),
+    "max_tokens": whole_number(0, MOST_TOKENS, " from 0"),
     "system": (lambda value: isinstance(value, (str, list)), "must be a string or a list of text blocks"),
     "stop_sequences": (lambda value: isinstance(value, list) and FIELDS["stop"][0](value), "must be a list of strings"),
     **dict.fromkeys(("tool_choice", "thinking", "output_config", "output_format"), FIELDS["stream_options"]),
@@ -6986,20 +7099,23 @@ _MESSAGES_FIELDS: dict[str, Rule] = {
 # The blocks that others than Claude can be asked with, and the types of their fields.
 _BLOCK_FIELDS: dict[str, dict[str, Any]] = {
     "text": {"text": str}, "image": {"source": dict}, "document": {"source": dict}, "thinking": {"thinking": str},
+    "search_result": {"content": list}, "tool_reference": {"tool_name": str},
     "tool_use": {"id": str, "name": str, "input": dict},
     "tool_result": {"tool_use_id": str, "content": (str, list, type(None))}}
 _SOURCE_FIELDS = {"base64": ("media_type", "data"), "url": ("url",), "file": ("file_id",), "text": ("data",)}
+_TOLD_OF_TEXTS = ("title", "source", "context")    # of documents and of what a search has found
 # What Claude Code says anew in each request, so that no server's cache of the prompt would fit any more: the first
 # block of the system (llama.cpp's pull request 20623), and what is left of its budget (omlx#2881, ollama's 17918).
 _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n?")
 _COUNTDOWN = re.compile(r"<total_tokens>\s*\d+ tokens left\s*</total_tokens>")
+_OWN_TOOLS = (None, "custom")    # the types of a client's own; the others are Anthropic's
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _STOPS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 _ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
                 409: "conflict_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
                 504: "timeout_error", 529: "overloaded_error"}
-_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking")}    # of blocks; of calls:
-_CALL_DELTA = ("input_json_delta", "partial_json")
+_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),    # kind of block -> its pieces
+           "tool_use": ("input_json_delta", "partial_json")}
 BYTES_A_TOKEN = 3.5    # as Anthropic's glossary has it for Claude; other tokenizers have 3 to 4 bytes
 
 
@@ -7010,12 +7126,12 @@ def prompt_tokens(request: ChatRequest) -> int:
 
 def messages_body(body: Json) -> tuple[Json, tuple[str, ...]]:
     """Return a Messages body as a chat body, and the tools that it leaves out.  Raises BadRequest."""
-    own = [tool for tool in body.get("tools") or () if tool.get("type") in (None, "custom")]
+    own = [tool for tool in body.get("tools") or () if tool.get("type") in _OWN_TOOLS]
     for number, tool in enumerate(own):
         need(isinstance(tool.get("name"), str) and isinstance(tool.get("input_schema"), dict), f"tools.{number}",
              'must be like {"name": …, "description": …, "input_schema": {…}}')
-    tools = [{"type": "function", "function": {"name": tool["name"], "description": tool.get("description"),
-                                               "parameters": tool["input_schema"]}} for tool in own]
+    tools = [{"type": "function", "function": {"name": claude_name(tool["name"]), "parameters": tool["input_schema"],
+                                               "description": tool.get("description")}} for tool in own]
     config, choice = body.get("output_config") or {}, body.get("tool_choice") or {"type": "auto"}
     form = config.get("format") or body.get("output_format")
     schema = form.get("schema") if isinstance(form, dict) else None
@@ -7025,13 +7141,20 @@ def messages_body(body: Json) -> tuple[Json, tuple[str, ...]]:
     told: Json = {name: body.get(name) for name in ("model", "temperature", "top_p", "stream")}
     told.update(
         messages=_chat_messages(body), tools=tools, stop=body.get("stop_sequences"),
-        max_tokens=body.get("max_tokens") or None, stream_options={"include_usage": True},
-        tool_choice=_TOOL_CHOICES.get(kind, {"type": "function", "function": {"name": name}}),
+        stream_options={"include_usage": True},    # and 0 tokens only fill Claude's cache:
+        max_tokens=None if body.get("max_tokens") is None else max(1, body["max_tokens"]),
+        tool_choice=_TOOL_CHOICES.get(kind, {"type": "function", "function": {"name": claude_name(str(name))}}),
         parallel_tool_calls=False if choice.get("disable_parallel_tool_use") else None,
         reasoning_effort=_effort_meant(body.get("thinking") or {}, config),
         response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
         if isinstance(schema, dict) else None)
-    return told, tuple([str(tool["type"]) for tool in body.get("tools") or () if tool not in own])
+    return told, tuple([str(tool["type"]) for tool in body.get("tools") or () if tool.get("type") not in _OWN_TOOLS])
+
+
+def _own_names(body: Json) -> dict[str, str]:
+    """Return the client's names of its tools by those that others are told: OpenAI takes 64 characters, Claude 128."""
+    names = [tool["name"] for tool in body.get("tools") or () if isinstance(tool.get("name"), str)]
+    return {claude_name(name): name for name in names}
 
 
 def _effort_meant(thinking: Json, config: Json) -> str | None:
@@ -7039,7 +7162,7 @@ def _effort_meant(thinking: Json, config: Json) -> str | None:
     kind, budget = thinking.get("type"), thinking.get("budget_tokens")
     if kind == "disabled":
         return "none"
-    if isinstance(config.get("effort"), str):
+    if config.get("effort") in EFFORTS:
         return config["effort"]  # type: ignore[no-any-return]
     return ("low" if budget <= 2048 else "medium" if budget < 8192 else "high") if isinstance(budget, int) else None
 
@@ -7081,16 +7204,22 @@ def _blocks_in(content: Any, where: str, is_system: bool = False) -> list[Json]:
 
 def _parts_of_block(block: Json) -> list[Json]:
     """Return the parts of a chat's content that say what a block says.  Raises BadRequest."""
-    kind, source = block["type"], block.get("source") or {}
-    form, needed = source.get("type"), _SOURCE_FIELDS.get(str(source.get("type")), ())
+    kind = block["type"]
+    if kind == "tool_reference":    # what Claude Code's search among tools has found
+        return text_blocks(f"You can call the tool {block['tool_name']} now.")
+    told = text_blocks("\n".join(block[name] for name in _TOLD_OF_TEXTS if isinstance(block.get(name), str)))
+    if kind == "search_result":
+        return [*told, *_parts_within(block["content"], "search_result.content")]
     if kind not in ("image", "document"):    # of the others only a text can stand here
-        return [{"type": "text", "text": block["text"]}] if kind == "text" else []
+        return text_blocks(block.get("text", ""))
+    source, form = block["source"], str(block["source"].get("type"))
     if form == "content":
-        return _parts_within(source.get("content"), f"{kind}.source.content")
+        return [*told, *_parts_within(source.get("content"), f"{kind}.source.content")]
+    needed = _SOURCE_FIELDS.get(form, ())
     need(needed and all(isinstance(source.get(name), str) for name in needed), f"{kind}.source",
          f"must be of a type among {', '.join(_SOURCE_FIELDS)}, and complete")
     if form == "text":
-        return [{"type": "text", "text": source["data"]}]
+        return [*told, *text_blocks(source["data"])]
     url = source.get("url") or f"data:{source.get('media_type')};base64,{source.get('data')}"
     if kind == "image" and form != "file":
         return [{"type": "image_url", "image_url": {"url": url}}]
@@ -7109,7 +7238,7 @@ def _assistant_message(blocks: Sequence[Json]) -> list[Json]:
         if block["type"] == "thinking" and not block.get("signature"):
             thought += block["thinking"]
         if block["type"] == "tool_use":
-            function = {"name": block["name"], "arguments": dumps(block["input"]).decode()}
+            function = {"name": claude_name(block["name"]), "arguments": dumps(block["input"]).decode()}
             calls.append({"id": block["id"], "type": "function", "function": function})
     more = present({"tool_calls": calls, "reasoning_content": thought})
     return [{"role": "assistant", "content": text or None, **more}] if text or calls else []
@@ -7133,12 +7262,13 @@ def _user_messages(blocks: Sequence[Json]) -> list[Json]:
     return [*results, *([{"role": "user", "content": content}] if rest else [])]
 
 
-def _signed(message: Json) -> Json:
-    """Return a message for Claude, which refuses thoughts that it has not signed: they are another model's."""
+def _for_claude(message: Json) -> Json:
+    """Return a message without what Claude refuses of other models: thoughts that it has not signed, their ids."""
     blocks = message["content"]
-    kept = blocks if isinstance(blocks, str) else [
-        block for block in blocks if block["type"] != "thinking" or block.get("signature")]
-    return {**message, "content": kept}
+    return message if isinstance(blocks, str) else {**message, "content": [
+        {name: claude_id(value) if name in ("id", "tool_use_id") and isinstance(value, str) else value
+         for name, value in block.items()}
+        for block in blocks if block["type"] != "thinking" or block.get("signature")]}
 
 
 def _anthropic_message(answer: Json, content: list[Json], stop: str | None, usage: Json) -> Json:
@@ -7148,12 +7278,11 @@ def _anthropic_message(answer: Json, content: list[Json], stop: str | None, usag
 
 def _anthropic_usage(usage: Json, request: ChatRequest) -> Json:
     """Return the counts of an answer, or an estimate of its prompt where no server tells any."""
-    details = usage.get("prompt_tokens_details")
-    found = [usage.get("prompt_tokens"), usage.get("completion_tokens"), *(
-        details.get(name) if isinstance(details, dict) else 0 for name in ("cached_tokens", "cache_write_tokens"))]
-    prompt, said, read, written = [count if type(count) is int else 0 for count in found]
-    return {"input_tokens": max(0, prompt - read - written) if usage else prompt_tokens(request),
-            "cache_creation_input_tokens": written, "cache_read_input_tokens": read, "output_tokens": said}
+    told, details = {"usage": usage}, {"usage": usage.get("prompt_tokens_details")}
+    read, written = tokens_of(details, "cached_tokens"), tokens_of(details, "cache_write_tokens")
+    new = max(0, tokens_of(told, "prompt_tokens") - read - written)
+    return {"input_tokens": new if usage else prompt_tokens(request), "cache_creation_input_tokens": written,
+            "cache_read_input_tokens": read, "output_tokens": tokens_of(told)}
 
 
 def _long_prompt(message: str) -> str:
@@ -7174,101 +7303,61 @@ def _framed(event: Json) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), dumps(event)) if name.isidentifier() and name.isascii() else b""
 
 
-class _Block:
-    """A block of an answer: it is open, or waits for the one before."""
-
-    def __init__(self, key: Any, start: Json) -> None:
-        self.key, self.start = key, start    # the key: its type, or the number of a call
-        self.is_open, self.held, self.said = False, list[str](), list[str]()
-
-    def may_end(self) -> bool:
-        """Return True if the block can be closed before another one: a call when its arguments are complete."""
-        ends = self.said[-1:] and self.said[-1].rstrip().endswith("}")
-        return self.key in _DELTAS or bool(ends) and object_in("".join(self.said)) is not None
-
-
-class _MessagesWriter(Writer):
-    def __init__(self, request: ChatRequest) -> None:
-        self._request = request
-        self._begun = self._ended = False
-        self._blocks: list[_Block] = []    # the first one is open; one of them may be at a time
-        self._index = -1                   # of the block that was opened last
-        self._finish, self._usage = "stop", Json()
+class _MessagesWriter(ItemWriter):
+    _ended = False    # by Claude itself
 
     def take(self, chunk: Any) -> bytes:
-        if isinstance(chunk, Texts):
-            return self._texts(chunk)
-        if chunk.get("native") is not None:
-            return self._native(chunk["native"])
-        events = b"" if self._begun else self._start(chunk)
-        self._usage = chunk.get("usage") or self._usage
-        for choice in chunk["choices"]:
-            delta, self._finish = choice["delta"], choice["finish_reason"] or self._finish
-            for kind, name in (("thinking", "reasoning_content"), ("text", "content"), ("text", "refusal")):
-                events += self._say(kind, delta[name]) if delta.get(name) else b""
-            for call in delta.get("tool_calls") or ():
-                inner = call.get("function") or {}
-                start = {"type": "tool_use", "id": call.get("id"), "name": inner.get("name"), "input": {}}
-                events += self._say(call["index"], inner.get("arguments") or "", start)
-        return events
+        native = None if isinstance(chunk, Texts) else chunk.get("native")
+        return super().take(chunk) if native is None else self._native(native)
 
-    def _start(self, chunk: Chunk) -> bytes:
-        self._begun = True    # what the server counts comes at the end
-        message = _anthropic_message(chunk, [], None, _anthropic_usage({}, self._request))
+    def whole(self, answer: Json) -> Json:
+        """Return the message for a whole answer."""
+        content = [{**item.start, **({"input": arguments_in(item.text())} if item.kind == "tool_use" else {
+            item.kind: item.text()})} for item in self._items_of(answer)]
+        stop = _STOPS.get(answer["choices"][0]["finish_reason"], "end_turn")
+        return _anthropic_message(answer, content, stop, _anthropic_usage(answer.get("usage") or {}, self._request))
+
+    def _begin(self, first: Json) -> bytes:    # what the server counts comes at the end
+        message = _anthropic_message(first, [], None, _anthropic_usage({}, self._request))
         return _framed({"type": "message_start", "message": message}) + MESSAGES.keep_alive
 
     def _native(self, event: Json) -> bytes:
         """Return an event of Claude's as it came, and note which block is open."""
         kind, self._begun = event.get("type"), True
         if kind == "content_block_start":
-            self._index = event["index"] if type(event.get("index")) is int else self._index + 1
-            self._blocks = [_Block(str(event["content_block"]["type"]), event["content_block"])]
-            self._blocks[0].is_open = True
-        self._blocks = [] if kind == "content_block_stop" else self._blocks
+            block, index = event["content_block"], event.get("index")
+            item = Item("content" if block["type"] == "text" else None,
+                        index if type(index) is int else self._count, str(block["type"]), block)
+            self._items, self._count, item.is_open = [item], item.index + 1, True
+        self._items = [] if kind == "content_block_stop" else self._items
         self._ended = self._ended or kind == "message_stop"
         return _framed(event) if event else b""
 
-    def _texts(self, texts: Texts) -> bytes:
-        events = b""
-        if [block.key for block in self._blocks] != ["text"]:
-            events = self._say("text", "")
-            if self._blocks[0].key != "text":    # it waits for the end of a call
-                return events + b"".join(self._say("text", str(loads(b'"%b"' % text))) for text in texts)
-        before = (b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":'
-                  b'{"type":"text_delta","text":"' % self._index)
-        return events + before + (b'"}}\n\n' + before).join(texts) + b'"}}\n\n'
+    def _start(self, key: Any, call: Json | None) -> tuple[str, Json]:
+        if call:
+            name = str(_inner(call)["name"])
+            own = _own_names(self._request.origin).get(name, name)
+            return "tool_use", {"type": "tool_use", "id": call.get("id"), "name": own, "input": {}}
+        kind = "thinking" if key == "reasoning_content" else "text"
+        return kind, {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
 
-    def _say(self, key: Any, piece: str, start: Json | None = None) -> bytes:
-        """Return the events for a piece of a text, a thought or a call, as soon as its block is open."""
-        others = self._blocks if start else self._blocks[-1:]
-        block = next((block for block in others if block.key == key), None)
-        if block is None:
-            if start and not start["name"]:    # blanks behind a call that has ended
-                return b""
-            block = _Block(key, start or {"type": key, key: "", **({"signature": ""} if key == "thinking" else {})})
-            self._blocks.append(block)
-        block.held.append(piece)
-        return self._flow()
+    def _open(self, item: Item) -> bytes:
+        return _framed({"type": "content_block_start", "index": item.index, "content_block": item.start})
 
-    def _flow(self, is_end: bool = False) -> bytes:
-        """Return the events for what is held of the open block, and of each next one where that can be closed."""
-        events = b""
-        while self._blocks:
-            block = self._blocks[0]
-            if not block.is_open:
-                self._index, block.is_open = self._index + 1, True
-                events += _framed({"type": "content_block_start", "index": self._index, "content_block": block.start})
-            kind, field = _DELTAS.get(block.key, _CALL_DELTA)
-            for piece in filter(None, block.held):
-                delta = {"type": kind, field: piece}
-                events += _framed({"type": "content_block_delta", "index": self._index, "delta": delta})
-            block.said.extend(() if block.key in _DELTAS else block.held)
-            block.held.clear()
-            if not is_end and (len(self._blocks) == 1 or not block.may_end()):
-                break
-            events += _framed({"type": "content_block_stop", "index": self._index})
-            del self._blocks[0]
-        return events
+    def _deltas(self, item: Item, texts: Sequence[bytes]) -> bytes:
+        kind, field = _DELTAS.get(item.kind, _DELTAS["text"])
+        item.frame = item.frame or around_text(_framed({
+            "type": "content_block_delta", "index": item.index, "delta": {"type": kind, field: "\0"}}),
+            b'"%b":"' % field.encode())
+        if item.kind != "tool_use":    # a call's are read again
+            item.said.clear()
+        return framed(texts, item.frame)
+
+    def _close(self, item: Item) -> bytes:
+        signed = {"type": "content_block_delta", "index": item.index, "delta": {
+            "type": "signature_delta", "signature": ""}}    # some clients drop thoughts without; only Claude can sign
+        return (_framed(signed) if item.kind == "thinking" else b"") + _framed({
+            "type": "content_block_stop", "index": item.index})
 
     def end(self) -> bytes:
         if self._ended:
@@ -7292,7 +7381,7 @@ class Messages(Front):
         check_fields(body, _MESSAGES_FIELDS, needed)
         told, left_out = messages_body(body)
         path = f"/v1{head.path}{'?beta=true' if 'beta=true' in head.target.partition('?')[2].split('&') else ''}"
-        messages = [message for message in map(_signed, body["messages"]) if message["content"] != []]
+        messages = [message for message in map(_for_claude, body["messages"]) if message["content"] != []]
         native = Native("claude", path, {**body, "messages": messages}, tuple([
             (name, head.fields[name]) for name in ("anthropic-version", "anthropic-beta") if name in head.fields]))
         return dataclasses.replace(parse_request(told), origin=body, native=native, left_out=left_out)
@@ -7300,18 +7389,9 @@ class Messages(Front):
     def whole(self, answer: Json, request: ChatRequest) -> Json:
         if "native" in answer:
             return answer["native"]  # type: ignore[no-any-return]
-        choice, content = answer["choices"][0], list[Json]()
-        message = choice["message"]
-        if message.get("reasoning_content"):
-            content.append({"type": "thinking", "thinking": message["reasoning_content"], "signature": ""})
-        content += [{"type": "text", "text": message[name]} for name in ("content", "refusal") if message.get(name)]
-        for call in message.get("tool_calls") or ():
-            called = function_in(call)
-            content.append({"type": "tool_use", "id": call["id"], "name": called["name"], "input": called["arguments"]})
-        return _anthropic_message(answer, content, _STOPS.get(choice["finish_reason"], "end_turn"),
-                                  _anthropic_usage(answer.get("usage") or {}, request))
+        return self.stream(request).whole(answer)
 
-    def stream(self, request: ChatRequest) -> Writer:
+    def stream(self, request: ChatRequest) -> _MessagesWriter:
         return _MessagesWriter(request)
 
     def error(self, error: OblixError) -> Json:
@@ -7354,7 +7434,8 @@ def ollama_details(id: str, model: Model) -> Json:
     """Return the answer of /api/show.  Clients read the window at the architecture's name, as VS Code and Zed do."""
     entry = ollama_entry(id, model)
     family = entry["details"]["family"] or "oblix"
-    return {"license": "", "modelfile": "", "parameters": "", "template": "", "system": "",
+    template = "{{ .Prompt }}{{ .Suffix }}" * ("insert" in entry["capabilities"])    # by which Continue asks to insert
+    return {"license": "", "modelfile": "", "parameters": "", "template": template, "system": "",
             **{name: entry[name] for name in ("details", "capabilities", "modified_at")},
             "model_info": {"general.architecture": family, **present({f"{family}.context_length": model.max_context}),
                            "general.basename": model.title or id.removesuffix(":latest")}}
@@ -7371,7 +7452,6 @@ _A_TEXT, _WHOLE = FIELDS["reasoning_effort"], FIELDS["seed"]
 _SHARED = ("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty")    # with OpenAI
 _AS_IN_OPENAI = ("model", "tools", "logprobs", "top_logprobs")
 _DURATIONS = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")    # in ns
-_SAID = ("content", "reasoning_content", "refusal")    # what of a delta is told at once
 _ONLY_OLLAMA = ("raw", "template", "context", "suffix")    # knows what these make of a prompt
 OLLAMA_FIELDS: dict[str, Rule] = {
     **{name: FIELDS[name] for name in ("model", "stream", "tools", "options", "logprobs", "top_logprobs")},
@@ -7385,7 +7465,7 @@ OLLAMA_FIELDS: dict[str, Rule] = {
                "must be a list of images in base64"),
 }
 OLLAMA_MESSAGE: dict[str, Rule] = {
-    **dict.fromkeys(("role", "content", "thinking", "tool_name", "tool_call_id"), _A_TEXT),
+    **dict.fromkeys(("role", "content", "thinking", "tool_name", "name", "tool_call_id"), _A_TEXT),
     "images": OLLAMA_FIELDS["images"],
     "tool_calls": (lambda value: MESSAGE_FIELDS["tool_calls"][0](value) and all(map(called_in, value)),
                    'must be a list of {"function": {"name": …, "arguments": {}}}'),
@@ -7407,14 +7487,15 @@ class OllamaChat(OllamaApi):
         options, messages = body.get("options", {}), self.messages(body)
         check_fields(options, OLLAMA_OPTIONS, (), "options.")
         if not messages:
-            return ChatRequest(body["model"], {"messages": []}, origin=body)
+            own: Json = {"messages": [], **{name: body[name] for name in ("keep_alive", "options") if name in body}}
+            return ChatRequest(body["model"], {"messages": []}, origin=body, native=Native("ollama", "/api/chat", own))
         effort: Any = body.get("think")
         request = parse_request({
             **{name: options.get(name) for name in _SHARED}, **{name: body.get(name) for name in _AS_IN_OPENAI},
-            "messages": [*map(_with_calls, without_deprecated(messages))], "stream": body.get("stream", True),
+            "messages": [*map(_with_calls, answered(without_deprecated(messages)))], "stream": body.get("stream", True),
             "stream_options": {"include_usage": True}, "response_format": _format(body.get("format")),
             "max_tokens": max(options.get("num_predict", 0), 0) or None,    # -1 is no limit, -2 the window's
-            "reasoning_effort": {True: "medium", False: "none"}.get(effort, effort)})
+            "reasoning_effort": {True: "medium", False: "none", "": None}.get(effort, effort)})
         only = next((name for name in _ONLY_OLLAMA if body.get(name)), "")
         return dataclasses.replace(request, origin=body, native=Native("ollama", self.path, body, only=only))
 
@@ -7427,6 +7508,11 @@ class OllamaChat(OllamaApi):
             return None
         reason = "unload" if request.origin.get("keep_alive") in (0, "0", "0s", "0m") else "load"
         return {**self.piece({"model": request.model, "created": now}, {}), "done": True, "done_reason": reason}
+
+    def note_time(self, answer: Json, first_s: float, seconds: float) -> None:
+        took = (seconds, 0.0, first_s, max(seconds - first_s, 0.001))    # clients divide by the last
+        if not _timings_of(answer).get("total_duration"):
+            answer["timings"] = {name: int(part * 1e9) for name, part in zip(_DURATIONS, took)}
 
     def whole(self, answer: Json, request: ChatRequest) -> Json:
         choice = answer["choices"][0]
@@ -7450,11 +7536,10 @@ class OllamaChat(OllamaApi):
     def ended(self, answer: Json) -> Json:
         """Return the fields of the last piece of an answer."""
         usage, finish = answer.get("usage") or {}, answer["choices"][0]["finish_reason"]
-        timings = answer["timings"] if isinstance(answer.get("timings"), dict) else {}    # Ollama's, or others' own
+        timings = _timings_of(answer)
         return {"done": True, "done_reason": "length" if finish == "length" else "stop",
                 **{name: timings.get(name) or 0 for name in _DURATIONS},
-                "prompt_eval_count": usage.get("prompt_tokens") or 0, "eval_count": usage.get("completion_tokens") or 0,
-                **present({"context": timings.get("context")})}
+                "prompt_eval_count": usage.get("prompt_tokens") or 0, "eval_count": usage.get("completion_tokens") or 0}
 
 
 class OllamaGenerate(OllamaChat):
@@ -7471,28 +7556,29 @@ class OllamaGenerate(OllamaChat):
     def said(self, text: str, more: Json) -> Json:
         return {"response": text, **more}
 
+    def ended(self, answer: Json) -> Json:
+        return {**super().ended(answer), "context": _timings_of(answer).get("context") or []}    # ComfyUI wants one
+
 
 class _OllamaWriter(Writer):
+    _frame: Frame | None = None
+
     def __init__(self, front: OllamaChat) -> None:
         self._front = front
-        self._frame: Frame | None = None
         self._last: list[Chunk] = []    # what is said at the end: calls, which its clients get whole, reason, usage
 
     def take(self, chunk: Any) -> bytes:
-        texts = texts_in(chunk) if self._frame else None
-        if texts:
-            return framed(texts, self._frame)
+        if isinstance(chunk, Texts):
+            return framed(chunk, self._frame)
         self._frame = self._frame or around_text(
             ndjson(self._front.piece(chunk, {"delta": {"content": "\0"}})), self._front.before_text)
-        lines = list[bytes]()
-        for choice in chunk["choices"]:
-            if any(map(choice["delta"].get, _SAID)) or choice.get("logprobs"):
-                lines.append(ndjson(self._front.piece(chunk, choice)))
-        kept = [{**choice, "delta": present({"tool_calls": [*choice["delta"].get("tool_calls", ())]})}
-                for choice in chunk["choices"]]
-        if not self._last or "usage" in chunk or any(choice["delta"] or choice["finish_reason"] for choice in kept):
-            self._last.append({**chunk, "choices": kept})
-        return b"".join(lines)
+        choices = chunk["choices"]
+        if not self._last or "usage" in chunk or any(
+                choice["finish_reason"] or "tool_calls" in choice["delta"] for choice in choices):
+            self._last.append({**chunk, "choices": [
+                {**choice, "delta": {"tool_calls": [*choice["delta"].get("tool_calls", ())]}} for choice in choices]})
+        return b"".join([ndjson(self._front.piece(chunk, choice)) for choice in choices
+                         if any(map(choice["delta"].get, _SAID)) or choice.get("logprobs")])
 
     def end(self) -> bytes:
         answer = fold(self._last)
@@ -7502,6 +7588,11 @@ class _OllamaWriter(Writer):
 
     def broken(self, error: OblixError) -> bytes:
         return ndjson(self._front.error(error))
+
+
+def _timings_of(answer: Json) -> Json:
+    """Return Ollama's last piece of an answer, or what others tell under the same name, or {}."""
+    return answer["timings"] if isinstance(answer.get("timings"), dict) else {}
 
 
 def ndjson(value: Json) -> bytes:
@@ -7519,7 +7610,26 @@ def _from_ollama(where: str, message: Any) -> Json:
     texts = [{"type": "text", "text": text}] if text else []
     return {"role": message["role"], "content": [*texts, *images] if images else text, **present({
         "tool_calls": message.get("tool_calls"), "tool_call_id": message.get("tool_call_id"),
-        "name": message.get("tool_name"), "reasoning_content": message.get("thinking")})}
+        "name": message.get("tool_name") or message.get("name"), "reasoning_content": message.get("thinking")})}
+
+
+def answered(messages: Iterable[Json]) -> Iterator[Json]:
+    """Yield messages in which a result follows each call, and none has lost its call: OpenAI refuses both.
+
+    Home Assistant cuts old messages off wherever it is.
+    """
+    waiting: dict[str, Json] = {}    # results that are missing yet, by id
+    for message in (*messages, {"role": "", "tool_calls": []}):
+        if message["role"] == "tool" and waiting.pop(message["tool_call_id"], None):
+            yield message
+            continue
+        yield from waiting.values()
+        waiting = {call["id"]: {"role": "tool", "tool_call_id": call["id"], "content": "(no result)", "tool_calls": []}
+                   for call in message["tool_calls"]}
+        if message["role"] == "tool":
+            yield {"role": "user", "content": message["content"], "tool_calls": []}
+        elif message["role"]:
+            yield message
 
 
 def _with_calls(message: Json) -> Json:
@@ -7572,84 +7682,83 @@ class Completions(Front):
         return dataclasses.replace(request, origin=body, native=native if suffix else None)
 
     def whole(self, answer: Json, request: ChatRequest) -> Json:
-        return self.piece(answer, [(choice, self.echo(request)) for choice in answer["choices"]])
+        return self.piece(answer, self.echoes(request))
 
     def stream(self, request: ChatRequest) -> Writer:
         return _CompletionWriter(self, request)
 
     @staticmethod
-    def echo(request: ChatRequest) -> str:
-        """Return what stands before each choice."""
-        return "".join(request.origin["prompt"]) if request.origin.get("echo") else ""
+    def echoes(request: ChatRequest) -> dict[int, str]:
+        """Return what stands before each choice, by its number."""
+        echo = "".join(request.origin["prompt"]) if request.origin.get("echo") else ""
+        return dict.fromkeys(range(request.body.get("n", 1)), echo)
 
-    def piece(self, answer: Json, choices: Iterable[tuple[Json, str]]) -> Json:
-        """Return what choices say, each behind a text, as an answer or a piece of one."""
-        said = [(choice, choice.get("message") or choice["delta"], before) for choice, before in choices]
-        told = [{"index": choice["index"], "text": before + (words.get("content") or words.get("refusal") or ""),
-                 "logprobs": None, "finish_reason": choice["finish_reason"]} for choice, words, before in said]
+    def piece(self, answer: Json, echoes: dict[int, str]) -> Json:
+        """Return an answer or a piece of one, each choice behind its echo, which is taken away."""
+        said = [(choice, choice.get("message") or choice["delta"]) for choice in answer["choices"]]
+        told = [{"index": choice["index"], "logprobs": None, "finish_reason": choice["finish_reason"], "text":
+                 echoes.pop(choice["index"], "") + (words.get("content") or words.get("refusal") or "")}
+                for choice, words in said]
         return {"id": answer["id"].replace("chatcmpl-", "cmpl-", 1), "object": "text_completion",
                 "created": answer["created"], "model": answer["model"], "choices": told,
                 **present({"usage": answer.get("usage")})}
 
 
-class _CompletionWriter(Writer):
+class _CompletionWriter(_ChatWriter):
     def __init__(self, front: Completions, request: ChatRequest) -> None:
-        self._front, self._include_usage = front, request.include_usage
-        self._echo: dict[int, Any] = dict.fromkeys(range(request.body.get("n", 1)), front.echo(request))
-        self._frame: Frame | None = None
+        super().__init__(request)
+        self._front, self._echoes = front, front.echoes(request)
 
     def take(self, chunk: Any) -> bytes:
-        texts = texts_in(chunk) if self._frame else None
-        if texts:
-            return framed(texts, self._frame)
+        if isinstance(chunk, Texts):
+            return framed(chunk, self._frame)
         if not self._frame:
-            choice = {"index": 0, "delta": {"content": "\0"}, "finish_reason": None}
-            self._frame = around_text(sse(self._front.piece(chunk, [(choice, "")])), b'"text":"')
-        told = self._front.piece(chunk, [(choice, self._echo.pop(choice["index"], "")) for choice in chunk["choices"]])
+            says = {**chunk, "choices": [{"index": 0, "delta": {"content": "\0"}, "finish_reason": None}]}
+            self._frame = around_text(sse(self._front.piece(says, {})), b'"text":"')
+        told = self._front.piece(chunk, self._echoes)
         told["choices"] = [choice for choice in told["choices"] if choice["text"] or choice["finish_reason"]]
         return sse(told) if told["choices"] or self._include_usage and "usage" in told else b""
-
-    def end(self) -> bytes:
-        return DONE
-
-    def broken(self, error: OblixError) -> bytes:
-        return sse(error_body(error))
 
 
 # --- 11. Embeddings ---------------------------------------------------------------------------------------------------
 
-def _inputs(value: Any) -> list[Any]:
-    """Return the texts, or the lists of tokens, of an OpenAI input; [] if that is not one."""
+def _is_input(value: Any) -> bool:
+    """Return True for a text or a list of tokens, or for a list of texts, or of such lists, of which none is empty."""
     items = value if isinstance(value, list) else [value]
-    if _are_tokens(value):
-        items = [value]
-    return items if all(one and isinstance(one, str) for one in items) or all(map(_are_tokens, items)) else []
+    return bool(items) and (_are_tokens(value) or all(one and isinstance(one, str) for one in items)
+                            or all(map(_are_tokens, items)))
 
 
 def _are_tokens(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(type(one) is int for one in value)
 
 
+_EMBED_OPTIONS = ("options", "keep_alive", "truncate")
+
+
 class Embeddings:
     """OpenAI's /v1/embeddings."""
     name = "embeddings"
     rules: ClassVar[dict[str, Rule]] = {
-        "model": FIELDS["model"], "user": _A_TEXT, "input": (_inputs, "must be a text, a list of texts, or of lists of "
-                                                             "tokens, of which none is empty"),
+        "model": FIELDS["model"], "user": _A_TEXT, "input": (_is_input, "must be a text, a list of texts, or of lists "
+                                                             "of tokens, of which none is empty"),
         "encoding_format": (lambda value: value in ("float", "base64"), "must be float or base64"),
         "dimensions": (lambda value: type(value) is int and 0 < value < 1 << 16, "must be an integer from 1 to 65535")}
     needed: ClassVar[tuple[str, ...]] = ("model", "input")
+    field: ClassVar[str] = "input"
+    passed: ClassVar[tuple[str, ...]] = ()    # to OpenAI's and compatible servers; all, as some want an input_type
+    native: ClassVar[Json] = {"truncate": False}    # for Ollama; as OpenAI: too long a text is an error
 
     def request(self, body: Json) -> EmbeddingRequest:
         """Return the request in a client's body.  Raise BadRequest."""
         check_fields(body, self.rules, self.needed)
-        return self.asked(without_nulls(body))
-
-    def asked(self, body: Json) -> EmbeddingRequest:
-        """Return the request in a body that is checked."""
-        kept: Json = {name: body[name] for name in ("dimensions", "user") if name in body}
-        return EmbeddingRequest(body["model"], _inputs(body["input"]), body.get("encoding_format") == "base64", kept,
-                                {"truncate": False})    # as OpenAI: too long a text is an error
+        body = without_nulls(body)
+        inputs: Any = body.get(self.field) or []
+        inputs = [inputs] if _are_tokens(inputs) else as_list(inputs)
+        passed = self.passed or body.keys() - {"model", "input", "encoding_format"}
+        kept = {name: value for name, value in body.items() if name in passed}
+        native = {**self.native, **{name: body[name] for name in _EMBED_OPTIONS if name in self.rules and name in body}}
+        return EmbeddingRequest(body["model"], inputs, body.get("encoding_format") == "base64", kept, native)
 
     def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
         """Return the client's answer."""
@@ -7665,12 +7774,7 @@ class OllamaEmbed(Embeddings):
         **{name: OLLAMA_FIELDS[name] for name in ("options", "keep_alive")}, "truncate": FIELDS["stream"],
         "input": FIELDS["stop"], "prompt": _A_TEXT}
     needed = ("model",)
-    field: ClassVar[str] = "input"
-
-    def asked(self, body: Json) -> EmbeddingRequest:
-        own: Json = {name: body[name] for name in ("options", "keep_alive", "truncate") if name in body}
-        kept: Json = {name: body[name] for name in ("dimensions",) if name in body}
-        return EmbeddingRequest(body["model"], as_list(body.get(self.field) or []), False, kept, own)
+    passed, native = ("dimensions",), {}
 
     def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
         return {"model": model, "embeddings": vectors, "total_duration": int(seconds * 1e9), "load_duration": 0,
@@ -8055,9 +8159,9 @@ class Handler(socketserver.BaseRequestHandler):
             return self.reply(204, b"", {"Allow": ", ".join([*(methods or ("GET", "HEAD", "POST")), "OPTIONS"])})
         if answer is None:
             asked = head.target.partition("?")[0][:100]
-            raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST "
-                             "/v1/chat/completions, GET /v1/models and GET /health; use the chat completions API.",
-                             status=404, code="unknown_url")
+            posts = ", ".join(path if path.startswith("/api/") else f"/v1{path}" for path in FRONTS)
+            raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST {posts}, GET "
+                             "/v1/models and GET /health.", status=404, code="unknown_url")
         if head.method not in methods:
             self._common["Allow"] = ", ".join(methods)    # RFC 9110, 15.5.6
             raise BadRequest(f"{path[:100]} takes {' or '.join(methods)}, not {head.method[:20]}.",
@@ -8101,7 +8205,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.told["asked"] = request.model
         told = front.at_once(request, int(time.time()))
         if told is not None:
-            self.gateway.plan(request)    # there is a model of this name, and one that can answer
+            self._begin(math.inf)
+            self.gateway.prepare(request, told["done_reason"] == "unload", self._look)
             return self.json(200, told)
         self._begin(KEEP_ALIVE_S if request.stream else math.inf)
         self._event_headers, self._writer = {"Content-Type": front.events, **EVENT_HEADERS}, front.stream(request)
@@ -8189,6 +8294,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Note the tokens that an answer, or a chunk of one, counts."""
         counts = {"tokens": tokens_of(answer), "prompt_tokens": tokens_of(answer, "prompt_tokens")}
         self.told.update({name: count for name, count in counts.items() if count})
+        self._front.note_time(answer, self.told.get("first_token_s", 0.0), time.monotonic() - self.started)
 
     def _hold(self, events: bytes) -> None:
         """Hold events until the next wait: a write takes 20 us, and a read brings several.  Raise ClientGone."""
@@ -8491,7 +8597,7 @@ input, select, textarea, button { font: inherit; color: inherit; background: var
   border-radius: 6px; padding: .3rem .7rem; max-width: 100% } .main { background: var(--ink); color: var(--card) }
 textarea { width: 100%; display: block; margin: .2rem 0 .5rem; resize: vertical } :disabled { opacity: .5 }
 p { margin: 0 } :focus-visible { outline: 3px solid var(--cloud); outline-offset: 2px }
-#answer { white-space: pre-wrap; max-height: 20rem; overflow: auto }
+#answer { white-space: pre-wrap }
 @media (max-width: 700px) { thead { position: absolute; clip-path: inset(50%) } #plan { font-size: 1.1rem }
   tr { display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .4rem 0; border-top: 1px solid var(--line) }
   td { border: 0; padding: 0 } .all { flex: 1 0 100% } .top { order: -1; min-width: 0 } td:empty { display: none }
@@ -8509,11 +8615,11 @@ autocomplete="current-password"></label> <button class="main">Show</button>
 <section class="card"><h2>Device</h2><div id="device"></div></section>
 <section class="card"><h2>Network</h2><div id="network"></div></section>
 <section class="card"><h2>Try a prompt</h2>
-<form id="try"><label for="prompt" class="dim">Prompt (Ctrl+Enter sends it)</label>
+<form id="try"><label for="prompt" class="dim">Prompt</label>
 <textarea id="prompt" rows="3" required>Say hello in one sentence.</textarea>
 <div class="row"><select id="model" aria-label="Model"></select><button id="send" class="main">Send</button>
 <button id="stop" type="button" disabled>Stop</button></div></form>
-<p id="who" role="status"></p><div id="answer" role="log" aria-label="Answer" tabindex="0"></div></section>
+<p id="who" role="status"></p><div id="answer" role="log" aria-label="Answer"></div></section>
 <section class="card wide"><h2>Who answered</h2><div id="lanes"></div></section>
 <section class="card wide"><h2>Targets</h2><table><thead><tr><th>Target<th>State<th class="num">First token
 <th class="num">Tokens/s<th class="num">In flight<th class="num">Rests<tbody id="targets"></table></section>
@@ -8639,7 +8745,6 @@ function show({version, plan, reasons, thresholds, requests: last, targets: all,
   put("requests", requests, last);
   put("model", names => names.map(option), ["auto", ...SIDES, ...all.map(target => target.id)]);
   $("now").className = "card wide by-" + side;
-  document.title = side + " – Oblix";
   $("key").hidden = true;
   live("ok", "live");
   seen = `; below is how it was at ${clock(Date.now() / 1000)}`;
@@ -8658,7 +8763,6 @@ async function look() {
     status = await reply.json();
   } catch {
     live("bad", `no answer from the server${seen}; asking again`);
-    document.title = "✕ Oblix";
   }
   clearTimeout(timer);
   if (!document.hidden) timer = setTimeout(look, EVERY_MS);
@@ -8706,9 +8810,7 @@ async function ask(model, content, signal) {
       $("who").append(` (first token after ${since(begun).toFixed(2)} s).`);
       first = performance.now();
     }
-    const box = $("answer"), follows = box.scrollHeight - box.scrollTop - box.clientHeight < 30;
-    box.append(thought ? el("span", {class: "dim"}, thought) : "", text ?? "");
-    if (follows) box.scrollTop = box.scrollHeight;
+    $("answer").append(thought ? el("span", {class: "dim"}, thought) : "", text ?? "");
   }
   if (tokens) $("who").append(` ${tokens} tokens, ${(tokens / since(first)).toFixed()} a second.`);
 }
@@ -8731,9 +8833,6 @@ async function send(event) {
 $("try").addEventListener("submit", send);
 $("key").addEventListener("submit", takeKey);
 $("stop").addEventListener("click", () => asking.abort());
-$("prompt").addEventListener("keydown", event => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("send").disabled) $("try").requestSubmit();
-});
 document.addEventListener("visibilitychange", () => document.hidden ? clearTimeout(timer) : look());
 $("base").textContent = location.origin + "/v1";
 look();
@@ -8807,7 +8906,7 @@ def demo(settings: Settings) -> Iterator[Settings]:
 
 
 # === 15. Command line =================================================================================================
-# uses: 1 2 6 7 9 10 12 14
+# uses: 1 2 4 6 7 9 10 12 14
 # What does a person see at the start?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
 # And what can a person ask for in a terminal?
 
@@ -8818,8 +8917,6 @@ HANG_UP = getattr(signal, "SIGHUP", 0)    # the terminal is gone; Windows does n
 # After the start it gives back 13 of 32 MiB, after 500 streams 6 of 42; a look takes 0.1 ms.
 TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
 
-FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_per_core": "load {} per core",
-              "gpu_percent": "GPU {}%", "battery_percent": "battery {}%", "temperature_c": "{} C"}
 SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
@@ -8851,7 +8948,7 @@ def findings(health: Json) -> list[str]:
     for side in Side:
         report = health[side.value]
         known = {name: value for name, value in report["facts"].items() if name.split("_")[0] not in report["reason"]}
-        facts = ", ".join(words.format(known[name]) for name, words in FACT_WORDS.items() if name in known)
+        facts = ", ".join(words.format(known[name]) for name, (words, *_) in LIMITS.items() if name in known)
         level = report["level"] + (f": {report['reason']}" if report["reason"] else "")
         lines += [f"  {side.value:<7} {level}" + (f" ({facts})" if facts else "")]
         lines += [f"          {target['id']} is {target['state']}" for target in health["targets"]
@@ -8885,6 +8982,9 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
     """Run a command; the server ends the process later: see `run_server`.  Return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv and argv[0] in COMMANDS else ""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
     try:
         own, flags = _command_words(command, argv[bool(command):])
         settings = with_keys_from_files(Settings.parse(flags, os.environ if env is None else env))
@@ -8923,8 +9023,6 @@ def say(text: str, stream: str = "stdout") -> None:
 
     def write() -> None:
         with contextlib.suppress(OSError, ValueError):
-            if isinstance(getattr(sys, stream), io.TextIOWrapper):
-                getattr(sys, stream).reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
             print(text, file=getattr(sys, stream), flush=True)
             said.append(text)
 
@@ -8995,12 +9093,11 @@ class _LogWriter(logging.Handler):
 
 def start_log(settings: Settings) -> None:
     """Log to stderr."""
-    handler = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii"))    # None where it is closed
-    handler.setFormatter(_LogFormatter(settings.log_json, journal=False))
+    handler, place = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii")), ""    # None where it is closed
     with contextlib.suppress(OSError, ValueError):    # a stderr that is not a file
-        stderr = os.fstat(handler.stream.fileno())
-        if os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}":    # systemd.exec(5)
-            handler.setFormatter(_LogFormatter(settings.log_json, journal=True))
+        stderr = os.fstat(handler.stream.fileno())    # JOURNAL_STREAM: systemd.exec(5)
+        place = f"{stderr.st_dev}:{stderr.st_ino}"
+    handler.setFormatter(_LogFormatter(settings.log_json, os.environ.get("JOURNAL_STREAM") == place))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     # What no line shows need not be found out for each (logging's documentation, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -9018,8 +9115,7 @@ def run_server(settings: Settings, _: argparse.Namespace) -> int:
             status = _serve(settings, waiting)
         except Exception as error:
             status = _status_of(error)
-        for handler in logging.root.handlers:    # os._exit leaves out what writes the last lines
-            handler.close()
+        logging.shutdown()    # writes the last lines, which os._exit leaves out
         os._exit(status)
 
     if (3, 12) <= sys.version_info < (3, 12, 3):    # no thread could start after the script's end (cpython#113964)
@@ -9171,9 +9267,8 @@ class Conversation:
 
         What has been said stays in the conversation, also of an answer that breaks off.
         """
-        self.messages.append({"role": "user", "content": text})
-        asked = {"model": self.model, "messages": self.messages, "stream": True,
-                 "stream_options": {"include_usage": True}}
+        messages = [*self.messages, {"role": "user", "content": text}]
+        asked = {"model": self.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
         said, thinks, last, started, first = "", False, Json(), time.monotonic(), 0.0
         try:
             with contextlib.closing(self.peer.ask("/v1/chat/completions", asked)) as answer:
@@ -9190,10 +9285,8 @@ class Conversation:
                     show(piece, sys.stdout)
         finally:
             if said:
-                self.messages.append({"role": "assistant", "content": said})
+                self.messages = [*messages, {"role": "assistant", "content": said}]
                 show("\n", sys.stdout)
-            else:
-                self.messages.pop()
         self._tell(answer.field, last, first - started, time.monotonic() - first)
 
     def _tell(self, field: Callable[[str], str], last: Chunk, first_s: float, rest_s: float) -> None:
@@ -9222,9 +9315,6 @@ class Conversation:
 
 def run_chat(settings: Settings, asked: argparse.Namespace) -> int:
     """Talk until the person ends it, or answer what comes through a pipe.  Return the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     with reached(settings, 1.0) as peer:
         talk = Conversation(peer, asked.model, asked.show_metrics)
         if not sys.stdin.isatty():

@@ -4346,6 +4346,10 @@ PARAMETERS = [    # what is refused of a request that has ALL_FIELDS, whether fo
      "of 8192. Try again with a maximum tokens value that is lower than 8192."}),
     ("max_tokens<=4000", False, 400, "Cohere", {"message": "too many tokens: max tokens must be less than or equal to "
      "4000, received 64000"}),
+    ("thinking", False, 400, "Claude, after another model's call", claude_refuses(
+        "messages.1.content.0.type: Expected `thinking` or `redacted_thinking`, but found `tool_use`. When `thinking` "
+        "is enabled, a final `assistant` message must start with a thinking block (preceeding the lastmost set of "
+        "`tool_use` and `tool_result` blocks). To avoid this requirement, disable `thinking`.")),
     ("store", True, 422, "jsonschema", {"detail": "Additional properties are not allowed ('store' was unexpected)"}),
     ("top_p", False, 400, "a range", gave("top_p: value is out of range")),
     (None, False, 400, "OpenAI, a mistake", gave("Invalid 'temperature': decimal above maximum value. Expected a value "
@@ -4391,6 +4395,22 @@ class LearnedParameters(Case):
                 self.assertEqual(len(upstream.requests), 2)
                 self.answered(ask(server, upstream.target, stream=stream, **fields), "Hello")
                 self.assertEqual(len(upstream.requests), 3, "it was not remembered")
+
+    def test_what_servers_want_otherwise_in_a_conversation_is_learned(self):
+        asked = {**talk(HI, assistant(None, ("call_abcd", "now", "{}")), result("call_abcd", "3"), HI),
+                 "tools": [{"type": "function", "function": {**TOOLS[0]["function"], "description": "x" * 1025}}]}
+        for words, fits in (
+                ("Unexpected role 'user' after role 'tool'", lambda body: [one["role"] for one in body["messages"]] == [
+                    "user", "assistant", "tool", "assistant", "user"]),
+                ("Invalid 'tools[0].function.description': string too long. Expected a string with maximum length "
+                 "1024, but got a string with length 1025 instead.",
+                 lambda body: body["tools"][0]["function"]["description"] == "x" * 1024)):
+            def script(dialect, request, words=words, fits=fits):
+                return answer(Text("Hello"))(dialect, request) if fits(request.json) else whole(400, gave(words))
+            with self.subTest(words), Upstream(OPENAI, script) as upstream, running(upstream) as server:
+                for _ in range(2):
+                    self.answered(ask(server, upstream.target, **asked), "Hello")
+                self.assertEqual(len(upstream.requests), 3)
 
     def test_what_is_refused_is_found_in_each_vendors_words(self):
         for refused, forever, status, who, body in PARAMETERS:
@@ -5593,6 +5613,8 @@ class InOrder(Case):
 
     def test_usage_has_its_three_counts_and_comes_once(self):
         for usage, counts in (({"total_tokens": 5}, (0, 0, 5)),
+                              ({"prompt_tokens": "9", "total_tokens": 2.0}, (0, 0, 2)),
+                              (dict.fromkeys(COUNTS, int("9" * 4300)), (0, 0, 0)),
                               ({"prompt_tokens": 3, "completion_tokens": None}, (3, 0, 3)),
                               ({"prompt_tokens": 3, "completion_tokens": None, "total_tokens": 3}, (3, 0, 3)),
                               ({"prompt_tokens": 3, "completion_tokens": 2, "own": 1}, (3, 2, 5))):
@@ -11279,6 +11301,8 @@ PLAIN = Saying((Text("Hel"), Text("lo")), "stop", 9, 7)
 REMINDER, ENDED = "<system-reminder>\n", "</system-reminder>"
 COUNTDOWN = "<total_tokens>14999436 tokens left</total_tokens>"
 FOUND = {"role": "tool", "tool_call_id": "toolu_1"}
+LONG_NAME = f"mcp__{'x' * 60}__find"
+SHORT_NAME = oblix.claude_name(LONG_NAME)
 AS_CALL = {"id": "toolu_1", "type": "function", "function": {"name": "find", "arguments": '{"q":"a"}'}}
 SENT_IMAGE = {"type": "image_url", "image_url": {"url": PNG_URL}}
 SAID_IN_CHAT = [    # what it is about, messages and fields of a request, what the chat request must hold
@@ -11306,8 +11330,14 @@ SAID_IN_CHAT = [    # what it is about, messages and fields of a request, what t
      {"messages": [user(part("a"), SENT_IMAGE, {"type": "image_url", "image_url": {"url": WEB_IMAGE}})]}),
     ("documents", [said_by("user", {"type": "document", "source": PDF_SOURCE, "title": "T"}, {
         "type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "d"}}, {
-        "type": "document", "source": {"type": "content", "content": say("e")}})], {},
-     {"messages": [user({"type": "file", "file": {"filename": "T", "file_data": PDF_URL}}, part("d"), part("e"))]}),
+        "type": "document", "title": "U", "context": "C", "source": {"type": "content", "content": say("e")}})], {},
+     {"messages": [user({"type": "file", "file": {"filename": "T", "file_data": PDF_URL}}, part("d"), part("U\nC"),
+                        part("e"))]}),
+    ("what a search has found", [said_by("user", {
+        "type": "search_result", "source": "http://a", "title": "T", "content": say("b")}), said_by("assistant", USE),
+        said_by("user", tool_result([{"type": "tool_reference", "tool_name": "grep"}]))], {},
+     {"messages": [{"role": "user", "content": "T\nhttp://a\nb"}, {"role": "assistant", "tool_calls": [AS_CALL]},
+                   {**FOUND, "content": "You can call the tool grep now."}]}),
     ("files that only Anthropic has", [said_by("user", {
         "type": "image", "source": {"type": "file", "file_id": "f"}})], {},
      {"messages": [user({"type": "file", "file": {"filename": "document.pdf", "file_id": "f"}})]}),
@@ -11339,13 +11369,22 @@ SAID_IN_CHAT = [    # what it is about, messages and fields of a request, what t
     ("no tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "none"}}, {"tool_choice": "none"}),
     ("one tool", [HI], {"tools": CLAUDE_TOOLS, "tool_choice": {"type": "tool", "name": "now"}},
      {"tool_choice": {"type": "function", "function": {"name": "now"}}}),
+    ("a tool whose name is too long for OpenAI", [HI, said_by("assistant", {**USE, "name": LONG_NAME})],
+     {"tools": [{**CLAUDE_TOOLS[0], "name": LONG_NAME}], "tool_choice": {"type": "tool", "name": LONG_NAME}},
+     {"messages": [HI, {"role": "assistant", "tool_calls": [{**AS_CALL, "function": {
+         "name": SHORT_NAME, "arguments": '{"q":"a"}'}}]}], "tools": [{"type": "function", "function": {
+             **TOOLS[0]["function"], "name": SHORT_NAME}}],
+      "tool_choice": {"type": "function", "function": {"name": SHORT_NAME}}}),
     ("a choice without tools", [HI], {"tool_choice": {"type": "any"}}, {"tool_choice": ABSENT, "tools": ABSENT}),
     ("numbers", [HI], {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "stop_sequences": ["X"], "max_tokens": 9},
      {"temperature": 0.5, "top_p": 0.25, "top_k": ABSENT, "stop": ["X"], "max_tokens": 9}),
+    ("a number of a language without integers", [HI], {"max_tokens": 9.0}, {"max_tokens": 9}),
+    ("no tokens, which only fill Claude's cache", [HI], {"max_tokens": 0}, {"max_tokens": 1}),
     ("fields that others have no place for", [HI], {"metadata": {"user_id": "u"}, "context_management": {"edits": []},
      "service_tier": "auto", "container": "c", "x": 1}, {"metadata": ABSENT, "x": ABSENT, "service_tier": ABSENT}),
     ("an effort", [HI], {"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}},
      {"reasoning_effort": "max"}),
+    ("an effort that nobody has", [HI], {"output_config": {"effort": "ultra"}}, {"reasoning_effort": ABSENT}),
     ("thinking by itself", [HI], {"thinking": {"type": "adaptive"}}, {"reasoning_effort": ABSENT}),
     ("no thinking", [HI], {"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}},
      {"reasoning_effort": "none"}),
@@ -11412,6 +11451,24 @@ class Messages(Case):
                     oblix.MESSAGES.request(messages(**fields), head_of())
                 self.assertIn(says, raised.exception.message)
 
+    def test_the_work_is_linear(self):
+        def asked(count):
+            tools = [{"name": f"n{number}", "input_schema": {}} for number in range(count)]
+            return oblix.MESSAGES.request(messages("m", tools=tools), head_of())
+
+        def answered(count):
+            writer = oblix.MESSAGES.stream(oblix.ChatRequest("m", {"messages": [HI]}))
+            for number, name, text in ((0, "f", '{"a": "'), (1, "g", "{"), *[(0, None, "x}")] * count):
+                writer.take({**oblix.tool_chunk(number, text, "c", name), "id": "1", "model": "m"})
+
+        def took(work, count):
+            started = time.thread_time()
+            work(count)
+            return time.thread_time() - started
+        for work in (asked, answered):
+            took(work, 10)
+            self.assertLess(took(work, 16_000), 32 * 3 * took(work, 500))
+
     def test_claude_gets_a_request_as_it_came_but_for_the_model(self):
         tools = [{**CLAUDE_TOOLS[0], "cache_control": {"type": "ephemeral"}},
                  {"type": "web_search_20250305", "name": "web_search"}]
@@ -11438,6 +11495,55 @@ class Messages(Case):
         self.asks(messages(CLAUDE_ID, HI, said_by("assistant", mine, *say("b")), said_by("assistant", mine), HI))
         self.assertEqual(self.claude.last.json["messages"], [HI, said_by("assistant", *say("b")), HI])
 
+    def test_claude_gets_ids_of_other_models_in_its_own_letters(self):
+        """Others get them as they are: Kimi counts on its own (llxprt-code#713), Claude refuses those (cline#8942)."""
+        body = messages(CLAUDE_ID, HI, said_by("assistant", {**USE, "id": "functions.find:0"}), said_by(
+            "user", tool_result("3", tool_use_id="functions.find:0")), tools=CLAUDE_TOOLS)
+        self.asks(body)
+        self.assertEqual([block.get("id", block.get("tool_use_id")) for message in self.claude.last.json["messages"][1:]
+                          for block in message["content"]], ["functions_find_0"] * 2)
+        self.asks({**body, "model": OLLAMA_ID})
+        self.assertEqual(self.ollama.last.json["messages"][-1]["tool_call_id"], "functions.find:0")
+
+    def test_betas_that_a_relay_of_claude_does_not_know_are_left_out_from_then_on(self):
+        for words, known in (("Unexpected value(s) %s for the `anthropic-beta` header. Please try again without the "
+                              "header.", ["z-3"]), ("invalid beta flag", [])):
+            def script(_, request, words=words, known=known):
+                betas = (request.headers.get("anthropic-beta") or "").replace(" ", "").split(",")
+                unknown = ", ".join(f"`{beta}`" for beta in betas if beta and beta not in known)
+                error = claude_refuses(words % unknown if known else words)
+                return whole(400, error) if unknown else answer(Text("a"))(CLAUDE, request)
+            with Upstream(CLAUDE, script) as relay, running(relay) as server:
+                for _ in range(2):
+                    reply = self.asks(messages(CLAUDE_ID), server=server, **{"anthropic-beta": "x-1, y-2,z-3"})
+                    self.assertEqual(reply.status, 200, reply.body)
+                self.assertEqual(len(relay.requests), 4 if known else 3)
+                self.assertEqual(relay.last.headers.get("anthropic-beta"), "z-3" if known else None)
+
+    def test_a_tool_is_called_by_the_client_s_name(self):
+        for stream, dialect in itertools.product((False, True), (OLLAMA, OPENAI)):
+            with Upstream(dialect, answer(Call("c", SHORT_NAME, {}))) as upstream, running(upstream) as server:
+                reply = self.asks(messages(upstream.target, stream=stream, tools=[
+                    {**CLAUDE_TOOLS[0], "name": LONG_NAME}]), server=server)
+            read = MessagesKeepTheContract()
+            told = read.of_stream(reply.body) if stream else read.of_whole(reply.json)
+            self.assertEqual(told.calls, [[LONG_NAME, {}]])
+
+    def test_a_block_that_only_claude_has_is_an_answer(self):
+        block = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {}}
+        first, *_, last, end = CLAUDE.events(Saying((), "stop", 9, 7))
+        events = [first, CLAUDE.event("content_block_start", index=0, content_block=block),
+                  CLAUDE.event("content_block_stop", index=0), last, end]
+        message = {**CLAUDE.whole(Saying((), "stop", 9, 7)), "content": [block]}
+        with running(self.ollama, self.claude, flags=["--prefer=cloud"]) as server:
+            self.claude.play(lambda _, request: streamed(CLAUDE, events) if request.json["stream"] else whole(
+                200, message))
+            for stream in (False, True):
+                reply = self.asks(messages("auto", stream=stream), server=server)
+                self.assertEqual(reply.headers["x-oblix-model"], CLAUDE_ID)
+                self.assertIn(b"srvtoolu_1", reply.body)
+        self.claude.play(answer(Text("Hello")))
+
     def test_claude_s_answer_goes_back_as_it_comes(self):
         events = [CLAUDE.event("message_start", message={"id": "msg_9", "model": "claude-test-2", "content": [], "x": 1,
                                                          "usage": {"input_tokens": 5, "cache_read_input_tokens": 4}}),
@@ -11460,6 +11566,19 @@ class Messages(Case):
                    "stop_reason": "stop_sequence", "stop_sequence": "X", "usage": {"input_tokens": 5}, "x": {}}
         self.claude.play(whole(200, message))
         self.assertEqual(self.asks(messages(CLAUDE_ID)).json, message)
+        self.claude.play(answer(Text("Hello")))
+
+    def test_a_whole_message_becomes_a_stream_and_a_stream_a_whole_message(self):
+        """Some relays never stream, or always."""
+        saying, read = Saying((Think("hm"), Text("Hello"), FIND), "tool_calls", 9, 7), MessagesKeepTheContract()
+        self.claude.play(lambda _, request: whole(200, CLAUDE.whole(saying)) if request.json["stream"] else streamed(
+            CLAUDE, CLAUDE.events(saying)))
+        for stream in (False, True):
+            reply = self.asks(messages(CLAUDE_ID, stream=stream, tools=CLAUDE_TOOLS))
+            told = read.of_stream(reply.body) if stream else read.of_whole(reply.json)
+            self.assertEqual(told, Seen("Hello", "hm", [[FIND.name, FIND.arguments]], "tool_calls", (9, 7)))
+        self.claude.play(whole(200, {"type": "message"}))
+        self.assertEqual(self.asks(messages(CLAUDE_ID)).status, 502)
         self.claude.play(answer(Text("Hello")))
 
     def test_a_message_that_begins_again_or_breaks_off_is_an_error(self):
@@ -11590,6 +11709,14 @@ class Messages(Case):
         self.assertEqual([event["type"] for event in events[:3]], ["ping"] * 3)
         self.assertEqual(events[-1], {"type": "message_stop"})
 
+    def test_a_thought_ends_with_the_place_of_its_signature(self):
+        """Claude Code dropped the turn without it (claude-code-proxy#17)."""
+        self.ollama.play(answer(Think("hm"), Text("a")))
+        events = MessagesKeepTheContract.events(self, self.asks(messages(OLLAMA_ID, stream=True)).body)
+        self.ollama.play(answer(Text("Hello")))
+        self.assertEqual([event["delta"] for event in events if event["type"] == "content_block_delta"][1],
+                         {"type": "signature_delta", "signature": ""})
+
     def test_a_text_within_a_call_waits_for_its_end(self):
         writer = oblix.MESSAGES.stream(oblix.MESSAGES.request(messages("m"), head_of()))
         pieces = [{**oblix.tool_chunk(0, '{"q": ', "c", "find"), "id": "1", "model": "m"},
@@ -11672,6 +11799,18 @@ FROM_OLLAMA = [  # what a client sends to /api/chat beside a message, what OpenA
         {"role": "tool", "tool_name": "now", "content": "noon"}, {"role": "tool", "tool_name": "find", "content": "3"},
         ]}, {"messages": [*HI_THERE, {**THEN_OPENAI[0], "reasoning_content": "hm"}, result("call_1_1", "noon"),
                           result("call_1_0", "3")]}),
+    ("results' names as they were once told", {"messages": [
+        *HI_THERE, {"role": "assistant", "tool_calls": [FIND_CALL, NOW_CALL]},
+        {"role": "tool", "name": "now", "content": "noon"}, {"role": "tool", "name": "find", "content": "3"}]},
+     {"messages": [user("Hi"), {"tool_calls": [{}, {}]}, result("call_1_1", "noon"), result("call_1_0", "3")]}),
+    ("results without calls, and calls without results", {"messages": [
+        {"role": "tool", "content": "3"}, {"role": "assistant", "tool_calls": [FIND_CALL, NOW_CALL]},
+        {"role": "tool", "content": "4"}, *HI_THERE, {"role": "assistant", "tool_calls": [NOW_CALL]}]},
+     {"messages": [user("3"), {"role": "assistant"}, result("call_1_0", "4"), result("call_1_1", "(no result)"),
+                   *HI_THERE, {"role": "assistant"}, result("call_4_0", "(no result)")]}),
+    ("no word on thoughts", {"think": ""}, none_of("reasoning_effort", "think")),
+    ("whole numbers as Home Assistant says them", {"options": {"num_ctx": 8192.0, "num_predict": 5.0}},
+     {"max_completion_tokens": lambda tokens: tokens in (5, ABSENT)}),
     ("results' ids", {"messages": [
         *HI_THERE, {"role": "assistant", "content": "", "tool_calls": [{"id": "a", **FIND_CALL}]},
         {"role": "tool", "tool_call_id": "a", "content": "3"}]},
@@ -11757,20 +11896,26 @@ class OllamasApi(Case):
                     last = lines[-1]
                     self.assertEqual(last["done_reason"], "length" if finish == "length" else "stop")
                     self.assertEqual((last["prompt_eval_count"], last["eval_count"]), (9, 7))
-                    self.assertEqual(last["total_duration"], 912000000 if upstream is self.ollama else 0)
+                    self.assertEqual(last["total_duration"] == 912000000, upstream is self.ollama)
+                    if upstream is not self.ollama:    # clients divide by it
+                        self.assertGreater(last["eval_duration"], 0)
+                        self.assertGreaterEqual(last["total_duration"] + 10**6, last["eval_duration"])
                     self.assertEqual(reply.headers["x-oblix-model"], upstream.target)
 
-    def test_timings_in_other_words_are_no_durations(self):
+    def test_timings_in_other_words_are_measured(self):
         for timings, stream in itertools.product(("x", 5, [1], {"prompt_ms": 5.5}), (True, False)):
             def script(dialect, request, timings=timings):
                 if not request.json.get("stream"):
                     return whole(200, {**dialect.whole(Saying((Text("a"),), "stop", 9, 7)), "timings": timings})
                 said = dialect.chunk([{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop"}])
-                return streamed(dialect, [data_event({**said, "timings": timings}), b"data: [DONE]\n\n"])
+                counted = {**dialect.chunk([]), "usage": {"completion_tokens": 1}}
+                return streamed(dialect, [data_event({**one, "timings": timings}) for one in (said, counted)] +
+                                [b"data: [DONE]\n\n"])
             self.openai.play(script)
             reply = self.chats(self.openai.target, stream=stream)
             last = lines_of(reply)[-1] if stream else reply.json
-            self.assertEqual((last["done"], last["total_duration"]), (True, 0))
+            self.assertTrue(last["done"])
+            self.assertTrue(0 < last["total_duration"] < 30e9, last)
 
     def test_streaming_is_usual(self):
         for path, fields in (("/api/chat", {"messages": HI_THERE}), ("/api/generate", {"prompt": "Hi"})):
@@ -11788,7 +11933,8 @@ class OllamasApi(Case):
                 self.assertEqual("".join(line.get("thinking", "") for line in lines), "hm")
                 self.assertNotIn("message", lines[-1])
                 self.assertEqual(lines[-1]["done"], True)
-        self.assertEqual(lines[-1].get("context"), None)
+        self.assertEqual(lines[-1]["context"], [])    # clients send it back
+        self.assertEqual(self.generates(self.openai.target, context=[]).json["response"], "Hello")
         self.assertEqual(self.generates(self.ollama.target).json["context"], [1, 2, 3])
         self.generates(self.ollama.target, **asked)
         self.assertEqual(self.ollama.last.path, "/api/generate")
@@ -11808,22 +11954,39 @@ class OllamasApi(Case):
                 for nothing in (None, type(value)()):
                     self.assertEqual(self.generates(self.openai.target, **{name: nothing}).status, 200)
 
-    def test_a_request_without_a_prompt_asks_no_model(self):
-        before = [len(upstream.requests) + len(upstream.loads) for upstream in self.upstreams]
+    def test_a_request_without_a_prompt_loads_or_unloads_the_model(self):
+        before = [len(upstream.requests) for upstream in self.upstreams]
         for path, fields in (("/api/chat", {}), ("/api/chat", {"messages": []}), ("/api/generate", {"prompt": ""}),
                              ("/api/generate", {"system": "a"}), ("/api/generate", {})):
             for keep_alive, reason in ((None, "load"), ("5m", "load"), (-1, "load"), (0, "unload"), ("0", "unload")):
                 reply = posted(self.server, path, keep_alive=keep_alive, **fields).json
                 self.assertEqual((reply["done"], reply["done_reason"], reply["model"]), (True, reason, "auto"))
                 self.assertEqual(reply.get("response", reply.get("message", {}).get("content")), "")
+                told = {"keep_alive": 1800} if keep_alive is None else {"keep_alive": keep_alive}
+                self.assertEqual(differences({"model": "llama3.2", "messages": [], **told},
+                                             self.ollama.loads[-1].json), [])
+        loads = len(self.ollama.loads)
+        for model in (self.openai.target, "cloud", "no-such"):
+            status = posted(self.server, "/api/generate", model, keep_alive=0).status
+            self.assertEqual(status, 404 if model == "no-such" else 200)
         self.refuses(posted(self.server, "/api/chat", "no-such"), 404, "no-such")
-        self.assertEqual(before, [len(upstream.requests) + len(upstream.loads) for upstream in self.upstreams])
+        self.assertEqual(before, [len(upstream.requests) for upstream in self.upstreams])
+        self.assertEqual(len(self.ollama.loads), loads)
+        with small(load=error(500, "out of memory")(OLLAMA, None)) as local, running(local) as server:
+            self.refuses(posted(server, "/api/generate", local.target, keep_alive="5m"), 500, "out of memory")
 
     def test_a_wrong_body_is_told_in_ollama_s_shape(self):
         for path, fields, word in BAD_FOR_OLLAMA:
             with self.subTest(path, fields=fields):
                 reply = posted(self.server, path, **{"messages": HI_THERE, "prompt": "a", **fields})
                 self.refuses(reply, 400, f"{word} ")
+
+    def test_a_model_that_fills_gaps_says_so_as_continue_reads_it(self):
+        for capabilities, told in ((("completion", "insert"), True), (("completion", "tools"), False)):
+            with small(capabilities=capabilities) as local, running(local) as server:
+                eventually(lambda: looked_around(server))
+                shown = posted(server, "/api/show", "llama3.2").json
+                self.assertEqual(".Suffix" in shown["template"], told, shown)
 
     def test_the_context_that_a_client_wants_is_not_changed(self):
         with small() as local, running(local) as server:
@@ -12017,6 +12180,7 @@ NO_VECTORS = [  # what makes of an answer's vectors no answer
     lambda vectors: ["AAA=" for _ in vectors], lambda vectors: ["!!!!" for _ in vectors],
     lambda vectors: [base64.b64encode(struct.pack("<f", math.nan)).decode() for _ in vectors],
     lambda vectors: [[10**400] for _ in vectors], lambda vectors: [{} for _ in vectors], lambda vectors: 5,
+    lambda vectors: [[0.5] * (number + 1) for number, _ in enumerate(vectors)],
 ]
 
 
@@ -12055,16 +12219,20 @@ class Embedding(Case):
     def test_each_server_gets_what_it_knows(self):
         with Upstream(OPENAI, embedding()) as cloud, with_embedders("e:latest") as local, \
                 running(local, cloud) as server:
-            embed(server, cloud.target, input=["a"], dimensions=3, user="u", truncate=True, encoding_format="base64")
+            own = {"input_type": "query", "truncate": "END"}    # NVIDIA's servers want the first
+            embed(server, cloud.target, input=["a"], dimensions=3, user="u", encoding_format="base64", **own)
             self.assertEqual(cloud.last.json, {"model": "gpt-test", "input": ["a"], "encoding_format": "base64",
-                                               "dimensions": 3, "user": "u"})
+                                               "dimensions": 3, "user": "u", **own})
+            embed(server, cloud.target, "/api/embed", input=["a"], dimensions=3, options={"num_ctx": 9}, truncate=True)
+            self.assertEqual(cloud.last.json, {"model": "gpt-test", "input": ["a"], "encoding_format": "float",
+                                               "dimensions": 3})
             self.assertEqual((cloud.last.path, cloud.last.headers["Authorization"]),
                              ("/v1/embeddings", "Bearer " + OPENAI.key))
             self.assertEqual(self.vectors(embed(server, cloud.target, input=[1, 2])), [vector_for([1, 2])])
             self.assertEqual(cloud.last.json["input"], [[1, 2]])
             self.assertEqual(self.vectors(embed(server, cloud.target, input=[[1], [2, 3]])),
                              [vector_for([1]), vector_for([2, 3])])
-            embed(server, "ollama:e", input="a", dimensions=3, user="u")
+            embed(server, "ollama:e", input="a", dimensions=3, user="u", **own)
             self.assertEqual((local.last.path, local.last.json), ("/api/embed", {
                 "model": "e", "input": ["a"], "dimensions": 3, "truncate": False}))
             for tokens in ([1, 2], [[1], [2]]):
@@ -12099,10 +12267,10 @@ class Embedding(Case):
                 self.assertEqual(self.vectors(reply), [*map(vector_for, inputs)])
                 self.assertEqual([len(request.json["input"]) for request in upstream.requests], sizes)
                 self.assertEqual(reply.json["usage"]["prompt_tokens"], len(inputs))
-        ours = oblix.Endpoint("openai", "https://api.openai.com/v1")
-        for in_base64, most in ((True, 2048), (False, 256)):
-            request = oblix.EmbeddingRequest("m", [], in_base64)
-            self.assertEqual(oblix.PROVIDERS["openai"].most_inputs(request, ours), most)
+            with mock.patch.object(oblix.OpenAI, "vendor", "127.0.0.1"):    # OpenAI's own takes more at once
+                del upstream.requests[:]
+                self.assertEqual(len(self.vectors(embed(server, upstream.target, input=["x"] * 600))), 600)
+                self.assertEqual([len(request.json["input"]) for request in upstream.requests], [256, 256, 88])
 
     def test_the_newest_local_model_is_the_usual_one_and_it_stays(self):
         with with_embedders("new:latest", "old:latest") as local, cloudy(embedding()) as cloud, \
@@ -12151,6 +12319,8 @@ class Embedding(Case):
             for name, served in (("text-embedding-3-small", "ollama:f"), ("small", "openai:e"), ("auto", "openai:e")):
                 self.assertEqual(embed(server, name, input="a").headers["x-oblix-model"], served)
             self.assertEqual(other.last.headers["Authorization"], "Bearer a-key-of-its-own")
+            listed = {item["name"]: item for item in fetch(server, "GET", "/api/tags").json["models"]}
+            self.assertEqual(listed["openai:e"]["capabilities"], ["embedding"])
             with running(flags=["--embedding-model=openai:e@http://127.0.0.1:1/v1#NO_KEY"]) as server:
                 self.refused(embed(server, input="a"), 401, "NO_KEY")
 
@@ -12183,6 +12353,33 @@ class Embedding(Case):
             with Upstream(OPENAI, whole(200, raw_body)) as upstream, running(upstream) as server:
                 self.assertEqual(embed(server, upstream.target, input=["a", "b"]).status, 502)
 
+    def test_places_that_a_server_tells_are_their_order_or_an_error(self):
+        texts = [str(number) * (number + 1) for number in range(10)]
+        for places, status in (([None] * 10, 200), ([0] * 10, 200), (range(10), 200), (range(9, -1, -1), 200),
+                               (map(str, range(10)), 502), ([0, *range(9)], 502), (range(1, 11), 502),
+                               ([None, *range(1, 10)], 502), ([[]] * 10, 502)):
+            order = [*places]
+            def reordered(told, order=order):
+                made = [vector_for(texts[place if isinstance(place, int) and any(order) else number])
+                        for number, place in enumerate(order)] if status == 200 else [[0.5]] * 10
+                return {**told, "data": [{"embedding": one, **({} if place is None else {"index": place})}
+                                         for one, place in zip(made, order)]}
+            with self.subTest(order), Upstream(OPENAI, embedding(rewrite=reordered)) as upstream, \
+                    running(upstream) as server:
+                reply = embed(server, upstream.target, input=texts)
+                self.assertEqual(reply.status, status)
+                if status == 200:
+                    self.assertEqual(self.vectors(reply), [*map(vector_for, texts)])
+
+    def test_an_error_that_a_server_calls_an_answer_is_told(self):
+        for dialect, told in ((OPENAI, {"error": {"message": "the model is not loaded"}}),
+                              (OPENAI, {"object": "error", "message": "the model is not loaded", "code": 40301}),
+                              (OLLAMA, {"error": "the model is not loaded"})):
+            with Upstream(dialect, whole(200, told)) as upstream, running(upstream) as server:
+                reply = embed(server, upstream.target, input="a")
+                self.assertIn("the model is not loaded", reply.json["error"]["message"])
+                self.assertGreaterEqual(reply.status, 400)
+
     def test_a_server_that_knows_no_forms_is_asked_without(self):
         def script(dialect, request):
             if "encoding_format" in request.json:
@@ -12196,6 +12393,11 @@ class Embedding(Case):
             self.assertEqual(len(upstream.requests), 3)    # it is known by then
 
     def test_dimensions_are_never_left_out(self):
+        for dialect, form in itertools.product((OLLAMA, OPENAI), ("base64", "float")):
+            with Upstream(dialect, embedding()) as upstream, running(upstream) as server:
+                for asked, status in ((3, 200), (2, 400), (4, 400), (768, 400)):
+                    reply = embed(server, upstream.target, input="a", dimensions=asked, encoding_format=form)
+                    self.assertEqual(reply.status, status, (asked, form))
         with Upstream(OPENAI, error(400, "Unknown parameter: 'dimensions'.")) as upstream, running(upstream) as server:
             self.refused(embed(server, upstream.target, input="a", dimensions=3), 400, "dimensions")
             self.assertEqual(len(upstream.requests), 1)
@@ -15069,7 +15271,7 @@ class Page(Case):
         with running(self.local) as server:
             self.opened(server)
             found = [(role, name) for role, name in self.browser.names() if role != "RootWebArea"]
-        self.assertEqual({role for role, _ in found}, {"textbox", "combobox", "button", "log", "region"} | {
+        self.assertEqual({role for role, _ in found}, {"textbox", "combobox", "button", "region"} | {
             role for role, _ in found if role in ("option", "MenuListOption")})
         self.assertEqual([one for one in found if not one[1]], [])
 
