@@ -39,7 +39,7 @@ Who owns which state
   latencies              a deque of each monitor of an endpoint, which its own thread appends to (4)
   loads and look-ups     a dict for each of the two kinds of errands, whose setdefault and del are atomic (7)
   what readings mean     caches of pure functions (lru_cache); two threads that miss at once put in the same (5, 9)
-  what loads showed      two dicts of the gateway, whose entries loads replace and monitors remove, atomically (9)
+  what loads showed      a dict of the gateway, whose entries loads replace and monitors remove, atomically (9)
   the embedding model    an attribute of the gateway, set once; of two that set it at once both found the same (9)
   moment of next warm-up an attribute of the gateway; of two that read it at once the second joins the first's load (9)
   details of models      a dict of the prober with an entry for each endpoint, written by that one's monitor (9)
@@ -103,14 +103,6 @@ from typing import TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, NoReturn,
 
 if TYPE_CHECKING:
     import ssl  # at run time imported where it is needed, as hmac is: each takes 5 of 15 MiB
-
-if __name__ == "__main__":
-    sys.modules["ssl"] = None  # type: ignore[assignment]  # else http.server has it imported; this makes that fail
-import http.client
-import http.server
-
-if __name__ == "__main__":
-    del sys.modules["ssl"]
 
 __version__ = "0.1.0"
 
@@ -795,7 +787,7 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
 
 MAX_REQUEST_LINE = 8 << 10    # bytes; nothing here has a long path
 MAX_FIELD_LINE = 16 << 10     # bytes; the longest that browsers and proxies send are tokens of a few KB
-MAX_FIELDS = 100              # as in http.client; the SDKs send some 20
+MAX_FIELDS = 100              # the SDKs send some 20
 MAX_HEAD_BYTES = 64 << 10
 CHUNKED = -1                  # the size of a body that is sent with chunked transfer coding
 
@@ -1161,12 +1153,6 @@ def route_of(head: Head) -> str:
     route = head.fields.get("x-oblix-route")
     need(route in (None, *OWN_NAMES), "x-oblix-route", f"must be one of {', '.join(OWN_NAMES)}")
     return route or ""
-
-
-def routed(request: ChatRequest, head: Head) -> ChatRequest:
-    """Return the request, for what its header x-oblix-route names instead of its model.  Raises BadRequest."""
-    route = route_of(head)
-    return dataclasses.replace(request, model=route) if route else request
 
 
 def without_nulls(fields: Json, inner: Any = None) -> Json:
@@ -2105,7 +2091,7 @@ def condition(target: Target, snapshot: Snapshot) -> Condition:
 def survey(target: Target, readings: tuple[Reading, ...], loading: bool) -> Condition:
     """Return what the readings say of a target.  They change about once a second, and many requests ask in between."""
     reading = reading_of(target, readings)
-    model = model_of(target, reading)
+    model = model_of(target, readings)
     barred = _barred(target, reading, model, None if loading else free_bytes(target, readings))
     if barred:
         return barred
@@ -2135,10 +2121,15 @@ def reading_of(target: Target, readings: Iterable[Reading]) -> Reading | None:
     return next((reading for reading in readings if reading.endpoint == target.endpoint), None)
 
 
-def model_of(target: Target, reading: Reading | None) -> Model | None:
+def models_of(endpoint: Endpoint, readings: Iterable[Reading]) -> tuple[Model, ...]:
+    """Return the models that an endpoint lists, newest first; none while it has not listed them."""
+    return next((reading.models for reading in readings if reading.endpoint == endpoint and reading.models), ())
+
+
+def model_of(target: Target, readings: Iterable[Reading]) -> Model | None:
     """Return the target's model as its endpoint lists it, or None."""
-    models = (reading and reading.models) or ()
-    return next((model for model in models if full_name(model.name) == full_name(target.model)), None)
+    name = full_name(target.model)
+    return next((model for model in models_of(target.endpoint, readings) if full_name(model.name) == name), None)
 
 
 def full_name(name: str) -> str:
@@ -2174,8 +2165,7 @@ def free_bytes(target: Target, readings: Sequence[Reading]) -> float | None:
     facts = device_facts(readings)
     if not target.endpoint.on_device or "memory_free_mb" not in facts:
         return None
-    own = reading_of(target, readings)
-    loaded = [model.size for model in (own and own.models) or () if not model.cold]
+    loaded = [model.size for model in models_of(target.endpoint, readings) if not model.cold]
     free: float = (facts["memory_free_mb"] + facts.get("gpu_memory_free_mb", 0)) * 2**20
     return free + sum(loaded) if max(loaded, default=0) < 1 << 60 else None    # more than there is: nothing is known
 
@@ -2257,7 +2247,7 @@ def finding_out_s(target: Target, found: Condition, snapshot: Snapshot, work: Wo
 
 def guessed_s(target: Target, work: Work, snapshot: Snapshot) -> float:
     """Return a cautious guess of the seconds in which an unmeasured local model reads a prompt, or 0 without facts."""
-    model, facts = model_of(target, reading_of(target, snapshot.readings)), device_facts(snapshot.readings)
+    model, facts = model_of(target, snapshot.readings), device_facts(snapshot.readings)
     if not model or not target.endpoint.on_device:
         return 0.0
     fits_gpu = facts.get("gpu_memory_free_mb", 0) * 2**20 >= model.size
@@ -4760,7 +4750,7 @@ class Answer:
                 raise ConnectionResetError("no whole head")
             self._held += piece
             end = _HEAD_END.search(self._held)
-        head = self._held[:end.start()].decode("latin-1").replace("\r\n", "\n")
+        self._head = head = self._held[:end.start()].decode("latin-1").replace("\r\n", "\n")
         self._held = self._held[end.end():]
         found = _STATUS_LINE.match(head)
         if not found or "\n " in head or "\n\t" in head:
@@ -4772,6 +4762,11 @@ class Answer:
             if name in ("content-length", "transfer-encoding") and self._fields.get(name, value) != value:
                 raise ValueError("two framings")
             self._fields[name] = value
+
+    def field(self, name: str) -> str:
+        """Return the value of any field of the head, "" without it."""
+        found = re.search(rf"(?i)\n{name}: *([^\n]*)", self._head)
+        return found[1] if found else ""
 
     def _set_framing(self) -> None:
         """Find out where the body ends (RFC 9112, 6.3).  Raise ValueError for what two readers might not agree on."""
@@ -5410,10 +5405,10 @@ class Gateway:
         self.transport.connect_s = settings.connect_timeout_s    # of probes and of loads, too
         self._started = settings.prefer == "cloud"    # what is the second choice is loaded only when it may be needed
         self._warm_from = 0.0    # no sooner again: what did not stay in memory may not be able to, or not be wanted
-        self._said: dict[Target, tuple[int, int]] = {}    # of a target's last load: context asked, context said
-        # Models that their server shows under another name after a load, and the names that it shows then: those of one
-        # file of weights are one to it.
-        self._hidden: dict[tuple[Endpoint, str], frozenset[str]] = {}
+        # Targets that are loaded but not shown so: the context that was asked for, and what their server shows instead.
+        # Some don't say the context, or another one (clamped, times the parallel slots), and models of one file of
+        # weights are one to Ollama.  Another load would change nothing.
+        self._shown_as: dict[Target, tuple[int, frozenset[tuple[str, int]]]] = {}
         self._configured = configured_targets(settings)
         for target in self._configured:    # before any that clients name
             self.journal.name(target.id)
@@ -5467,13 +5462,9 @@ class Gateway:
         limits = self.limits._replace(first_byte_s=max(LOAD_S, self.settings.first_byte_timeout_s))
         try:
             # Ollama loads a model for a request without messages, and says nothing
-            payload = provider.encode(ChatRequest("", {"messages": []}), target, context, self.keep_alive(target))
-            answer = self.transport.open(endpoint.base_url + provider.chat_path, provider.headers(endpoint),
-                                         dumps(payload), limits)
-            with contextlib.closing(answer):
+            encoded = provider.encode(ChatRequest("", {"messages": []}), target, context, self.keep_alive(target))
+            with contextlib.closing(self.open(target, provider.chat_path, encoded, limits, no_look)) as answer:
                 text = answer.body(within_first_byte=True).decode("utf-8", "replace")
-            if answer.status >= 300:
-                raise classify(answer.status, text, answer.retry_after_s, endpoint)
             for line in text.splitlines() or [text]:    # an error, or a login page, may come with any status
                 event_of(line)
         except UpstreamError as error:
@@ -5483,32 +5474,27 @@ class Gateway:
         load_s = time.monotonic() - started
         log.info("%s is loaded, %.1f s", target.id, load_s)
         self.ledger.learn_load(target, load_s, context)
-        self.watch.look(endpoint, lambda reading: _shows_loaded(target, context, reading))
-        model = model_of(target, reading_of(target, self.watch.readings))
-        self._said[target] = context, model.context if model else 0
-        if model and model.cold:
-            self._hidden[endpoint, model.name] = _in_memory(reading_of(target, self.watch.readings))
-            self.watch.look(endpoint, lambda reading: _shows_loaded(target, 0, reading))
+        self._shown_as.pop(target, None)
+        self.watch.look(endpoint, lambda reading: _shows_loaded(target, (context, 0), reading))    # 0: it does not say
+        model = model_of(target, self.watch.readings)
+        if model and (model.cold or context not in (0, model.context)):
+            instead = models_of(endpoint, self.watch.readings) if model.cold else (model,)
+            self._shown_as[target] = context, _in_memory(instead)
+            self.watch.look(endpoint, lambda reading: _shows_loaded(target, (context,), reading))
 
     def _probe(self, endpoint: Endpoint) -> Probe:
-        """Return the state of an endpoint, whose hidden models count as in memory.  Raise UpstreamError."""
+        """Return the state of an endpoint, whose models are in memory as they were loaded.  Raise UpstreamError."""
         probe = self._prober(endpoint)
-        shown = _in_memory(probe)
-        for where, name in [key for key, names in tuple(self._hidden.items()) if key[0] == endpoint and (
-                key[1] in shown or names != shown and not names & shown)]:
-            self._hidden.pop((where, name), None)    # it is shown, or what was in memory with it is gone
-        return probe._replace(models=probe.models and tuple([
-            dataclasses.replace(model, cold=model.cold and (endpoint, model.name) not in self._hidden)
-            for model in probe.models]))
-
-    def context_of(self, target: Target, model: Model) -> int:
-        """Return the context that a model is loaded for.
-
-        Some servers don't say it, or say another one than they were asked for (clamped, times the parallel slots): what
-        they said after the last load stands for what that asked for, as another load would change nothing.
-        """
-        asked, said = self._said.get(target, (0, 0))
-        return asked if asked and said == model.context else model.context
+        models = {full_name(model.name): model for model in probe.models or ()}
+        shown = _in_memory(models.values())
+        for target, (context, instead) in tuple(self._shown_as.items()):
+            name = full_name(target.model)
+            model = models.get(name) if target.endpoint == endpoint else None
+            if model and (instead == shown or instead & shown) and (model.cold or instead >= _in_memory([model])):
+                models[name] = dataclasses.replace(model, cold=False, context=context or model.context)
+            elif model:
+                self._shown_as.pop(target, None)    # it is shown, or what was in memory with it is gone
+        return probe._replace(models=probe.models and tuple(models.values()))
 
     def keep_alive(self, target: Target) -> KeepAlive:
         """Return how long a target's server is asked to keep the model, or the prompt; None leaves that to it."""
@@ -5522,16 +5508,13 @@ class Gateway:
             return KEPT_ON_BATTERY_S if plugged is False and target.endpoint.on_device else KEPT_S
         return float(said) if re.fullmatch(NUMBER, said) else said    # Ollama reads "300" as no duration
 
-    def alias_of(self, name: str) -> Alias | None:
-        """Return the first alias that a name fits; none for Oblix's own names."""
+    def meaning_of(self, name: str) -> Alias:
+        """Return the first alias that a model's name fits, or the name's own meaning as an alias without a name."""
         plain = name.removesuffix(":latest")    # which Ollama's clients add
-        return None if plain in OWN_NAMES else next((alias for alias in self.aliases if any(
-            fnmatch.fnmatchcase(one, alias.name) for one in (name, plain))), None)
-
-    def meaning_of(self, name: str) -> tuple[str | Target, ...]:
-        """Return what a model's name means: itself, or its alias's targets."""
-        alias, plain = self.alias_of(name), name.removesuffix(":latest")
-        return alias.targets if alias else (plain if plain in OWN_NAMES else name,)
+        if plain in OWN_NAMES:
+            return Alias("", (plain,))
+        return next((alias for alias in self.aliases if any(
+            fnmatch.fnmatchcase(one, alias.name) for one in (name, plain))), Alias("", (name,)))
 
     def resolve(self, name: str | Target, snapshot: Snapshot) -> Target:
         """Return the one target that a name, which is not an alias, stands for.  Raises BadRequest (404)."""
@@ -5543,7 +5526,7 @@ class Gateway:
             if provider in ("", its) and (model == target.model
                                           or its == "ollama" and full_name(model) == full_name(target.model)):
                 return target
-        spelt = [one for one in installed(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
+        spelt = [one for one in models_of(self._ollama, snapshot.readings) if full_name(one.name) == full_name(model)]
         if not (provider or spelt) and model.startswith("claude-") and not self._default_endpoints["claude"].lacks_key:
             provider = "claude"    # Anthropic's clients name its models so
         if not model or not (provider or spelt):
@@ -5566,15 +5549,21 @@ class Gateway:
             status=404, code="model_not_found")
 
     def plan(self, request: ChatRequest) -> Plan:
-        """Return what to try for a request.  Raises OblixError: an unknown model, no key, nothing that can answer."""
-        snapshot, alias = self.snapshot(), self.alias_of(request.model)
-        asked = [name if name in OWN_NAMES else self.resolve(name, snapshot)
-                 for name in self.meaning_of(request.model)]
+        """Return what to try for a request.  Raises OblixError: an unknown model, no key, nothing that can answer.
+
+        A model that was named is tried alone, whatever is known of it.
+        """
+        snapshot, alias = self.snapshot(), self.meaning_of(request.model)
+        asked = [name if name in OWN_NAMES else self.resolve(name, snapshot) for name in alias.targets]
         if len(asked) == 1 and isinstance(asked[0], Target):
-            plan = self._plan_of_one(request, asked[0])
+            refused = PROVIDERS[asked[0].endpoint.provider].refusal(request)
+            if refused:
+                raise refused
+            check_key(asked[0])
+            plan = Plan((asked[0],), "the request named the model")
         else:
             plan = self._plan_of_all(request, asked, snapshot)
-        return dataclasses.replace(plan, reason=f"{alias}: {plan.reason}") if alias else plan
+        return dataclasses.replace(plan, reason=f"{alias}: {plan.reason}") if alias.name else plan
 
     def _plan_of_all(self, request: ChatRequest, asked: Sequence[str | Target], snapshot: Snapshot) -> Plan:
         """Return the plan for Oblix's own names, and for targets, one after the other.  Raises OblixError."""
@@ -5590,21 +5579,12 @@ class Gateway:
                 target for target in targets if any(one in ("auto", target.side, target) for one in asked)])
         return plan
 
-    @staticmethod
-    def _plan_of_one(request: ChatRequest, target: Target) -> Plan:
-        """Return the plan for a model that was named: it alone, whatever is known of it.  Raises OblixError."""
-        refused = PROVIDERS[target.endpoint.provider].refusal(request)
-        if refused:
-            raise refused
-        check_key(target)
-        return Plan((target,), "the request named the model")
-
     def _refusal(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> Unsupported | None:
         """Return what of the request a target can't do, from what its provider and its server say, or None."""
         refused = PROVIDERS[target.endpoint.provider].refusal(request)
         if refused or target.endpoint.provider != "ollama":
             return refused
-        model = model_of(target, reading_of(target, snapshot.readings))
+        model = model_of(target, snapshot.readings)
         lacking = needs_of(request) - model.capabilities if model and model.capabilities else ()
         if lacking:
             return Unsupported(f"the model has no {' and no '.join(sorted(lacking))}", param="model")
@@ -5616,10 +5596,9 @@ class Gateway:
 
     def context(self, request: ChatRequest, target: Target, snapshot: Snapshot) -> int:
         """Return the context to load the target's model for, or 0 to leave it as it is.  Raises Unsupported."""
-        model = model_of(target, reading_of(target, snapshot.readings))
+        model = model_of(target, snapshot.readings)
         if not model or not model.max_context:
             return 0
-        model = dataclasses.replace(model, context=self.context_of(target, model))
         return PROVIDERS[target.endpoint.provider].context_for(
             request, model, snapshot.record(target).context, free_bytes(target, snapshot.readings))
 
@@ -5727,7 +5706,7 @@ class Gateway:
         """Return the one target for embeddings that a model's name stands for.  Raise OblixError."""
         wait_for(self.heard, PROBE_LIMITS.first_byte_s, look)
         snapshot, usual = self.snapshot(), self._usual_embedder()
-        name = self.meaning_of(request.model)[0]
+        name = self.meaning_of(request.model).targets[0]
         if name not in OWN_NAMES:
             target = self.resolve(name, dataclasses.replace(snapshot, targets=(*usual, *snapshot.targets)))
         elif usual:
@@ -5744,7 +5723,7 @@ class Gateway:
     def _usual_embedder(self) -> tuple[Target, ...]:
         """Return the model of all embeddings, or none.  It stays the same for as long as Oblix runs."""
         if not self._embedders:
-            found = [f"ollama:{model.name}" for model in installed(self._ollama, self.watch.readings)
+            found = [f"ollama:{model.name}" for model in models_of(self._ollama, self.watch.readings)
                      if not model.remote and model.embeds]
             openai = self._default_endpoints["openai"]
             if openai.key and openai.key_variable:    # it is OpenAI's own
@@ -5756,16 +5735,16 @@ class Gateway:
 
     def counted(self, request: ChatRequest) -> int | None:
         """Return how many tokens the server of a named target counts, or None if it does not at once."""
-        names = self.meaning_of(request.model)
+        names = self.meaning_of(request.model).targets
         with contextlib.suppress(OblixError, *NOT_IN_ITS_FORMAT):
             if len(names) > 1 or names[0] in OWN_NAMES:    # nobody knows who will answer
                 return None
             target = self.resolve(names[0], self.snapshot())
             native, provider = request.native_to(target.endpoint.provider), PROVIDERS[target.endpoint.provider]
             if native and not target.endpoint.lacks_key:
-                headers = {**provider.headers(target.endpoint), **dict(native.headers)}
-                with contextlib.closing(self.transport.open(target.endpoint.base_url + native.path, headers, dumps(
-                        provider.encode(request, target)), PROBE_LIMITS)) as answer:
+                encoded = provider.encode(request, target)
+                with contextlib.closing(self.open(target, native.path, encoded, PROBE_LIMITS, no_look,
+                                                  native.headers)) as answer:
                     return int(loads(answer.body(within_first_byte=True))["input_tokens"])
         return None
 
@@ -5814,7 +5793,7 @@ class Gateway:
                 "thresholds": thresholds(self.settings, facts), "network": self.watch.latencies(),
                 "requests": [*self.journal.recent][::-1]}
 
-    def metrics(self) -> str:
+    def metrics(self) -> bytes:
         """Return the metrics of everything, as Prometheus reads them.  Does not wait."""
         snapshot, values = self.snapshot(), {**self.journal.sums(), **_process_values()}
         values["oblix_build_info", __version__] = 1
@@ -5832,7 +5811,7 @@ class Gateway:
                                ("oblix_target_state", *labels, conditions[target].state): 1,
                                ("oblix_breaker_state", *labels): 2 if rest_s else 1 if breaker.failures else 0,
                                ("oblix_breaker_rest_seconds", *labels): rest_s})
-        return exposition(values)
+        return exposition(values).encode("utf-8", "replace")
 
     def models(self) -> list[Json]:
         """Return all models that can be asked for, as GET /v1/models lists them.  Does not wait."""
@@ -5843,14 +5822,14 @@ class Gateway:
         snapshot, aliases = self.snapshot(), [alias.name for alias in self.aliases if not set("*?[") & {*alias.name}]
         found = {name: self.known(name, snapshot) for name in (*OWN_NAMES, *aliases)}
         found.update({target.id: self._planned(target, snapshot) for target in (*snapshot.targets, *self._embedders)})
-        for model in installed(self._ollama, snapshot.readings):
+        for model in models_of(self._ollama, snapshot.readings):
             target = Target(self._ollama, model.name.removesuffix(":latest"), Side.LOCAL)
             found[target.id] = self._planned(target, snapshot, model)
         return found
 
     def known(self, name: str, snapshot: Snapshot) -> Model:
         """Return what is known of a name, listed or not.  Raises BadRequest (404)."""
-        meant = self.meaning_of(name)
+        meant = self.meaning_of(name).targets
         found = [(target.side, self._planned(target, snapshot)) for one in meant for target in (
             self._answering(one, snapshot) if one in OWN_NAMES else [self.resolve(one, snapshot)])]
         return found[0][1] if len(meant) == 1 and meant[0] not in OWN_NAMES else in_common(found)
@@ -5864,8 +5843,7 @@ class Gateway:
     def _planned(self, target: Target, snapshot: Snapshot, model: Model | None = None) -> Model:
         """Return what clients may plan with for a target, whose model may be known."""
         usual = Model(target.model, capabilities=frozenset({"embedding"}) if target in self._embedders else None)
-        model = model or model_of(target, reading_of(target, snapshot.readings)) or usual
-        model = dataclasses.replace(model, context=self.context_of(target, model))
+        model = model or model_of(target, snapshot.readings) or usual
         return PROVIDERS[target.endpoint.provider].planned(
             model, snapshot.record(target).context, free_bytes(target, snapshot.readings))
 
@@ -5892,34 +5870,28 @@ def check_key(target: Target) -> None:
 
 
 @functools.lru_cache(4)
-def installed(ollama: Endpoint, readings: tuple[Reading, ...]) -> tuple[Model, ...]:
-    """Return the models that Ollama lists, newest first; none while it has not listed them."""
-    return next((reading.models for reading in readings if reading.endpoint == ollama and reading.models), ())
-
-
-@functools.lru_cache(4)
 def newest_that_fits(ollama: Endpoint, readings: tuple[Reading, ...],
                      loading: frozenset[Target]) -> tuple[Target, ...]:
     """Return Ollama's newest model that fits into memory, or else its newest one, or none."""
-    found = [Target(ollama, model.name.removesuffix(":latest"), Side.LOCAL) for model in installed(ollama, readings)
+    found = [Target(ollama, model.name.removesuffix(":latest"), Side.LOCAL) for model in models_of(ollama, readings)
              if model.is_chat_model and not model.remote and may_be_local(ollama, model.name)]
     fitting = (target for target in found if survey(target, readings, target in loading).use is Eligibility.YES)
     return (next(fitting, found[0]),) if found else ()
 
 
-def _in_memory(told: Probe | Reading | None) -> frozenset[str]:
-    """Return the names of the models that a server shows in its memory."""
-    return frozenset(model.name for model in told and told.models or () if not model.cold and not model.remote)
+def _in_memory(models: Iterable[Model]) -> frozenset[tuple[str, int]]:
+    """Return the names and contexts of the models that a server shows in its memory."""
+    return frozenset((model.name, model.context) for model in models if not model.cold and not model.remote)
 
 
-def _shows_loaded(target: Target, context: int, reading: Reading) -> bool:
-    """Return True if a reading knows of a load that has ended."""
-    model = model_of(target, reading)
-    return model is None or not model.cold and (not context or model.context in (0, context))
+def _shows_loaded(target: Target, contexts: tuple[int, ...], reading: Reading) -> bool:
+    """Return True if a reading knows of a load that has ended, for one of these contexts unless all are 0."""
+    model = model_of(target, (reading,))
+    return model is None or not model.cold and (not any(contexts) or model.context in contexts)
 
 
 def _target_report(target: Target, found: Condition, snapshot: Snapshot) -> Json:
-    record, model = snapshot.record(target), model_of(target, reading_of(target, snapshot.readings))
+    record, model = snapshot.record(target), model_of(target, snapshot.readings)
     breaker, pace = record.breaker, record.pace
     memory = {"context": model.context, "gpu_share": model.gpu_share} if model and model.context else {}
     reason = found.reason or ("not probed yet" if found.state == "unknown" else None)
@@ -5943,9 +5915,8 @@ def _process_values() -> dict[tuple[Any, ...], float]:
 def _side_report(side: Side, snapshot: Snapshot, conditions: Mapping[Target, Condition]) -> Json:
     found = side_condition(side, snapshot, conditions, {})
     mine = [reading for reading in snapshot.readings if reading.side is side]
-    facts = {name: fact for reading in mine if not reading.endpoint for name, fact in reading.facts.items()}
-    return {"level": found.word(side), "reason": found.reason,
-            "facts": {**facts, "endpoints": [reading.facts for reading in mine if reading.endpoint and reading.facts]}}
+    endpoints = [reading.facts for reading in mine if reading.endpoint and reading.facts]
+    return {"level": found.word(side), "reason": found.reason, "facts": {**device_facts(mine), "endpoints": endpoints}}
 
 
 class _Failure(NamedTuple):
@@ -5976,7 +5947,7 @@ class Dispatch:
         self._gateway, self._request, self._look = gateway, request, look
         self._settings, self.ledger = gateway.settings, gateway.ledger
         self._until = time.monotonic() + self._settings.request_timeout_s
-        self._meant = gateway.meaning_of(request.model)
+        self._meant = gateway.meaning_of(request.model).targets
         self._heard = self._meant == ("cloud",) or gateway.heard.is_set()
         self._plan = self._first_plan()
         self._named = len(self._meant) == 1 and self._meant[0] not in OWN_NAMES
@@ -5991,7 +5962,9 @@ class Dispatch:
 
     def run(self) -> Result:
         """Return the first answer.  Raises OblixError, ClientGone."""
-        self._warm_up()
+        local = next((target for target in self._plan.order if target.side is Side.LOCAL), None)
+        if local and self._plan.order[0].side is Side.CLOUD and self._settings.prefer != "cloud":
+            self._gateway.warm_up(local, self._plan.conditions[local])    # for the next request
         with contextlib.closing(self._order()) as order:
             for target, self._others in order:
                 try:
@@ -6048,13 +6021,6 @@ class Dispatch:
             tried_before = {tried.target for tried in self._failed}
             yield from ((target, ()) for target in self._plan.order if target not in tried_before)
         yield from ((tried.target, ()) for tried in [*self._failed] if tried.may_be_back())
-
-    def _warm_up(self) -> None:
-        """Load a cold local model for the next request, while the cloud answers in its place."""
-        order = self._plan.order
-        local = next((target for target in order if target.side is Side.LOCAL), None)
-        if local and order[0].side is Side.CLOUD and self._settings.prefer != "cloud":
-            self._gateway.warm_up(local, self._plan.conditions[local])
 
     def _fail(self, target: Target, error: UpstreamError) -> None:
         """Note an attempt that has failed."""
@@ -6137,7 +6103,7 @@ class Dispatch:
             self._wait(self._gateway.watch.first(target.endpoint), PROBE_LIMITS.first_byte_s)
         for _ in range(2):    # the load that was joined may have been for a smaller context
             load, snapshot = loader.under_way.get(target), self._gateway.snapshot()
-            model = model_of(target, reading_of(target, snapshot.readings))
+            model = model_of(target, snapshot.readings)
             if model and model.remote and target.side is Side.LOCAL and not self._named:
                 raise UpstreamError("answered by ollama.com, so it is not a local model", Fault.NOT_FOUND, status=404)
             if not load and model and not model.remote:
@@ -6146,7 +6112,7 @@ class Dispatch:
                 except Unsupported as error:    # the memory has shrunk since the plan was made
                     raise UpstreamError(error.message, Fault.TOO_LONG, status=error.status, type=error.type,
                                         code=error.code, param=error.param, retry=False) from None
-                if model.cold or context not in (0, self._gateway.context_of(target, model)):
+                if model.cold or context not in (0, model.context):
                     load = loader.begin(target, context)
             if not load:
                 break
@@ -6175,7 +6141,7 @@ class Dispatch:
         may_pass = request.stream and self._settings.on_cut != "continue"
         try:
             with self._exchange(request, target) as (answer, started):
-                for chunk in _decoded(answer, provider, request):
+                for chunk in decoded(answer, provider, request):
                     if isinstance(chunk, Texts):
                         yield chunk
                         continue
@@ -6246,25 +6212,19 @@ class Dispatch:
         Raises UpstreamError, without the key in its texts, ClientGone, and _Overtaken where another request has taken
         the target's last slot since the plan was made and a cloud could answer.
         """
-        limits = self._limits(target)
-        context = self._loaded(request, target, limits)
+        limits, provider = self._limits(target), PROVIDERS[target.endpoint.provider]
+        context, native = self._loaded(request, target, limits), request.native_to(provider.name)
+        path, headers = (native.path, native.headers) if native else (provider.chat_path, ())
         with self.ledger.flight(target) as number:
             self._alone = number == 1
             counted_on = target.side is Side.LOCAL and self._others and self._others[0].side is Side.CLOUD
             if counted_on and number > self._settings.local_slots and self._plan.conditions[target].state != "busy":
                 raise _Overtaken
             started = time.monotonic()
-            with _without_key(target.endpoint), \
-                    contextlib.closing(self._open(request, target, context, limits)) as answer:
+            encoded = provider.encode(request, target, context, self._gateway.keep_alive(target))
+            with _without_key(target.endpoint), contextlib.closing(
+                    self._gateway.open(target, path, encoded, limits, self._look, headers)) as answer:
                 yield answer, started
-
-    def _open(self, request: ChatRequest, target: Target, context: int, limits: Limits) -> Answer:
-        """Return the upstream's answer of status 2xx.  Raise UpstreamError, ClientGone."""
-        provider, keep_alive = PROVIDERS[target.endpoint.provider], self._gateway.keep_alive(target)
-        native = request.native_to(provider.name)
-        path, headers = (native.path, native.headers) if native else (provider.chat_path, ())
-        encoded = provider.encode(request, target, context, keep_alive)
-        return self._gateway.open(target, path, encoded, limits, self._look, headers)
 
     def _noted(self, target: Target, held: Sequence[Chunk], stream: Stream) -> Stream:
         """Yield the held chunks and the rest of a stream.  Tell the ledger how it ends; close the upstream."""
@@ -6330,7 +6290,7 @@ def _in_its_format() -> Iterator[None]:
         raise UpstreamError("the answer is not in its own format", code="bad_upstream_answer") from error
 
 
-def _decoded(answer: Answer, provider: Provider, request: ChatRequest) -> Iterator[Any]:
+def decoded(answer: Answer, provider: Provider, request: ChatRequest) -> Iterator[Any]:
     """Yield the chunks of a streamed answer, and the Texts in it."""
     with _in_its_format():    # not around what we do with them: a bug of ours is no fault of an upstream
         yield from provider.decode(answer.lines(), request)
@@ -8029,6 +7989,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         self.guest: Guest = self.request
+        self.gateway: Gateway = self.server.gateway
         self.admission, self.guard, connection = self.server.admission, self.server.guard, self.guest.connection
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)    # else a second small write waits 40 ms
         limit_waits(connection, TICK_S)
@@ -8201,7 +8162,7 @@ class Handler(socketserver.BaseRequestHandler):
             answering_s = max(seconds - facts.get("first_token_s", 0.0), 0.001)
             facts["tokens_per_s"] = round(tokens / answering_s, 1)
         if "front" in facts:
-            self.server.gateway.journal.add(facts)
+            self.gateway.journal.add(facts)
         if log.isEnabledFor(level):
             text = "".join([words % facts[name] for name, words in LOG_WORDS.items() if name in facts])
             log.log(level, printable(text), extra={"facts": facts})
@@ -8229,33 +8190,21 @@ class Handler(socketserver.BaseRequestHandler):
     def _page(self) -> None:
         self.reply(200, *page())
 
-    def _metrics(self) -> None:
-        self.reply(200, self.server.gateway.metrics().encode("utf-8", "replace"), METRICS_HEADERS)
-
-    def _status(self) -> None:
-        self.json(200, self.server.gateway.status())
-
     def _health(self) -> None:
-        health = self.server.gateway.health()
+        health = self.gateway.health()
         shown = ("status", "version") if self.guard.is_public(self.head) else health
         self.json(200 if health["status"] == "healthy" else 503, {name: health[name] for name in shown})
 
     def _models(self) -> None:
-        gateway, wanted = self.server.gateway, urllib.parse.unquote(self.head.path[len("/models/"):])
+        gateway, wanted = self.gateway, urllib.parse.unquote(self.head.path[len("/models/"):])
         if not wanted:
             return self.json(200, model_list(gateway.models()))
         model = gateway.known(wanted, gateway.snapshot())
         check_fields({"model": wanted}, FIELDS, ())
         self.json(200, model_item(wanted, model))
 
-    def _ollama_models(self) -> None:
-        self.json(200, {"models": [*itertools.starmap(ollama_entry, self.server.gateway.catalogue().items())]})
-
-    def _ollama_loaded(self) -> None:
-        self.json(200, ollama_loaded(self.server.gateway.catalogue().values()))
-
     def _ollama_model(self) -> None:
-        body, gateway = parse_body(self.body()), self.server.gateway
+        body, gateway = parse_body(self.body()), self.gateway
         name: Any = body.get("model") or body.get("name")
         check_fields({"model": name}, FIELDS, ("model",))
         with contextlib.suppress(BadRequest):
@@ -8266,21 +8215,21 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _ollama_only(self) -> None:
         raise BadRequest("Oblix does not manage models: do that at Ollama's own address, "
-                         f"{self.server.gateway.ollama_url}. Oblix finds what it has.", status=403, code="not_here")
+                         f"{self.gateway.ollama_url}. Oblix finds what it has.", status=403, code="not_here")
 
     def _chat(self) -> None:
         """Answer a request for a model's words.  Raise OblixError, ClientGone."""
         self._front = front = FRONTS[self.head.path]
-        request = routed(front.request(parse_body(self.body()), self.head), self.head)
+        request = self._asked(front)
         self.told["asked"] = request.model
         told = front.at_once(request, int(time.time()))
         if told is not None:
             self._begin(math.inf)
-            self.server.gateway.prepare(request, told["done_reason"] == "unload", self._look)
+            self.gateway.prepare(request, told["done_reason"] == "unload", self._look)
             return self.json(200, told)
         self._begin(KEEP_ALIVE_S if request.stream else math.inf)
         self._event_headers, self._writer = {"Content-Type": front.events, **EVENT_HEADERS}, front.stream(request)
-        served = self.server.gateway.answer(request, self._look)
+        served = self.gateway.answer(request, self._look)
         self.told["fallbacks"] = served.fallbacks
         headers = self._served(served.target, served.reason, served.attempts)
         if request.left_out and not request.native_to(served.target.endpoint.provider):
@@ -8293,10 +8242,15 @@ class Handler(socketserver.BaseRequestHandler):
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
             self._stream(served)
 
+    def _asked(self, front: Front) -> ChatRequest:
+        """Return the request in the body, for what x-oblix-route names instead of its model.  Raise OblixError."""
+        request, route = front.request(parse_body(self.body()), self.head), route_of(self.head)
+        return dataclasses.replace(request, model=route) if route else request
+
     def _count_tokens(self) -> None:
         """Answer how many tokens a prompt has: as Claude counts them if it is named, or by their size."""
-        request = routed(MESSAGES.request(parse_body(self.body()), self.head), self.head)
-        self.json(200, {"input_tokens": self.server.gateway.counted(request) or prompt_tokens(request)})
+        request = self._asked(MESSAGES)
+        self.json(200, {"input_tokens": self.gateway.counted(request) or prompt_tokens(request)})
 
     def _embed(self) -> None:
         """Answer a request for embeddings.  Raise OblixError, ClientGone."""
@@ -8304,7 +8258,7 @@ class Handler(socketserver.BaseRequestHandler):
         request, route = api.request(parse_body(self.body())), route_of(self.head)
         self.told["asked"] = request.model
         self._begin(math.inf)
-        target, vectors, tokens = self.server.gateway.embed(request, route, self._look)
+        target, vectors, tokens = self.gateway.embed(request, route, self._look)
         self.told["prompt_tokens"] = tokens
         headers = self._served(target, "the model of embeddings", 1)
         self.json(200, api.answer(target.id, vectors, tokens, time.monotonic() - self.started), headers)
@@ -8383,20 +8337,6 @@ class Handler(socketserver.BaseRequestHandler):
         self.write(head + events)
 
 
-_READ = ("GET", "HEAD")
-# Path without /v1 -> methods, and what answers them; OPTIONS goes everywhere.
-ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Handler], None] | None]] = {
-    **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), **dict.fromkeys(EMBEDDINGS, (("POST",), Handler._embed)),
-    "/": (_READ, Handler._page),
-    "/messages/count_tokens": (("POST",), Handler._count_tokens),
-    "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models),
-    "/metrics": (_READ, Handler._metrics), "/status": (_READ, Handler._status),
-    "/api/version": (_READ, lambda handler: handler.json(200, {"version": OLLAMA_VERSION})),
-    "/api/tags": (_READ, Handler._ollama_models), "/api/ps": (_READ, Handler._ollama_loaded),
-    "/api/show": (("POST",), Handler._ollama_model),
-    **{f"/api/{name}": ((*_READ, "POST", "DELETE"), Handler._ollama_only)
-       for name in ("pull", "push", "create", "copy", "delete", "blobs/")}}
-
 QUIET = ("/health", "/", "/metrics", "/status")    # asked again and again: a good answer is logged at debug only
 REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 JSON_HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
@@ -8409,6 +8349,23 @@ LOG_WORDS = {"id": "%s", "method": " %s", "path": " %s", "status": " %s", "asked
              "side": " (%s)", "first_token_s": ", first %.2f s", "tokens_per_s": ", %.1f tokens/s",
              "bytes_in": ", in %s B", "bytes_out": ", out %s B", "seconds": ", %.2f s", "error": ": %s",
              "reason": ": %s"}
+
+_READ = ("GET", "HEAD")
+# Path without /v1 -> methods, and what answers them; OPTIONS goes everywhere.
+ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Handler], None] | None]] = {
+    **dict.fromkeys(FRONTS, (("POST",), Handler._chat)), **dict.fromkeys(EMBEDDINGS, (("POST",), Handler._embed)),
+    "/": (_READ, Handler._page),
+    "/messages/count_tokens": (("POST",), Handler._count_tokens),
+    "/health": (_READ, Handler._health), "/models": (_READ, Handler._models), "/models/": (_READ, Handler._models),
+    "/metrics": (_READ, lambda handler: handler.reply(200, handler.gateway.metrics(), METRICS_HEADERS)),
+    "/status": (_READ, lambda handler: handler.json(200, handler.gateway.status())),
+    "/api/version": (_READ, lambda handler: handler.json(200, {"version": OLLAMA_VERSION})),
+    "/api/tags": (_READ, lambda handler: handler.json(200, {
+        "models": [*itertools.starmap(ollama_entry, handler.gateway.catalogue().items())]})),
+    "/api/ps": (_READ, lambda handler: handler.json(200, ollama_loaded(handler.gateway.catalogue().values()))),
+    "/api/show": (("POST",), Handler._ollama_model),
+    **{f"/api/{name}": ((*_READ, "POST", "DELETE"), Handler._ollama_only)
+       for name in ("pull", "push", "create", "copy", "delete", "blobs/")}}
 
 
 @functools.lru_cache(1)
@@ -8424,8 +8381,9 @@ def printable(text: str) -> str:
 
 # --- 12. Listening, and the end ---------------------------------------------------------------------------------------
 
-class Listener(http.server.ThreadingHTTPServer):
+class Listener(socketserver.ThreadingTCPServer):
     """One listening socket."""
+    daemon_threads = True
     request_queue_size = 1024                   # the default of 5 drops bursts: clients then wait 1, 3, 7 s for TCP
     allow_reuse_address = os.name == "posix"    # on Windows it would let two programs share the port
     timeout = 5.0                               # until `handle_request` returns by itself
@@ -8437,9 +8395,6 @@ class Listener(http.server.ThreadingHTTPServer):
         super().__init__(address, handler)
         self.host, self.port = str(self.server_address[0]), int(self.server_address[1])
         self.thread = threading.Thread(target=self._run, name="listen", daemon=True)
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)    # HTTPServer's asks DNS for a name, which takes seconds offline
 
     def stop(self) -> None:
         """Wait until the clients that the kernel has taken so far are in and the socket is closed; see `_run`."""
@@ -8970,7 +8925,7 @@ def demo(settings: Settings) -> Iterator[Settings]:
 
 
 # === 15. Command line =================================================================================================
-# uses: 1 2 4 6 9 10 12 14
+# uses: 1 2 4 6 7 9 10 12 14
 # What does a person see at the start?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
 # And what can a person ask for in a terminal?
 
@@ -9255,7 +9210,7 @@ def run_check(settings: Settings, _: argparse.Namespace) -> int:
 
 # --- 15. Commands that ask a server -----------------------------------------------------------------------------------
 
-PEER_S = 60.0           # for the next byte of an answer; a stream has a comment every KEEP_ALIVE_S
+ANSWER_LIMITS = Limits(connect_s=5.0, first_byte_s=math.inf, stall_s=math.inf)    # a server has limits of its own
 DIM, RED = "2", "31"    # colours of a terminal
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")    # by a terminal
 # For each client the lines that point it here, after one that says how they are used.
@@ -9270,19 +9225,17 @@ unset ANTHROPIC_API_KEY''',
     "ollama": 'export OLLAMA_HOST=%(url)s OLLAMA_API_KEY="%(key)s"'}
 
 
-class Peer(NamedTuple):
-    """A running Oblix, and the key that it wants."""
-    host: str
-    port: int
-    key: str
+class Peer:
+    """A running Oblix, asked as a client asks."""
 
-    def ask(self, path: str, body: Json | None = None) -> http.client.HTTPResponse:
-        """Return the answer to a GET, or to the POST of a body, unread.  Raise OSError, HTTPException."""
-        headers = {"Content-Type": "application/json", "Connection": "close",
-                   **present({"Authorization": self.key and f"Bearer {self.key}"})}
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=PEER_S)
-        connection.request("POST" if body else "GET", path, dumps(body) if body else None, headers)
-        return connection.getresponse()
+    def __init__(self, url: str, key: str) -> None:
+        self._url, self._transport = url, Transport()
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def ask(self, path: str, body: Json | None = None) -> Answer:
+        """Return the answer to a GET, or to the POST of a body, unread.  Raise UpstreamError."""
+        limits, payload = (ANSWER_LIMITS, dumps(body)) if body else (PROBE_LIMITS, None)
+        return self._transport.open(self._url + path, self._headers, payload, limits)
 
 
 @contextlib.contextmanager
@@ -9290,9 +9243,9 @@ def reached(settings: Settings, settle_s: float) -> Iterator[Peer]:
     """Yield the Oblix that runs with these settings, or one that runs while the block does.  Raise UsageError."""
     host, server = settings.host.strip("[]"), ""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    peer = Peer(host, settings.port, settings.api_key)
-    with contextlib.suppress(OSError, http.client.HTTPException), peer.ask("/health") as response:
-        server = response.headers.get("Server", "unknown")
+    peer = Peer(address_at(dataclasses.replace(settings, host=host), settings.port), settings.api_key)
+    with contextlib.suppress(UpstreamError), contextlib.closing(peer.ask("/health")) as answer:
+        server = answer.field("server") or "unknown"
     if server.startswith("oblix/"):
         yield peer
     elif server:
@@ -9300,14 +9253,14 @@ def reached(settings: Settings, settle_s: float) -> Iterator[Peer]:
     else:
         with demo(settings) as own, running(dataclasses.replace(own, host="127.0.0.1", port=0)) as started:
             started.gateway.watch.settle(settle_s)
-            yield Peer("127.0.0.1", started.port, settings.api_key)
+            yield Peer(started.url, settings.api_key)
 
 
-def told_by(response: http.client.HTTPResponse) -> Json:
-    """Return the JSON object of a response.  Raise OblixError with the message of an error."""
-    found = object_in(response.read(MAX_BODY_BYTES)) or {"error": {"message": "the answer is not in Oblix's format"}}
+def told_by(answer: Answer) -> Json:
+    """Return the JSON object of an answer.  Raise OblixError with the message of an error."""
+    found = object_in(answer.body()) or {"error": {"message": "the answer is not in Oblix's format"}}
     if "error" in found:
-        raise OblixError(f"{found['error']['message']} ({response.status})")
+        raise OblixError(f"{found['error']['message']} ({answer.status})")
     return found
 
 
@@ -9329,7 +9282,7 @@ class Conversation:
     reason: str = ""    # of the last decision
 
     def turn(self, text: str) -> None:
-        """Show the answer to a text as it comes, and who gave it.  Raise OblixError, OSError, HTTPException.
+        """Show the answer to a text as it comes, and who gave it.  Raise OblixError.
 
         What has been said stays in the conversation, also of an answer that breaks off.
         """
@@ -9337,11 +9290,10 @@ class Conversation:
         asked = {"model": self.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
         said, thinks, last, started, first = "", False, Json(), time.monotonic(), 0.0
         try:
-            with self.peer.ask("/v1/chat/completions", asked) as response:
-                lines = (line.rstrip(b"\r\n") for line in response)
-                if response.status != 200:
-                    told_by(response)
-                for last in PROVIDERS["openai"].decode(lines, ChatRequest("", {"messages": []}, True, True)):
+            with contextlib.closing(self.peer.ask("/v1/chat/completions", asked)) as answer:
+                if answer.status != 200:
+                    told_by(answer)
+                for last in decoded(answer, PROVIDERS["openai"], ChatRequest("", {"messages": []}, True, True)):
                     thought, piece = ("".join(choice["delta"].get(name) or "" for choice in last["choices"])
                                       for name in ("reasoning_content", "content"))
                     first = first or (time.monotonic() if has_content(last) else 0.0)
@@ -9354,12 +9306,12 @@ class Conversation:
             if said:
                 self.messages = [*messages, {"role": "assistant", "content": said}]
                 show("\n", sys.stdout)
-        self._tell(response.headers, last, first - started, time.monotonic() - first)
+        self._tell(answer.field, last, first - started, time.monotonic() - first)
 
-    def _tell(self, headers: http.client.HTTPMessage, last: Chunk, first_s: float, rest_s: float) -> None:
+    def _tell(self, field: Callable[[str], str], last: Chunk, first_s: float, rest_s: float) -> None:
         """Show who gave an answer, why if that has changed, and how fast if that is wanted."""
-        side, reason, tokens = headers.get("x-oblix-side"), headers.get("x-oblix-reason", ""), tokens_of(last)
-        told = f"{headers.get('x-oblix-model') or last.get('model')}" + (f" ({side})" if side else "")
+        side, reason, tokens = field("x-oblix-side"), field("x-oblix-reason"), tokens_of(last)
+        told = f"{field('x-oblix-model') or last.get('model')}" + (f" ({side})" if side else "")
         told += f": {reason}" if reason != self.reason else ""
         if self.shows_metrics and first_s > 0:
             told += f"; first {first_s:.2f} s" + (f", {tokens / max(rest_s, 0.001):.1f} tokens/s" if tokens else "")
@@ -9374,7 +9326,7 @@ class Conversation:
             if not sys.stdin.isatty():
                 raise
             show("(interrupted)\n", sys.stderr, DIM)
-        except (OblixError, OSError, http.client.HTTPException) as error:
+        except OblixError as error:
             show(f"error: {error}\n", sys.stderr, RED)
             return False
         return True
@@ -9414,8 +9366,11 @@ def _line_typed() -> str:
 
 def run_models(settings: Settings, _: argparse.Namespace) -> int:
     """Print what there is on both sides.  Return the exit status."""
+    told = []
     with reached(dataclasses.replace(settings, warm_up="never"), 6.0) as peer:
-        told = [told_by(peer.ask(path)) for path in ("/v1/models", "/health", "/api/tags")]
+        for path in ("/v1/models", "/health", "/api/tags"):
+            with contextlib.closing(peer.ask(path)) as answer:
+                told.append(told_by(answer))
     rows = [("MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"), *model_rows(*told)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))

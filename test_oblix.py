@@ -6687,11 +6687,11 @@ class Names(Case):
         for flags, side in ((["--local-model=" + spec], LOCAL), (["--cloud-model=" + spec], CLOUD), ([], CLOUD)):
             gateway = oblix.Gateway(oblix.Settings.parse([*flags, "--alias=n=" + spec], {"K": "k"}))
             self.addCleanup(gateway.close)
-            [target] = gateway.meaning_of("n")
+            [target] = gateway.meaning_of("n").targets
             self.assertEqual((target.side, target.endpoint.key), (side, "k"))
         here = oblix.Gateway(oblix.Settings.parse(["--alias=n=openai:a@http://127.0.0.1:1/v1"], {}))
         self.addCleanup(here.close)
-        self.assertEqual(here.meaning_of("n")[0].side, LOCAL)
+        self.assertEqual(here.meaning_of("n").targets[0].side, LOCAL)
 
     def test_the_list_has_the_aliases_that_are_names(self):
         with self.three("small=local", "gpt-4*=auto", "far={far}") as (server, local, cloud, _):
