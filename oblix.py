@@ -2494,10 +2494,6 @@ class Provider:
         """Return the body of the upstream request for the vectors of some of the inputs.  Raises Unsupported."""
         raise Unsupported(f"{self.label} has no embeddings: ask another provider's model for them.", param="model")
 
-    def most_inputs(self, request: EmbeddingRequest, endpoint: Endpoint) -> int:
-        """Return how many inputs are sent at once: some servers take no more than 32 (TEI)."""
-        return 32
-
     def vectors(self, answer: Json) -> tuple[list[Any], int]:
         """Return the vectors in an answer, in the order of the inputs, and the prompt's tokens.
 
@@ -3531,13 +3527,9 @@ class OpenAI(Provider):
         return {"model": target.model, "input": inputs, "encoding_format": "base64" if request.in_base64 else "float",
                 **request.body}
 
-    def most_inputs(self, request: EmbeddingRequest, endpoint: Endpoint) -> int:
-        if not is_at(endpoint.base_url, self.vendor):
-            return super().most_inputs(request, endpoint)
-        return 2048 if request.in_base64 else 256    # its own limit; as many numbers as JSON may have here (3072 each)
-
     def vectors(self, answer: Json) -> tuple[list[Any], int]:
-        found = sorted(answer["data"], key=lambda item: item.get("index", 0))
+        by_index = {item.get("index"): item for item in answer["data"]}
+        found = answer["data"] if len(by_index) < 2 else [by_index[number] for number in range(len(answer["data"]))]
         return [item["embedding"] for item in found], (answer.get("usage") or {}).get("prompt_tokens") or 0
 
 
@@ -4336,7 +4328,16 @@ def batches(inputs: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
         yield inputs[start:]
 
 
+# At once: some servers take no more than 32 (TEI); of OpenAI's vectors, of 3072 numbers each, JSON may have 256 here.
+MOST_INPUTS = (32, 256)
 MAX_BATCH = 200_000    # characters, or tokens: OpenAI takes 300,000 tokens, and a character is seldom more than one
+
+
+def check_dimensions(one: Any, request: EmbeddingRequest) -> None:
+    """Raise Unsupported if a vector has another size than was asked for: some servers can't, and don't say so."""
+    asked = request.body.get("dimensions")
+    if asked and len(one) != ((4 * asked + 2) // 3 * 4 if request.in_base64 else asked):
+        raise Unsupported("The model makes vectors of one size only: leave dimensions out.", param="dimensions")
 
 
 def vector(told: Any, in_base64: bool) -> Any:
@@ -5681,14 +5682,14 @@ class Gateway:
         provider, vectors, tokens = PROVIDERS[target.endpoint.provider], list[Any](), 0
         try:
             with self.ledger.flight(target), _without_key(target.endpoint):
-                for inputs in batches(request.inputs, provider.most_inputs(request, target.endpoint)):
+                for inputs in batches(request.inputs, MOST_INPUTS[is_at(target.endpoint.base_url, provider.vendor)]):
                     encoded = provider.embed(inputs, request, target)
                     answer = self.open(target, provider.embed_path, encoded, self.limits._replace(until=until), look)
                     with contextlib.closing(answer), _in_its_format():
-                        found, count = provider.vectors(loads(answer.body()))
-                        if len(found) != len(inputs):
-                            raise ValueError("a vector is missing")
+                        found, count = provider.vectors(event_of(answer.body()))
                         vectors, tokens = vectors + [vector(one, request.in_base64) for one in found], tokens + count
+                        if len(found) != len(inputs) or len({*map(len, vectors)}) > 1:
+                            raise ValueError("a vector is missing, or longer than another")
         except UpstreamError as error:
             self.note(target, error)
             if error.fault not in (Fault.REFUSED, Fault.TOO_LONG, Fault.CLIENT):
@@ -5697,6 +5698,7 @@ class Gateway:
             raise
         if vectors:
             self.note(target, None)
+            check_dimensions(vectors[0], request)
         return target, vectors, tokens
 
     def _embedder(self, request: EmbeddingRequest, route: str, look: Look) -> Target:
@@ -5709,8 +5711,8 @@ class Gateway:
         elif usual:
             target = usual[0]
         else:
-            raise NoTarget("There is no model for embeddings: pull one (`ollama pull nomic-embed-text`), set "
-                           "OPENAI_API_KEY, or name one with --embedding-model.", retry=False)
+            raise NoTarget("There is no model for embeddings: start Ollama and pull one (`ollama pull nomic-embed-text`) "
+                           "or set OPENAI_API_KEY, or name one with --embedding-model.", retry=False)
         for side in ({name, route} - {target.side.value}) & {"local", "cloud"}:
             raise BadRequest(f"No embeddings are made {side}: the model for them is {target.id}, and another one's "
                              "vectors have nothing in common with its own.", status=404, code="model_not_found")
@@ -5744,6 +5746,20 @@ class Gateway:
                         provider.encode(request, target)), PROBE_LIMITS)) as answer:
                     return int(loads(answer.body(within_first_byte=True))["input_tokens"])
         return None
+
+    def prepare(self, request: ChatRequest, unload: bool, look: Look) -> None:
+        """Have Ollama load or unload the model of a request without a prompt.  Raise OblixError, what the look raises.
+
+        Of several models it loads the one that would be asked, if it is Ollama's, and unloads the first of Ollama's.
+        """
+        plan = self.plan(request)
+        order = [*plan.order, *plan.last_resort]
+        for target in [one for one in (order if unload else order[:1]) if request.native_to(one.endpoint.provider)][:1]:
+            provider, context = PROVIDERS[target.endpoint.provider], self.ledger.record(target).context
+            limits = self.limits._replace(first_byte_s=max(LOAD_S, self.limits.first_byte_s))
+            payload = provider.encode(request, target, context, self.keep_alive(target))
+            with contextlib.closing(self.open(target, provider.chat_path, payload, limits, look)) as answer:
+                answer.body(within_first_byte=True)
 
     def note(self, target: Target, error: UpstreamError | None) -> None:
         """Learn from an attempt that has failed, or with None succeeded."""
@@ -5804,7 +5820,7 @@ class Gateway:
         """Return what is known of each name that can be asked for.  Does not wait."""
         snapshot, aliases = self.snapshot(), [alias.name for alias in self.aliases if not alias.is_pattern]
         found = {name: self.known(name, snapshot) for name in (*OWN_NAMES, *aliases)}
-        found.update({target.id: self._planned(target, snapshot) for target in snapshot.targets})
+        found.update({target.id: self._planned(target, snapshot) for target in (*snapshot.targets, *self._embedders)})
         for model in installed(self._ollama, snapshot.readings):
             target = Target(self._ollama, model.name.removesuffix(":latest"), Side.LOCAL)
             found[target.id] = self._planned(target, snapshot, model)
@@ -5825,7 +5841,8 @@ class Gateway:
 
     def _planned(self, target: Target, snapshot: Snapshot, model: Model | None = None) -> Model:
         """Return what clients may plan with for a target, whose model may be known."""
-        model = model or model_of(target, reading_of(target, snapshot.readings)) or Model(target.model)
+        usual = Model(target.model, capabilities=frozenset({"embedding"}) if target in self._embedders else None)
+        model = model or model_of(target, reading_of(target, snapshot.readings)) or usual
         model = dataclasses.replace(model, context=self.context_of(target, model))
         return PROVIDERS[target.endpoint.provider].planned(
             model, snapshot.record(target).context, free_bytes(target, snapshot.readings))
@@ -6484,6 +6501,9 @@ class Front:
     def at_once(self, request: ChatRequest, now: int) -> Json | None:
         """Return the answer to a request that needs no model's words, or None; `now` is in unix seconds."""
         return None
+
+    def note_time(self, answer: Json, first_s: float, seconds: float) -> None:
+        """Put into an answer, or its chunk with the usage, when it began and ended, where its clients are told."""
 
     def error(self, error: OblixError) -> Json:
         """Return the body of an error."""
@@ -7451,7 +7471,8 @@ def ollama_details(id: str, model: Model) -> Json:
     """Return the answer of /api/show.  Clients read the window at the architecture's name, as VS Code and Zed do."""
     entry = ollama_entry(id, model)
     family = entry["details"]["family"] or "oblix"
-    return {"license": "", "modelfile": "", "parameters": "", "template": "", "system": "",
+    template = "{{ .Prompt }}{{ .Suffix }}" * ("insert" in entry["capabilities"])    # by which Continue asks to insert
+    return {"license": "", "modelfile": "", "parameters": "", "template": template, "system": "",
             **{name: entry[name] for name in ("details", "capabilities", "modified_at")},
             "model_info": {"general.architecture": family, **present({f"{family}.context_length": model.max_context}),
                            "general.basename": model.title or id.removesuffix(":latest")}}
@@ -7481,7 +7502,7 @@ OLLAMA_FIELDS: dict[str, Rule] = {
                "must be a list of images in base64"),
 }
 OLLAMA_MESSAGE: dict[str, Rule] = {
-    **dict.fromkeys(("role", "content", "thinking", "tool_name", "tool_call_id"), _A_TEXT),
+    **dict.fromkeys(("role", "content", "thinking", "tool_name", "name", "tool_call_id"), _A_TEXT),
     "images": OLLAMA_FIELDS["images"],
     "tool_calls": (lambda value: MESSAGE_FIELDS["tool_calls"][0](value) and all(map(called_in, value)),
                    'must be a list of {"function": {"name": …, "arguments": {}}}'),
@@ -7503,14 +7524,15 @@ class OllamaChat(OllamaApi):
         options, messages = body.get("options", {}), self.messages(body)
         check_fields(options, OLLAMA_OPTIONS, (), "options.")
         if not messages:
-            return ChatRequest(body["model"], {"messages": []}, origin=body)
+            own: Json = {"messages": [], **{name: body[name] for name in ("keep_alive", "options") if name in body}}
+            return ChatRequest(body["model"], {"messages": []}, origin=body, native=Native("ollama", "/api/chat", own))
         effort: Any = body.get("think")
         request = parse_request({
             **{name: options.get(name) for name in _SHARED}, **{name: body.get(name) for name in _AS_IN_OPENAI},
-            "messages": [*map(_with_calls, without_deprecated(messages))], "stream": body.get("stream", True),
+            "messages": [*map(_with_calls, answered(without_deprecated(messages)))], "stream": body.get("stream", True),
             "stream_options": {"include_usage": True}, "response_format": _format(body.get("format")),
             "max_tokens": max(options.get("num_predict", 0), 0) or None,    # -1 is no limit, -2 the window's
-            "reasoning_effort": {True: "medium", False: "none"}.get(effort, effort)})
+            "reasoning_effort": {True: "medium", False: "none", "": None}.get(effort, effort)})
         only = next((name for name in _ONLY_OLLAMA if body.get(name)), "")
         return dataclasses.replace(request, origin=body, native=Native("ollama", self.path, body, only=only))
 
@@ -7523,6 +7545,11 @@ class OllamaChat(OllamaApi):
             return None
         reason = "unload" if request.origin.get("keep_alive") in (0, "0", "0s", "0m") else "load"
         return {**self.piece({"model": request.model, "created": now}, {}), "done": True, "done_reason": reason}
+
+    def note_time(self, answer: Json, first_s: float, seconds: float) -> None:
+        took = (seconds, 0.0, first_s, max(seconds - first_s, 0.001))    # clients divide by the last
+        if not _timings_of(answer).get("total_duration"):
+            answer["timings"] = {name: int(part * 1e9) for name, part in zip(_DURATIONS, took)}
 
     def whole(self, answer: Json, request: ChatRequest) -> Json:
         choice = answer["choices"][0]
@@ -7546,11 +7573,10 @@ class OllamaChat(OllamaApi):
     def ended(self, answer: Json) -> Json:
         """Return the fields of the last piece of an answer."""
         usage, finish = answer.get("usage") or {}, answer["choices"][0]["finish_reason"]
-        timings = answer["timings"] if isinstance(answer.get("timings"), dict) else {}    # Ollama's, or others' own
+        timings = _timings_of(answer)
         return {"done": True, "done_reason": "length" if finish == "length" else "stop",
                 **{name: timings.get(name) or 0 for name in _DURATIONS},
-                "prompt_eval_count": usage.get("prompt_tokens") or 0, "eval_count": usage.get("completion_tokens") or 0,
-                **present({"context": timings.get("context")})}
+                "prompt_eval_count": usage.get("prompt_tokens") or 0, "eval_count": usage.get("completion_tokens") or 0}
 
 
 class OllamaGenerate(OllamaChat):
@@ -7566,6 +7592,9 @@ class OllamaGenerate(OllamaChat):
 
     def said(self, text: str, more: Json) -> Json:
         return {"response": text, **more}
+
+    def ended(self, answer: Json) -> Json:
+        return {**super().ended(answer), "context": _timings_of(answer).get("context") or []}    # ComfyUI wants one
 
 
 class _OllamaWriter(Writer):
@@ -7598,6 +7627,11 @@ class _OllamaWriter(Writer):
         return ndjson(self._front.error(error))
 
 
+def _timings_of(answer: Json) -> Json:
+    """Return Ollama's last piece of an answer, or what others tell under the same name, or {}."""
+    return answer["timings"] if isinstance(answer.get("timings"), dict) else {}
+
+
 def ndjson(value: Json) -> bytes:
     """Return a line of newline-delimited JSON."""
     return dumps(value) + b"\n"
@@ -7613,7 +7647,26 @@ def _from_ollama(where: str, message: Any) -> Json:
     texts = [{"type": "text", "text": text}] if text else []
     return {"role": message["role"], "content": [*texts, *images] if images else text, **present({
         "tool_calls": message.get("tool_calls"), "tool_call_id": message.get("tool_call_id"),
-        "name": message.get("tool_name"), "reasoning_content": message.get("thinking")})}
+        "name": message.get("tool_name") or message.get("name"), "reasoning_content": message.get("thinking")})}
+
+
+def answered(messages: Iterable[Json]) -> Iterator[Json]:
+    """Yield messages in which a result follows each call, and none has lost its call: OpenAI refuses both.
+
+    Home Assistant cuts old messages off wherever it is.
+    """
+    waiting: dict[str, Json] = {}    # results that are missing yet, by id
+    for message in (*messages, {"role": "", "tool_calls": []}):
+        if message["role"] == "tool" and waiting.pop(message["tool_call_id"], None):
+            yield message
+            continue
+        yield from waiting.values()
+        waiting = {call["id"]: {"role": "tool", "tool_call_id": call["id"], "content": "(no result)", "tool_calls": []}
+                   for call in message["tool_calls"]}
+        if message["role"] == "tool":
+            yield {"role": "user", "content": message["content"], "tool_calls": []}
+        elif message["role"]:
+            yield message
 
 
 def _with_calls(message: Json) -> Json:
@@ -7666,21 +7719,23 @@ class Completions(Front):
         return dataclasses.replace(request, origin=body, native=native if suffix else None)
 
     def whole(self, answer: Json, request: ChatRequest) -> Json:
-        return self.piece(answer, [(choice, self.echo(request)) for choice in answer["choices"]])
+        return self.piece(answer, self.echoes(request))
 
     def stream(self, request: ChatRequest) -> Writer:
         return _CompletionWriter(self, request)
 
     @staticmethod
-    def echo(request: ChatRequest) -> str:
-        """Return what stands before each choice."""
-        return "".join(request.origin["prompt"]) if request.origin.get("echo") else ""
+    def echoes(request: ChatRequest) -> dict[int, str]:
+        """Return what stands before each choice, by its number."""
+        echo = "".join(request.origin["prompt"]) if request.origin.get("echo") else ""
+        return dict.fromkeys(range(request.body.get("n", 1)), echo)
 
-    def piece(self, answer: Json, choices: Iterable[tuple[Json, str]]) -> Json:
-        """Return what choices say, each behind a text, as an answer or a piece of one."""
-        said = [(choice, choice.get("message") or choice["delta"], before) for choice, before in choices]
-        told = [{"index": choice["index"], "text": before + (words.get("content") or words.get("refusal") or ""),
-                 "logprobs": None, "finish_reason": choice["finish_reason"]} for choice, words, before in said]
+    def piece(self, answer: Json, echoes: dict[int, str]) -> Json:
+        """Return an answer or a piece of one, each choice behind its echo, which is taken away."""
+        said = [(choice, choice.get("message") or choice["delta"]) for choice in answer["choices"]]
+        told = [{"index": choice["index"], "logprobs": None, "finish_reason": choice["finish_reason"], "text":
+                 echoes.pop(choice["index"], "") + (words.get("content") or words.get("refusal") or "")}
+                for choice, words in said]
         return {"id": answer["id"].replace("chatcmpl-", "cmpl-", 1), "object": "text_completion",
                 "created": answer["created"], "model": answer["model"], "choices": told,
                 **present({"usage": answer.get("usage")})}
@@ -7689,54 +7744,58 @@ class Completions(Front):
 class _CompletionWriter(_ChatWriter):
     def __init__(self, front: Completions, request: ChatRequest) -> None:
         super().__init__(request)
-        self._front = front
-        self._echo: dict[int, Any] = dict.fromkeys(range(request.body.get("n", 1)), front.echo(request))
+        self._front, self._echoes = front, front.echoes(request)
 
     def take(self, chunk: Any) -> bytes:
         if isinstance(chunk, Texts):
             return framed(chunk, self._frame)
         if not self._frame:
-            choice = {"index": 0, "delta": {"content": "\0"}, "finish_reason": None}
-            self._frame = around_text(sse(self._front.piece(chunk, [(choice, "")])), b'"text":"')
-        told = self._front.piece(chunk, [(choice, self._echo.pop(choice["index"], "")) for choice in chunk["choices"]])
+            says = {**chunk, "choices": [{"index": 0, "delta": {"content": "\0"}, "finish_reason": None}]}
+            self._frame = around_text(sse(self._front.piece(says, {})), b'"text":"')
+        told = self._front.piece(chunk, self._echoes)
         told["choices"] = [choice for choice in told["choices"] if choice["text"] or choice["finish_reason"]]
         return sse(told) if told["choices"] or self._include_usage and "usage" in told else b""
 
 
 # --- 11. Embeddings ---------------------------------------------------------------------------------------------------
 
-def _inputs(value: Any) -> list[Any]:
-    """Return the texts, or the lists of tokens, of an OpenAI input; [] if that is not one."""
+def _is_input(value: Any) -> bool:
+    """Return True for a text or a list of tokens, or for a list of texts, or of such lists, of which none is empty."""
     items = value if isinstance(value, list) else [value]
-    if _are_tokens(value):
-        items = [value]
-    return items if all(one and isinstance(one, str) for one in items) or all(map(_are_tokens, items)) else []
+    return bool(items) and (_are_tokens(value) or all(one and isinstance(one, str) for one in items)
+                            or all(map(_are_tokens, items)))
 
 
 def _are_tokens(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(type(one) is int for one in value)
 
 
+_EMBED_OPTIONS = ("options", "keep_alive", "truncate")
+
+
 class Embeddings:
     """OpenAI's /v1/embeddings."""
     name = "embeddings"
     rules: ClassVar[dict[str, Rule]] = {
-        "model": FIELDS["model"], "user": _A_TEXT, "input": (_inputs, "must be a text, a list of texts, or of lists of "
-                                                             "tokens, of which none is empty"),
+        "model": FIELDS["model"], "user": _A_TEXT, "input": (_is_input, "must be a text, a list of texts, or of lists "
+                                                             "of tokens, of which none is empty"),
         "encoding_format": (lambda value: value in ("float", "base64"), "must be float or base64"),
         "dimensions": (lambda value: type(value) is int and 0 < value < 1 << 16, "must be an integer from 1 to 65535")}
     needed: ClassVar[tuple[str, ...]] = ("model", "input")
+    field: ClassVar[str] = "input"
+    passed: ClassVar[tuple[str, ...]] = ()    # to OpenAI's and compatible servers; all, as some want an input_type
+    native: ClassVar[Json] = {"truncate": False}    # for Ollama; as OpenAI: too long a text is an error
 
     def request(self, body: Json) -> EmbeddingRequest:
         """Return the request in a client's body.  Raise BadRequest."""
         check_fields(body, self.rules, self.needed)
-        return self.asked(without_nulls(body))
-
-    def asked(self, body: Json) -> EmbeddingRequest:
-        """Return the request in a body that is checked."""
-        kept: Json = {name: body[name] for name in ("dimensions", "user") if name in body}
-        return EmbeddingRequest(body["model"], _inputs(body["input"]), body.get("encoding_format") == "base64", kept,
-                                {"truncate": False})    # as OpenAI: too long a text is an error
+        body = without_nulls(body)
+        inputs: Any = body.get(self.field) or []
+        inputs = [inputs] if _are_tokens(inputs) else as_list(inputs)
+        passed = self.passed or body.keys() - {"model", "input", "encoding_format"}
+        kept = {name: value for name, value in body.items() if name in passed}
+        native = {**self.native, **{name: body[name] for name in _EMBED_OPTIONS if name in self.rules and name in body}}
+        return EmbeddingRequest(body["model"], inputs, body.get("encoding_format") == "base64", kept, native)
 
     def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
         """Return the client's answer."""
@@ -7752,12 +7811,7 @@ class OllamaEmbed(Embeddings):
         **{name: OLLAMA_FIELDS[name] for name in ("options", "keep_alive")}, "truncate": FIELDS["stream"],
         "input": FIELDS["stop"], "prompt": _A_TEXT}
     needed = ("model",)
-    field: ClassVar[str] = "input"
-
-    def asked(self, body: Json) -> EmbeddingRequest:
-        own: Json = {name: body[name] for name in ("options", "keep_alive", "truncate") if name in body}
-        kept: Json = {name: body[name] for name in ("dimensions",) if name in body}
-        return EmbeddingRequest(body["model"], as_list(body.get(self.field) or []), False, kept, own)
+    passed, native = ("dimensions",), {}
 
     def answer(self, model: str, vectors: Sequence[Any], tokens: int, seconds: float) -> Json:
         return {"model": model, "embeddings": vectors, "total_duration": int(seconds * 1e9), "load_duration": 0,
@@ -8199,7 +8253,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.told["asked"] = request.model
         told = front.at_once(request, int(time.time()))
         if told is not None:
-            self.server.gateway.plan(request)    # there is a model of this name, and one that can answer
+            self._begin(math.inf)
+            self.server.gateway.prepare(request, told["done_reason"] == "unload", self._look)
             return self.json(200, told)
         self._begin(KEEP_ALIVE_S if request.stream else math.inf)
         self._event_headers, self._writer = {"Content-Type": front.events, **EVENT_HEADERS}, front.stream(request)
@@ -8282,6 +8337,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Note the tokens that an answer, or a chunk of one, counts."""
         counts = {"tokens": tokens_of(answer), "prompt_tokens": tokens_of(answer, "prompt_tokens")}
         self.told.update({name: count for name, count in counts.items() if count})
+        self._front.note_time(answer, self.told.get("first_token_s", 0.0), time.monotonic() - self.started)
 
     def _hold(self, events: bytes) -> None:
         """Hold events until the next wait: a write takes 20 us, and a read brings several.  Raise ClientGone."""

@@ -11783,6 +11783,18 @@ FROM_OLLAMA = [  # what a client sends to /api/chat beside a message, what OpenA
         {"role": "tool", "tool_name": "now", "content": "noon"}, {"role": "tool", "tool_name": "find", "content": "3"},
         ]}, {"messages": [*HI_THERE, {**THEN_OPENAI[0], "reasoning_content": "hm"}, result("call_1_1", "noon"),
                           result("call_1_0", "3")]}),
+    ("results' names as they were once told", {"messages": [
+        *HI_THERE, {"role": "assistant", "tool_calls": [FIND_CALL, NOW_CALL]},
+        {"role": "tool", "name": "now", "content": "noon"}, {"role": "tool", "name": "find", "content": "3"}]},
+     {"messages": [user("Hi"), {"tool_calls": [{}, {}]}, result("call_1_1", "noon"), result("call_1_0", "3")]}),
+    ("results without calls, and calls without results", {"messages": [
+        {"role": "tool", "content": "3"}, {"role": "assistant", "tool_calls": [FIND_CALL, NOW_CALL]},
+        {"role": "tool", "content": "4"}, *HI_THERE, {"role": "assistant", "tool_calls": [NOW_CALL]}]},
+     {"messages": [user("3"), {"role": "assistant"}, result("call_1_0", "4"), result("call_1_1", "(no result)"),
+                   *HI_THERE, {"role": "assistant"}, result("call_4_0", "(no result)")]}),
+    ("no word on thoughts", {"think": ""}, none_of("reasoning_effort", "think")),
+    ("whole numbers as Home Assistant says them", {"options": {"num_ctx": 8192.0, "num_predict": 5.0}},
+     {"max_completion_tokens": lambda tokens: tokens in (5, ABSENT)}),
     ("results' ids", {"messages": [
         *HI_THERE, {"role": "assistant", "content": "", "tool_calls": [{"id": "a", **FIND_CALL}]},
         {"role": "tool", "tool_call_id": "a", "content": "3"}]},
@@ -11868,20 +11880,26 @@ class OllamasApi(Case):
                     last = lines[-1]
                     self.assertEqual(last["done_reason"], "length" if finish == "length" else "stop")
                     self.assertEqual((last["prompt_eval_count"], last["eval_count"]), (9, 7))
-                    self.assertEqual(last["total_duration"], 912000000 if upstream is self.ollama else 0)
+                    self.assertEqual(last["total_duration"] == 912000000, upstream is self.ollama)
+                    if upstream is not self.ollama:    # clients divide by it
+                        self.assertGreater(last["eval_duration"], 0)
+                        self.assertGreaterEqual(last["total_duration"] + 10**6, last["eval_duration"])
                     self.assertEqual(reply.headers["x-oblix-model"], upstream.target)
 
-    def test_timings_in_other_words_are_no_durations(self):
+    def test_timings_in_other_words_are_measured(self):
         for timings, stream in itertools.product(("x", 5, [1], {"prompt_ms": 5.5}), (True, False)):
             def script(dialect, request, timings=timings):
                 if not request.json.get("stream"):
                     return whole(200, {**dialect.whole(Saying((Text("a"),), "stop", 9, 7)), "timings": timings})
                 said = dialect.chunk([{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop"}])
-                return streamed(dialect, [data_event({**said, "timings": timings}), b"data: [DONE]\n\n"])
+                counted = {**dialect.chunk([]), "usage": {"completion_tokens": 1}}
+                return streamed(dialect, [data_event({**one, "timings": timings}) for one in (said, counted)] +
+                                [b"data: [DONE]\n\n"])
             self.openai.play(script)
             reply = self.chats(self.openai.target, stream=stream)
             last = lines_of(reply)[-1] if stream else reply.json
-            self.assertEqual((last["done"], last["total_duration"]), (True, 0))
+            self.assertTrue(last["done"])
+            self.assertTrue(0 < last["total_duration"] < 30e9, last)
 
     def test_streaming_is_usual(self):
         for path, fields in (("/api/chat", {"messages": HI_THERE}), ("/api/generate", {"prompt": "Hi"})):
@@ -11899,7 +11917,8 @@ class OllamasApi(Case):
                 self.assertEqual("".join(line.get("thinking", "") for line in lines), "hm")
                 self.assertNotIn("message", lines[-1])
                 self.assertEqual(lines[-1]["done"], True)
-        self.assertEqual(lines[-1].get("context"), None)
+        self.assertEqual(lines[-1]["context"], [])    # clients send it back
+        self.assertEqual(self.generates(self.openai.target, context=[]).json["response"], "Hello")
         self.assertEqual(self.generates(self.ollama.target).json["context"], [1, 2, 3])
         self.generates(self.ollama.target, **asked)
         self.assertEqual(self.ollama.last.path, "/api/generate")
@@ -11919,22 +11938,39 @@ class OllamasApi(Case):
                 for nothing in (None, type(value)()):
                     self.assertEqual(self.generates(self.openai.target, **{name: nothing}).status, 200)
 
-    def test_a_request_without_a_prompt_asks_no_model(self):
-        before = [len(upstream.requests) + len(upstream.loads) for upstream in self.upstreams]
+    def test_a_request_without_a_prompt_loads_or_unloads_the_model(self):
+        before = [len(upstream.requests) for upstream in self.upstreams]
         for path, fields in (("/api/chat", {}), ("/api/chat", {"messages": []}), ("/api/generate", {"prompt": ""}),
                              ("/api/generate", {"system": "a"}), ("/api/generate", {})):
             for keep_alive, reason in ((None, "load"), ("5m", "load"), (-1, "load"), (0, "unload"), ("0", "unload")):
                 reply = posted(self.server, path, keep_alive=keep_alive, **fields).json
                 self.assertEqual((reply["done"], reply["done_reason"], reply["model"]), (True, reason, "auto"))
                 self.assertEqual(reply.get("response", reply.get("message", {}).get("content")), "")
+                told = {"keep_alive": 1800} if keep_alive is None else {"keep_alive": keep_alive}
+                self.assertEqual(differences({"model": "llama3.2", "messages": [], **told},
+                                             self.ollama.loads[-1].json), [])
+        loads = len(self.ollama.loads)
+        for model in (self.openai.target, "cloud", "no-such"):
+            status = posted(self.server, "/api/generate", model, keep_alive=0).status
+            self.assertEqual(status, 404 if model == "no-such" else 200)
         self.refuses(posted(self.server, "/api/chat", "no-such"), 404, "no-such")
-        self.assertEqual(before, [len(upstream.requests) + len(upstream.loads) for upstream in self.upstreams])
+        self.assertEqual(before, [len(upstream.requests) for upstream in self.upstreams])
+        self.assertEqual(len(self.ollama.loads), loads)
+        with small(load=error(500, "out of memory")(OLLAMA, None)) as local, running(local) as server:
+            self.refuses(posted(server, "/api/generate", local.target, keep_alive="5m"), 500, "out of memory")
 
     def test_a_wrong_body_is_told_in_ollama_s_shape(self):
         for path, fields, word in BAD_FOR_OLLAMA:
             with self.subTest(path, fields=fields):
                 reply = posted(self.server, path, **{"messages": HI_THERE, "prompt": "a", **fields})
                 self.refuses(reply, 400, f"{word} ")
+
+    def test_a_model_that_fills_gaps_says_so_as_continue_reads_it(self):
+        for capabilities, told in ((("completion", "insert"), True), (("completion", "tools"), False)):
+            with small(capabilities=capabilities) as local, running(local) as server:
+                eventually(lambda: looked_around(server))
+                shown = posted(server, "/api/show", "llama3.2").json
+                self.assertEqual(".Suffix" in shown["template"], told, shown)
 
     def test_the_context_that_a_client_wants_is_not_changed(self):
         with small() as local, running(local) as server:
@@ -12128,6 +12164,7 @@ NO_VECTORS = [  # what makes of an answer's vectors no answer
     lambda vectors: ["AAA=" for _ in vectors], lambda vectors: ["!!!!" for _ in vectors],
     lambda vectors: [base64.b64encode(struct.pack("<f", math.nan)).decode() for _ in vectors],
     lambda vectors: [[10**400] for _ in vectors], lambda vectors: [{} for _ in vectors], lambda vectors: 5,
+    lambda vectors: [[0.5] * (number + 1) for number, _ in enumerate(vectors)],
 ]
 
 
@@ -12166,16 +12203,20 @@ class Embedding(Case):
     def test_each_server_gets_what_it_knows(self):
         with Upstream(OPENAI, embedding()) as cloud, with_embedders("e:latest") as local, \
                 running(local, cloud) as server:
-            embed(server, cloud.target, input=["a"], dimensions=3, user="u", truncate=True, encoding_format="base64")
+            own = {"input_type": "query", "truncate": "END"}    # NVIDIA's servers want the first
+            embed(server, cloud.target, input=["a"], dimensions=3, user="u", encoding_format="base64", **own)
             self.assertEqual(cloud.last.json, {"model": "gpt-test", "input": ["a"], "encoding_format": "base64",
-                                               "dimensions": 3, "user": "u"})
+                                               "dimensions": 3, "user": "u", **own})
+            embed(server, cloud.target, "/api/embed", input=["a"], dimensions=3, options={"num_ctx": 9}, truncate=True)
+            self.assertEqual(cloud.last.json, {"model": "gpt-test", "input": ["a"], "encoding_format": "float",
+                                               "dimensions": 3})
             self.assertEqual((cloud.last.path, cloud.last.headers["Authorization"]),
                              ("/v1/embeddings", "Bearer " + OPENAI.key))
             self.assertEqual(self.vectors(embed(server, cloud.target, input=[1, 2])), [vector_for([1, 2])])
             self.assertEqual(cloud.last.json["input"], [[1, 2]])
             self.assertEqual(self.vectors(embed(server, cloud.target, input=[[1], [2, 3]])),
                              [vector_for([1]), vector_for([2, 3])])
-            embed(server, "ollama:e", input="a", dimensions=3, user="u")
+            embed(server, "ollama:e", input="a", dimensions=3, user="u", **own)
             self.assertEqual((local.last.path, local.last.json), ("/api/embed", {
                 "model": "e", "input": ["a"], "dimensions": 3, "truncate": False}))
             for tokens in ([1, 2], [[1], [2]]):
@@ -12210,10 +12251,10 @@ class Embedding(Case):
                 self.assertEqual(self.vectors(reply), [*map(vector_for, inputs)])
                 self.assertEqual([len(request.json["input"]) for request in upstream.requests], sizes)
                 self.assertEqual(reply.json["usage"]["prompt_tokens"], len(inputs))
-        ours = oblix.Endpoint("openai", "https://api.openai.com/v1")
-        for in_base64, most in ((True, 2048), (False, 256)):
-            request = oblix.EmbeddingRequest("m", [], in_base64)
-            self.assertEqual(oblix.PROVIDERS["openai"].most_inputs(request, ours), most)
+            with mock.patch.object(oblix.OpenAI, "vendor", "127.0.0.1"):    # OpenAI's own takes more at once
+                del upstream.requests[:]
+                self.assertEqual(len(self.vectors(embed(server, upstream.target, input=["x"] * 600))), 600)
+                self.assertEqual([len(request.json["input"]) for request in upstream.requests], [256, 256, 88])
 
     def test_the_newest_local_model_is_the_usual_one_and_it_stays(self):
         with with_embedders("new:latest", "old:latest") as local, cloudy(embedding()) as cloud, \
@@ -12262,6 +12303,8 @@ class Embedding(Case):
             for name, served in (("text-embedding-3-small", "ollama:f"), ("small", "openai:e"), ("auto", "openai:e")):
                 self.assertEqual(embed(server, name, input="a").headers["x-oblix-model"], served)
             self.assertEqual(other.last.headers["Authorization"], "Bearer a-key-of-its-own")
+            listed = {item["name"]: item for item in fetch(server, "GET", "/api/tags").json["models"]}
+            self.assertEqual(listed["openai:e"]["capabilities"], ["embedding"])
             with running(flags=["--embedding-model=openai:e@http://127.0.0.1:1/v1#NO_KEY"]) as server:
                 self.refused(embed(server, input="a"), 401, "NO_KEY")
 
@@ -12294,6 +12337,33 @@ class Embedding(Case):
             with Upstream(OPENAI, whole(200, raw_body)) as upstream, running(upstream) as server:
                 self.assertEqual(embed(server, upstream.target, input=["a", "b"]).status, 502)
 
+    def test_places_that_a_server_tells_are_their_order_or_an_error(self):
+        texts = [str(number) * (number + 1) for number in range(10)]
+        for places, status in (([None] * 10, 200), ([0] * 10, 200), (range(10), 200), (range(9, -1, -1), 200),
+                               (map(str, range(10)), 502), ([0, *range(9)], 502), (range(1, 11), 502),
+                               ([None, *range(1, 10)], 502), ([[]] * 10, 502)):
+            order = [*places]
+            def reordered(told, order=order):
+                made = [vector_for(texts[place if isinstance(place, int) and any(order) else number])
+                        for number, place in enumerate(order)] if status == 200 else [[0.5]] * 10
+                return {**told, "data": [{"embedding": one, **({} if place is None else {"index": place})}
+                                         for one, place in zip(made, order)]}
+            with self.subTest(order), Upstream(OPENAI, embedding(rewrite=reordered)) as upstream, \
+                    running(upstream) as server:
+                reply = embed(server, upstream.target, input=texts)
+                self.assertEqual(reply.status, status)
+                if status == 200:
+                    self.assertEqual(self.vectors(reply), [*map(vector_for, texts)])
+
+    def test_an_error_that_a_server_calls_an_answer_is_told(self):
+        for dialect, told in ((OPENAI, {"error": {"message": "the model is not loaded"}}),
+                              (OPENAI, {"object": "error", "message": "the model is not loaded", "code": 40301}),
+                              (OLLAMA, {"error": "the model is not loaded"})):
+            with Upstream(dialect, whole(200, told)) as upstream, running(upstream) as server:
+                reply = embed(server, upstream.target, input="a")
+                self.assertIn("the model is not loaded", reply.json["error"]["message"])
+                self.assertGreaterEqual(reply.status, 400)
+
     def test_a_server_that_knows_no_forms_is_asked_without(self):
         def script(dialect, request):
             if "encoding_format" in request.json:
@@ -12307,6 +12377,11 @@ class Embedding(Case):
             self.assertEqual(len(upstream.requests), 3)    # it is known by then
 
     def test_dimensions_are_never_left_out(self):
+        for dialect, form in itertools.product((OLLAMA, OPENAI), ("base64", "float")):
+            with Upstream(dialect, embedding()) as upstream, running(upstream) as server:
+                for asked, status in ((3, 200), (2, 400), (4, 400), (768, 400)):
+                    reply = embed(server, upstream.target, input="a", dimensions=asked, encoding_format=form)
+                    self.assertEqual(reply.status, status, (asked, form))
         with Upstream(OPENAI, error(400, "Unknown parameter: 'dimensions'.")) as upstream, running(upstream) as server:
             self.refused(embed(server, upstream.target, input="a", dimensions=3), 400, "dimensions")
             self.assertEqual(len(upstream.requests), 1)
