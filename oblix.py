@@ -6465,7 +6465,15 @@ Frame = tuple[bytes, bytes]    # what is around the text of a stream's events th
 
 
 class Writer:
-    """The client's side of one streamed answer."""
+    """The client's side of one answer."""
+    event: Callable[[Json], bytes]    # writes an event of a stream
+
+    def __init__(self, front: Any, request: ChatRequest) -> None:
+        self._front, self._request = front, request
+
+    def whole(self, answer: Json) -> Json:
+        """Return the whole answer for a chat.completion."""
+        raise NotImplementedError
 
     def take(self, chunk: Any) -> bytes:
         """Return the events for what a chunk, or Texts, say."""
@@ -6477,12 +6485,13 @@ class Writer:
 
     def broken(self, error: OblixError) -> bytes:
         """Return the events that end an answer that broke off, of which nothing may look complete."""
-        raise NotImplementedError
+        return self.event(self._front.error(error))
 
 
 class Front:
     """An API that clients speak."""
     name: ClassVar[str]                         # for the log and for metrics
+    writer: ClassVar[type[Writer]]              # of its answers
     events: ClassVar[str] = "text/event-stream; charset=utf-8"    # the content type of its streams
     keep_alive: ClassVar[bytes] = b": keep-alive\n\n"             # what is sent where nothing else is to be said
 
@@ -6490,13 +6499,9 @@ class Front:
         """Return the request in a client's body.  Raise BadRequest."""
         raise NotImplementedError
 
-    def whole(self, answer: Json, request: ChatRequest) -> Json:
-        """Return the whole answer for a chat.completion."""
-        raise NotImplementedError
-
     def stream(self, request: ChatRequest) -> Writer:
-        """Return the writer of a streamed answer."""
-        raise NotImplementedError
+        """Return the writer of an answer, which may be a stream."""
+        return self.writer(self, request)
 
     def at_once(self, request: ChatRequest, now: int) -> Json | None:
         """Return the answer to a request that needs no model's words, or None; `now` is in unix seconds."""
@@ -6555,40 +6560,32 @@ def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
 
 
 class _ChatWriter(Writer):
+    event = staticmethod(sse)
     _frame: Frame | None = None    # around the texts of events that say nothing else
 
-    def __init__(self, request: ChatRequest) -> None:
-        self._include_usage = request.include_usage
+    def whole(self, answer: Json) -> Json:
+        return answer
 
     def take(self, chunk: Any) -> bytes:
         if isinstance(chunk, Texts):
             return framed(chunk, self._frame)
         if not self._frame and has_content(chunk):
             self._frame = text_frame(chunk)
-        shown = for_client(chunk, self._include_usage)
+        shown = for_client(chunk, self._request.include_usage)
         return b"" if shown is None else sse(shown)
 
     def end(self) -> bytes:
         return DONE
 
-    def broken(self, error: OblixError) -> bytes:
-        return sse(error_body(error))
-
 
 class Chat(Front):
     """OpenAI's chat completions: the language inside."""
-    name = "chat"
+    name, writer = "chat", _ChatWriter
 
     def request(self, body: Json, head: Head) -> ChatRequest:
         if "messages" not in body and "input" in body:    # as Cursor asks here, in agent mode
             body = {**RESPONSES.chat(body)[0], "stream_options": body.get("stream_options")}
         return parse_request(body)
-
-    def whole(self, answer: Json, request: ChatRequest) -> Json:
-        return answer
-
-    def stream(self, request: ChatRequest) -> Writer:
-        return _ChatWriter(request)
 
 
 # --- 11. Answers in items ---------------------------------------------------------------------------------------------
@@ -6626,8 +6623,9 @@ class ItemWriter(Writer):
     _deltas: Callable[[Item, Sequence[bytes]], bytes]        # that tell pieces of its text,
     _close: Callable[[Item], bytes]                          # and that end it
 
-    def __init__(self, request: ChatRequest) -> None:
-        self._request, self._begun = request, False
+    def __init__(self, front: Any, request: ChatRequest) -> None:
+        super().__init__(front, request)
+        self._begun = False
         self._items, self._count = list[Item](), 0    # the first is open, the others wait; how many there were
         self._finish, self._usage = "stop", Json()
 
@@ -6975,10 +6973,9 @@ def _ended_as(finish: str) -> Json:
 
 
 class _ResponsesWriter(ItemWriter):
-    def __init__(self, request: ChatRequest, number: int, kept: collections.deque[Json]) -> None:
-        """`number` tells the answer from others, as some servers give them all one id; `kept` gets the items."""
-        super().__init__(request)
-        self._answer, self._kept = number, kept
+    def __init__(self, front: Responses, request: ChatRequest) -> None:
+        super().__init__(front, request)
+        self._answer = next(front.numbers)    # tells it from others, as some servers give them all one id
         self._number, self._status = 0, "completed"    # of the next event, and of the last item
         self._response = Json()
 
@@ -6987,7 +6984,6 @@ class _ResponsesWriter(ItemWriter):
         return tools_of(self._request.origin)
 
     def whole(self, answer: Json) -> Json:
-        """Return the response for a whole answer."""
         self._respond(answer)
         ended, items = _ended_as(answer["choices"][0]["finish_reason"]), self._items_of(answer)
         for item in items:
@@ -7073,7 +7069,7 @@ class _ResponsesWriter(ItemWriter):
         whole = _item_of(item, status)
         self._response["output"].append(whole)
         if self._request.origin.get("store") is not False and sum(map(len, item.said)) <= MAX_KEPT_BYTES:
-            self._kept.append(whole)
+            self._front.kept.append(whole)
         return whole
 
     def _close(self, item: Item) -> bytes:
@@ -7088,11 +7084,11 @@ class _ResponsesWriter(ItemWriter):
 
 class Responses(Front):
     """OpenAI's Responses without what it stores, but for the newest items, as some clients only refer to them."""
-    name = "responses"
+    name, writer = "responses", _ResponsesWriter
 
     def __init__(self) -> None:
-        self._kept: collections.deque[Json] = collections.deque(maxlen=MAX_KEPT)
-        self._numbers = itertools.count()    # of answers
+        self.kept: collections.deque[Json] = collections.deque(maxlen=MAX_KEPT)
+        self.numbers = itertools.count()    # of answers
 
     def request(self, body: Json, head: Head) -> ChatRequest:
         asked, left_out = self.chat(body)
@@ -7109,19 +7105,13 @@ class Responses(Front):
         items = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
         referring = [number for number, item in enumerate(items)
                      if isinstance(item, dict) and item.get("type") == "item_reference"]
-        kept = {item["id"]: item for item in tuple(self._kept)} if referring else {}
+        kept = {item["id"]: item for item in tuple(self.kept)} if referring else {}
         for number in referring:
             items[number] = kept.get(str(items[number].get("id")))
             need(items[number], f"input[{number}]", "refers to an item that Oblix does not have: it keeps the newest "
                  f"{MAX_KEPT} in its memory. Send whole items: set store to false (Vercel AI SDK: providerOptions: "
                  "{openai: {store: false}})", "unsupported_parameter")
         return chat_of(body, items)
-
-    def whole(self, answer: Json, request: ChatRequest) -> Json:
-        return self.stream(request).whole(answer)
-
-    def stream(self, request: ChatRequest) -> _ResponsesWriter:
-        return _ResponsesWriter(request, next(self._numbers), self._kept)
 
 
 # --- 11. Anthropic's Messages -----------------------------------------------------------------------------------------
@@ -7341,6 +7331,7 @@ def _framed(event: Json) -> bytes:
 
 
 class _MessagesWriter(ItemWriter):
+    event = staticmethod(_framed)
     _ended = False    # by Claude itself
 
     def take(self, chunk: Any) -> bytes:
@@ -7348,7 +7339,8 @@ class _MessagesWriter(ItemWriter):
         return super().take(chunk) if native is None else self._native(native)
 
     def whole(self, answer: Json) -> Json:
-        """Return the message for a whole answer."""
+        if "native" in answer:
+            return answer["native"]  # type: ignore[no-any-return]
         content = [{**item.start, **({"input": arguments_in(item.text())} if item.kind == "tool_use" else {
             item.kind: item.text()})} for item in self._items_of(answer)]
         stop = _STOPS.get(answer["choices"][0]["finish_reason"], "end_turn")
@@ -7404,13 +7396,10 @@ class _MessagesWriter(ItemWriter):
         return self._flow(True) + _framed({"type": "message_delta", "delta": last, "usage": usage}) + _framed(
             {"type": "message_stop"})
 
-    def broken(self, error: OblixError) -> bytes:
-        return _framed(MESSAGES.error(error))
-
 
 class Messages(Front):
     """Anthropic's Messages.  Claude gets a request as it came, and its answer goes back as it comes."""
-    name = "messages"
+    name, writer = "messages", _MessagesWriter
     keep_alive = _framed({"type": "ping"})
 
     def request(self, body: Json, head: Head) -> ChatRequest:
@@ -7422,14 +7411,6 @@ class Messages(Front):
         native = Native("claude", path, {**body, "messages": messages}, tuple([
             (name, head.fields[name]) for name in ("anthropic-version", "anthropic-beta") if name in head.fields]))
         return dataclasses.replace(parse_request(told), origin=body, native=native, left_out=left_out)
-
-    def whole(self, answer: Json, request: ChatRequest) -> Json:
-        if "native" in answer:
-            return answer["native"]  # type: ignore[no-any-return]
-        return self.stream(request).whole(answer)
-
-    def stream(self, request: ChatRequest) -> _MessagesWriter:
-        return _MessagesWriter(request)
 
     def error(self, error: OblixError) -> Json:
         kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
@@ -7511,9 +7492,46 @@ OLLAMA_OPTIONS: dict[str, Rule] = {    # for a wrong type Ollama has a 500
     **{name: FIELDS[name] for name in _SHARED}, **dict.fromkeys(("num_predict", "num_ctx"), _WHOLE)}
 
 
+def ndjson(value: Json) -> bytes:
+    """Return a line of newline-delimited JSON."""
+    return dumps(value) + b"\n"
+
+
+class _OllamaWriter(Writer):
+    event = staticmethod(ndjson)
+    _frame: Frame | None = None
+
+    def __init__(self, front: OllamaChat, request: ChatRequest) -> None:
+        super().__init__(front, request)
+        self._last: list[Chunk] = []    # what is said at the end: calls, which its clients get whole, reason, usage
+
+    def whole(self, answer: Json) -> Json:
+        choice = answer["choices"][0]
+        return {**self._front.piece(answer, choice, _ollama_calls(choice)), **self._front.ended(answer)}
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            return framed(chunk, self._frame)
+        self._frame = self._frame or around_text(
+            ndjson(self._front.piece(chunk, {"delta": {"content": "\0"}})), self._front.before_text)
+        choices = chunk["choices"]
+        if not self._last or "usage" in chunk or any(
+                choice["finish_reason"] or "tool_calls" in choice["delta"] for choice in choices):
+            self._last.append({**chunk, "choices": [
+                {**choice, "delta": {"tool_calls": [*choice["delta"].get("tool_calls", ())]}} for choice in choices]})
+        return b"".join([ndjson(self._front.piece(chunk, choice)) for choice in choices
+                         if any(map(choice["delta"].get, _SAID)) or choice.get("logprobs")])
+
+    def end(self) -> bytes:
+        answer = fold(self._last)
+        calls = _ollama_calls(answer["choices"][0])
+        told = ndjson(self._front.piece(answer, {}, calls)) if calls else b""
+        return told + ndjson({**self._front.piece(answer, {}), **self._front.ended(answer)})
+
+
 class OllamaChat(OllamaApi):
     """Ollama's /api/chat.  Ollama itself gets a request as it came, others get it in OpenAI's words."""
-    name, events = "ollama", "application/x-ndjson"
+    name, writer, events = "ollama", _OllamaWriter, "application/x-ndjson"
     path, before_text = "/api/chat", b'"content":"'
     keep_alive = (b'{"model":"","created_at":"1970-01-01T00:00:00Z","message":{"role":"assistant","content":""},'
                   b'"done":false}\n')    # its clients read each line as JSON
@@ -7550,13 +7568,6 @@ class OllamaChat(OllamaApi):
         took = (seconds, 0.0, first_s, max(seconds - first_s, 0.001))    # clients divide by the last
         if not _timings_of(answer).get("total_duration"):
             answer["timings"] = {name: int(part * 1e9) for name, part in zip(_DURATIONS, took)}
-
-    def whole(self, answer: Json, request: ChatRequest) -> Json:
-        choice = answer["choices"][0]
-        return {**self.piece(answer, choice, _ollama_calls(choice)), **self.ended(answer)}
-
-    def stream(self, request: ChatRequest) -> Writer:
-        return _OllamaWriter(self)
 
     def piece(self, answer: Json, choice: Json, calls: Sequence[Json] = ()) -> Json:
         """Return the piece of an answer that says what a choice and calls say."""
@@ -7597,44 +7608,9 @@ class OllamaGenerate(OllamaChat):
         return {**super().ended(answer), "context": _timings_of(answer).get("context") or []}    # ComfyUI wants one
 
 
-class _OllamaWriter(Writer):
-    _frame: Frame | None = None
-
-    def __init__(self, front: OllamaChat) -> None:
-        self._front = front
-        self._last: list[Chunk] = []    # what is said at the end: calls, which its clients get whole, reason, usage
-
-    def take(self, chunk: Any) -> bytes:
-        if isinstance(chunk, Texts):
-            return framed(chunk, self._frame)
-        self._frame = self._frame or around_text(
-            ndjson(self._front.piece(chunk, {"delta": {"content": "\0"}})), self._front.before_text)
-        choices = chunk["choices"]
-        if not self._last or "usage" in chunk or any(
-                choice["finish_reason"] or "tool_calls" in choice["delta"] for choice in choices):
-            self._last.append({**chunk, "choices": [
-                {**choice, "delta": {"tool_calls": [*choice["delta"].get("tool_calls", ())]}} for choice in choices]})
-        return b"".join([ndjson(self._front.piece(chunk, choice)) for choice in choices
-                         if any(map(choice["delta"].get, _SAID)) or choice.get("logprobs")])
-
-    def end(self) -> bytes:
-        answer = fold(self._last)
-        calls = _ollama_calls(answer["choices"][0])
-        told = ndjson(self._front.piece(answer, {}, calls)) if calls else b""
-        return told + ndjson({**self._front.piece(answer, {}), **self._front.ended(answer)})
-
-    def broken(self, error: OblixError) -> bytes:
-        return ndjson(self._front.error(error))
-
-
 def _timings_of(answer: Json) -> Json:
     """Return Ollama's last piece of an answer, or what others tell under the same name, or {}."""
     return answer["timings"] if isinstance(answer.get("timings"), dict) else {}
-
-
-def ndjson(value: Json) -> bytes:
-    """Return a line of newline-delimited JSON."""
-    return dumps(value) + b"\n"
 
 
 def _from_ollama(where: str, message: Any) -> Json:
@@ -7703,12 +7679,39 @@ COMPLETION_FIELDS: dict[str, Rule] = {
 _NOT_OF_CHAT = {*COMPLETION_FIELDS, "messages", "tools", "functions", "top_logprobs"}
 
 
+class _CompletionWriter(_ChatWriter):
+    def __init__(self, front: Front, request: ChatRequest) -> None:
+        super().__init__(front, request)
+        echo = "".join(request.origin["prompt"]) if request.origin.get("echo") else ""
+        self._echoes: dict[int, str] = dict.fromkeys(range(request.body.get("n", 1)), echo)    # before each choice
+
+    def whole(self, answer: Json) -> Json:
+        """Return an answer or a piece of one, each choice behind its echo, which is taken away."""
+        said = [(choice, choice.get("message") or choice["delta"]) for choice in answer["choices"]]
+        told = [{"index": choice["index"], "logprobs": None, "finish_reason": choice["finish_reason"], "text":
+                 self._echoes.pop(choice["index"], "") + (words.get("content") or words.get("refusal") or "")}
+                for choice, words in said]
+        return {"id": answer["id"].replace("chatcmpl-", "cmpl-", 1), "object": "text_completion",
+                "created": answer["created"], "model": answer["model"], "choices": told,
+                **present({"usage": answer.get("usage")})}
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            return framed(chunk, self._frame)
+        told = self.whole(chunk)
+        if not self._frame:
+            says = {"index": 0, "logprobs": None, "finish_reason": None, "text": "\0"}
+            self._frame = around_text(sse({**told, "choices": [says]}), b'"text":"')
+        told["choices"] = [choice for choice in told["choices"] if choice["text"] or choice["finish_reason"]]
+        return sse(told) if told["choices"] or self._request.include_usage and "usage" in told else b""
+
+
 class Completions(Front):
     """OpenAI's legacy completions: the prompt is a user's message, without a limit of tokens unless one is given.
 
     OpenAI's limit was 16.  Ollama and llama.cpp, for which most of today's clients are made, have none.
     """
-    name = "completions"
+    name, writer = "completions", _CompletionWriter
 
     def request(self, body: Json, head: Head) -> ChatRequest:
         check_fields(body, COMPLETION_FIELDS, ("prompt",))
@@ -7717,44 +7720,6 @@ class Completions(Front):
         request = parse_request({**kept, "messages": [{"role": "user", "content": prompt}]})
         native = Native("ollama", GENERATE_PATH, {"prompt": prompt, "suffix": suffix}, only="suffix")
         return dataclasses.replace(request, origin=body, native=native if suffix else None)
-
-    def whole(self, answer: Json, request: ChatRequest) -> Json:
-        return self.piece(answer, self.echoes(request))
-
-    def stream(self, request: ChatRequest) -> Writer:
-        return _CompletionWriter(self, request)
-
-    @staticmethod
-    def echoes(request: ChatRequest) -> dict[int, str]:
-        """Return what stands before each choice, by its number."""
-        echo = "".join(request.origin["prompt"]) if request.origin.get("echo") else ""
-        return dict.fromkeys(range(request.body.get("n", 1)), echo)
-
-    def piece(self, answer: Json, echoes: dict[int, str]) -> Json:
-        """Return an answer or a piece of one, each choice behind its echo, which is taken away."""
-        said = [(choice, choice.get("message") or choice["delta"]) for choice in answer["choices"]]
-        told = [{"index": choice["index"], "logprobs": None, "finish_reason": choice["finish_reason"], "text":
-                 echoes.pop(choice["index"], "") + (words.get("content") or words.get("refusal") or "")}
-                for choice, words in said]
-        return {"id": answer["id"].replace("chatcmpl-", "cmpl-", 1), "object": "text_completion",
-                "created": answer["created"], "model": answer["model"], "choices": told,
-                **present({"usage": answer.get("usage")})}
-
-
-class _CompletionWriter(_ChatWriter):
-    def __init__(self, front: Completions, request: ChatRequest) -> None:
-        super().__init__(request)
-        self._front, self._echoes = front, front.echoes(request)
-
-    def take(self, chunk: Any) -> bytes:
-        if isinstance(chunk, Texts):
-            return framed(chunk, self._frame)
-        if not self._frame:
-            says = {**chunk, "choices": [{"index": 0, "delta": {"content": "\0"}, "finish_reason": None}]}
-            self._frame = around_text(sse(self._front.piece(says, {})), b'"text":"')
-        told = self._front.piece(chunk, self._echoes)
-        told["choices"] = [choice for choice in told["choices"] if choice["text"] or choice["finish_reason"]]
-        return sse(told) if told["choices"] or self._include_usage and "usage" in told else b""
 
 
 # --- 11. Embeddings ---------------------------------------------------------------------------------------------------
@@ -8265,7 +8230,7 @@ class Handler(socketserver.BaseRequestHandler):
             headers["x-oblix-left-out"] = ", ".join(request.left_out)[:1000]
         if served.whole is not None:
             self._count(served.whole)
-            return self.json(200, front.whole(served.whole, request), headers)
+            return self.json(200, self._writer.whole(served.whole), headers)
         self.told["first_token_s"] = round(time.monotonic() - self.started, 3)
         self._event_headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
