@@ -6605,8 +6605,8 @@ class Item:
         self.frame: Any = None    # around each text in its event
 
     def text(self) -> str:
-        """Return what was said."""
-        return str(json.loads('"%s"' % b"".join(self.said).decode("utf-8", "replace")))
+        """Return what is said so far."""
+        return str(json.loads('"%s"' % b"".join(self.said + self.held).decode("utf-8", "replace")))
 
     def may_end(self) -> bool:
         """Return True if the next item may begin: a call is complete only when its arguments are."""
@@ -6640,12 +6640,12 @@ class ItemWriter(Writer):
         self._begun, self._usage = True, chunk.get("usage") or self._usage
         for choice in chunk["choices"][:1]:
             self._finish = choice.get("finish_reason") or self._finish
-            self._hear(choice, choice["delta"])
+            self._hear(choice)
         return events + self._flow()
 
-    def _hear(self, choice: Json, said: Json) -> None:
+    def _hear(self, choice: Json) -> None:
         """Add to the items what a choice says, in a delta or in a message."""
-        logprobs = choice.get("logprobs")
+        said, logprobs = choice.get("delta") or choice.get("message") or {}, choice.get("logprobs")
         logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
         for field in filter(said.get, _SAID):
             self._add(field, [dumps(str(said[field]))[1:-1]])
@@ -6680,13 +6680,6 @@ class ItemWriter(Writer):
             events += self._close(item)
             del self._items[0]
         return events
-
-    def _items_of(self, answer: Json) -> list[Item]:
-        """Return the items of a whole answer."""
-        self._hear(answer["choices"][0], answer["choices"][0]["message"])
-        for item in self._items:
-            item.held, item.said = [], item.held
-        return self._items
 
 
 def _inner(call: Json) -> Json:
@@ -6926,7 +6919,7 @@ _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"
 _NO_LOGPROBS = b',"logprobs":[]'
 _ALWAYS = {"object": "response", "background": False, "error": None, "incomplete_details": None,
            "previous_response_id": None, "store": False, "truncation": "disabled"}
-_ECHOED: Json = {
+_ECHOED: Json = {    # of the request; with what is usual
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "top_logprobs": 0,
     "reasoning": {"effort": None, "summary": None}, "temperature": None, "text": {"format": {"type": "text"}},
     "tool_choice": "auto", "tools": [], "top_p": None, "user": None}
@@ -6939,9 +6932,8 @@ def _input_in(arguments: str) -> str:
     return text if isinstance(text, str) else arguments
 
 
-def _usage_of(answer: Json) -> Json | None:
-    """Return an answer's usage as this API has it."""
-    usage = answer.get("usage")
+def _usage_of(usage: Any) -> Json | None:
+    """Return chat's usage as this API has it."""
     if not usage or not isinstance(usage, dict):
         return None
     read, written = ({"usage": usage.get(name)} for name in ("prompt_tokens_details", "completion_tokens_details"))
@@ -6951,25 +6943,13 @@ def _usage_of(answer: Json) -> Json | None:
                 "reasoning_tokens": tokens_of(written, "reasoning_tokens")}, "total_tokens": usage.get("total_tokens")}
 
 
-def echo_of(body: Json) -> Json:
-    """Return what a response repeats of its request."""
-    return {name: usual if body.get(name) is None else body[name] for name, usual in _ECHOED.items()}
-
-
 def _item_of(item: Item, status: str) -> Json:
     """Return an item as the API has it."""
-    kind, text = _KINDS[item.kind], item.text()
+    kind, has_text = _KINDS[item.kind], status != "in_progress"
+    text = item.text() if has_text else ""
     part = {**kind.part, **present({"logprobs": item.logprobs}),
             kind.text: _input_in(text) if kind.text == "input" else text}
-    parts = [] if status == "in_progress" else [part]
-    return {**item.start, "status": status, **({kind.parts: parts} if kind.parts else part)}
-
-
-def _ended_as(finish: str) -> Json:
-    """Return the fields that tell how a response has ended."""
-    reason = _INCOMPLETE.get(finish)
-    return {"status": "incomplete" if reason else "completed",
-            "incomplete_details": {"reason": reason} if reason else None}
+    return {**item.start, "status": status, **({kind.parts: [part] if has_text else []} if kind.parts else part)}
 
 
 class _ResponsesWriter(ItemWriter):
@@ -6979,58 +6959,52 @@ class _ResponsesWriter(ItemWriter):
         self._number, self._status = 0, "completed"    # of the next event, and of the last item
         self._response = Json()
 
-    @functools.cached_property
-    def _tools(self) -> dict[str, _Tool]:
-        return tools_of(self._request.origin)
-
     def whole(self, answer: Json) -> Json:
-        self._respond(answer)
-        ended, items = _ended_as(answer["choices"][0]["finish_reason"]), self._items_of(answer)
-        for item in items:
-            self._complete(item, ended["status"] if item is items[-1] else "completed")
-        return {**self._response, "usage": _usage_of(answer), **ended}
+        self.take(answer)
+        self.end()
+        return self._response
 
     def end(self) -> bytes:
-        ended = _ended_as(self._finish)
-        self._status = ended["status"]
-        return self._flow(True) + self._states(self._status, **ended)
+        reason = _INCOMPLETE.get(self._finish)
+        self._status = "incomplete" if reason else "completed"
+        events = self._flow(True)
+        return events + self._states(self._status, incomplete_details={"reason": reason} if reason else None)
 
     def broken(self, error: OblixError) -> bytes:
         # The SDKs raise the first event, and only if it has an error object; Codex reads the second, and not the first.
         told = error_body(error)["error"]
         events = b"" if self._begun else self._begin({})
         return events + self._event("error", **{**told, "error": told}) + self._states(
-            "failed", status="failed", error={"code": error.code or error.type, "message": told["message"]})
+            "failed", error={"code": error.code or error.type, "message": told["message"]})
 
     def _event(self, kind: str, **fields: Any) -> bytes:
+        if not self._request.stream:
+            return b""
         self._number += 1
         return b"event: %b\n%b" % (kind.encode(), sse({**fields, "type": kind, "sequence_number": self._number - 1}))
 
     def _states(self, *states: str, **fields: Any) -> bytes:
         """Return the events that tell how the whole answer is."""
-        told, events = dumps({**self._response, "usage": _usage_of({"usage": self._usage}), **fields}), b""
-        for state in states:    # the tools alone may have 30 KB: they are encoded once
-            events += self._event(f"response.{state}")[:-3] + b',"response":%b}\n\n' % told
-        return events
+        self._response.update(usage=_usage_of(self._usage), status=states[-1], **fields)
+        if not self._request.stream:
+            return b""
+        told = b',"response":%b}\n\n' % dumps(self._response)    # once: its tools alone may have 30 KB
+        return b"".join([self._event(f"response.{state}")[:-3] + told for state in states])
 
-    def _respond(self, first: Json) -> None:
-        """Set what the response is at the first chunk of an answer, or for a whole one."""
-        id = re.sub("[^A-Za-z0-9]", "", str(first.get("id")).removeprefix("chatcmpl-"))
+    def _begin(self, first: Json) -> bytes:
+        body, id = self._request.origin, re.sub("[^A-Za-z0-9]", "", str(first.get("id")).removeprefix("chatcmpl-"))
         self._id = f"{id[-40:]}x{self._answer:x}"
         self._response = {
             "id": f"resp_{self._id}", "created_at": first.get("created", 0), **_ALWAYS, "output": [],
             "model": first.get("model", self._request.model), "service_tier": first.get("service_tier") or "default",
-            **echo_of(self._request.origin)}
-
-    def _begin(self, first: Json) -> bytes:
-        self._respond(first)
-        return self._states("created", "in_progress", status="in_progress")
+            **{name: usual if body.get(name) is None else body[name] for name, usual in _ECHOED.items()}}
+        return self._states("created", "in_progress")
 
     def _start(self, key: Any, call: Json | None) -> tuple[str, Json]:
         kind, more = key, Json()
         if call:
             name = str(_inner(call).get("name"))
-            tool = self._tools.get(name) or _Tool("", name)    # one that the model has made up
+            tool = tools_of(self._request.origin).get(name) or _Tool("", name)    # one that the model has made up
             kind, more = tool.kind or "function_call", {"call_id": call.get("id"), "name": tool.name}
             more.update(present({"namespace": tool.namespace}))
         id = f"{_KINDS[kind].prefix}_{self._id}_{self._count}"
@@ -7064,16 +7038,11 @@ class _ResponsesWriter(ItemWriter):
         events = b"".join([frame % (text, number) for number, text in enumerate(texts, first)])
         return events.replace(_NO_LOGPROBS, b',"logprobs":' + dumps(logprobs)) if logprobs else events
 
-    def _complete(self, item: Item, status: str) -> Json:
-        """Return an item that is complete, and keep it."""
-        whole = _item_of(item, status)
+    def _close(self, item: Item) -> bytes:
+        kind, whole = _KINDS[item.kind], _item_of(item, self._status if len(self._items) == 1 else "completed")
         self._response["output"].append(whole)
         if self._request.origin.get("store") is not False and sum(map(len, item.said)) <= MAX_KEPT_BYTES:
             self._front.kept.append(whole)
-        return whole
-
-    def _close(self, item: Item) -> bytes:
-        kind, whole = _KINDS[item.kind], self._complete(item, self._status if len(self._items) == 1 else "completed")
         part = whole[kind.parts][0] if kind.parts else whole
         events = self._told(item, [dumps(part["input"])[1:-1]]) if kind.text == "input" else b""
         told = {name: part[name] for name in (kind.text, "logprobs") if name in part}
@@ -7341,8 +7310,9 @@ class _MessagesWriter(ItemWriter):
     def whole(self, answer: Json) -> Json:
         if "native" in answer:
             return answer["native"]  # type: ignore[no-any-return]
+        self._hear(answer["choices"][0])
         content = [{**item.start, **({"input": arguments_in(item.text())} if item.kind == "tool_use" else {
-            item.kind: item.text()})} for item in self._items_of(answer)]
+            item.kind: item.text()})} for item in self._items]
         stop = _STOPS.get(answer["choices"][0]["finish_reason"], "end_turn")
         return _anthropic_message(answer, content, stop, _anthropic_usage(answer.get("usage") or {}, self._request))
 
