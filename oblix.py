@@ -7229,13 +7229,12 @@ def _parts_within(content: Any, where: str) -> list[Json]:
 
 def _assistant_message(blocks: Sequence[Json]) -> list[Json]:
     """Return what the assistant said; of thoughts only those without a signature, which are not Claude's."""
-    text, thought, calls = "\n".join(block["text"] for block in blocks if block["type"] == "text"), "", list[Json]()
-    for block in blocks:
-        if block["type"] == "thinking" and not block.get("signature"):
-            thought += block["thinking"]
-        if block["type"] == "tool_use":
-            function = {"name": claude_name(block["name"]), "arguments": dumps(block["input"]).decode()}
-            calls.append({"id": block["id"], "type": "function", "function": function})
+    text = "\n".join(block["text"] for block in blocks if block["type"] == "text")
+    thought = "".join(block["thinking"] for block in blocks
+                      if block["type"] == "thinking" and not block.get("signature"))
+    calls = [{"id": block["id"], "type": "function", "function": {
+        "name": claude_name(block["name"]), "arguments": dumps(block["input"]).decode()}}
+        for block in blocks if block["type"] == "tool_use"]
     more = present({"tool_calls": calls, "reasoning_content": thought})
     return [{"role": "assistant", "content": text or None, **more}] if text or calls else []
 
@@ -7248,7 +7247,7 @@ def _user_messages(blocks: Sequence[Json]) -> list[Json]:
             rest.extend(_parts_of_block(block))
             continue
         parts = _parts_within(block.get("content") or "", "tool_result.content")
-        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        text = text_of({"content": parts})
         if block.get("is_error") and "error" not in text[:100].lower():    # there is no field for it
             text = f"Error: {text}"
         results.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": text})
@@ -7265,20 +7264,6 @@ def _for_claude(message: Json) -> Json:
         {name: claude_id(value) if name in ("id", "tool_use_id") and isinstance(value, str) else value
          for name, value in block.items()}
         for block in blocks if block["type"] != "thinking" or block.get("signature")]}
-
-
-def _anthropic_message(answer: Json, content: list[Json], stop: str | None, usage: Json) -> Json:
-    return {"id": f"msg_{answer['id'].removeprefix('chatcmpl-')}", "type": "message", "role": "assistant", "model":
-            answer["model"], "content": content, "stop_reason": stop, "stop_sequence": None, "usage": usage}
-
-
-def _anthropic_usage(usage: Json, request: ChatRequest) -> Json:
-    """Return the counts of an answer, or an estimate of its prompt where no server tells any."""
-    told, details = {"usage": usage}, {"usage": usage.get("prompt_tokens_details")}
-    read, written = tokens_of(details, "cached_tokens"), tokens_of(details, "cache_write_tokens")
-    new = max(0, tokens_of(told, "prompt_tokens") - read - written)
-    return {"input_tokens": new if usage else prompt_tokens(request), "cache_creation_input_tokens": written,
-            "cache_read_input_tokens": read, "output_tokens": tokens_of(told)}
 
 
 def _long_prompt(message: str) -> str:
@@ -7313,12 +7298,29 @@ class _MessagesWriter(ItemWriter):
         self._hear(answer["choices"][0])
         content = [{**item.start, **({"input": arguments_in(item.text())} if item.kind == "tool_use" else {
             item.kind: item.text()})} for item in self._items]
-        stop = _STOPS.get(answer["choices"][0]["finish_reason"], "end_turn")
-        return _anthropic_message(answer, content, stop, _anthropic_usage(answer.get("usage") or {}, self._request))
+        self._finish, self._usage = answer["choices"][0]["finish_reason"], answer.get("usage") or {}
+        return {**self._message(answer), "content": content, **self._stop()}
 
-    def _begin(self, first: Json) -> bytes:    # what the server counts comes at the end
-        message = _anthropic_message(first, [], None, _anthropic_usage({}, self._request))
-        return _framed({"type": "message_start", "message": message}) + MESSAGES.keep_alive
+    def _message(self, answer: Json) -> Json:
+        """Return the message of an answer as it begins."""
+        return {"id": f"msg_{answer['id'].removeprefix('chatcmpl-')}", "type": "message", "role": "assistant",
+                "model": answer["model"], "content": [], "stop_reason": None, "stop_sequence": None,
+                "usage": self._counts()}
+
+    def _stop(self) -> Json:
+        return {"stop_reason": _STOPS.get(self._finish, "end_turn"), "stop_sequence": None}
+
+    def _counts(self) -> Json:
+        """Return the counts so far, with an estimate of the prompt until, or unless, the server tells any."""
+        usage = self._usage
+        details = {"usage": usage.get("prompt_tokens_details")}
+        read, written = tokens_of(details, "cached_tokens"), tokens_of(details, "cache_write_tokens")
+        new = max(0, tokens_of({"usage": usage}, "prompt_tokens") - read - written)
+        return {"input_tokens": new if usage else prompt_tokens(self._request), "cache_creation_input_tokens": written,
+                "cache_read_input_tokens": read, "output_tokens": tokens_of({"usage": usage})}
+
+    def _begin(self, first: Json) -> bytes:
+        return _framed({"type": "message_start", "message": self._message(first)}) + MESSAGES.keep_alive
 
     def _native(self, event: Json) -> bytes:
         """Return an event of Claude's as it came, and note which block is open."""
@@ -7340,31 +7342,32 @@ class _MessagesWriter(ItemWriter):
         kind = "thinking" if key == "reasoning_content" else "text"
         return kind, {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
 
+    @staticmethod
+    def _step(item: Item, step: str, **fields: Json) -> bytes:
+        return _framed({"type": f"content_block_{step}", "index": item.index, **fields})
+
     def _open(self, item: Item) -> bytes:
-        return _framed({"type": "content_block_start", "index": item.index, "content_block": item.start})
+        return self._step(item, "start", content_block=item.start)
 
     def _deltas(self, item: Item, texts: Sequence[bytes]) -> bytes:
         kind, field = _DELTAS.get(item.kind, _DELTAS["text"])
-        item.frame = item.frame or around_text(_framed({
-            "type": "content_block_delta", "index": item.index, "delta": {"type": kind, field: "\0"}}),
-            b'"%b":"' % field.encode())
+        item.frame = item.frame or around_text(
+            self._step(item, "delta", delta={"type": kind, field: "\0"}), b'"%b":"' % field.encode())
         if item.kind != "tool_use":    # a call's are read again
             item.said.clear()
         return framed(texts, item.frame)
 
     def _close(self, item: Item) -> bytes:
-        signed = {"type": "content_block_delta", "index": item.index, "delta": {
-            "type": "signature_delta", "signature": ""}}    # some clients drop thoughts without; only Claude can sign
-        return (_framed(signed) if item.kind == "thinking" else b"") + _framed({
-            "type": "content_block_stop", "index": item.index})
+        signed = b""
+        if item.kind == "thinking":    # some clients drop thoughts without it; only Claude can sign
+            signed = self._step(item, "delta", delta={"type": "signature_delta", "signature": ""})
+        return signed + self._step(item, "stop")
 
     def end(self) -> bytes:
         if self._ended:
             return b""
-        last = {"stop_reason": _STOPS.get(self._finish, "end_turn"), "stop_sequence": None}
-        usage = _anthropic_usage(self._usage, self._request)
-        return self._flow(True) + _framed({"type": "message_delta", "delta": last, "usage": usage}) + _framed(
-            {"type": "message_stop"})
+        last = {"type": "message_delta", "delta": self._stop(), "usage": self._counts()}
+        return self._flow(True) + _framed(last) + _framed({"type": "message_stop"})
 
 
 class Messages(Front):
