@@ -1185,8 +1185,7 @@ def without_nulls(fields: Json, inner: Any = None) -> Json:
 # which hangs delays no other.
 # To add one: subclass Monitor, fill sample and judge, and name it in MONITORS; policy folds it in by its endpoint.
 
-@dataclasses.dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """What a probe of an endpoint found."""
     status: int
     models: tuple[Model, ...] | None
@@ -2501,12 +2500,8 @@ class Provider:
         """
         raise NotImplementedError
 
-    def passes_text(self, request: ChatRequest) -> bool:
-        """Return True if the client of this request may get the events of text alone as they are."""
-        return True
-
-    def text_event_of(self, request: ChatRequest) -> TextEvent:
-        """Return the form of the events of text alone in the answer to this request."""
+    def text_event_of(self, request: ChatRequest) -> TextEvent | None:
+        """Return the form of the events of text alone in the answer to this request, or None if each must be read."""
         return self.text_event
 
     def context_for(self, request: ChatRequest, model: Model, asked: int, free: float | None) -> int:
@@ -2574,7 +2569,7 @@ PARAMETERS = {"tools": ("tools", "tool_choice", "parallel_tool_calls"), "thinkin
 # LM Studio's, OpenRouter's, vLLM's, LM Studio's and Mistral's, Groq's, llama.cpp's, Claude's.
 WINDOWS = ("loaded_context_length", "context_length", "max_model_len", "max_context_length", "context_window", "n_ctx",
            "max_input_tokens")
-ANSWERS = ("max_output_tokens", "max_completion_tokens")
+ANSWERS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
 _OPENAI_LIMITS = {"gpt-6-luna": (922_000, 128_000)}    # OpenAI's list does not tell (its documentation, 2026-11)
 
 
@@ -3491,14 +3486,14 @@ class OpenAI(Provider):
             kept["reasoning_effort"] = "none"    # these models take tools only without reasoning, and would reason
         for name, (_, change) in CHANGES.items():
             if name in refused:
-                kept.update({place: [*map(change, kept[place])] for place in ("messages", "tools") if place in kept})
+                kept.update({place: change(kept[place]) for place in ("messages", "tools") if place in kept})
         return kept
 
     def refused_parameter(self, error: UpstreamError, payload: Json) -> str | None:
         if error.status in (400, 422, 500):
             said = [one for place in ("messages", "tools") for one in payload.get(place) or ()]
             for name, (words, change) in CHANGES.items():
-                if re.search(words, error.message.lower()) and any(change(one) != one for one in said):
+                if re.search(words, error.message.lower()) and change(said) != said:
                     return name
         return super().refused_parameter(error, payload)
 
@@ -3520,8 +3515,8 @@ class OpenAI(Provider):
             if error.fault is not Fault.TRANSPORT or len(finished) != asked:
                 raise
 
-    def passes_text(self, request: ChatRequest) -> bool:
-        return bool(request.body.get("n", 1) == 1)
+    def text_event_of(self, request: ChatRequest) -> TextEvent | None:
+        return self.text_event if request.body.get("n", 1) == 1 else None
 
     def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
         return {"model": target.model, "input": inputs, "encoding_format": "base64" if request.in_base64 else "float",
@@ -3551,14 +3546,38 @@ def _without(prefix: str) -> Callable[[Json], Json]:
     return change
 
 
+def _each(change: Callable[[Json], Json]) -> Callable[[list[Json]], list[Json]]:
+    return lambda ones: [*map(change, ones)]
+
+
+def _with_answers(messages: list[Json]) -> list[Json]:
+    """Return messages in which an answer stands between what a tool and what the user said."""
+    told = list[Json]()
+    for message in messages:
+        if told and (told[-1].get("role"), message.get("role")) == ("tool", "user"):
+            told.append({"role": "assistant", "content": "Understood."})
+        told.append(message)
+    return told
+
+
+def _with_short_description(tool: Json) -> Json:
+    function = tool.get("function") or {}
+    told = function.get("description")
+    return {**tool, "function": {**function, "description": told[:1024]}} if isinstance(told, str) else tool
+
+
 # What servers want otherwise in messages and tools: the words of their errors, the change.  It is remembered.
-CHANGES: dict[str, tuple[str, Callable[[Json], Json]]] = {
-    "tool_call_id": (r"tool call ids?\b.*\b9\b", _with_short_ids),    # Mistral's API, tokenizer and chat templates
+CHANGES: dict[str, tuple[str, Callable[[list[Json]], list[Json]]]] = {
+    # Mistral's API, tokenizer and chat templates; the second breaks Claude Code (mistral-common#169)
+    "tool_call_id": (r"tool call ids?\b.*\b9\b", _each(_with_short_ids)),
+    "user after tool": (r"role .?user.? after role .?tool|roles must alternate", _with_answers),
     "no reasoning_content": (r"missing.*reasoning_content|reasoning_content.*(missing|passed back|required)",
-                             lambda one: {"reasoning_content": one.get("reasoning", ""), **one}
-                             if one.get("role") == "assistant" else one),    # DeepSeek, Kimi
-    "reasoning_content": (r"\breasoning(_content|_details)?\b(?! effort)", _without("reasoning")),    # Groq, Mistral
-    "cache_control": ("cache_control", _without("cache_control")),    # Gemini, Groq
+                             _each(lambda one: {"reasoning_content": one.get("reasoning", ""), **one}
+                                   if one.get("role") == "assistant" else one)),    # DeepSeek, Kimi
+    # Groq, Mistral
+    "reasoning_content": (r"\breasoning(_content|_details)?\b(?! effort)", _each(_without("reasoning"))),
+    "cache_control": ("cache_control", _each(_without("cache_control"))),    # Gemini, Groq
+    "long descriptions": (r"description\W+string too long.*\b1024\b", _each(_with_short_description)),    # Azure
 }
 
 
@@ -3640,12 +3659,11 @@ class Ollama(Provider):
         chunks, forced = self._said(lines, request.body.get("parallel_tool_calls", True)), forced_tools(request.body)
         return as_call(only_json(chunks), forced) if forced else chunks
 
-    def passes_text(self, request: ChatRequest) -> bool:
-        return not forced_tools(request.body)
-
-    def text_event_of(self, request: ChatRequest) -> TextEvent:
+    def text_event_of(self, request: ChatRequest) -> TextEvent | None:
         native = request.native_to(self.name)
-        return TextEvent(_GENERATED_TEXT, b"\n") if native and native.path == GENERATE_PATH else self.text_event
+        if native and native.path == GENERATE_PATH:
+            return TextEvent(_GENERATED_TEXT, b"\n")
+        return None if forced_tools(request.body) else self.text_event
 
     def _said(self, lines: Lines, parallel: bool) -> Iterator[Any]:
         yield chunk_of(content="")
@@ -3842,8 +3860,6 @@ def _claude_model(name: str) -> _ClaudeModel:
     return next(model for pattern, model in _CLAUDE_MODELS if re.fullmatch(pattern, base, re.S))
 
 
-_CLAUDE_TEXTS = (("content", "text"), ("reasoning_content", "thinking"))    # in a chunk, in a block or its delta
-
 
 class Claude(Provider):
     """Anthropic's Messages API, in both directions."""
@@ -3862,9 +3878,6 @@ class Claude(Provider):
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         # 2023-06-01 and not 2026-10-21: the later version refuses temperature and top_p for every model.
         return {"anthropic-version": "2023-06-01", **present({"x-api-key": endpoint.key})}
-
-    def listed(self, item: Json) -> Model:
-        return dataclasses.replace(super().listed(item), max_output=tokens_in(item, ("max_tokens",)))
 
     def abilities(self, item: Json) -> frozenset[str]:
         told = {"vision": "image_input", "file": "pdf_input", "thinking": "thinking"}
@@ -3968,8 +3981,8 @@ class Claude(Provider):
         chunks = self._chunks(lines, own)
         return only_json(chunks) if json_wanted(request.body) == {} else chunks
 
-    def passes_text(self, request: ChatRequest) -> bool:
-        return json_wanted(request.body) != {}
+    def text_event_of(self, request: ChatRequest) -> TextEvent | None:
+        return self.text_event if json_wanted(request.body) != {} else None
 
     def decode(self, lines: Lines, request: ChatRequest) -> Iterator[Any]:
         return self._chunks(lines, {}, request) if request.native_to(self.name) else super().decode(lines, request)
@@ -4043,7 +4056,8 @@ class Claude(Provider):
             if block["keys"] and isinstance(whole, dict):
                 whole = {block["keys"].get(name, name): value for name, value in whole.items()}
             yield from [] if text and not block["keys"] else [tool_chunk(index, whole or text or {})]
-        said = present({name: text_in(piece.get(field) or "") for name, field in _CLAUDE_TEXTS})
+        said = present({"content": text_in(piece.get("text") or ""),
+                        "reasoning_content": text_in(piece.get("thinking") or "")})
         if said:
             yield chunk_of(**said)
 
@@ -4207,23 +4221,18 @@ def configured_targets(settings: Settings) -> tuple[Target, ...]:
     """Return the targets that flags and variables name, local ones (of --local-model) first.  Raises UsageError."""
     if settings.cloud_api_key and not settings.cloud_model:
         raise UsageError("--cloud-api-key needs the --cloud-model that it is for")
-    local = [_local_target(settings, spec) for spec in settings.local_model]
+    local = [_target(settings, "--local-model", spec) for spec in settings.local_model]
+    for spec, target in zip(settings.local_model, local):
+        if not may_be_local(target.endpoint, target.model):
+            raise UsageError(f"--local-model {spec}: a cloud answers this model; name it with --cloud-model, or say "
+                             f"where it runs, like {target.endpoint.provider}:NAME@http://127.0.0.1:8080/v1")
     cloud = [_target(settings, "--cloud-model", spec, "" if number else settings.cloud_api_key)
              for number, spec in enumerate(settings.cloud_model)]
     if not cloud:
         usual = [_target(settings, "", f"{provider.name}:{provider.default_model}")
                  for provider in PROVIDERS.values() if provider.default_model]
         cloud = [target for target in usual if not target.endpoint.lacks_key]
-    return tuple(dict.fromkeys(local + cloud))
-
-
-def _local_target(settings: Settings, spec: str) -> Target:
-    """Return the target of a --local-model.  Raises UsageError."""
-    target = _target(settings, "--local-model", spec)
-    if not may_be_local(target.endpoint, target.model):
-        raise UsageError(f"--local-model {spec}: a cloud answers this model; name it with --cloud-model, or say where "
-                         f"it runs, like {target.endpoint.provider}:NAME@http://127.0.0.1:8080/v1")
-    return target._replace(side=Side.LOCAL)
+    return tuple(dict.fromkeys([*(target._replace(side=Side.LOCAL) for target in local), *cloud]))
 
 
 def _target(settings: Settings, option: str, spec: str, key: str = "") -> Target:
@@ -4258,8 +4267,7 @@ def _target(settings: Settings, option: str, spec: str, key: str = "") -> Target
     return Target(endpoint, model, Side.CLOUD)
 
 
-@dataclasses.dataclass(frozen=True)
-class Alias:
+class Alias(NamedTuple):
     """A further name, which may have wildcards, and what it means in turn: targets' names, or targets themselves."""
     name: str
     targets: tuple[str | Target, ...]
@@ -4267,11 +4275,6 @@ class Alias:
     def __str__(self) -> str:
         told = [target.id if isinstance(target, Target) else target for target in self.targets]
         return f"alias {self.name}={','.join(told)}"
-
-    @property
-    def is_pattern(self) -> bool:
-        """True if it has wildcards, and so is not a name to ask for."""
-        return any(mark in self.name for mark in "*?[")
 
 
 def configured_aliases(settings: Settings, known: Sequence[Target]) -> tuple[Alias, ...]:
@@ -5491,7 +5494,7 @@ class Gateway:
         for where, name in [key for key, names in tuple(self._hidden.items()) if key[0] == endpoint and (
                 key[1] in shown or names != shown and not names & shown)]:
             self._hidden.pop((where, name), None)    # it is shown, or what was in memory with it is gone
-        return dataclasses.replace(probe, models=probe.models and tuple([
+        return probe._replace(models=probe.models and tuple([
             dataclasses.replace(model, cold=model.cold and (endpoint, model.name) not in self._hidden)
             for model in probe.models]))
 
@@ -5711,7 +5714,7 @@ class Gateway:
         elif usual:
             target = usual[0]
         else:
-            raise NoTarget("There is no model for embeddings: start Ollama and pull one (`ollama pull nomic-embed-text`) "
+            raise NoTarget("No model makes embeddings: start Ollama and pull one (`ollama pull nomic-embed-text`) "
                            "or set OPENAI_API_KEY, or name one with --embedding-model.", retry=False)
         for side in ({name, route} - {target.side.value}) & {"local", "cloud"}:
             raise BadRequest(f"No embeddings are made {side}: the model for them is {target.id}, and another one's "
@@ -5818,7 +5821,7 @@ class Gateway:
 
     def catalogue(self) -> dict[str, Model]:
         """Return what is known of each name that can be asked for.  Does not wait."""
-        snapshot, aliases = self.snapshot(), [alias.name for alias in self.aliases if not alias.is_pattern]
+        snapshot, aliases = self.snapshot(), [alias.name for alias in self.aliases if not set("*?[") & {*alias.name}]
         found = {name: self.known(name, snapshot) for name in (*OWN_NAMES, *aliases)}
         found.update({target.id: self._planned(target, snapshot) for target in (*snapshot.targets, *self._embedders)})
         for model in installed(self._ollama, snapshot.readings):
@@ -6150,7 +6153,7 @@ class Dispatch:
         provider, started, begun, tokens = PROVIDERS[target.endpoint.provider], 0.0, 0.0, 0
         timings: Json | None = None
         is_foreign = provider.translates and not request.native_to(provider.name)    # its client can't read its timings
-        may_pass = request.stream and self._settings.on_cut != "continue" and provider.passes_text(request)
+        may_pass = request.stream and self._settings.on_cut != "continue"
         try:
             with self._exchange(request, target) as (answer, started):
                 for chunk in _decoded(answer, provider, request):
@@ -7695,6 +7698,7 @@ class Completions(Front):
         return dataclasses.replace(request, origin=body, native=native if suffix else None)
 
 
+
 # --- 11. Embeddings ---------------------------------------------------------------------------------------------------
 
 def _is_input(value: Any) -> bool:
@@ -8577,7 +8581,7 @@ input, select, textarea, button { font: inherit; color: inherit; background: var
   border-radius: 6px; padding: .3rem .7rem; max-width: 100% } .main { background: var(--ink); color: var(--card) }
 textarea { width: 100%; display: block; margin: .2rem 0 .5rem; resize: vertical } :disabled { opacity: .5 }
 p { margin: 0 } :focus-visible { outline: 3px solid var(--cloud); outline-offset: 2px }
-#answer { white-space: pre-wrap; max-height: 20rem; overflow: auto }
+#answer { white-space: pre-wrap }
 @media (max-width: 700px) { thead { position: absolute; clip-path: inset(50%) } #plan { font-size: 1.1rem }
   tr { display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .4rem 0; border-top: 1px solid var(--line) }
   td { border: 0; padding: 0 } .all { flex: 1 0 100% } .top { order: -1; min-width: 0 } td:empty { display: none }
@@ -8595,11 +8599,11 @@ autocomplete="current-password"></label> <button class="main">Show</button>
 <section class="card"><h2>Device</h2><div id="device"></div></section>
 <section class="card"><h2>Network</h2><div id="network"></div></section>
 <section class="card"><h2>Try a prompt</h2>
-<form id="try"><label for="prompt" class="dim">Prompt (Ctrl+Enter sends it)</label>
+<form id="try"><label for="prompt" class="dim">Prompt</label>
 <textarea id="prompt" rows="3" required>Say hello in one sentence.</textarea>
 <div class="row"><select id="model" aria-label="Model"></select><button id="send" class="main">Send</button>
 <button id="stop" type="button" disabled>Stop</button></div></form>
-<p id="who" role="status"></p><div id="answer" role="log" aria-label="Answer" tabindex="0"></div></section>
+<p id="who" role="status"></p><div id="answer" role="log" aria-label="Answer"></div></section>
 <section class="card wide"><h2>Who answered</h2><div id="lanes"></div></section>
 <section class="card wide"><h2>Targets</h2><table><thead><tr><th>Target<th>State<th class="num">First token
 <th class="num">Tokens/s<th class="num">In flight<th class="num">Rests<tbody id="targets"></table></section>
@@ -8725,7 +8729,6 @@ function show({version, plan, reasons, thresholds, requests: last, targets: all,
   put("requests", requests, last);
   put("model", names => names.map(option), ["auto", ...SIDES, ...all.map(target => target.id)]);
   $("now").className = "card wide by-" + side;
-  document.title = side + " – Oblix";
   $("key").hidden = true;
   live("ok", "live");
   seen = `; below is how it was at ${clock(Date.now() / 1000)}`;
@@ -8744,7 +8747,6 @@ async function look() {
     status = await reply.json();
   } catch {
     live("bad", `no answer from the server${seen}; asking again`);
-    document.title = "✕ Oblix";
   }
   clearTimeout(timer);
   if (!document.hidden) timer = setTimeout(look, EVERY_MS);
@@ -8792,9 +8794,7 @@ async function ask(model, content, signal) {
       $("who").append(` (first token after ${since(begun).toFixed(2)} s).`);
       first = performance.now();
     }
-    const box = $("answer"), follows = box.scrollHeight - box.scrollTop - box.clientHeight < 30;
-    box.append(thought ? el("span", {class: "dim"}, thought) : "", text ?? "");
-    if (follows) box.scrollTop = box.scrollHeight;
+    $("answer").append(thought ? el("span", {class: "dim"}, thought) : "", text ?? "");
   }
   if (tokens) $("who").append(` ${tokens} tokens, ${(tokens / since(first)).toFixed()} a second.`);
 }
@@ -8817,9 +8817,6 @@ async function send(event) {
 $("try").addEventListener("submit", send);
 $("key").addEventListener("submit", takeKey);
 $("stop").addEventListener("click", () => asking.abort());
-$("prompt").addEventListener("keydown", event => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("send").disabled) $("try").requestSubmit();
-});
 document.addEventListener("visibilitychange", () => document.hidden ? clearTimeout(timer) : look());
 $("base").textContent = location.origin + "/v1";
 look();
@@ -8893,7 +8890,7 @@ def demo(settings: Settings) -> Iterator[Settings]:
 
 
 # === 15. Command line =================================================================================================
-# uses: 1 2 6 9 10 12 14
+# uses: 1 2 4 6 9 10 12 14
 # What does a person see at the start?  In ten seconds: the address, what was found, what `auto` will do, what to fix.
 # And what can a person ask for in a terminal?
 
@@ -8904,8 +8901,6 @@ HANG_UP = getattr(signal, "SIGHUP", 0)    # the terminal is gone; Windows does n
 # After the start it gives back 13 of 32 MiB, after 500 streams 6 of 42; a look takes 0.1 ms.
 TIDY_S: float | None = 2.0 if sys.platform == "linux" else None
 
-FACT_WORDS = {"cpu_percent": "CPU {}%", "memory_percent": "memory {}%", "load_per_core": "load {} per core",
-              "gpu_percent": "GPU {}%", "battery_percent": "battery {}%", "temperature_c": "{} C"}
 SYSLOG = {"CRITICAL": 3, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}    # level -> priority (sd-daemon(3))
 
 
@@ -8937,7 +8932,7 @@ def findings(health: Json) -> list[str]:
     for side in Side:
         report = health[side.value]
         known = {name: value for name, value in report["facts"].items() if name.split("_")[0] not in report["reason"]}
-        facts = ", ".join(words.format(known[name]) for name, words in FACT_WORDS.items() if name in known)
+        facts = ", ".join(words.format(known[name]) for name, (words, *_) in LIMITS.items() if name in known)
         level = report["level"] + (f": {report['reason']}" if report["reason"] else "")
         lines += [f"  {side.value:<7} {level}" + (f" ({facts})" if facts else "")]
         lines += [f"          {target['id']} is {target['state']}" for target in health["targets"]
@@ -8971,6 +8966,9 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None
     """Run a command; the server ends the process later: see `run_server`.  Return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv and argv[0] in COMMANDS else ""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
     try:
         own, flags = _command_words(command, argv[bool(command):])
         settings = with_keys_from_files(Settings.parse(flags, os.environ if env is None else env))
@@ -9009,8 +9007,6 @@ def say(text: str, stream: str = "stdout") -> None:
 
     def write() -> None:
         with contextlib.suppress(OSError, ValueError):
-            if isinstance(getattr(sys, stream), io.TextIOWrapper):
-                getattr(sys, stream).reconfigure(errors="backslashreplace")    # a terminal need not know a model's name
             print(text, file=getattr(sys, stream), flush=True)
             said.append(text)
 
@@ -9081,12 +9077,11 @@ class _LogWriter(logging.Handler):
 
 def start_log(settings: Settings) -> None:
     """Log to stderr."""
-    handler = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii"))    # None where it is closed
-    handler.setFormatter(_LogFormatter(settings.log_json, journal=False))
+    handler, place = _LogWriter(sys.stderr or open(os.devnull, "w", encoding="ascii")), ""    # None where it is closed
     with contextlib.suppress(OSError, ValueError):    # a stderr that is not a file
-        stderr = os.fstat(handler.stream.fileno())
-        if os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}":    # systemd.exec(5)
-            handler.setFormatter(_LogFormatter(settings.log_json, journal=True))
+        stderr = os.fstat(handler.stream.fileno())    # JOURNAL_STREAM: systemd.exec(5)
+        place = f"{stderr.st_dev}:{stderr.st_ino}"
+    handler.setFormatter(_LogFormatter(settings.log_json, os.environ.get("JOURNAL_STREAM") == place))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     # What no line shows need not be found out for each (logging's documentation, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -9104,8 +9099,7 @@ def run_server(settings: Settings, _: argparse.Namespace) -> int:
             status = _serve(settings, waiting)
         except Exception as error:
             status = _status_of(error)
-        for handler in logging.root.handlers:    # os._exit leaves out what writes the last lines
-            handler.close()
+        logging.shutdown()    # writes the last lines, which os._exit leaves out
         os._exit(status)
 
     if (3, 12) <= sys.version_info < (3, 12, 3):    # no thread could start after the script's end (cpython#113964)
@@ -9217,7 +9211,7 @@ def reached(settings: Settings, settle_s: float) -> Iterator[Peer]:
     host, server = settings.host.strip("[]"), ""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     peer = Peer(host, settings.port, settings.api_key)
-    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(peer.ask("/health")) as response:
+    with contextlib.suppress(OSError, http.client.HTTPException), peer.ask("/health") as response:
         server = response.headers.get("Server", "unknown")
     if server.startswith("oblix/"):
         yield peer
@@ -9259,12 +9253,11 @@ class Conversation:
 
         What has been said stays in the conversation, also of an answer that breaks off.
         """
-        self.messages.append({"role": "user", "content": text})
-        asked = {"model": self.model, "messages": self.messages, "stream": True,
-                 "stream_options": {"include_usage": True}}
+        messages = [*self.messages, {"role": "user", "content": text}]
+        asked = {"model": self.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
         said, thinks, last, started, first = "", False, Json(), time.monotonic(), 0.0
         try:
-            with contextlib.closing(self.peer.ask("/v1/chat/completions", asked)) as response:
+            with self.peer.ask("/v1/chat/completions", asked) as response:
                 lines = (line.rstrip(b"\r\n") for line in response)
                 if response.status != 200:
                     told_by(response)
@@ -9279,10 +9272,8 @@ class Conversation:
                     show(piece, sys.stdout)
         finally:
             if said:
-                self.messages.append({"role": "assistant", "content": said})
+                self.messages = [*messages, {"role": "assistant", "content": said}]
                 show("\n", sys.stdout)
-            else:
-                self.messages.pop()
         self._tell(response.headers, last, first - started, time.monotonic() - first)
 
     def _tell(self, headers: http.client.HTTPMessage, last: Chunk, first_s: float, rest_s: float) -> None:
@@ -9311,9 +9302,6 @@ class Conversation:
 
 def run_chat(settings: Settings, asked: argparse.Namespace) -> int:
     """Talk until the person ends it, or answer what comes through a pipe.  Return the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     with reached(settings, 1.0) as peer:
         talk = Conversation(peer, asked.model, asked.show_metrics)
         if not sys.stdin.isatty():
@@ -9346,11 +9334,8 @@ def _line_typed() -> str:
 
 def run_models(settings: Settings, _: argparse.Namespace) -> int:
     """Print what there is on both sides.  Return the exit status."""
-    told = []
     with reached(dataclasses.replace(settings, warm_up="never"), 6.0) as peer:
-        for path in ("/v1/models", "/health", "/api/tags"):
-            with contextlib.closing(peer.ask(path)) as response:
-                told.append(told_by(response))
+        told = [told_by(peer.ask(path)) for path in ("/v1/models", "/health", "/api/tags")]
     rows = [("MODEL", "SIDE", "STATE", "SIZE", "CONTEXT", "CAN"), *model_rows(*told)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))

@@ -4396,6 +4396,22 @@ class LearnedParameters(Case):
                 self.answered(ask(server, upstream.target, stream=stream, **fields), "Hello")
                 self.assertEqual(len(upstream.requests), 3, "it was not remembered")
 
+    def test_what_servers_want_otherwise_in_a_conversation_is_learned(self):
+        asked = {**talk(HI, assistant(None, ("call_abcd", "now", "{}")), result("call_abcd", "3"), HI),
+                 "tools": [{"type": "function", "function": {**TOOLS[0]["function"], "description": "x" * 1025}}]}
+        for words, fits in (
+                ("Unexpected role 'user' after role 'tool'", lambda body: [one["role"] for one in body["messages"]] == [
+                    "user", "assistant", "tool", "assistant", "user"]),
+                ("Invalid 'tools[0].function.description': string too long. Expected a string with maximum length "
+                 "1024, but got a string with length 1025 instead.",
+                 lambda body: body["tools"][0]["function"]["description"] == "x" * 1024)):
+            def script(dialect, request, words=words, fits=fits):
+                return answer(Text("Hello"))(dialect, request) if fits(request.json) else whole(400, gave(words))
+            with self.subTest(words), Upstream(OPENAI, script) as upstream, running(upstream) as server:
+                for _ in range(2):
+                    self.answered(ask(server, upstream.target, **asked), "Hello")
+                self.assertEqual(len(upstream.requests), 3)
+
     def test_what_is_refused_is_found_in_each_vendors_words(self):
         for refused, forever, status, who, body in PARAMETERS:
             with self.subTest(who, refused=refused):
@@ -15255,7 +15271,7 @@ class Page(Case):
         with running(self.local) as server:
             self.opened(server)
             found = [(role, name) for role, name in self.browser.names() if role != "RootWebArea"]
-        self.assertEqual({role for role, _ in found}, {"textbox", "combobox", "button", "log", "region"} | {
+        self.assertEqual({role for role, _ in found}, {"textbox", "combobox", "button", "region"} | {
             role for role, _ in found if role in ("option", "MenuListOption")})
         self.assertEqual([one for one in found if not one[1]], [])
 
