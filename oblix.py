@@ -4079,10 +4079,11 @@ class Claude(Provider):
 def _with_native(event: Json, said: Sequence[Chunk]) -> Iterator[Chunk]:
     """Yield an event's chunks for a client of its own dialect: the first has the event, and the others nothing.
 
-    A block that has no place in a chat, as of a tool that Claude runs itself, is content to this client.
+    Any block but a text is content to this client as it begins: of a thought or of a tool that Claude runs itself
+    nothing else may come for long.
     """
     kind = (event.get("content_block") or {}).get("type", "text")
-    for number, chunk in enumerate(said or ({} if kind in ("text", "thinking") else chunk_of(block=kind),)):
+    for number, chunk in enumerate(said or ({} if kind == "text" else chunk_of(block=kind),)):
         yield {"choices": [], **chunk, "native": {} if number else event}
 
 

@@ -11458,16 +11458,17 @@ class Messages(Case):
 
         def answered(count):
             writer = oblix.MESSAGES.stream(oblix.ChatRequest("m", {"messages": [HI]}))
-            for number, name, text in ((0, "f", '{"a": "'), (1, "g", "{"), *[(0, None, "x}")] * count):
+            for number, name, text in ((0, "f", '{"a": "'), (1, "g", "{"), *[(0, None, "x" * 50 + "}")] * count):
                 writer.take({**oblix.tool_chunk(number, text, "c", name), "id": "1", "model": "m"})
 
         def took(work, count):
-            started = time.thread_time()
-            work(count)
-            return time.thread_time() - started
+            times = [time.thread_time()]
+            for _ in range(3):
+                work(count)
+                times.append(time.thread_time())
+            return min(after - before for before, after in zip(times, times[1:]))
         for work in (asked, answered):
-            took(work, 10)
-            self.assertLess(took(work, 16_000), 32 * 3 * took(work, 500))
+            self.assertLess(took(work, 16_000), 32 * 6 * took(work, 500))
 
     def test_claude_gets_a_request_as_it_came_but_for_the_model(self):
         tools = [{**CLAUDE_TOOLS[0], "cache_control": {"type": "ephemeral"}},
@@ -11530,18 +11531,19 @@ class Messages(Case):
             self.assertEqual(told.calls, [[LONG_NAME, {}]])
 
     def test_a_block_that_only_claude_has_is_an_answer(self):
-        block = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {}}
+        """Also a thought that is not shown, which may take a minute."""
         first, *_, last, end = CLAUDE.events(Saying((), "stop", 9, 7))
-        events = [first, CLAUDE.event("content_block_start", index=0, content_block=block),
-                  CLAUDE.event("content_block_stop", index=0), last, end]
-        message = {**CLAUDE.whole(Saying((), "stop", 9, 7)), "content": [block]}
-        with running(self.ollama, self.claude, flags=["--prefer=cloud"]) as server:
-            self.claude.play(lambda _, request: streamed(CLAUDE, events) if request.json["stream"] else whole(
-                200, message))
-            for stream in (False, True):
+        for kind, stream in itertools.product(("server_tool_use", "redacted_thinking", "thinking"), (False, True)):
+            block = {"type": kind, "id": "b1", **({"thinking": "", "signature": "Zg=="} if kind == "thinking" else {})}
+            events = [first, CLAUDE.event("content_block_start", index=0, content_block=block),
+                      CLAUDE.event("content_block_stop", index=0), last, end]
+            message = {**CLAUDE.whole(Saying((), "stop", 9, 7)), "content": [block]}
+            self.claude.play(streamed(CLAUDE, events) if stream else whole(200, message))
+            with self.subTest(kind, stream=stream), running(
+                    self.ollama, self.claude, flags=["--prefer=cloud"]) as server:
                 reply = self.asks(messages("auto", stream=stream), server=server)
                 self.assertEqual(reply.headers["x-oblix-model"], CLAUDE_ID)
-                self.assertIn(b"srvtoolu_1", reply.body)
+                self.assertIn(b'"b1"', reply.body)
         self.claude.play(answer(Text("Hello")))
 
     def test_claude_s_answer_goes_back_as_it_comes(self):
@@ -11706,7 +11708,7 @@ class Messages(Case):
                 OLLAMA, delayed(0.5, by=answer(Text("Hello")))) as upstream, running(upstream) as server:
             reply = self.asks(messages(stream=True), server=server)
         events = MessagesKeepTheContract.events(self, reply.body)
-        self.assertEqual([event["type"] for event in events[:3]], ["ping"] * 3)
+        self.assertEqual([event["type"] for event in events[:1]], ["ping"])
         self.assertEqual(events[-1], {"type": "message_stop"})
 
     def test_a_thought_ends_with_the_place_of_its_signature(self):
