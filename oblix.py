@@ -2634,7 +2634,7 @@ def is_permanent(param: str, error: UpstreamError) -> bool:
 # What may not be dropped to please a model: without it the answer would be to another question.
 ESSENTIAL = frozenset({"model", "messages", "tools", "tool_choice", "response_format", "format", "output_config", "n",
                        "stream", "system", "max_tokens", "max_completion_tokens", "modalities", "functions",
-                       "function_call", "audio", "input", "dimensions"})
+                       "function_call", "audio", "input"})
 
 # What errors say of a parameter, in lower case, and what of one of its values, or of it beside another one.
 _UNSUPPORTED = "|".join((
@@ -3519,13 +3519,15 @@ class OpenAI(Provider):
         return self.text_event if request.body.get("n", 1) == 1 else None
 
     def embed(self, inputs: Sequence[Any], request: EmbeddingRequest, target: Target) -> Json:
-        return {"model": target.model, "input": inputs, "encoding_format": "base64" if request.in_base64 else "float",
+        in_base64 = request.in_base64 and is_at(target.endpoint.base_url, self.vendor)    # others fail at it
+        return {"model": target.model, "input": inputs, **({"encoding_format": "base64"} if in_base64 else {}),
                 **request.body}
 
     def vectors(self, answer: Json) -> tuple[list[Any], int]:
-        by_index = {item.get("index"): item for item in answer["data"]}
-        found = answer["data"] if len(by_index) < 2 else [by_index[number] for number in range(len(answer["data"]))]
-        return [item["embedding"] for item in found], (answer.get("usage") or {}).get("prompt_tokens") or 0
+        found, usage = answer["data"], answer.get("usage") or {}
+        by_index = {item.get("index") or 0: item for item in found}    # Gemini leaves a 0 out, some have no other
+        found = found if len(by_index) < 2 else [by_index[number] for number in range(len(found))]
+        return [item["embedding"] for item in found], usage.get("prompt_tokens", usage.get("total_tokens")) or 0
 
 
 def _with_short_ids(message: Json) -> Json:
@@ -4320,28 +4322,28 @@ def embedding_targets(settings: Settings) -> tuple[Target, ...]:
     return (_placed(_target(settings, "--embedding-model", settings.embedding_model)),)
 
 
-def batches(inputs: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
-    """Yield the inputs of an embedding in as few requests as its server takes, as far as is known."""
-    start = size = 0
-    for place, one in enumerate(inputs):
-        if place > start and (place - start == most or size + len(one) > MAX_BATCH):
-            yield inputs[start:place]
-            start, size = place, 0
-        size += len(one)
-    if inputs:
-        yield inputs[start:]
+def first_of(inputs: Sequence[Any], most: int) -> Sequence[Any]:
+    """Return the first of the inputs of an embedding that go in one request, `most` at most and one at least."""
+    sizes = itertools.accumulate(map(len, inputs[:most]))
+    return inputs[:max(sum(1 for size in sizes if size <= MAX_BATCH), 1)]
 
 
 # At once: some servers take no more than 32 (TEI); of OpenAI's vectors, of 3072 numbers each, JSON may have 256 here.
+# Others say so: DashScope takes 10, and Mistral counts the tokens of all.
 MOST_INPUTS = (32, 256)
+TOO_MANY = re.compile(r"(?i)\bbatch|array.*(too long|max)|too many|tokens per request|at most \d+ (items|inputs)")
 MAX_BATCH = 200_000    # characters, or tokens: OpenAI takes 300,000 tokens, and a character is seldom more than one
 
 
 def check_dimensions(one: Any, request: EmbeddingRequest) -> None:
-    """Raise Unsupported if a vector has another size than was asked for: some servers can't, and don't say so."""
+    """Raise Unsupported if a vector has another size than was asked for.
+
+    Some servers take no notice of it.  Those that refuse it are asked without, as many clients say the usual size.
+    """
     asked = request.body.get("dimensions")
     if asked and len(one) != ((4 * asked + 2) // 3 * 4 if request.in_base64 else asked):
-        raise Unsupported("The model makes vectors of one size only: leave dimensions out.", param="dimensions")
+        raise Unsupported(f"The model made no vectors of {asked} numbers: leave dimensions out, or ask for others.",
+                          param="dimensions")
 
 
 def vector(told: Any, in_base64: bool) -> Any:
@@ -5683,17 +5685,17 @@ class Gateway:
         place.  A `route` of local or cloud excludes the other side.  Raise OblixError, and what the look raises.
         """
         target, until = self._embedder(request, route, look), time.monotonic() + self.settings.request_timeout_s
-        provider, vectors, tokens = PROVIDERS[target.endpoint.provider], list[Any](), 0
+        vectors, tokens = list[Any](), 0
+        most = MOST_INPUTS[is_at(target.endpoint.base_url, PROVIDERS[target.endpoint.provider].vendor)]
         try:
             with self.ledger.flight(target), _without_key(target.endpoint):
-                for inputs in batches(request.inputs, MOST_INPUTS[is_at(target.endpoint.base_url, provider.vendor)]):
-                    encoded = provider.embed(inputs, request, target)
-                    answer = self.open(target, provider.embed_path, encoded, self.limits._replace(until=until), look)
-                    with contextlib.closing(answer), _in_its_format():
-                        found, count = provider.vectors(event_of(answer.body()))
-                        vectors, tokens = vectors + [vector(one, request.in_base64) for one in found], tokens + count
-                        if len(found) != len(inputs) or len({*map(len, vectors)}) > 1:
-                            raise ValueError("a vector is missing, or longer than another")
+                while len(vectors) < len(request.inputs):
+                    inputs = first_of(request.inputs[len(vectors):], most)
+                    found, count = self._vectors(target, inputs, request, self.limits._replace(until=until), look)
+                    most = most if found else len(inputs) // 2
+                    vectors, tokens = vectors + found, tokens + count
+                    if len({*map(len, vectors)}) > 1:
+                        raise UpstreamError("its vectors differ in length", code="bad_upstream_answer")
         except UpstreamError as error:
             self.note(target, error)
             if error.fault not in (Fault.REFUSED, Fault.TOO_LONG, Fault.CLIENT):
@@ -5704,6 +5706,22 @@ class Gateway:
             self.note(target, None)
             check_dimensions(vectors[0], request)
         return target, vectors, tokens
+
+    def _vectors(self, target: Target, inputs: Sequence[Any], request: EmbeddingRequest, limits: Limits,
+                 look: Look) -> tuple[list[Any], int]:
+        """Return the vectors of inputs and their tokens; no vectors if the server takes fewer inputs at once."""
+        provider = PROVIDERS[target.endpoint.provider]
+        try:
+            answer = self.open(target, provider.embed_path, provider.embed(inputs, request, target), limits, look)
+        except UpstreamError as error:
+            if len(inputs) > 1 and error.status in (400, 413, 422) and TOO_MANY.search(error.message):
+                return [], 0
+            raise
+        with contextlib.closing(answer), _in_its_format():
+            found, count = provider.vectors(event_of(answer.body()))
+            if len(found) != len(inputs):
+                raise ValueError("a vector is missing")
+            return [vector(one, request.in_base64) for one in found], count
 
     def _embedder(self, request: EmbeddingRequest, route: str, look: Look) -> Target:
         """Return the one target for embeddings that a model's name stands for.  Raise OblixError."""

@@ -12140,7 +12140,7 @@ def embedding(as_asked=True, rewrite=None, **body):
         if dialect is OLLAMA:
             told = {"model": request.json["model"], "embeddings": vectors, "prompt_eval_count": len(inputs)}
         else:
-            if as_asked == (request.json["encoding_format"] == "base64"):
+            if as_asked == ("encoding_format" in request.json):
                 vectors = [base64.b64encode(struct.pack("<3f", *one)).decode() for one in vectors]
             data = [{"object": "embedding", "index": number, "embedding": one} for number, one in enumerate(vectors)]
             told = {"object": "list", "data": data[::-1], "model": request.json["model"],
@@ -12223,11 +12223,10 @@ class Embedding(Case):
                 running(local, cloud) as server:
             own = {"input_type": "query", "truncate": "END"}    # NVIDIA's servers want the first
             embed(server, cloud.target, input=["a"], dimensions=3, user="u", encoding_format="base64", **own)
-            self.assertEqual(cloud.last.json, {"model": "gpt-test", "input": ["a"], "encoding_format": "base64",
-                                               "dimensions": 3, "user": "u", **own})
+            asked = {"model": "gpt-test", "input": ["a"], "dimensions": 3}
+            self.assertEqual(cloud.last.json, {**asked, "user": "u", **own})
             embed(server, cloud.target, "/api/embed", input=["a"], dimensions=3, options={"num_ctx": 9}, truncate=True)
-            self.assertEqual(cloud.last.json, {"model": "gpt-test", "input": ["a"], "encoding_format": "float",
-                                               "dimensions": 3})
+            self.assertEqual(cloud.last.json, asked)
             self.assertEqual((cloud.last.path, cloud.last.headers["Authorization"]),
                              ("/v1/embeddings", "Bearer " + OPENAI.key))
             self.assertEqual(self.vectors(embed(server, cloud.target, input=[1, 2])), [vector_for([1, 2])])
@@ -12273,6 +12272,23 @@ class Embedding(Case):
                 del upstream.requests[:]
                 self.assertEqual(len(self.vectors(embed(server, upstream.target, input=["x"] * 600))), 600)
                 self.assertEqual([len(request.json["input"]) for request in upstream.requests], [256, 256, 88])
+
+    def test_what_a_server_finds_too_many_is_sent_in_smaller_parts(self):
+        for status, words in ((400, "Value error, batch size is invalid, it should not be larger than 10."),
+                              (413, "batch size 32 > maximum allowed batch size 10"),
+                              (422, "Value should have at most 10 items after validation, not 32"),
+                              (400, "Too many tokens overall, split into more batches."),
+                              (400, "'$.input' is invalid: array too long, expected an array with maximum length 10")):
+            def script(dialect, request, status=status, words=words):
+                return (error(status, words) if len(request.json["input"]) > 10 else embedding())(dialect, request)
+            with Upstream(OPENAI, script) as upstream, running(upstream) as server:
+                texts = ["x" * number for number in range(1, 41)]
+                reply = embed(server, upstream.target, input=texts)
+                self.assertEqual(self.vectors(reply), [*map(vector_for, texts)], words)
+                self.assertEqual([len(request.json["input"]) for request in upstream.requests], [32, 16, 8, 8, 8, 8, 8])
+        with Upstream(OPENAI, error(400, "batch, batch, batch")) as upstream, running(upstream) as server:
+            self.refused(embed(server, upstream.target, input=["a"] * 4), 400, "batch")
+            self.assertEqual([len(request.json["input"]) for request in upstream.requests], [4, 2, 1])
 
     def test_the_newest_local_model_is_the_usual_one_and_it_stays(self):
         with with_embedders("new:latest", "old:latest") as local, cloudy(embedding()) as cloud, \
@@ -12359,19 +12375,21 @@ class Embedding(Case):
         texts = [str(number) * (number + 1) for number in range(10)]
         for places, status in (([None] * 10, 200), ([0] * 10, 200), (range(10), 200), (range(9, -1, -1), 200),
                                (map(str, range(10)), 502), ([0, *range(9)], 502), (range(1, 11), 502),
-                               ([None, *range(1, 10)], 502), ([[]] * 10, 502)):
+                               ([None, *range(1, 10)], 200), ([0, *range(2, 11)], 502), ([{}] * 9 + [[1]], 502)):
             order = [*places]
             def reordered(told, order=order):
-                made = [vector_for(texts[place if isinstance(place, int) and any(order) else number])
+                made = [vector_for(texts[(place or 0) if any(order) else number])
                         for number, place in enumerate(order)] if status == 200 else [[0.5]] * 10
-                return {**told, "data": [{"embedding": one, **({} if place is None else {"index": place})}
-                                         for one, place in zip(made, order)]}
+                return {"usage": {"total_tokens": 7}, "data": [
+                    {"embedding": one, **({} if place is None else {"index": place})}
+                    for one, place in zip(made, order)]}
             with self.subTest(order), Upstream(OPENAI, embedding(rewrite=reordered)) as upstream, \
                     running(upstream) as server:
                 reply = embed(server, upstream.target, input=texts)
                 self.assertEqual(reply.status, status)
                 if status == 200:
                     self.assertEqual(self.vectors(reply), [*map(vector_for, texts)])
+                    self.assertEqual(reply.json["usage"]["prompt_tokens"], 7)    # as Jina says it
 
     def test_an_error_that_a_server_calls_an_answer_is_told(self):
         for dialect, told in ((OPENAI, {"error": {"message": "the model is not loaded"}}),
@@ -12382,27 +12400,33 @@ class Embedding(Case):
                 self.assertIn("the model is not loaded", reply.json["error"]["message"])
                 self.assertGreaterEqual(reply.status, 400)
 
-    def test_a_server_that_knows_no_forms_is_asked_without(self):
-        def script(dialect, request):
-            if "encoding_format" in request.json:
-                return whole(400, dialect.error("Unknown parameter: 'encoding_format'.", "invalid_request_error"))
-            body = {**request.json, "encoding_format": "float"}
-            return embedding()(dialect, types.SimpleNamespace(json=body))
+    def test_openai_alone_is_asked_for_base64(self):
+        def script(dialect, request):    # older vLLM
+            makes = error(400, "base64 encoding is not currently supported") if "encoding_format" in request.json else \
+                embedding()
+            return makes(dialect, request)
         with Upstream(OPENAI, script) as upstream, running(upstream) as server:
-            for _ in range(2):
-                reply = embed(server, upstream.target, input="Hi", encoding_format="base64")
-                self.assertEqual(self.vectors(reply), [vector_for("Hi")])
-            self.assertEqual(len(upstream.requests), 3)    # it is known by then
+            reply = embed(server, upstream.target, input="Hi", encoding_format="base64")
+            self.assertEqual((self.vectors(reply), len(upstream.requests)), ([vector_for("Hi")], 1))
+            with mock.patch.object(oblix.OpenAI, "vendor", "127.0.0.1"):
+                upstream.play(embedding())
+                self.vectors(embed(server, upstream.target, input="Hi", encoding_format="base64"))
+                self.assertEqual(upstream.last.json["encoding_format"], "base64")
 
-    def test_dimensions_are_never_left_out(self):
-        for dialect, form in itertools.product((OLLAMA, OPENAI), ("base64", "float")):
-            with Upstream(dialect, embedding()) as upstream, running(upstream) as server:
-                for asked, status in ((3, 200), (2, 400), (4, 400), (768, 400)):
+    def test_a_vector_has_the_size_that_was_asked_for(self):
+        def refusing_it(words):
+            return lambda dialect, request: (
+                error(400, words) if "dimensions" in request.json else embedding())(dialect, request)
+        rows = [(OLLAMA, embedding()), (OPENAI, embedding()), *((OPENAI, refusing_it(words)) for words in (
+            "Unknown parameter: 'dimensions'.", "dimensions: Extra inputs are not permitted",    # NVIDIA's, vLLM's
+            'Model "e" does not support matryoshka representation, changing output dimensions will …'))]
+        for dialect, script in rows:
+            with Upstream(dialect, script) as upstream, running(upstream) as server:
+                for (asked, status), form in itertools.product(
+                        ((3, 200), (2, 400), (4, 400), (768, 400)), ("base64", "float")):
                     reply = embed(server, upstream.target, input="a", dimensions=asked, encoding_format=form)
                     self.assertEqual(reply.status, status, (asked, form))
-        with Upstream(OPENAI, error(400, "Unknown parameter: 'dimensions'.")) as upstream, running(upstream) as server:
-            self.refused(embed(server, upstream.target, input="a", dimensions=3), 400, "dimensions")
-            self.assertEqual(len(upstream.requests), 1)
+                    self.assertEqual("dimensions" in reply.json.get("error", {}).get("message", ""), status == 400)
 
     def test_a_client_that_leaves_ends_it(self):
         with with_embedders("e:latest", script=[HANG]) as local, running(local) as server:
