@@ -6481,13 +6481,13 @@ def error_headers(error: OblixError) -> dict[str, str]:
 # uses: 1 3 6 10; pure
 # Which APIs do clients speak?  A front is the mirror image of a provider: it makes a ChatRequest of a client's body,
 # and that API's answer, events and errors of what is said inside.  Nothing between the two knows which front was asked.
-# To add one: subclass Front, and Writer for its streams, and name it in FRONTS.
+# To add one: subclass Front, and the Writer that it names, for whole answers and streams; and name it in FRONTS.
 
 Frame = tuple[bytes, bytes]    # what is around the text of a stream's events that say nothing else
 
 
 class Writer:
-    """The client's side of one answer."""
+    """The client's side of one answer: it is asked for the whole one, or for what each chunk says."""
     event: Callable[[Json], bytes]    # writes an event of a stream
 
     def __init__(self, front: Any, request: ChatRequest) -> None:
