@@ -6441,13 +6441,21 @@ def error_headers(error: OblixError) -> dict[str, str]:
 # uses: 1 3 6 10; pure
 # Which APIs do clients speak?  A front is the mirror image of a provider: it makes a ChatRequest of a client's body,
 # and that API's answer, events and errors of what is said inside.  Nothing between the two knows which front was asked.
-# To add one: subclass Front, and Writer for its streams, and name it in FRONTS.
+# To add one: subclass Front, and the Writer that it names, for whole answers and streams; and name it in FRONTS.
 
 Frame = tuple[bytes, bytes]    # what is around the text of a stream's events that say nothing else
 
 
 class Writer:
-    """The client's side of one streamed answer."""
+    """The client's side of one answer: it is asked for the whole one, or for what each chunk says."""
+    event: Callable[[Json], bytes]    # writes an event of a stream
+
+    def __init__(self, front: Any, request: ChatRequest) -> None:
+        self._front, self._request = front, request
+
+    def whole(self, answer: Json) -> Json:
+        """Return the whole answer for a chat.completion."""
+        raise NotImplementedError
 
     def take(self, chunk: Any) -> bytes:
         """Return the events for what a chunk, or Texts, say."""
@@ -6459,12 +6467,13 @@ class Writer:
 
     def broken(self, error: OblixError) -> bytes:
         """Return the events that end an answer that broke off, of which nothing may look complete."""
-        raise NotImplementedError
+        return self.event(self._front.error(error))
 
 
 class Front:
     """An API that clients speak."""
     name: ClassVar[str]                         # for the log and for metrics
+    writer: ClassVar[type[Writer]]              # of its answers
     events: ClassVar[str] = "text/event-stream; charset=utf-8"    # the content type of its streams
     keep_alive: ClassVar[bytes] = b": keep-alive\n\n"             # what is sent where nothing else is to be said
 
@@ -6472,13 +6481,9 @@ class Front:
         """Return the request in a client's body.  Raise BadRequest."""
         raise NotImplementedError
 
-    def whole(self, answer: Json, request: ChatRequest) -> Json:
-        """Return the whole answer for a chat.completion."""
-        raise NotImplementedError
-
     def stream(self, request: ChatRequest) -> Writer:
-        """Return the writer of a streamed answer."""
-        raise NotImplementedError
+        """Return the writer of an answer, which may be a stream."""
+        return self.writer(self, request)
 
     def at_once(self, request: ChatRequest, now: int) -> Json | None:
         """Return the answer to a request that needs no model's words, or None; `now` is in unix seconds."""
@@ -6537,40 +6542,32 @@ def for_client(chunk: Chunk, include_usage: bool) -> Chunk | None:
 
 
 class _ChatWriter(Writer):
+    event = staticmethod(sse)
     _frame: Frame | None = None    # around the texts of events that say nothing else
 
-    def __init__(self, request: ChatRequest) -> None:
-        self._include_usage = request.include_usage
+    def whole(self, answer: Json) -> Json:
+        return answer
 
     def take(self, chunk: Any) -> bytes:
         if isinstance(chunk, Texts):
             return framed(chunk, self._frame)
         if not self._frame and has_content(chunk):
             self._frame = text_frame(chunk)
-        shown = for_client(chunk, self._include_usage)
+        shown = for_client(chunk, self._request.include_usage)
         return b"" if shown is None else sse(shown)
 
     def end(self) -> bytes:
         return DONE
 
-    def broken(self, error: OblixError) -> bytes:
-        return sse(error_body(error))
-
 
 class Chat(Front):
     """OpenAI's chat completions: the language inside."""
-    name = "chat"
+    name, writer = "chat", _ChatWriter
 
     def request(self, body: Json, head: Head) -> ChatRequest:
         if "messages" not in body and "input" in body:    # as Cursor asks here, in agent mode
             body = {**RESPONSES.chat(body)[0], "stream_options": body.get("stream_options")}
         return parse_request(body)
-
-    def whole(self, answer: Json, request: ChatRequest) -> Json:
-        return answer
-
-    def stream(self, request: ChatRequest) -> Writer:
-        return _ChatWriter(request)
 
 
 # --- 11. Answers in items ---------------------------------------------------------------------------------------------
@@ -6590,8 +6587,8 @@ class Item:
         self.frame: Any = None    # around each text in its event
 
     def text(self) -> str:
-        """Return what was said."""
-        return str(json.loads('"%s"' % b"".join(self.said).decode("utf-8", "replace")))
+        """Return what is said so far."""
+        return str(json.loads('"%s"' % b"".join(self.said + self.held).decode("utf-8", "replace")))
 
     def may_end(self) -> bool:
         """Return True if the next item may begin: a call is complete only when its arguments are."""
@@ -6608,8 +6605,9 @@ class ItemWriter(Writer):
     _deltas: Callable[[Item, Sequence[bytes]], bytes]        # that tell pieces of its text,
     _close: Callable[[Item], bytes]                          # and that end it
 
-    def __init__(self, request: ChatRequest) -> None:
-        self._request, self._begun = request, False
+    def __init__(self, front: Any, request: ChatRequest) -> None:
+        super().__init__(front, request)
+        self._begun = False
         self._items, self._count = list[Item](), 0    # the first is open, the others wait; how many there were
         self._finish, self._usage = "stop", Json()
 
@@ -6624,12 +6622,12 @@ class ItemWriter(Writer):
         self._begun, self._usage = True, chunk.get("usage") or self._usage
         for choice in chunk["choices"][:1]:
             self._finish = choice.get("finish_reason") or self._finish
-            self._hear(choice, choice["delta"])
+            self._hear(choice)
         return events + self._flow()
 
-    def _hear(self, choice: Json, said: Json) -> None:
+    def _hear(self, choice: Json) -> None:
         """Add to the items what a choice says, in a delta or in a message."""
-        logprobs = choice.get("logprobs")
+        said, logprobs = choice.get("delta") or choice.get("message") or {}, choice.get("logprobs")
         logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
         for field in filter(said.get, _SAID):
             self._add(field, [dumps(str(said[field]))[1:-1]])
@@ -6664,13 +6662,6 @@ class ItemWriter(Writer):
             events += self._close(item)
             del self._items[0]
         return events
-
-    def _items_of(self, answer: Json) -> list[Item]:
-        """Return the items of a whole answer."""
-        self._hear(answer["choices"][0], answer["choices"][0]["message"])
-        for item in self._items:
-            item.held, item.said = [], item.held
-        return self._items
 
 
 def _inner(call: Json) -> Json:
@@ -6910,7 +6901,7 @@ _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"
 _NO_LOGPROBS = b',"logprobs":[]'
 _ALWAYS = {"object": "response", "background": False, "error": None, "incomplete_details": None,
            "previous_response_id": None, "store": False, "truncation": "disabled"}
-_ECHOED: Json = {
+_ECHOED: Json = {    # of the request; with what is usual
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "top_logprobs": 0,
     "reasoning": {"effort": None, "summary": None}, "temperature": None, "text": {"format": {"type": "text"}},
     "tool_choice": "auto", "tools": [], "top_p": None, "user": None}
@@ -6923,9 +6914,8 @@ def _input_in(arguments: str) -> str:
     return text if isinstance(text, str) else arguments
 
 
-def _usage_of(answer: Json) -> Json | None:
-    """Return an answer's usage as this API has it."""
-    usage = answer.get("usage")
+def _usage_of(usage: Any) -> Json | None:
+    """Return chat's usage as this API has it."""
     if not usage or not isinstance(usage, dict):
         return None
     read, written = ({"usage": usage.get(name)} for name in ("prompt_tokens_details", "completion_tokens_details"))
@@ -6935,88 +6925,68 @@ def _usage_of(answer: Json) -> Json | None:
                 "reasoning_tokens": tokens_of(written, "reasoning_tokens")}, "total_tokens": usage.get("total_tokens")}
 
 
-def echo_of(body: Json) -> Json:
-    """Return what a response repeats of its request."""
-    return {name: usual if body.get(name) is None else body[name] for name, usual in _ECHOED.items()}
-
-
 def _item_of(item: Item, status: str) -> Json:
     """Return an item as the API has it."""
-    kind, text = _KINDS[item.kind], item.text()
+    kind, has_text = _KINDS[item.kind], status != "in_progress"
+    text = item.text() if has_text else ""
     part = {**kind.part, **present({"logprobs": item.logprobs}),
             kind.text: _input_in(text) if kind.text == "input" else text}
-    parts = [] if status == "in_progress" else [part]
-    return {**item.start, "status": status, **({kind.parts: parts} if kind.parts else part)}
-
-
-def _ended_as(finish: str) -> Json:
-    """Return the fields that tell how a response has ended."""
-    reason = _INCOMPLETE.get(finish)
-    return {"status": "incomplete" if reason else "completed",
-            "incomplete_details": {"reason": reason} if reason else None}
+    return {**item.start, "status": status, **({kind.parts: [part] if has_text else []} if kind.parts else part)}
 
 
 class _ResponsesWriter(ItemWriter):
-    def __init__(self, request: ChatRequest, number: int, kept: collections.deque[Json]) -> None:
-        """`number` tells the answer from others, as some servers give them all one id; `kept` gets the items."""
-        super().__init__(request)
-        self._answer, self._kept = number, kept
+    def __init__(self, front: Responses, request: ChatRequest) -> None:
+        super().__init__(front, request)
+        self._answer = next(front.numbers)    # tells it from others, as some servers give them all one id
         self._number, self._status = 0, "completed"    # of the next event, and of the last item
         self._response = Json()
 
-    @functools.cached_property
-    def _tools(self) -> dict[str, _Tool]:
-        return tools_of(self._request.origin)
-
     def whole(self, answer: Json) -> Json:
-        """Return the response for a whole answer."""
-        self._respond(answer)
-        ended, items = _ended_as(answer["choices"][0]["finish_reason"]), self._items_of(answer)
-        for item in items:
-            self._complete(item, ended["status"] if item is items[-1] else "completed")
-        return {**self._response, "usage": _usage_of(answer), **ended}
+        self.take(answer)
+        self.end()
+        return self._response
 
     def end(self) -> bytes:
-        ended = _ended_as(self._finish)
-        self._status = ended["status"]
-        return self._flow(True) + self._states(self._status, **ended)
+        reason = _INCOMPLETE.get(self._finish)
+        self._status = "incomplete" if reason else "completed"
+        events = self._flow(True)
+        return events + self._states(self._status, incomplete_details={"reason": reason} if reason else None)
 
     def broken(self, error: OblixError) -> bytes:
         # The SDKs raise the first event, and only if it has an error object; Codex reads the second, and not the first.
         told = error_body(error)["error"]
         events = b"" if self._begun else self._begin({})
         return events + self._event("error", **{**told, "error": told}) + self._states(
-            "failed", status="failed", error={"code": error.code or error.type, "message": told["message"]})
+            "failed", error={"code": error.code or error.type, "message": told["message"]})
 
     def _event(self, kind: str, **fields: Any) -> bytes:
+        if not self._request.stream:
+            return b""
         self._number += 1
         return b"event: %b\n%b" % (kind.encode(), sse({**fields, "type": kind, "sequence_number": self._number - 1}))
 
     def _states(self, *states: str, **fields: Any) -> bytes:
         """Return the events that tell how the whole answer is."""
-        told, events = dumps({**self._response, "usage": _usage_of({"usage": self._usage}), **fields}), b""
-        for state in states:    # the tools alone may have 30 KB: they are encoded once
-            events += self._event(f"response.{state}")[:-3] + b',"response":%b}\n\n' % told
-        return events
+        self._response.update(usage=_usage_of(self._usage), status=states[-1], **fields)
+        if not self._request.stream:
+            return b""
+        told = b',"response":%b}\n\n' % dumps(self._response)    # once: its tools alone may have 30 KB
+        return b"".join([self._event(f"response.{state}")[:-3] + told for state in states])
 
-    def _respond(self, first: Json) -> None:
-        """Set what the response is at the first chunk of an answer, or for a whole one."""
-        id = re.sub("[^A-Za-z0-9]", "", str(first.get("id")).removeprefix("chatcmpl-"))
+    def _begin(self, first: Json) -> bytes:
+        body, id = self._request.origin, re.sub("[^A-Za-z0-9]", "", str(first.get("id")).removeprefix("chatcmpl-"))
         self._id = f"{id[-40:]}x{self._answer:x}"
         self._response = {
             "id": f"resp_{self._id}", "created_at": first.get("created", 0), **_ALWAYS, "output": [],
             "model": first.get("model", self._request.model), "service_tier": first.get("service_tier") or "default",
-            **echo_of(self._request.origin)}
-
-    def _begin(self, first: Json) -> bytes:
-        self._respond(first)
-        return self._states("created", "in_progress", status="in_progress")
+            **{name: usual if body.get(name) is None else body[name] for name, usual in _ECHOED.items()}}
+        return self._states("created", "in_progress")
 
     def _start(self, key: Any, call: Json | None) -> tuple[str, Json]:
         kind, more = key, Json()
         if call:
             name = str(_inner(call).get("name"))
-            tool = self._tools.get(name) or _Tool("", name)    # one that the model has made up
+            tool = tools_of(self._request.origin).get(name) or _Tool("", name)    # one that the model has made up
             kind, more = tool.kind or "function_call", {"call_id": call.get("id"), "name": tool.name}
             more.update(present({"namespace": tool.namespace}))
         id = f"{_KINDS[kind].prefix}_{self._id}_{self._count}"
@@ -7050,16 +7020,11 @@ class _ResponsesWriter(ItemWriter):
         events = b"".join([frame % (text, number) for number, text in enumerate(texts, first)])
         return events.replace(_NO_LOGPROBS, b',"logprobs":' + dumps(logprobs)) if logprobs else events
 
-    def _complete(self, item: Item, status: str) -> Json:
-        """Return an item that is complete, and keep it."""
-        whole = _item_of(item, status)
+    def _close(self, item: Item) -> bytes:
+        kind, whole = _KINDS[item.kind], _item_of(item, self._status if len(self._items) == 1 else "completed")
         self._response["output"].append(whole)
         if self._request.origin.get("store") is not False and sum(map(len, item.said)) <= MAX_KEPT_BYTES:
-            self._kept.append(whole)
-        return whole
-
-    def _close(self, item: Item) -> bytes:
-        kind, whole = _KINDS[item.kind], self._complete(item, self._status if len(self._items) == 1 else "completed")
+            self._front.kept.append(whole)
         part = whole[kind.parts][0] if kind.parts else whole
         events = self._told(item, [dumps(part["input"])[1:-1]]) if kind.text == "input" else b""
         told = {name: part[name] for name in (kind.text, "logprobs") if name in part}
@@ -7070,11 +7035,11 @@ class _ResponsesWriter(ItemWriter):
 
 class Responses(Front):
     """OpenAI's Responses without what it stores, but for the newest items, as some clients only refer to them."""
-    name = "responses"
+    name, writer = "responses", _ResponsesWriter
 
     def __init__(self) -> None:
-        self._kept: collections.deque[Json] = collections.deque(maxlen=MAX_KEPT)
-        self._numbers = itertools.count()    # of answers
+        self.kept: collections.deque[Json] = collections.deque(maxlen=MAX_KEPT)
+        self.numbers = itertools.count()    # of answers
 
     def request(self, body: Json, head: Head) -> ChatRequest:
         asked, left_out = self.chat(body)
@@ -7091,19 +7056,13 @@ class Responses(Front):
         items = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
         referring = [number for number, item in enumerate(items)
                      if isinstance(item, dict) and item.get("type") == "item_reference"]
-        kept = {item["id"]: item for item in tuple(self._kept)} if referring else {}
+        kept = {item["id"]: item for item in tuple(self.kept)} if referring else {}
         for number in referring:
             items[number] = kept.get(str(items[number].get("id")))
             need(items[number], f"input[{number}]", "refers to an item that Oblix does not have: it keeps the newest "
                  f"{MAX_KEPT} in its memory. Send whole items: set store to false (Vercel AI SDK: providerOptions: "
                  "{openai: {store: false}})", "unsupported_parameter")
         return chat_of(body, items)
-
-    def whole(self, answer: Json, request: ChatRequest) -> Json:
-        return self.stream(request).whole(answer)
-
-    def stream(self, request: ChatRequest) -> _ResponsesWriter:
-        return _ResponsesWriter(request, next(self._numbers), self._kept)
 
 
 # --- 11. Anthropic's Messages -----------------------------------------------------------------------------------------
@@ -7252,13 +7211,12 @@ def _parts_within(content: Any, where: str) -> list[Json]:
 
 def _assistant_message(blocks: Sequence[Json]) -> list[Json]:
     """Return what the assistant said; of thoughts only those without a signature, which are not Claude's."""
-    text, thought, calls = "\n".join(block["text"] for block in blocks if block["type"] == "text"), "", list[Json]()
-    for block in blocks:
-        if block["type"] == "thinking" and not block.get("signature"):
-            thought += block["thinking"]
-        if block["type"] == "tool_use":
-            function = {"name": claude_name(block["name"]), "arguments": dumps(block["input"]).decode()}
-            calls.append({"id": block["id"], "type": "function", "function": function})
+    text = "\n".join(block["text"] for block in blocks if block["type"] == "text")
+    thought = "".join(block["thinking"] for block in blocks
+                      if block["type"] == "thinking" and not block.get("signature"))
+    calls = [{"id": block["id"], "type": "function", "function": {
+        "name": claude_name(block["name"]), "arguments": dumps(block["input"]).decode()}}
+        for block in blocks if block["type"] == "tool_use"]
     more = present({"tool_calls": calls, "reasoning_content": thought})
     return [{"role": "assistant", "content": text or None, **more}] if text or calls else []
 
@@ -7271,7 +7229,7 @@ def _user_messages(blocks: Sequence[Json]) -> list[Json]:
             rest.extend(_parts_of_block(block))
             continue
         parts = _parts_within(block.get("content") or "", "tool_result.content")
-        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        text = text_of({"content": parts})
         if block.get("is_error") and "error" not in text[:100].lower():    # there is no field for it
             text = f"Error: {text}"
         results.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": text})
@@ -7288,20 +7246,6 @@ def _for_claude(message: Json) -> Json:
         {name: claude_id(value) if name in ("id", "tool_use_id") and isinstance(value, str) else value
          for name, value in block.items()}
         for block in blocks if block["type"] != "thinking" or block.get("signature")]}
-
-
-def _anthropic_message(answer: Json, content: list[Json], stop: str | None, usage: Json) -> Json:
-    return {"id": f"msg_{answer['id'].removeprefix('chatcmpl-')}", "type": "message", "role": "assistant", "model":
-            answer["model"], "content": content, "stop_reason": stop, "stop_sequence": None, "usage": usage}
-
-
-def _anthropic_usage(usage: Json, request: ChatRequest) -> Json:
-    """Return the counts of an answer, or an estimate of its prompt where no server tells any."""
-    told, details = {"usage": usage}, {"usage": usage.get("prompt_tokens_details")}
-    read, written = tokens_of(details, "cached_tokens"), tokens_of(details, "cache_write_tokens")
-    new = max(0, tokens_of(told, "prompt_tokens") - read - written)
-    return {"input_tokens": new if usage else prompt_tokens(request), "cache_creation_input_tokens": written,
-            "cache_read_input_tokens": read, "output_tokens": tokens_of(told)}
 
 
 def _long_prompt(message: str) -> str:
@@ -7323,6 +7267,7 @@ def _framed(event: Json) -> bytes:
 
 
 class _MessagesWriter(ItemWriter):
+    event = staticmethod(_framed)
     _ended = False    # by Claude itself
 
     def take(self, chunk: Any) -> bytes:
@@ -7330,15 +7275,34 @@ class _MessagesWriter(ItemWriter):
         return super().take(chunk) if native is None else self._native(native)
 
     def whole(self, answer: Json) -> Json:
-        """Return the message for a whole answer."""
+        if "native" in answer:
+            return answer["native"]  # type: ignore[no-any-return]
+        self._hear(answer["choices"][0])
         content = [{**item.start, **({"input": arguments_in(item.text())} if item.kind == "tool_use" else {
-            item.kind: item.text()})} for item in self._items_of(answer)]
-        stop = _STOPS.get(answer["choices"][0]["finish_reason"], "end_turn")
-        return _anthropic_message(answer, content, stop, _anthropic_usage(answer.get("usage") or {}, self._request))
+            item.kind: item.text()})} for item in self._items]
+        self._finish, self._usage = answer["choices"][0]["finish_reason"], answer.get("usage") or {}
+        return {**self._message(answer), "content": content, **self._stop()}
 
-    def _begin(self, first: Json) -> bytes:    # what the server counts comes at the end
-        message = _anthropic_message(first, [], None, _anthropic_usage({}, self._request))
-        return _framed({"type": "message_start", "message": message}) + MESSAGES.keep_alive
+    def _message(self, answer: Json) -> Json:
+        """Return the message of an answer as it begins."""
+        return {"id": f"msg_{answer['id'].removeprefix('chatcmpl-')}", "type": "message", "role": "assistant",
+                "model": answer["model"], "content": [], "stop_reason": None, "stop_sequence": None,
+                "usage": self._counts()}
+
+    def _stop(self) -> Json:
+        return {"stop_reason": _STOPS.get(self._finish, "end_turn"), "stop_sequence": None}
+
+    def _counts(self) -> Json:
+        """Return the counts so far, with an estimate of the prompt until, or unless, the server tells any."""
+        usage = self._usage
+        details = {"usage": usage.get("prompt_tokens_details")}
+        read, written = tokens_of(details, "cached_tokens"), tokens_of(details, "cache_write_tokens")
+        new = max(0, tokens_of({"usage": usage}, "prompt_tokens") - read - written)
+        return {"input_tokens": new if usage else prompt_tokens(self._request), "cache_creation_input_tokens": written,
+                "cache_read_input_tokens": read, "output_tokens": tokens_of({"usage": usage})}
+
+    def _begin(self, first: Json) -> bytes:
+        return _framed({"type": "message_start", "message": self._message(first)}) + MESSAGES.keep_alive
 
     def _native(self, event: Json) -> bytes:
         """Return an event of Claude's as it came, and note which block is open."""
@@ -7360,39 +7324,37 @@ class _MessagesWriter(ItemWriter):
         kind = "thinking" if key == "reasoning_content" else "text"
         return kind, {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
 
+    @staticmethod
+    def _step(item: Item, step: str, **fields: Json) -> bytes:
+        return _framed({"type": f"content_block_{step}", "index": item.index, **fields})
+
     def _open(self, item: Item) -> bytes:
-        return _framed({"type": "content_block_start", "index": item.index, "content_block": item.start})
+        return self._step(item, "start", content_block=item.start)
 
     def _deltas(self, item: Item, texts: Sequence[bytes]) -> bytes:
         kind, field = _DELTAS.get(item.kind, _DELTAS["text"])
-        item.frame = item.frame or around_text(_framed({
-            "type": "content_block_delta", "index": item.index, "delta": {"type": kind, field: "\0"}}),
-            b'"%b":"' % field.encode())
+        item.frame = item.frame or around_text(
+            self._step(item, "delta", delta={"type": kind, field: "\0"}), b'"%b":"' % field.encode())
         if item.kind != "tool_use":    # a call's are read again
             item.said.clear()
         return framed(texts, item.frame)
 
     def _close(self, item: Item) -> bytes:
-        signed = {"type": "content_block_delta", "index": item.index, "delta": {
-            "type": "signature_delta", "signature": ""}}    # some clients drop thoughts without; only Claude can sign
-        return (_framed(signed) if item.kind == "thinking" else b"") + _framed({
-            "type": "content_block_stop", "index": item.index})
+        signed = b""
+        if item.kind == "thinking":    # some clients drop thoughts without it; only Claude can sign
+            signed = self._step(item, "delta", delta={"type": "signature_delta", "signature": ""})
+        return signed + self._step(item, "stop")
 
     def end(self) -> bytes:
         if self._ended:
             return b""
-        last = {"stop_reason": _STOPS.get(self._finish, "end_turn"), "stop_sequence": None}
-        usage = _anthropic_usage(self._usage, self._request)
-        return self._flow(True) + _framed({"type": "message_delta", "delta": last, "usage": usage}) + _framed(
-            {"type": "message_stop"})
-
-    def broken(self, error: OblixError) -> bytes:
-        return _framed(MESSAGES.error(error))
+        last = {"type": "message_delta", "delta": self._stop(), "usage": self._counts()}
+        return self._flow(True) + _framed(last) + _framed({"type": "message_stop"})
 
 
 class Messages(Front):
     """Anthropic's Messages.  Claude gets a request as it came, and its answer goes back as it comes."""
-    name = "messages"
+    name, writer = "messages", _MessagesWriter
     keep_alive = _framed({"type": "ping"})
 
     def request(self, body: Json, head: Head) -> ChatRequest:
@@ -7404,14 +7366,6 @@ class Messages(Front):
         native = Native("claude", path, {**body, "messages": messages}, tuple([
             (name, head.fields[name]) for name in ("anthropic-version", "anthropic-beta") if name in head.fields]))
         return dataclasses.replace(parse_request(told), origin=body, native=native, left_out=left_out)
-
-    def whole(self, answer: Json, request: ChatRequest) -> Json:
-        if "native" in answer:
-            return answer["native"]  # type: ignore[no-any-return]
-        return self.stream(request).whole(answer)
-
-    def stream(self, request: ChatRequest) -> _MessagesWriter:
-        return _MessagesWriter(request)
 
     def error(self, error: OblixError) -> Json:
         kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
@@ -7493,9 +7447,46 @@ OLLAMA_OPTIONS: dict[str, Rule] = {    # for a wrong type Ollama has a 500
     **{name: FIELDS[name] for name in _SHARED}, **dict.fromkeys(("num_predict", "num_ctx"), _WHOLE)}
 
 
+def ndjson(value: Json) -> bytes:
+    """Return a line of newline-delimited JSON."""
+    return dumps(value) + b"\n"
+
+
+class _OllamaWriter(Writer):
+    event = staticmethod(ndjson)
+    _frame: Frame | None = None
+
+    def __init__(self, front: OllamaChat, request: ChatRequest) -> None:
+        super().__init__(front, request)
+        self._last: list[Chunk] = []    # what is said at the end: calls, which its clients get whole, reason, usage
+
+    def whole(self, answer: Json) -> Json:
+        choice = answer["choices"][0]
+        return {**self._front.piece(answer, choice, _ollama_calls(choice)), **self._front.ended(answer)}
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            return framed(chunk, self._frame)
+        self._frame = self._frame or around_text(
+            ndjson(self._front.piece(chunk, {"delta": {"content": "\0"}})), self._front.before_text)
+        choices = chunk["choices"]
+        if not self._last or "usage" in chunk or any(
+                choice["finish_reason"] or "tool_calls" in choice["delta"] for choice in choices):
+            self._last.append({**chunk, "choices": [
+                {**choice, "delta": {"tool_calls": [*choice["delta"].get("tool_calls", ())]}} for choice in choices]})
+        return b"".join([ndjson(self._front.piece(chunk, choice)) for choice in choices
+                         if any(map(choice["delta"].get, _SAID)) or choice.get("logprobs")])
+
+    def end(self) -> bytes:
+        answer = fold(self._last)
+        calls = _ollama_calls(answer["choices"][0])
+        told = ndjson(self._front.piece(answer, {}, calls)) if calls else b""
+        return told + ndjson({**self._front.piece(answer, {}), **self._front.ended(answer)})
+
+
 class OllamaChat(OllamaApi):
     """Ollama's /api/chat.  Ollama itself gets a request as it came, others get it in OpenAI's words."""
-    name, events = "ollama", "application/x-ndjson"
+    name, writer, events = "ollama", _OllamaWriter, "application/x-ndjson"
     path, before_text = "/api/chat", b'"content":"'
     keep_alive = (b'{"model":"","created_at":"1970-01-01T00:00:00Z","message":{"role":"assistant","content":""},'
                   b'"done":false}\n')    # its clients read each line as JSON
@@ -7532,13 +7523,6 @@ class OllamaChat(OllamaApi):
         took = (seconds, 0.0, first_s, max(seconds - first_s, 0.001))    # clients divide by the last
         if not _timings_of(answer).get("total_duration"):
             answer["timings"] = {name: int(part * 1e9) for name, part in zip(_DURATIONS, took)}
-
-    def whole(self, answer: Json, request: ChatRequest) -> Json:
-        choice = answer["choices"][0]
-        return {**self.piece(answer, choice, _ollama_calls(choice)), **self.ended(answer)}
-
-    def stream(self, request: ChatRequest) -> Writer:
-        return _OllamaWriter(self)
 
     def piece(self, answer: Json, choice: Json, calls: Sequence[Json] = ()) -> Json:
         """Return the piece of an answer that says what a choice and calls say."""
@@ -7579,44 +7563,9 @@ class OllamaGenerate(OllamaChat):
         return {**super().ended(answer), "context": _timings_of(answer).get("context") or []}    # ComfyUI wants one
 
 
-class _OllamaWriter(Writer):
-    _frame: Frame | None = None
-
-    def __init__(self, front: OllamaChat) -> None:
-        self._front = front
-        self._last: list[Chunk] = []    # what is said at the end: calls, which its clients get whole, reason, usage
-
-    def take(self, chunk: Any) -> bytes:
-        if isinstance(chunk, Texts):
-            return framed(chunk, self._frame)
-        self._frame = self._frame or around_text(
-            ndjson(self._front.piece(chunk, {"delta": {"content": "\0"}})), self._front.before_text)
-        choices = chunk["choices"]
-        if not self._last or "usage" in chunk or any(
-                choice["finish_reason"] or "tool_calls" in choice["delta"] for choice in choices):
-            self._last.append({**chunk, "choices": [
-                {**choice, "delta": {"tool_calls": [*choice["delta"].get("tool_calls", ())]}} for choice in choices]})
-        return b"".join([ndjson(self._front.piece(chunk, choice)) for choice in choices
-                         if any(map(choice["delta"].get, _SAID)) or choice.get("logprobs")])
-
-    def end(self) -> bytes:
-        answer = fold(self._last)
-        calls = _ollama_calls(answer["choices"][0])
-        told = ndjson(self._front.piece(answer, {}, calls)) if calls else b""
-        return told + ndjson({**self._front.piece(answer, {}), **self._front.ended(answer)})
-
-    def broken(self, error: OblixError) -> bytes:
-        return ndjson(self._front.error(error))
-
-
 def _timings_of(answer: Json) -> Json:
     """Return Ollama's last piece of an answer, or what others tell under the same name, or {}."""
     return answer["timings"] if isinstance(answer.get("timings"), dict) else {}
-
-
-def ndjson(value: Json) -> bytes:
-    """Return a line of newline-delimited JSON."""
-    return dumps(value) + b"\n"
 
 
 def _from_ollama(where: str, message: Any) -> Json:
@@ -7685,12 +7634,39 @@ COMPLETION_FIELDS: dict[str, Rule] = {
 _NOT_OF_CHAT = {*COMPLETION_FIELDS, "messages", "tools", "functions", "top_logprobs"}
 
 
+class _CompletionWriter(_ChatWriter):
+    def __init__(self, front: Front, request: ChatRequest) -> None:
+        super().__init__(front, request)
+        echo = "".join(request.origin["prompt"]) if request.origin.get("echo") else ""
+        self._echoes: dict[int, str] = dict.fromkeys(range(request.body.get("n", 1)), echo)    # before each choice
+
+    def whole(self, answer: Json) -> Json:
+        """Return an answer or a piece of one, each choice behind its echo, which is taken away."""
+        said = [(choice, choice.get("message") or choice["delta"]) for choice in answer["choices"]]
+        told = [{"index": choice["index"], "logprobs": None, "finish_reason": choice["finish_reason"], "text":
+                 self._echoes.pop(choice["index"], "") + (words.get("content") or words.get("refusal") or "")}
+                for choice, words in said]
+        return {"id": answer["id"].replace("chatcmpl-", "cmpl-", 1), "object": "text_completion",
+                "created": answer["created"], "model": answer["model"], "choices": told,
+                **present({"usage": answer.get("usage")})}
+
+    def take(self, chunk: Any) -> bytes:
+        if isinstance(chunk, Texts):
+            return framed(chunk, self._frame)
+        told = self.whole(chunk)
+        if not self._frame:
+            says = {"index": 0, "logprobs": None, "finish_reason": None, "text": "\0"}
+            self._frame = around_text(sse({**told, "choices": [says]}), b'"text":"')
+        told["choices"] = [choice for choice in told["choices"] if choice["text"] or choice["finish_reason"]]
+        return sse(told) if told["choices"] or self._request.include_usage and "usage" in told else b""
+
+
 class Completions(Front):
     """OpenAI's legacy completions: the prompt is a user's message, without a limit of tokens unless one is given.
 
     OpenAI's limit was 16.  Ollama and llama.cpp, for which most of today's clients are made, have none.
     """
-    name = "completions"
+    name, writer = "completions", _CompletionWriter
 
     def request(self, body: Json, head: Head) -> ChatRequest:
         check_fields(body, COMPLETION_FIELDS, ("prompt",))
@@ -7700,43 +7676,6 @@ class Completions(Front):
         native = Native("ollama", GENERATE_PATH, {"prompt": prompt, "suffix": suffix}, only="suffix")
         return dataclasses.replace(request, origin=body, native=native if suffix else None)
 
-    def whole(self, answer: Json, request: ChatRequest) -> Json:
-        return self.piece(answer, self.echoes(request))
-
-    def stream(self, request: ChatRequest) -> Writer:
-        return _CompletionWriter(self, request)
-
-    @staticmethod
-    def echoes(request: ChatRequest) -> dict[int, str]:
-        """Return what stands before each choice, by its number."""
-        echo = "".join(request.origin["prompt"]) if request.origin.get("echo") else ""
-        return dict.fromkeys(range(request.body.get("n", 1)), echo)
-
-    def piece(self, answer: Json, echoes: dict[int, str]) -> Json:
-        """Return an answer or a piece of one, each choice behind its echo, which is taken away."""
-        said = [(choice, choice.get("message") or choice["delta"]) for choice in answer["choices"]]
-        told = [{"index": choice["index"], "logprobs": None, "finish_reason": choice["finish_reason"], "text":
-                 echoes.pop(choice["index"], "") + (words.get("content") or words.get("refusal") or "")}
-                for choice, words in said]
-        return {"id": answer["id"].replace("chatcmpl-", "cmpl-", 1), "object": "text_completion",
-                "created": answer["created"], "model": answer["model"], "choices": told,
-                **present({"usage": answer.get("usage")})}
-
-
-class _CompletionWriter(_ChatWriter):
-    def __init__(self, front: Completions, request: ChatRequest) -> None:
-        super().__init__(request)
-        self._front, self._echoes = front, front.echoes(request)
-
-    def take(self, chunk: Any) -> bytes:
-        if isinstance(chunk, Texts):
-            return framed(chunk, self._frame)
-        if not self._frame:
-            says = {**chunk, "choices": [{"index": 0, "delta": {"content": "\0"}, "finish_reason": None}]}
-            self._frame = around_text(sse(self._front.piece(says, {})), b'"text":"')
-        told = self._front.piece(chunk, self._echoes)
-        told["choices"] = [choice for choice in told["choices"] if choice["text"] or choice["finish_reason"]]
-        return sse(told) if told["choices"] or self._include_usage and "usage" in told else b""
 
 
 # --- 11. Embeddings ---------------------------------------------------------------------------------------------------
@@ -8236,7 +8175,7 @@ class Handler(socketserver.BaseRequestHandler):
             headers["x-oblix-left-out"] = ", ".join(request.left_out)[:1000]
         if served.whole is not None:
             self._count(served.whole)
-            return self.json(200, front.whole(served.whole, request), headers)
+            return self.json(200, self._writer.whole(served.whole), headers)
         self.told["first_token_s"] = round(time.monotonic() - self.started, 3)
         self._event_headers.update(headers)
         with contextlib.closing(served.chunks):  # type: ignore[type-var]
