@@ -104,6 +104,13 @@ from typing import TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, NoReturn,
 if TYPE_CHECKING:
     import ssl  # at run time imported where it is needed, as hmac is: each takes 5 of 15 MiB
 
+if __name__ == "__main__":
+    sys.modules["ssl"] = None  # type: ignore[assignment]  # else http.server has it imported; this makes that fail
+import http.server
+
+if __name__ == "__main__":
+    del sys.modules["ssl"]
+
 __version__ = "0.1.0"
 
 log = logging.getLogger("oblix")
@@ -8320,9 +8327,8 @@ def printable(text: str) -> str:
 
 # --- 12. Listening, and the end ---------------------------------------------------------------------------------------
 
-class Listener(socketserver.ThreadingTCPServer):
+class Listener(http.server.ThreadingHTTPServer):
     """One listening socket."""
-    daemon_threads = True
     request_queue_size = 1024                   # the default of 5 drops bursts: clients then wait 1, 3, 7 s for TCP
     allow_reuse_address = os.name == "posix"    # on Windows it would let two programs share the port
     timeout = 5.0                               # until `handle_request` returns by itself
@@ -8334,6 +8340,9 @@ class Listener(socketserver.ThreadingTCPServer):
         super().__init__(address, handler)
         self.host, self.port = str(self.server_address[0]), int(self.server_address[1])
         self.thread = threading.Thread(target=self._run, name="listen", daemon=True)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)    # HTTPServer's asks DNS for a name, which takes seconds offline
 
     def stop(self) -> None:
         """Wait until the clients that the kernel has taken so far are in and the socket is closed; see `_run`."""
