@@ -21281,14 +21281,14 @@ LONGEST = (FaultMatrix, Siege, Deployed, Fuzz, Soak, Upstreams, Slow, Crowded, L
            UnreadStreams, UnreadOverTls, TransportOverTls, CommandLine, LogWriter, Burner, Page)
 
 
-FOREIGN = PythonClients, NodeClients, ClaudeCode, Codex    # CI runs them on one Python
+CLIENT_PROGRAMS = PythonClients, NodeClients, ClaudeCode, Codex    # CI runs them on one Python
 
 
 def load_tests(_loader, classes, _pattern):
     """All tests, or one part of them."""
     def of(kind):
         return [tests for tests in classes if isinstance(next(iter(tests), None), kind)]
-    excluded = {"1": (*LONGEST, *FOREIGN), "clients": FOREIGN}.get(os.environ.get("OBLIX_TEST_BRIEF"), ())
+    excluded = {"1": (*LONGEST, *CLIENT_PROGRAMS), "clients": CLIENT_PROGRAMS}.get(os.environ.get("OBLIX_TEST_BRIEF"), ())
     rest = [tests for tests in classes if tests not in of((Outages, *ALONE, *excluded))]
     shares = unittest.TestSuite(rest[0::4] + rest[3::4]), unittest.TestSuite(rest[1::4] + rest[2::4])
     # those of Outages mostly wait: one part each
