@@ -3596,16 +3596,16 @@ def tools_fit(body):
 
 
 MARKED = {"cache_control": {"type": "ephemeral"}}
-B = {"type": "object", "properties": {"kind": {"const": "b"}}, "required": ["kind"]}
+SCHEMA_OF_B = {"type": "object", "properties": {"kind": {"const": "b"}}, "required": ["kind"]}
 KINDS = {"kind": {"anyOf": [{"const": "a"}, {"const": "b"}]}, "a": {}}
 SCHEMAS = [  # what is in it that only Claude refuses, the schema, what is sent beside the type
     ("no type", {"properties": {"a": {}}}, {"properties": {"a": {}}}),
     ("a type of its own", {"type": ["object", "null"]}, {"properties": {}}),
     ("a draft", {"$schema": "http://json-schema.org/draft-07/schema#", "$id": "x"}, {"properties": {}}),
-    ("alternatives", {"properties": {"c": {}}, "required": ["c"], "anyOf": A_OR_B, "$defs": {"b": B}},
-     {"properties": {**KINDS, "c": {}}, "required": ["c", "kind"], "$defs": {"b": B}}),
-    ("parts", {"allOf": A_OR_B, "$defs": {"b": B}},
-     {"properties": KINDS, "required": ["a", "kind"], "$defs": {"b": B}}),
+    ("alternatives", {"properties": {"c": {}}, "required": ["c"], "anyOf": A_OR_B, "$defs": {"b": SCHEMA_OF_B}},
+     {"properties": {**KINDS, "c": {}}, "required": ["c", "kind"], "$defs": {"b": SCHEMA_OF_B}}),
+    ("parts", {"allOf": A_OR_B, "$defs": {"b": SCHEMA_OF_B}},
+     {"properties": KINDS, "required": ["a", "kind"], "$defs": {"b": SCHEMA_OF_B}}),
     ("alternatives that say what is needed", {"properties": {"a": {}}, "oneOf": [{"required": ["a"]}, True, {}]},
      {"properties": {"a": {}}, "required": []}),
     ("references that lead nowhere", {"anyOf": [{"$ref": "#/x"}, {"$ref": "#"}, {"$ref": "http://x"}]},
@@ -5231,7 +5231,7 @@ class Forced(Case):
 
 # --- 6. Upstreams that break their own format -------------------------------------------------------------------------
 
-WRONG = (None, 5, [], [[]], {}, {"a": 1}, True, "", "x")
+ODD_VALUES = (None, 5, [], [[]], {}, {"a": 1}, True, "", "x")
 BUSY_SAYING = Saying((Think("Hm."), Text("Let me look."), Call("call_1", "find", {"q": "a"})), "tool_calls", 9, 7)
 
 
@@ -5259,7 +5259,7 @@ def broken_streams(dialect):
     for number, event in enumerate(events):
         prefix, brace, text = event.partition(b"{")
         for way in places_in(json.loads(brace + text)) if brace else ():
-            for new in WRONG:
+            for new in ODD_VALUES:
                 changed = json.dumps(with_value(json.loads(brace + text), way, new)).encode()
                 yield [*events[:number], prefix + changed + b"\n\n", *events[number + 1:]]
 
@@ -5456,12 +5456,13 @@ FINISHES = [  # a reason, an answer's beginning, what the client reads
 ]
 BROKE_OFF = ["error", "abort", "network_error", "insufficient_system_resource", "CANCELLED", "server_overloaded",
              "function_call_filter: MALFORMED_FUNCTION_CALL"]
-THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
+MISTRAL_THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
 SAYINGS = [  # deltas, or a message, what the client has joined at the end
-    ("Mistral's parts", [{"content": [THOUGHT, {"type": "text", "text": "Hel"}]}, {"content": "lo"}], ("Hello", "Hm.")),
+    ("Mistral's parts", [{"content": [MISTRAL_THOUGHT, {"type": "text", "text": "Hel"}]}, {"content": "lo"}],
+     ("Hello", "Hm.")),
     ("parts of text", [{"content": [{"type": "text", "text": "Hel"}, "lo"]}], ("Hello", None)),
     ("one part", [{"content": {"type": "text", "text": "a"}}], ("a", None)),
-    ("parts of thinking", [{"content": [THOUGHT]}, {"content": "a"}], ("a", "Hm.")),
+    ("parts of thinking", [{"content": [MISTRAL_THOUGHT]}, {"content": "a"}], ("a", "Hm.")),
     ("lists of both", [{"reasoning_content": ["H", {"text": "m."}], "content": ["a"]}], ("a", "Hm.")),
     ("reasoning", [{"reasoning": "Hm."}, {"content": "a"}], ("a", "Hm.")),
     ("both names", [{"reasoning": "Hm.", "reasoning_content": "Hm."}, {"content": "a"}], ("a", "Hm.")),
@@ -13256,7 +13257,7 @@ FOREIGN_PAGES = [
     "chrome-extension://abcdef", "http://l\xf6calhost", "app://", "app:", "app", "app.evil.example://x", "xapp://x",
     "https://app://x", "file://localhost/x", "moz-extension://x", "http://host.docker.internal:3000",
 ]
-KINDS = [  # Content-Type, whether it is JSON; None is no such header
+BODY_KINDS = [  # Content-Type, whether it is JSON; None is no such header
     ("application/json", True), ("application/json; charset=utf-8", True), ("application/json;charset=UTF-8", True),
     ("Application/JSON", True), ("application/json ; a=b", True), ("application/vnd.x+json", True),
     ("application/problem+json; charset=utf-8", True),
@@ -13629,7 +13630,7 @@ class Guard(Case):
 
     def test_a_program_may_call_its_body_what_it_likes(self):
         """`curl -d` says that it sends a form."""
-        for kind, _ in KINDS:
+        for kind, _ in BODY_KINDS:
             with self.subTest(kind):
                 self.answered(post_with(self.open, {}, kind), "Hello")
         self.refused(fetch(self.open, "POST", CHAT, "a=b", {"Content-Type": "application/x-www-form-urlencoded"}), 400)
@@ -13637,7 +13638,7 @@ class Guard(Case):
     def test_a_body_of_a_page_must_be_json_by_its_content_type(self):
         """Of an allowed page, too: that is the rule by which a browser asks before it sends."""
         pages = itertools.cycle(({"Origin": PAGE_HERE}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "none"}))
-        for (kind, good), page in zip(KINDS, pages):
+        for (kind, good), page in zip(BODY_KINDS, pages):
             with self.subTest(kind, page=page):
                 reply = post_with(self.open, page, kind)
                 if good:
@@ -13645,7 +13646,7 @@ class Guard(Case):
                 else:
                     self.refused(reply, 415, code="unsupported_media_type")
                     self.assertEqual(reply.headers["Connection"], "close")
-        self.assertEqual(len(self.local.requests), sum(good for _, good in KINDS))
+        self.assertEqual(len(self.local.requests), sum(good for _, good in BODY_KINDS))
 
     def test_a_body_must_not_be_encoded(self):
         for coding, good in (("identity", True), ("IDENTITY", True), ("gzip", False), ("br", False), ("deflate", False),
@@ -17820,9 +17821,9 @@ def sdk():
 
 
 ADA = {"name": "Ada", "age": 36}
-SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+PERSON_SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
           "required": ["name", "age"], "additionalProperties": False}
-TOOL = {"type": "function", "function": {"name": "find", "strict": True, "parameters": SCHEMA}}
+TOOL = {"type": "function", "function": {"name": "find", "strict": True, "parameters": PERSON_SCHEMA}}
 CALLS = answer(Think("hm"), Text("Let me look."), Call("call_1", "find", ADA), Call("call_2", "find", ADA))
 USAGE = {"stream_options": {"include_usage": True}}
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -18204,7 +18205,7 @@ class NodeClient(ClientContract, Case):
         node, modules = os.environ.get("OBLIX_TEST_NODE"), os.environ.get("OBLIX_TEST_NODE_MODULES")
         need(node and modules, "set OBLIX_TEST_NODE to a Node >= 22 and OBLIX_TEST_NODE_MODULES to where its openai is")
         cls.node = subprocess.Popen(
-            [node, "--input-type=module", "--eval", NODE_JOBS, "--", "jobs", modules, json.dumps(SCHEMA)],
+            [node, "--input-type=module", "--eval", NODE_JOBS, "--", "jobs", modules, json.dumps(PERSON_SCHEMA)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
         cls.addClassCleanup(cls.node.__exit__, None, None, None)  # closes its input, and that ends it
 
@@ -21288,7 +21289,8 @@ def load_tests(_loader, classes, _pattern):
     """All tests, or one part of them."""
     def of(kind):
         return [tests for tests in classes if isinstance(next(iter(tests), None), kind)]
-    excluded = {"1": (*LONGEST, *CLIENT_PROGRAMS), "clients": CLIENT_PROGRAMS}.get(os.environ.get("OBLIX_TEST_BRIEF"), ())
+    brief = {"1": (*LONGEST, *CLIENT_PROGRAMS), "clients": CLIENT_PROGRAMS}
+    excluded = brief.get(os.environ.get("OBLIX_TEST_BRIEF"), ())
     rest = [tests for tests in classes if tests not in of((Outages, *ALONE, *excluded))]
     shares = unittest.TestSuite(rest[0::4] + rest[3::4]), unittest.TestSuite(rest[1::4] + rest[2::4])
     # those of Outages mostly wait: one part each
