@@ -6,8 +6,9 @@
 """Oblix: one OpenAI-compatible endpoint in front of the local model and the cloud.
 
 A person copies this file onto a device and runs `python oblix.py`.  Any OpenAI client then talks to
-http://localhost:62549/v1.  With model="auto" a request is answered by the local model (Ollama) while the device
-can, and by a cloud model (OpenAI, Claude) when it cannot; every answer says who gave it and why.
+http://localhost:62549/v1, and clients of Anthropic's and Ollama's APIs to http://localhost:62549.  With model="auto"
+a request is answered by the local model (Ollama) while the device can, and by a cloud model (OpenAI, Claude) when it
+cannot; every answer says who gave it and why.
 
 The life of a request
 
