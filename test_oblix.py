@@ -21079,7 +21079,7 @@ def streams(way, process):
     request = way.request("stamped n%d d%d" % (count, STREAM_PAUSE_MS), stream=True)
     drive(way, request, STREAMS, count=STREAMS, seen=seen)
     return {"in time": 100 * sum(delay <= IN_TIME_S for delay in delays) / len(delays),
-            "p99": 1000 * percentile(delays, 0.99), "cpu": 1e6 * (cpu_s(process) - cpu) / len(delays)}
+            "p99": 1000 * percentile(delays, 0.99), "cpu": 1e6 * (cpu_s(process) - cpu) / (count * STREAMS)}
 
 
 def in_turn(measure, both, process, rounds=ROUNDS):
@@ -21279,7 +21279,8 @@ def tearDownModule():
 
 ALONE = OwnWork, Burner, RealModel, Page    # they measure, or need, the whole machine
 LONGEST = (FaultMatrix, Siege, Deployed, Fuzz, Soak, Upstreams, Slow, Crowded, LeftBehind, Stopping, Logs, Hostile,
-           UnreadStreams, UnreadOverTls, TransportOverTls, CommandLine, LogWriter, Burner, Page)
+           UnreadStreams, UnreadOverTls, TransportOverTls, CommandLine, LogWriter, Burner, Page, Commands,
+           ChatKeepsTheContract, ResponsesKeepTheContract, MessagesKeepTheContract, OllamaKeepsTheFrontsContract)
 
 
 CLIENT_PROGRAMS = PythonClients, NodeClients, ClaudeCode, Codex    # CI runs them on one Python
