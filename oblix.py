@@ -250,7 +250,7 @@ class Reading:
 
 
 class Native(NamedTuple):
-    """A request in the dialect of one provider, to which it goes as its client wrote it, but for the model."""
+    """A request in the dialect of one provider, which gets it as its client wrote it, with another model's name."""
     provider: str
     path: str                                   # at the provider, of what answers it
     body: Json
@@ -5252,7 +5252,7 @@ class Journal:
     def add(self, facts: Json) -> None:
         """Take what the log's line says of a request to a model."""
         outcome, seconds, served = outcome_of(facts), facts["seconds"], facts.get("served", "")
-        shown = {**dict.fromkeys(SHOWN), **{name: facts[name] for name in SHOWN if name in facts}, "outcome": outcome}
+        shown = {**{name: facts.get(name) for name in SHOWN}, "outcome": outcome}
         shown["asked"] = shown["asked"] and shown["asked"][:MAX_NAME]
         self.recent.append({"time": round(time.time() - seconds, 3), **shown})
         labels = self.name(served), facts.get("side", "")
@@ -5644,10 +5644,11 @@ class Gateway:
         changed: dict[str, UpstreamError] = {}    # what was refused of this request -> in which words
         while True:
             unwanted = self.ledger.record(target).refused.union(changed)
-            payload = provider.adapt(encoded, unwanted)
-            sent = {name: ",".join([word for word in value.split(",") if word.strip() not in unwanted])
-                    for name, value in headers.items() if name not in unwanted}
-            answer = self.transport.open(url, present(sent), dumps(payload), limits, look)
+            payload, sent = provider.adapt(encoded, unwanted), headers
+            if unwanted:    # Claude's betas are words of a header
+                sent = present({name: ",".join([word for word in value.split(",") if word.strip() not in unwanted])
+                                for name, value in headers.items() if name not in unwanted})
+            answer = self.transport.open(url, sent, dumps(payload), limits, look)
             if answer.status < 300 and answer.content_type != "text/html":
                 for refused, error in changed.items():
                     if is_permanent(refused, error):
@@ -5666,7 +5667,7 @@ class Gateway:
             changed[param] = error
 
     def embed(self, request: EmbeddingRequest, route: str, look: Look = no_look) -> tuple[Target, list[Any], int]:
-        """Return who made the vectors of a request, these, and the tokens of its inputs.
+        """Return the target that made the vectors of a request, the vectors, and the tokens of its inputs.
 
         Vectors of two models have nothing in common: one model makes all, or the one that is named, and none in its
         place.  A `route` of local or cloud excludes the other side.  Raise OblixError, and what the look raises.
@@ -5745,7 +5746,7 @@ class Gateway:
         """Return how many tokens the server of a named target counts, or None if it does not at once."""
         names = self.meaning_of(request.model).targets
         with contextlib.suppress(OblixError, *NOT_IN_ITS_FORMAT):
-            if len(names) > 1 or names[0] in OWN_NAMES:    # nobody knows who will answer
+            if len(names) > 1 or names[0] in OWN_NAMES:    # which target answers is decided later
                 return None
             target = self.resolve(names[0], self.snapshot())
             native, provider = request.native_to(target.endpoint.provider), PROVIDERS[target.endpoint.provider]
@@ -5757,7 +5758,7 @@ class Gateway:
         return None
 
     def prepare(self, request: ChatRequest, unload: bool, look: Look) -> None:
-        """Have Ollama load or unload the model of a request without a prompt.  Raise OblixError, what the look raises.
+        """Make Ollama load or unload the model of a request without a prompt.  Raise OblixError, what the look raises.
 
         Of several models it loads the one that would be asked, if it is Ollama's, and unloads the first of Ollama's.
         """
@@ -6573,9 +6574,12 @@ class Chat(Front):
     name, writer = "chat", _ChatWriter
 
     def request(self, body: Json, head: Head) -> ChatRequest:
+        left_out: tuple[str, ...] = ()
         if "messages" not in body and "input" in body:    # as Cursor asks here, in agent mode
-            body = {**RESPONSES.chat(body)[0], "stream_options": body.get("stream_options")}
-        return parse_request(body)
+            asked, left_out = RESPONSES.chat(body)
+            body = {**asked, "stream_options": body.get("stream_options")}
+        request = parse_request(body)
+        return dataclasses.replace(request, left_out=left_out) if left_out else request
 
 
 # --- 11. Answers in items ---------------------------------------------------------------------------------------------
@@ -6684,7 +6688,7 @@ class _Tool(NamedTuple):
     kind: str              # of the items that call it; "" for a tool that only OpenAI can run
     name: str
     namespace: str = ""
-    function: Json = {}    # as models are told of it, but for the name
+    function: Json = {}    # as models are told of it, without the name
 
 
 _NOT_KEPT = ("previous_response_id", "conversation", "background", "prompt")
@@ -6795,37 +6799,39 @@ def messages_of(items: Sequence[Any]) -> tuple[list[Json], list[str]]:
 
     What an assistant thinks, says and calls in a row is one message: servers want the outputs of all its calls next.
     """
-    known, left_out, messages = list[tuple[str, str, Json]](), list[str](), list[Json]()
-    for number, item in enumerate(items):
-        where = f"input[{number}]"
-        need(isinstance(item, dict), where, "must be an object")
-        kind, role = str(item.get("type") or "message"), item.get("role")
-        if kind in ("reasoning", *_CALLS) or kind == "message" and role == "assistant":
-            known.append(("assistant", where, item))
-        elif kind == "message":
-            need(role in ("user", *_SYSTEM), f"{where}.role", "must be user, assistant, system or developer")
-            content = _content_of(f"{where}.content", item.get("content"))
-            known.append(("user", where, {"role": role, "content": content}))
-        elif kind in _OUTPUTS:
-            need(isinstance(item.get("call_id"), str), f"{where}.call_id", "must be a string")
-            content = _content_of(f"{where}.output", item.get("output"))
-            known.append(("tool", where, {"role": "tool", "tool_call_id": item["call_id"], "content": content}))
-        elif kind != "additional_tools":
-            left_out.append(kind[:64])
-    for role, group in itertools.groupby(known, lambda entry: entry[0]):
-        entries = [entry[1:] for entry in group]
-        told = _turn_of(entries) if role == "assistant" else [message for _, message in entries]
+    entries = [_entry_of(f"input[{number}]", item) for number, item in enumerate(items)]
+    messages = list[Json]()
+    for role, group in itertools.groupby([one for one in entries if one[0]], lambda entry: entry[0]):
+        turn = [*group]
+        told = _turn_of(turn) if role == "assistant" else [message for *_, message in turn]
         rest = [part for message in told for part in parts_of(message) if role == "tool" and part["type"] != "text"]
         # most servers take texts alone as outputs
         messages += [{**message, "content": text_of(message)} for message in told] if role == "tool" else told
         messages += [{"role": "user", "content": rest}] if rest else []
-    return messages, left_out
+    kinds = [str(item["type"])[:64] for role, _, item in entries if not role]
+    return messages, [kind for kind in kinds if kind != "additional_tools"]
 
 
-def _turn_of(entries: Iterable[tuple[str, Json]]) -> list[Json]:
+def _entry_of(where: str, item: Any) -> tuple[str, str, Json]:
+    """Return (who says an item, where it is, its message), or the item itself: an assistant's, or "" for nobody's."""
+    need(isinstance(item, dict), where, "must be an object")
+    kind, role = str(item.get("type") or "message"), item.get("role")
+    if kind in ("reasoning", *_CALLS) or kind == "message" and role == "assistant":
+        return "assistant", where, item
+    if kind == "message":
+        need(role in ("user", *_SYSTEM), f"{where}.role", "must be user, assistant, system or developer")
+        return "user", where, {"role": role, "content": _content_of(f"{where}.content", item.get("content"))}
+    if kind in _OUTPUTS:
+        need(isinstance(item.get("call_id"), str), f"{where}.call_id", "must be a string")
+        content = _content_of(f"{where}.output", item.get("output"))
+        return "tool", where, {"role": "tool", "tool_call_id": item["call_id"], "content": content}
+    return "", where, item
+
+
+def _turn_of(entries: Iterable[tuple[str, str, Json]]) -> list[Json]:
     """Return the one message of an assistant's items, or none for thoughts alone.  Raise BadRequest."""
     texts, thoughts, calls = list[str](), list[str](), list[Json]()
-    for where, item in entries:
+    for _, where, item in entries:
         field = _CALLS.get(str(item.get("type")))
         if field:
             for name in ("call_id", "name", field):
@@ -6949,6 +6955,10 @@ class _ResponsesWriter(ItemWriter):
         self._number, self._status = 0, "completed"    # of the next event, and of the last item
         self._response = Json()
 
+    @functools.cached_property
+    def _tools(self) -> dict[str, _Tool]:
+        return tools_of(self._request.origin)
+
     def whole(self, answer: Json) -> Json:
         self.take(answer)
         self.end()
@@ -6994,7 +7004,7 @@ class _ResponsesWriter(ItemWriter):
         kind, more = key, Json()
         if call:
             name = str(_inner(call).get("name"))
-            tool = tools_of(self._request.origin).get(name) or _Tool("", name)    # one that the model has made up
+            tool = self._tools.get(name) or _Tool("", name)    # one that the model has made up
             kind, more = tool.kind or "function_call", {"call_id": call.get("id"), "name": tool.name}
             more.update(present({"namespace": tool.namespace}))
         id = f"{_KINDS[kind].prefix}_{self._id}_{self._count}"
@@ -7042,7 +7052,7 @@ class _ResponsesWriter(ItemWriter):
 
 
 class Responses(Front):
-    """OpenAI's Responses without what it stores, but for the newest items, as some clients only refer to them."""
+    """OpenAI's Responses, without its store: only the newest items are kept, for clients that refer to them."""
     name, writer = "responses", _ResponsesWriter
 
     def __init__(self) -> None:
@@ -7090,7 +7100,7 @@ _BLOCK_FIELDS: dict[str, dict[str, Any]] = {
     "tool_result": {"tool_use_id": str, "content": (str, list, type(None))}}
 _SOURCE_FIELDS = {"base64": ("media_type", "data"), "url": ("url",), "file": ("file_id",), "text": ("data",)}
 _TOLD_OF_TEXTS = ("title", "source", "context")    # of documents and of what a search has found
-# What Claude Code says anew in each request, so that no server's cache of the prompt would fit any more: the first
+# What Claude Code changes with each request, so that no server's cache of the prompt would fit any more: the first
 # block of the system (llama.cpp's pull request 20623), and what is left of its budget (omlx#2881, ollama's 17918).
 _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n?")
 _COUNTDOWN = re.compile(r"<total_tokens>\s*\d+ tokens left\s*</total_tokens>")
@@ -7278,6 +7288,10 @@ class _MessagesWriter(ItemWriter):
     event = staticmethod(_framed)
     _ended = False    # by Claude itself
 
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        return _own_names(self._request.origin)
+
     def take(self, chunk: Any) -> bytes:
         native = None if isinstance(chunk, Texts) else chunk.get("native")
         return super().take(chunk) if native is None else self._native(native)
@@ -7327,8 +7341,8 @@ class _MessagesWriter(ItemWriter):
     def _start(self, key: Any, call: Json | None) -> tuple[str, Json]:
         if call:
             name = str(_inner(call)["name"])
-            own = _own_names(self._request.origin).get(name, name)
-            return "tool_use", {"type": "tool_use", "id": call.get("id"), "name": own, "input": {}}
+            return "tool_use", {"type": "tool_use", "id": call.get("id"), "name": self._names.get(name, name),
+                                "input": {}}
         kind = "thinking" if key == "reasoning_content" else "text"
         return kind, {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
 
@@ -7518,7 +7532,7 @@ class OllamaChat(OllamaApi):
         return dataclasses.replace(request, origin=body, native=Native("ollama", self.path, body, only=only))
 
     def messages(self, body: Json) -> list[Json]:
-        """Return the messages in OpenAI's words, but for their calls.  Raise BadRequest."""
+        """Return the messages in OpenAI's words, with their calls as they came.  Raise BadRequest."""
         return [_from_ollama(f"messages[{number}]", message) for number, message in enumerate(body.get("messages", []))]
 
     def at_once(self, request: ChatRequest, now: int) -> Json | None:
@@ -7577,7 +7591,7 @@ def _timings_of(answer: Json) -> Json:
 
 
 def _from_ollama(where: str, message: Any) -> Json:
-    """Return a message of Ollama's in OpenAI's words, but for its calls.  Raise BadRequest."""
+    """Return a message of Ollama's in OpenAI's words, with its calls as they came.  Raise BadRequest."""
     need(isinstance(message, dict), where, "must be an object")
     check_fields(message, OLLAMA_MESSAGE, ("role",), f"{where}.")
     text = message.get("content") or ""
@@ -7683,7 +7697,6 @@ class Completions(Front):
         request = parse_request({**kept, "messages": [{"role": "user", "content": prompt}]})
         native = Native("ollama", GENERATE_PATH, {"prompt": prompt, "suffix": suffix}, only="suffix")
         return dataclasses.replace(request, origin=body, native=native if suffix else None)
-
 
 
 # --- 11. Embeddings ---------------------------------------------------------------------------------------------------
@@ -8125,7 +8138,7 @@ class Handler(socketserver.BaseRequestHandler):
             return self.reply(204, b"", {"Allow": ", ".join([*(methods or ("GET", "HEAD", "POST")), "OPTIONS"])})
         if answer is None:
             asked = head.target.partition("?")[0][:100]
-            posts = ", ".join(path if path.startswith("/api/") else f"/v1{path}" for path in FRONTS)
+            posts = ", ".join(one if one.startswith("/api/") else f"/v1{one}" for one in (*FRONTS, *EMBEDDINGS))
             raise BadRequest(f"There is nothing at {head.method[:20]} {asked}. Oblix serves POST {posts}, GET "
                              "/v1/models and GET /health.", status=404, code="unknown_url")
         if head.method not in methods:
@@ -8218,7 +8231,7 @@ class Handler(socketserver.BaseRequestHandler):
         self._looked = self._sent = time.monotonic()
 
     def _served(self, target: Target, reason: str, attempts: int) -> dict[str, str]:
-        """Note who has answered, and return the headers that say so."""
+        """Note which target has answered, and return the headers that name it."""
         told = {"served": target.id, "side": target.side.value, "reason": reason, "attempts": attempts}
         self.told.update(told)
         return {"x-oblix-model": target.id, **{f"x-oblix-{name}": str(value) for name, value in told.items()
@@ -9231,7 +9244,7 @@ class Conversation:
     reason: str = ""    # of the last decision
 
     def turn(self, text: str) -> None:
-        """Show the answer to a text as it comes, and who gave it.  Raise OblixError.
+        """Show the answer to a text as it comes, and its target.  Raise OblixError.
 
         What has been said stays in the conversation, also of an answer that breaks off.
         """
@@ -9258,7 +9271,7 @@ class Conversation:
         self._tell(answer.field, last, first - started, time.monotonic() - first)
 
     def _tell(self, field: Callable[[str], str], last: Chunk, first_s: float, rest_s: float) -> None:
-        """Show who gave an answer, why if that has changed, and how fast if that is wanted."""
+        """Show which target gave an answer, the reason if it has changed, and the speed if that is wanted."""
         side, reason, tokens = field("x-oblix-side"), field("x-oblix-reason"), tokens_of(last)
         told = f"{field('x-oblix-model') or last.get('model')}" + (f" ({side})" if side else "")
         told += f": {reason}" if reason != self.reason else ""
@@ -9291,23 +9304,22 @@ def run_chat(settings: Settings, asked: argparse.Namespace) -> int:
         with contextlib.suppress(ImportError):
             __import__("readline")    # input() then knows the arrows
         show("/model NAME asks for another model, /new begins a new conversation, exit ends.\n", sys.stderr, DIM)
-        while True:
-            text = _line_typed()
+        for text in iter(_line_typed, "exit"):
             model = re.fullmatch(r"/model\s+(\S+)", text)
-            if text in ("exit", "/exit"):
-                return 0
             if model:
                 talk.model = model[1]
             elif text == "/new":
                 talk.messages.clear()
             elif text:
                 talk.answers(text)
+    return 0
 
 
 def _line_typed() -> str:
-    """Return the line that a person types: "exit" for Ctrl-D, and "" for Ctrl-C."""
+    """Return the line that a person types: "exit" also for /exit and Ctrl-D, and "" for Ctrl-C."""
     try:
-        return input("> ").strip()
+        text = input("> ").strip()
+        return "exit" if text == "/exit" else text
     except (EOFError, KeyboardInterrupt) as error:
         show("\n", sys.stdout)
         return "exit" if isinstance(error, EOFError) else ""
